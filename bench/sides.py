@@ -1,0 +1,110 @@
+"""The two sides of `tlf-bench train`, each inside its worker process.
+
+Both build the same model from the same seed and read the same packs; the peer then copies the weights into
+transformers' model and takes the packs apart into its own batches.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from tinyllava_fast.bench.flops import Trains, costs_of, step_flops
+from tinyllava_fast.bench.gate import Gate
+from tinyllava_fast.bench.samples import build_packs, unpack
+from tinyllava_fast.config.schema import RunConfig
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.recipes.base import apply_recipe
+from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
+
+
+def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: str) -> None:
+    """Build the model and the packs, report readiness, and train one side through the gate."""
+    began = time.perf_counter()
+    process = start_process(run.engine)  # threads and device, for both sides alike
+    lmm = build_model(run.model, seed=run.seed, dtype=torch.float32)
+    tokenizer = build_tokenizer(run.model)
+    processor = build_image_processor(run.model)
+    packs = build_packs(run, tokenizer, processor, lmm.tokens_per_image, per_step=per_step)
+    facts = {"setup_seconds": time.perf_counter() - began, **facts_of(lmm, run, packs, per_step)}
+    if side == "ours":
+        run_ours(lmm, run, packs, gate, facts, process)
+        return
+    # Trainer brings accelerate and more with it: neither time nor memory of ours
+    from tinyllava_fast.bench.peer import build_peer, free_token, run_peer
+
+    samples = unpack_all(packs, lmm, image_token=0)
+    image_token = free_token(lmm.vocab_size, samples)
+    samples = unpack_all(packs, lmm, image_token=image_token)
+    vision = run.model.vision
+    peer = build_peer(
+        lmm, feature_layer=vision.feature_layer, feature_select=vision.feature_select, image_token=image_token
+    )
+    del lmm, packs
+    stage = run.stages[0]
+    gate.ready(facts)
+    run_peer(
+        peer,
+        samples,
+        gate,
+        per_step=per_step,
+        recipe=stage.recipe,
+        optim=stage.optim,
+        precision=precision,
+        device=process.device.type,
+        pad_token=tokenizer.pad_token_id or 0,
+    )
+
+
+def run_ours(
+    lmm: LMM, run: RunConfig, packs: list[PackedBatch], gate: Gate, facts: dict[str, Any], process: Process
+) -> None:
+    """The pieces of our training loop on the packs, each step when the gate opens."""
+    stage = run.stages[0]
+    lmm.to(process.device)
+    groups: list[dict[str, Any]] = [{**group} for group in apply_recipe(lmm, stage.recipe, stage.optim)]
+    if run.engine.compile:
+        CompiledForward(lmm)
+    engine = build_engine(process, run.engine, stage.optim, lmm, groups, micro_batches=1)
+    lrs = {group["name"]: group["lr"] for group in groups}
+    gate.ready(facts)
+    for pack in packs:
+        gate.begin()
+        loss = engine.forward_backward(pack, 1.0 / pack.num_supervised)
+        engine.step(lrs)
+        gate.end(float(loss) / pack.num_supervised)
+
+
+def unpack_all(packs: list[PackedBatch], lmm: LMM, image_token: int) -> list[Any]:
+    """Every pack's samples, in order, as transformers takes them."""
+    return [sample for pack in packs for sample in unpack(pack, lmm.tokens_per_image, image_token)]
+
+
+def facts_of(lmm: LMM, run: RunConfig, packs: list[PackedBatch], per_step: int) -> dict[str, Any]:
+    """What a step is: useful FLOPs, tokens, supervised tokens and padding, means over all packs."""
+    recipe = run.stages[0].recipe
+    trains = Trains(
+        llm=recipe.llm.tune == "full", connector=recipe.connector.tune == "full", vision=recipe.vision.tune == "full"
+    )
+    costs = costs_of(lmm)
+    flops: dict[str, float] = {}
+    padded = 0
+    for pack in packs:
+        lengths = [n for n in pack.cu_seqlens.diff().tolist() if n]
+        padded += per_step * max(lengths)
+        parts = step_flops(costs, lengths, len(pack.pixel_values), pack.num_supervised, trains)
+        for name, value in parts.items():
+            flops[name] = flops.get(name, 0.0) + value / len(packs)
+    return {
+        "flops": flops,
+        "budget": len(packs[0].input_ids),
+        "tokens_per_step": sum(p.num_tokens for p in packs) / len(packs),
+        "supervised_per_step": sum(p.num_supervised for p in packs) / len(packs),
+        "padded_tokens_per_step": padded / len(packs),
+        "parameters": sum(p.numel() for p in lmm.parameters()),
+    }

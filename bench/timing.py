@@ -1,0 +1,125 @@
+"""Interleaved timing: competitors take turns in one run, so a noisy neighbour slows all of them alike.
+
+Compared are medians; the spread of the per-round ratios says how far the ratio can be trusted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Series:
+    """Seconds of one competitor, one entry a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Middle value in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """(25 %, 75 %) in seconds, by linear interpolation; both the value itself if there is but one."""
+        return quartiles(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: median_s, q1_s, q3_s, min_s, max_s, rounds, seconds."""
+        low, high = self.quartiles
+        return {
+            "median_s": self.median,
+            "q1_s": low,
+            "q3_s": high,
+            "min_s": min(self.seconds),
+            "max_s": max(self.seconds),
+            "rounds": len(self.seconds),
+            "seconds": list(self.seconds),
+        }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """(25 %, 75 %) of the values by linear interpolation; needs at least one value."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def speedup(base: Series, other: Series) -> dict[str, float]:
+    """How many times faster ``other`` is than ``base``: ratio of medians, and the spread of the per-round ratios.
+
+    Returns ratio, q1, q3, min, max. Rounds are paired: round i of both ran side by side.
+    """
+    per_round = [b / o for b, o in zip(base.seconds, other.seconds, strict=True)]
+    low, high = quartiles(per_round)
+    return {
+        "ratio": base.median / other.median,
+        "q1": low,
+        "q3": high,
+        "min": min(per_round),
+        "max": max(per_round),
+    }
+
+
+def turns(names: Sequence[str], round_index: int) -> list[str]:
+    """The order of a round: every competitor once, the first place going round."""
+    start = round_index % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 9,
+    warmup: int = 1,
+    min_seconds: float = 0.0,
+    sync: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Series]:
+    """Time callables in turns.
+
+    candidates: name -> callable without arguments; results are dropped.
+    rounds, warmup: timed rounds, and untimed calls of each before them (compilation and caches belong there).
+    min_seconds: a candidate is called so many times in a row that a round lasts about this long; its time is per call.
+    sync: waits for the device (torch.cuda.synchronize); None on a CPU.
+    Returns the seconds per call of each candidate, one entry a round.
+    """
+    if rounds < 1:
+        raise ValueError(f"interleave: rounds is {rounds}, needs at least 1")
+    repeats = {name: _repeats(run, warmup, min_seconds, sync, clock) for name, run in candidates.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(rounds):
+        for name in turns(list(candidates), index):
+            seconds[name].append(_time(candidates[name], repeats[name], sync, clock))
+    return {name: Series(tuple(values)) for name, values in seconds.items()}
+
+
+def _repeats(
+    run: Callable[[], Any],
+    warmup: int,
+    min_seconds: float,
+    sync: Callable[[], None] | None,
+    clock: Callable[[], float],
+) -> int:
+    for _ in range(warmup):
+        run()
+    if min_seconds <= 0:
+        return 1
+    once = _time(run, 1, sync, clock)
+    return max(1, min(10_000, round(min_seconds / max(once, 1e-9))))
+
+
+def _time(run: Callable[[], Any], repeats: int, sync: Callable[[], None] | None, clock: Callable[[], float]) -> float:
+    if sync is not None:
+        sync()
+    start = clock()
+    for _ in range(repeats):
+        run()
+    if sync is not None:
+        sync()
+    return (clock() - start) / repeats

@@ -1,0 +1,16 @@
+// The Python module tinyllava_fast._C: every kernel of csrc/ops under its own name, plus build facts.
+#include <pybind11/pybind11.h>
+
+#include "tlf/kernel.h"
+
+namespace tlf {
+void bind_all(pybind11::module_& module);
+const char* isa_name(Isa isa);
+}  // namespace tlf
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CPU kernels of tinyllava_fast; call them through tinyllava_fast.ops";
+  module.def("isa", [] { return tlf::isa_name(tlf::active_isa()); }, "the instruction set in use");
+  module.attr("ABI") = 1;  // raised when a kernel's signature changes; checked by ops/_cpp.py
+  tlf::bind_all(module);
+}

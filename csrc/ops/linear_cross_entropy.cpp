@@ -1,0 +1,83 @@
+// linear_cross_entropy: a chunk of logits becomes its loss and, in place, the gradient of that loss. The matrix
+// products around it are torch's.
+#include <cmath>
+#include <cstdint>
+
+#include "tlf/kernel.h"
+#include "tlf/numeric.h"
+
+namespace tlf {
+namespace TLF_ISA {
+namespace {
+
+constexpr int kLanes = 64;        // four AVX-512 registers: hides the latency of max and add
+constexpr int64_t kBlock = 4096;  // float sums of this many terms are gathered in double
+
+template <typename T>
+float row_max(const T* z, int64_t n) {
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = -INFINITY;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const float v = to_float(z[i + j]);
+      lanes[j] = v > lanes[j] ? v : lanes[j];
+    }
+  }
+  float top = -INFINITY;
+  for (; i < n; ++i) top = to_float(z[i]) > top ? to_float(z[i]) : top;
+  for (int j = 0; j < kLanes; ++j) top = lanes[j] > top ? lanes[j] : top;
+  return top;
+}
+
+template <typename T>
+double sum_exp(const T* z, int64_t n, float top) {
+  double total = 0.0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t stop = n - start < kBlock ? n : start + kBlock;
+    float lanes[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= stop; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) lanes[j] += exp_fast(to_float(z[i + j]) - top);
+    }
+    for (; i < stop; ++i) total += exp_fast(to_float(z[i]) - top);
+    for (int j = 0; j < kLanes; ++j) total += lanes[j];
+  }
+  return total;
+}
+
+template <typename T>
+void cross_entropy(T* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, bool write_grad) {
+#pragma omp parallel for schedule(static) if (rows * vocab > 1 << 15)
+  for (int64_t row = 0; row < rows; ++row) {
+    T* z = logits + row * vocab;
+    const int64_t y = labels[row];
+    const float top = row_max(z, vocab);
+    const double total = sum_exp(z, vocab, top);
+    const double target = static_cast<double>(to_float(z[y])) - top;
+    loss[row] = std::log(total) - target;
+    if (!write_grad) continue;
+    const float scale = static_cast<float>(1.0 / total);
+    const double hit = exp_fast(static_cast<float>(target));
+    for (int64_t i = 0; i < vocab; ++i) store(z + i, exp_fast(to_float(z[i]) - top) * scale);
+    // in double: softmax - 1 cancels where the model is confident
+    store(z + y, static_cast<float>((hit - total) / total));
+  }
+}
+
+}  // namespace
+
+// logits: [rows, vocab] contiguous, overwritten by softmax - onehot if write_grad. loss: [rows].
+void cross_entropy_rows(void* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, int64_t dtype,
+                        int64_t write_grad) {
+  if (dtype == kBFloat16) {
+    cross_entropy(static_cast<BFloat16*>(logits), labels, loss, rows, vocab, write_grad != 0);
+  } else {
+    cross_entropy(static_cast<float*>(logits), labels, loss, rows, vocab, write_grad != 0);
+  }
+}
+
+}  // namespace TLF_ISA
+}  // namespace tlf
+
+TLF_KERNEL(cross_entropy_rows);

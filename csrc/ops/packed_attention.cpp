@@ -1,0 +1,340 @@
+// Forward of packed attention: one task is some panels of query rows of one group and key head.
+//
+// Scores are made transposed, keys down and query rows across the lanes: S^T = K Q^T takes K as it lies in memory, the
+// softmax runs down the columns without any horizontal reduction, and O^T += V^T P^T needs only V transposed.
+// Masks are a range of visible keys per lane (attention_plan.h); tiles that no lane sees are skipped.
+#include <cmath>
+#include <type_traits>
+
+#include "tlf/attention_plan.h"
+#include "tlf/attention_simd.h"
+#include "tlf/kernel.h"
+
+namespace tlf {
+namespace TLF_ISA {
+namespace {
+
+constexpr int64_t kMaxPanels = 20;  // of one task; they share the packing of K and V
+
+template <typename T>
+struct Forward {
+  const T *q, *k, *v;
+  T* out;
+  float* lse;
+  int64_t heads, kv_heads, size, q_row, q_head, k_row, k_head, v_row, v_head;
+  float scale, softcap;
+  int64_t group() const { return heads / kv_heads; }
+};
+
+// Buffers of one thread. D: head size; Kd: lanes of a row; all panels of a task have their own q, o, m, l.
+template <typename E>
+struct Work {
+  static constexpr int kp = Pack<E>::kp;
+  E *rows, *keys, *v_t;
+  float *lanes, *q_t, *scores, *probs, *o_t, *top, *sum, *alpha, *o_rows;
+  int64_t kd, padded, chunk;
+
+  void carve(Scratch& s, int64_t size, int64_t panels) {
+    kd = ceil_div(size, kp), padded = round_up(size, kWidth * kp);
+    chunk = size <= 64 ? 384 : 192;                  // keys at a time: their scores, probabilities, K and V stay in L2
+    rows = s.take<E>(most(kPanel, chunk) * padded);  // rows of q or v, converted and padded
+    keys = s.take<E>(chunk * padded);
+    v_t = s.take<E>(padded * chunk);
+    lanes = s.take<float>(chunk * padded);
+    q_t = s.take<float>(panels * kd * kPanel);
+    scores = s.take<float>(chunk * kPanel);
+    probs = s.take<float>(chunk * kPanel);
+    o_t = s.take<float>(panels * padded * kPanel);
+    top = s.take<float>(panels * kPanel);
+    sum = s.take<float>(panels * kPanel);
+    alpha = s.take<float>(kPanel);
+    o_rows = s.take<float>(kPanel * padded);
+  }
+};
+
+// One vector of lanes: online softmax over its visible keys of the chunk; zeros where a lane sees nothing in [kmin,
+// kmax). top: the largest score so far, that of the keys [all0, all1) included; before: without this chunk.
+template <typename E>
+inline void softmax(const Work<E>& w, const Limits& limits, int v, const View& view, int64_t j0, float factor,
+                    float* top, const float* before, float* sum) {
+  const Range r = view.ranges[v];
+  const int64_t kmin = view.kmin, kmax = view.kmax;
+  const float* s = w.scores + v * kWidth;
+  const Vec hidden = splat(-INFINITY), old = load(before + v * kWidth);
+  Vec now = load(top + v * kWidth);
+  int64_t j = r.begin;
+  const auto raise_masked = [&](int64_t end) {
+    for (; j < end; ++j) {
+      now = larger(now, select(sees(limits, v, static_cast<int32_t>(j0 + j)), load(s + j * kPanel), hidden));
+    }
+  };
+  const auto raise = [&](int64_t end) {
+    for (; j < end; ++j) now = larger(now, load(s + j * kPanel));
+  };
+  raise_masked(r.full0);
+  raise(least(view.all0, r.full1));
+  j = clamp(view.all1, j, most(j, r.full1));
+  raise(r.full1);
+  raise_masked(r.end);
+  // a lane that has seen nothing keeps -inf: subtract 0 there, not -inf from -inf
+  const Vec base = select(now == hidden, Vec{}, now);
+  const Vec alpha = exp2v((old - base) * factor);
+  store(w.alpha + v * kWidth, alpha);
+  store(top + v * kWidth, now);
+
+  Vec total[2] = {Vec{}, Vec{}};
+  const auto soft = [&](int64_t i) { return exp2v((load(s + i * kPanel) - base) * factor); };
+  const auto soft_masked = [&](int64_t i) {
+    return i < r.begin || i >= r.end ? Vec{} : select(sees(limits, v, static_cast<int32_t>(j0 + i)), soft(i), Vec{});
+  };
+  float* p = w.probs + v * kWidth;
+  if constexpr (Pack<E>::kp == 1) {
+    for (j = kmin; j < r.full0; ++j) {
+      const Vec x = soft_masked(j);
+      total[0] += x;
+      store(p + j * kPanel, x);
+    }
+    for (; j + 2 <= r.full1; j += 2) {
+#pragma GCC unroll 2
+      for (int u = 0; u < 2; ++u) {
+        const Vec x = soft(j + u);
+        total[u] += x;
+        store(p + (j + u) * kPanel, x);
+      }
+    }
+    for (; j < kmax; ++j) {
+      const Vec x = soft_masked(j);
+      total[0] += x;
+      store(p + j * kPanel, x);
+    }
+  } else {
+#if defined(TLF_ISA_IS_avx512bf16)
+    const auto pair = [&](int64_t i) {
+      const Vec x = soft_masked(i), y = soft_masked(i + 1);
+      total[0] += x, total[1] += y;
+      store(p + (i / 2) * kPanel, join_lanes(narrow_rows(x, y)));
+    };
+    for (j = kmin; j < r.full0; j += 2) pair(j);
+    for (; j + 4 <= r.full1; j += 4) {
+#pragma GCC unroll 2
+      for (int u = 0; u < 4; u += 2) {
+        const Vec x = soft(j + u), y = soft(j + u + 1);
+        total[0] += x, total[1] += y;
+        store(p + ((j + u) / 2) * kPanel, join_lanes(narrow_rows(x, y)));
+      }
+    }
+    for (; j < kmax; j += 2) pair(j);
+#endif
+  }
+  store(sum + v * kWidth, load(sum + v * kWidth) * alpha + total[0] + total[1]);
+}
+
+template <typename E>
+void attend(const Work<E>& w, const Limits& limits, const E* keys, int64_t ldk, int64_t j0, int64_t n, int64_t size,
+            int64_t panel, float scale, float softcap) {
+  const View view(limits, j0, n);
+  if (view.v0 >= view.v1) return;
+  const float* q_t = w.q_t + panel * w.kd * kPanel;
+  float *top = w.top + panel * kPanel, *sum = w.sum + panel * kPanel, *o_t = w.o_t + panel * w.padded * kPanel;
+  float before[kPanel];
+  std::memcpy(before, top, sizeof(before));
+  const bool plain = softcap == 0;  // else scores change before their maximum is taken
+  view.each_tile([&](int64_t a, int64_t b, int from, int to) {
+    const E* left = keys + a * ldk;
+    const float* right = q_t + from * kWidth;
+    float* scores = w.scores + a * kPanel + from * kWidth;
+    if (plain && a == view.all0 && b == view.all1) {
+      gemm<E, Write::store_max>(b - a, to - from, w.kd, left, ldk, right, kPanel, scores, kPanel, top + from * kWidth);
+    } else {
+      gemm<E, Write::store>(b - a, to - from, w.kd, left, ldk, right, kPanel, scores, kPanel);
+    }
+  });
+  float factor = scale * kLog2e;
+  if (softcap > 0) {
+    factor = kLog2e;
+    for (int64_t j = view.kmin; j < view.kmax; ++j) {
+      for (int v = view.v0; v < view.v1; ++v) {
+        float* s = w.scores + j * kPanel + v * kWidth;
+        store(s, softcap * tanhv(load(s) * (scale / softcap)));
+        if (j >= view.all0 && j < view.all1) store(top + v * kWidth, larger(load(top + v * kWidth), load(s)));
+      }
+    }
+  }
+  for (int v = view.v0; v < view.v1; ++v) {
+    softmax(w, limits, v, view, j0, factor, top, before, sum);
+  }
+  view.each_half([&](int from, int to, int64_t end) {
+    gemm<E, Write::scale_add>(size, to - from, ceil_div(end - view.kmin, Work<E>::kp), w.v_t + view.kmin, w.chunk,
+                              w.probs + (view.kmin / Work<E>::kp) * kPanel + from * kWidth, kPanel, o_t + from * kWidth,
+                              kPanel, w.alpha + from * kWidth);
+  });
+}
+
+template <typename T, typename E>
+void load_queries(const Forward<T>& f, const Plan& plan, const Work<E>& w, int64_t first, int64_t last,
+                  const Task& task, int64_t rows, int64_t panel0, int64_t panel1) {
+  const int64_t group = f.group(), width = w.kd * Work<E>::kp;
+  const int64_t ahead = ceil_div(kAhead, group) * f.q_row;
+  for (int64_t p = panel0; p < panel1; ++p) {
+    const int64_t slot = p - panel0;
+    const int64_t lanes = round_up(least(kPanel, rows - p * kPanel), kWidth);
+    std::memset(static_cast<void*>(w.rows), 0, static_cast<size_t>(lanes * width) * sizeof(E));
+    each_row(plan, first, last, p, group, [&](int64_t lane, int64_t token, int64_t part) {
+      const T* from = f.q + token * f.q_row + (task.head * group + part) * f.q_head;
+      prefetch_row(from + ahead, f.size);
+      copy_row(w.rows + lane * width, from, f.size, width);
+    });
+    transpose(w.rows, w.kd, lanes, w.kd, w.q_t + slot * w.kd * kPanel, kPanel);
+    float* o_t = w.o_t + slot * w.padded * kPanel;
+    for (int64_t d = 0; d < w.padded; ++d) {
+      for (int64_t i = 0; i < lanes; i += kWidth) store(o_t + d * kPanel + i, Vec{});
+    }
+    for (int64_t i = 0; i < kPanel; ++i) w.top[slot * kPanel + i] = -INFINITY, w.sum[slot * kPanel + i] = 0.0f;
+  }
+}
+
+template <typename T, typename E>
+void store_outputs(const Forward<T>& f, const Plan& plan, const Work<E>& w, int64_t first, int64_t last,
+                   const Task& task, int64_t rows, int64_t panel0, int64_t panel1) {
+  const float natural = f.softcap > 0 ? 1.0f : f.scale;
+  for (int64_t p = panel0; p < panel1; ++p) {
+    const int64_t slot = p - panel0;
+    transpose(w.o_t + slot * w.padded * kPanel, kPanel, w.padded, least(kPanel, rows - p * kPanel), w.o_rows, w.padded);
+    each_row(plan, first, last, p, f.group(), [&](int64_t lane, int64_t token, int64_t part) {
+      const float total = w.sum[slot * kPanel + lane];
+      const int64_t row = token * f.heads + task.head * f.group() + part;
+      store_row(f.out + row * f.size, w.o_rows + lane * w.padded, f.size, total > 0 ? 1.0f / total : 0.0f);
+      f.lse[row] = total > 0 ? w.top[slot * kPanel + lane] * natural + std::log(total) : -INFINITY;
+    });
+  }
+}
+
+template <typename T, typename E>
+void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Span>* spans) {
+  static thread_local Scratch scratch;
+  Work<E> w;
+  const int64_t first = plan.groups[task.unit], last = plan.groups[task.unit + 1], group = f.group();
+  const int64_t rows = plan.queries(first, last) * group, panels = ceil_div(rows, kPanel);
+  const int64_t panel0 = panels * task.part / task.parts, panel1 = panels * (task.part + 1) / task.parts;
+  scratch.lay_out([&](Scratch& s) { w.carve(s, f.size, panel1 - panel0); });
+  load_queries(f, plan, w, first, last, task, rows, panel0, panel1);
+  plan.spans(first, last, spans);
+  Limits limits;
+  for (int64_t i = 0; i < spans->size; ++i) {
+    const Span& span = (*spans)[i];
+    const int64_t p0 = most(panel0, span.q0 * group / kPanel);
+    const int64_t p1 = least(panel1, ceil_div(span.q1 * group, kPanel));
+    if (p0 >= p1) continue;
+    const int64_t query0 = most(span.q0, p0 * kPanel / group), query1 = least(span.q1, ceil_div(p1 * kPanel, group));
+    const int64_t end = span.causal ? clamp(query1 - span.q0 + span.shift, 0, span.nk) : span.nk;
+    const int64_t begin = span.windowed ? clamp(query0 - span.q0 + span.shift - plan.window + 1, 0, end) : 0;
+    const int64_t chunk = even_piece(span.nk, w.chunk);  // the same for every task: sums do not depend on the threads
+    for (int64_t j0 = begin - begin % chunk; j0 < end; j0 += chunk) {
+      const int64_t n = least(chunk, end - j0);
+      const T* from_k = f.k + (span.k0 + j0) * f.k_row + task.head * f.k_head;
+      const T* from_v = f.v + (span.k0 + j0) * f.v_row + task.head * f.v_head;
+      const E *keys = w.keys, *values = w.rows;
+      int64_t ldk = w.kd * Work<E>::kp, ldv = ldk;
+      if constexpr (sizeof(T) == sizeof(E)) {  // read in place, unless several panels profit from a dense copy
+        values = reinterpret_cast<const E*>(from_v), ldv = f.v_row;
+        if (p1 - p0 == 1 && f.size % Work<E>::kp == 0) keys = reinterpret_cast<const E*>(from_k), ldk = f.k_row;
+      } else {
+        for (int64_t j = 0; j < n; ++j) copy_row(w.rows + j * ldv, from_v + j * f.v_row, f.size, ldv);
+      }
+      if (keys == w.keys) {
+        for (int64_t j = 0; j < n; ++j) {
+          prefetch_row(from_k + (j + kAhead) * f.k_row, f.size);
+          copy_row(w.keys + j * ldk, from_k + j * f.k_row, f.size, ldk);
+        }
+      }
+      transpose_elements(values, ldv, n, f.size, w.v_t, w.chunk, w.lanes);
+      for (int64_t p = p0; p < p1; ++p) {
+        limits.set(span, p, group, plan.window);
+        attend(w, limits, keys, ldk, j0, n, f.size, p - panel0, f.scale, f.softcap);
+      }
+    }
+  }
+  store_outputs(f, plan, w, first, last, task, rows, panel0, panel1);
+}
+
+template <typename T, typename E>
+void forward(const Forward<T>& f, const Plan& plan, int64_t threads) {
+  const int64_t groups = plan.groups.size - 1, group = f.group();
+  int64_t panels = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    panels += ceil_div(plan.queries(plan.groups[g], plan.groups[g + 1]) * group, kPanel);
+  }
+  const int64_t largest = clamp(panels * f.kv_heads / (8 * threads), 1, kMaxPanels);
+  Buffer<Task> tasks(panels * f.kv_heads);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t queries = plan.queries(plan.groups[g], plan.groups[g + 1]);
+    const int64_t count = ceil_div(queries * group, kPanel), parts = ceil_div(count, largest);
+    const Segment& lead = plan.segments[plan.groups[g]];
+    for (int64_t head = 0; head < f.kv_heads; ++head) {
+      for (int64_t i = 0; i < parts; ++i) {
+        const int64_t own = plan.causal ? lead.nk * (2 * i + 1) / (2 * parts) : lead.nk;
+        tasks.push({g, head, i, parts, count * (lead.np + own) / parts});
+      }
+    }
+  }
+  std::qsort(tasks.data, static_cast<size_t>(tasks.size), sizeof(Task), by_cost);
+#pragma omp parallel
+  {
+    Buffer<Span> spans(2 * plan.segments.size);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks.size; ++i) run_task<T, E>(f, plan, tasks[i], &spans);
+  }
+}
+
+template <typename T>
+void clear_rows(const Forward<T>& f, int64_t first, int64_t last) {
+  if (first >= last) return;
+  std::memset(static_cast<void*>(f.out + first * f.heads * f.size), 0,
+              static_cast<size_t>((last - first) * f.heads * f.size) * sizeof(T));
+  for (int64_t i = first * f.heads; i < last * f.heads; ++i) f.lse[i] = -INFINITY;
+}
+
+}  // namespace
+
+// q [tokens, heads, size], k and v [.., kv_heads, size] with strides in elements, last stride 1; out and lse
+// contiguous. used and prefix may be null. Bounds are checked by the caller.
+void packed_attention_fwd(const void* q, const void* k, const void* v, void* out, float* lse, const int32_t* cu_q,
+                          const int32_t* cu_k, const int32_t* prefix, const int32_t* used, int64_t segments,
+                          int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, int64_t q_row, int64_t q_head,
+                          int64_t k_row, int64_t k_head, int64_t v_row, int64_t v_head, int64_t dtype, int64_t causal,
+                          double scale, int64_t window, double softcap, int64_t threads) {
+  const Plan plan(cu_q, cu_k, prefix, used, segments, causal != 0, window, 0);
+  const auto call = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    const Forward<T> f{static_cast<const T*>(q),
+                       static_cast<const T*>(k),
+                       static_cast<const T*>(v),
+                       static_cast<T*>(out),
+                       lse,
+                       heads,
+                       kv_heads,
+                       size,
+                       q_row,
+                       q_head,
+                       k_row,
+                       k_head,
+                       v_row,
+                       v_head,
+                       static_cast<float>(scale),
+                       static_cast<float>(softcap)};
+    clear_rows(f, 0, segments > 0 ? cu_q[0] : tokens);
+    if (segments > 0) clear_rows(f, cu_q[segments], tokens);
+#if defined(TLF_ISA_IS_avx512bf16)
+    forward<T, T>(f, plan, threads);
+#else
+    forward<T, float>(f, plan, threads);
+#endif
+  };
+  if (dtype == kFloat32) call(static_cast<float*>(nullptr));
+  if (dtype == kBFloat16) call(static_cast<bf16*>(nullptr));
+}
+
+}  // namespace TLF_ISA
+}  // namespace tlf
+
+TLF_KERNEL(packed_attention_fwd);

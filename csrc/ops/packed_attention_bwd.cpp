@@ -1,0 +1,389 @@
+// Backward of packed attention: one task is one component (segments that share keys, directly or through others) and
+// key head, so that dk and dv of its keys are summed by one thread, in one order; dq of its rows likewise.
+//
+// As in the forward, keys run down and query rows across the lanes. For a block of keys and a panel of rows:
+//   S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse), dS^T = P^T (dP^T - delta)
+//   dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
+// P^T and dS^T are the left factors as they are; only dS^T is also needed in lanes.
+#include <cmath>
+#include <type_traits>
+
+#include "tlf/attention_plan.h"
+#include "tlf/attention_simd.h"
+#include "tlf/kernel.h"
+
+namespace tlf {
+namespace TLF_ISA {
+namespace {
+
+constexpr int64_t kKeys = 96;  // of a block
+
+template <typename T>
+struct Backward {
+  const T *dout, *q, *k, *v, *out;
+  const float *lse, *dlse;
+  T *dq, *dk, *dv;
+  float* partial;  // with splits > 1: [dk, dv][splits, keys, kv_heads, size]
+  int64_t keys, heads, kv_heads, size, splits;
+  int64_t d_row, d_head, q_row, q_head, k_row, k_head, v_row, v_head;
+  float scale, softcap;
+  int64_t part_heads() const { return heads / kv_heads / splits; }
+};
+
+template <typename E>
+struct Work {
+  static constexpr int kp = Pack<E>::kp;
+  int64_t kd, padded, panels;
+  E *rows, *keys, *values, *k_t, *p, *ds;
+  float *lanes, *scores, *dprobs, *ds_lanes, *dk, *dv;  // of a block of keys
+  float *q_t, *do_t, *q_lanes, *do_lanes, *dq_t;        // of each panel
+  float *lse, *delta;                                   // of each row; lse in base 2
+
+  void carve(Scratch& s, int64_t size, int64_t count) {
+    kd = ceil_div(size, kp), padded = round_up(size, kWidth), panels = count;
+    rows = s.take<E>(kPanel * padded);
+    keys = s.take<E>(kKeys * padded);
+    values = s.take<E>(kKeys * padded);
+    k_t = s.take<E>(size * kKeys + 64);
+    lanes = s.take<float>(kKeys * padded);
+    scores = s.take<float>(kKeys * kPanel);
+    dprobs = s.take<float>(kKeys * kPanel);
+    p = kp == 1 ? reinterpret_cast<E*>(scores) : s.take<E>(kKeys * kPanel);
+    ds = kp == 1 ? reinterpret_cast<E*>(dprobs) : s.take<E>(kKeys * kPanel);
+    ds_lanes = kp == 1 ? dprobs : s.take<float>(kKeys / kp * kPanel);
+    dk = s.take<float>(kKeys * padded);
+    dv = s.take<float>(kKeys * padded);
+    q_t = s.take<float>(panels * kd * kPanel);
+    do_t = s.take<float>(panels * kd * kPanel);
+    q_lanes = s.take<float>(panels * kPanel / kp * padded);
+    do_lanes = s.take<float>(panels * kPanel / kp * padded);
+    dq_t = s.take<float>(panels * size * kPanel);
+    lse = s.take<float>(panels * kPanel);
+    delta = s.take<float>(panels * kPanel);
+  }
+};
+
+// A panel's rows [kPanel, padded], given by fill(rows), in both packings.
+template <typename E, typename F>
+TLF_NOINLINE void pack_rows(const Work<E>& w, float* transposed, float* lanes, const F& fill) {
+  E* rows = Work<E>::kp == 1 ? reinterpret_cast<E*>(lanes) : w.rows;
+  std::memset(static_cast<void*>(rows), 0, static_cast<size_t>(kPanel * w.padded) * sizeof(E));
+  fill(rows);
+  transpose(rows, w.padded / Work<E>::kp, kPanel, w.kd, transposed, kPanel);
+  if constexpr (Work<E>::kp == 2) {
+    interleave(rows, w.padded, kPanel, w.padded, reinterpret_cast<uint32_t*>(lanes), w.padded);
+  }
+}
+
+template <typename T, typename E>
+TLF_NOINLINE void load_rows(const Backward<T>& f, const Plan& plan, const Work<E>& w, int64_t first, int64_t last,
+                            int64_t head0) {
+  const int64_t n = f.part_heads(), per_panel = w.kd * kPanel, lanes_per_panel = kPanel / Work<E>::kp * w.padded;
+  const int64_t ahead = ceil_div(kAhead, n);
+  std::memset(w.lse, 0, static_cast<size_t>(w.panels * kPanel) * sizeof(float));
+  std::memset(w.delta, 0, static_cast<size_t>(w.panels * kPanel) * sizeof(float));
+  std::memset(w.dq_t, 0, static_cast<size_t>(w.panels * f.size * kPanel) * sizeof(float));
+  for (int64_t p = 0; p < w.panels; ++p) {
+    pack_rows(w, w.q_t + p * per_panel, w.q_lanes + p * lanes_per_panel, [&](E* rows) {
+      each_row(plan, first, last, p, n, [&](int64_t lane, int64_t token, int64_t part) {
+        const T* from = f.q + token * f.q_row + (head0 + part) * f.q_head;
+        prefetch_row(from + ahead * f.q_row, f.size);
+        copy_row(rows + lane * w.padded, from, f.size, f.size);
+      });
+    });
+    pack_rows(w, w.do_t + p * per_panel, w.do_lanes + p * lanes_per_panel, [&](E* rows) {
+      each_row(plan, first, last, p, n, [&](int64_t lane, int64_t token, int64_t part) {
+        const T* from = f.dout + token * f.d_row + (head0 + part) * f.d_head;
+        const int64_t row = token * f.heads + head0 + part;
+        prefetch_row(from + ahead * f.d_row, f.size);
+        prefetch_row(f.out + (row + ahead * f.heads) * f.size, f.size);
+        copy_row(rows + lane * w.padded, from, f.size, f.size);
+        const float dot = dot_row(from, f.out + row * f.size, f.size);
+        w.delta[p * kPanel + lane] = f.dlse != nullptr ? dot - f.dlse[row] : dot;
+        w.lse[p * kPanel + lane] = f.lse[row] * kLog2e;
+      });
+    });
+  }
+}
+
+// P^T and dS^T of one vector of lanes, zero where a lane sees nothing in [kmin, kmax). Capped: there is a softcap; a
+// template, because the test inside the loop costs 5 % of the whole backward.
+template <typename E, bool Capped>
+void differentiate(const Work<E>& w, const Limits& limits, int v, int64_t j0, const View& view, int64_t panel,
+                   float scale, float softcap) {
+  const Range r = view.ranges[v];
+  const Vec lse = load(w.lse + panel * kPanel + v * kWidth), delta = load(w.delta + panel * kPanel + v * kWidth);
+  const float factor = scale * kLog2e;
+  const auto both = [&](int64_t j, Vec* ds) {
+    const Vec s = load(w.scores + j * kPanel + v * kWidth), dp = load(w.dprobs + j * kPanel + v * kWidth);
+    if constexpr (Capped) {
+      const Vec t = tanhv(s * (scale / softcap));
+      const Vec p = exp2v(t * (softcap * kLog2e) - lse);
+      *ds = p * (dp - delta) * (1.0f - t * t);
+      return p;
+    }
+    const Vec p = exp2v(s * factor - lse);
+    *ds = p * (dp - delta);
+    return p;
+  };
+  const auto both_masked = [&](int64_t j, Vec* ds) {
+    *ds = Vec{};
+    if (j < r.begin || j >= r.end) return Vec{};
+    const IVec mask = sees(limits, v, static_cast<int32_t>(j0 + j));
+    Vec seen;
+    const Vec p = both(j, &seen);
+    *ds = select(mask, seen, Vec{});
+    return select(mask, p, Vec{});
+  };
+  const auto write = [&](int64_t j, Vec p0, Vec p1, Vec ds0, Vec ds1) {
+    const int64_t at = j * kPanel + v * kWidth;
+    if constexpr (Work<E>::kp == 1) {
+      store(w.p + at, p0), store(w.p + at + kPanel, p1);
+      store(w.ds + at, ds0), store(w.ds + at + kPanel, ds1);
+    } else {
+#if defined(TLF_ISA_IS_avx512bf16)
+      store_rows(w.p + at, w.p + at + kPanel, narrow_rows(p0, p1));
+      const __m512i rows = narrow_rows(ds0, ds1);
+      store_rows(w.ds + at, w.ds + at + kPanel, rows);
+      store(w.ds_lanes + (j / 2) * kPanel + v * kWidth, join_lanes(rows));
+#endif
+    }
+  };
+  const auto edge = [&](int64_t j) {  // kKeys is even: an odd last key has room for its neighbour
+    Vec ds0, ds1;
+    const Vec p0 = both_masked(j, &ds0), p1 = both_masked(j + 1, &ds1);
+    write(j, p0, p1, ds0, ds1);
+  };
+  int64_t j = view.kmin;
+  for (; j < r.full0; j += 2) edge(j);
+  for (; j + 2 <= r.full1; j += 2) {
+    Vec ds0, ds1;
+    const Vec p0 = both(j, &ds0), p1 = both(j + 1, &ds1);
+    write(j, p0, p1, ds0, ds1);
+  }
+  for (; j < view.kmax; j += 2) edge(j);
+}
+
+// The keys [a, a + n) of the block, which are keys j0 .. of a span, and one panel of rows.
+template <typename E>
+void meet(const Work<E>& w, const Limits& limits, int64_t a, int64_t n, int64_t j0, int64_t size, int64_t panel,
+          float scale, float softcap) {
+  constexpr int kp = Work<E>::kp;
+  const View view(limits, j0, n);
+  if (view.v0 >= view.v1) return;
+  const float *q_t = w.q_t + panel * w.kd * kPanel, *do_t = w.do_t + panel * w.kd * kPanel;
+  const float* q_lanes = w.q_lanes + panel * (kPanel / kp) * w.padded;
+  const float* do_lanes = w.do_lanes + panel * (kPanel / kp) * w.padded;
+  view.each_tile([&](int64_t j, int64_t end, int from, int to) {
+    const int64_t at = j * kPanel + from * kWidth, row = (a + j) * w.padded;
+    gemm<E, Write::store>(end - j, to - from, w.kd, w.keys + row, w.padded, q_t + from * kWidth, kPanel, w.scores + at,
+                          kPanel);
+    gemm<E, Write::store>(end - j, to - from, w.kd, w.values + row, w.padded, do_t + from * kWidth, kPanel,
+                          w.dprobs + at, kPanel);
+  });
+  for (int v = view.v0; v < view.v1; ++v) {
+    if (softcap > 0) {
+      differentiate<E, true>(w, limits, v, j0, view, panel, scale, softcap);
+    } else {
+      differentiate<E, false>(w, limits, v, j0, view, panel, scale, softcap);
+    }
+  }
+  view.each_tile([&](int64_t j, int64_t end, int from, int to) {
+    const int64_t lanes = (to - from) * kWidth / kp, at = j * kPanel + from * kWidth;
+    const int64_t row = from * kWidth / kp * w.padded, key = (a + j) * w.padded;
+    gemm<E, Write::add>(end - j, w.padded / kWidth, lanes, w.p + at, kPanel, do_lanes + row, w.padded, w.dv + key,
+                        w.padded);
+    gemm<E, Write::add>(end - j, w.padded / kWidth, lanes, w.ds + at, kPanel, q_lanes + row, w.padded, w.dk + key,
+                        w.padded);
+  });
+  view.each_half([&](int from, int to, int64_t end) {
+    gemm<E, Write::add>(size, to - from, ceil_div(end - view.kmin, kp), w.k_t + a + view.kmin, kKeys,
+                        w.ds_lanes + (view.kmin / kp) * kPanel + from * kWidth, kPanel,
+                        w.dq_t + panel * size * kPanel + from * kWidth, kPanel);
+  });
+}
+
+template <typename T, typename E>
+void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const Task& task, const Buffer<Span>& spans,
+               int64_t b0, int64_t nb) {
+  const int64_t n_heads = f.part_heads();
+  for (int64_t j = 0; j < nb; ++j) {
+    prefetch_row(f.k + (b0 + j + kAhead) * f.k_row + task.head * f.k_head, f.size);
+    prefetch_row(f.v + (b0 + j + kAhead) * f.v_row + task.head * f.v_head, f.size);
+    copy_row(w.keys + j * w.padded, f.k + (b0 + j) * f.k_row + task.head * f.k_head, f.size, w.padded);
+    copy_row(w.values + j * w.padded, f.v + (b0 + j) * f.v_row + task.head * f.v_head, f.size, w.padded);
+  }
+  // zeros past the keys: an odd number of them is multiplied in whole lanes
+  std::memset(static_cast<void*>(w.k_t), 0, static_cast<size_t>(f.size * kKeys + 64) * sizeof(E));
+  transpose_elements(w.keys, w.padded, nb, f.size, w.k_t, kKeys, w.lanes);
+  std::memset(w.dk, 0, static_cast<size_t>(nb * w.padded) * sizeof(float));
+  std::memset(w.dv, 0, static_cast<size_t>(nb * w.padded) * sizeof(float));
+  Limits limits;
+  for (int64_t i = 0; i < spans.size; ++i) {
+    const Span& span = spans[i];
+    const int64_t a = most(b0, span.k0) - b0, n = least(b0 + nb, span.k0 + span.nk) - b0 - a;
+    if (n <= 0) continue;
+    const int64_t j0 = b0 + a - span.k0;
+    int64_t q0 = span.q0, q1 = span.q1;
+    if (span.causal) q0 += most(0, j0 - span.shift);
+    if (span.windowed) q1 = least(q1, span.q0 + j0 + n - 1 + plan.window - span.shift);
+    for (int64_t p = q0 * n_heads / kPanel; p < ceil_div(q1 * n_heads, kPanel) && q0 < q1; ++p) {
+      limits.set(span, p, n_heads, plan.window);
+      meet(w, limits, a, n, j0, f.size, p, f.scale, f.softcap);
+    }
+  }
+  for (int64_t j = 0; j < nb; ++j) {
+    const int64_t row = ((b0 + j) * f.kv_heads + task.head) * f.size;
+    if (f.splits == 1) {
+      store_row(f.dk + row, w.dk + j * w.padded, f.size, f.scale);
+      store_row(f.dv + row, w.dv + j * w.padded, f.size, 1.0f);
+    } else {
+      const int64_t each = f.keys * f.kv_heads * f.size;
+      store_row(f.partial + task.part * each + row, w.dk + j * w.padded, f.size, f.scale);
+      store_row(f.partial + (f.splits + task.part) * each + row, w.dv + j * w.padded, f.size, 1.0f);
+    }
+  }
+}
+
+template <typename T, typename E>
+void run_task(const Backward<T>& f, const Plan& plan, const Task& task, Buffer<Span>* spans) {
+  static thread_local Scratch scratch;
+  const int64_t first = plan.components[task.unit], last = plan.components[task.unit + 1];
+  const int64_t n_heads = f.part_heads(), head0 = (task.head * f.splits + task.part) * n_heads;
+  Work<E> w;
+  const int64_t panels = ceil_div(plan.queries(first, last) * n_heads, kPanel);
+  scratch.lay_out([&](Scratch& s) { w.carve(s, f.size, panels); });
+  load_rows(f, plan, w, first, last, head0);
+  plan.spans(first, last, spans);
+  for (int64_t i = plan.ranges_of[task.unit]; i < plan.ranges_of[task.unit + 1]; ++i) {
+    const Interval& keys = plan.intervals[i];
+    const int64_t block = even_piece(keys.k1 - keys.k0, kKeys);
+    for (int64_t b0 = keys.k0; b0 < keys.k1; b0 += block) {
+      run_block(f, plan, w, task, *spans, b0, least(block, keys.k1 - b0));
+    }
+  }
+  static_assert(kKeys >= kPanel, "dk, free by now, takes the rows of a panel");
+  float* rows = w.dk;
+  for (int64_t p = 0; p < w.panels; ++p) {
+    const int64_t lanes = least(kPanel, plan.queries(first, last) * n_heads - p * kPanel);
+    transpose(w.dq_t + p * f.size * kPanel, kPanel, f.size, lanes, rows, w.padded);
+    each_row(plan, first, last, p, n_heads, [&](int64_t lane, int64_t token, int64_t part) {
+      store_row(f.dq + (token * f.heads + head0 + part) * f.size, rows + lane * w.padded, f.size, f.scale);
+    });
+  }
+}
+
+template <typename T>
+void sum_partials(const Backward<T>& f, const Plan& plan) {
+  const int64_t width = f.kv_heads * f.size, each = f.keys * width;
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < plan.intervals.size; ++i) {
+    const int64_t begin = plan.intervals[i].k0 * width, end = plan.intervals[i].k1 * width;
+    for (int64_t x = begin; x < end; ++x) {
+      float dk = 0.0f, dv = 0.0f;
+      for (int64_t part = 0; part < f.splits; ++part) {
+        dk += f.partial[part * each + x];
+        dv += f.partial[(f.splits + part) * each + x];
+      }
+      narrow(dk, f.dk + x);
+      narrow(dv, f.dv + x);
+    }
+  }
+}
+
+template <typename T, typename E>
+void backward(Backward<T> f, const Plan& plan, int64_t threads) {
+  const int64_t units = plan.components.size - 1, group = f.heads / f.kv_heads;
+  Buffer<Span> all(2 * plan.segments.size);
+  Buffer<int64_t> costs(units);
+  int64_t total = 0, largest = 0;
+  for (int64_t c = 0; c < units; ++c) {
+    plan.spans(plan.components[c], plan.components[c + 1], &all);
+    int64_t cost = 1;
+    for (int64_t i = 0; i < all.size; ++i) cost += (all[i].q1 - all[i].q0) * all[i].nk;
+    costs[c] = cost;
+    total += cost * f.kv_heads, largest = most(largest, cost);
+  }
+  // One task a query head instead of one a key head where few large tasks would leave threads idle.
+  f.splits = 4 * largest * threads > total ? group : 1;
+  Buffer<float> partial(f.splits > 1 ? 2 * f.splits * f.keys * f.kv_heads * f.size : 0);
+  f.partial = partial.data;
+  Buffer<Task> tasks(units * f.kv_heads * f.splits);
+  for (int64_t c = 0; c < units; ++c) {
+    for (int64_t head = 0; head < f.kv_heads; ++head) {
+      for (int64_t part = 0; part < f.splits; ++part) tasks.push({c, head, part, f.splits, costs[c]});
+    }
+  }
+  std::qsort(tasks.data, static_cast<size_t>(tasks.size), sizeof(Task), by_cost);
+#pragma omp parallel
+  {
+    Buffer<Span> spans(2 * plan.segments.size);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks.size; ++i) run_task<T, E>(f, plan, tasks[i], &spans);
+  }
+  if (f.splits > 1) sum_partials(f, plan);
+  for (int64_t i = 0; i < plan.gaps.size; ++i) {
+    const int64_t width = f.kv_heads * f.size, at = plan.gaps[i].k0 * width;
+    const size_t bytes = static_cast<size_t>(plan.gaps[i].k1 * width - at) * sizeof(T);
+    std::memset(static_cast<void*>(f.dk + at), 0, bytes);
+    std::memset(static_cast<void*>(f.dv + at), 0, bytes);
+  }
+}
+
+}  // namespace
+
+// Arguments as in packed_attention_fwd; dout with strides, out, lse, dlse (or null), dq, dk, dv contiguous.
+void packed_attention_bwd(const void* dout, const float* dlse, const void* q, const void* k, const void* v,
+                          const void* out, const float* lse, void* dq, void* dk, void* dv, const int32_t* cu_q,
+                          const int32_t* cu_k, const int32_t* prefix, const int32_t* used, int64_t segments,
+                          int64_t tokens, int64_t heads, int64_t keys, int64_t kv_heads, int64_t size, int64_t d_row,
+                          int64_t d_head, int64_t q_row, int64_t q_head, int64_t k_row, int64_t k_head, int64_t v_row,
+                          int64_t v_head, int64_t dtype, int64_t causal, double scale, int64_t window, double softcap,
+                          int64_t threads) {
+  const Plan plan(cu_q, cu_k, prefix, used, segments, causal != 0, window, keys);
+  const auto call = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    const Backward<T> f{static_cast<const T*>(dout),
+                        static_cast<const T*>(q),
+                        static_cast<const T*>(k),
+                        static_cast<const T*>(v),
+                        static_cast<const T*>(out),
+                        lse,
+                        dlse,
+                        static_cast<T*>(dq),
+                        static_cast<T*>(dk),
+                        static_cast<T*>(dv),
+                        nullptr,
+                        keys,
+                        heads,
+                        kv_heads,
+                        size,
+                        1,
+                        d_row,
+                        d_head,
+                        q_row,
+                        q_head,
+                        k_row,
+                        k_head,
+                        v_row,
+                        v_head,
+                        static_cast<float>(scale),
+                        static_cast<float>(softcap)};
+    const int64_t row = heads * size, head = segments > 0 ? cu_q[0] : tokens,
+                  tail = segments > 0 ? cu_q[segments] : tokens;
+    std::memset(static_cast<void*>(f.dq), 0, static_cast<size_t>(head * row) * sizeof(T));
+    std::memset(static_cast<void*>(f.dq + tail * row), 0, static_cast<size_t>((tokens - tail) * row) * sizeof(T));
+#if defined(TLF_ISA_IS_avx512bf16)
+    backward<T, T>(f, plan, threads);
+#else
+    backward<T, float>(f, plan, threads);
+#endif
+  };
+  if (dtype == kFloat32) call(static_cast<float*>(nullptr));
+  if (dtype == kBFloat16) call(static_cast<bf16*>(nullptr));
+}
+
+}  // namespace TLF_ISA
+}  // namespace tlf
+
+TLF_KERNEL(packed_attention_bwd);

@@ -1,0 +1,108 @@
+// splice: text embeddings and image rows into one packed buffer, and the two gradients.
+#include <cstdint>
+#include <cstring>
+
+#include "tlf/kernel.h"
+#include "tlf/numeric.h"
+
+namespace tlf {
+namespace TLF_ISA {
+namespace {
+
+constexpr int64_t kParallelBytes = 1 << 17;  // below this a thread team costs more than it saves
+constexpr int64_t kTile = 512;               // columns summed at a time, in a float buffer on the stack
+
+// owner[t] = the feature row that covers position t, or -1 for text
+void find_owners(const int64_t* slots, int32_t* owner, int64_t tokens, int64_t rows) {
+  for (int64_t t = 0; t < tokens; ++t) owner[t] = -1;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (slots[r] < tokens) owner[slots[r]] = static_cast<int32_t>(r);
+  }
+}
+
+template <typename T>
+void sum_rows(const T* grad, int64_t grad_stride, const int32_t* next, int32_t first, T* out, int64_t dim) {
+  for (int64_t start = 0; start < dim; start += kTile) {
+    const int64_t width = dim - start < kTile ? dim - start : kTile;
+    float total[kTile] = {};
+    for (int32_t t = first; t >= 0; t = next[t]) {
+      const T* row = grad + t * grad_stride + start;
+      for (int64_t j = 0; j < width; ++j) total[j] += to_float(row[j]);
+    }
+    for (int64_t j = 0; j < width; ++j) store(out + start + j, total[j]);
+  }
+}
+
+// Text positions of one id form a list in ascending order, so each embedding row is written by one thread, once, and
+// the sum does not depend on the number of threads.
+template <typename T>
+void scatter_text(const T* grad, int64_t grad_stride, const int64_t* ids, const int32_t* owner, int32_t* next,
+                  int32_t* unique, int32_t* head, T* d_weight, int64_t tokens, int64_t dim) {
+  for (int64_t t = 0; t < tokens; ++t) head[ids[t]] = -1;
+  for (int64_t t = tokens - 1; t >= 0; --t) {
+    if (owner[t] >= 0) continue;
+    next[t] = head[ids[t]];
+    head[ids[t]] = static_cast<int32_t>(t);
+  }
+  int64_t count = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (owner[t] < 0 && head[ids[t]] == t) unique[count++] = static_cast<int32_t>(t);
+  }
+  // dynamic: the most frequent ids collect hundreds of rows, most collect one
+#pragma omp parallel for schedule(dynamic, 8) if (count * dim * static_cast<int64_t>(sizeof(T)) > kParallelBytes)
+  for (int64_t i = 0; i < count; ++i) {
+    sum_rows(grad, grad_stride, next, unique[i], d_weight + ids[unique[i]] * dim, dim);
+  }
+}
+
+}  // namespace
+
+// Strides and row_bytes in bytes; scratch: int32 [tokens]. Serves every dtype.
+void splice_fwd(const int64_t* ids, const char* weight, int64_t weight_stride, const char* features,
+                int64_t features_stride, const int64_t* slots, int32_t* scratch, char* out, int64_t tokens,
+                int64_t rows, int64_t row_bytes) {
+  find_owners(slots, scratch, tokens, rows);
+#pragma omp parallel for schedule(static) if (tokens * row_bytes > kParallelBytes)
+  for (int64_t t = 0; t < tokens; ++t) {
+    const char* source = scratch[t] >= 0 ? features + scratch[t] * features_stride : weight + ids[t] * weight_stride;
+    std::memcpy(out + t * row_bytes, source, row_bytes);
+  }
+}
+
+// d_weight: [vocab, dim], already zero. grad_stride in elements. scratch: int32 [3 * tokens + vocab].
+void splice_bwd_weight(const void* grad, int64_t grad_stride, const int64_t* ids, const int64_t* slots,
+                       int32_t* scratch, void* d_weight, int64_t tokens, int64_t rows, int64_t dim, int64_t dtype) {
+  int32_t* owner = scratch;
+  int32_t* next = owner + tokens;
+  int32_t* unique = next + tokens;
+  int32_t* head = unique + tokens;
+  find_owners(slots, owner, tokens, rows);
+  if (dtype == kBFloat16) {
+    scatter_text(static_cast<const BFloat16*>(grad), grad_stride, ids, owner, next, unique, head,
+                 static_cast<BFloat16*>(d_weight), tokens, dim);
+  } else {
+    scatter_text(static_cast<const float*>(grad), grad_stride, ids, owner, next, unique, head,
+                 static_cast<float*>(d_weight), tokens, dim);
+  }
+}
+
+// Stride and row_bytes in bytes.
+void splice_bwd_features(const char* grad, int64_t grad_stride, const int64_t* slots, char* d_features, int64_t tokens,
+                         int64_t rows, int64_t row_bytes) {
+#pragma omp parallel for schedule(static) if (rows * row_bytes > kParallelBytes)
+  for (int64_t r = 0; r < rows; ++r) {
+    char* target = d_features + r * row_bytes;
+    if (slots[r] < tokens) {
+      std::memcpy(target, grad + slots[r] * grad_stride, row_bytes);
+    } else {
+      std::memset(target, 0, row_bytes);
+    }
+  }
+}
+
+}  // namespace TLF_ISA
+}  // namespace tlf
+
+TLF_KERNEL(splice_fwd);
+TLF_KERNEL(splice_bwd_weight);
+TLF_KERNEL(splice_bwd_features);

@@ -1,0 +1,116 @@
+"""`tlf-bench train` on a tiny model: both processes, the race, the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.bench.conftest import TINY_MODEL, RecordingGate
+from tinyllava_fast.bench import cli, samples, sides, train, worker
+from tinyllava_fast.config.load import load_run, to_dict
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.log import log
+
+pytest.importorskip("easy_vqa")
+TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizers" / "phi_bytebpe"
+SETTINGS = train.Settings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A workload like the real one: tiny model with random weights, easy-VQA records filled in by the benchmark."""
+    tree = yaml.safe_load(train.WORKLOAD.read_text())
+    tree["model"] = to_dict(TINY_MODEL)
+    llm = tree["model"]["llm"]
+    llm["config"] = {k: v for k, v in llm["config"].items() if k != "vocab_size"} | {"max_position_embeddings": 2048}
+    llm["tokenizer"] = str(TOKENIZER)
+    tree["stages"][0]["optim"]["lr"] = 1e-3
+    tree["engine"].update(dtype="float32", device="cpu", threads=1)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_records_are_conversations_about_one_image(tmp_path: Path) -> None:
+    path, images = samples.write_easy_vqa(tmp_path, 3)
+    records = json.loads(path.read_text())
+    assert len(records) == 3 and all((images / r["image"]).is_file() for r in records)
+    turns = records[0]["conversations"]
+    assert turns[0]["value"].startswith("<image>\n") and [t["from"] for t in turns[:2]] == ["human", "gpt"]
+    assert "<image>" not in turns[2]["value"] and len(turns) % 2 == 0 and len(turns) >= 4
+    with pytest.raises(UserError, match="easy-VQA has"):
+        samples.write_easy_vqa(tmp_path, 10**6)
+
+
+def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path) -> None:
+    """Without processes: packs from real records, real template and pixels, equal losses in float32."""
+    run = load_run(train.compose(config, [], tmp_path, SETTINGS))
+    gates = {side: RecordingGate() for side in ("ours", "peer")}
+    for side, gate in gates.items():
+        sides.serve(side, run, gate, per_step=2, precision="float32")  # type: ignore[arg-type]
+    ours, peer = gates["ours"].losses, gates["peer"].losses
+    assert len(ours) == 2 and ours == pytest.approx(peer, abs=1e-3) and ours[0] == pytest.approx(peer[0], abs=1e-4)
+    facts = gates["ours"].facts
+    assert facts["budget"] % 64 == 0  # type: ignore[operator]
+    assert facts["tokens_per_step"] <= facts["padded_tokens_per_step"]  # type: ignore[operator]
+    assert 0 < facts["supervised_per_step"] < facts["tokens_per_step"]  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two worker processes, two rounds, the JSON's keys."""
+    target = tmp_path / "train.json"
+    flags = ["--rounds", "2", "--warmup", "1", "--samples", "2", "--quick", "--peer", "bf16"]
+    assert cli.main(["train", "--config", str(config), *flags, "--json", str(target), "seed=3"]) == 0
+    report = json.loads(target.read_text())
+    keys = {"ratio", "mfu", "rss_ratio", "samples_per_s", "peer", "spread", "losses"}
+    assert keys <= set(report)
+    fastest = report["peers"][report["peer"]["weights"]]
+    assert fastest["samples_per_s"] == max(one["samples_per_s"] for one in report["peers"].values())
+    assert report["ratio"] == pytest.approx(report["samples_per_s"] / report["peer"]["samples_per_s"])
+    assert report["spread"]["min"] <= report["spread"]["max"] and report["rss_ratio"] > 0 and report["mfu"] > 0
+    assert len(report["losses"]["ours"]) == len(report["losses"]["peer"]) == len(report["losses"]["reference"]) == 3
+    assert report["losses"]["gap"]["reference"] < 1e-3 and report["losses"]["gap"]["bf16"] < 0.05
+    assert report["run"]["seed"] == 3 and set(report["peers"]) == {"bf16"}
+    out = capsys.readouterr().out
+    assert "transformers + Trainer, bf16" in out and "same samples" in out
+
+
+def test_a_worker_says_what_is_wrong_and_exits_with_2(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "prepare_memory", lambda: None)
+    path = train.compose(config, ["stages.finetune.data.template=no_such_template"], tmp_path, SETTINGS)
+    log.addHandler(caplog.handler)
+    try:
+        assert worker.main(["ours", str(path), "--per-step", "2", "--precision", "bf16"], io.StringIO()) == 2
+    finally:
+        log.removeHandler(caplog.handler)
+    assert "no_such_template" in caplog.text
+
+
+def test_a_worker_ends_quietly_when_its_parent_has_gone(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = train.compose(config, [], tmp_path, SETTINGS)
+    prepared: list[bool] = []
+    monkeypatch.setattr(worker, "prepare_memory", lambda: prepared.append(True))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"steps": 1}\n'))
+    answers = io.StringIO()
+    assert worker.main(["ours", str(path), "--per-step", "2", "--precision", "bf16"], answers) == 0
+    assert prepared  # ours runs with tlf-train's memory settings
+    ready, step = map(json.loads, answers.getvalue().splitlines())
+    assert ready["ready"]["flops"]["decoder"] > 0 and len(step["losses"]) == 1
+
+
+def test_a_run_has_one_stage(config: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(config.read_text())
+    tree["stages"].append({**tree["stages"][0], "name": "again"})
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="exactly one stage, this has 2"):
+        train.compose(config, [], tmp_path, SETTINGS)

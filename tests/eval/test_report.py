@@ -1,0 +1,93 @@
+"""The report shows the run's own numbers and needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval import runner
+from tinyllava_fast.eval.report import write_report
+from tinyllava_fast.eval.report.data import Curve, gather, read_curves
+from tinyllava_fast.eval.report.html import duration, page, size
+from tinyllava_fast.eval.report.svg import loss_chart
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder, data_dir, tmp_path_factory):
+    """A run folder with metrics, summary, config and both evaluations."""
+    root = tmp_path_factory.mktemp("my<run>")
+    entries = [
+        {"stage": stage, "step": base + i, "loss": 5.0 / (base + i)}
+        for base, stage in ((1, "pretrain"), (11, "finetune"))
+        for i in range(10)
+    ]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    summary = {
+        "train_seconds": 125.0,
+        "samples_per_s": 51.5,
+        "tokens_per_s": 7000.0,
+        "steps": 20,
+        "peak_rss_bytes": 2**30,
+    }
+    (root / "summary.json").write_text(json.dumps(summary))
+    (root / "config.yaml").write_text("seed: 0  # <tag>\n")
+    for name, blind in (("seen", False), ("blind", True)):
+        runner.evaluate(folder, "easy_vqa", data_dir, root / name, blind=blind, device="cpu", batch_tokens=2048)
+    return root
+
+
+def test_report_files(run_dir, data_dir):
+    html_path, png_path = write_report(run_dir, run_dir / "seen", run_dir / "blind", data_dir)
+    html = html_path.read_text()
+    assert html.count("data:image/png;base64,") >= 4  # one per test image, and the mistakes
+    assert not re.search(r'(src|href)="(?!data:)', html) and "http" not in html and "<script" not in html
+    assert "my&lt;run&gt;" in html and "&lt;tag&gt;" in html and "<tag>" not in html
+    for text in ("pretrain", "finetune", "2 min 05 s", "1.00 GiB", "blank", "yes/no shape", "of 20 questions right"):
+        assert text in html, text
+    assert png_path.read_bytes().startswith(b"\x89PNG") and png_path.stat().st_size > 20_000
+
+
+def test_report_without_training_or_blind(run_dir, data_dir, tmp_path):
+    data = gather(tmp_path, run_dir / "seen", None, data_dir)
+    html = page(data)
+    assert "No training metrics" in html and "blank" not in html and "Configuration" not in html
+    right = [replace(s, right=True) for s in data.shots]
+    assert "truth:" not in page(replace(data, shots=right, mistakes=[]))
+
+
+def test_report_draws_reproducibly_and_one_question_an_image(run_dir, data_dir):
+    one, two = (gather(run_dir, run_dir / "seen", None, data_dir, shots=3) for _ in range(2))
+    assert one.shots == two.shots and len({s.question.image for s in one.shots}) == 3
+    wrong = {s.question.id for s in one.mistakes}
+    assert wrong <= set(one.results["wrong"]) and not wrong & {s.question.id for s in one.shots}
+
+
+def test_report_needs_results(tmp_path, data_dir):
+    with pytest.raises(UserError, match="run tlf-eval first"):
+        gather(tmp_path, tmp_path, None, data_dir)
+
+
+def test_curves(tmp_path, run_dir):
+    assert read_curves(tmp_path / "none.jsonl") == []
+    curves = read_curves(run_dir / "metrics.jsonl")
+    assert [(c.stage, c.steps[0], c.steps[-1]) for c in curves] == [("pretrain", 1, 10), ("finetune", 11, 20)]
+    flat = Curve("s", [1, 2, 3], [2.0, 2.0, 2.0])
+    assert flat.smooth == pytest.approx([2.0, 2.0, 2.0])
+    chart = loss_chart([flat, Curve("t", [4], [1e-4])])
+    assert chart.count("<polyline") == 4 and "nan" not in chart
+    assert chart.count('class="stage"') == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(47.6, "48 s"), (59.7, "1 min 00 s"), (723, "12 min 03 s"), (7500, "2 h 05 min")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_size():
+    assert size(3 * 2**20) == "3 MiB" and size(1.5 * 2**30) == "1.50 GiB"

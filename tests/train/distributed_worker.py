@@ -1,0 +1,27 @@
+"""What the processes of test_distributed.py run: FOLDER, then one run after another in the same process group.
+
+Each argument is NAME:OVERRIDE,OVERRIDE,... of the configuration in FOLDER/run.yaml; its output is FOLDER/NAME.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tinyllava_fast.config.load import load_run
+from tinyllava_fast.log import setup_logging
+from tinyllava_fast.train.loop import train
+
+
+def main() -> None:
+    """Train every run of the command line."""
+    setup_logging()
+    folder = Path(sys.argv[1])
+    for run in sys.argv[2:]:
+        name, _, overrides = run.partition(":")
+        changes = [o for o in overrides.split(",") if o]
+        train(load_run(folder / "run.yaml", [f"output_dir={folder / name}", *changes]))
+
+
+if __name__ == "__main__":
+    main()

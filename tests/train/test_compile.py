@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+from tinyllava_fast.train.compile import CompiledForward
+
+
+class Net(nn.Module):
+    """A stand-in with one input that LMM.forward has too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.factor = 2
+
+    def forward(self, pixel_values):
+        return (self.layer(pixel_values) * self.factor).sum()
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    yield
+    torch.compiler.reset()
+
+
+def test_one_graph_a_shape_and_names_untouched(caplog):
+    net = Net()
+    expected = net(torch.ones(4, 3))
+    names = list(net.state_dict())
+    compiled = CompiledForward(net, backend="eager")
+    with caplog.at_level("INFO", logger="tinyllava_fast"):
+        for rows in (4, 4, 2, 4, 2):
+            net(pixel_values=torch.ones(rows, 3))
+    torch.testing.assert_close(net(pixel_values=torch.ones(4, 3)), expected)
+    assert (compiled.graphs, compiled.recompiles) == (2, 0) and compiled.seconds > 0
+    assert list(net.state_dict()) == names
+    compiled.close()
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 2 and messages[0].startswith("compiled forward graph 1 (4 images)")
+
+
+def test_a_recompile_is_an_error_line_with_the_reason(caplog):
+    net = Net()
+    compiled = CompiledForward(net, backend="eager")
+    net(pixel_values=torch.ones(4, 3))
+    net.factor = 3
+    net(pixel_values=torch.ones(4, 3))
+    assert compiled.recompiles == 1
+    (error,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "recompiled a known shape" in error and "factor" in error
+
+
+def test_a_graph_break_is_an_error():
+    class Breaks(Net):
+        def forward(self, pixel_values):
+            if pixel_values.sum().item() > 0:
+                return self.layer(pixel_values).sum()
+            return pixel_values.sum()
+
+    net = Breaks()
+    CompiledForward(net, backend="eager")
+    with pytest.raises(Exception, match=r"(?i)data-dependent|item"):
+        net(pixel_values=torch.ones(4, 3))

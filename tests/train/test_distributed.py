@@ -1,0 +1,108 @@
+"""Two processes over gloo: the losses and the weights of one process, under every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinyllava_fast.config.load import load_run
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.train.cli import main
+from tinyllava_fast.train.engine.deepspeed_engine import deepspeed_config
+from tinyllava_fast.train.loop import train
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def launch(folder: Path, *runs: str) -> None:
+    """Two processes that train the runs one after another."""
+    pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*command, str(folder), *runs], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def entries(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(run: Path, reference: Path) -> None:
+    pairs = list(zip(entries(run), entries(reference), strict=True))
+    assert len(pairs) == 12
+    for found, expected in pairs:
+        assert (found["step"], found["stage"], found["lr"]) == (expected["step"], expected["stage"], expected["lr"])
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    for name in ("pretrain/model.safetensors", "final/model.safetensors"):
+        found, expected = load_file(run / name), load_file(reference / name)
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.slow
+def test_zero_stages_train_as_one_process_does(tiny_run):
+    path = tiny_run(stages__pretrain__batch__packs_per_step=4, stages__finetune__batch__packs_per_step=2)
+    folder = path.parent
+    train(load_run(path, [f"output_dir={folder / 'one'}"]))
+    # A run that torch began and one that ZeRO 3 began, each to be finished by the other.
+    shutil.copytree(folder / "one", folder / "torch_then_zero3")
+    shutil.rmtree(folder / "torch_then_zero3" / "checkpoints" / "finetune-00000012")
+    stages = {f"zero{z}": f"engine.type=deepspeed,engine.zero_stage={z}" for z in (0, 1, 2, 3)}
+    offload = f"{stages['zero2']},engine.offload=true"
+    again = f"torch_then_zero3:{stages['zero3']}"
+    launch(folder, *(f"{name}:{change}" for name, change in stages.items()), f"offload:{offload}", again)
+    for name in (*stages, "offload", "torch_then_zero3"):
+        assert_same_training(folder / name, folder / "one")
+    shutil.rmtree(folder / "zero3" / "checkpoints" / "finetune-00000012")
+    train(load_run(path, [f"output_dir={folder / 'zero3'}"]))
+    assert_same_training(folder / "zero3", folder / "one")
+
+
+def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch):
+    """In this process: a group of one; stopped in the middle and resumed."""
+    pytest.importorskip("deepspeed")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    path = tiny_run()
+    folder = path.parent
+    train(load_run(path, [f"output_dir={folder / 'one'}"]))
+    for zero in (2, 3):
+        run = folder / f"zero{zero}"
+        changes = [f"output_dir={run}", "engine.type=deepspeed", f"engine.zero_stage={zero}"]
+        assert main([str(path), *changes]) == 0
+        shutil.rmtree(run / "checkpoints" / "finetune-00000012")
+        assert main([str(path), *changes]) == 0
+        assert_same_training(run, folder / "one")
+
+
+def test_deepspeed_that_is_not_installed(tiny_run, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"deepspeed does not import .*tinyllava-fast\[train\]"):
+        train(load_run(tiny_run(), ["engine.type=deepspeed"]))
+
+
+def test_json_is_generated_from_the_settings():
+    base = {"clip_norm": 0.5, "micro_batches": 3, "cuda": False}
+    config = deepspeed_config(zero_stage=3, offload=True, bf16=True, **base)
+    assert config["gradient_accumulation_steps"] == 3 and config["gradient_clipping"] == 0.5
+    assert config["bf16"] == {"enabled": True} and config["data_types"] == {"grad_accum_dtype": "fp32"}
+    zero = config["zero_optimization"]
+    assert zero["stage"] == 3 and zero["offload_optimizer"]["device"] == "cpu"
+    assert zero["stage3_param_persistence_threshold"] > 0
+    plain = deepspeed_config(zero_stage=2, offload=False, bf16=False, **base)
+    assert "bf16" not in plain and "offload_optimizer" not in plain["zero_optimization"]
+    json.dumps(config)

@@ -1,0 +1,100 @@
+"""kill -9 at random instants, also inside a save: the resumed losses are the uninterrupted run's, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tinyllava_fast.train.cli import main
+
+SHAPE = {
+    "stages__pretrain__max_steps": 6,
+    "stages__finetune__max_steps": 24,
+    "checkpoint__every_steps": 2,
+    "records": 60,
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Children fork from a process that has imported everything already, so that kills fall into the run itself."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tinyllava_fast.train.loop", "torch.utils.tensorboard"])
+    return context
+
+
+def start(server, path: Path, output: Path):
+    child = server.Process(target=main, args=([str(path), f"output_dir={output}"],))
+    child.start()
+    return child
+
+
+def kill(child) -> None:
+    if child.is_alive():
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+
+
+def wait_for_steps(child, run: Path, more: int) -> None:
+    """Until metrics.jsonl has grown by some lines; the last may be half written."""
+    metrics = run / "metrics.jsonl"
+    seen = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    while child.is_alive() and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= seen + more):
+        time.sleep(0.001)
+
+
+def wait_for_save(child, run: Path) -> None:
+    """Until a checkpoint is being written."""
+    while child.is_alive() and not any((run / "checkpoints").glob(".tmp-*")):
+        time.sleep(0.0005)
+
+
+def hunt(server, path: Path, run: Path, kills: int, seed: int) -> tuple[int, int]:
+    """Start and kill until ``kills`` have hit, then let it finish; returns kills and kills inside a save."""
+    rng, hits, in_save = random.Random(seed), 0, 0
+    while hits < kills:
+        child = start(server, path, run)
+        wait_for_steps(child, run, rng.randint(1, 3))
+        if hits % 2:
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            wait_for_save(child, run)
+            time.sleep(rng.uniform(0, 0.01))
+        if not child.is_alive():
+            child.join()
+            break
+        kill(child)
+        hits += 1
+        in_save += any((run / "checkpoints").glob(".tmp-*"))
+    child = start(server, path, run)
+    child.join(300)
+    assert child.exitcode == 0
+    return hits, in_save
+
+
+def check(server, tiny_run, losses, kills: int, **changes) -> None:
+    path = tiny_run(**{**SHAPE, **changes})
+    whole, run = path.parent / "whole", path.parent / "run"
+    child = start(server, path, whole)
+    child.join(300)
+    hits, in_save = hunt(server, path, run, kills, seed=kills)
+    assert losses(run) == losses(whole)
+    assert not list(run.glob("checkpoints/.tmp-*")) and not list(run.glob(".*.tmp-*"))
+    final, twin = ((r / "final" / "model.safetensors").read_bytes() for r in (run, whole))
+    assert final == twin
+    assert hits == kills and in_save >= kills // 4
+
+
+def test_three_kills(server, tiny_run, losses):
+    check(server, tiny_run, losses, 3)
+
+
+@pytest.mark.slow
+def test_twenty_kills(server, tiny_run, losses):
+    check(server, tiny_run, losses, 20, stages__finetune__max_steps=300)

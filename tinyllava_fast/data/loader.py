@@ -1,0 +1,200 @@
+"""Packs to the training loop: worker processes, an exact position, the same plan on every rank."""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tinyllava_fast.data.dataset import PackedDataset
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.errors import CheckpointError, DataError, UserError
+
+Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
+
+
+class Loader:
+    """Yields this rank's PackedBatches, epoch after epoch, from a position that can be saved and restored.
+
+    The packs of all epochs form one stream: step i takes the i-th packs_per_step of them, rank r of W every W-th of
+    those from the r-th on, so a step may reach into the next epoch and no pack is dropped. At the very end the stream
+    is filled up with empty packs. workers: processes that build packs; 0: none. prefetch: packs each worker prepares
+    ahead. Worker errors surface here as the DataError they are. UserError for counts that do not divide.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        *,
+        packs_per_step: int = 1,
+        epochs: float = 1.0,
+        max_steps: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        if packs_per_step < 1 or packs_per_step % world_size:
+            raise UserError(
+                f"batch.packs_per_step: {packs_per_step} is not a multiple of the {world_size} processes; "
+                f"try {math.ceil(packs_per_step / world_size) * world_size}"
+            )
+        self.dataset = dataset
+        self.packs_per_step = packs_per_step
+        self.rank = rank
+        self.world_size = world_size
+        self.workers = workers
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+        self.skipped: dict[str, None] = {}
+        """Reasons for records left out (data.on_bad_image: skip), in order of appearance."""
+        self._packs: list[int] = []  # packs in each epoch, as far as known
+        self._position = 0  # packs of the stream consumed by all ranks together
+        self._stream: Iterator[PackedBatch] | None = None
+        if max_steps is None:
+            whole = int(epochs)
+            self._end = self._start(whole) + math.ceil((epochs - whole) * self._count(whole))
+            self.steps = math.ceil(self._end / packs_per_step)
+        else:
+            self._end = max_steps * packs_per_step
+            self.steps = max_steps
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in the first epoch; later ones may differ by a few packs."""
+        return self._count(0) / self.packs_per_step
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data consumed so far."""
+        epoch, pack = self._locate(self._position)
+        return epoch + pack / self._count(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the packs consumed so far; what workers have prepared ahead does not count."""
+        epoch, pack = self._locate(self._position)
+        fingerprint = self.dataset.fingerprint
+        return {"epoch": epoch, "pack": pack, "fingerprint": fingerprint, "skipped": list(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. CheckpointError if the data or the packing is not what it was."""
+        if state["fingerprint"] != self.dataset.fingerprint:
+            raise CheckpointError(
+                f"{self.dataset.data.records}: the records, the tokenizer, the seed or the batch settings differ from "
+                "those of the checkpoint, so its position in the data means nothing; restore them or start anew"
+            )
+        self.close()
+        self._position = self._start(state["epoch"]) + state["pack"]
+        self.skipped = dict.fromkeys(state["skipped"])
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        self.close()
+        source: DataLoader[Any] = DataLoader(
+            _Packs(self.dataset),  # type: ignore[arg-type]
+            sampler=_Jobs(self, self._position),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+            collate_fn=_same,
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator().manual_seed(0),  # else it draws from torch's global generator
+        )
+        self._stream = iter(source)
+        for wire in self._stream:
+            if isinstance(wire, str):
+                self.close()
+                raise DataError(wire)
+            batch = _from_wire(wire)
+            self._position += self.world_size
+            self.skipped.update(dict.fromkeys(batch.skipped))
+            yield batch.pin_memory() if self.pin_memory else batch
+
+    def close(self) -> None:
+        """Stop the workers of an unfinished iteration."""
+        if shutdown := getattr(self._stream, "_shutdown_workers", None):
+            shutdown()
+        self._stream = None
+
+    def jobs(self, position: int) -> Iterator[Job]:
+        """What this rank builds from a position of the stream on."""
+        epoch, pack = self._locate(position + self.rank)
+        for at in range(position + self.rank, self.steps * self.packs_per_step, self.world_size):
+            while pack >= self._count(epoch):
+                pack -= self._count(epoch)
+                epoch += 1
+            yield epoch, self.dataset.plan(epoch)[pack] if at < self._end else None
+            pack += self.world_size
+
+    def _count(self, epoch: int) -> int:
+        """Packs in an epoch."""
+        while len(self._packs) <= epoch:
+            self._packs.append(len(self.dataset.plan(len(self._packs))))
+        return self._packs[epoch]
+
+    def _start(self, epoch: int) -> int:
+        """Position of an epoch's first pack in the stream."""
+        return sum(self._count(e) for e in range(epoch))
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """(epoch, pack) at a position of the stream."""
+        epoch = 0
+        while position >= self._count(epoch):
+            position -= self._count(epoch)
+            epoch += 1
+        return epoch, position
+
+
+class _Jobs:
+    """The DataLoader's sampler: this rank's packs in order. It runs in the main process."""
+
+    def __init__(self, loader: Loader, position: int) -> None:
+        self.loader = loader
+        self.position = position
+
+    def __iter__(self) -> Iterator[Job]:
+        return self.loader.jobs(self.position)
+
+
+class _Packs:
+    """The DataLoader's data set: builds one pack, in a worker."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, job: Job) -> dict[str, Any] | str:
+        epoch, indices = job
+        try:
+            batch = self.dataset.empty() if indices is None else self.dataset.pack(epoch, indices)
+        except DataError as error:
+            return str(error)  # an exception would arrive wrapped in the worker's traceback
+        return _to_wire(batch)
+
+
+def _to_wire(batch: PackedBatch) -> dict[str, Any]:
+    """As numpy arrays, which travel through the pipe: tensors would each need a file in /dev/shm, often small."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+
+def _from_wire(wire: dict[str, Any]) -> PackedBatch:
+    values: dict[str, Any] = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in wire.items()}
+    return PackedBatch(**values)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _prepare_worker(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which stops the workers; keep what was inherited out of garbage collection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects

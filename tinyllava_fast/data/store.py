@@ -1,0 +1,77 @@
+"""Tokenised samples in a few flat arrays: small, and shared with forked workers without being copied."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from zlib import crc32
+
+from tinyllava_fast.data.templates.base import Segment
+
+
+class SampleStore:
+    """Append-only list of samples (lists of Segments), each with an id and an image path."""
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._spans = array("i")
+        self._segments = array("q")  # (end in ids, end in spans, on_prefix) of each segment
+        self._samples = array("q", [0])  # first segment of each sample, and the end
+        self._names = _Strings()
+        self._images = _Strings()
+
+    def __len__(self) -> int:
+        return len(self._samples) - 1
+
+    def append(self, sample: Sequence[Segment], name: str, image: str | None) -> None:
+        """Add one sample; image: its path, None for text alone."""
+        for segment in sample:
+            self._ids.extend(segment.ids)
+            for span in segment.spans:
+                self._spans.extend(span)
+            self._segments.extend((len(self._ids), len(self._spans), int(segment.on_prefix)))
+        self._samples.append(len(self._segments) // 3)
+        self._names.append(name)
+        self._images.append(image or "")
+
+    def sample(self, index: int) -> list[Segment]:
+        """The segments of one sample."""
+        found = []
+        for number in range(self._samples[index], self._samples[index + 1]):
+            begin, spans_begin = self._segments[3 * number - 3 : 3 * number - 1] if number else (0, 0)
+            end, spans_end, on_prefix = self._segments[3 * number : 3 * number + 3]
+            spans = self._spans[spans_begin:spans_end].tolist()
+            pairs = list(zip(spans[0::2], spans[1::2], strict=True))
+            found.append(Segment(self._ids[begin:end].tolist(), pairs, bool(on_prefix)))
+        return found
+
+    def name(self, index: int) -> str:
+        """The record id of one sample."""
+        return self._names[index]
+
+    def image(self, index: int) -> str:
+        """The image path of one sample; empty for text alone."""
+        return self._images[index]
+
+    def fingerprint(self) -> int:
+        """A checksum of all tokens and labels: a saved position is valid only for the same data."""
+        total = 0
+        for column in (self._ids, self._spans, self._segments, self._samples):
+            total = crc32(memoryview(column).cast("B") if len(column) else b"", total)
+        return total
+
+
+class _Strings:
+    """Strings as one blob: no Python object each, whose reference count would unshare memory in forked workers."""
+
+    def __init__(self) -> None:
+        self._blob = bytearray()
+        self._ends = array("q", [0])
+
+    def append(self, text: str) -> None:
+        """Add one string."""
+        self._blob += text.encode()
+        self._ends.append(len(self._blob))
+
+    def __getitem__(self, index: int) -> str:
+        return self._blob[self._ends[index] : self._ends[index + 1]].decode()

@@ -1,0 +1,270 @@
+"""Chat templates: messages to token ids, with the positions that carry a label.
+
+A prompt is cut at ``<image>`` and every piece is tokenised by a call of its own, as the reference does, so the text
+after an image has the same ids whatever came before it. Which tokens are supervised follows from character offsets:
+those that reach into the space before an answer, the answer, or the end-of-answer string.
+
+A template is one file in this folder; the registry finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from tokenizers import Encoding
+
+from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, IMAGE_TOKEN
+from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.registry import Registry
+
+Message = Mapping[str, Any]  # {"from": "human" | "gpt", "value": str | None}
+Turns = Sequence[tuple[str, "str | None"]]  # (question, answer); answer None: to be generated
+Conversation = Sequence[Message] | Turns
+TurnMode = Literal["conversation", "independent"]
+MaskMode = Literal["offsets", "reference"]
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that attend to one another, and which of them are learnt."""
+
+    ids: list[int]
+    """Token ids; IMAGE_INDEX stands for one image."""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    """Half-open ranges of supervised tokens, ascending."""
+    on_prefix: bool = False
+    """It also sees the first segment of its sample, and its positions go on from there."""
+
+    def labels(self) -> list[int]:
+        """One label a token, not shifted: the id where supervised, -100 elsewhere and at images."""
+        labels = [IGNORE_INDEX] * len(self.ids)
+        for start, stop in self.spans:
+            labels[start:stop] = [IGNORE_INDEX if i == IMAGE_INDEX else i for i in self.ids[start:stop]]
+        return labels
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An inference prompt, cut after its last image: requests about one image share the prefix. Ids as in Segment."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole prompt."""
+        return self.prefix + self.suffix
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Prompt text with literal ``<image>`` and the character ranges that are supervised."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def turns_of(conversation: Conversation) -> list[tuple[str, str | None]]:
+    """Messages as (question, answer) pairs by position, a leading answer left out. DataError if they do not pair up."""
+    if not conversation or isinstance(conversation[0], tuple):
+        return list(cast(Turns, conversation))
+    messages = list(cast(Sequence[Message], conversation))
+    if messages[0]["from"] != "human":
+        messages = messages[1:]
+    values = [m["value"] for m in messages]
+    questions, answers = values[0::2], values[1::2]
+    if len(questions) != len(answers):
+        raise DataError(f"{len(questions)} questions but {len(answers)} answers; every question needs one answer")
+    return list(zip(questions, answers, strict=True))
+
+
+@dataclass(frozen=True)
+class Template:
+    """The family ``<system> USER: <question> ASSISTANT: <answer><eos>``; others override ``render``."""
+
+    eos: str
+    """Text that ends every answer; one special token of the tokenizers it is meant for."""
+    system: str = SYSTEM
+    separator: str = " ASSISTANT: "
+    """Text between question and answer."""
+    reference_masks: Literal["generic", "llama", "gemma", "pretrain"] = "generic"
+    """Which arithmetic the reference uses for its label masks (``masks: reference``)."""
+    needs_image: bool = False
+    """Every sample gets an image slot, whether its question names one or not."""
+    shares_prefix: bool = True
+    """Independent turns may share the system text and the image as a prefix."""
+
+    def render(self, turns: Turns) -> Rendered:
+        """Prompt text of the turns; an answer of None ends the text where the model continues."""
+        text, spans = self.system + " ", []
+        for question, answer in turns:
+            if IMAGE_TOKEN in question:
+                question = f"{IMAGE_TOKEN}\n{question.replace(IMAGE_TOKEN, '').strip()}".strip()
+            text += f"USER: {question}"
+            if answer is None:
+                text += self.separator.rstrip()
+                continue
+            text += self.separator
+            start = len(text) - 1  # the separator's last space melts into the first token of the answer
+            text += answer + self.eos
+            spans.append((start, len(text)))
+        return Rendered(text, spans)
+
+    def problem(self, turns: Turns, has_image: bool) -> str | None:
+        """What makes these turns unusable with this template, as a sentence; None if nothing does."""
+        marked = any(IMAGE_TOKEN in question for question, _ in turns)
+        if marked and not has_image:
+            return f"a question contains {IMAGE_TOKEN} but the record names no image; add 'image' or remove the marker"
+        if has_image and not marked and not self.needs_image:
+            return f"the record names an image but no question contains {IMAGE_TOKEN}; add the marker or remove 'image'"
+        if self.needs_image and not has_image:
+            return "the record names no image, which this template needs; add 'image' or choose another template"
+        for number, (_, answer) in enumerate(turns):
+            for literal in (IMAGE_TOKEN, self.separator, self.eos):
+                if literal.strip() and literal in (answer or ""):
+                    return f"answer {number} contains the template's own {literal!r}; rewrite or remove it"
+        return None
+
+    def encode(
+        self,
+        conversations: Sequence[Conversation],
+        tokenizer: Any,
+        turns: TurnMode = "conversation",
+        masks: MaskMode = "offsets",
+    ) -> list[list[Segment]]:
+        """Samples as segments, all tokenised in one call.
+
+        conversation: one segment a sample. independent: every turn sees only the system text and the image; several
+        turns about one image become a prefix segment and one segment a turn that shares it, each with exactly the
+        tokens of the single-turn sample. DataError for messages that do not pair up.
+        """
+        samples = [self._units(turns_of(c), turns) for c in conversations]
+        rendered = [self.render(unit) for sample in samples for unit in sample]
+        encoded = iter(self._encode_rendered(rendered, tokenizer, masks))
+        return [self._assemble([next(encoded) for _ in sample]) for sample in samples]
+
+    def prompt_batch(self, conversations: Sequence[Conversation], tokenizer: Any) -> list[Prompt]:
+        """Inference prompts (the last answer None), all tokenised in one call."""
+        rendered = [self.render(turns_of(c)) for c in conversations]
+        prompts = []
+        for segment in self._encode_rendered(rendered, tokenizer, "offsets"):
+            cut = max((i + 1 for i, token in enumerate(segment.ids) if token == IMAGE_INDEX), default=0)
+            prompts.append(Prompt(segment.ids[:cut], segment.ids[cut:]))
+        return prompts
+
+    def prompt(self, conversation: Conversation, tokenizer: Any) -> Prompt:
+        """One inference prompt; see ``prompt_batch``."""
+        return self.prompt_batch([conversation], tokenizer)[0]
+
+    @staticmethod
+    def question(text: str, with_image: bool = True) -> list[dict[str, str | None]]:
+        """Messages that ask one question, about an image or not, and leave the answer open."""
+        value = f"{IMAGE_TOKEN}\n{text}" if with_image else text
+        return [{"from": "human", "value": value}, {"from": "gpt", "value": None}]
+
+    @property
+    def stop(self) -> str:
+        """Text that ends an answer."""
+        return self.eos
+
+    def stop_id(self, tokenizer: Any) -> int:
+        """Id of the token that ends an answer. UserError if this tokenizer has no such token."""
+        ids = tokenizer.encode(self.eos or tokenizer.eos_token or "", add_special_tokens=False)
+        if len(ids) != 1:
+            raise UserError(
+                f"data.template: it ends answers with {self.eos!r}, which is {len(ids)} tokens of this tokenizer "
+                f"(its own end token is {tokenizer.eos_token!r}); choose the template whose end token it is"
+            )
+        return int(ids[0])
+
+    def _units(self, turns: list[tuple[str, str | None]], mode: TurnMode) -> list[Turns]:
+        """What is rendered on its own: the whole conversation, or every turn with the image put before its question."""
+        if mode == "conversation" or len(turns) == 1:
+            return [turns]
+        with_image = any(IMAGE_TOKEN in question for question, _ in turns)
+        marker = f"{IMAGE_TOKEN}\n" if with_image else ""
+        return [[(marker + question, answer)] for question, answer in turns]
+
+    def _assemble(self, units: list[Segment]) -> list[Segment]:
+        """Several units of one image share everything up to the image as a prefix segment."""
+        if len(units) == 1 or not self.shares_prefix or IMAGE_INDEX not in units[0].ids:
+            return units
+        cut = units[0].ids.index(IMAGE_INDEX) + 1
+        segments = [Segment(units[0].ids[:cut])]
+        for unit in units:
+            spans = [(start - cut, stop - cut) for start, stop in unit.spans]
+            segments.append(Segment(unit.ids[cut:], spans, on_prefix=True))
+        return segments
+
+    def _encode_rendered(self, rendered: list[Rendered], tokenizer: Any, masks: MaskMode) -> list[Segment]:
+        texts = [r.text.split(IMAGE_TOKEN) for r in rendered]
+        encodings = encode_pieces(tokenizer, [piece for pieces in texts for piece in pieces])
+        bos = tokenizer.bos_token_id
+        segments = []
+        for item, pieces in zip(rendered, texts, strict=True):
+            segment = _join(item, pieces, [encodings[piece] for piece in pieces], bos)
+            if masks == "reference":
+                from tinyllava_fast.data.templates.reference import reference_spans
+
+                segment = Segment(segment.ids, reference_spans(self, tokenizer, item.text, segment.ids))
+            segments.append(segment)
+        return segments
+
+
+def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> dict[str, Encoding]:
+    """Encoding of every distinct text, special tokens added as the tokenizer does; one parallel call."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    distinct = list(dict.fromkeys(pieces))
+    return dict(zip(distinct, backend.encode_batch(distinct), strict=True))
+
+
+def _join(item: Rendered, pieces: list[str], encodings: list[Encoding], bos: int | None) -> Segment:
+    """Concatenate the pieces with one marker an image between them; only the first keeps its BOS."""
+    first = encodings[0].ids
+    skip = 1 if first and first[0] == bos else 0
+    ids, spans = list(first[:skip]), []
+    begin = 0
+    for number, (piece, encoding) in enumerate(zip(pieces, encodings, strict=True)):
+        if number:
+            ids.append(IMAGE_INDEX)
+        for start, stop in item.spans:
+            low, high = max(start - begin, 0), min(stop - begin, len(piece))
+            if low < high:
+                shift = len(ids) - skip
+                spans.append((_token_at(encoding, low, skip) + shift, _token_end(encoding, high - 1) + shift))
+        ids += encoding.ids[skip:]
+        begin += len(piece) + len(IMAGE_TOKEN)
+    return Segment(ids, spans)
+
+
+def _token_at(encoding: Encoding, char: int, skip: int) -> int:
+    """First token that covers the character, or the next character that any token covers."""
+    if char == 0:
+        return skip  # a word-start mark that the tokenizer puts before the text covers no character
+    while (token := encoding.char_to_token(char)) is None and char < len(encoding.ids):
+        char += 1
+    return len(encoding.ids) if token is None else token
+
+
+def _token_end(encoding: Encoding, char: int) -> int:
+    """One past the last token that covers the character, or the nearest character before it that any token covers."""
+    while (token := encoding.char_to_token(char)) is None and char > 0:
+        char -= 1
+    if token is None:
+        return len(encoding.ids)
+    last = token + 1
+    while last < len(encoding.ids) and (chars := encoding.token_to_chars(last)) and chars[0] <= char < chars[1]:
+        last += 1  # a character of several byte tokens
+    return last
+
+
+TEMPLATES: Registry[Template] = Registry("chat template", "tinyllava_fast.data.templates")

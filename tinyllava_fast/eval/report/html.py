@@ -1,0 +1,190 @@
+"""The report as one HTML file: styles, charts and images are inside it, so it opens offline and can be mailed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from PIL import Image
+
+from tinyllava_fast.data.images import load_image
+from tinyllava_fast.eval.report.data import ReportData, Shot
+from tinyllava_fast.eval.report.svg import loss_chart
+
+THUMBNAIL = 256
+
+
+def page(data: ReportData) -> str:
+    """The whole page."""
+    css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
+    body = "\n".join(
+        [
+            _header(data),
+            _tiles(data),
+            '<div class="two">',
+            _card(
+                "Training loss", "Raw values pale, their running mean bold; logarithmic scale.", loss_chart(data.curves)
+            ),
+            _card("Accuracy by question type", _legend(data), _table(data)),
+            "</div>",
+            _card("Questions and answers", _shots_note(data), _shots(data.shots)),
+            _mistakes(data),
+            _card("How it was measured", "", _facts(data)),
+            _config(data),
+            _footer(data),
+        ]
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(data.title)}: {_percent(data.results['accuracy'])}</title>\n<style>\n{css}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def duration(seconds: float) -> str:
+    """ "48 s", "12 min 03 s", "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def size(count: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _footer(data: ReportData) -> str:
+    version = escape(data.results["versions"].get("tinyllava-fast", ""))
+    return f"<footer>Written by tinyllava-fast {version}.</footer>"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _header(data: ReportData) -> str:
+    r = data.results
+    note = f"{r['questions']:,} {escape(r['benchmark'])} test questions, free-running greedy generation, exact match."
+    if data.note:
+        note += f" {escape(data.note)}"
+    return f'<header>\n<h1>{escape(data.title)}</h1>\n<p class="note">{note}</p>\n</header>'
+
+
+def _tiles(data: ReportData) -> str:
+    r, s = data.results, data.summary
+    tiles = [("lead", _percent(r["accuracy"]), f"of {r['questions']:,} questions right")]
+    if data.blind:
+        tiles.append(("", _percent(data.blind["accuracy"]), "blind: the same model shown blank images"))
+    if s:
+        tiles.append(("", duration(s["train_seconds"]), f"training, {s['samples_per_s']:,.0f} samples/s"))
+    tiles.append(("", duration(r["eval_seconds"]), f"evaluation, {r['questions_per_s']:,.0f} questions/s"))
+    peak = max(r["peak_rss_bytes"], s.get("peak_rss_bytes", 0))
+    tiles.append(("", size(peak), "peak memory of a process"))
+    inside = "\n".join(
+        f'<div class="tile {kind}"><b>{value}</b><span>{text}</span></div>' for kind, value, text in tiles
+    )
+    return f'<div class="tiles">\n{inside}\n</div>'
+
+
+def _card(title: str, note: str, inside: str) -> str:
+    said = f'<p class="note">{note}</p>' if note else ""
+    return f'<section class="card">\n<h2>{title}</h2>\n{said}\n{inside}\n</section>'
+
+
+def _legend(data: ReportData) -> str:
+    if not data.blind:
+        return "Exact match."
+    return (
+        '<span class="key"></span>the model &nbsp; <span class="key off"></span>blind: every image replaced by a blank '
+        "one. The distance between the two is what it sees."
+    )
+
+
+def _table(data: ReportData) -> str:
+    head = (
+        "<tr><th>type</th><th></th><th>questions</th><th>accuracy</th>" + "<th>blind</th>" * bool(data.blind) + "</tr>"
+    )
+    rows = []
+    for i, (kind, count, accuracy, blind) in enumerate(data.rows):
+        bars = f'<div class="bar" style="width:{100 * accuracy:.1f}%"></div>'
+        if blind is not None:
+            bars += f'<div class="bar off" style="width:{100 * blind:.1f}%"></div>'
+        cells = f"<td>{escape(kind)}</td><td class='bars'>{bars}</td><td>{count:,}</td><td>{_percent(accuracy)}</td>"
+        cells += f"<td>{_percent(blind)}</td>" * bool(data.blind)
+        rows.append(f"<tr{' class=all' * (i == len(data.rows) - 1)}>{cells}</tr>")
+    return "<table>\n" + "\n".join([head, *rows]) + "\n</table>"
+
+
+def _shots_note(data: ReportData) -> str:
+    right = sum(s.right for s in data.shots)
+    wrong = len(data.shots) - right
+    return f"{len(data.shots)} questions drawn at random (seeded, not chosen): {right} right, {wrong} wrong."
+
+
+def _shots(shots: Iterable[Shot]) -> str:
+    return '<div class="shots">\n' + "\n".join(_shot(s) for s in shots) + "\n</div>"
+
+
+def _shot(shot: Shot) -> str:
+    q = shot.question
+    assert q.image is not None  # noqa: S101 gather() draws only questions about images
+    kind, mark = ("right", "&#10003;") if shot.right else ("wrong", "&#10007;")
+    truth = "" if shot.right else f'<div class="t">truth: {escape(q.answer)}</div>'
+    said = escape(shot.answer) or "(nothing)"
+    return (
+        f'<div class="shot {kind}"><img alt="" src="{_inline(load_image(q.image))}">'
+        f'<div><div class="q">{escape(q.text)}</div><div class="a">{mark} {said}</div>{truth}</div></div>'
+    )
+
+
+def _mistakes(data: ReportData) -> str:
+    wrong = len(data.results["wrong"])
+    if not data.mistakes:
+        return ""
+    note = f"{len(data.mistakes)} of the {wrong:,} wrong answers, drawn at random."
+    return _card("Where it fails", note, _shots(data.mistakes))
+
+
+def _facts(data: ReportData) -> str:
+    r, s, machine = data.results, data.summary, data.results["machine"]
+    engine = r["engine"]
+    facts: list[tuple[str, Any]] = [
+        ("machine", f"{machine['processor']}, {machine['cores']} cores, {size(machine['memory_bytes'])} of memory"),
+        ("system", machine["system"]),
+        ("versions", ", ".join(f"{k} {v}" for k, v in r["versions"].items())),
+        ("model", f"{r['model']}, {r['dtype']}, SHA-256 {r['model_digest'][:16]}"),
+    ]
+    if "accelerator" in machine:
+        facts.insert(1, ("accelerator", machine["accelerator"]))
+    if s:
+        rate = f"{s['samples_per_s']:,.1f} samples/s, {s['tokens_per_s']:,.0f} tokens/s"
+        facts.append(("training", f"{s['steps']:,} steps in {duration(s['train_seconds'])}, {rate}"))
+        facts.append(("training memory", f"{size(s['peak_rss_bytes'])} peak resident"))
+    facts.append(("evaluation memory", f"{size(r['peak_rss_bytes'])} peak resident"))
+    if engine["prompt_tokens"]:
+        saved = 1 - engine["computed_tokens"] / engine["prompt_tokens"]
+        tokens = f"{engine['computed_tokens']:,} of {engine['prompt_tokens']:,} prompt tokens computed"
+        images = f"{engine['images_encoded']:,} images encoded for {engine['requests']:,} questions"
+        facts.append(("work shared", f"{images}; {tokens} ({_percent(saved)} saved)"))
+    return "<dl>\n" + "\n".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts) + "\n</dl>"
+
+
+def _config(data: ReportData) -> str:
+    if not data.config:
+        return ""
+    return f'<details class="card"><summary>Configuration</summary>\n<pre>{escape(data.config)}</pre>\n</details>'
+
+
+def _inline(image: Image.Image) -> str:
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

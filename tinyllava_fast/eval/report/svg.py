@@ -1,0 +1,72 @@
+"""Charts as inline SVG: sharp at any size, styled by the page's CSS, no script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from tinyllava_fast.eval.report.data import Curve
+
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 44, 22, 30, 40
+
+
+def loss_chart(curves: Sequence[Curve]) -> str:
+    """Training loss over steps on a logarithmic scale: raw values pale, their exponential mean bold, stages marked."""
+    points = [(s, v) for c in curves for s, v in zip(c.steps, c.losses, strict=True) if v > 0]
+    if not points:
+        return '<p class="note">No training metrics in this run.</p>'
+    last = max(s for s, _ in points)
+    low, high = _decades(min(v for _, v in points), max(v for _, v in points))
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+
+    def y(value: float) -> float:
+        share = (math.log10(max(value, low)) - math.log10(low)) / (math.log10(high) - math.log10(low))
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="training loss">']
+    for tick in _log_ticks(low, high):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in _linear_ticks(last):
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{tick:,}</text>')
+    parts.append(
+        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>'
+    )
+    begin = 0
+    for i, curve in enumerate(curves):
+        end = curve.steps[-1]
+        if i:
+            parts.append(
+                f'<line class="stage" x1="{x(begin):.1f}" x2="{x(begin):.1f}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}"/>'
+            )
+        middle = x((begin + end) / 2)
+        parts.append(
+            f'<text class="label" x="{middle:.1f}" y="{TOP - 12}" text-anchor="middle">{escape(curve.stage)}</text>'
+        )
+        for name, values in (("raw", curve.losses), ("line", curve.smooth)):
+            path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(curve.steps, values, strict=True))
+            parts.append(f'<polyline class="{name} s{i % 4}" points="{path}"/>')
+        begin = end
+    return "\n".join([*parts, "</svg>"])
+
+
+def _decades(low: float, high: float) -> tuple[float, float]:
+    """Bounds that enclose the values with a little room, at least a factor of two apart."""
+    return low / 1.15, max(high * 1.15, low * 2)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    steps = (1, 2, 5) if high / low < 1000 else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [t for d in decades for m in steps if low <= (t := round(m * 10.0**d, 10)) <= high]
+
+
+def _linear_ticks(last: int, about: int = 6) -> list[int]:
+    raw = max(last / about, 1)
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
+    return list(range(0, last + 1, int(step)))

@@ -1,0 +1,63 @@
+"""A loaded model that answers questions: what ``tinyllava_fast.load`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.types import ImageLike, Request, Sampling
+from tinyllava_fast.models.io import load_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Assistant:
+    """Answers questions about images. Wraps an Engine; ``assistant.engine`` takes conversations and streams."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: str | None = None, device: str = "auto", **engine_options: Any
+    ) -> Assistant:
+        """Open a model folder.
+
+        dtype: "float32", "bfloat16", "float16"; None: as saved. device: "auto" (CUDA when there is
+            one), "cpu", "cuda", ...
+        engine_options: keyword arguments of Engine (batch_tokens, prefill_tokens, threads).
+        Raises UserError for an unknown dtype, CheckpointError if the folder is not a model of this toolkit.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}; have {', '.join(DTYPES)}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
+        template = TEMPLATES.get(lmm.config.template, "config.json: template")
+        engine_options.setdefault("image_mode", lmm.config.image_mode)
+        return cls(Engine(lmm.eval(), tokenizer, processor, template, **engine_options))
+
+    def answer(
+        self,
+        image: ImageLike | None,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """Answer one question. image: path, PIL image, or None. Greedy unless temperature > 0."""
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return self.engine.answers([Request.ask(question, image, sampling=sampling)])[0].text
+
+    def answer_many(self, questions: Iterable[tuple[ImageLike | None, str]], *, max_new_tokens: int = 64) -> list[str]:
+        """Answer (image, question) pairs together, greedily, in order; questions about one image share its work."""
+        sampling = Sampling(max_new_tokens=max_new_tokens)
+        requests = [Request.ask(question, image, sampling=sampling) for image, question in questions]
+        return [a.text for a in self.engine.answers(requests)]

@@ -1,0 +1,78 @@
+"""Packed passes of the decoder against the K/V pool.
+
+Legend: T packed tokens of a pass, S sequences, D hidden width, K tokens an image, P pool rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllava_fast.infer.pool import KVPool
+from tinyllava_fast.infer.schedule import IMAGE_ROW
+from tinyllava_fast.models.attention import KVView
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence in a pass.
+
+    ids: tokens, IMAGE_ROW where a row of ``features`` [K, D] goes. start: first pool row of the sequence's own tokens.
+    done: own rows already written. prefix: (start, length) of shared rows in the pool.
+    """
+
+    ids: list[int]
+    start: int
+    done: int = 0
+    prefix: tuple[int, int] = (0, 0)
+    features: Tensor | None = None
+
+
+class PackedDecoder:
+    """Runs an LMM's decoder over spans of new tokens; K and V go to the pool's rows."""
+
+    def __init__(self, lmm: Any, rows: int) -> None:
+        self.lmm = lmm
+        self.pool = KVPool(rows, lmm.num_layers, lmm.num_kv_heads, lmm.head_dim, dtype=lmm.dtype, device=lmm.device)
+        self.computed_tokens = 0
+
+    def __call__(self, spans: list[Span]) -> Tensor:
+        """Hidden states [T, D] of the spans' tokens, laid end to end. Spans must ascend by start."""
+        lengths = np.array([len(s.ids) for s in spans])
+        ids = np.concatenate([np.array(s.ids, dtype=np.int64) for s in spans])
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        done = np.array([s.done for s in spans])
+        starts = np.array([s.start for s in spans])
+        prefix = np.array([s.prefix for s in spans])
+        # Index of each token among its sequence's own tokens.
+        steps = np.arange(len(ids)) + np.repeat(done - bounds[:-1], lengths)
+        view = KVView(
+            k=self.pool.k,
+            v=self.pool.v,
+            slots=self._tensor(steps + np.repeat(starts, lengths)),
+            cu_seqlens_q=self._tensor(bounds, torch.int32),
+            cu_seqlens_k=self._tensor(np.append(starts, self.pool.rows.size), torch.int32),
+            seqused_k=self._tensor(done + lengths, torch.int32),
+            prefix=self._tensor(prefix, torch.int32) if prefix.any() else None,
+        )
+        self.computed_tokens += len(ids)
+        embeds = self._embed(ids, [f for s in spans for f in _images(s)])
+        return self.lmm.decode(embeds, self._tensor(steps + np.repeat(prefix[:, 1], lengths)), kv=view)
+
+    def _embed(self, ids: np.ndarray, features: list[Tensor]) -> Tensor:
+        lmm = self.lmm
+        rows = torch.cat(features) if features else torch.empty(0, lmm.hidden_size, dtype=lmm.dtype, device=lmm.device)
+        slots = self._tensor(np.flatnonzero(ids == IMAGE_ROW))
+        return lmm.embed(self._tensor(np.maximum(ids, 0)), rows, slots)
+
+    def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.lmm.device, dtype)
+
+
+def _images(span: Span) -> list[Tensor]:
+    """The span's image once per marker; the rows of one image are never split between two passes."""
+    return [] if span.features is None else [span.features] * (span.ids.count(IMAGE_ROW) // len(span.features))

@@ -1,0 +1,216 @@
+"""The inference engine: requests in, answers out, in whatever order they finish.
+
+What is computed once: the tower per image, and the K/V of the tokens that all questions about an image share. What is
+packed: all prefixes in one pass, all suffixes in one pass, then one token per running sequence per step. K/V live in
+one preallocated pool that the registered attention function writes and reads; a sequence leaves the batch at its own
+end, and the queue refills the pool as rows come free.
+
+Legend: R sequences, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllava_fast.data.images import ImageMode
+from tinyllava_fast.infer.decoder import PackedDecoder, Span
+from tinyllava_fast.infer.images import ImageEncoder
+from tinyllava_fast.infer.pool import Spans
+from tinyllava_fast.infer.prompts import Prompts
+from tinyllava_fast.infer.schedule import Group, Running, admit, group_requests, image_key, release
+from tinyllava_fast.infer.types import Answer, Request
+
+LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
+WINDOW = 4096  # requests looked at together when they are grouped by image
+GROUPS_AHEAD = 256
+
+
+@dataclass
+class Counters:
+    """What an engine has done so far. prompt_tokens counts every prompt whole; computed_tokens what was really run."""
+
+    requests: int = 0
+    images_encoded: int = 0
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    decode_steps: int = 0
+
+
+class Engine:
+    """Runs a model of this toolkit on many requests at once. Greedy answers equal transformers' ``generate``.
+
+    lmm: an LMM in eval mode. tokenizer: transformers tokenizer. processor: the tower's image processor.
+    template: chat template of the toolkit. image_mode: "square" or "pad", as the model was trained.
+    batch_tokens: rows of the K/V pool; prompts and answers in flight never exceed it. prefill_tokens: most tokens of
+        one prefill pass, which bounds activations (a single larger group still runs alone). threads: image decoders.
+    """
+
+    def __init__(
+        self,
+        lmm: Any,
+        tokenizer: Any,
+        processor: Any,
+        template: Any,
+        *,
+        image_mode: ImageMode = "square",
+        batch_tokens: int = 16384,
+        prefill_tokens: int = 4096,
+        threads: int = 2,
+    ) -> None:
+        self.lmm = lmm
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.template = template
+        self.batch_tokens = batch_tokens
+        self.prefill_tokens = prefill_tokens
+        config = lmm.llm.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        self.eos = _eos_ids(lmm.llm, template.stop_id(tokenizer))
+        self.vocab = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        # A window hides keys by distance, which a prefix shared between sequences has no single value of.
+        self.share_prefix = not _has_window(config)
+        self._prompts = Prompts(template, tokenizer, lmm.tokens_per_image, context, batch_tokens)
+        self._images = ImageEncoder(lmm, processor, mode=image_mode, threads=threads)
+        self._decoder = PackedDecoder(lmm, batch_tokens)
+        self._counters = Counters()
+
+    @property
+    def counters(self) -> Counters:
+        """What has been done so far."""
+        return replace(
+            self._counters, images_encoded=self._images.encoded, computed_tokens=self._decoder.computed_tokens
+        )
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Yield one answer per request as it finishes. The queue is read lazily, a window at a time.
+
+        Raises UserError, naming the request, for an image marker without an image or a prompt that does not fit the
+        model's context or the pool, and DataError for an unreadable image. One run at a time per engine.
+        """
+        queue = group_requests(
+            self._prompts.sequences(requests),
+            window=WINDOW,
+            max_rows=self.batch_tokens // 2,
+            share_prefix=self.share_prefix,
+        )
+        pool = self._decoder.pool
+        waiting: list[Group] = []
+        running: list[Running] = []
+        try:
+            while True:
+                roomy = pool.rows.free_rows * 2 >= self.batch_tokens
+                started = self._refill(queue, waiting) if roomy or not running else []
+                if not started and not running:
+                    return
+                if not started:
+                    self._step(running)
+                going: list[Running] = []
+                for sequence in running + started:
+                    if not self._finished(sequence):
+                        going.append(sequence)
+                        continue
+                    release(sequence, pool.rows)
+                    yield self._answer(sequence)
+                running = going
+        finally:
+            pool.rows = Spans(self.batch_tokens)
+            self._images.forget()
+
+    def answers(self, requests: Iterable[Request]) -> list[Answer]:
+        """All answers, in the order of the requests."""
+        ids: list[str] = []
+        numbered: list[Request] = []
+        for i, request in enumerate(requests):
+            ids.append(request.id)
+            numbered.append(replace(request, id=str(i)))
+        by_number = {int(a.id): a for a in self.run(numbered)}
+        return [replace(by_number[i], id=id_) for i, id_ in enumerate(ids)]
+
+    def _refill(self, queue: Iterator[Group], waiting: list[Group]) -> list[Running]:
+        """Admit groups while the pool has room and prefill them, a bounded number of tokens at a time."""
+        started: list[Running] = []
+        while True:
+            if not waiting:
+                waiting += islice(queue, GROUPS_AHEAD)
+            groups = admit(waiting, self._decoder.pool.rows, self.prefill_tokens)
+            if not groups:
+                return started
+            self._prefill(groups)
+            started += [m for g in groups for m in g.members]
+
+    @torch.inference_mode()
+    def _prefill(self, groups: list[Group]) -> None:
+        """Compute the K/V of all prompts of the groups and the first token of each sequence."""
+        features = self._images.encode(g.image for g in groups if g.image is not None)
+        shared = sorted((g for g in groups if g.prefix), key=lambda g: g.start)
+        if shared:
+            self._decoder([Span(g.shared_ids, g.start, features=features.get(image_key(g.image))) for g in shared])
+        members = sorted(((m, g) for g in groups for m in g.members), key=lambda pair: pair[0].start)
+        spans = [Span(m.prompt[g.prefix :], m.start, 0, m.shared, features.get(image_key(g.image))) for m, g in members]
+        hidden = self._decoder(spans)
+        last = np.cumsum([len(s.ids) for s in spans]) - 1
+        self._choose([m for m, _ in members], hidden[torch.from_numpy(last).to(hidden.device)])
+        for (member, _), span in zip(members, spans, strict=True):
+            member.length = len(span.ids)
+            self._counters.requests += 1
+            self._counters.prompt_tokens += len(member.prompt)
+
+    @torch.inference_mode()
+    def _step(self, running: list[Running]) -> None:
+        """One token for every running sequence."""
+        running.sort(key=lambda s: s.start)
+        hidden = self._decoder([Span(s.tokens[-1:], s.start, s.length, s.shared) for s in running])
+        for sequence in running:
+            sequence.length += 1
+        self._counters.decode_steps += 1
+        self._choose(running, hidden)
+
+    def _choose(self, sequences: list[Running], hidden: Tensor) -> None:
+        """Append one token to each sequence. hidden [R, D]: of the last position of each."""
+        for i in range(0, len(sequences), LOGIT_ROWS):
+            # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
+            logits = self.lmm.logits(hidden[i : i + LOGIT_ROWS])[:, : self.vocab].float()  # [R, V]
+            part = sequences[i : i + LOGIT_ROWS]
+            for sequence, best, row in zip(part, logits.argmax(-1).tolist(), logits, strict=True):
+                if sequence.generator is not None:
+                    probabilities = (row / sequence.request.sampling.temperature).softmax(-1).cpu()
+                    best = int(torch.multinomial(probabilities, 1, generator=sequence.generator))
+                sequence.tokens.append(best)
+        self._counters.generated_tokens += len(sequences)
+
+    def _finished(self, sequence: Running) -> bool:
+        tokens = sequence.tokens
+        return tokens[-1] in self.eos or len(tokens) >= sequence.request.sampling.max_new_tokens
+
+    def _answer(self, sequence: Running) -> Answer:
+        tokens = sequence.tokens
+        return Answer(
+            id=sequence.request.id,
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            tokens=tokens,
+            finish="eos" if tokens[-1] in self.eos else "length",
+            prompt_tokens=len(sequence.prompt),
+        )
+
+
+def _has_window(config: Any) -> bool:
+    """True if some layer attends only to the last tokens."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    return bool(getattr(config, "sliding_window", None))
+
+
+def _eos_ids(llm: Any, stop: int) -> frozenset[int]:
+    """The template's end token and those of the model's generation config."""
+    named = getattr(getattr(llm, "generation_config", None), "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return frozenset({stop, *(i for i in listed if i is not None)})

@@ -1,0 +1,63 @@
+"""The preallocated K/V memory of the inference engine and the bookkeeping of its rows.
+
+Legend: P rows of the pool, L decoder layers, Hkv key-value heads, Dh head width.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+
+import torch
+from torch import Tensor
+
+
+class Spans:
+    """First-fit allocator of contiguous row ranges in [0, size). Freed neighbours merge."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.free_rows = size
+        self._holes: list[tuple[int, int]] = [(0, size)] if size else []
+
+    def take(self, rows: int) -> int | None:
+        """Start of a free range of that many rows, or None if there is none."""
+        for i, (start, length) in enumerate(self._holes):
+            if length >= rows:
+                rest = [(start + rows, length - rows)] if length > rows else []
+                self._holes[i : i + 1] = rest
+                self.free_rows -= rows
+                return start
+        return None
+
+    def give(self, start: int, rows: int) -> None:
+        """Return a range that take() handed out."""
+        self.free_rows += rows
+        insort(self._holes, (start, rows))
+        merged: list[tuple[int, int]] = []
+        for hole_start, length in self._holes:
+            if merged and sum(merged[-1]) == hole_start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + length)
+            else:
+                merged.append((hole_start, length))
+        self._holes = merged
+
+
+class KVPool:
+    """K and V of every layer for P token rows, allocated once.
+
+    k, v: L tensors [P, Hkv, Dh] each. rows: the allocator. Rows are written by the attention function, through
+    ``KVView.slots``; nothing is ever copied or concatenated.
+    """
+
+    def __init__(
+        self, rows: int, layers: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (layers, rows, kv_heads, head_dim)
+        self.k: list[Tensor] = list(torch.zeros(shape, dtype=dtype, device=device))
+        self.v: list[Tensor] = list(torch.zeros(shape, dtype=dtype, device=device))
+        self.rows = Spans(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the pool."""
+        return sum(t.nbytes for t in (*self.k, *self.v))

@@ -1,0 +1,168 @@
+"""Which requests run when: grouping by image, shared prefixes, and admission to the K/V pool.
+
+Legend: a prompt is a list of token ids in which every image marker has been expanded to K rows of IMAGE_ROW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from PIL import Image
+
+from tinyllava_fast.infer.pool import Spans
+from tinyllava_fast.infer.types import ImageLike, Request
+
+IMAGE_ROW = -1
+
+
+@dataclass(eq=False)
+class Running:
+    """One sequence: its request, where its rows lie in the pool, and what it has produced."""
+
+    request: Request
+    prompt: list[int]
+    group: Group | None = None
+    start: int = 0  # first pool row of the sequence's own tokens (those after the shared prefix)
+    length: int = 0  # own rows written so far
+    tokens: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+    @property
+    def shared(self) -> tuple[int, int]:
+        """(start, length) of the shared prefix in the pool; (0, 0) if there is none."""
+        return (self.group.start, self.group.prefix) if self.group is not None and self.group.prefix else (0, 0)
+
+    @property
+    def own_rows(self) -> int:
+        """Pool rows reserved: the prompt after the prefix and all new tokens but the last, which is never fed back."""
+        return len(self.prompt) - self.shared[1] + self.request.sampling.max_new_tokens - 1
+
+
+@dataclass(eq=False)
+class Group:
+    """Sequences that ask about the same image and share the first ``prefix`` tokens of their prompts."""
+
+    image: ImageLike | None
+    members: list[Running]
+    prefix: int = 0
+    start: int = 0
+    alive: int = 0
+
+    def __post_init__(self) -> None:
+        self.alive = len(self.members)
+        for member in self.members:
+            member.group = self
+
+    @property
+    def shared_ids(self) -> list[int]:
+        """The prefix itself."""
+        return self.members[0].prompt[: self.prefix]
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens that its prefill computes."""
+        return self.prefix + sum(len(m.prompt) - self.prefix for m in self.members)
+
+
+def image_key(image: ImageLike | None) -> object:
+    """What makes two images the same one: a path's text, or the identity of an image object."""
+    return id(image) if isinstance(image, Image.Image) else str(image)
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """Length of the longest prefix that all prompts share, leaving each at least one token of its own.
+
+    It never ends inside an image. 0 for a single prompt: nothing is shared, and one pass over it is enough.
+    """
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in lexicographic order: what these two share, all share
+    limit = min(len(p) for p in prompts) - 1
+    length = next((i for i in range(limit) if first[i] != last[i]), limit)
+    if IMAGE_ROW in (first[length], last[length]):
+        while length and first[length - 1] == IMAGE_ROW:
+            length -= 1
+    return length
+
+
+def group_requests(sequences: Iterable[Running], *, window: int, max_rows: int, share_prefix: bool) -> Iterator[Group]:
+    """Groups by image within a look-ahead window, so that a long queue is never held at once.
+
+    A group larger than max_rows is split; each part computes its own prefix.
+    """
+    source = iter(sequences)
+    while chunk := list(islice(source, window)):
+        by_image: dict[object, list[Running]] = {}
+        for sequence in chunk:
+            by_image.setdefault(image_key(sequence.request.image), []).append(sequence)
+        for members in by_image.values():
+            yield from _split(members, max_rows, share_prefix)
+
+
+def admit(groups: list[Group], spans: Spans, room: int) -> list[Group]:
+    """Take groups from the front of the list while their rows fit the pool and their prefill fits ``room`` tokens.
+
+    The first group is admitted even if it alone exceeds ``room``.
+    """
+    taken: list[Group] = []
+    while groups and (not taken or groups[0].prefill_tokens <= room) and _place(groups[0], spans):
+        room -= groups[0].prefill_tokens
+        taken.append(groups.pop(0))
+    return taken
+
+
+def release(sequence: Running, spans: Spans) -> None:
+    """Give a finished sequence's rows back, and those of its group's prefix with the last member."""
+    group = sequence.group
+    assert group is not None  # noqa: S101 only grouped sequences are ever admitted
+    if sequence.own_rows:
+        spans.give(sequence.start, sequence.own_rows)
+    group.alive -= 1
+    if group.alive == 0 and group.prefix:
+        spans.give(group.start, group.prefix)
+
+
+def _split(members: list[Running], max_rows: int, share_prefix: bool) -> Iterator[Group]:
+    prefix = common_prefix([m.prompt for m in members]) if share_prefix else 0
+    part: list[Running] = []
+    rows = prefix
+    for member in members:
+        own = len(member.prompt) - prefix + member.request.sampling.max_new_tokens - 1
+        if part and rows + own > max_rows:
+            yield _group(part, share_prefix)
+            part, rows = [], prefix
+        part.append(member)
+        rows += own
+    if part:
+        yield _group(part, share_prefix)
+
+
+def _group(members: list[Running], share_prefix: bool) -> Group:
+    prefix = common_prefix([m.prompt for m in members]) if share_prefix else 0
+    return Group(members[0].request.image, members, prefix)
+
+
+def _place(group: Group, spans: Spans) -> bool:
+    """Reserve the rows of a group; all or nothing."""
+    taken: list[tuple[int, int]] = []
+
+    def take(rows: int) -> int | None:
+        start = spans.take(rows)
+        if start is not None:
+            taken.append((start, rows))
+        return start
+
+    group_start = take(group.prefix) if group.prefix else 0
+    starts = [take(m.own_rows) if group_start is not None else None for m in group.members]
+    if group_start is None or any(s is None for s in starts):
+        for first, rows in taken:
+            spans.give(first, rows)
+        return False
+    group.start = group_start
+    for member, start in zip(group.members, starts, strict=True):
+        assert start is not None  # noqa: S101 checked for all members above
+        member.start = start
+    return True

@@ -1,0 +1,80 @@
+"""What goes into the inference engine and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tinyllava_fast.data.types import IMAGE_TOKEN
+
+ImageLike = str | Path | Image.Image
+Message = dict[str, Any]  # {"from": "human" | "gpt", "value": str}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen and when a sequence ends."""
+
+    max_new_tokens: int = 64
+    """Most tokens generated; the end-of-sequence token ends it earlier."""
+    temperature: float = 0.0
+    """0: greedy. Above: softmax(logits / temperature) is sampled."""
+    seed: int = 0
+    """Seed of this request's own generator; used when temperature > 0."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question, or one conversation to be continued.
+
+    image: path, PIL image, or None for text only. Every image marker of the messages stands for this image.
+    messages: LLaVA turns, human first, the last one human. If there is an image and no message holds the marker
+        ``<image>``, the image is placed at the front of the first turn.
+    id: any text that names the request in answers and messages.
+    """
+
+    messages: Sequence[Message]
+    image: ImageLike | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    id: str = ""
+
+    @staticmethod
+    def ask(
+        question: str, image: ImageLike | None = None, *, sampling: Sampling | None = None, id: str = ""
+    ) -> Request:
+        """A single-turn request."""
+        messages = [{"from": "human", "value": question}]
+        return Request(messages=messages, image=image, sampling=sampling or Sampling(), id=id)
+
+    def conversation(self) -> list[Message]:
+        """The messages and the open answer; the image marker goes in the first turn if there is none yet."""
+        messages = [dict(m) for m in self.messages]
+        marked = any(IMAGE_TOKEN in str(m["value"]) for m in messages)
+        if self.image is not None and not marked and messages:
+            messages[0]["value"] = f"{IMAGE_TOKEN}\n{messages[0]['value']}"
+        return [*messages, {"from": "gpt", "value": None}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said to one request."""
+
+    id: str
+    text: str
+    """Decoded without special tokens, stripped."""
+    tokens: list[int]
+    """Generated ids; the end-of-sequence token, if reached, is the last."""
+    finish: str
+    """"eos" or "length"."""
+    prompt_tokens: int
+    """Length of the prompt, image tokens included."""

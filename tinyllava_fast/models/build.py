@@ -1,0 +1,142 @@
+"""From a ModelConfig to a model, a tokenizer and an image processor: the only place that composes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tinyllava_fast.config.load import parse_into
+from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.log import log
+from tinyllava_fast.models import io
+from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+from tinyllava_fast.models.hf import cast_parameters, config_of
+from tinyllava_fast.models.llm.base import LLMS, LLMAdapter
+from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.models.sources import resolve
+from tinyllava_fast.models.vision.base import VISION, EncoderTower
+
+
+def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LMM:
+    """The model of a run: pretrained parts from their paths, the others with weights drawn from the seed.
+
+    Random weights are drawn in float32 and then cast, so they do not depend on dtype. Raises UserError naming the
+    config key.
+    """
+    if model.path is not None:
+        return io.load_model(model.path, dtype=dtype)[0].train()
+    adapter, llm = _build_llm(model.llm, seed, dtype)
+    vision = _build_vision(model.vision, seed + 1, dtype)
+    connector = _build_connector(model.connector, vision.hidden_size, llm.config.hidden_size, seed + 2)
+    lmm = LMM(llm, vision, connector, adapter, LMMConfig())
+    lmm.config = io.describe(lmm)
+    cast_parameters(lmm, dtype)
+    log.info("model: %s", ", ".join(f"{k} {_millions(v)}" for k, v in lmm.component_parameters().items()))
+    return lmm.train()
+
+
+def build_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: of the model folder, of ``llm.tokenizer``, or of ``llm.path``."""
+    if model.path is not None:
+        return io.load_tokenizer(model.path)
+    return _tokenizer(model.llm)
+
+
+def build_image_processor(model: ModelConfig) -> Any:
+    """The PIL image processor of the tower: its own files where the path has them, else made from image_size."""
+    if model.path is not None:
+        return io.load_processor(model.path)
+    processor = _image_processor(model.vision)
+    for name in ("image_mean", "image_std"):
+        values = getattr(model.vision, name)
+        if values is not None:
+            setattr(processor, name, list(values))
+    return processor
+
+
+def _image_processor(config: VisionConfig) -> Any:
+    cls = VISION.get(config.type, "model.vision.type")
+    if config.path is not None:
+        try:
+            return cls.processor_class.from_pretrained(config.path)
+        except OSError as error:
+            if not Path(config.path).is_dir():
+                raise UserError(f"model.vision.path: no image processor at {config.path!r}: {error}") from None
+            log.info("%s has no preprocessor_config.json; using the %s defaults", config.path, cls.name)
+    return cls.image_processor(_image_size(config, cls))
+
+
+def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if the tokenizer makes ids that the model has no embedding for."""
+    if len(tokenizer) > lmm.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the language model only {lmm.vocab_size} embeddings: "
+            "give model.llm.tokenizer the tokenizer of that model, or set model.llm.config.vocab_size"
+        )
+
+
+def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAdapter, Any]:
+    cls = LLMS.get(config.type, "model.llm.type")
+    adapter = cls(parse_into(cls.Options, config.options, "model.llm.options"))
+    if config.path is not None:
+        llm = adapter.from_pretrained(
+            config.path, gguf_file=config.gguf_file, overrides=config.config, dtype=dtype, where="model.llm"
+        )
+        return adapter, llm
+    values = dict(config.config)
+    if not values:
+        raise UserError(
+            "model.llm: give path (pretrained) or config (random weights), e.g. config: {model_type: llama}"
+        )
+    if "vocab_size" not in values and config.tokenizer is not None:
+        values["vocab_size"] = len(_tokenizer(config))
+    return adapter, adapter.from_config(values, seed=seed, where="model.llm")
+
+
+def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> EncoderTower:
+    cls = VISION.get(config.type, "model.vision.type")
+    common: dict[str, Any] = {
+        "feature_layer": config.feature_layer,
+        "feature_select": config.feature_select,
+        "options": parse_into(cls.Options, config.options, "model.vision.options"),
+        "where": "model.vision",
+    }
+    if config.path is not None:
+        return cls.from_pretrained(config.path, overrides=config.config, dtype=dtype, **common)
+    return cls.from_config(config.config, seed=seed, **common)
+
+
+def _build_connector(config: ConnectorConfig, vision_size: int, llm_size: int, seed: int) -> Connector:
+    cls = CONNECTORS.get(config.type, "model.connector.type")
+    connector = cls(vision_size, llm_size, parse_into(cls.Options, config.options, "model.connector.options"))
+    connector.reset(torch.Generator().manual_seed(seed))
+    if config.path is not None:
+        io.load_component(connector, config.path, "connector")
+    return connector
+
+
+def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
+    path = config.tokenizer if config.tokenizer is not None else config.path
+    if path is None:
+        raise UserError("model.llm.tokenizer: a language model with random weights needs a tokenizer folder")
+    source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm")
+    return io.read_tokenizer(source, gguf_file)
+
+
+def _image_size(config: VisionConfig, cls: type[EncoderTower]) -> int:
+    if "image_size" in config.config:
+        return int(config.config["image_size"])
+    if config.path is not None:
+        from transformers import AutoConfig
+
+        stored = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
+        return int(getattr(stored, "vision_config", stored).image_size)
+    return int(config_of(cls.model_type, {}, "model.vision.config").image_size)
+
+
+def _millions(parameters: list[tuple[str, torch.nn.Parameter]]) -> str:
+    return f"{sum(p.numel() for _, p in parameters) / 1e6:.1f} M"

@@ -1,0 +1,53 @@
+"""Connectors map tower features [N, K, V] to language-model rows [N, K', D]."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.registry import Registry
+
+INIT_STD = 0.02  # TinyLLaVA's connectors: N(0, 0.02) weights and zero biases, not torch's default
+
+
+class Connector(nn.Module, ABC):
+    """vision_size: V. llm_size: D. options: the class's own ``Options``. Draw weights by ``reset``."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Settings of this connector alone."""
+
+    name: ClassVar[str]
+
+    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+        super().__init__()
+        self.vision_size = vision_size
+        self.llm_size = llm_size
+        self.options: Any = options if options is not None else self.Options()
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, K, V] -> [N, num_tokens(K), D]."""
+
+    def num_tokens(self, num_features: int) -> int:
+        """K' for K; the same unless the connector resamples."""
+        return num_features
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw linear weights from N(0, 0.02) and zero the biases, in module order."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON values from which the connector is rebuilt."""
+        return {"type": self.name, "options": asdict(self.options)}
+
+
+CONNECTORS: Registry[type[Connector]] = Registry("connector", "tinyllava_fast.models.connectors")

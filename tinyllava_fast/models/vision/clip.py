@@ -1,0 +1,29 @@
+"""CLIP's vision transformer: a CLS token in front, a norm before the encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from tinyllava_fast.models.vision.base import VISION, EncoderTower
+
+
+@VISION.register("clip")
+class CLIPTower(EncoderTower):
+    """CLIP. ``feature_select: patch`` drops the CLS token."""
+
+    name = "clip"
+    model_class = CLIPVisionModel
+    processor_class = CLIPImageProcessorPil
+    model_type = "clip_vision_model"
+    children_kept = ("embeddings", "pre_layrnorm", "encoder")
+    num_prefix_tokens = 1
+
+    @classmethod
+    def image_processor(cls, image_size: int) -> Any:
+        """Shortest edge to image_size (bicubic), centre crop, CLIP's mean and std."""
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        )

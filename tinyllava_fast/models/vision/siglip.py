@@ -1,0 +1,32 @@
+"""SigLIP's vision transformer: no CLS token, no norm before the encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tinyllava_fast.models.vision.base import VISION, EncoderTower
+
+
+@VISION.register("siglip")
+class SiglipTower(EncoderTower):
+    """SigLIP. ``feature_select: patch`` drops its first *patch*, as TinyLLaVA Factory does for every tower."""
+
+    name = "siglip"
+    model_class = SiglipVisionModel
+    processor_class = SiglipImageProcessorPil
+    model_type = "siglip_vision_model"
+    children_kept = ("embeddings", "encoder")
+    num_prefix_tokens = 0
+
+    @classmethod
+    def _truncate(cls, config: PreTrainedConfig, feature_layer: int, where: str) -> None:
+        super()._truncate(config, feature_layer, where)
+        config.vision_use_head = False
+
+    @classmethod
+    def image_processor(cls, image_size: int) -> Any:
+        """Squash to image_size x image_size (bicubic), mean and std 0.5."""
+        return SiglipImageProcessorPil(size={"height": image_size, "width": image_size})

@@ -1,0 +1,128 @@
+"""What the arguments of packed attention must satisfy, and which keys they make visible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllava_fast.ops._check import FLOATS, expect
+
+OP = "packed_attention"
+MAX_HEAD_DIM = 256
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    prefix: Tensor | None,
+    used: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Shapes, dtypes and numbers of packed_attention_fwd; raises ValueError."""
+    expect(OP, "q", q, "Tq H Dh", FLOATS)
+    expect(OP, "k", k, "Tk Hkv Dh", (q.dtype,), like=q)
+    expect(OP, "v", v, "Tk Hkv Dh", (q.dtype,), like=q)
+    heads, size = q.shape[1:]
+    if k.shape != v.shape:
+        raise ValueError(f"{OP}: k is {list(k.shape)}, v is {list(v.shape)}; they must have one shape")
+    if k.shape[2] != size or not 1 <= size <= MAX_HEAD_DIM:
+        raise ValueError(f"{OP}: head size must be the same in q and k and 1..{MAX_HEAD_DIM}, got {size}, {k.shape[2]}")
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(f"{OP}: {heads} query heads are not a multiple of {k.shape[1]} key heads")
+    expect(OP, "cu_seqlens_q", cu_q, "S+1", (torch.int32,), like=q)
+    if cu_q.shape[0] < 1:
+        raise ValueError(f"{OP}: cu_seqlens_q is empty; S segments have S + 1 bounds")
+    segments = cu_q.shape[0] - 1
+    for name, tensor, dims, shape in (
+        ("cu_seqlens_k", cu_k, "S+1", [segments + 1]),
+        ("prefix", prefix, "S 2", [segments, 2]),
+        ("seqused_k", used, "S", [segments]),
+    ):
+        if tensor is None:
+            continue
+        expect(OP, name, tensor, dims, (torch.int32,), like=q)
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{OP}: {name} must be {shape} for {segments} segments, got {list(tensor.shape)}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{OP}: scale must be positive, got {scale}")
+    if window < 0 or softcap < 0:
+        raise ValueError(f"{OP}: window and softcap must not be negative, got {window} and {softcap}")
+    if window and prefix is not None:
+        raise ValueError(f"{OP}: window hides keys by distance, which a shared prefix has none of; give one of them")
+
+
+def check_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    prefix: Tensor | None,
+    used: Tensor | None,
+    *_: Any,
+) -> None:
+    """Bounds within q and k, no prefix over own keys; raises ValueError naming the segment."""
+    tokens, keys = q.shape[0], k.shape[0]
+    bounds_q = cu_q.numpy()
+    bounds_k = bounds_q if cu_k is None else cu_k.numpy()
+    starts, counts = bounds_k[:-1], used.numpy() if used is not None else bounds_k[1:] - bounds_k[:-1]
+    if bounds_q[0] < 0 or bounds_q[-1] > tokens or (bounds_q[1:] < bounds_q[:-1]).any():
+        raise ValueError(f"{OP}: cu_seqlens_q must ascend within 0..{tokens}, got {bounds_q.tolist()}")
+    bad = (starts < 0) | (counts < 0) | (starts + counts > keys)
+    if bad.any():
+        s = int(bad.argmax())
+        raise ValueError(f"{OP}: segment {s} has keys {starts[s]} + {counts[s]}, outside the {keys} rows of k")
+    if prefix is not None:
+        first, length = prefix.numpy().T
+        bad = (first < 0) | (length < 0) | (first + length > keys)
+        if bad.any():
+            s = int(bad.argmax())
+            raise ValueError(f"{OP}: segment {s} has prefix {first[s]} + {length[s]}, outside the {keys} rows of k")
+        bad = (first < starts + counts) & (starts < first + length) & (length > 0) & (counts > 0)
+        if bad.any():
+            s = int(bad.argmax())
+            raise ValueError(f"{OP}: the prefix {first[s]} + {length[s]} of segment {s} overlaps its own keys")
+
+
+def visible(
+    q: Tensor,
+    k: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    prefix: Tensor | None,
+    used: Tensor | None,
+    causal: bool,
+    window: int,
+) -> Tensor:
+    """[Tq, Tk] bool: which key each query sees."""
+    segments = cu_q.shape[0] - 1
+    if segments == 0:
+        return torch.zeros((q.shape[0], k.shape[0]), dtype=torch.bool, device=q.device)
+    cu_q = cu_q.long()
+    cu_k = cu_q if cu_k is None else cu_k.long()
+    starts, counts = cu_k[:-1], cu_k[1:] - cu_k[:-1] if used is None else used.long()
+    row = torch.arange(q.shape[0], device=q.device)
+    seg = torch.searchsorted(cu_q[1:], row, right=True)
+    inside = (seg < segments) & (row >= cu_q[0])
+    seg = seg.clamp(max=segments - 1)
+    # position of each query on the axis of its own keys: the last query stands on the last key
+    position = (row - cu_q[seg] + counts[seg] - (cu_q[seg + 1] - cu_q[seg]))[:, None]
+    key = torch.arange(k.shape[0], device=q.device)[None, :]
+    own = key - starts[seg][:, None]
+    seen = (own >= 0) & (own < counts[seg][:, None])
+    if causal:
+        seen &= own <= position
+    if window:
+        seen &= own > position - window
+    if prefix is not None:
+        ahead = key - prefix[seg, 0][:, None]
+        seen |= (ahead >= 0) & (ahead < prefix[seg, 1][:, None])
+    return seen & inside[:, None]

@@ -1,0 +1,174 @@
+"""One op, one meaning, three speeds.
+
+``define_op`` turns a plain torch function (the reference, and the op's meaning) into the opaque custom op
+``tlf::<name>``. At run time, inside the op, the fastest backend that supports the arguments is called:
+
+    triton     kernels/<module>.py, function of the same name      CUDA tensors
+    cpp        the ``cpp`` function given here, calling _C         CPU tensors
+    reference  the decorated body                                  anything
+
+The choice is invisible to torch.compile, so switching it never recompiles. ``check`` runs in the real and in the
+fake kernel: eager and compiled code report the same sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.log import log_once
+from tinyllava_fast.ops import _cpp
+
+BACKENDS = ("triton", "cpp", "reference")
+OPS: dict[str, Op] = {}
+_forced: list[str] = []
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One case of an op, used by correctness, gradient, opcheck and benchmark runs alike."""
+
+    args: tuple[Any, ...]  # float tensors in float32; the tests cast them to every dtype
+    label: str = ""
+    differentiable: bool = True
+
+
+@dataclass
+class Op:
+    """A registered op. ``op.op(...)`` calls it through the dispatcher; ``op.reference`` is its meaning."""
+
+    name: str
+    module: str  # file stem shared by ops/, kernels/ and csrc/ops/
+    reference: Callable[..., Any]
+    check: Callable[..., None]
+    check_values: Callable[..., None] | None
+    cpp: Callable[..., Any] | None
+    cpp_supports: Callable[..., str | None]  # None if it can run, else the reason why not
+    triton_supports: Callable[..., str | None]
+    samples: Callable[..., Iterator[Sample]] | None
+    op: Any = field(default=None)
+
+    @functools.cached_property
+    def triton(self) -> Callable[..., Any] | None:
+        """The Triton launcher, or None where the kernel file or triton itself is missing."""
+        try:
+            kernels = importlib.import_module(f"tinyllava_fast.kernels.{self.module}")
+        except ModuleNotFoundError:
+            return None
+        return getattr(kernels, self.name, None)
+
+    def why_not(self, backend: str, args: tuple[Any, ...]) -> str | None:
+        """None if the backend can run these arguments, else the reason."""
+        device = _device_of(args)
+        if backend == "cpp":
+            if self.cpp is None:
+                return "it has no C++ kernel"
+            if device != "cpu":
+                return f"its C++ kernel takes CPU tensors, got {device}"
+            return _cpp.load()[1] or self.cpp_supports(*args)
+        if backend == "triton":
+            if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+                return f"its Triton kernel takes CUDA tensors, got {device}"
+            return "it has no Triton kernel" if self.triton is None else self.triton_supports(*args)
+        return None
+
+    def pick(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """Forced backend, else the accelerated one of the device, else the reference; says once if it falls back."""
+        implementations = {"triton": self.triton, "cpp": self.cpp, "reference": self.reference}
+        wanted = _forced[-1] if _forced else _env_backend()
+        if wanted is None:
+            wanted = "triton" if _device_of(args) == "cuda" else "cpp"
+        reason = self.why_not(wanted, args)
+        if reason is not None:
+            log_once(f"{self.name}: not running on {wanted} because {reason}; using the torch reference")
+            wanted = "reference"
+        implementation = implementations[wanted]
+        assert implementation is not None  # noqa: S101 why_not() has just said that it is there
+        return implementation
+
+
+def define_op(
+    *,
+    module: str,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    name: str | None = None,
+    check_values: Callable[..., None] | None = None,
+    cpp: Callable[..., Any] | None = None,
+    cpp_supports: Callable[..., str | None] = lambda *_: None,
+    triton_supports: Callable[..., str | None] = lambda *_: None,
+    samples: Callable[..., Iterator[Sample]] | None = None,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Register the decorated reference as ``tlf::<name>`` (default: the reference's own name).
+
+    The reference needs full type annotations (they become the schema), positional arguments without defaults (the
+    dispatcher drops arguments that equal a default), and may not return an alias of an input. check(*args) raises
+    ValueError from shapes and dtypes alone; check_values(*args) does so from the values and runs on CPU tensors only,
+    because reading values would stall a GPU. fake(*args) returns empty outputs; cpp takes the same arguments and
+    returns the same outputs as the reference.
+    """
+
+    def wrap(reference: Callable[..., Any]) -> Op:
+        op_name = name or reference.__name__
+        defaults = [p.name for p in inspect.signature(reference).parameters.values() if p.default is not p.empty]
+        if defaults:
+            raise TypeError(f"op {op_name}: give no defaults in the reference, only in the public function: {defaults}")
+        if op_name in OPS:
+            raise ValueError(f"op {op_name} is defined twice: {OPS[op_name].module} and {module}")
+        entry = Op(op_name, module, reference, check, check_values, cpp, cpp_supports, triton_supports, samples)
+
+        def run(*args: Any) -> Any:
+            check(*args)
+            if check_values is not None and _device_of(args) == "cpu":
+                check_values(*args)
+            return entry.pick(args)(*args)
+
+        def run_fake(*args: Any) -> Any:
+            check(*args)
+            return fake(*args)
+
+        # from the reference, not from run: string annotations are resolved in the globals of the function's own file
+        schema = torch.library.infer_schema(reference, mutates_args=())
+        entry.op = torch.library.custom_op(f"tlf::{op_name}", run, mutates_args=(), schema=schema)
+        entry.op.register_fake(run_fake)
+        OPS[op_name] = entry
+        return entry
+
+    return wrap
+
+
+@contextlib.contextmanager
+def force_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on "triton", "cpp" or "reference" where it can; it says once where it can't."""
+    if name not in BACKENDS:
+        raise UserError(f"unknown backend {name!r}; {nearest(name, BACKENDS)}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _env_backend() -> str | None:
+    name = os.environ.get("TLF_BACKEND", "auto")
+    if name == "auto":
+        return None
+    if name not in BACKENDS:
+        raise UserError(f"TLF_BACKEND={name!r}; {nearest(name, ('auto', *BACKENDS))}")
+    return name
+
+
+def _device_of(args: tuple[Any, ...]) -> str:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device.type
+    return "cpu"

@@ -1,0 +1,125 @@
+"""What trains in a stage, and with which learning rate: requires_grad and parameter groups, no I/O."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, TypedDict, get_args
+
+from torch import nn
+
+from tinyllava_fast.config.load import parse_into
+from tinyllava_fast.config.schema import OptimConfig, RecipeConfig, Tune, TuneConfig
+from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.log import log
+from tinyllava_fast.models.lmm import COMPONENTS, LMM
+from tinyllava_fast.registry import Registry
+
+
+class ParameterGroup(TypedDict):
+    """One group for the optimiser."""
+
+    name: str  # "llm", "llm.no_decay", ...
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+
+
+class Recipe(ABC):
+    """Decides which parameters of a model train."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Settings of this recipe alone."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    @abstractmethod
+    def apply(self, lmm: LMM, recipe: RecipeConfig) -> None:
+        """Set requires_grad of every parameter."""
+
+
+RECIPES: Registry[type[Recipe]] = Registry("recipe", "tinyllava_fast.recipes")
+
+
+@RECIPES.register("base")
+class BaseRecipe(Recipe):
+    """Each component is frozen, full, or trains its layers from ``from_layer`` on."""
+
+    def apply(self, lmm: LMM, recipe: RecipeConfig) -> None:
+        """See the base class. Raises UserError for a setting that this model cannot satisfy."""
+        for name in COMPONENTS:
+            tune: TuneConfig = getattr(recipe, name)
+            if tune.tune not in get_args(Tune):
+                raise UserError(f"recipe.{name}.tune: {tune.tune!r}; {nearest(tune.tune, get_args(Tune))}")
+            _set_grad(getattr(lmm, name).parameters(), tune.tune == "full")
+            if tune.tune == "partial":
+                _set_grad(_layer_parameters(lmm, name, tune.from_layer), True)
+
+
+def apply_recipe(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig) -> list[ParameterGroup]:
+    """Set requires_grad as the recipe says and return the trainable parameters in groups, each in exactly one.
+
+    Weight decay goes to matrices; biases, norms and embeddings have none. Raises UserError naming the config key if
+    the recipe is unknown, does not fit the model, or trains nothing.
+    """
+    cls = RECIPES.get(recipe.type, "recipe.type")
+    cls(parse_into(cls.Options, recipe.options, "recipe.options")).apply(lmm, recipe)
+    groups = _groups(lmm, recipe, optim)
+    if not groups:
+        raise UserError(
+            "recipe: every component is frozen; set tune: full or partial for one of llm, vision, connector"
+        )
+    _report(lmm)
+    return groups
+
+
+def _groups(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig) -> list[ParameterGroup]:
+    groups: list[ParameterGroup] = []
+    undecayed = {id(p) for m in lmm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for name, parameters in lmm.component_parameters().items():
+        tune: TuneConfig = getattr(recipe, name)
+        lr = optim.lr if tune.lr is None else tune.lr
+        trainable = [p for _, p in parameters if p.requires_grad]
+        matrices = [p for p in trainable if _is_matrix(p) and id(p) not in undecayed]
+        rest = [p for p in trainable if not (_is_matrix(p) and id(p) not in undecayed)]
+        if matrices:
+            groups.append({"name": name, "params": matrices, "lr": lr, "weight_decay": optim.weight_decay})
+        if rest:
+            groups.append({"name": f"{name}.no_decay", "params": rest, "lr": lr, "weight_decay": 0.0})
+    return groups
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    # DeepSpeed's ZeRO-3 leaves an empty tensor behind; the true shape is in ds_shape.
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+
+
+def _layer_parameters(lmm: LMM, component: str, from_layer: int) -> list[nn.Parameter]:
+    key = f"recipe.{component}.from_layer"
+    if component == "connector":
+        raise UserError("recipe.connector.tune: a connector has no layers to choose from; use frozen or full")
+    count = lmm.num_layers if component == "llm" else lmm.vision.num_layers
+    if not 0 <= from_layer < count:
+        raise UserError(f"{key}: {from_layer} is out of range; the {component} has {count} layers, use 0..{count - 1}")
+    if component == "vision":
+        return lmm.vision.layer_parameters(from_layer)
+    layers = list(lmm.adapter.layers(lmm.llm))[from_layer:]
+    return [p for layer in layers for p in layer.parameters()]
+
+
+def _set_grad(parameters: Any, value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _report(lmm: LMM) -> None:
+    log.info("%-10s %15s %15s", "component", "trainable", "parameters")
+    for name, parameters in lmm.component_parameters().items():
+        trainable = sum(_size(p) for _, p in parameters if p.requires_grad)
+        log.info("%-10s %15s %15s", name, f"{trainable:,}", f"{sum(_size(p) for _, p in parameters):,}")

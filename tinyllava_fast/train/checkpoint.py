@@ -1,0 +1,300 @@
+"""Checkpoints that survive kill -9 at any instant, a full disk included.
+
+    <run>/checkpoints/<stage>-<step>/   state.json, model.safetensors, optimizer.safetensors, rng-<rank>.safetensors
+    <run>/checkpoints/latest            name of the newest complete one
+
+A checkpoint is written into ``.tmp-<name>``, every file and the folder are fsynced, the folder is renamed, and only
+then ``latest`` is replaced. Whatever dies on the way leaves the previous checkpoint valid and a ``.tmp-`` folder that
+the next start removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.log import log
+from tinyllava_fast.train import seed
+from tinyllava_fast.train.engine.base import Engine, LazyTensor
+
+FORMAT = 1
+LATEST = "latest"
+TMP = ".tmp-"
+_NAME = re.compile(r".+-\d{8}")
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: everything of a checkpoint that is not a tensor."""
+
+    stage: str = ""
+    stage_index: int = 0
+    stage_step: int = 0
+    """Optimiser steps done in the stage."""
+    step: int = 0
+    """Optimiser steps done in the run."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+    """Counters of the whole run: wall_seconds, step_seconds, samples, tokens, supervised_tokens, capacity."""
+    reports: dict[str, Any] = field(default_factory=dict)
+    """Data report of each stage so far."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration."""
+    format: int = FORMAT
+
+    @property
+    def name(self) -> str:
+        """Folder name of this state's checkpoint."""
+        return f"{self.stage}-{self.step:08d}"
+
+
+class CheckpointStore:
+    """The ``checkpoints`` folder of a run. keep: newest checkpoints that stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = max(keep, 1)
+
+    def clean(self) -> None:
+        """Remove what a killed run left half-written. Rank 0 only, before anything is saved."""
+        if self.folder.is_dir():
+            for stale in self.folder.glob(f"{TMP}*"):
+                log.warning("removing %s, left by a run that was killed while saving", stale)
+                _remove(stale)
+
+    def clear(self) -> None:
+        """Remove every checkpoint (--resume never)."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def names(self) -> list[str]:
+        """Complete checkpoints, oldest first by the time they were written."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and (p / "state.json").is_file()]
+        found = [p for p in found if not p.name.startswith(TMP)]
+        return [p.name for p in sorted(found, key=lambda p: ((p / "state.json").stat().st_mtime_ns, p.name))]
+
+    def latest(self) -> Path | None:
+        """The checkpoint that ``latest`` names; the newest complete one if that file is missing; None without any."""
+        names = self.names()
+        marker = self.folder / LATEST
+        if marker.is_file() and (name := marker.read_text(encoding="utf-8").strip()) in names:
+            return self.folder / name
+        return self.folder / names[-1] if names else None
+
+    def save(self, state: TrainState, engine: Engine) -> Path:
+        """Write a checkpoint; every rank calls it. Raises CheckpointError if it can't, the previous one intact."""
+        target, tmp = self.folder / state.name, self.folder / f"{TMP}{state.name}"
+        failure = ""
+        try:
+            tmp.mkdir(parents=True, exist_ok=True)
+            self._write_rng(tmp, engine.rank)
+            write_tensors(tmp / "model.safetensors", engine.model_state(), write=engine.rank == 0)
+            write_tensors(tmp / "optimizer.safetensors", engine.optimizer_state(), write=engine.rank == 0)
+            if engine.rank == 0:
+                write_bytes(tmp / "state.json", json.dumps(asdict(state), indent=1).encode())
+        except OSError as error:
+            failure = str(error)
+        # A rank that failed tells the others before anyone publishes.
+        if float(engine.all_reduce_sum(torch.tensor(float(bool(failure)), device=engine.device))) > 0:
+            if engine.rank == 0:
+                _remove(tmp)
+            raise self._refused(target, failure or "another process could not write its part")
+        try:
+            if engine.rank == 0:
+                self._publish(tmp, target)
+        except OSError as error:
+            _remove(tmp)
+            raise self._refused(target, str(error)) from error
+        engine.barrier()
+        return target
+
+    def _write_rng(self, folder: Path, rank: int) -> None:
+        plain, tensors = seed.rng_state()
+        items = [LazyTensor.of(name, tensor) for name, tensor in tensors.items()]
+        write_tensors(folder / f"rng-{rank}.safetensors", items, metadata={"state": json.dumps(plain)})
+
+    def _publish(self, tmp: Path, target: Path) -> None:
+        sync_folder(tmp)
+        if target.exists():  # resumed from an older checkpoint and reached this step again
+            aside = self.folder / f"{TMP}old-{target.name}"
+            target.rename(aside)
+        tmp.rename(target)
+        sync_folder(self.folder)
+        marker = self.folder / f"{TMP}{LATEST}"
+        write_bytes(marker, f"{target.name}\n".encode())
+        marker.replace(self.folder / LATEST)
+        sync_folder(self.folder)
+        for name in [n for n in self.names() if n != target.name][: -(self.keep - 1) or None]:
+            _remove(self.folder / name)
+        for aside in self.folder.glob(f"{TMP}old-*"):
+            _remove(aside)
+
+    def _refused(self, target: Path, reason: str) -> CheckpointError:
+        latest = self.latest()
+        kept = f"the previous checkpoint {latest} is intact" if latest else "no earlier checkpoint exists"
+        return CheckpointError(
+            f"{target}: could not be saved: {reason}; {kept}. Free some space and run again to resume"
+        )
+
+
+def load_state(folder: Path) -> TrainState:
+    """state.json of a checkpoint. Raises CheckpointError naming what is wrong with it."""
+    path = folder / "state.json"
+    if not path.is_file():
+        known = sorted(p.parent.name for p in folder.glob("*/state.json"))
+        hint = f"; it holds {', '.join(known)}" if known else ""
+        raise CheckpointError(f"{folder}: not a checkpoint, it has no state.json{hint}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {raw['format']}, this version reads {FORMAT}")
+        return TrainState(**raw)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); resume from another checkpoint with --resume PATH") from None
+
+
+def load_rng(folder: Path, rank: int) -> None:
+    """Restore this rank's random state; a rank the checkpoint did not have keeps its seeded one."""
+    path = folder / f"rng-{rank}.safetensors"
+    if not path.is_file():
+        log.warning("%s: saved with fewer processes; rank %d keeps its seeded random state", folder, rank)
+        return
+    with open_tensors(path) as tensors:
+        seed.set_rng_state(json.loads(tensors.metadata["state"]), dict(tensors))
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file as a mapping whose tensors are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
+        try:
+            self._file = safe_open(str(path), framework="pt")
+            self._keys = list(self._file.keys())
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: truncated or damaged ({error}); resume from another checkpoint with --resume PATH"
+            ) from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._keys:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._file
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open a safetensors file of a checkpoint; CheckpointError if it is missing or damaged."""
+    return TensorFile(path)
+
+
+def write_tensors(
+    path: Path, items: Sequence[LazyTensor], *, write: bool = True, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Stream tensors into a safetensors file and fsync it; only one of them is in memory at a time.
+
+    write: False on ranks that only take part in fetching.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for item in items:
+        size = item.dtype.itemsize * int(torch.Size(item.shape).numel())
+        shape = list(item.shape)
+        header[item.name] = {"dtype": _DTYPE_NAMES[item.dtype], "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file = path.open("wb") if write else None
+    failure: OSError | None = None
+    try:
+        if file:
+            file.write(struct.pack("<Q", len(text)) + text)
+        for item in items:
+            tensor = item.fetch()
+            # After a failed write the fetches go on: other ranks wait in the same gathers.
+            if file and failure is None:
+                try:
+                    _write_tensor(file, tensor)
+                except OSError as error:
+                    failure = error
+        if failure:
+            raise failure
+        if file:
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        if file:
+            try:
+                file.close()
+            except OSError:  # flushing the rest to a full disk fails again; the first failure is the one to report
+                failure = failure or OSError(f"{path}: closing failed")
+    if failure:
+        raise failure
+
+
+def _write_tensor(file: Any, tensor: Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    file.write(flat.numpy().data)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file and fsync it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that renames in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

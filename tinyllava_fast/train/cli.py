@@ -1,0 +1,98 @@
+"""tlf-train CONFIG [--resume auto|never|PATH] [key.path=value ...] [--print_config] [--help]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.hardware import prepare_memory
+from tinyllava_fast.log import log, setup_logging
+
+USAGE = """\
+usage: tlf-train CONFIG [--resume auto|never|PATH] [key.path=value ...] [--print_config] [--help]
+
+Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name:
+  tlf-train configs/demo.yaml seed=1 stages.finetune.optim.lr=3e-4
+  torchrun --nproc_per_node 2 -m tinyllava_fast.train.cli configs/demo.yaml engine.type=deepspeed
+
+  --resume auto    continue where the run in output_dir stopped, if it did (default)
+  --resume never   start over; checkpoints of an earlier run in output_dir are removed
+  --resume PATH    continue from that checkpoint or run folder
+  --print_config   print the resolved configuration and exit
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns 0, 2 for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM (checkpoint saved)."""
+    setup_logging()
+    prepare_memory()
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        log.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    path, resume, overrides, flags = parse(argv)
+    if "--help" in flags or (path is None and not flags):
+        from tinyllava_fast.config.load import describe
+
+        sys.stdout.write(f"{USAGE}\nConfiguration keys:\n{describe()}\n")
+        return 0 if "--help" in flags else 2
+    if path is None:
+        raise UserError("no configuration file given; tlf-train CONFIG, e.g. tlf-train configs/demo.yaml")
+    from tinyllava_fast.config.load import dump, load_run
+
+    config = load_run(path, overrides)
+    if "--print_config" in flags:
+        sys.stdout.write(dump(config))
+        return 0
+    from tinyllava_fast.train.loop import train
+    from tinyllava_fast.train.run import StopRequest
+
+    try:
+        train(config, resume=resume)
+    except StopRequest as stop:
+        log.warning("stopped; the same command continues from the checkpoint")
+        return stop.exit_code
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
+    """(config path, resume, overrides as key=value, flags). Raises UserError for an argument it can't place."""
+    path, resume, overrides, flags = None, "auto", [], set()
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help", "--print_config"):
+            flags.add("--help" if argument == "-h" else argument)
+        elif argument == "--resume" or argument.startswith("--resume="):
+            _, given, value = argument.partition("=")
+            if not given:
+                value = rest.pop(0) if rest else ""
+            if not value:
+                raise UserError("--resume: expected auto, never or a path")
+            resume = value
+        elif argument.startswith("--"):
+            key, given, value = argument[2:].partition("=")
+            if not given:
+                if not rest:
+                    raise UserError(f"{argument}: expected a value: {argument} VALUE or {key}=VALUE")
+                value = rest.pop(0)
+            overrides.append(f"{key}={value}")
+        elif "=" in argument:
+            overrides.append(argument)
+        elif path is None:
+            path = argument
+        else:
+            raise UserError(f"unexpected argument {argument!r}; overrides are key.path=value")
+    return path, resume, overrides, flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())

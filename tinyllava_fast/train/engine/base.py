@@ -1,0 +1,97 @@
+"""What the training loop asks of an engine, so that it never learns which one it drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.errors import UserError
+
+ParamGroups = list[dict[str, Any]]
+"""[{name: str, params: list[Parameter], lr: float, weight_decay: float}], as recipes.base.apply_recipe returns them."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a checkpoint that is fetched when it is written, so that a gathered state never exists as a whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fetch: Callable[[], Tensor]
+    """Returns it on any device. All processes must fetch, in order; only rank 0's result is meaningful."""
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> LazyTensor:
+        """A tensor that is there already."""
+        held = tensor.detach()
+        return cls(name, tuple(held.shape), held.dtype, lambda: held)
+
+
+class Engine(Protocol):
+    """Runs forward, backward and optimiser steps of one model on one process of ``world_size``.
+
+    Gradients are *sums*: over the micro-batches of a step and over the ranks, each loss multiplied by the ``scale``
+    given. With scale = 1 / (supervised tokens of the step over all ranks) the update is that of the mean token loss,
+    whatever the packing, the accumulation and the number of processes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
+        """Accumulate the gradient of scale * (summed loss of the batch); returns the detached float32 loss sum []."""
+        ...
+
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """Clip, update with each group name's learning rate, clear gradients; returns the norm before clipping []."""
+        ...
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks (in place and returned)."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def model_state(self) -> Sequence[LazyTensor]:
+        """All weights under their stock names, tied ones once."""
+        ...
+
+    def optimizer_state(self) -> Sequence[LazyTensor]:
+        """Everything the optimiser knows, in a layout that depends neither on the engine nor on the number of ranks.
+
+        "step" [] float32; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>".
+        """
+        ...
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what ``optimizer_state`` gave; every rank passes the same. Raises CheckpointError on a mismatch."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds. The process group stays."""
+        ...
+
+
+def trainable_names(model: nn.Module, groups: ParamGroups) -> dict[nn.Parameter, str]:
+    """The weights of the groups with their names, in group order. Raises UserError if there are none."""
+    names = {p: n for n, p in model.named_parameters()}
+    found = {p: names[p] for group in groups for p in group["params"]}
+    if not found:
+        raise UserError("stages.*.recipe: llm, vision and connector are all frozen, so nothing would train")
+    return found
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their stock names, tied ones once, detached, not copied."""
+    once = {name for name, _ in model.named_parameters()}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {n: t.detach() for n, t in model.state_dict().items() if n in once or n not in every}

@@ -1,0 +1,219 @@
+"""DeepSpeed's ZeRO 1-3 over torch.distributed. The only module that imports deepspeed.
+
+Three things keep the mathematics that of one process (tests/train/test_distributed.py):
+- the loop has divided by the global number of supervised tokens, so DeepSpeed must not divide by the number of
+  accumulation steps (``scale_wrt_gas=False``), and its mean over ranks is undone by a factor on the loss;
+- gradients accumulate and travel as float32;
+- checkpoints hold whole weights, masters and moments by name (gathered one at a time), so that a run may continue
+  under another ZeRO stage, another number of processes, or plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups, plain_state, trainable_names
+from tinyllava_fast.train.optim import MOMENTS, Masters, checked
+
+PERSISTENT_NUMEL = 10_000
+"""ZeRO-3 keeps weights below this size whole: norms and biases, not worth a gather."""
+
+
+def deepspeed_config(
+    *, zero_stage: int, offload: bool, micro_batches: int, clip_norm: float, bf16: bool, cuda: bool
+) -> dict[str, Any]:
+    """DeepSpeed's JSON. micro_batches: packs of one process in one optimiser step."""
+    zero: dict[str, Any] = {"stage": zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
+    if zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": zero,
+        # torch's AdamW updates on the CPU too, without compiling DeepSpeed's own at the first start.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if bf16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+class DeepSpeedEngine:
+    """Engine over DeepSpeed. model: an LMM (or a module with ``external_parameters``), whole, on every rank."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ParamGroups,
+        *,
+        device: torch.device,
+        zero_stage: int,
+        offload: bool,
+        micro_batches: int,
+        betas: tuple[float, float],
+        eps: float,
+        clip_norm: float,
+        masters: Masters | None = None,
+    ) -> None:
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise UserError(
+                f"engine.type: deepspeed does not import ({error}); "
+                "pip install 'tinyllava-fast[train]' or set engine.type=torch"
+            ) from None
+        self._zero = deepspeed.zero
+        self._fragments = deepspeed.utils
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.device, self.model, self._stage = device, model, zero_stage
+        self._names = trainable_names(model, groups)
+        self._shapes = {name: tuple(t.shape) for name, t in plain_state(model).items()}
+        self._low = any(p.dtype != torch.float32 for p in self._names)
+        config = deepspeed_config(
+            zero_stage=zero_stage,
+            offload=offload,
+            micro_batches=micro_batches,
+            clip_norm=clip_norm,
+            bf16=self._low,
+            cuda=device.type == "cuda",
+        )
+        torch_groups = [{**g, "betas": betas, "eps": eps} for g in groups if g["params"]]
+        # amsgrad=False is torch's default; DeepSpeed reads the key from the groups.
+        self._adamw = torch.optim.AdamW(torch_groups, amsgrad=False, fused=True)
+        self._engine: Any = deepspeed.initialize(
+            model=model, optimizer=self._adamw, config=config, dist_init_required=False
+        )[0]
+        if zero_stage == 3:
+            for parameter in model.external_parameters():  # type: ignore[operator]
+                deepspeed.zero.register_external_parameter(model, parameter)
+        self._create_moments()
+        for parameter, value in (masters or {}).items():
+            self._fragments.safe_set_full_fp32_param(parameter, value)
+        self._unfinished = False  # a backward pass whose engine.step() has not been called
+
+    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
+        """See Engine."""
+        if self._unfinished:
+            self._engine.step()  # not the last micro-batch after all: DeepSpeed counts it and goes on
+        loss = self._engine(**self._with_image(batch.to(self.device)).tensors())
+        self._engine.backward(loss * (scale * self.world_size), scale_wrt_gas=False)
+        self._unfinished = True
+        return loss.detach()
+
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """See Engine."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lrs[group["name"]]
+        self._engine.step()
+        self._unfinished = False
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See Engine."""
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """See Engine."""
+        torch.distributed.barrier()
+
+    def model_state(self) -> Sequence[LazyTensor]:
+        """See Engine."""
+        state = self.model.state_dict(keep_vars=True)
+        return [
+            LazyTensor(name, shape, state[name].dtype, partial(self._whole, state[name]))
+            for name, shape in self._shapes.items()
+        ]
+
+    def optimizer_state(self) -> Sequence[LazyTensor]:
+        """See Engine."""
+        step = self._adamw.state[self._flat_masters()[0]]["step"].cpu()
+        items = [LazyTensor.of("step", step)]
+        for p, name in self._names.items():
+            shape = self._shapes[name]
+            for kind in MOMENTS:
+                items.append(
+                    LazyTensor(
+                        f"{kind}/{name}",
+                        shape,
+                        torch.float32,
+                        partial(self._fragments.safe_get_full_optimizer_state, p, kind),
+                    )
+                )
+            if self._low:
+                items.append(
+                    LazyTensor(
+                        f"master/{name}", shape, torch.float32, partial(self._fragments.safe_get_full_fp32_param, p)
+                    )
+                )
+        return items
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """See Engine."""
+        step = checked(tensors, "step", torch.zeros(()))
+        for flat in self._flat_masters():
+            self._adamw.state[flat]["step"].copy_(step)
+        for p, name in self._names.items():
+            like = torch.empty(self._shapes[name], device="meta")
+            for kind in MOMENTS:
+                value = checked(tensors, f"{kind}/{name}", like).to(self.device, torch.float32)
+                self._fragments.safe_set_full_optimizer_state(p, value, kind)
+            if f"master/{name}" in tensors:
+                value = checked(tensors, f"master/{name}", like).to(self.device, torch.float32)
+                self._fragments.safe_set_full_fp32_param(p, value)
+
+    def close(self) -> None:
+        """See Engine."""
+        self._engine.destroy()
+
+    def _with_image(self, batch: PackedBatch) -> PackedBatch:
+        """A pack without images gets a blank one that fills no slot: ranks must gather the same modules in the same
+        order under ZeRO-3, and reduce the same gradients.
+        """
+        if batch.pixel_values.shape[0] or self.world_size == 1:
+            return batch
+        shape = (1, *batch.pixel_values.shape[1:])
+        count = int(self.model.tokens_per_image)  # type: ignore[arg-type]
+        nowhere = torch.full((count,), batch.input_ids.shape[0], device=self.device)
+        return replace(batch, pixel_values=torch.zeros(shape, device=self.device), image_slots=nowhere)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "ds_id"):
+            return tensor.detach()
+        with self._zero.GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone()
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The float32 partitions that AdamW updates on this rank."""
+        optimizer = self._engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(optimizer, name):  # ZeRO 3, ZeRO 1-2, ZeRO 1 in bf16
+                return list(getattr(optimizer, name))
+        raise RuntimeError(f"unknown DeepSpeed optimizer {type(optimizer).__name__}; supported are DeepSpeed 0.19's")
+
+    def _create_moments(self) -> None:
+        """Zero moments before the first step, when AdamW would create them.
+
+        A resumed run needs them then, and DeepSpeed 0.19 links them to the weights after the first *group* has been
+        updated, which leaves those of all other groups out.
+        """
+        for flat in self._flat_masters():
+            moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+            self._adamw.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:  # ZeRO 1-2 look moments up through fragments of each weight
+            link()

@@ -1,0 +1,107 @@
+"""The process: its rank, device and threads; and the engine that the configuration asks for."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyllava_fast.config.schema import EngineConfig, OptimConfig
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.train.engine.base import Engine, ParamGroups
+from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
+from tinyllava_fast.train.optim import lower
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of ``world_size`` processes. local_size: processes on this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+def start_process(config: EngineConfig) -> Process:
+    """Read torchrun's environment, choose the device, set the threads and, for DeepSpeed, join the process group.
+
+    Raises UserError for a device that is not there, or for several processes under engine.type torch.
+    """
+    env = {k: int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"engine.device: {kind!r}; known: auto, cpu, cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device: cuda, but torch sees no CUDA device; set engine.device=cpu or auto")
+    device = torch.device("cuda", env["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.threads or max(cores // local_size, 1))
+    process = Process(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_size, device)
+    if config.type == "deepspeed":
+        _join(process)
+    elif process.world_size > 1:
+        raise UserError(
+            f"engine.type: torch runs one process, but torchrun started {process.world_size}; set engine.type=deepspeed"
+        )
+    return process
+
+
+def build_engine(
+    process: Process,
+    config: EngineConfig,
+    optim: OptimConfig,
+    model: nn.Module,
+    groups: ParamGroups,
+    *,
+    micro_batches: int,
+) -> Engine:
+    """The engine of engine.type around a model in float32 whose recipe is applied; its weights become engine.dtype.
+
+    optim: betas, eps and clip_norm are read.
+
+    micro_batches: packs that one process takes in one optimiser step.
+    """
+    settings: dict[str, Any] = {
+        "device": process.device,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "clip_norm": optim.clip_norm,
+        "masters": lower(model, getattr(torch, config.dtype)),
+    }
+    if config.type == "torch":
+        return TorchEngine(model, groups, **settings)
+    if config.zero_stage == 0:
+        return DataParallelEngine(model, groups, **settings)
+    from tinyllava_fast.train.engine.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model, groups, **settings, zero_stage=config.zero_stage, offload=config.offload, micro_batches=micro_batches
+    )
+
+
+def _join(process: Process) -> None:
+    """Join the process group; without torchrun, one of a single process."""
+    if torch.distributed.is_initialized():
+        return
+    if "MASTER_ADDR" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    if process.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.distributed.init_process_group("gloo" if process.device.type == "cpu" else "nccl")
+    # Not at the end of a run: DeepSpeed keeps its groups for as long as the process lives.
+    atexit.register(torch.distributed.destroy_process_group)

@@ -1,0 +1,96 @@
+"""Plain torch: one process, or several with whole copies of the model (ZeRO 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups, plain_state, trainable_names
+from tinyllava_fast.train.optim import MasterAdamW, Masters
+
+
+class TorchEngine:
+    """Engine of a single process. model: already on ``device`` and of its training dtype."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ParamGroups,
+        *,
+        device: torch.device,
+        betas: tuple[float, float],
+        eps: float,
+        clip_norm: float,
+        masters: Masters | None = None,
+    ) -> None:
+        self.device = device
+        self.model = model
+        names = trainable_names(model, groups)
+        self._optimizer = MasterAdamW(groups, names, betas=betas, eps=eps, clip_norm=clip_norm, masters=masters)
+
+    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
+        """See Engine."""
+        loss = self.model(**batch.to(self.device).tensors())
+        if loss.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
+            (loss * scale).backward()
+            self._optimizer.accumulate()
+        return loss.detach()
+
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """See Engine."""
+        return self._optimizer.step(lrs)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See Engine."""
+        return tensor
+
+    def barrier(self) -> None:
+        """See Engine."""
+
+    def model_state(self) -> Sequence[LazyTensor]:
+        """See Engine."""
+        return [LazyTensor.of(name, tensor) for name, tensor in plain_state(self.model).items()]
+
+    def optimizer_state(self) -> Sequence[LazyTensor]:
+        """See Engine."""
+        return self._optimizer.state()
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """See Engine."""
+        self._optimizer.load(tensors)
+
+    def close(self) -> None:
+        """See Engine."""
+        for p in self.model.parameters():
+            p.grad = None
+
+
+class DataParallelEngine(TorchEngine):
+    """Every process holds the whole model and optimiser; float32 gradients are summed over them before each update."""
+
+    def __init__(self, model: nn.Module, groups: ParamGroups, **settings: Any) -> None:
+        super().__init__(model, groups, **settings)
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """See Engine."""
+        pending = [torch.distributed.all_reduce(g, async_op=True) for g in self._optimizer.gradients()]
+        for work in pending:
+            work.wait()
+        return super().step(lrs)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See Engine."""
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """See Engine."""
+        torch.distributed.barrier()

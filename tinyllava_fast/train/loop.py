@@ -1,0 +1,265 @@
+"""The training run: one readable loop over stages and steps.
+
+A step takes ``batch.packs_per_step`` packs over all processes. Each process sums the losses of its share; the sum is
+divided by the number of supervised tokens of the whole step, over all micro-batches and processes. So packing,
+accumulation and the number of processes change the speed, not the mathematics.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllava_fast.config.schema import RunConfig
+from tinyllava_fast.data.dataset import build_dataset
+from tinyllava_fast.data.loader import Loader
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models import io
+from tinyllava_fast.models.build import build_model, check_vocabulary
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.recipes.base import apply_recipe
+from tinyllava_fast.train.checkpoint import load_rng, open_tensors
+from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train.engine.launch import build_engine, start_process
+from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
+from tinyllava_fast.train.progress import Progress
+from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
+from tinyllava_fast.train.schedule import lr_factor
+
+
+def train(config: RunConfig, *, resume: str = "auto") -> dict[str, Any]:
+    """Run every stage and return the summary (also written to summary.json).
+
+    Raises UserError for anything the user can mend, StopRequest after a signal.
+    """
+    process = start_process(config.engine)
+    run = Run(config, process)
+    try:
+        run.start(resume)
+        with stop_on_signals(run):
+            for index in range(run.state.stage_index, len(config.stages)):
+                Stage(run, index).run()
+        return run.finish()
+    finally:
+        run.close()
+
+
+class Stage:
+    """One stage: its model, data, engine and steps."""
+
+    def __init__(self, run: Run, index: int) -> None:
+        self.run_, self.config = run, run.config.stages[index]
+        self.state = run.state
+        resumed = run.checkpoint if self.state.stage_index == index else None
+        if self.state.stage_index != index or not self.state.stage:
+            self.state.stage_step, self.state.loader = 0, {}
+        self.state.stage, self.state.stage_index = self.config.name, index
+        self.model = self._model(index, resumed)
+        groups = apply_recipe(self.model, self.config.recipe, self.config.optim)
+        self.peak_lrs = {g["name"]: g["lr"] for g in groups}
+        if run.config.engine.gradient_checkpointing:
+            self.model.set_gradient_checkpointing(True)
+        self.loader = self._loader()
+        self.compiled = CompiledForward(self.model) if run.config.engine.compile else None
+        self.micro_batches = self.config.batch.packs_per_step // run.process.world_size
+        self.engine = build_engine(
+            run.process,
+            run.config.engine,
+            self.config.optim,
+            self.model,
+            [dict(g) for g in groups],
+            micro_batches=self.micro_batches,
+        )
+        if resumed is not None and self.state.stage_step > 0:
+            with open_tensors(resumed / "optimizer.safetensors") as tensors:
+                self.engine.load_optimizer_state(tensors)
+            load_rng(resumed, run.process.rank)
+
+    def _model(self, index: int, resumed: Path | None) -> LMM:
+        config = self.run_.config
+        dtype = torch.float32  # the engine lowers it, and keeps the exact values as masters
+        if index == 0 or resumed is not None:
+            model = build_model(config.model, seed=config.seed, dtype=dtype)
+        else:
+            model = io.load_model(self.run_.folder / config.stages[index - 1].name, dtype=dtype)[0].train()
+        check_vocabulary(model, self.run_.tokenizer)
+        if resumed is not None:
+            io.load_weights(model, resumed)
+        data = self.config.data
+        model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
+        return model.to(self.run_.process.device)
+
+    def _loader(self) -> Loader:
+        run, config, process = self.run_, self.config, self.run_.process
+        dataset = build_dataset(
+            config.data,
+            config.batch,
+            tokenizer=run.tokenizer,
+            processor=run.processor,
+            tokens_per_image=self.model.tokens_per_image,
+            seed=run.config.seed,
+        )
+        self.report = dataset.report.as_dict()
+        if not self.report["supervised_tokens"]:
+            raise UserError(
+                f"stages.{config.name}.data: no sample of {config.data.records} has a supervised token, so nothing "
+                f"can be learnt; does template {config.data.template!r} suit the tokenizer and the records?"
+            )
+        loader = Loader(
+            dataset,
+            packs_per_step=config.batch.packs_per_step,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            rank=process.rank,
+            world_size=process.world_size,
+            workers=run.config.engine.workers,
+            prefetch=run.config.engine.prefetch,
+            pin_memory=process.device.type == "cuda",
+        )
+        if self.state.loader:
+            loader.load_state_dict(self.state.loader)
+        return loader
+
+    def run(self) -> None:
+        """Train to the end of the stage and save its model folder."""
+        total = self.loader.steps
+        progress = Progress(self.config.name, total, done=self.state.stage_step, show=self.run_.main)
+        try:
+            if self.state.stage_step < total:
+                self._steps(total, progress)
+        finally:
+            progress.close()
+            self.loader.close()
+        self._save_model()
+        self.engine.close()
+        if self.compiled:
+            self.run_.compile_seconds += self.compiled.seconds
+            self.run_.recompiles += self.compiled.recompiles
+            self.compiled.close()
+        gc.collect()  # the model and its hooks refer to each other; the next stage brings its own
+
+    def _steps(self, total: int, progress: Progress) -> None:
+        state, engine, run = self.state, self.engine, self.run_
+        batches = iter(self.loader)
+        window = Window()
+        while state.stage_step < total:
+            started = time.perf_counter()
+            micro, wait_s = self._next_micro_batches(batches)
+            counts, stop = self._count(micro)
+            scale = 1.0 / max(counts["supervised_tokens"], 1.0)
+            loss_sum = torch.zeros((), device=engine.device)
+            for batch in micro:
+                loss_sum += engine.forward_backward(batch, scale)
+            lrs = self._learning_rates(total)
+            grad_norm = engine.step(lrs)
+            self._advance(counts, time.perf_counter() - started)
+            window.add(counts, wait_s)
+            progress.advance(state.stage_step)
+            stop = stop or run.stop_signal_now()
+            last = state.stage_step == total
+            due = state.step % run.config.log_every == 0 or last
+            every = run.config.checkpoint.every_steps
+            saving = last or stop or bool(every and state.stage_step % every == 0)
+            if due or saving:
+                entry = self._entry(loss_sum, scale, grad_norm, lrs, window)
+                progress.update(state.stage_step, entry, line=due)
+                if due:
+                    self._write(entry)
+                    window = Window()
+            if saving:
+                self._checkpoint()
+            if stop:
+                raise StopRequest(128 + stop)
+
+    def _next_micro_batches(self, batches: Iterator[PackedBatch]) -> tuple[list[PackedBatch], float]:
+        started = time.perf_counter()
+        micro = [next(batches) for _ in range(self.micro_batches)]
+        return micro, time.perf_counter() - started
+
+    def _count(self, micro: list[PackedBatch]) -> tuple[dict[str, float], int]:
+        """Counts of the step over all ranks, and the largest signal number that any rank received (0: none)."""
+        local = [
+            sum(b.num_samples for b in micro),
+            sum(b.num_tokens for b in micro),
+            sum(b.num_supervised for b in micro),
+            sum(b.input_ids.numel() for b in micro),
+        ]
+        stop = self.run_.stop_signal
+        if self.run_.process.world_size == 1:
+            return dict(zip(COUNTS, map(float, local), strict=True)), stop
+        # float64 holds these integers exactly; the flag rides along so that all ranks stop at the same step.
+        flags = [float(stop == number) for number in (signal.SIGINT, signal.SIGTERM)]
+        summed = torch.tensor([*local, *flags], dtype=torch.float64, device=self.engine.device)
+        *values, interrupted, terminated = self.engine.all_reduce_sum(summed).tolist()
+        stop = int(signal.SIGINT) if interrupted else int(signal.SIGTERM) if terminated else 0
+        return dict(zip(COUNTS, values, strict=True)), stop
+
+    def _learning_rates(self, total: int) -> dict[str, float]:
+        optim = self.config.optim
+        factor = lr_factor(
+            self.state.stage_step,
+            total_steps=total,
+            schedule=optim.schedule,
+            warmup_ratio=optim.warmup_ratio,
+            min_lr_ratio=optim.min_lr_ratio,
+        )
+        return {name: lr * factor for name, lr in self.peak_lrs.items()}
+
+    def _advance(self, counts: dict[str, float], seconds: float) -> None:
+        self.state.step += 1
+        self.state.stage_step += 1
+        self.state.totals["step_seconds"] += seconds
+        for name in COUNTS:
+            self.state.totals[name] += counts[name]
+
+    def _entry(
+        self, loss_sum: torch.Tensor, scale: float, grad_norm: torch.Tensor, lrs: dict[str, float], window: Window
+    ) -> dict[str, Any]:
+        """The metrics of this step. Raises UserError if the loss or the gradient is no number any more."""
+        loss = float(self.engine.all_reduce_sum(loss_sum)) * scale
+        norm = float(grad_norm)
+        if not (abs(loss) < float("inf") and norm < float("inf")):
+            raise UserError(
+                f"step {self.state.step} ({self.state.stage}): loss {loss}, gradient norm {norm}: training diverged. "
+                f"The last checkpoint is intact; lower stages.{self.state.stage}.optim.lr or raise warmup_ratio"
+            )
+        return {
+            "step": self.state.step,
+            "stage": self.state.stage,
+            "loss": loss,
+            "lr": {name.partition(".")[0]: lr for name, lr in lrs.items()},
+            "grad_norm": norm,
+            "epoch": self.loader.epoch,
+            **window.rates(),
+            "memory_bytes": memory_bytes(self.engine.device),
+        }
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.run_.metrics:
+            self.run_.metrics.write(entry)
+
+    def _checkpoint(self) -> None:
+        skipped = self.run_.gather(list(self.loader.skipped))
+        self.state.loader = {**self.loader.state_dict(), "skipped": skipped}
+        self.state.reports[self.config.name] = {**self.report, "skipped": skipped}
+        self.run_.save(self.engine)
+
+    def _save_model(self) -> None:
+        weights = {item.name: item.fetch() for item in self.engine.model_state()}
+        if self.state.stage_index + 1 < len(self.run_.config.stages):
+            # The next stage goes on from what the optimiser knows, not from weights rounded to the training dtype.
+            for item in self.engine.optimizer_state():
+                if item.name.startswith("master/"):
+                    weights[item.name.removeprefix("master/")] = item.fetch()
+            weights = {name: tensor.float() for name, tensor in weights.items()}
+        if self.run_.main:
+            run = self.run_
+            io.save_model(self.model, run.tokenizer, run.processor, run.folder / self.config.name, state_dict=weights)
+        self.engine.barrier()

@@ -1,0 +1,119 @@
+"""What a run reports: metrics.jsonl and TensorBoard events, one entry every ``log_every`` steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllava_fast.hardware import rss_bytes
+from tinyllava_fast.log import log
+
+COUNTS = ("samples", "tokens", "supervised_tokens", "capacity")
+"""Sums over ranks of a step: samples, real tokens, supervised tokens, token budget (real tokens + unused tail)."""
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use: allocated on the GPU, else resident in this process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else rss_bytes()
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Largest memory that torch has allocated on a GPU; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+@dataclass
+class Window:
+    """Sums since the last log line; rates are taken over it."""
+
+    started: float = field(default_factory=time.perf_counter)
+    wait_s: float = 0.0
+    """Time spent waiting for data."""
+    steps: int = 0
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
+
+    def add(self, counts: dict[str, float], wait_s: float) -> None:
+        """One step's counts (all ranks) and this process's time spent waiting for data."""
+        self.steps += 1
+        self.wait_s += wait_s
+        for name in COUNTS:
+            self.counts[name] += counts[name]
+
+    def rates(self) -> dict[str, float]:
+        """samples, tokens and supervised tokens per second, padding share and data-wait share."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        capacity = max(self.counts["capacity"], 1.0)
+        return {
+            "samples_per_s": self.counts["samples"] / elapsed,
+            "tokens_per_s": self.counts["tokens"] / elapsed,
+            "supervised_tokens_per_s": self.counts["supervised_tokens"] / elapsed,
+            "padding_share": 1.0 - self.counts["tokens"] / capacity,
+            "data_wait_share": min(self.wait_s / elapsed, 1.0),
+            "step_s": elapsed / max(self.steps, 1),
+        }
+
+
+class MetricsWriter:
+    """Appends to <run>/metrics.jsonl and <run>/tensorboard. after_step: entries of later steps are dropped first."""
+
+    def __init__(self, folder: Path, *, after_step: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        truncate_after(self.path, after_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = _tensorboard(folder / "tensorboard", after_step)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """entry: {"step", "stage", "lr": {group: value}, numbers...}."""
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        if self._events is None:
+            return
+        for name, value in entry.items():
+            if name == "lr":
+                for group, lr in value.items():
+                    self._events.add_scalar(f"lr/{group}", lr, entry["step"])
+            elif name != "step" and isinstance(value, (int, float)):
+                self._events.add_scalar(f"train/{name}", value, entry["step"])
+
+    def sync(self) -> None:
+        """fsync: before a checkpoint is published, its steps are on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Cut metrics.jsonl behind the last whole line of a step <= ``step``: a resumed run repeats the later ones."""
+    if not path.is_file():
+        return
+    keep = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break  # the line that kill -9 cut short
+            keep += len(line)
+    os.truncate(path, keep)
+
+
+def _tensorboard(folder: Path, after_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("no TensorBoard events: tensorboard is not installed (pip install 'tinyllava-fast[train]')")
+        return None
+    return SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)

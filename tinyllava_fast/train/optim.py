@@ -1,0 +1,159 @@
+"""AdamW on float32 values, whatever the dtype of the weights.
+
+A weight below float32 gets a float32 master and a float32 gradient buffer: an update of 1e-5 is less than half a unit
+in the last place of a typical bf16 weight and would be rounded away; sums over micro-batches lose bits likewise.
+float32 weights are updated in place and cost nothing extra. No Python loop touches single tensors in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.models.hf import cast_parameters
+from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups
+
+Masters = Mapping[nn.Parameter, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class MasterAdamW:
+    """torch's fused AdamW with masters, float32 accumulation and clipping folded into the update.
+
+    groups: as apply_recipe returns them. names: weight -> stock name, for the saved state. clip_norm: 0 = no clipping.
+    masters: float32 values of weights below float32; one that is missing starts at its rounded weight.
+    """
+
+    def __init__(
+        self,
+        groups: ParamGroups,
+        names: Mapping[nn.Parameter, str],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        clip_norm: float,
+        masters: Masters | None = None,
+    ) -> None:
+        self._names = dict(names)
+        self._clip_norm = clip_norm
+        low = [p for p in names if p.dtype != torch.float32]
+        known = masters or {}
+        self._low: list[Tensor] = list(low)
+        self._masters = [known[p] if p in known else p.detach().float() for p in low]
+        self._sums = [torch.zeros_like(m) for m in self._masters]  # gradients of this step
+        self._folded = False  # whether a micro-batch of this step has reached _sums
+        self._plain = [p for p in names if p.dtype == torch.float32]
+        for master, total in zip(self._masters, self._sums, strict=True):
+            master.grad = total
+        master_of = dict(zip(self._low, self._masters, strict=True))
+        self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor AdamW updates
+        torch_groups = [
+            {**g, "params": [self._updated[p] for p in g["params"]], "betas": betas, "eps": eps}
+            for g in groups
+            if g["params"]
+        ]
+        self._adamw = torch.optim.AdamW(torch_groups, fused=True)
+
+    def accumulate(self) -> None:
+        """Fold the gradients of one micro-batch into the float32 sums. float32 weights accumulate by themselves."""
+        grads = [p.grad for p in self._low]
+        if self._folded or any(g is None for g in grads):
+            self._start_sums()
+            found = [(s, g) for s, g in zip(self._sums, grads, strict=True) if g is not None]
+            if found:
+                torch._foreach_add_([s for s, _ in found], [g for _, g in found])
+        elif grads:
+            torch._foreach_copy_(
+                self._sums, [g for g in grads if g is not None]
+            )  # the first micro-batch needs no cleared sums
+            self._folded = True
+        for p in self._low:
+            p.grad = None
+
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """One update; lrs: learning rate of each group name. Returns the gradient norm before clipping, [] float32."""
+        norm = torch.nn.utils.get_total_norm(self.gradients(), foreach=True)
+        for group in self._adamw.param_groups:
+            group["lr"] = lrs[group["name"]]
+        if self._clip_norm > 0:
+            # The fused kernel divides gradients by grad_scale on the way: clipping without a pass over memory.
+            self._adamw.grad_scale = torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0)  # type: ignore[attr-defined]
+        self._adamw.step()
+        with torch.no_grad():
+            if self._low:
+                torch._foreach_copy_(self._low, self._masters)
+        for p in self._plain:
+            p.grad = None
+        self._folded = False
+        return norm
+
+    def gradients(self) -> list[Tensor]:
+        """The float32 gradients summed so far, in the order of the weights' dtypes; zero where there is none."""
+        self._start_sums()
+        for p in self._plain:
+            if p.grad is None:  # no image in the whole step: zero, as a padded blank image would give
+                p.grad = torch.zeros_like(p)
+        return self._sums + [p.grad for p in self._plain if p.grad is not None]
+
+    def _start_sums(self) -> None:
+        if self._sums and not self._folded:
+            torch._foreach_zero_(self._sums)
+        self._folded = True
+
+    def state(self) -> list[LazyTensor]:
+        """Step count, moments and masters by weight name (see Engine.optimizer_state)."""
+        states = self._adamw.state
+        first = next(iter(self._updated.values()))
+        step = states[first]["step"].detach().cpu().float() if states else torch.zeros(())
+        items = [LazyTensor.of("step", step)]
+        for p, updated in self._updated.items():
+            for kind in MOMENTS:
+                moment = states[updated][kind] if states else torch.zeros_like(updated)
+                items.append(LazyTensor.of(f"{kind}/{self._names[p]}", moment))
+            if updated is not p:
+                items.append(LazyTensor.of(f"master/{self._names[p]}", updated))
+        return items
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore ``state()``; a master that the file lacks (a float32 run's) keeps the loaded weight's value."""
+        step = tensors["step"] if "step" in tensors else None
+        for p, updated in self._updated.items():
+            name = self._names[p]
+            state: dict[str, Tensor] = {}
+            for kind in MOMENTS:
+                state[kind] = checked(tensors, f"{kind}/{name}", p).to(p.device, torch.float32)
+            if step is None:
+                raise CheckpointError("optimizer state: 'step' is missing; the checkpoint is not one of this toolkit")
+            state["step"] = step.float().clone().to(p.device)
+            self._adamw.state[updated] = state
+            if updated is not p and f"master/{name}" in tensors:
+                updated.copy_(checked(tensors, f"master/{name}", p))
+        with torch.no_grad():
+            if self._low:
+                torch._foreach_copy_(self._low, self._masters)
+
+
+def lower(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
+    """Cast the weights to dtype in place and return the float32 values of those that train and lost bits.
+
+    Masters that start at rounded weights sit on the coarse grid: until an update crosses half of its spacing the
+    weights do not move at all, and at usual learning rates that takes several steps (docs/LOG.md).
+    """
+    precise = {
+        p: p.detach() for p in model.parameters() if p.requires_grad and p.dtype == torch.float32 and dtype != p.dtype
+    }
+    cast_parameters(model, dtype)
+    return precise
+
+
+def checked(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """tensors[name], whose shape must be that of ``like``. Raises CheckpointError naming it."""
+    if name not in tensors:
+        raise CheckpointError(f"optimizer state: {name!r} is missing; the checkpoint trained other components")
+    found = tensors[name]
+    if found.shape != like.shape:
+        raise CheckpointError(f"optimizer state: {name!r} has shape {list(found.shape)}, expected {list(like.shape)}")
+    return found

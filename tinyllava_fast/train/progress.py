@@ -1,0 +1,77 @@
+"""The live progress line on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tinyllava_fast.log import log
+
+_FIELDS = (
+    "loss {loss:.4f} · {samples_per_s:.1f} samples/s · {tokens_per_s:.0f} tok/s · "
+    "{supervised_tokens_per_s:.0f} supervised tok/s · {memory_gb:.2f} GB"
+)
+
+
+def format_seconds(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    whole = max(int(seconds), 0)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+class Progress:
+    """Shows one stage. total_steps: of the stage; done: steps finished before this process started it."""
+
+    def __init__(self, stage: str, total_steps: int, *, done: int = 0, show: bool = True) -> None:
+        self._stage, self._total, self._done = stage, total_steps, done
+        self._started, self._first = time.perf_counter(), done
+        self._live: Any = None
+        if show and sys.stderr.isatty():
+            self._live = _rich_progress()
+            self._task = self._live.add_task(stage, total=total_steps, completed=done, text="first step ...")
+            self._live.start()
+        self._show = show
+
+    def advance(self, stage_step: int) -> None:
+        """A step is done; its numbers are not asked for, which would wait for the device."""
+        self._done = stage_step
+        if self._live is not None:
+            self._live.update(self._task, completed=stage_step)
+
+    def update(self, stage_step: int, entry: dict[str, Any], *, line: bool) -> None:
+        """entry: a metrics entry. line: whether a plain log line is due (on a terminal the bar always moves)."""
+        self._done = stage_step
+        if not self._show:
+            return
+        text = _FIELDS.format(**entry, memory_gb=entry["memory_bytes"] / 1e9)
+        if self._live is not None:
+            self._live.update(self._task, completed=stage_step, text=text)
+        elif line:
+            log.info("%s %d/%d · %s · ETA %s", self._stage, stage_step, self._total, text, format_seconds(self.eta_s()))
+
+    def eta_s(self) -> float:
+        """Seconds to the end of the stage at this process's mean speed."""
+        spent, steps = time.perf_counter() - self._started, self._done - self._first
+        return spent / steps * (self._total - self._done) if steps else 0.0
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        if self._live is not None:
+            self._live.stop()
+
+
+def _rich_progress() -> Any:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("[bold]{task.description}"),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.TextColumn("{task.fields[text]}"),
+        progress.TextColumn("ETA"),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,211 @@
+"""What the stages of a run share: the folder, the state and its checkpoints, the metrics, the signals."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from tinyllava_fast.config.load import dump, to_dict
+from tinyllava_fast.config.schema import RunConfig
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.hardware import peak_rss_bytes
+from tinyllava_fast.log import log
+from tinyllava_fast.models import io
+from tinyllava_fast.models.build import build_image_processor, build_tokenizer
+from tinyllava_fast.train import seed
+from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, write_bytes
+from tinyllava_fast.train.engine.base import Engine
+from tinyllava_fast.train.engine.launch import Process
+from tinyllava_fast.train.metrics import COUNTS, MetricsWriter, peak_device_bytes
+from tinyllava_fast.train.resume import find_checkpoint
+
+
+class StopRequest(Exception):  # noqa: N818 a request, not an error
+    """SIGINT or SIGTERM arrived; the checkpoint is saved. exit_code: 128 + the signal."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+class Run:
+    """What all stages share: folder, checkpoints, state, tokenizer and image processor."""
+
+    def __init__(self, config: RunConfig, process: Process) -> None:
+        self.config, self.process = config, process
+        self.folder = Path(config.output_dir)
+        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
+        totals = dict.fromkeys(("wall_seconds", "step_seconds", *COUNTS), 0.0)
+        self.state = TrainState(config=to_dict(config), totals=totals)
+        self.started = time.perf_counter()
+        self.checkpoint: Path | None = None
+        self.stop_signal = 0
+        self.compile_seconds, self.recompiles = 0.0, 0
+        self.metrics: MetricsWriter | None = None
+        self._lock_file: TextIO | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the shared files."""
+        return self.process.rank == 0
+
+    def start(self, resume: str) -> None:
+        """Find the checkpoint to continue from, prepare the folder, and seed."""
+        if self.main:
+            self._lock()
+        found = find_checkpoint(self.store, self.config, resume)
+        if self.process.world_size > 1:
+            torch.distributed.barrier()  # every rank has looked before rank 0 cleans
+        if found is not None:
+            self.checkpoint, saved = found
+            saved.config = self.state.config
+            self.state = saved
+            log.info("resuming from %s", self.checkpoint)
+        if self.main:
+            self.store.clean()
+            for stale in self.folder.glob(".*.tmp-*"):  # a model folder that a killed run was writing
+                shutil.rmtree(stale, ignore_errors=True)
+            if found is None:
+                self._start_over()
+            write_bytes(self.folder / "config.yaml", dump(self.config).encode())
+        seed.seed_everything(self.config.seed, self.process.rank)
+        self.tokenizer = build_tokenizer(self.config.model)
+        self.processor = build_image_processor(self.config.model)
+        if self.main:
+            self.metrics = MetricsWriter(self.folder, after_step=self.state.step)
+
+    def _lock(self) -> None:
+        """Refuse a folder that another training writes to, for instance one that outlived its killed parent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = (self.folder / ".lock").open("w")
+        try:
+            # lockf: a record lock ends with this very process; data workers do not inherit it.
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"output_dir: another process trains in {self.folder}; wait for it, stop it, or set another output_dir"
+            ) from None
+
+    def _start_over(self) -> None:
+        self.store.clear()
+        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+        (self.folder / "summary.json").unlink(missing_ok=True)
+
+    def save(self, engine: Engine) -> None:
+        """A checkpoint of the current state; metrics up to it are on disk first."""
+        self._count_time()
+        if self.metrics:
+            self.metrics.sync()
+        started = time.perf_counter()
+        path = self.store.save(self.state, engine)
+        log.info("saved %s in %.1f s", path, time.perf_counter() - started)
+
+    def finish(self) -> dict[str, Any]:
+        """Publish the last stage's model as final/ and write the summary."""
+        self._count_time()
+        totals, seconds = self.state.totals, max(self.state.totals["step_seconds"], 1e-9)
+        reports = self.state.reports
+        skipped = [reason for report in reports.values() for reason in report["skipped"]]
+        unsupervised = sum(report["unsupervised"] for report in reports.values())
+        summary = {
+            "train_seconds": totals["wall_seconds"],
+            "step_seconds": totals["step_seconds"],
+            "compile_seconds": self.compile_seconds,
+            "recompiles": self.recompiles,
+            "steps": self.state.step,
+            "samples": int(totals["samples"]),
+            "samples_per_s": totals["samples"] / seconds,
+            "tokens_per_s": totals["tokens"] / seconds,
+            "supervised_tokens_per_s": totals["supervised_tokens"] / seconds,
+            "padding_share": 1.0 - totals["tokens"] / max(totals["capacity"], 1.0),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": peak_device_bytes(self.process.device),
+            "skipped": len(skipped),
+            "skipped_records": skipped,
+            "unsupervised_samples": unsupervised,
+            "data": reports,
+        }
+        for reason in skipped[:10]:
+            log.warning("skipped %s", reason)
+        if skipped or unsupervised:
+            log.warning("%d records skipped, %d samples without a supervised token", len(skipped), unsupervised)
+        if self.main:
+            _publish(self.folder / self.state.stage, self.folder / "final")
+            write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+            log.info(
+                "finished %d steps in %.1f s; model in %s",
+                self.state.step,
+                totals["wall_seconds"],
+                self.folder / "final",
+            )
+        if self.process.world_size > 1:
+            torch.distributed.barrier()
+        return summary
+
+    def stop_signal_now(self) -> int:
+        """The signal received so far; 0 with several processes, which must agree at the start of a step."""
+        return self.stop_signal if self.process.world_size == 1 else 0
+
+    def gather(self, reasons: list[str]) -> list[str]:
+        """The union of all processes' lists, the same everywhere."""
+        if self.process.world_size == 1:
+            return reasons
+        parts: list[list[str]] = [[] for _ in range(self.process.world_size)]
+        torch.distributed.all_gather_object(parts, reasons)
+        return list(dict.fromkeys(reason for part in parts for reason in part))
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.state.totals["wall_seconds"] += now - self.started
+        self.started = now
+
+    def close(self) -> None:
+        """Close the metrics and let go of the folder, whatever happened."""
+        if self.metrics:
+            self.metrics.close()
+        if self._lock_file:
+            self._lock_file.close()
+
+
+def _publish(model: Path, target: Path) -> None:
+    """<run>/final as a copy of the last stage's folder; hard links where the file system has them."""
+
+    def link(source: str, destination: str) -> None:
+        try:
+            os.link(source, destination)
+        except OSError:
+            shutil.copy2(source, destination)
+
+    with io.atomic_folder(target) as temporary:
+        shutil.copytree(model, temporary, copy_function=link, dirs_exist_ok=True)
+
+
+@contextmanager
+def stop_on_signals(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the loop to stop after the step; a second SIGINT interrupts at once."""
+
+    def handle(number: int, _: Any) -> None:
+        if run.stop_signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.stop_signal = number
+        log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
+
+    try:
+        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller owns the signals
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
