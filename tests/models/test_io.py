@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -189,13 +190,18 @@ def test_damage_is_named(what: str, message: str, saved: Saved) -> None:
         io.load_model(folder)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room() -> Iterator[None]:
-    """Files of this process may not grow past 8 KiB: the operating system refuses the weights half-way."""
+    """Files of this process may not grow past 8 KiB: the operating system refuses the weights half-way.
+
+    Only around the save itself: the limit holds for pytest's own output too, where that is a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def assert_untouched(saved: Saved) -> None:
@@ -204,12 +210,9 @@ def assert_untouched(saved: Saved) -> None:
     assert torch.equal(io.load_model(folder)[0].llm.lm_head.weight, lmm.llm.lm_head.weight)
 
 
-def test_a_write_error_leaves_the_old_folder(
-    saved: Saved, tiny: Callable, tokenizer: Any, request: pytest.FixtureRequest
-) -> None:
+def test_a_write_error_leaves_the_old_folder(saved: Saved, tiny: Callable, tokenizer: Any) -> None:
     other, processor = build_model(tiny(), seed=9), VISION.get("siglip").image_processor(16)
-    request.getfixturevalue("no_room")
-    with pytest.raises(CheckpointError, match="what was there before is untouched"):
+    with no_room(), pytest.raises(CheckpointError, match="what was there before is untouched"):
         io.save_model(other, tokenizer, processor, saved[1])
     assert_untouched(saved)
 
