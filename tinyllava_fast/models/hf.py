@@ -11,15 +11,139 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.llm.base import LLMS
 
 # Keys that say where a config came from, not what the model is.
 _VOLATILE = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype"}
 _VOLATILE |= {"transformers_version", "quantization_config"}
 _LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "model_type", "tie_word_embeddings"}
+
+# The language models of TinyLLaVA Factory's checkpoints: transformers model type -> name of our adapter.
+LEGACY_ADAPTERS = {
+    "gemma": "gemma",
+    "llama": "tinyllama",
+    "openelm": "openelm",
+    "phi": "phi",
+    "qwen2": "qwen2",
+    "stablelm": "stablelm",
+}
+# Defaults of their config classes in transformers 4.40, which wrote those checkpoints and left defaults out. Stated
+# here because a checkpoint must not change its meaning with a later release. OpenELM's are its own class's.
+_LEGACY_COMMON = {
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+_LEGACY_LLAMA = {
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "vocab_size": 32000,
+}
+_LEGACY_PHI = {
+    "bos_token_id": 1,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "gelu_new",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": None,
+    "partial_rotary_factor": 0.5,
+    "qk_layernorm": False,
+    "resid_pdrop": 0.0,
+    "rope_scaling": None,
+    "vocab_size": 51200,
+}
+_LEGACY_QWEN2 = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+_LEGACY_GEMMA = {
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "head_dim": 256,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 16,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "vocab_size": 256000,
+}
+_LEGACY_STABLELM = {
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_dropout": 0.0,
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.25,
+    "qk_layernorm": False,
+    "rope_scaling": None,
+    "use_parallel_residual": False,
+    "use_qkv_bias": False,
+    "vocab_size": 50304,
+}
+_LEGACY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": _LEGACY_COMMON | _LEGACY_GEMMA,
+    "llama": _LEGACY_COMMON | _LEGACY_LLAMA,
+    "openelm": {},
+    "phi": _LEGACY_COMMON | _LEGACY_PHI,
+    "qwen2": _LEGACY_COMMON | _LEGACY_QWEN2,
+    "stablelm": _LEGACY_COMMON | _LEGACY_STABLELM,
+}
+
+
+def legacy_text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The config of a language model as TinyLLaVA Factory stored it, with every default that it left out.
+
+    values: ``text_config`` of its config.json, or such keys gathered from a flat one; ``model_type`` decides the
+    class. Keys that the class does not have are dropped, as transformers 4.40 ignored them. The result suits
+    ``LLMS.get(LEGACY_ADAPTERS[model_type])().from_config``. Raises UserError for another model type.
+    """
+    model_type = values.get("model_type")
+    if model_type not in LEGACY_ADAPTERS:
+        raise UserError(
+            f"text_config.model_type: {model_type!r} is none of TinyLLaVA Factory's language models; "
+            f"{nearest(str(model_type), LEGACY_ADAPTERS)}"
+        )
+    LLMS.names()
+    known = known_keys(CONFIG_MAPPING[model_type]) - _VOLATILE - {"use_cache"}
+    result = _LEGACY_DEFAULTS[model_type] | {k: v for k, v in values.items() if k in known}
+    if model_type == "gemma":  # 4.40 computed the tanh form unless hidden_activation named another; now hidden_act does
+        result["hidden_act"] = values.get("hidden_activation") or "gelu_pytorch_tanh"
+    return result
 
 
 def config_of(model_type: str | None, values: dict[str, Any], where: str, *, strict: bool = True) -> PreTrainedConfig:
@@ -27,14 +151,13 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
 
     strict: refuse keys that the config class does not have (transformers itself stores them silently).
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
+    LLMS.names()  # importing the adapters registers the architectures that transformers lacks
     model_type = values.get("model_type", model_type)
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         hint = nearest(str(model_type), ["llama", "qwen2", "phi", "gemma", "siglip_vision_model", "clip_vision_model"])
         raise UserError(f"{where}.model_type: {model_type!r} is not a transformers model type; {hint}, ...")
     given = {k: v for k, v in values.items() if k != "model_type"}
-    cls = type(AutoConfig.for_model(model_type))
+    cls = CONFIG_MAPPING[model_type]
     if strict:
         check_keys(cls, given, where)
     try:
@@ -45,10 +168,15 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
 
 def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
     """Raise UserError for a key that the transformers config class does not know."""
-    known = {f.name for f in dataclasses.fields(cls)} | set(getattr(cls, "attribute_map", {})) | _LEGACY_KEYS
+    known = known_keys(cls)
     for key in values:
         if key not in known:
             raise UserError(f"{where}.{key}: not a key of {cls.__name__}; {nearest(key, known)}")
+
+
+def known_keys(cls: type) -> set[str]:
+    """The keys of a transformers config class, those that it still accepts from older releases included."""
+    return {f.name for f in dataclasses.fields(cls)} | set(getattr(cls, "attribute_map", {})) | _LEGACY_KEYS
 
 
 def config_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
