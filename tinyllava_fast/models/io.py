@@ -31,7 +31,7 @@ from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.hf import config_of, config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
-from tinyllava_fast.models.vision.base import VISION, EncoderTower
+from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 MODEL_TYPE = "tinyllava_fast"
 WEIGHTS = "model.safetensors"
@@ -234,7 +234,7 @@ def _skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
     stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
     llm = adapter.build(stored, seed=None, dtype=dtype, where=where)
     tower = VISION.get(config.vision["type"], f"{where}: vision.type")
-    vision: EncoderTower = tower.from_config(
+    vision: VisionTower = tower.from_config(
         config.vision["config"],
         feature_layer=-1,
         feature_select=config.vision["feature_select"],
