@@ -65,7 +65,7 @@ def lmm_of(name: str, **changes: Any) -> LMM:
     adapter, llm = build(name, **changes)
     kind, connector = VISION.get("siglip"), CONNECTORS.get("mlp")
     vision = kind.from_config(
-        IMAGE, feature_layer=-1, feature_select="all", options=kind.Options(), seed=0, where="model.vision"
+        IMAGE, feature_layer=-1, feature_select="cls_patch", options=kind.Options(), seed=0, where="model.vision"
     )
     lmm = LMM(llm, vision, connector(24, 32, connector.Options()), adapter, LMMConfig())
     lmm.config = io.describe(lmm)
