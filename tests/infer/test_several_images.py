@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 import tinyllava_fast
-from tests.infer.tiny import make_engine, tiny_config
+from tests.infer.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.data.anyres import tiles
 from tinyllava_fast.data.images import to_pixels
+from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.models.build import build_image_processor
 from tinyllava_fast.models.io import read_config, save_model
@@ -38,7 +44,7 @@ def recompute(plain, engine, request, grid=None):
     table = plain.get_input_embeddings()
     rows = torch.cat([next(order) if i == IMAGE_INDEX else table(torch.tensor([i])) for i in prompt.ids])
     said: list[int] = []
-    while len(said) < request.sampling.max_new_tokens and 2 not in said:
+    while len(said) < request.sampling.max_new_tokens and not engine.eos & set(said):
         logits = plain(inputs_embeds=rows[None], use_cache=False).logits[0, -1, : engine.vocab]
         said.append(int(logits.argmax()))
         rows = torch.cat([rows, table(torch.tensor(said[-1:]))])
@@ -152,9 +158,35 @@ def test_an_assistant_takes_lists_and_remembers_its_tiles(lmm, tokenizer, images
     assert assistant.answer_many([(files, "<image> or <image>?"), (None, "b")], max_new_tokens=6)[0] == expected
 
 
-def test_old_folders_have_no_grid(folder):
-    import json
+def test_a_grid_needs_anyres(lmm, tokenizer):
+    with pytest.raises(UserError, match=r"image_grid is for image_mode anyres only; got image_mode='square'"):
+        make_engine(lmm, tokenizer, image_grid=GRID)
 
+
+def test_the_tokenizers_own_template(images):
+    """Its end token stops an answer and is no part of the text, though the tokenizer does not call it special."""
+    tokenizer, lmm = make_tokenizer(), make_model()
+    tokenizer.add_tokens(["<|end|>"])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with torch.no_grad():
+        lmm.llm.lm_head.weight[260] = lmm.llm.lm_head.weight[2] * 1.2
+    engine = Engine(lmm, tokenizer, build_image_processor(tiny_config()), TEMPLATES.get("tokenizer"), batch_tokens=4096)
+    assert 260 in engine.eos and engine.vocab == 261
+    config = copy.deepcopy(lmm.llm.config)
+    config._attn_implementation = "sdpa"
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    stock.load_state_dict(lmm.llm.state_dict())
+    requests = requests_about(images)
+    answers = engine.answers(requests)
+    assert [a.tokens for a in answers] == [recompute(stock, engine, r) for r in requests]
+    ended = [a for a in answers if a.tokens[-1] == 260]
+    assert ended and all(a.finish == "eos" and "<|end|>" not in a.text for a in ended)
+
+
+def test_old_folders_have_no_grid(folder):
     config = json.loads((folder / "config.json").read_text())
     config.pop("image_grid", None)
     (folder / "config.json").write_text(json.dumps(config))

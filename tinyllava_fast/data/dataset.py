@@ -113,7 +113,7 @@ class PackedDataset:
         return self._plans[epoch]
 
     def pack(self, epoch: int, indices: Iterable[int]) -> PackedBatch:
-        """One pack: images decoded, augmented by (seed, epoch, record) and normalised, tokens laid out.
+        """One pack: images decoded, augmented by (seed, epoch, record, image) and normalised, tokens laid out.
 
         DataError for an image that cannot be decoded, unless data.on_bad_image is skip: then its record is left out
         and named in ``skipped``.
