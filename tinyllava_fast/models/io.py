@@ -94,13 +94,28 @@ def load_model(
 ) -> tuple[LMM, PreTrainedTokenizerBase, Any]:
     """(model in eval mode, tokenizer, image processor) of a model folder. dtype None: the stored one.
 
-    Raises CheckpointError if the folder is no model of this toolkit, is damaged, or does not fit its own config.
+    The folder may also be of another project, in a layout that models/checkpoints knows; it is opened in place.
+    Raises CheckpointError if the folder is of no known layout, is damaged, or does not fit its own config.
     """
     folder = Path(folder)
+    if is_foreign(folder):
+        from tinyllava_fast.models.checkpoints.load import open_checkpoint
+
+        opened = open_checkpoint(folder, dtype=dtype, device=device)
+        return opened.lmm, opened.tokenizer, opened.processor
     config, stored_dtype = read_config(folder)
-    lmm = _skeleton(config, dtype or stored_dtype, str(folder / "config.json"))
+    lmm = skeleton(config, dtype or stored_dtype, str(folder / "config.json"))
     load_weights(lmm, folder)
     return lmm.to(device).eval(), load_tokenizer(folder), load_processor(folder)
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether the folder has a config.json that another project wrote."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") not in (None, MODEL_TYPE)
 
 
 def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
@@ -144,6 +159,10 @@ def load_component(module: nn.Module, path: str | Path, component: str) -> None:
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a model folder."""
+    if is_foreign(folder):
+        from tinyllava_fast.models.checkpoints.load import open_tokenizer
+
+        return open_tokenizer(folder)
     return read_tokenizer(str(folder), None)
 
 
@@ -161,6 +180,10 @@ def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBas
 
 def load_processor(folder: str | Path) -> Any:
     """The image processor stored in a model folder: the PIL class of its tower."""
+    if is_foreign(folder):
+        from tinyllava_fast.models.checkpoints.load import open_processor
+
+        return open_processor(folder)
     config, _ = read_config(folder)
     cls = VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type")
     try:
@@ -227,14 +250,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
+def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
     """The architecture with uninitialised weights."""
     llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
     adapter = llm_class(parse_into(llm_class.Options, config.llm.get("options", {}), where, key="llm.options"))
     stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
     llm = adapter.build(stored, seed=None, dtype=dtype, where=where)
+    vision = tower_skeleton(config, dtype, where)
+    kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
+    options = parse_into(kind.Options, config.connector.get("options", {}), where, key="connector.options")
+    connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
+    return LMM(llm, vision, connector, adapter, config)
+
+
+def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> EncoderTower:
+    """The vision tower with uninitialised weights."""
     tower = VISION.get(config.vision["type"], f"{where}: vision.type")
-    vision: EncoderTower = tower.from_config(
+    return tower.from_config(
         config.vision["config"],
         feature_layer=-1,
         feature_select=config.vision["feature_select"],
@@ -244,10 +276,6 @@ def _skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
         where=f"{where}: vision",
         strict=False,
     )
-    kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
-    options = parse_into(kind.Options, config.connector.get("options", {}), where, key="connector.options")
-    connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
-    return LMM(llm, vision, connector, adapter, config)
 
 
 def _stored_shapes(path: Path) -> Shapes:

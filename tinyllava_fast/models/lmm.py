@@ -38,6 +38,7 @@ class LMMConfig:
     template: str = "llama"
     image_mode: str = "square"
     turns: str = "conversation"
+    origin: dict[str, str] = field(default_factory=dict)  # names of the parts of an imported model: {llm, vision, ...}
 
 
 class LMM(nn.Module):

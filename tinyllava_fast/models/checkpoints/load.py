@@ -1,0 +1,134 @@
+"""Opening a checkpoint of another project in place: layout -> architecture -> every tensor checked, then copied."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.log import log
+from tinyllava_fast.models import io
+from tinyllava_fast.models.checkpoints import parts
+from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
+from tinyllava_fast.models.checkpoints.lora import Lora
+from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.lmm import LMM, LMMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model of another project in our terms."""
+
+    lmm: LMM
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    layout: str
+    adapter: Lora | None
+    """Not merged into ``lmm``; None where there was none or it was merged."""
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    sources: Sources | None = None,
+    template: str | None = None,
+    merge: bool = True,
+) -> Opened:
+    """Open a folder of any registered layout, the model in eval mode.
+
+    dtype None: the stored one. template None: the one that fits the tokenizer. merge False: leave an adapter apart.
+    Nothing is fetched that the folder or a local folder named in ``sources`` holds. Raises CheckpointError for an
+    unknown layout and for tensors that are damaged, missing, unexpected or of another shape, listing all of them.
+    """
+    checkpoint = _describe(path, sources or Sources())
+    lmm = _build(checkpoint, dtype, str(path), merge)
+    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
+    fitting = parts.check_template(template) if template else parts.fitting_template(tokenizer, checkpoint.llm["type"])
+    if fitting is None:
+        log.warning(
+            "%s: no chat template ends answers with %r; import it with tlf-convert import --template NAME before asking "
+            "it questions",
+            path,
+            tokenizer.eos_token,
+        )
+    lmm.config = dataclasses.replace(
+        io.describe(lmm), template=fitting or "", image_mode=checkpoint.image_mode, origin=checkpoint.origin
+    )
+    processor = parts.image_processor(checkpoint.vision["type"], lmm.image_size, checkpoint.processor_sources)
+    log.info("%s: opened as %s, template %s", path, checkpoint.layout, fitting)
+    return Opened(lmm.to(device).eval(), tokenizer, processor, checkpoint.layout, None if merge else checkpoint.adapter)
+
+
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of such a folder."""
+    return io.read_tokenizer(_describe(path, Sources()).tokenizer, None)
+
+
+def open_processor(path: str | Path) -> Any:
+    """The image processor of such a folder."""
+    checkpoint = _describe(path, Sources())
+    with torch.device("meta"):
+        tower = io.tower_skeleton(_config(checkpoint), torch.float32, str(path))
+    return parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
+
+
+def _describe(path: str | Path, sources: Sources) -> Checkpoint:
+    folder = Folder(path)
+    return layout_of(folder).open(folder, sources)
+
+
+def _config(checkpoint: Checkpoint) -> LMMConfig:
+    return LMMConfig(llm=checkpoint.llm, vision=checkpoint.vision, connector=checkpoint.connector)
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge: bool) -> LMM:
+    weights = checkpoint.weights
+    if dtype is None:
+        dtype = next(w.dtype for name, w in weights.items() if name.startswith("llm.") and w.dtype.is_floating_point)
+    if checkpoint.adapter is not None and merge:
+        weights = checkpoint.adapter.merge(weights, where)
+    lmm = io.skeleton(_config(checkpoint), dtype, where)
+    tied = lmm.tied_names()
+    expected = {name: tensor for name, tensor in lmm.state_dict().items() if name not in tied}
+    surplus = {name: stored for name, stored in weights.items() if name not in expected}
+    known = [name for name in surplus if name in tied or _is_irrelevant(name, lmm)]
+    _check(expected, weights, [n for n in surplus if n not in known], checkpoint.unknown, where)
+    ignored = [*checkpoint.ignored, *(surplus[name].key for name in known)]
+    if ignored:
+        log.info("%s: of no use to this model, not loaded: %s", where, ", ".join(sorted(ignored)))
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name].read())
+    return lmm
+
+
+def _is_irrelevant(name: str, lmm: LMM) -> bool:
+    component, _, rest = name.partition(".")
+    if component == "vision" and (number := parts.layer_number(rest)) is not None:
+        return number >= lmm.vision.num_layers
+    return parts.irrelevant(component, rest)
+
+
+def _check(
+    expected: dict[str, torch.Tensor], weights: dict[str, Stored], surplus: list[str], unknown: list[str], where: str
+) -> None:
+    """Raise CheckpointError listing every tensor that is missing, unexpected or of another shape."""
+    lines = [f"  missing: {name} {list(t.shape)}" for name, t in expected.items() if name not in weights]
+    lines += [f"  unexpected: {weights[name].key} {list(weights[name].shape)}" for name in surplus]
+    lines += [f"  unexpected: {key}" for key in unknown]
+    for name, tensor in expected.items():
+        if name in weights and weights[name].shape != tuple(tensor.shape):
+            component, _, rest = name.partition(".")
+            stored = weights[name]
+            lines.append(
+                f"  {component}: {rest} (stored as {stored.key}) has shape {list(stored.shape)}, "
+                f"its config says {list(tensor.shape)}"
+            )
+    if lines:
+        raise CheckpointError(f"{where}: weights and config.json do not agree:\n" + "\n".join(lines))

@@ -1,0 +1,271 @@
+"""What layouts have in common: components, names, towers, connectors, processors, and which template fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.data.tokenizer import has_tokenizer
+from tinyllava_fast.errors import CheckpointError, UserError, nearest
+from tinyllava_fast.log import log
+from tinyllava_fast.models.checkpoints.base import Folder
+from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.hf import LEGACY_ADAPTERS
+from tinyllava_fast.models.llm.base import LLMS
+from tinyllava_fast.models.vision.base import VISION
+
+_PROVENANCE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+_PROVENANCE |= {"model_name_or_path", "model_name_or_path2"}
+# Configs of towers that checkpoints name without describing them, from their hub repositories.
+_CLIP_L = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
+    "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
+    "google/siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+    "facebook/dinov2-large": {
+        "model_type": "dinov2",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "mlp_ratio": 4,
+        "image_size": 518,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "layerscale_value": 1.0,
+        "use_swiglu_ffn": False,
+    },
+}
+# Class defaults of transformers 4.40, which nested configs of its time leave out.
+_LEGACY_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
+_LEGACY_VISION: dict[str, dict[str, Any]] = {
+    "clip_vision_model": _LEGACY_VIT
+    | {
+        "intermediate_size": 3072,
+        "patch_size": 32,
+        "projection_dim": 512,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip_vision_model": _LEGACY_VIT
+    | {"intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "dinov2": _LEGACY_VIT
+    | {
+        "patch_size": 14,
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "layerscale_value": 1.0,
+        "use_swiglu_ffn": False,
+    },
+}
+# Stored names under a component that hold nothing its forward pass reads.
+_IRRELEVANT = {
+    "llm": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?attn\.(masked_)?bias|transformer\.classifier\.weight",
+    "vision": r"(.*\.)?(post_layernorm|layernorm|head|pooler)\..*|(.*\.)?(position_ids|mask_token)|logit_(scale|bias)",
+    "connector": r"(.*\.)?position_ids",
+}
+
+
+def irrelevant(component: str, name: str) -> bool:
+    """Whether a stored name of a component, as its project names it, is known to be of no use."""
+    return re.fullmatch(_IRRELEVANT[component], name) is not None
+
+
+def under(prefix: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
+
+
+def llm_part(config: dict[str, Any]) -> dict[str, Any]:
+    """An LMMConfig's llm section for a complete transformers config."""
+    kind = str(config["model_type"])
+    adapter = LEGACY_ADAPTERS.get(kind, kind)
+    return {"type": adapter if adapter in LLMS else "auto", "config": config, "options": {}}
+
+
+def llm_weights(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Under our names: a causal LM's own, in every layout."""
+    return {f"llm.{name}": stored for name, stored in tensors.items()}
+
+
+def tower_type(config: Mapping[str, Any], where: str) -> str:
+    """Our tower for a transformers vision config."""
+    kind = config.get("model_type")
+    for name in VISION:
+        if kind in getattr(VISION.get(name), "model_classes", {}):
+            return name
+    known = [k for name in VISION for k in getattr(VISION.get(name), "model_classes", {})]
+    raise CheckpointError(f"{where}: no vision tower for model_type {kind!r}; {nearest(str(kind), known)}")
+
+
+def legacy_vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A nested vision config with the defaults that it leaves out."""
+    kind = str(config.get("model_type"))
+    if kind not in _LEGACY_VISION:
+        raise CheckpointError(f"{where}: vision_config.model_type: {kind!r}; {nearest(kind, _LEGACY_VISION)}")
+    return _LEGACY_VISION[kind] | dict(config)
+
+
+def truncated(config: Mapping[str, Any], feature_layer: int, where: str) -> dict[str, Any]:
+    """The vision config without provenance, ending at the layer that is read."""
+    values = {k: v for k, v in config.items() if k not in _PROVENANCE}
+    layers = int(values.setdefault("num_hidden_layers", 12))
+    kept = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+    if not 0 <= kept <= layers:
+        raise CheckpointError(f"{where}: feature layer {feature_layer} of a tower with {layers} layers")
+    return values | {"num_hidden_layers": kept}
+
+
+def tower_config(name: str, override: str | None, where: str, flag: str) -> dict[str, Any]:
+    """The full transformers vision config of a tower that a checkpoint only names.
+
+    From the override if given, a local folder, a built-in table of published towers, or the hub, in that order.
+    """
+    source = override or name
+    path = Path(source)
+    if path.is_dir():
+        values = Folder(path).config
+        return dict(values.get("vision_config", values))
+    if source in _PUBLISHED:
+        return dict(_PUBLISHED[source])
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"{where}: its vision tower {source!r} is neither a folder, nor a published one that we know, nor on the "
+            f"hub within reach, and the checkpoint does not hold its config; give a folder: {flag} FOLDER"
+        ) from None
+    return dict(getattr(config, "vision_config", config).to_dict())
+
+
+def vision_weights(tower: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """(tensors under our names, stored names left out) of a tower under transformers 4 names."""
+    renamed: Any = VISION.get(tower).from_reference_names(tensors)  # type: ignore[arg-type] unread tensors
+    return _named("vision", renamed, tensors)
+
+
+def connector_weights(connector: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """(tensors under our names, stored names left out) of a connector under TinyLLaVA Factory's names."""
+    renamed: Any = CONNECTORS.get(connector).from_reference_names(tensors)  # type: ignore[arg-type] unread tensors
+    return _named("connector", renamed, tensors)
+
+
+def _named(
+    component: str, renamed: Mapping[str, Stored], tensors: Mapping[str, Stored]
+) -> tuple[dict[str, Stored], list[str]]:
+    used = {stored.key for stored in renamed.values()}
+    weights = {f"{component}.{name}": stored for name, stored in renamed.items()}
+    dropped = []
+    for name, stored in tensors.items():
+        if stored.key in used:
+            continue
+        if irrelevant(component, name):
+            dropped.append(stored.key)
+        else:
+            weights[f"{component}.{name}"] = stored  # no one expects it: it is reported with all that do not fit
+    return weights, dropped
+
+
+def connector_part(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An LMMConfig's connector section for a connector type of the LLaVA family."""
+    options: dict[str, Any] = {}
+    if kind in ("mlp", "linear", "identity"):
+        name = kind
+    elif match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        name, options = "mlp", {"depth": int(match[1]), "activation": "gelu"}
+    elif kind in ("mof", "mof_mlp"):
+        name = "mof_mlp"
+    elif kind == "qformer":
+        name, options = kind, {"num_queries": config.get("num_queries") or 128}
+    elif kind == "resampler":
+        name = kind
+        options = {
+            "num_queries": config.get("num_queries") or 128,
+            "num_layers": config.get("num_resampler_layers") or 3,
+        }
+    else:
+        known = ["identity", "linear", "mlp2x_gelu", "mof_mlp", "qformer", "resampler"]
+        raise CheckpointError(f"{where}: unknown connector type {kind!r}; {nearest(kind, known)}")
+    return {"type": name, "options": options}
+
+
+def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:
+    """The folder itself where it has tokenizer files, else the name that the checkpoint gives."""
+    if has_tokenizer(folder.path):
+        return str(folder.path)
+    if not name:
+        raise CheckpointError(f"{where}: it has no tokenizer files and names no tokenizer")
+    return name
+
+
+def image_processor(tower: str, image_size: int, sources: list[str | None]) -> Any:
+    """The image processor in the first local folder that has one, else the tower's defaults for the size."""
+    cls = VISION.get(tower)
+    for source in sources:
+        if source and (Path(source) / "preprocessor_config.json").is_file():
+            return cls.processor_class.from_pretrained(source)
+    log.info("no preprocessor_config.json found; using the %s defaults at %d pixels", tower, image_size)
+    return cls.image_processor(image_size)
+
+
+def fitting_template(tokenizer: Any, llm_type: str) -> str | None:
+    """The chat template whose end-of-answer text is the tokenizer's end token; of several, the one of this family."""
+    fits = [name for name in TEMPLATES if TEMPLATES.get(name).eos and TEMPLATES.get(name).eos == tokenizer.eos_token]
+    family = [name for name in fits if name.split("_")[0] == llm_type]
+    return next(iter(family or fits), None)
+
+
+def check_template(name: str) -> str:
+    """The name, if such a template is registered."""
+    TEMPLATES.get(name, "--template")
+    return name
+
+
+def need(config: Mapping[str, Any], key: str, where: str) -> Any:
+    """A key of config.json that the layout cannot do without."""
+    if config.get(key) is None:
+        raise CheckpointError(f"{where}: config.json lacks {key}")
+    return config[key]
+
+
+def image_mode(config: Mapping[str, Any], where: str) -> str:
+    """Our image mode for an ``image_aspect_ratio``."""
+    ratio = config.get("image_aspect_ratio") or "square"
+    if ratio not in ("square", "pad"):
+        raise UserError(f"{where}: image_aspect_ratio {ratio!r} is not supported; known: square, pad")
+    return str(ratio)
+
+
+def layer_number(name: str) -> int | None:
+    """The layer of a tower that a tensor belongs to."""
+    match = re.search(r"(?:^|\.)encoder\.layers?\.(\d+)\.", name)
+    return int(match[1]) if match else None
