@@ -43,7 +43,7 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
     samples = unpack_all(packs, lmm, image_token=image_token)
     vision = run.model.vision
     peer = build_peer(
-        lmm, feature_layer=vision.feature_layer, feature_select=vision.feature_select, image_token=image_token
+        lmm, feature_layer=vision.feature_layer, feature_select=lmm.vision.feature_select, image_token=image_token
     )
     del lmm, packs
     stage = run.stages[0]

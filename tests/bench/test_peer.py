@@ -38,7 +38,7 @@ def run_config(recipe: RecipeConfig) -> RunConfig:
 def losses_of_both(lmm: LMM, packs: list[PackedBatch], recipe: RecipeConfig) -> tuple[list[float], list[float]]:
     ours, theirs = RecordingGate(), RecordingGate()
     samples = sides.unpack_all(packs, lmm, image_token=96)
-    peer = build_peer(lmm, feature_layer=-2, feature_select="all", image_token=96)
+    peer = build_peer(lmm, feature_layer=-2, feature_select="cls_patch", image_token=96)
     run_peer(
         peer,
         samples,
@@ -111,7 +111,7 @@ def test_a_sample_without_image_is_refused(packs: list[PackedBatch]) -> None:
 
 def test_what_llava_cannot_express_is_refused(lmm: LMM) -> None:
     with pytest.raises(UserError, match="feature_layer"):
-        build_peer(lmm, feature_layer=2, feature_select="all", image_token=96)
+        build_peer(lmm, feature_layer=2, feature_select="cls_patch", image_token=96)
 
 
 def test_free_token(packs: list[PackedBatch]) -> None:

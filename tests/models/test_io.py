@@ -47,10 +47,10 @@ def saved(tiny: Callable, tokenizer: Any, tmp_path: Path) -> Saved:
 @pytest.mark.parametrize(
     ("llm", "tower", "select"),
     [
-        ({}, "siglip", "all"),
+        ({}, "siglip", "cls_patch"),
         ({"tie_word_embeddings": False, "rope_theta": 5e5}, "clip", "patch"),
         ({"model_type": "phi", "partial_rotary_factor": 0.5, "tie_word_embeddings": False}, "siglip", "patch"),
-        ({"model_type": "gemma", "head_dim": 8}, "clip", "all"),
+        ({"model_type": "gemma", "head_dim": 8}, "clip", "cls_patch"),
     ],
 )
 def test_round_trip(

@@ -33,18 +33,19 @@ class LLMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The vision tower: a SigLIP- or CLIP-style transformers encoder."""
+    """The vision tower: a transformers encoder, or two of them."""
 
     type: str = "siglip"
-    """Registered name: siglip, clip."""
+    """Registered name: clip, siglip, siglip2, dinov2, dinov2_with_registers, mof."""
     path: str | None = None
     """Folder (or hub id) with pretrained weights; None: random weights from ``config``."""
     config: dict[str, Any] = field(default_factory=dict)
     """transformers vision config of a tower with random weights. With ``path``: overrides."""
     feature_layer: int = -2
     """Index into hidden_states (L + 1 entries). Layers above it are never built."""
-    feature_select: Literal["all", "patch"] = "all"
-    """all: every token; patch: drop the first token (CLIP's CLS; the reference also drops SigLIP's first patch)."""
+    feature_select: Literal["patch", "cls_patch"] | None = None
+    """cls_patch: every token. patch: without the tokens in front of the patches (CLS, registers); as in TinyLLaVA
+    Factory, a tower without such tokens (SigLIP) loses its first patch. None: drop them where there are any."""
     image_mean: tuple[float, float, float] | None = None
     """Mean that pixels in [0, 1] are normalised by; None: the tower's own."""
     image_std: tuple[float, float, float] | None = None
@@ -58,7 +59,7 @@ class ConnectorConfig:
     """Maps tower features [N, K, V] to language-model rows [N, K', D]."""
 
     type: str = "mlp"
-    """Registered name: mlp, ..."""
+    """Registered name: mlp, mlp2x_gelu, linear, identity, qformer, resampler, mof_mlp, pixel_shuffle, ..."""
     path: str | None = None
     """safetensors file with its weights; None: N(0, 0.02) weights and zero biases."""
     options: dict[str, Any] = field(default_factory=dict)

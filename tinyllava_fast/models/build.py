@@ -10,15 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
+from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
-from tinyllava_fast.models.hf import cast_parameters, config_of
+from tinyllava_fast.models.hf import cast_parameters
 from tinyllava_fast.models.llm.base import LLMS, LLMAdapter
 from tinyllava_fast.models.lmm import LMM, LMMConfig
 from tinyllava_fast.models.sources import resolve
-from tinyllava_fast.models.vision.base import VISION, EncoderTower
+from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 
 def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LMM:
@@ -60,14 +61,28 @@ def build_image_processor(model: ModelConfig) -> Any:
 
 def _image_processor(config: VisionConfig) -> Any:
     cls = VISION.get(config.type, "model.vision.type")
+    options = parse_into(cls.Options, config.options, "model.vision.options")
+    stored = None
     if config.path is not None:
         try:
-            return cls.processor_class.from_pretrained(config.path)
+            stored = cls.processor_class.from_pretrained(config.path)
         except OSError as error:
             if not Path(config.path).is_dir():
                 raise UserError(f"model.vision.path: no image processor at {config.path!r}: {error}") from None
             log.info("%s has no preprocessor_config.json; using the %s defaults", config.path, cls.name)
-    return cls.image_processor(_image_size(config, cls))
+    default = cls.image_processor(cls.input_size(config.path, config.config, options, "model.vision"))
+    if stored is None:
+        return default
+    if pixel_shape(stored) != pixel_shape(default):
+        log.info("%s: images become %s, which this tower takes, not %s", config.path, *map(_pixels, (default, stored)))
+        for name in ("size", "crop_size", "do_center_crop"):
+            setattr(stored, name, getattr(default, name))
+    return stored
+
+
+def _pixels(processor: Any) -> str:
+    _, height, width = pixel_shape(processor)
+    return f"{width} x {height}"
 
 
 def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,7 +112,7 @@ def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAda
     return adapter, adapter.from_config(values, seed=seed, where="model.llm")
 
 
-def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> EncoderTower:
+def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> VisionTower:
     cls = VISION.get(config.type, "model.vision.type")
     common: dict[str, Any] = {
         "feature_layer": config.feature_layer,
@@ -125,17 +140,6 @@ def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
         raise UserError("model.llm.tokenizer: a language model with random weights needs a tokenizer folder")
     source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm")
     return io.read_tokenizer(source, gguf_file)
-
-
-def _image_size(config: VisionConfig, cls: type[EncoderTower]) -> int:
-    if "image_size" in config.config:
-        return int(config.config["image_size"])
-    if config.path is not None:
-        from transformers import AutoConfig
-
-        stored = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
-        return int(getattr(stored, "vision_config", stored).image_size)
-    return int(config_of(cls.model_type, {}, "model.vision.config").image_size)
 
 
 def _millions(parameters: list[tuple[str, torch.nn.Parameter]]) -> str:

@@ -31,7 +31,7 @@ from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.hf import config_of, config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
-from tinyllava_fast.models.vision.base import VISION, EncoderTower
+from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 MODEL_TYPE = "tinyllava_fast"
 WEIGHTS = "model.safetensors"
@@ -263,7 +263,7 @@ def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
     return LMM(llm, vision, connector, adapter, config)
 
 
-def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> EncoderTower:
+def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionTower:
     """The vision tower with uninitialised weights."""
     tower = VISION.get(config.vision["type"], f"{where}: vision.type")
     return tower.from_config(

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.llm.base import LLMAdapter
 from tinyllava_fast.models.vision.base import VisionTower
-from tinyllava_fast.ops import linear_cross_entropy, splice
+from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy
+from tinyllava_fast.ops.splice import splice
 
 COMPONENTS = ("vision", "connector", "llm")
 
@@ -33,7 +34,7 @@ class LMMConfig:
     """
 
     llm: dict[str, Any] = field(default_factory=dict)  # {type, config, options}
-    vision: dict[str, Any] = field(default_factory=dict)  # {type, config, feature_layer, feature_select, options}
+    vision: dict[str, Any] = field(default_factory=dict)  # {type, config, feature_select, options}
     connector: dict[str, Any] = field(default_factory=dict)  # {type, options}
     template: str = "llama"
     image_mode: str = "square"

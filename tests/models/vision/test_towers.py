@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.vision.base import VISION, EncoderTower
+from tinyllava_fast.models.vision.base import VISION
 
 SIZES = {
     "hidden_size": 24,
@@ -35,7 +35,7 @@ STOCK: dict[str, Any] = {
 }
 
 
-def open_tower(name: str, path: Path | str, layer: int = -2, select: str = "all", **overrides: Any) -> EncoderTower:
+def open_tower(name: str, path: Path | str, layer: int = -2, select: str = "cls_patch", **overrides: Any) -> Any:
     return VISION.get(name).from_pretrained(
         str(path),
         overrides=overrides,
@@ -46,7 +46,7 @@ def open_tower(name: str, path: Path | str, layer: int = -2, select: str = "all"
     )
 
 
-def random_tower(name: str, layer: int = -2, select: str = "all", seed: int = 0, **config: Any) -> EncoderTower:
+def random_tower(name: str, layer: int = -2, select: str = "cls_patch", seed: int = 0, **config: Any) -> Any:
     return VISION.get(name).from_config(
         SIZES | config, feature_layer=layer, feature_select=select, seed=seed, where="model.vision"
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.data.tokenizer import has_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
@@ -269,3 +271,19 @@ def layer_number(name: str) -> int | None:
     """The layer of a tower that a tensor belongs to."""
     match = re.search(r"(?:^|\.)encoder\.layers?\.(\d+)\.", name)
     return int(match[1]) if match else None
+
+
+def pretrained_tower(tower: str, name: str, override: str | None, where: str) -> dict[str, Stored]:
+    """Weights, under transformers' names, of a tower that the checkpoint does not hold: from its own folder or hub id."""
+    source = override or name
+    cls = VISION.get(tower)
+    try:
+        loaded = cls.from_pretrained(
+            source, overrides={}, feature_layer=-1, feature_select=None, dtype=torch.float32, where=where
+        )
+    except UserError as error:
+        raise CheckpointError(
+            f"{where}: the checkpoint has no weights of its vision tower {name!r}, and {source!r} has none either "
+            f"({error}); give a folder with that tower: --vision FOLDER"
+        ) from None
+    return {key: Stored.of(f"{source}: {key}", tensor) for key, tensor in loaded.state_dict().items()}

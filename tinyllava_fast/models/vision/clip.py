@@ -7,7 +7,8 @@ from typing import Any
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tinyllava_fast.models.vision.base import VISION, EncoderTower
+from tinyllava_fast.models.vision.base import VISION
+from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @VISION.register("clip")
@@ -15,11 +16,14 @@ class CLIPTower(EncoderTower):
     """CLIP. ``feature_select: patch`` drops the CLS token."""
 
     name = "clip"
-    model_class = CLIPVisionModel
+    model_classes = (CLIPVisionModel,)
     processor_class = CLIPImageProcessorPil
-    model_type = "clip_vision_model"
     children_kept = ("embeddings", "pre_layrnorm", "encoder")
-    num_prefix_tokens = 1
+
+    @classmethod
+    def prefix_tokens(cls, config: Any) -> int:
+        """The CLS token."""
+        return 1
 
     @classmethod
     def image_processor(cls, image_size: int) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tinyllava_fast.models.vision.base import VISION, EncoderTower
+from tinyllava_fast.models.vision.base import VISION
+from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @VISION.register("siglip")
@@ -15,11 +16,8 @@ class SiglipTower(EncoderTower):
     """SigLIP. ``feature_select: patch`` drops its first *patch*, as TinyLLaVA Factory does for every tower."""
 
     name = "siglip"
-    model_class = SiglipVisionModel
+    model_classes = (SiglipVisionModel,)
     processor_class = SiglipImageProcessorPil
-    model_type = "siglip_vision_model"
-    children_kept = ("embeddings", "encoder")
-    num_prefix_tokens = 0
 
     @classmethod
     def _truncate(cls, config: PreTrainedConfig, feature_layer: int, where: str) -> None:
