@@ -103,14 +103,14 @@ class Layout(ABC):
         """Describe its model. Raises CheckpointError for a damaged folder or a part that is nowhere to be found."""
 
 
-LAYOUTS: Registry[Layout] = Registry("checkpoint layout", "tinyllava_fast.models.checkpoints")
+LAYOUTS: Registry[type[Layout]] = Registry("checkpoint layout", "tinyllava_fast.models.checkpoints")
 
 
 def layout_of(folder: Folder) -> Layout:
     """The layout of a folder. Raises CheckpointError saying what it holds and which layouts are known."""
     for name in LAYOUTS:
-        if LAYOUTS.get(name).recognises(folder):
-            return LAYOUTS.get(name)
+        if (layout := LAYOUTS.get(name)()).recognises(folder):
+            return layout
     config = folder.config
     files = sorted(p.name + "/" * p.is_dir() for p in folder.path.iterdir())
     known = "\n".join(f"  {name}: {LAYOUTS.get(name).holds}" for name in LAYOUTS)

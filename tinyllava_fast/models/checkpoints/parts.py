@@ -18,7 +18,8 @@ from tinyllava_fast.models.checkpoints.tensors import Stored
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.hf import LEGACY_ADAPTERS
 from tinyllava_fast.models.llm.base import LLMS
-from tinyllava_fast.models.vision.base import VISION
+from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.vision.encoder import EncoderTower
 
 _PROVENANCE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
 _PROVENANCE |= {"model_name_or_path", "model_name_or_path2"}
@@ -119,12 +120,15 @@ def llm_weights(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def tower_type(config: Mapping[str, Any], where: str) -> str:
     """Our tower for a transformers vision config."""
-    kind = config.get("model_type")
-    for name in VISION:
-        if kind in getattr(VISION.get(name), "model_classes", {}):
-            return name
-    known = [k for name in VISION for k in getattr(VISION.get(name), "model_classes", {})]
-    raise CheckpointError(f"{where}: no vision tower for model_type {kind!r}; {nearest(str(kind), known)}")
+    known = {kind: name for name in sorted(VISION, reverse=True) for kind in _model_types(VISION.get(name))}
+    kind = str(config.get("model_type"))
+    if kind not in known:
+        raise CheckpointError(f"{where}: no vision tower for model_type {kind!r}; {nearest(kind, known)}")
+    return known[kind]
+
+
+def _model_types(tower: type[VisionTower]) -> list[str]:
+    return tower.model_types() if issubclass(tower, EncoderTower) else []
 
 
 def legacy_vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
