@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ _LEGACY_VISION: dict[str, dict[str, Any]] = {
         "use_swiglu_ffn": False,
     },
 }
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Stored names under a component that hold nothing its forward pass reads.
 _IRRELEVANT = {
     "llm": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?attn\.(masked_)?bias|transformer\.classifier\.weight",
@@ -233,14 +235,34 @@ def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:
     return name
 
 
-def image_processor(tower: str, image_size: int, sources: list[str | None]) -> Any:
-    """The image processor in the first local folder that has one, else the tower's defaults for the size."""
+def stored_processor(tower: str, sources: Sequence[str | None]) -> Any:
+    """The image processor in the first local folder that has one; None without any."""
     cls = VISION.get(tower)
     for source in sources:
-        if source and (Path(source) / "preprocessor_config.json").is_file():
-            return cls.processor_class.from_pretrained(source)
-    log.info("no preprocessor_config.json found; using the %s defaults at %d pixels", tower, image_size)
-    return cls.image_processor(image_size)
+        if source and any((Path(source) / name).is_file() for name in _PROCESSORS):
+            processor = cls.processor_class.from_pretrained(source)
+            if getattr(processor, "do_pad", False):  # the image mode of the model does that
+                processor.do_pad = False
+            return processor
+    return None
+
+
+def processor_values(sources: Sequence[str | None]) -> dict[str, Any]:
+    """The keys of the image processor that ``stored_processor`` would read."""
+    for source in sources:
+        for name in _PROCESSORS:
+            if source and (Path(source) / name).is_file():
+                values = json.loads((Path(source) / name).read_text(encoding="utf-8"))
+                return dict(values.get("image_processor", values))
+    return {}
+
+
+def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) -> Any:
+    """The stored image processor, else the tower's defaults for the size."""
+    stored = stored_processor(tower, sources)
+    if stored is None:
+        log.info("no preprocessor_config.json found; using the %s defaults at %d pixels", tower, image_size)
+    return stored or VISION.get(tower).image_processor(image_size)
 
 
 def fitting_template(tokenizer: Any, llm_type: str) -> str | None:
