@@ -173,11 +173,13 @@ def test_store_gives_back_what_it_got():
         [Segment([6, 7], [(1, 2)])],
     ]
     for number, sample in enumerate(samples):
-        store.append(sample, f"é{number}", None if number else "a/ü.png")
+        images = [] if number else ["a/ü.png", "b.png"]
+        store.append(sample, f"é{number}", images, [(1, 3), (0, 1)] if images else [])
     assert len(store) == 3
     assert [store.sample(i) for i in (2, 0, 1)] == [samples[2], samples[0], samples[1]]
     assert [store.name(i) for i in range(3)] == ["é0", "é1", "é2"]
-    assert [store.image(i) for i in range(3)] == ["a/ü.png", "", ""]
+    assert [store.images(i) for i in range(3)] == [["a/ü.png", "b.png"], [], []]
+    assert [store.shown(i) for i in range(3)] == [[(1, 3), (0, 1)], [], []]
     assert store.fingerprint() != SampleStore().fingerprint()
 
 

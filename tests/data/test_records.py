@@ -71,8 +71,8 @@ BAD = [
     (json.dumps([{**GOOD, "conversations": []}]), r"conversations: expected a list of \{from, value\}"),
     (json.dumps([{**GOOD, "conversations": "hi"}]), r"conversations: expected a list"),
     (
-        json.dumps([{**GOOD, "image": ["a.png"]}]),
-        r"image: expected one path relative to data.image_folder, got \['a.png'\]",
+        json.dumps([{**GOOD, "image": ["a.png", 3]}]),
+        r"image: expected one path or a list of paths relative to data.image_folder, got \['a.png', 3\]",
     ),
     (
         json.dumps([messages(("user", "q"), ("gpt", "a"))]),

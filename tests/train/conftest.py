@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    text = TEMPLATES.get("llama").render([("what colour is it ?", name) for name in COLOURS]).text
+    text = TEMPLATES.get("llama").render([("what colour is it ?", name) for name in COLOURS], None).text
     backend.train_from_iterator([*text.split("</s>"), "say hello ."] * 2, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

@@ -78,7 +78,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a training image, seeded by (seed, epoch, record). All zero: none."""
+    """Random changes of a training image, seeded by (seed, epoch, record, image). All zero: none."""
 
     hflip: float = 0.0
     """Probability of a horizontal flip."""
@@ -99,22 +99,28 @@ class DataConfig:
     """One LLaVA-format data set and how it becomes tokens and pixels."""
 
     records: str = ""
-    """JSON list or JSONL file of {id, image?, conversations: [{from, value}, ...]}."""
+    """JSON list or JSONL file of {id, image?, conversations: [{from, value}, ...]}. image: one path, or a list of paths
+    whose i-th is shown where the i-th <image> stands."""
     image_folder: str = "."
     """Folder that the records' image paths are relative to."""
     template: str = "llama"
-    """Registered chat template: pretrain, llama, phi."""
+    """Registered chat template: pretrain, llama, phi, gemma, qwen2_base, qwen2_instruct; tokenizer: the tokenizer's own
+    (jinja), with the system text that it has."""
     turns: Literal["conversation", "independent"] = "conversation"
     """conversation: one segment, each turn sees the earlier ones. independent: each turn sees only the system text
-    and the image, which the turns of a record share."""
+    and the image, which the turns of a record share; of a list of images, those up to and including its own."""
     masks: Literal["offsets", "reference"] = "offsets"
     """offsets: labels from character offsets, exact for any tokenizer. reference: TinyLLaVA Factory's masks, its
     faults included."""
     turns_per_sample: int = 0
     """Independent turns only: a record with more turns becomes several samples of at most this many, so that its
     image is seen afresh (and augmented anew) more often; 0: all turns in one sample."""
-    image_mode: Literal["square", "pad"] = "square"
-    """square: the tower's own preprocessing; pad: first pad to a square with the mean colour."""
+    image_mode: Literal["square", "pad", "anyres"] = "square"
+    """square: the tower's own preprocessing; pad: first pad to a square with the mean colour; anyres: the whole image
+    and the tiles of an enlarged copy, each as many tokens as an image."""
+    image_grid: list[tuple[int, int]] = field(default_factory=list)
+    """anyres only: resolutions [width, height] that images may be enlarged to, in multiples of the tower's size; empty:
+    1x2, 2x1, 2x2, 1x3 and 3x1 tiles."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     on_bad_image: Literal["fail", "skip"] = "fail"
     """A truncated or non-image file: stop, or drop the record and count it. A missing file always stops."""
@@ -131,7 +137,7 @@ class BatchConfig:
     max_segments: int = 64
     """Most segments in a pack."""
     max_images: int = 8
-    """Most images in a pack."""
+    """Most images in a pack; with image_mode anyres each tile counts, and the whole image."""
     image_multiple: int = 1
     """The number of images of a pack is rounded up to a multiple of this with blank ones: fewer shapes to compile."""
     packs_per_step: int = 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -24,27 +25,52 @@ def targets(segment: Segment) -> int:
     return sum(segment.ids[i] != IMAGE_INDEX for start, stop in segment.spans for i in range(max(start, 1), stop))
 
 
-def truncate(sample: Sequence[Segment], budget: int, tokens_per_image: int) -> list[Segment]:
-    """The sample cut to a budget of positions, from its end, never through an image."""
+def truncate(
+    sample: Sequence[Segment], budget: int, tokens_per_image: int, inputs: Iterable[int] | None = None
+) -> list[Segment]:
+    """The sample cut to a budget of positions, from its end, never through an image.
+
+    inputs: how many inputs of the tower the image at each marker is, in order; None: one each.
+    """
     kept: list[Segment] = []
+    each = repeat(1) if inputs is None else iter(inputs)
     for segment in sample:
-        need = width(segment, tokens_per_image)
-        if need <= budget:
-            kept.append(segment)
-            budget -= need
-            continue
-        count = 0
+        count = shown = 0
         for token in segment.ids:
-            need = tokens_per_image if token == IMAGE_INDEX else 1
+            need = tokens_per_image * next(each) if token == IMAGE_INDEX else 1
             if need > budget:
                 break
             budget -= need
             count += 1
+            shown += token == IMAGE_INDEX
+        if count == len(segment.ids):
+            kept.append(segment)
+            continue
         if count:
             spans = [(start, min(stop, count)) for start, stop in segment.spans if start < count]
-            kept.append(Segment(segment.ids[:count], spans, segment.on_prefix))
+            kept.append(Segment(segment.ids[:count], spans, segment.on_prefix, segment.images[:shown]))
         break
     return kept
+
+
+def widen(sample: Sequence[Segment], inputs: Iterable[int]) -> list[Segment]:
+    """One marker for each input of the tower instead of one for each image; inputs: as for ``truncate``."""
+    each = iter(inputs)
+    return [_widened(segment, [next(each) for token in segment.ids if token == IMAGE_INDEX]) for segment in sample]
+
+
+def _widened(segment: Segment, inputs: Sequence[int]) -> Segment:
+    if all(count == 1 for count in inputs):
+        return segment
+    each = iter(inputs)
+    ids: list[int] = []
+    starts: list[int] = []  # where each token of the segment went
+    for token in segment.ids:
+        starts.append(len(ids))
+        ids += [token] * (next(each) if token == IMAGE_INDEX else 1)
+    starts.append(len(ids))
+    images = [image for image, count in zip(segment.images, inputs, strict=False) for _ in range(count)]
+    return Segment(ids, [(starts[a], starts[b]) for a, b in segment.spans], segment.on_prefix, tuple(images))
 
 
 def collate(
@@ -59,9 +85,9 @@ def collate(
 ) -> PackedBatch:
     """Lay samples end to end in one row of T = tokens positions.
 
-    samples: segments of each sample, as Template.encode gives them. pixels: [n, 3, H, W] float32, one image for each
-    marker, in order. The number of images is rounded up to a multiple of image_multiple with black ones that fill no
-    position. Raises ValueError if the samples do not fit.
+    samples: segments of each sample, as Template.encode gives them, widened. pixels: [n, 3, H, W] float32, one input of
+    the tower for each marker, in order. Their number is rounded up to a multiple of image_multiple with black ones that
+    fill no position. Raises ValueError if the samples do not fit.
     """
     segments = [segment for sample in samples for segment in sample]
     total = sum(width(segment, tokens_per_image) for segment in segments)

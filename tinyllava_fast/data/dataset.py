@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,18 +14,17 @@ import numpy as np
 import torch
 
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
-from tinyllava_fast.data.augment import augment
-from tinyllava_fast.data.collate import collate, targets, truncate, width
-from tinyllava_fast.data.images import load_image, pixel_shape, to_pixels
+from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
+from tinyllava_fast.data.files import ImageFiles
+from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.data.records import Record, read_records
 from tinyllava_fast.data.store import SampleStore
-from tinyllava_fast.data.templates.base import TEMPLATES, Segment
+from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.ops import pack_plan
 
 _CHUNK = 512  # records tokenised in one call
-_SHOWN = 5  # missing images named in an error
 T = TypeVar("T")
 
 
@@ -71,21 +69,24 @@ class PackedDataset:
             )
         self.store = SampleStore()
         self.report = DataReport()
+        self.files = ImageFiles(data, processor, seed)
+        self.skipped: list[str] = []
+        """Records left out from the start (data.on_bad_image: skip), with reasons."""
         sizes: list[tuple[int, int, int]] = []
         template = TEMPLATES.get(data.template, "data.template")
-        if template.eos:
-            template.stop_id(tokenizer)
-        missing = _Missing(data.image_folder)
+        template.check(tokenizer, data.masks)
         with _no_garbage_collection():
             for records in _chunks(read_records(data.records), _CHUNK):
-                for record in records:
-                    if problem := template.problem(record.turns, record.image is not None):
-                        raise self._error(record, "conversations", problem)
-                    missing.look(record)
-                pieces = [piece for record in records for piece in self._pieces(record)]
-                encoded = template.encode([p.turns for p in pieces], tokenizer, data.turns, data.masks)
-                sizes += [self._add(piece, sample) for piece, sample in zip(pieces, encoded, strict=True)]
-        missing.stop(data.records)
+                usable = [
+                    (record, inputs) for record in records if (inputs := self._usable(record, template)) is not None
+                ]
+                pieces = [(piece, inputs) for record, inputs in usable for piece in self._pieces(record)]
+                encoded = self._encode([piece for piece, _ in pieces], template, tokenizer)
+                for (piece, inputs), sample in zip(pieces, encoded, strict=True):
+                    sizes.append(self._add(piece, sample, inputs))
+        self.files.stop()
+        if not sizes:
+            raise DataError(f"{data.records}: every record was skipped; the first: {self.skipped[0]}")
         table = np.array(sizes, np.int64)
         self.lengths, self.images, self.segments = (table[:, column].copy() for column in range(3))
         self._plans: dict[int, list[np.ndarray]] = {}
@@ -120,19 +121,14 @@ class PackedDataset:
         """
         samples, names, pictures, skipped = [], [], [], []
         for index in map(int, indices):
-            sample = self.store.sample(index)
-            markers = sum(segment.ids.count(IMAGE_INDEX) for segment in sample)
-            if markers:
+            if shown := self.store.shown(index):
                 try:
-                    image = load_image(os.path.join(self.data.image_folder, self.store.image(index)))
+                    pictures += self.files.load(self.store.images(index), shown, epoch, index)
                 except DataError as error:
-                    reason = f"{self.data.records}: record id {self.store.name(index)!r}: image: {error}"
-                    if self.data.on_bad_image == "fail":
-                        raise DataError(reason) from error
+                    reason = self._bad_image(self.store.name(index), error)
                     skipped.append(reason)
                     continue
-                pictures += [augment(image, self.data.augment, (self.seed, epoch, index))] * markers
-            samples.append(sample)
+            samples.append(self.store.sample(index))
             names.append(self.store.name(index))
         batch = self._collate(samples, pictures, names)
         batch.skipped = skipped
@@ -143,13 +139,9 @@ class PackedDataset:
         return self._collate([], [], [])
 
     def _collate(self, samples: list[list[Segment]], pictures: list[Any], names: list[str]) -> PackedBatch:
-        if pictures:
-            pixels = to_pixels(pictures, self.processor, self.data.image_mode)
-        else:
-            pixels = torch.zeros(0, *pixel_shape(self.processor))
         return collate(
             samples,
-            pixels,
+            to_pixels(pictures, self.processor, self.data.image_mode),
             tokens=self.batch.tokens,
             max_segments=self.batch.max_segments,
             tokens_per_image=self.tokens_per_image,
@@ -157,22 +149,65 @@ class PackedDataset:
             sample_ids=names,
         )
 
-    def _add(self, record: Record, sample: list[Segment]) -> tuple[int, int, int]:
-        """Store a sample and count it; (positions, images, segments) that it needs in a pack."""
+    def _usable(self, record: Record, template: Template) -> list[int] | None:
+        """How many inputs of the tower each image of a record is, once it has been checked; None: leave it out."""
+        listed = len(record.images) if record.interleaved else None
+        if problem := template.problem(record.turns, bool(record.images), listed):
+            raise self._error(record, "conversations", problem)
+        try:
+            return self.files.inputs(record)
+        except DataError as error:
+            self.skipped.append(self._bad_image(record.id, error))
+            return None
+
+    def _bad_image(self, name: str, error: DataError) -> str:
+        """Why a record is skipped; DataError where that is not wanted."""
+        reason = f"{self.data.records}: record id {name!r}: image: {error}"
+        if self.data.on_bad_image == "fail":
+            raise DataError(reason) from error
+        return reason
+
+    def _encode(self, records: list[Record], template: Template, tokenizer: Any) -> list[list[Segment]]:
+        """The records tokenised together. What the template refuses is named by its record."""
+
+        def encode(some: list[Record]) -> list[list[Segment]]:
+            flags = [record.interleaved for record in some]
+            return template.encode([r.turns for r in some], tokenizer, self.data.turns, self.data.masks, flags)
+
+        try:
+            return encode(records)
+        except UserError:
+            for record in records:
+                try:
+                    encode([record])
+                except UserError as error:
+                    raise self._error(record, "conversations", str(error)) from error
+            raise
+
+    def _add(self, record: Record, encoded: list[Segment], inputs: list[int]) -> tuple[int, int, int]:
+        """Store a sample and count it; (positions, images, segments) that it needs in a pack.
+
+        inputs: how many inputs of the tower each image of the record is.
+        """
         count, budget = self.tokens_per_image, self.batch.tokens
+        shown = _shown(encoded, inputs)
+        sample = widen(encoded, [n for _, n in shown])
         length = sum(width(segment, count) for segment in sample)
         if length > budget:
-            if count >= budget and record.image is not None:
+            largest = count * max((n for _, n in shown), default=0)
+            if largest >= budget:
                 raise self._error(
-                    record, "image", f"{count} image tokens do not fit batch.tokens={budget}; raise batch.tokens"
+                    record, "image", f"{largest} image tokens do not fit batch.tokens={budget}; raise batch.tokens"
                 )
             if self.data.overlong == "fail":
                 remedy = "raise batch.tokens, or set data.overlong=truncate"
                 raise self._error(record, "conversations", f"{length} tokens exceed batch.tokens={budget}; {remedy}")
-            sample = truncate(sample, budget, count)
+            encoded = truncate(encoded, budget, count, [n for _, n in shown])
+            shown = _shown(encoded, inputs)
+            sample = widen(encoded, [n for _, n in shown])
             length = sum(width(segment, count) for segment in sample)
             self.report.truncated += 1
-        images = sum(segment.ids.count(IMAGE_INDEX) for segment in sample)
+        images = sum(n for _, n in shown)
         for need, limit, name in (
             (images, self.batch.max_images, "max_images"),
             (len(sample), self.batch.max_segments, "max_segments"),
@@ -182,26 +217,30 @@ class PackedDataset:
                 raise self._error(record, "conversations", f"{need} {what} exceed batch.{name}={limit}; raise it")
         learnt = sum(map(targets, sample))
         self.report.records += 1
-        self.report.text_only += record.image is None
+        self.report.text_only += not record.images
         self.report.tokens += length
         self.report.supervised_tokens += learnt
         self.report.unsupervised += learnt == 0
-        self.store.append(sample, record.id, record.image)
+        self.store.append(sample, record.id, record.images, shown)
         return length, images, len(sample)
 
     def _pieces(self, record: Record) -> list[Record]:
-        """The record, or one record per ``data.turns_per_sample`` of its turns, each beginning with the image."""
+        """The record, or one record per ``data.turns_per_sample`` of its turns, each beginning with the images so far."""
         most = self.data.turns_per_sample
         if not most or len(record.turns) <= most:
             return [record]
-        (first, _), *_ = record.turns
-        marker = IMAGE_TOKEN + "\n" if IMAGE_TOKEN in first else ""
-        starts = range(0, len(record.turns), most)
-        chunks = [list(record.turns[start : start + most]) for start in starts]
-        for chunk in chunks[1:]:
-            question, answer = chunk[0]
-            chunk[0] = (question if IMAGE_TOKEN in question else marker + question, answer)
-        return [replace(record, turns=tuple(chunk)) for chunk in chunks]
+        pieces = []
+        before = 0  # markers in earlier turns
+        for start in range(0, len(record.turns), most):
+            turns = list(record.turns[start : start + most])
+            question, answer = turns[0]
+            if record.interleaved:
+                turns[0] = (f"{IMAGE_TOKEN}\n" * before + question, answer)
+                before += sum(q.count(IMAGE_TOKEN) for q, _ in record.turns[start : start + most])
+            elif start and IMAGE_TOKEN not in question and IMAGE_TOKEN in record.turns[0][0]:
+                turns[0] = (f"{IMAGE_TOKEN}\n{question}", answer)
+            pieces.append(replace(record, turns=tuple(turns)))
+        return pieces
 
     def _error(self, record: Record, field: str, what: str) -> DataError:
         return DataError(f"{self.data.records}: {record.where}: {field}: {what}")
@@ -216,31 +255,12 @@ def build_dataset(
     )
 
 
-class _Missing:
-    """Looks for every image before anything trains, and names the missing ones together."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.seen: dict[str, bool] = {}
-        self.found: list[str] = []
-
-    def look(self, record: Record) -> None:
-        """Note the record if its image file does not exist."""
-        if record.image is None:
-            return
-        path = os.path.join(self.folder, record.image)
-        if record.image not in self.seen:
-            self.seen[record.image] = os.path.isfile(path)
-        if not self.seen[record.image]:
-            self.found.append(f"{record.where}: image: {path} does not exist")
-
-    def stop(self, records: str) -> None:
-        """DataError if any file is missing."""
-        if self.found:
-            lines = "\n  ".join(self.found[:_SHOWN])
-            raise DataError(
-                f"{records}: {len(self.found)} records name a missing image file; check data.image_folder\n  {lines}"
-            )
+def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]]:
+    """(number of the image, its inputs of the tower) at each marker of a sample as the template encodes it."""
+    numbers: list[int] = []
+    for segment in sample:
+        numbers += segment.images or [0] * segment.ids.count(IMAGE_INDEX)
+    return [(number, inputs[number]) for number in numbers]
 
 
 @contextmanager

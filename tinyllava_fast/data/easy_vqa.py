@@ -189,7 +189,7 @@ def _tokenizer(conversations: Sequence[Sequence[Question]], captions: Sequence[s
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     render = TEMPLATES.get("llama").render
-    text = [piece for asked in conversations for piece in re.split("</s>|<image>", render(asked).text)]
+    text = [piece for asked in conversations for piece in re.split("</s>|<image>", render(asked, None).text)]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=special,

@@ -1,8 +1,9 @@
-"""Image files to pixels, equal to the reference's for the modes ``square`` and ``pad``."""
+"""Image files to pixels, equal to the reference's for the modes ``square`` and ``pad``; ``anyres`` has its own file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,26 @@ from torch import Tensor
 
 from tinyllava_fast.errors import DataError
 
-ImageMode = Literal["square", "pad"]
+ImageMode = Literal["square", "pad", "anyres"]
 
 
 def load_image(path: str | Path) -> Image.Image:
     """The file as an RGB image, decoded in full. DataError for a missing, truncated or non-image file."""
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels, from the file's header alone. DataError for a missing or non-image file."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError as error:
         raise DataError(f"{path}: image file is missing; check the record's 'image' and data.image_folder") from error
     except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
@@ -33,7 +46,8 @@ def to_pixels(images: Sequence[Image.Image], processor: Any, mode: ImageMode = "
     """Normalised pixels [n, 3, H, W] float32 of RGB images.
 
     processor: a transformers ``*ImageProcessorPil``. square: the processor alone (CLIP crops the centre, SigLIP
-    squashes). pad: first centred on a square of the processor's mean colour. No images: [0, 3, H, W].
+    squashes). pad: first centred on a square of the processor's mean colour. anyres: as square, for tiles that have
+    been cut (anyres.tiles). No images: [0, 3, H, W].
     """
     if not images:
         return torch.zeros(0, *pixel_shape(processor))
@@ -57,6 +71,14 @@ def pixel_shape(processor: Any) -> tuple[int, int, int]:
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     size = dict(size)
     return (3, size.get("height") or size["shortest_edge"], size.get("width") or size["shortest_edge"])
+
+
+def short_edge(processor: Any) -> tuple[int, int]:
+    """(width, height) that the processor resizes to before it crops, for an image of the proportions of its output."""
+    size = _size(processor)
+    if "shortest_edge" in size:
+        return (size["shortest_edge"],) * 2
+    return size["width"], size["height"]
 
 
 def _is_standard(processor: Any) -> bool:

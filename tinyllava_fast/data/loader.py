@@ -55,7 +55,7 @@ class Loader:
         self.workers = workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
-        self.skipped: dict[str, None] = {}
+        self.skipped: dict[str, None] = dict.fromkeys(dataset.skipped)
         """Reasons for records left out (data.on_bad_image: skip), in order of appearance."""
         self._packs: list[int] = []  # packs in each epoch, as far as known
         self._position = 0  # packs of the stream consumed by all ranks together

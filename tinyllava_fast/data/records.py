@@ -27,10 +27,20 @@ class Record:
     """The record's own id, or its index."""
     line: int
     """Line of the file on which the record begins, from 1."""
-    image: str | None
-    """Image path relative to the image folder."""
+    image: str | tuple[str, ...] | None
+    """Image path relative to the image folder, or the paths of a list: then the i-th marker is the i-th image."""
     turns: tuple[tuple[str, str], ...]
     """(question, answer) pairs."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Its image paths; empty for text alone."""
+        return (self.image,) if isinstance(self.image, str) else self.image or ()
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the images are a list, so that each marker stays where it is and stands for its own."""
+        return isinstance(self.image, tuple)
 
     @property
     def where(self) -> str:
@@ -42,7 +52,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """The records of a file, one at a time, in order.
 
     A file that begins with ``[`` is a JSON list, any other one JSONL. DataError for a missing or empty file, malformed
-    JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn.
+    JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn, where
+    image is one path or a list of them, which may also be called images.
     """
     empty = True
     try:
@@ -156,9 +167,15 @@ def _record(path: str | Path, index: int, line: int, value: Any) -> Record:
 
     if not isinstance(value, dict):
         raise fail("record", f"expected an object with 'conversations', got {type(value).__name__}")
-    image = value.get("image")
-    if image is not None and not (isinstance(image, str) and image and _is_text(image)):
-        raise fail("image", f"expected one path relative to data.image_folder, got {image!r}")
+    key = "images" if value.get("images") is not None else "image"
+    image = value.get(key)
+    if key == "images" and value.get("image") is not None:
+        raise fail("images", "given beside 'image'; keep one of them")
+    if image is not None and not _is_image(image, single=key == "image"):
+        kind = "one path or a list of paths" if key == "image" else "a list of paths"
+        raise fail(key, f"expected {kind} relative to data.image_folder, got {image!r}")
+    if isinstance(image, list):
+        image = tuple(image) or None
     messages = value.get("conversations")
     if messages is None:
         raise fail("conversations", f"missing; {nearest('conversations', map(str, value))}")
@@ -187,6 +204,12 @@ def _record(path: str | Path, index: int, line: int, value: Any) -> Record:
         raise fail("conversations", "no question; add a 'human' message and its answer")
     name = str(value.get("id", index)).encode(errors="replace").decode()
     return Record(index, name, line, image, tuple((q, a or "") for q, a in turns))
+
+
+def _is_image(value: Any, single: bool) -> bool:
+    """Whether it is a list of paths, or one path where that may be."""
+    paths = value if isinstance(value, list) else [value] if single else [None]
+    return all(isinstance(path, str) and path and _is_text(path) for path in paths)
 
 
 def _is_text(value: str) -> bool:

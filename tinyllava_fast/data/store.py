@@ -10,7 +10,7 @@ from tinyllava_fast.data.templates.base import Segment
 
 
 class SampleStore:
-    """Append-only list of samples (lists of Segments), each with an id and an image path."""
+    """Append-only list of samples (lists of Segments), each with an id and the image of each of its markers."""
 
     def __init__(self) -> None:
         self._ids = array("i")
@@ -18,13 +18,17 @@ class SampleStore:
         self._segments = array("q")  # (end in ids, end in spans, on_prefix) of each segment
         self._samples = array("q", [0])  # first segment of each sample, and the end
         self._names = _Strings()
-        self._images = _Strings()
+        self._images = _Strings()  # the images of all samples
+        self._views = array("i")  # (number of the image in its sample, inputs of the tower) of each showing
+        self._pictures = array("q", [0, 0])  # first image and first showing of each sample, and the end
 
     def __len__(self) -> int:
         return len(self._samples) - 1
 
-    def append(self, sample: Sequence[Segment], name: str, image: str | None) -> None:
-        """Add one sample; image: its path, None for text alone."""
+    def append(
+        self, sample: Sequence[Segment], name: str, images: Sequence[str] = (), shown: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Add one sample. images: paths. shown: (number of the image, inputs of the tower) wherever one is shown."""
         for segment in sample:
             self._ids.extend(segment.ids)
             for span in segment.spans:
@@ -32,7 +36,11 @@ class SampleStore:
             self._segments.extend((len(self._ids), len(self._spans), int(segment.on_prefix)))
         self._samples.append(len(self._segments) // 3)
         self._names.append(name)
-        self._images.append(image or "")
+        for image in images:
+            self._images.append(image)
+        for view in shown:
+            self._views.extend(view)
+        self._pictures.extend((len(self._images), len(self._views) // 2))
 
     def sample(self, index: int) -> list[Segment]:
         """The segments of one sample."""
@@ -49,9 +57,15 @@ class SampleStore:
         """The record id of one sample."""
         return self._names[index]
 
-    def image(self, index: int) -> str:
-        """The image path of one sample; empty for text alone."""
-        return self._images[index]
+    def images(self, index: int) -> list[str]:
+        """The image paths of one sample; empty for text alone."""
+        return [self._images[i] for i in range(self._pictures[2 * index], self._pictures[2 * index + 2])]
+
+    def shown(self, index: int) -> list[tuple[int, int]]:
+        """(number of the image, inputs of the tower) of every place of one sample that shows an image, in order."""
+        start, stop = self._pictures[2 * index + 1], self._pictures[2 * index + 3]
+        flat = self._views[2 * start : 2 * stop].tolist()
+        return list(zip(flat[0::2], flat[1::2], strict=True))
 
     def fingerprint(self) -> int:
         """A checksum of all tokens and labels: a saved position is valid only for the same data."""
@@ -67,6 +81,9 @@ class _Strings:
     def __init__(self) -> None:
         self._blob = bytearray()
         self._ends = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
     def append(self, text: str) -> None:
         """Add one string."""

@@ -11,7 +11,7 @@ import torch
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
-from tinyllava_fast.infer.types import ImageLike, Request, Sampling
+from tinyllava_fast.infer.types import Images, Request, Sampling
 from tinyllava_fast.models.io import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,22 +41,27 @@ class Assistant:
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
         template = TEMPLATES.get(lmm.config.template, "config.json: template")
         engine_options.setdefault("image_mode", lmm.config.image_mode)
+        engine_options.setdefault("image_grid", lmm.config.image_grid)
         return cls(Engine(lmm.eval(), tokenizer, processor, template, **engine_options))
 
     def answer(
         self,
-        image: ImageLike | None,
+        image: Images | None,
         question: str,
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> str:
-        """Answer one question. image: path, PIL image, or None. Greedy unless temperature > 0."""
+        """Answer one question. Greedy unless temperature > 0.
+
+        image: path, PIL image, or None; or a list of them, which the question's ``<image>`` markers stand for in order
+            (none: they precede the question).
+        """
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return self.engine.answers([Request.ask(question, image, sampling=sampling)])[0].text
 
-    def answer_many(self, questions: Iterable[tuple[ImageLike | None, str]], *, max_new_tokens: int = 64) -> list[str]:
+    def answer_many(self, questions: Iterable[tuple[Images | None, str]], *, max_new_tokens: int = 64) -> list[str]:
         """Answer (image, question) pairs together, greedily, in order; questions about one image share its work."""
         sampling = Sampling(max_new_tokens=max_new_tokens)
         requests = [Request.ask(question, image, sampling=sampling) for image, question in questions]

@@ -5,6 +5,7 @@ Legend: T packed tokens of a pass, S sequences, D hidden width, K tokens an imag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,16 @@ from tinyllava_fast.models.attention import KVView
 class Span:
     """New tokens of one sequence in a pass.
 
-    ids: tokens, IMAGE_ROW where a row of ``features`` [K, D] goes. start: first pool row of the sequence's own tokens.
-    done: own rows already written. prefix: (start, length) of shared rows in the pool.
+    ids: tokens, IMAGE_ROW where the next row of ``features`` goes. start: first pool row of the sequence's own tokens.
+    done: own rows already written. prefix: (start, length) of shared rows in the pool. features: [rows, D] of each image
+    that the tokens show, in order; the rows of one image are never split between two passes.
     """
 
     ids: list[int]
     start: int
     done: int = 0
     prefix: tuple[int, int] = (0, 0)
-    features: Tensor | None = None
+    features: Sequence[Tensor] = ()
 
 
 class PackedDecoder:
@@ -60,7 +62,7 @@ class PackedDecoder:
             prefix=self._tensor(prefix, torch.int32) if prefix.any() else None,
         )
         self.computed_tokens += len(ids)
-        embeds = self._embed(ids, [f for s in spans for f in _images(s)])
+        embeds = self._embed(ids, [f for s in spans for f in s.features])
         return self.lmm.decode(embeds, self._tensor(steps + np.repeat(prefix[:, 1], lengths)), kv=view)
 
     def _embed(self, ids: np.ndarray, features: list[Tensor]) -> Tensor:
@@ -71,8 +73,3 @@ class PackedDecoder:
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.lmm.device, dtype)
-
-
-def _images(span: Span) -> list[Tensor]:
-    """The span's image once per marker; the rows of one image are never split between two passes."""
-    return [] if span.features is None else [span.features] * (span.ids.count(IMAGE_ROW) // len(span.features))

@@ -10,7 +10,7 @@ Legend: R sequences, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -24,7 +24,7 @@ from tinyllava_fast.infer.decoder import PackedDecoder, Span
 from tinyllava_fast.infer.images import ImageEncoder
 from tinyllava_fast.infer.pool import Spans
 from tinyllava_fast.infer.prompts import Prompts
-from tinyllava_fast.infer.schedule import Group, Running, admit, group_requests, image_key, release
+from tinyllava_fast.infer.schedule import IMAGE_ROW, Group, Running, admit, group_requests, image_key, release
 from tinyllava_fast.infer.types import Answer, Request
 
 LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
@@ -48,7 +48,8 @@ class Engine:
     """Runs a model of this toolkit on many requests at once. Greedy answers equal transformers' ``generate``.
 
     lmm: an LMM in eval mode. tokenizer: transformers tokenizer. processor: the tower's image processor.
-    template: chat template of the toolkit. image_mode: "square" or "pad", as the model was trained.
+    template: chat template of the toolkit. image_mode: "square", "pad" or "anyres", as the model was trained; image_grid:
+        the resolutions (width, height) of anyres, empty for the default ones.
     batch_tokens: rows of the K/V pool; prompts and answers in flight never exceed it. prefill_tokens: most tokens of
         one prefill pass, which bounds activations (a single larger group still runs alone). threads: image decoders.
     """
@@ -61,6 +62,7 @@ class Engine:
         template: Any,
         *,
         image_mode: ImageMode = "square",
+        image_grid: Sequence[tuple[int, int]] = (),
         batch_tokens: int = 16384,
         prefill_tokens: int = 4096,
         threads: int = 2,
@@ -77,8 +79,8 @@ class Engine:
         self.vocab = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
         self.share_prefix = not _has_window(config)
-        self._prompts = Prompts(template, tokenizer, lmm.tokens_per_image, context, batch_tokens)
-        self._images = ImageEncoder(lmm, processor, mode=image_mode, threads=threads)
+        self._images = ImageEncoder(lmm, processor, mode=image_mode, grid=image_grid, threads=threads)
+        self._prompts = Prompts(template, tokenizer, self._images.rows, context, batch_tokens)
         self._decoder = PackedDecoder(lmm, batch_tokens)
         self._counters = Counters()
 
@@ -92,8 +94,8 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Yield one answer per request as it finishes. The queue is read lazily, a window at a time.
 
-        Raises UserError, naming the request, for an image marker without an image or a prompt that does not fit the
-        model's context or the pool, and DataError for an unreadable image. One run at a time per engine.
+        Raises UserError, naming the request, for image markers that do not match its images or a prompt that does not
+        fit the model's context or the pool, and DataError for an unreadable image. One run at a time per engine.
         """
         queue = group_requests(
             self._prompts.sequences(requests),
@@ -149,12 +151,13 @@ class Engine:
     @torch.inference_mode()
     def _prefill(self, groups: list[Group]) -> None:
         """Compute the K/V of all prompts of the groups and the first token of each sequence."""
-        features = self._images.encode(g.image for g in groups if g.image is not None)
+        features = self._images.encode(g.members[0].request for g in groups)
         shared = sorted((g for g in groups if g.prefix), key=lambda g: g.start)
         if shared:
-            self._decoder([Span(g.shared_ids, g.start, features=features.get(image_key(g.image))) for g in shared])
+            parts = [_shown(g.members[0], features, g.prefix)[0] for g in shared]
+            self._decoder([Span(g.shared_ids, g.start, features=f) for g, f in zip(shared, parts, strict=True)])
         members = sorted(((m, g) for g in groups for m in g.members), key=lambda pair: pair[0].start)
-        spans = [Span(m.prompt[g.prefix :], m.start, 0, m.shared, features.get(image_key(g.image))) for m, g in members]
+        spans = [Span(m.prompt[g.prefix :], m.start, 0, m.shared, _shown(m, features, g.prefix)[1]) for m, g in members]
         hidden = self._decoder(spans)
         last = np.cumsum([len(s.ids) for s in spans]) - 1
         self._choose([m for m, _ in members], hidden[torch.from_numpy(last).to(hidden.device)])
@@ -192,13 +195,26 @@ class Engine:
 
     def _answer(self, sequence: Running) -> Answer:
         tokens = sequence.tokens
+        ended = tokens[-1] in self.eos
         return Answer(
             id=sequence.request.id,
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+            # Not every tokenizer counts the end token of its chat template as a special one.
+            text=self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True).strip(),
             tokens=tokens,
-            finish="eos" if tokens[-1] in self.eos else "length",
+            finish="eos" if ended else "length",
             prompt_tokens=len(sequence.prompt),
         )
+
+
+def _shown(sequence: Running, features: dict[object, Tensor], cut: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Features of the images in the prompt's first ``cut`` tokens and of those after; a prefix never ends in an image."""
+    images = sequence.request.images
+    rows = [features[image_key(images[i])] for i in sequence.shown]
+    before, count = sequence.prompt[:cut].count(IMAGE_ROW), 0
+    while before > 0:
+        before -= len(rows[count])
+        count += 1
+    return rows[:count], rows[count:]
 
 
 def _has_window(config: Any) -> bool:

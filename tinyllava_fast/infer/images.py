@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from tinyllava_fast.data.images import ImageMode, load_image, to_pixels
+from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, tiles
+from tinyllava_fast.data.images import ImageMode, image_size, load_image, to_pixels
+from tinyllava_fast.errors import DataError
 from tinyllava_fast.infer.schedule import image_key
-from tinyllava_fast.infer.types import ImageLike
+from tinyllava_fast.infer.types import ImageLike, Request
 
 IMAGES_PER_PASS = 32
 
@@ -19,35 +22,65 @@ IMAGES_PER_PASS = 32
 class ImageEncoder:
     """Features of images, kept for the images of the last call.
 
-    lmm: has encode_images. processor: image processor of the tower. mode: "square" or "pad". threads: decoders.
+    lmm: has encode_images. processor: image processor of the tower. mode: "square", "pad" or "anyres". grid: the
+    resolutions (width, height) of anyres, empty for the default ones. threads: decoders.
     """
 
-    def __init__(self, lmm: Any, processor: Any, *, mode: ImageMode, threads: int) -> None:
+    def __init__(
+        self, lmm: Any, processor: Any, *, mode: ImageMode, threads: int, grid: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.lmm = lmm
         self.processor = processor
         self.mode = mode
+        self.grid = resolve_grid(grid, processor) if mode == "anyres" else []
         self.encoded = 0
         self._decoders = ThreadPoolExecutor(max(1, threads), thread_name_prefix="tlf-image")
         # The image is kept beside its features: an id() is only unique while its object lives.
         self._kept: dict[object, tuple[ImageLike, Tensor]] = {}
+        self._rows: dict[str, int] = {}  # of files
 
-    def encode(self, images: Iterable[ImageLike]) -> dict[object, Tensor]:
-        """Features [K, D] by image key. Raises DataError for an image that cannot be read."""
-        wanted = {image_key(image): image for image in images}
+    def rows(self, image: ImageLike) -> int:
+        """Positions that an image takes. DataError for a file that anyres cannot read the size of."""
+        count = int(self.lmm.tokens_per_image)
+        if not self.grid:
+            return count
+        if isinstance(image, Image.Image):
+            return count * count_inputs(image.size, self.grid, tile_size(self.processor))
+        name = str(image)
+        if name not in self._rows:
+            self._rows[name] = count * count_inputs(image_size(image), self.grid, tile_size(self.processor))
+        return self._rows[name]
+
+    def encode(self, requests: Iterable[Request]) -> dict[object, Tensor]:
+        """Features [rows, D] by image key. Raises DataError, naming the request, for an image that cannot be read."""
+        wanted = {image_key(image): (image, request.id) for request in requests for image in request.images}
         self._kept = {k: v for k, v in self._kept.items() if k in wanted}
-        missing = [(k, image) for k, image in wanted.items() if k not in self._kept]
+        missing = [(k, *v) for k, v in wanted.items() if k not in self._kept]
         parts = [missing[i : i + IMAGES_PER_PASS] for i in range(0, len(missing), IMAGES_PER_PASS)]
-        for part, pixels in zip(parts, self._decoders.map(self._pixels, parts), strict=True):
-            encoded = self.lmm.encode_images(pixels.to(self.lmm.device, self.lmm.dtype))  # [N, K, D]
-            self._kept.update({key: (image, one) for (key, image), one in zip(part, encoded, strict=True)})
+        for part, (pixels, counts) in zip(parts, self._decoders.map(self._pixels, parts), strict=True):
+            passes = pixels.to(self.lmm.device, self.lmm.dtype).split(IMAGES_PER_PASS)
+            encoded = torch.cat([self.lmm.encode_images(some) for some in passes])  # [N, K, D]
+            each = (features.flatten(0, 1) for features in encoded.split(counts))
+            self._kept.update({key: (image, one) for (key, image, _), one in zip(part, each, strict=True)})
         self.encoded += len(missing)
         return {key: features for key, (_, features) in self._kept.items()}
 
     def forget(self) -> None:
-        """Drop the kept features."""
+        """Drop the kept features and sizes."""
         self._kept.clear()
+        self._rows.clear()
 
-    def _pixels(self, part: list[tuple[object, ImageLike]]) -> Tensor:
-        """[N, 3, H, W] of N images; runs in a decoder thread."""
-        images = [image if isinstance(image, Image.Image) else load_image(image) for _, image in part]
-        return to_pixels([image.convert("RGB") for image in images], self.processor, self.mode)
+    def _pixels(self, part: list[tuple[object, ImageLike, str]]) -> tuple[Tensor, list[int]]:
+        """[N, 3, H, W] and how many of the N inputs of the tower each image is; runs in a decoder thread."""
+        inputs = [self._inputs(image, request) for _, image, request in part]
+        return to_pixels([one for some in inputs for one in some], self.processor, self.mode), [len(i) for i in inputs]
+
+    def _inputs(self, image: ImageLike, request: str) -> list[Image.Image]:
+        try:
+            loaded = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
+            inputs = tiles(loaded, self.grid, self.processor) if self.grid else [loaded]
+            if self.grid and len(inputs) * self.lmm.tokens_per_image != self.rows(image):
+                raise DataError(f"{image}: the size of the image has changed since it was first looked at; ask again")
+        except DataError as error:
+            raise DataError(f"request {request!r}: {error}") from error
+        return inputs

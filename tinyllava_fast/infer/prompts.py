@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
-from tinyllava_fast.infer.types import Message, Request
+from tinyllava_fast.infer.types import ImageLike, Message, Request
 
 TOKENIZE_TOGETHER = 512
 
@@ -21,30 +21,47 @@ TOKENIZE_TOGETHER = 512
 class Prompts:
     """Turns requests into sequences.
 
-    template: chat template with ``prompt_batch``. tokens_per_image: rows that one image marker becomes. context: most
-    positions of the model, None if unlimited. most: largest prompt + answer that the K/V pool takes.
+    template: chat template with ``prompt_batch``. rows_of: rows that an image becomes. context: most positions of the
+    model, None if unlimited. most: largest prompt + answer that the K/V pool takes.
     """
 
     template: Any
     tokenizer: Any
-    tokens_per_image: int
+    rows_of: Callable[[ImageLike], int]
     context: int | None
     most: int
 
     def sequences(self, requests: Iterable[Request]) -> Iterator[Running]:
         """One sequence per request, in order, read lazily.
 
-        Raises UserError naming the request for an image marker without an image and for a prompt that does not fit.
+        Raises UserError naming the request for markers that do not match its images and for a prompt that does not fit,
+        DataError for an image whose size has to be known and cannot be read.
         """
         source = iter(requests)
         while chunk := list(islice(source, TOKENIZE_TOGETHER)):
-            prompts = self.template.prompt_batch([_conversation(r) for r in chunk], self.tokenizer)
-            for request, prompt in zip(chunk, prompts, strict=True):
-                sequence = Running(request, expand([*prompt.prefix, *prompt.suffix], self.tokens_per_image))
+            for request, ids in zip(chunk, self._ids(chunk), strict=True):
+                sequence = self._sequence(request, ids)
                 self._check_fits(sequence)
                 if request.sampling.temperature > 0:
                     sequence.generator = torch.Generator().manual_seed(request.sampling.seed)
                 yield sequence
+
+    def _ids(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Token ids, one IMAGE_INDEX an image; tokenised in one call."""
+        conversations = [_conversation(r) for r in requests]
+        prompts = self.template.prompt_batch(conversations, self.tokenizer, [r.interleaved for r in requests])
+        return [prompt.ids for prompt in prompts]
+
+    def _sequence(self, request: Request, ids: list[int]) -> Running:
+        markers, images = ids.count(IMAGE_INDEX), request.images
+        if markers and not images:
+            raise UserError(f"request {request.id!r}: the chat template needs an image; give it one")
+        shown = range(markers) if request.interleaved else [0] * markers
+        try:
+            rows = [self.rows_of(image) for image in images]
+        except DataError as error:
+            raise DataError(f"request {request.id!r}: {error}") from error
+        return Running(request, expand(ids, [rows[i] for i in shown]), shown=shown)
 
     def _check_fits(self, sequence: Running) -> None:
         request, length = sequence.request, len(sequence.prompt)
@@ -58,20 +75,29 @@ class Prompts:
             raise UserError(f"{needs} exceed batch_tokens; raise it to {length + new} or more")
 
 
-def expand(ids: list[int], tokens_per_image: int) -> list[int]:
-    """Replace each image marker by as many IMAGE_ROW entries as an image has tokens.
+def expand(ids: list[int], rows: int | Sequence[int]) -> list[int]:
+    """Replace each image marker by as many IMAGE_ROW entries as its image has tokens; rows: of all, or of each.
 
-    >>> expand([1, -200, 5], 2)
-    [1, -1, -1, 5]
+    >>> expand([1, -200, 5, -200], [2, 1])
+    [1, -1, -1, 5, -1]
     """
-    rows: list[int] = []
+    each = repeat(rows) if isinstance(rows, int) else iter(rows)
+    expanded: list[int] = []
     for i in ids:
-        rows += [IMAGE_ROW] * tokens_per_image if i == IMAGE_INDEX else [i]
-    return rows
+        expanded += [IMAGE_ROW] * next(each) if i == IMAGE_INDEX else [i]
+    return expanded
 
 
 def _conversation(request: Request) -> list[Message]:
     messages = request.conversation()
-    if request.image is None and any(IMAGE_TOKEN in str(m["value"]) for m in messages):
+    markers = sum(str(m["value"]).count(IMAGE_TOKEN) for m in messages)
+    if markers and not request.images:
         raise UserError(f"request {request.id!r}: its text holds {IMAGE_TOKEN} but it has no image; give it one")
+    if request.interleaved and markers != len(request.images):
+        raise UserError(
+            f"request {request.id!r}: it has {len(request.images)} images but its text holds {markers} {IMAGE_TOKEN}; "
+            "give one marker for each image, or none at all"
+        )
+    if any(IMAGE_TOKEN in str(m["value"]) for m in messages if m["from"] == "gpt"):
+        raise UserError(f"request {request.id!r}: an answer holds {IMAGE_TOKEN}, which would show an image; remove it")
     return messages

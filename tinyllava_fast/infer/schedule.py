@@ -1,11 +1,11 @@
 """Which requests run when: grouping by image, shared prefixes, and admission to the K/V pool.
 
-Legend: a prompt is a list of token ids in which every image marker has been expanded to K rows of IMAGE_ROW.
+Legend: a prompt is a list of token ids in which every image marker has been expanded to the image's rows, all IMAGE_ROW.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tinyllava_fast.infer.pool import Spans
-from tinyllava_fast.infer.types import ImageLike, Request
+from tinyllava_fast.infer.types import Images, Request
 
 IMAGE_ROW = -1
 
@@ -29,6 +29,7 @@ class Running:
     length: int = 0  # own rows written so far
     tokens: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
+    shown: Sequence[int] = ()  # which of the request's images each marker of the prompt stands for
 
     @property
     def shared(self) -> tuple[int, int]:
@@ -43,9 +44,9 @@ class Running:
 
 @dataclass(eq=False)
 class Group:
-    """Sequences that ask about the same image and share the first ``prefix`` tokens of their prompts."""
+    """Sequences that ask about the same images and share the first ``prefix`` tokens of their prompts."""
 
-    image: ImageLike | None
+    image: Images | None
     members: list[Running]
     prefix: int = 0
     start: int = 0
@@ -67,8 +68,10 @@ class Group:
         return self.prefix + sum(len(m.prompt) - self.prefix for m in self.members)
 
 
-def image_key(image: ImageLike | None) -> object:
-    """What makes two images the same one: a path's text, or the identity of an image object."""
+def image_key(image: Images | None) -> object:
+    """What makes two images the same one: a path's text, or the identity of an image object; of a list, its items'."""
+    if isinstance(image, (list, tuple)):
+        return tuple(image_key(one) for one in image)
     return id(image) if isinstance(image, Image.Image) else str(image)
 
 

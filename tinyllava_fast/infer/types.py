@@ -12,6 +12,7 @@ from PIL import Image
 from tinyllava_fast.data.types import IMAGE_TOKEN
 
 ImageLike = str | Path | Image.Image
+Images = ImageLike | Sequence[ImageLike]
 Message = dict[str, Any]  # {"from": "human" | "gpt", "value": str}
 
 
@@ -37,31 +38,42 @@ class Sampling:
 class Request:
     """One question, or one conversation to be continued.
 
-    image: path, PIL image, or None for text only. Every image marker of the messages stands for this image.
-    messages: LLaVA turns, human first, the last one human. If there is an image and no message holds the marker
-        ``<image>``, the image is placed at the front of the first turn.
+    image: path, PIL image, or None for text only: then every image marker of the messages stands for this image. Or a
+        list of them: then the i-th marker is the i-th image, wherever it stands, and their numbers must agree.
+    messages: LLaVA turns, human first, the last one human. If there are images and no message holds the marker
+        ``<image>``, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
     """
 
     messages: Sequence[Message]
-    image: ImageLike | None = None
+    image: Images | None = None
     sampling: Sampling = field(default_factory=Sampling)
     id: str = ""
 
     @staticmethod
-    def ask(
-        question: str, image: ImageLike | None = None, *, sampling: Sampling | None = None, id: str = ""
-    ) -> Request:
+    def ask(question: str, image: Images | None = None, *, sampling: Sampling | None = None, id: str = "") -> Request:
         """A single-turn request."""
         messages = [{"from": "human", "value": question}]
         return Request(messages=messages, image=image, sampling=sampling or Sampling(), id=id)
 
+    @property
+    def images(self) -> tuple[ImageLike, ...]:
+        """Its images, none, one or several."""
+        if self.image is None:
+            return ()
+        return tuple(self.image) if self.interleaved else (self.image,)  # type: ignore[arg-type, return-value]
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the images are a list, so that each marker stays where it is and stands for its own."""
+        return self.image is not None and not isinstance(self.image, (str, Path, Image.Image))
+
     def conversation(self) -> list[Message]:
-        """The messages and the open answer; the image marker goes in the first turn if there is none yet."""
+        """The messages and the open answer; image markers go in the first turn if there is none yet."""
         messages = [dict(m) for m in self.messages]
         marked = any(IMAGE_TOKEN in str(m["value"]) for m in messages)
-        if self.image is not None and not marked and messages:
-            messages[0]["value"] = f"{IMAGE_TOKEN}\n{messages[0]['value']}"
+        if not marked and messages:
+            messages[0]["value"] = f"{IMAGE_TOKEN}\n" * len(self.images) + str(messages[0]["value"])
         return [*messages, {"from": "gpt", "value": None}]
 
 

@@ -38,6 +38,7 @@ class LMMConfig:
     connector: dict[str, Any] = field(default_factory=dict)  # {type, options}
     template: str = "llama"
     image_mode: str = "square"
+    image_grid: list[tuple[int, int]] = field(default_factory=list)  # resolutions (width, height) of anyres
     turns: str = "conversation"
     origin: dict[str, str] = field(default_factory=dict)  # names of the parts of an imported model: {llm, vision, ...}
 

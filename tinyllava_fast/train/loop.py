@@ -106,6 +106,7 @@ class Stage:
             tokens_per_image=self.model.tokens_per_image,
             seed=run.config.seed,
         )
+        self.model.config.image_grid = dataset.files.grid
         self.report = dataset.report.as_dict()
         if not self.report["supervised_tokens"]:
             raise UserError(

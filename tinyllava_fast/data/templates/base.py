@@ -10,7 +10,7 @@ A template is one file in this folder; the registry finds it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from tokenizers import Encoding
@@ -41,6 +41,8 @@ class Segment:
     """Half-open ranges of supervised tokens, ascending."""
     on_prefix: bool = False
     """It also sees the first segment of its sample, and its positions go on from there."""
+    images: tuple[int, ...] = ()
+    """Which of the record's images each marker stands for; empty: all for its only one."""
 
     def labels(self) -> list[int]:
         """One label a token, not shifted: the id where supervised, -100 elsewhere and at images."""
@@ -71,6 +73,15 @@ class Rendered:
     spans: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """Turns that are rendered together, and the image of each marker (see Segment.images) where a record lists them."""
+
+    turns: Turns
+    interleaved: bool = False
+    images: tuple[int, ...] = ()
+
+
 def turns_of(conversation: Conversation) -> list[tuple[str, str | None]]:
     """Messages as (question, answer) pairs by position, a leading answer left out. DataError if they do not pair up."""
     if not conversation or isinstance(conversation[0], tuple):
@@ -94,18 +105,22 @@ class Template:
     system: str = SYSTEM
     separator: str = " ASSISTANT: "
     """Text between question and answer."""
-    reference_masks: Literal["generic", "llama", "gemma", "pretrain"] = "generic"
-    """Which arithmetic the reference uses for its label masks (``masks: reference``)."""
+    reference_masks: Literal["generic", "llama", "gemma", "pretrain", "none"] = "generic"
+    """Which arithmetic the reference uses for its label masks (``masks: reference``); none: it has no such template."""
     needs_image: bool = False
     """Every sample gets an image slot, whether its question names one or not."""
-    shares_prefix: bool = True
-    """Independent turns may share the system text and the image as a prefix."""
+    adds_special_tokens: bool = True
+    """The tokenizer adds its BOS; False: the rendered text carries its own."""
 
-    def render(self, turns: Turns) -> Rendered:
-        """Prompt text of the turns; an answer of None ends the text where the model continues."""
+    def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
+        """Prompt text of the turns; an answer of None ends the text where the model continues.
+
+        interleaved: markers stand for the images of a list and stay where they are. Otherwise there is one image, and
+        all markers of a question become one at its front.
+        """
         text, spans = self.system + " ", []
         for question, answer in turns:
-            if IMAGE_TOKEN in question:
+            if IMAGE_TOKEN in question and not interleaved:
                 question = f"{IMAGE_TOKEN}\n{question.replace(IMAGE_TOKEN, '').strip()}".strip()
             text += f"USER: {question}"
             if answer is None:
@@ -117,8 +132,18 @@ class Template:
             spans.append((start, len(text)))
         return Rendered(text, spans)
 
-    def problem(self, turns: Turns, has_image: bool) -> str | None:
-        """What makes these turns unusable with this template, as a sentence; None if nothing does."""
+    def check(self, tokenizer: Any, masks: MaskMode = "offsets") -> None:
+        """UserError if the template cannot be used with this tokenizer or these masks."""
+        if masks == "reference" and self.reference_masks == "none":
+            raise UserError("data.masks: reference has no masks for this template; set data.masks=offsets")
+        if self.eos:
+            self.stop_id(tokenizer)
+
+    def problem(self, turns: Turns, has_image: bool, listed: int | None = None) -> str | None:
+        """What makes these turns unusable with this template, as a sentence; None if nothing does.
+
+        listed: number of images where the record gives a list of them, whose markers have to match it one by one.
+        """
         marked = any(IMAGE_TOKEN in question for question, _ in turns)
         if marked and not has_image:
             return f"a question contains {IMAGE_TOKEN} but the record names no image; add 'image' or remove the marker"
@@ -126,6 +151,9 @@ class Template:
             return f"the record names an image but no question contains {IMAGE_TOKEN}; add the marker or remove 'image'"
         if self.needs_image and not has_image:
             return "the record names no image, which this template needs; add 'image' or choose another template"
+        markers = sum(question.count(IMAGE_TOKEN) for question, _ in turns)
+        if listed is not None and listed != markers:
+            return f"the record lists {listed} images but its questions hold {markers} {IMAGE_TOKEN}; make them agree"
         for number, (_, answer) in enumerate(turns):
             for literal in (IMAGE_TOKEN, self.separator, self.eos):
                 if literal.strip() and literal in (answer or ""):
@@ -138,21 +166,30 @@ class Template:
         tokenizer: Any,
         turns: TurnMode = "conversation",
         masks: MaskMode = "offsets",
+        interleaved: Sequence[bool] | None = None,
     ) -> list[list[Segment]]:
         """Samples as segments, all tokenised in one call.
 
-        conversation: one segment a sample. independent: every turn sees only the system text and the image; several
-        turns about one image become a prefix segment and one segment a turn that shares it, each with exactly the
-        tokens of the single-turn sample. DataError for messages that do not pair up.
+        conversation: one segment a sample. independent: every turn sees only the system text and the images shown up to
+        it, those of earlier turns at its front; several turns that begin with the same images become a prefix segment
+        and one segment a turn that shares it, each with exactly the tokens of the single-turn sample.
+        interleaved: for each conversation whether its images are a list (see ``render``); None: none of them is.
+        DataError for messages that do not pair up or that the template cannot show.
         """
-        samples = [self._units(turns_of(c), turns) for c in conversations]
-        rendered = [self.render(unit) for sample in samples for unit in sample]
+        flags = interleaved if interleaved is not None else [False] * len(conversations)
+        samples = [self._units(turns_of(c), turns, flag) for c, flag in zip(conversations, flags, strict=True)]
+        units = [unit for sample in samples for unit in sample]
+        rendered = [self.render(unit.turns, tokenizer, unit.interleaved) for unit in units]
         encoded = iter(self._encode_rendered(rendered, tokenizer, masks))
-        return [self._assemble([next(encoded) for _ in sample]) for sample in samples]
+        return [_share([replace(next(encoded), images=unit.images) for unit in sample]) for sample in samples]
 
-    def prompt_batch(self, conversations: Sequence[Conversation], tokenizer: Any) -> list[Prompt]:
-        """Inference prompts (the last answer None), all tokenised in one call."""
-        rendered = [self.render(turns_of(c)) for c in conversations]
+    def prompt_batch(
+        self, conversations: Sequence[Conversation], tokenizer: Any, interleaved: Sequence[bool] | None = None
+    ) -> list[Prompt]:
+        """Inference prompts (the last answer None), all tokenised in one call; interleaved as for ``encode``."""
+        flags = interleaved if interleaved is not None else [False] * len(conversations)
+        pairs = zip(conversations, flags, strict=True)
+        rendered = [self.render(turns_of(c), tokenizer, flag) for c, flag in pairs]
         prompts = []
         for segment in self._encode_rendered(rendered, tokenizer, "offsets"):
             cut = max((i + 1 for i, token in enumerate(segment.ids) if token == IMAGE_INDEX), default=0)
@@ -184,29 +221,29 @@ class Template:
             )
         return int(ids[0])
 
-    def _units(self, turns: list[tuple[str, str | None]], mode: TurnMode) -> list[Turns]:
-        """What is rendered on its own: the whole conversation, or every turn with the image put before its question."""
-        if mode == "conversation" or len(turns) == 1:
-            return [turns]
-        with_image = any(IMAGE_TOKEN in question for question, _ in turns)
-        marker = f"{IMAGE_TOKEN}\n" if with_image else ""
-        return [[(marker + question, answer)] for question, answer in turns]
+    def _units(self, turns: list[tuple[str, str | None]], mode: TurnMode, interleaved: bool) -> list[_Unit]:
+        """What is rendered on its own: the whole conversation, or every turn with the images put before its question.
 
-    def _assemble(self, units: list[Segment]) -> list[Segment]:
-        """Several units of one image share everything up to the image as a prefix segment."""
-        if len(units) == 1 or not self.shares_prefix or IMAGE_INDEX not in units[0].ids:
-            return units
-        cut = units[0].ids.index(IMAGE_INDEX) + 1
-        segments = [Segment(units[0].ids[:cut])]
-        for unit in units:
-            spans = [(start - cut, stop - cut) for start, stop in unit.spans]
-            segments.append(Segment(unit.ids[cut:], spans, on_prefix=True))
-        return segments
+        One image: all turns are about it. A list: a turn sees its own images and those of the turns before it.
+        """
+        if mode == "conversation" or len(turns) == 1:
+            count = sum(question.count(IMAGE_TOKEN) for question, _ in turns)
+            return [_Unit(turns, interleaved, tuple(range(count)) if interleaved else ())]
+        marker, shown = f"{IMAGE_TOKEN}\n", 0
+        if not interleaved:
+            marker = marker if any(IMAGE_TOKEN in question for question, _ in turns) else ""
+            return [_Unit([(marker + question, answer)]) for question, answer in turns]
+        units = []
+        for question, answer in turns:
+            before, shown = shown, shown + question.count(IMAGE_TOKEN)
+            units.append(_Unit([(marker * before + question, answer)], True, tuple(range(shown))))
+        return units
 
     def _encode_rendered(self, rendered: list[Rendered], tokenizer: Any, masks: MaskMode) -> list[Segment]:
         texts = [r.text.split(IMAGE_TOKEN) for r in rendered]
-        encodings = encode_pieces(tokenizer, [piece for pieces in texts for piece in pieces])
-        bos = tokenizer.bos_token_id
+        distinct = [piece for pieces in texts for piece in pieces]
+        encodings = encode_pieces(tokenizer, distinct, self.adds_special_tokens)
+        bos = tokenizer.bos_token_id if self.adds_special_tokens else None
         segments = []
         for item, pieces in zip(rendered, texts, strict=True):
             segment = _join(item, pieces, [encodings[piece] for piece in pieces], bos)
@@ -218,19 +255,42 @@ class Template:
         return segments
 
 
-def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> dict[str, Encoding]:
+def _share(units: list[Segment]) -> list[Segment]:
+    """Several units that begin with the same tokens and images share everything up to the last of those images."""
+    first = units[0]
+    for cut in [i + 1 for i, token in enumerate(first.ids) if token == IMAGE_INDEX][::-1] if len(units) > 1 else []:
+        head = first.ids[:cut]
+        images = first.images[: head.count(IMAGE_INDEX)]
+        # A prefix carries no label, and the first token after it none either: nothing in the segment predicts it.
+        if all(
+            unit.ids[:cut] == head
+            and unit.images[: len(images)] == images
+            and all(start > cut for start, _ in unit.spans)
+            for unit in units
+        ):
+            return [Segment(head, images=images), *(_tail(unit, cut, len(images)) for unit in units)]
+    return units
+
+
+def _tail(unit: Segment, cut: int, images: int) -> Segment:
+    """The unit without its first ``cut`` tokens, which it shares."""
+    spans = [(start - cut, stop - cut) for start, stop in unit.spans]
+    return Segment(unit.ids[cut:], spans, on_prefix=True, images=unit.images[images:])
+
+
+def encode_pieces(tokenizer: Any, pieces: Sequence[str], add_special_tokens: bool = True) -> dict[str, Encoding]:
     """Encoding of every distinct text, special tokens added as the tokenizer does; one parallel call."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     distinct = list(dict.fromkeys(pieces))
-    return dict(zip(distinct, backend.encode_batch(distinct), strict=True))
+    return dict(zip(distinct, backend.encode_batch(distinct, add_special_tokens=add_special_tokens), strict=True))
 
 
 def _join(item: Rendered, pieces: list[str], encodings: list[Encoding], bos: int | None) -> Segment:
     """Concatenate the pieces with one marker an image between them; only the first keeps its BOS."""
     first = encodings[0].ids
-    skip = 1 if first and first[0] == bos else 0
+    skip = 1 if bos is not None and first and first[0] == bos else 0
     ids, spans = list(first[:skip]), []
     begin = 0
     for number, (piece, encoding) in enumerate(zip(pieces, encodings, strict=True)):

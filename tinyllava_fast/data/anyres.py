@@ -1,0 +1,76 @@
+"""Images in tiles, the mode ``anyres``: the whole image, then tiles of an enlarged copy, each an input of the tower.
+
+LLaVA-1.6 (https://llava-vl.github.io/blog/2024-01-30-llava-next/) with its features laid flat: an image takes
+(tiles + 1) * K positions, and neither the batch nor the model know of tiles. Sizes are (width, height) in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from tinyllava_fast.data.images import pixel_shape, short_edge
+from tinyllava_fast.errors import UserError
+
+Size = tuple[int, int]
+_DEFAULT = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # tiles across and down
+
+
+def tile_size(processor: Any) -> Size:
+    """(width, height) of a tile: what the tower sees of one image."""
+    _, height, width = pixel_shape(processor)
+    return width, height
+
+
+def resolve_grid(grid: Sequence[Size], processor: Any) -> list[Size]:
+    """The resolutions that images may be enlarged to; none given: LLaVA-1.6's shapes, in tiles of this tower.
+
+    UserError for one that is not made of whole tiles.
+    """
+    width, height = tile_size(processor)
+    for wide, high in grid:
+        if wide < 1 or high < 1 or wide % width or high % height:
+            raise UserError(
+                f"data.image_grid: {[wide, high]} is no multiple of the tower's {[width, height]} pixels; give "
+                f"[width, height] pairs such as {[2 * width, height]}"
+            )
+    return [(int(w), int(h)) for w, h in grid] or [(x * width, y * height) for x, y in _DEFAULT]
+
+
+def best_resolution(size: Size, grid: Sequence[Size]) -> Size:
+    """The resolution that keeps most pixels of the image; among equals the one that wastes fewest, then the first."""
+
+    def fit(resolution: Size) -> tuple[int, int]:
+        scale = min(resolution[0] / size[0], resolution[1] / size[1])
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return kept, kept - resolution[0] * resolution[1]
+
+    return max(grid, key=fit)
+
+
+def count_inputs(size: Size, grid: Sequence[Size], tile: Size) -> int:
+    """Inputs of the tower that an image of this size becomes: its tiles and the whole."""
+    width, height = best_resolution(size, grid)
+    return (width // tile[0]) * (height // tile[1]) + 1
+
+
+def tiles(image: Image.Image, grid: Sequence[Size], processor: Any) -> list[Image.Image]:
+    """The whole image squeezed to a square, then the tiles row by row; all for the mode ``square``.
+
+    The enlarged copy keeps its proportions and is centred on black.
+    """
+    target = best_resolution(image.size, grid)
+    by_width, by_height = (goal / side for goal, side in zip(target, image.size, strict=True))
+    if by_width < by_height:
+        size = (target[0], min(math.ceil(image.height * by_width), target[1]))
+    else:
+        size = (min(math.ceil(image.width * by_height), target[0]), target[1])
+    canvas = Image.new("RGB", target, (0, 0, 0))
+    canvas.paste(image.resize(size), ((target[0] - size[0]) // 2, (target[1] - size[1]) // 2))
+    width, height = tile_size(processor)
+    corners = [(x, y) for y in range(0, target[1], height) for x in range(0, target[0], width)]
+    whole = image.resize(short_edge(processor))
+    return [whole, *(canvas.crop((x, y, x + width, y + height)) for x, y in corners)]

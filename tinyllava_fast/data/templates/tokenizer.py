@@ -1,0 +1,176 @@
+"""The tokenizer's own chat template (jinja), as transformers renders it in its sandbox.
+
+Supervised is what the model has to generate: an answer and its end-of-turn token. Where an answer begins is known
+exactly, not searched for: from the template's ``{% generation %}`` blocks where it marks answers with them, else because
+the text rendered so far, generation prompt included, must be a prefix of the whole. So a prompt at inference is, character
+for character, what stood before the answer in training. Format: transformers' documentation of chat templates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+
+from tinyllava_fast.data.templates.base import TEMPLATES, MaskMode, Rendered, Template, Turns
+from tinyllava_fast.data.types import IMAGE_TOKEN
+from tinyllava_fast.errors import DataError, UserError
+
+_WHERE = "data.template=tokenizer"
+_SPACE = re.compile(r"\s*")
+_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OTHER = "choose another data.template, or a tokenizer whose chat template marks answers with {% generation %}"
+
+
+@dataclass(frozen=True)
+class TokenizerTemplate(Template):
+    """No system text of ours: the template's default. The marker stays where it stood in the user's message."""
+
+    def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
+        """See the base class. Not interleaved: the first marker of a question stays, the others are removed."""
+        if not interleaved:
+            turns = [(_one_marker(question), answer) for question, answer in turns]
+        messages = []
+        for question, answer in turns:
+            messages.append({"role": "user", "content": question})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        is_open = turns[-1][1] is None
+        text = _text(tokenizer, messages, is_open)
+        markers = sum(question.count(IMAGE_TOKEN) for question, _ in turns)
+        if text.count(IMAGE_TOKEN) != markers:
+            raise UserError(
+                f"{_WHERE}: the chat template shows {text.count(IMAGE_TOKEN)} of {markers} {IMAGE_TOKEN}; "
+                "choose another data.template"
+            )
+        return Rendered(text, [] if is_open else _answers(tokenizer, messages, text))
+
+    def check(self, tokenizer: Any, masks: MaskMode = "offsets") -> None:
+        """UserError if there is no chat template, or it has no end-of-turn token."""
+        super().check(tokenizer, masks)
+        self.stop_id(tokenizer)
+
+    def stop_id(self, tokenizer: Any) -> int:
+        """Id of the token that follows an answer."""
+        return int(tokenizer.convert_tokens_to_ids(_frame(tokenizer).stop))
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a chat template puts around an answer. header: the generation prompt. stop: the end-of-turn token."""
+
+    header: str
+    stop: str
+
+
+def _frame(tokenizer: Any) -> _Frame:
+    return _probe(tokenizer, _source(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _probe(tokenizer: Any, source: str) -> _Frame:
+    """Read off a conversation of one turn. ``source`` is part of the key: a tokenizer's template may be replaced."""
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    begin, prompt = (_text(tokenizer, [question], is_open) for is_open in (False, True))
+    header = prompt[len(begin) :] if prompt.startswith(begin) else ""
+    whole = _text(tokenizer, [question, answer], False)
+    end = whole.rfind("answer") + len("answer")
+    end = _SPACE.match(whole, end).end()  # type: ignore[union-attr]
+    names = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    stop = max((n for n in names if n.strip() and whole.startswith(n, end)), key=len, default=None)
+    if stop is None:
+        raise UserError(
+            f"{_WHERE}: the chat template ends an answer with {whole[end:]!r}, which begins with no special token of the "
+            "tokenizer, so the model could not learn to stop; choose another data.template"
+        )
+    return _Frame(header, stop)
+
+
+def _answers(tokenizer: Any, messages: Sequence[dict[str, str]], text: str) -> list[tuple[int, int]]:
+    """The character range of each answer, end-of-turn token included."""
+    frame = _frame(tokenizer)
+    answers = [m["content"] for m in messages[1::2]]
+    for number, answer in enumerate(answers):
+        if frame.stop in answer:
+            raise DataError(f"answer {number} contains the template's own {frame.stop!r}; rewrite or remove it")
+    if _BLOCK.search(_source(tokenizer)):
+        starts = _marked_starts(tokenizer, messages, text, frame)
+        spans = [_span(text, start, answer, frame.stop) for start, answer in zip(starts, answers, strict=False)]
+        if len(starts) == len(answers) and None not in spans:
+            return [span for span in spans if span is not None]
+    found = []
+    for number, answer in enumerate(answers):
+        prompt = _text(tokenizer, messages[: 2 * number + 1], True)
+        if not text.startswith(prompt):
+            raise UserError(
+                f"{_WHERE}: the prompt for answer {number} is no prefix of the rendered conversation (the chat template "
+                f"alters earlier turns, or its generation prompt differs from its answers); set data.turns=independent "
+                f"if only earlier turns are altered, {_OTHER}"
+            )
+        span = _span(text, len(prompt), answer, frame.stop)
+        if span is None:
+            raise UserError(
+                f"{_WHERE}: the chat template does not show answer {number} unchanged and followed by {frame.stop!r} "
+                f"in a conversation of {len(answers)} turns; change the answer, set data.turns=independent, or {_OTHER}"
+            )
+        found.append(span)
+    return found
+
+
+def _marked_starts(tokenizer: Any, messages: Sequence[dict[str, str]], text: str, frame: _Frame) -> list[int]:
+    """Where the ``{% generation %}`` blocks begin, after the generation prompt if a block includes it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, blocks = render_jinja_template(
+        [list(messages)],
+        chat_template=_source(tokenizer),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    starts = [b + len(frame.header) if text.startswith(frame.header, b) else b for b, _ in blocks[0]]
+    return [start for start in starts if text.endswith(frame.header, 0, start)]
+
+
+def _span(text: str, start: int, answer: str, stop: str) -> tuple[int, int] | None:
+    """From ``start`` to the end of the token behind the answer; None if anything but white space is in between."""
+    at = _SPACE.match(text, start).end()  # type: ignore[union-attr]
+    content = answer.strip()
+    end = _SPACE.match(text, at + len(content)).end()  # type: ignore[union-attr]
+    if not text.startswith(content, at) or not text.startswith(stop, end):
+        return None
+    return start, end + len(stop)
+
+
+def _one_marker(question: str) -> str:
+    head, marker, tail = question.partition(IMAGE_TOKEN)
+    return head + marker + tail.replace(IMAGE_TOKEN, "").rstrip() if IMAGE_TOKEN in tail else question
+
+
+def _source(tokenizer: Any) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise UserError(
+            f"{_WHERE}: the tokenizer has no chat template ({error}); choose a template of the toolkit, "
+            "or give the tokenizer folder a chat_template.jinja"
+        ) from None
+
+
+def _text(tokenizer: Any, messages: Sequence[dict[str, str]], is_open: bool) -> str:
+    source = _source(tokenizer)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), chat_template=source, tokenize=False, add_generation_prompt=is_open
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise UserError(f"{_WHERE}: the chat template refuses the conversation: {error}") from error
+    return str(rendered)
+
+
+TEMPLATES.register("tokenizer")(
+    TokenizerTemplate(eos="", system="", separator="", reference_masks="none", adds_special_tokens=False)
+)
