@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.models.checkpoints import parts
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
@@ -34,7 +35,12 @@ class FactoryLayout(Layout):
     def describe(self, folder: Folder, sources: Sources, tensors: Mapping[str, Mapping[str, Stored]]) -> Checkpoint:
         """The model of a config.json. tensors: of each component, under its own names."""
         config, where = folder.config, str(folder.path / "config.json")
-        vision = _vision(config, sources, where)
+        processors = [
+            str(folder.path),
+            sources.vision,
+            (config.get("vision_config") or {}).get("model_name_or_path"),
+        ]
+        vision = _vision(config, sources, processors, where)
         connector = parts.connector_part(parts.need(config, "connector_type", where), config, where)
         towers, left_out = parts.vision_weights(vision["type"], tensors["vision"])
         adapting, dropped = parts.connector_weights(connector["type"], tensors["connector"])
@@ -53,11 +59,7 @@ class FactoryLayout(Layout):
             weights={**parts.llm_weights(tensors["llm"]), **towers, **adapting},
             ignored=[*left_out, *dropped],
             tokenizer=parts.tokenizer_source(folder, sources.llm or origin["tokenizer"], where),
-            processor_sources=[
-                str(folder.path),
-                sources.vision,
-                (config.get("vision_config") or {}).get("model_name_or_path"),
-            ],
+            processor_sources=processors,
             origin={k: str(v) for k, v in origin.items() if v},
         )
 
@@ -138,13 +140,28 @@ def _split_tensors(folder: Folder) -> dict[str, dict[str, Stored]]:
     return found
 
 
-def _vision(config: dict[str, Any], sources: Sources, where: str) -> dict[str, Any]:
-    """The tower, or the two towers of a mixture, that config.json describes."""
+def _vision(config: dict[str, Any], sources: Sources, processors: list[str | None], where: str) -> dict[str, Any]:
+    """The tower, or the two towers of a mixture, that config.json describes.
+
+    DINOv2's position table is resized as transformers 4.40 did. The size of its images is only in its image processor,
+    whose crop is 224 in every release.
+    """
     layer = config.get("vision_feature_layer", -2)
-    first = parts.truncated(parts.legacy_vision_config(parts.need(config, "vision_config", where), where), layer, where)
-    select = config.get("vision_feature_select_strategy", "patch")
-    if str(config.get("vision_model_name_or_path")).partition(":")[0] != "mof":
-        return {"type": parts.tower_type(first, where), "config": first, "feature_select": select, "options": {}}
-    name = str(parts.need(config, "vision_model_name_or_path2", where)).rpartition(":")[2]
-    second = parts.truncated(parts.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
-    return {"type": "mof", "config": {"clip": first, "dinov2": second}, "feature_select": select, "options": {}}
+    stored = parts.legacy_vision_config(parts.need(config, "vision_config", where), where)
+    first = parts.truncated(stored, layer, where)
+    vision: dict[str, Any] = {
+        "type": parts.tower_type(first, where),
+        "config": first,
+        "feature_select": config.get("vision_feature_select_strategy", "patch"),
+        "options": {},
+    }
+    if str(config.get("vision_model_name_or_path")).partition(":")[0] == "mof":
+        name = str(parts.need(config, "vision_model_name_or_path2", where)).rpartition(":")[2]
+        second = parts.truncated(parts.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
+        half = {"config": second, "interpolation": "transformers4"}
+        return vision | {"type": "mof", "options": {"dinov2": half}}
+    if vision["type"] == "dinov2":
+        processor = parts.stored_processor("dinov2", processors)
+        side = pixel_shape(processor)[1] if processor else 224
+        return vision | {"options": {"image_size": side, "interpolation": "transformers4"}}
+    return vision

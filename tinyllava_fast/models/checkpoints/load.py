@@ -49,7 +49,7 @@ def open_checkpoint(
     checkpoint = _describe(path, sources or Sources())
     lmm = _build(checkpoint, dtype, str(path), merge)
     tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
-    fitting = parts.check_template(template) if template else parts.fitting_template(tokenizer, checkpoint.llm["type"])
+    fitting = parts.check_template(template) if template else parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
     if fitting is None:
         log.warning(
             "%s: no chat template ends answers with %r; import it with tlf-convert import --template NAME before asking "

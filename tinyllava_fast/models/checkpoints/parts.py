@@ -265,11 +265,11 @@ def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) 
     return stored or VISION.get(tower).image_processor(image_size)
 
 
-def fitting_template(tokenizer: Any, llm_type: str) -> str | None:
+def fitting_template(tokenizer: Any, family: str) -> str | None:
     """The chat template whose end-of-answer text is the tokenizer's end token; of several, the one of this family."""
     fits = [name for name in TEMPLATES if TEMPLATES.get(name).eos and TEMPLATES.get(name).eos == tokenizer.eos_token]
-    family = [name for name in fits if name.split("_")[0] == llm_type]
-    return next(iter(family or fits), None)
+    own = [name for name in fits if name.partition("_")[0] == family]
+    return next(iter(own or fits), None)
 
 
 def check_template(name: str) -> str:
