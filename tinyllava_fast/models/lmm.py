@@ -55,6 +55,7 @@ class LMM(nn.Module):
         self.llm = llm
         self.adapter = adapter
         self.config = config
+        connector.check_widths(vision.widths)
         self.tokens_per_image = connector.num_tokens(vision.num_tokens)  # K
         self.image_size = vision.image_size
         text = llm.config

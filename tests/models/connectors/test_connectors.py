@@ -1,60 +1,166 @@
-"""Every registered connector: shapes, gradients, initialisation, fullgraph compile, config round trip."""
+"""Every registered connector: shapes, gradients, initialisation, fullgraph compile, config round trip, error texts."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+
+SMALL: dict[str, dict[str, Any]] = {
+    "qformer": {"num_queries": 5, "hidden_size": 16, "num_layers": 3, "num_heads": 2, "intermediate_size": 24},
+    "resampler": {"num_queries": 5, "num_layers": 2, "num_heads": 2, "head_size": 4, "expansion": 2},
+}
+WIDTH, GRID = 12, 16  # V and K
+
+
+def build(name: str, vision_size: int = WIDTH, llm_size: int = 20, **options: Any) -> Connector:
+    kind = CONNECTORS.get(name)
+    connector = kind(vision_size, llm_size, parse_into(kind.Options, options, "model.connector.options"))
+    connector.reset(torch.Generator().manual_seed(0))
+    return connector
+
+
+def small(name: str) -> Connector:
+    return build(name, WIDTH, WIDTH if name == "identity" else 20, **SMALL.get(name, {}))
+
+
+def features(images: int = 2) -> torch.Tensor:
+    return torch.randn(images, GRID, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def test_all_are_here() -> None:
+    named = {f"mlp{n}x_{a}" for n in (1, 2, 3, 4) for a in ("gelu", "relu", "silu")}
+    others = {"identity", "linear", "mlp", "mof", "mof_mlp", "pixel_shuffle", "qformer", "resampler"}
+    assert named | others <= set(CONNECTORS)
 
 
 @pytest.mark.parametrize("name", CONNECTORS.names())
 def test_contract(name: str) -> None:
-    connector = CONNECTORS.get(name)(12, 20)
-    connector.reset(torch.Generator().manual_seed(0))
-    features = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    out = connector(features)
-    assert out.shape == (2, connector.num_tokens(9), 20)
+    connector = small(name).eval()
+    rows = features().requires_grad_()
+    out = connector(rows)
+    assert out.shape == (2, connector.num_tokens(GRID), connector.llm_size)
     out.square().sum().backward()
-    assert features.grad is not None and all(p.grad is not None and p.grad.any() for p in connector.parameters())
-    torch.testing.assert_close(torch.compile(connector, fullgraph=True, backend="aot_eager")(features), out)
+    want = {k: p.grad.clone() for k, p in connector.named_parameters() if p.grad is not None}
+    assert rows.grad is not None and all(p.grad is not None and p.grad.any() for p in connector.parameters())
+    torch.testing.assert_close(connector(rows[:1]), out[:1])  # images do not see one another
     config = connector.to_config()
-    again = CONNECTORS.get(config["type"])(12, 20, parse_into(type(connector).Options, config["options"], "x"))
+    kind = CONNECTORS.get(config["type"])
+    again = kind(connector.vision_size, connector.llm_size, parse_into(kind.Options, config["options"], "x")).eval()
+    assert again.to_config() == config, "what is stored is canonical"
     again.load_state_dict(connector.state_dict())
-    torch.testing.assert_close(again(features), out)
+    assert torch.equal(again(rows), out)
+    torch.compiler.reset()
+    compiled = torch.compile(again, fullgraph=True, backend="aot_eager")(rows)
+    torch.testing.assert_close(compiled, out)
+    compiled.square().sum().backward()
+    for key, parameter in again.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[key])
 
 
-def test_mlp_is_llavas(tmp_path: object) -> None:
-    mlp = CONNECTORS.get("mlp")
-    connector = mlp(64, 96, mlp.Options(depth=2, activation="gelu"))
-    connector.reset(torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", CONNECTORS.names())
+def test_no_image_gives_no_rows_and_zero_gradients(name: str) -> None:
+    """A step without images must leave the optimiser in the same state whatever the connector."""
+    connector = small(name)
+    out = connector(torch.zeros(0, GRID, WIDTH))
+    assert out.shape == (0, connector.num_tokens(GRID), connector.llm_size)
+    if name != "identity":
+        out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in connector.parameters())
+
+
+@pytest.mark.parametrize("name", CONNECTORS.names())
+def test_initialisation(name: str) -> None:
+    """N(0, 0.02) linears, zero biases, norms at one and zero; all of it from the generator."""
+    first, again = small(name), small(name)
+    for (key, mine), other in zip(first.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        owner = first.get_submodule(key.rpartition(".")[0])
+        if isinstance(owner, torch.nn.LayerNorm):
+            assert (mine == float(key.endswith("weight"))).all()
+        elif key.endswith("bias"):
+            assert not mine.any()
+        else:
+            scale = 1.0 if key == "latents" else 0.02
+            assert 0.6 * scale < mine.std() < 1.4 * scale, key
+            assert abs(mine.mean()) < 0.4 * scale, key
+
+
+@pytest.mark.parametrize("name", ["qformer"])
+def test_dropout_only_in_training(name: str) -> None:
+    connector = small(name)
+    assert not torch.equal(connector(features()), connector(features()))
+    connector.eval()
+    assert torch.equal(connector(features()), connector(features()))
+
+
+def test_mlp_is_llavas() -> None:
+    connector = build("mlp", 64, 96, depth=2, activation="gelu")
     assert list(connector.state_dict()) == ["layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"]
-    weights = [p for p in connector.parameters() if p.ndim == 2]
-    assert all(abs(w.std().item() - 0.02) < 1e-3 and abs(w.mean().item()) < 1e-3 for w in weights)
-    assert not any(p.any() for p in connector.parameters() if p.ndim == 1)
     x = torch.randn(1, 3, 64)
-    first, last = connector.layers[0], connector.layers[2]
-    want = torch.nn.functional.gelu(x @ first.weight.T) @ last.weight.T  # type: ignore[operator]
-    torch.testing.assert_close(connector(x), want)
+    first, last = connector.layers[0], connector.layers[2]  # type: ignore[index]
+    torch.testing.assert_close(connector(x), torch.nn.functional.gelu(x @ first.weight.T) @ last.weight.T)
 
 
 @pytest.mark.parametrize(("activation", "kind"), [("relu", torch.nn.ReLU), ("silu", torch.nn.SiLU)])
 def test_activations(activation: str, kind: type) -> None:
-    mlp = CONNECTORS.get("mlp")
-    connector = mlp(4, 4, mlp.Options(depth=3, activation=activation))
-    assert [type(m) for m in connector.layers][1::2] == [kind, kind]
+    connector = build("mlp", 4, 4, depth=3, activation=activation)
+    assert [type(m) for m in connector.layers][1::2] == [kind, kind]  # type: ignore[union-attr]
 
 
-def test_errors() -> None:
-    mlp = CONNECTORS.get("mlp")
-    for options, message in (
-        ({"dept": 2}, "unknown key; did you mean 'depth'"),
-        ({"depth": 0}, "at least 1"),
-        ({"activation": "tanh"}, "activation"),
-    ):
-        with pytest.raises(UserError, match=message):
-            parse_into(mlp.Options, options, "model.connector.options")
-    with pytest.raises(UserError, match="unknown connector 'mpl'; did you mean 'mlp'"):
-        CONNECTORS.get("mpl")
+def test_the_fields_names_are_stored_as_mlp() -> None:
+    connector = build("mlp3x_silu")
+    assert connector.to_config() == {"type": "mlp", "options": {"depth": 3, "activation": "silu"}}
+    same = build("mlp", depth=3, activation="silu")
+    assert torch.equal(connector(features()), same(features()))
+
+
+def test_pixel_shuffle_takes_blocks_row_by_row() -> None:
+    connector = build("pixel_shuffle", 1, 4, factor=2)
+    connector.linear.weight.data = torch.eye(4)  # type: ignore[union-attr]
+    grid = torch.arange(16.0).view(1, 16, 1)
+    assert connector(grid).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    assert build("pixel_shuffle", factor=3).num_tokens(729) == 81
+
+
+def test_mof_interleaves() -> None:
+    connector = build("mof_mlp")
+    x = features()
+    out = connector(x)
+    assert torch.equal(out[:, 0::2], connector.clip(x[..., :6])) and torch.equal(
+        out[:, 1::2], connector.dinov2(x[..., 6:])
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build("mlp", dept=2), "unknown key; did you mean 'depth'"),
+        (lambda: build("mlp", depth=0), "at least 1"),
+        (lambda: build("mlp", activation="tanh"), "activation"),
+        (lambda: build("mlp2x_gelu", depth=3), "unknown key"),
+        (lambda: build("mpl"), "unknown connector 'mpl'; did you mean 'mlp'"),
+        (lambda: build("mlp5x_gelu"), "unknown connector 'mlp5x_gelu'; did you mean 'mlp"),
+        (lambda: build("identity", 12, 20), "they have 12 and 20 channels; use linear or mlp"),
+        (lambda: build("qformer", num_queries=0), "num_queries: 0; at least 1"),
+        (lambda: build("qformer", hidden_size=10, num_heads=3), "hidden_size: 10 is not a multiple of num_heads 3"),
+        (lambda: build("resampler", num_layers=0), "num_layers: 0; at least 1"),
+        (lambda: build("pixel_shuffle", factor=0), "factor: 0; at least 1"),
+        (lambda: build("pixel_shuffle").num_tokens(728), "728 are one short of 729: .*feature_select: cls_patch"),
+        (lambda: build("pixel_shuffle").num_tokens(577), "577 are 1 more than 576: .*feature_select: patch"),
+        (
+            lambda: build("pixel_shuffle").num_tokens(729),
+            "blocks of 2 x 2 do not tile .* 27 x 27 .*factor of 1, 3, 9, 27",
+        ),
+        (lambda: build("mof").check_widths((24, 32)), "CLIP has 24 channels and DINOv2 32"),
+        (lambda: build("mof_mlp").check_widths((24,)), "use model.vision.type: mof"),
+    ],
+)
+def test_errors(call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()

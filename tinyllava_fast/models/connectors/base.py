@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -34,8 +35,11 @@ class Connector(nn.Module, ABC):
         """[N, K, V] -> [N, num_tokens(K), D]."""
 
     def num_tokens(self, num_features: int) -> int:
-        """K' for K; the same unless the connector resamples."""
+        """K' for K; the same unless the connector resamples. UserError for a K that it cannot take."""
         return num_features
+
+    def check_widths(self, widths: tuple[int, ...]) -> None:
+        """Raise UserError if features concatenated from towers of these widths (their sum is V) do not fit."""
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw linear weights from N(0, 0.02) and zero the biases, in module order."""
@@ -44,6 +48,11 @@ class Connector(nn.Module, ABC):
                 nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under TinyLLaVA Factory's names, its prefix ``_connector.`` removed, under ours."""
+        return dict(state)
 
     def to_config(self) -> dict[str, Any]:
         """JSON values from which the connector is rebuilt."""

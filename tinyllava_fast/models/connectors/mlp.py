@@ -1,7 +1,8 @@
-"""LLaVA's MLP: Linear, then (depth - 1) times activation and Linear."""
+"""LLaVA's MLP: Linear, then (depth - 1) times activation and Linear; also under the field's names (mlp2x_gelu)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,3 +43,25 @@ class MLPConnector(Connector):
     def forward(self, features: Tensor) -> Tensor:
         """[N, K, V] -> [N, K, D]."""
         return self.layers(features)
+
+    @classmethod
+    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the base class: the reference's Sequential has no name of its own."""
+        return {f"layers.{name}": tensor for name, tensor in state.items()}
+
+
+def _register_field_name(depth: int, activation: str) -> None:
+    """``mlp{depth}x_{activation}`` builds the same MLP and is stored as ``mlp`` with its options."""
+
+    class Named(MLPConnector):
+        Options: Any = Connector.Options  # the name says everything
+
+        def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+            super().__init__(vision_size, llm_size, MLPConnector.Options(depth=depth, activation=activation))  # type: ignore[arg-type]
+
+    CONNECTORS.register(f"mlp{depth}x_{activation}")(Named)
+
+
+for _depth in (1, 2, 3, 4):
+    for _activation in _ACTIVATIONS:
+        _register_field_name(_depth, _activation)

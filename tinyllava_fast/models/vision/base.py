@@ -35,6 +35,11 @@ class VisionTower(nn.Module, ABC):
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, image_size, image_size] -> [N, K, V] in the tower's dtype."""
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the towers whose channels are concatenated; their sum is V."""
+        return (self.hidden_size,)
+
     @abstractmethod
     def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:
         """Parameters of layers from_layer..num_layers - 1."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig, SiglipVisionModel
+from transformers import PreTrainedConfig, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tinyllava_fast.models.vision.base import VISION
@@ -16,7 +16,7 @@ class SiglipTower(EncoderTower):
     """SigLIP. ``feature_select: patch`` drops its first *patch*, as TinyLLaVA Factory does for every tower."""
 
     name = "siglip"
-    model_classes = (SiglipVisionModel,)
+    model_classes: ClassVar[tuple[type[PreTrainedModel], ...]] = (SiglipVisionModel,)
     processor_class = SiglipImageProcessorPil
 
     @classmethod

@@ -1,0 +1,94 @@
+"""Q-Former (arXiv:2301.12597) trained from scratch, as TinyLLaVA Factory has it: learnt queries read the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.connectors.base import CONNECTORS, INIT_STD, Connector
+
+
+@CONNECTORS.register("qformer")
+class QFormerConnector(Connector):
+    """BLIP-2's encoder of queries over random weights of BERT's sizes: every second layer attends to the image.
+
+    The queries first pass a norm without parameters and dropout; the last layer's rows are mapped to D.
+    """
+
+    name = "qformer"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Settings of the Q-Former; the defaults are BERT-base's."""
+
+        num_queries: int = 128
+        """Rows that an image becomes."""
+        hidden_size: int = 768
+        """Width of the queries."""
+        num_layers: int = 12
+        """Layers; those of even index have cross-attention to the image."""
+        num_heads: int = 12
+        """Attention heads."""
+        intermediate_size: int = 3072
+        """Width inside the feed-forward layers."""
+        dropout: float = 0.1
+        """Probability of dropout in training, of activations and attention."""
+
+        def __post_init__(self) -> None:
+            for name in ("num_queries", "num_layers", "num_heads"):
+                if getattr(self, name) < 1:
+                    raise UserError(f"{name}: {getattr(self, name)}; at least 1")
+            if self.hidden_size % self.num_heads:
+                raise UserError(f"hidden_size: {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+
+    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+        super().__init__(vision_size, llm_size, options)
+        o = self.options
+        config = Blip2QFormerConfig(
+            hidden_size=o.hidden_size,
+            num_hidden_layers=o.num_layers,
+            num_attention_heads=o.num_heads,
+            intermediate_size=o.intermediate_size,
+            hidden_dropout_prob=o.dropout,
+            attention_probs_dropout_prob=o.dropout,
+            encoder_hidden_size=vision_size,
+        )
+        config._attn_implementation = "sdpa"
+        self.query_tokens = nn.Parameter(torch.zeros(1, o.num_queries, o.hidden_size))
+        self.norm = nn.LayerNorm(o.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.dropout = nn.Dropout(o.dropout)
+        self.encoder = Blip2QFormerEncoder(config)
+        self.projector = nn.Linear(o.hidden_size, llm_size)
+
+    def num_tokens(self, num_features: int) -> int:
+        """The number of queries."""
+        return self.options.num_queries
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Linear weights and queries from N(0, 0.02), biases zero."""
+        super().reset(generator)
+        nn.init.normal_(self.query_tokens, std=INIT_STD, generator=generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, K, V] -> [N, num_queries, D]."""
+        if features.shape[0] == 0:  # the encoder cannot; a row that is dropped gives every weight its zero gradient
+            return self.forward(features.new_zeros(1, *features.shape[1:]))[:0]
+        queries = self.dropout(self.norm(self.query_tokens)).expand(features.shape[0], -1, -1)
+        read = self.encoder(queries, encoder_hidden_states=features, query_length=self.options.num_queries)
+        return self.projector(read.last_hidden_state)
+
+    @classmethod
+    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the base class: BERT's names for BLIP-2's, without the position buffer that nothing reads."""
+        return {
+            name.removeprefix("bert.").replace("attention.self.", "attention.attention."): tensor
+            for name, tensor in state.items()
+            if name != "bert.embeddings.position_ids"
+        }

@@ -1,0 +1,96 @@
+"""Perceiver resampler (Flamingo, arXiv:2204.14198): learnt latents read the image, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+
+
+@CONNECTORS.register("resampler")
+class ResamplerConnector(Connector):
+    """Each layer: latents attend to the image and themselves, then a feed-forward layer; both residual. Width D."""
+
+    name = "resampler"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Settings of the resampler."""
+
+        num_queries: int = 128
+        """Latents: rows that an image becomes."""
+        num_layers: int = 3
+        """Layers of attention and feed-forward."""
+        num_heads: int = 8
+        """Attention heads."""
+        head_size: int = 64
+        """Width of an attention head."""
+        expansion: int = 4
+        """Width inside the feed-forward layers, in multiples of D."""
+
+        def __post_init__(self) -> None:
+            for name in ("num_queries", "num_layers", "num_heads", "head_size", "expansion"):
+                if getattr(self, name) < 1:
+                    raise UserError(f"{name}: {getattr(self, name)}; at least 1")
+
+    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+        super().__init__(vision_size, llm_size, options)
+        o = self.options
+        self.latents = nn.Parameter(torch.zeros(o.num_queries, llm_size))
+        self.linear = nn.Linear(vision_size, llm_size)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([_Attention(llm_size, o.num_heads, o.head_size), _feed_forward(llm_size, o.expansion)])
+            for _ in range(o.num_layers)
+        )
+        self.norm = nn.LayerNorm(llm_size)
+
+    def num_tokens(self, num_features: int) -> int:
+        """The number of latents."""
+        return self.options.num_queries
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Linear weights from N(0, 0.02), biases zero, latents from N(0, 1)."""
+        super().reset(generator)
+        nn.init.normal_(self.latents, generator=generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, K, V] -> [N, num_queries, D]."""
+        media = self.linear(features)
+        latents = self.latents.expand(features.shape[0], -1, -1)
+        layer: Any
+        for layer in self.layers:
+            latents = layer[0](media, latents) + latents
+            latents = layer[1](latents) + latents
+        return self.norm(latents)
+
+
+class _Attention(nn.Module):
+    """Latents [N, Q, D] attend to the image [N, K, D] and to one another; no biases."""
+
+    def __init__(self, width: int, heads: int, head_size: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_size, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_size, bias=False)
+        self.to_out = nn.Linear(heads * head_size, width, bias=False)
+
+    def forward(self, media: Tensor, latents: Tensor) -> Tensor:
+        latents = self.norm_latents(latents)
+        keys, values = self.to_kv(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)  # [N, heads, Q, head_size]
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def _feed_forward(width: int, expansion: int) -> nn.Sequential:
+    inner = width * expansion
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, inner, bias=False), nn.GELU(), nn.Linear(inner, width, bias=False)
+    )

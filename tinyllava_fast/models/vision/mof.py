@@ -1,0 +1,166 @@
+"""Mixture of features (arXiv:2401.06209): CLIP and DINOv2 look at the same pixels, token by token.
+
+Legend: N images, K tokens an image after selection, V tower width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.vision.clip import CLIPTower
+from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, Interpolation
+from tinyllava_fast.models.vision.encoder import EncoderTower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dinov2Half:
+    """The second tower of a mixture of features."""
+
+    path: str | None = None
+    """Folder (or hub id) with pretrained weights; None: random weights from ``config``."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """transformers Dinov2Config of a tower with random weights. With ``path``: overrides."""
+    interpolation: Interpolation = "transformers5"
+    """How the position table is resized to CLIP's grid; see the option of the dinov2 tower."""
+
+
+@VISION.register("mof")
+class MoFTower(VisionTower):
+    """CLIP and DINOv2 features [N, K, V1 + V2], CLIP's channels first.
+
+    ``path`` and ``config`` are CLIP's, ``options.dinov2`` describes the other half, which interpolates its position
+    table to CLIP's image size. Both see pixels normalised for CLIP. Both end at the same feature_layer and drop their
+    CLS tokens alike.
+    """
+
+    name = "mof"
+    processor_class = CLIPTower.processor_class
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Settings of a mixture of features."""
+
+        dinov2: Dinov2Half = field(default_factory=Dinov2Half)
+        """The DINOv2 half."""
+
+    def __init__(self, clip: EncoderTower, dinov2: EncoderTower, where: str = "") -> None:
+        super().__init__()
+        if clip.num_tokens != dinov2.num_tokens:
+            raise UserError(
+                f"{where}: CLIP gives {clip.num_tokens} tokens an image and DINOv2 {dinov2.num_tokens}; a mixture of "
+                f"features needs equally many: give both the same patch_size (they have {clip.config.patch_size} and "
+                f"{dinov2.config.patch_size})"
+            )
+        self.clip = clip
+        self.dinov2 = dinov2
+        self.hidden_size = clip.hidden_size + dinov2.hidden_size
+        self.num_tokens = clip.num_tokens
+        self.image_size = clip.image_size
+        self.num_layers = min(clip.num_layers, dinov2.num_layers)
+        self.feature_select = clip.feature_select
+
+    @classmethod
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        *,
+        feature_layer: int,
+        feature_select: str | None,
+        options: Any = None,
+        seed: int | None,
+        dtype: torch.dtype = torch.float32,
+        where: str,
+        strict: bool = True,
+    ) -> MoFTower:
+        """See the base class."""
+        half = (options or cls.Options()).dinov2
+        if half.path is not None:
+            raise UserError(f"{where}.options.dinov2.path: given without {where}.path; give both or neither")
+        common: dict[str, Any] = {"feature_layer": feature_layer, "feature_select": feature_select}
+        common |= {"dtype": dtype, "strict": strict}
+        clip = CLIPTower.from_config(config, seed=seed, where=where, **common)
+        # Any other seed does: the halves must not draw the same numbers.
+        dinov2 = Dinov2Tower.from_config(
+            half.config,
+            options=cls._dinov2_options(half, clip),
+            seed=None if seed is None else seed + 1_000_003,
+            where=f"{where}.options.dinov2",
+            **common,
+        )
+        return cls(clip, dinov2, where).train()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        overrides: dict[str, Any],
+        feature_layer: int,
+        feature_select: str | None,
+        options: Any = None,
+        dtype: torch.dtype,
+        where: str,
+    ) -> MoFTower:
+        """See the base class."""
+        half = (options or cls.Options()).dinov2
+        if half.path is None:
+            raise UserError(f"{where}.options.dinov2.path: missing; {where}.path is CLIP's, give DINOv2's too")
+        common: dict[str, Any] = {"feature_layer": feature_layer, "feature_select": feature_select, "dtype": dtype}
+        clip = CLIPTower.from_pretrained(path, overrides=overrides, where=where, **common)
+        dinov2 = Dinov2Tower.from_pretrained(
+            half.path,
+            overrides=half.config,
+            options=cls._dinov2_options(half, clip),
+            where=f"{where}.options.dinov2",
+            **common,
+        )
+        return cls(clip, dinov2, where).train()
+
+    @staticmethod
+    def _dinov2_options(half: Dinov2Half, clip: EncoderTower) -> Any:
+        return Dinov2Tower.Options(image_size=clip.image_size, interpolation=half.interpolation)
+
+    @classmethod
+    def input_size(cls, path: str | None, config: dict[str, Any], options: Any, where: str) -> int:
+        """CLIP's."""
+        return CLIPTower.input_size(path, config, CLIPTower.Options(), where)
+
+    @classmethod
+    def image_processor(cls, image_size: int) -> Any:
+        """CLIP's."""
+        return CLIPTower.image_processor(image_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.cat([self.clip(pixels), self.dinov2(pixels)], dim=-1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """CLIP's, DINOv2's."""
+        return self.clip.hidden_size, self.dinov2.hidden_size
+
+    def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:
+        """Of both halves."""
+        return [*self.clip.layer_parameters(from_layer), *self.dinov2.layer_parameters(from_layer)]
+
+    def to_config(self) -> dict[str, Any]:
+        """See the base class."""
+        other = self.dinov2.to_config()
+        half = Dinov2Half(config=other["config"], interpolation=other["options"]["interpolation"])
+        return self.clip.to_config() | {"type": self.name, "options": asdict(self.Options(dinov2=half))}
+
+    @classmethod
+    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the base class; the halves' prefixes are the same."""
+        renamed: dict[str, Tensor] = {}
+        for prefix, half in (("clip.", CLIPTower), ("dinov2.", Dinov2Tower)):
+            part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            renamed |= {prefix + k: v for k, v in half.from_reference_names(part).items()}
+        return renamed
