@@ -26,6 +26,7 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision.base import VisionTower
+from tinyllava_fast.models.vision.dinov2 import interpolate_by_factor
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu"}
 _TOWERS = ("clip", "siglip", "siglip2", "dinov2")
@@ -112,11 +113,18 @@ def _tower(vision: VisionTower) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config.pop(key, None)
     weights = {f"model.vision_tower.{k}": v for k, v in vision.state_dict().items()}
     if vision.name == "dinov2":
-        from tinyllava_fast.models.vision.dinov2 import resized_positions
-
-        weights["model.vision_tower.embeddings.position_embeddings"] = resized_positions(vision)
+        weights["model.vision_tower.embeddings.position_embeddings"] = _positions(vision)
         config["image_size"] = vision.image_size
     return config, weights
+
+
+def _positions(vision: Any) -> Tensor:
+    """DINOv2's position table at the size of its input, resized as the tower does it."""
+    module, grid = vision.embeddings, vision.image_size // vision.config.patch_size
+    if vision.options.interpolation == "transformers4":
+        return interpolate_by_factor(module.position_embeddings, grid).contiguous()
+    tokens = module.position_embeddings.new_zeros(1, grid * grid + 1, vision.hidden_size)
+    return module.interpolate_pos_encoding(tokens, vision.image_size, vision.image_size).contiguous()
 
 
 def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:

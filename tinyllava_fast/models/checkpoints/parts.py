@@ -24,6 +24,7 @@ from tinyllava_fast.models.vision.encoder import EncoderTower
 
 _PROVENANCE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
 _PROVENANCE |= {"model_name_or_path", "model_name_or_path2"}
+_PROVENANCE |= {"stage_names", "out_features", "out_indices"}  # derived from the number of layers
 # Configs of towers that checkpoints name without describing them, from their hub repositories.
 _CLIP_L = {
     "model_type": "clip_vision_model",
