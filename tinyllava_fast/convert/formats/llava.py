@@ -11,7 +11,6 @@ Logits equal ours. What has to be said differently there:
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats.llava_processor import build_processor
+from tinyllava_fast.convert.formats.towers import completed, resized_positions
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision.base import VisionTower
-from tinyllava_fast.models.vision.dinov2 import interpolate_by_factor
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu"}
 _TOWERS = ("clip", "siglip", "siglip2", "dinov2")
@@ -43,11 +42,11 @@ class LlavaFormat(Format):
         """See the base class."""
         lmm = model.lmm
         _check_llm(lmm)
+        vision, tower = _tower(lmm.vision)
+        act, projector = _projector(lmm)
         processor = build_processor(model)
         token = processor.image_token_id
         text, llm = _language_model(lmm, token)
-        vision, tower = _tower(lmm.vision)
-        act, projector = _projector(lmm)
         config = LlavaConfig(
             text_config=text,
             vision_config=vision,
@@ -61,11 +60,10 @@ class LlavaFormat(Format):
         config.dtype = lmm.dtype
         with torch.device("meta"):
             llava: Any = LlavaForConditionalGeneration(config)
-        names = {name for name, _ in llava.named_parameters()}
         weights = {**llm, **tower, **projector}
-        assert weights.keys() <= names, sorted(weights.keys() - names)  # noqa: S101 our own mapping
-        unread = {n: _unread(n, llava.get_parameter(n), lmm.dtype) for n in names - weights.keys()}
-        llava.load_state_dict({**weights, **unread}, assign=True, strict=False)
+        left = llava.load_state_dict(weights, assign=True, strict=False)
+        tied = {"lm_head.weight"} if lmm.tied_names() else set()
+        assert not left.unexpected_keys and set(left.missing_keys) <= tied, left  # noqa: S101 our own mapping
         llava.tie_weights()
         _set_generation(llava, model, token, text["vocab_size"])
         llava.save_pretrained(folder)
@@ -107,24 +105,11 @@ def _tower(vision: VisionTower) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(vision config with one more layer, weights)."""
     if vision.name not in _TOWERS or vision.config.model_type == "siglip2_vision_model":  # type: ignore[union-attr]
         raise UserError(f"vision.type: {vision.name} is no tower of transformers' llava; it takes {', '.join(_TOWERS)}")
-    config = config_to_dict(vision.config)  # type: ignore[arg-type]
-    config["num_hidden_layers"] = vision.num_layers + 1
-    for key in ("stage_names", "out_features", "out_indices"):
-        config.pop(key, None)
-    weights = {f"model.vision_tower.{k}": v for k, v in vision.state_dict().items()}
-    if vision.name == "dinov2":
-        weights["model.vision_tower.embeddings.position_embeddings"] = _positions(vision)
-        config["image_size"] = vision.image_size
-    return config, weights
-
-
-def _positions(vision: Any) -> Tensor:
-    """DINOv2's position table at the size of its input, resized as the tower does it."""
-    module, grid = vision.embeddings, vision.image_size // vision.config.patch_size
-    if vision.options.interpolation == "transformers4":
-        return interpolate_by_factor(module.position_embeddings, grid).contiguous()
-    tokens = module.position_embeddings.new_zeros(1, grid * grid + 1, vision.hidden_size)
-    return module.interpolate_pos_encoding(tokens, vision.image_size, vision.image_size).contiguous()
+    resized = {"image_size": vision.image_size} if vision.name == "dinov2" else {}
+    config, weights = completed(vision, **resized)
+    if resized:
+        weights["embeddings.position_embeddings"] = resized_positions(vision)
+    return config, {f"model.vision_tower.{name}": tensor for name, tensor in weights.items()}
 
 
 def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
@@ -154,13 +139,6 @@ def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
         f"{prefix}linear_2.weight": weight * scale if scale != 1.0 else weight,
         f"{prefix}linear_2.bias": bias * scale if scale != 1.0 else bias,
     }
-
-
-def _unread(name: str, like: Tensor, dtype: torch.dtype) -> torch.nn.Parameter:
-    """A parameter that no result depends on: zeros, and ones for the scale of a norm after the last layer."""
-    norm = re.search(r"vision_tower\.(post_)?layernorm\.weight$", name)
-    fill = torch.ones if norm else torch.zeros
-    return torch.nn.Parameter(fill(like.shape, dtype=dtype))
 
 
 def _set_generation(llava: Any, model: Model, image_token: int, rows: int) -> None:
