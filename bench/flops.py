@@ -61,11 +61,11 @@ def step_flops(costs: Costs, segments: Sequence[int], images: int, supervised: i
 def costs_of(lmm: LMM) -> Costs:
     """Read the costs off a built model, whatever its architecture."""
     text = lmm.llm.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = lmm.adapter.layers(lmm.llm)
+    head_dim = lmm.head_dim
+    layers, heads = lmm.adapter.layers(lmm.llm), text.num_attention_heads  # OpenELM's differ from layer to layer
     return Costs(
         decoder_weights=_weights(layers),
-        attention_width=len(layers) * text.num_attention_heads * head_dim,
+        attention_width=(sum(heads) if isinstance(heads, list) else len(layers) * heads) * head_dim,
         head_weights=lmm.hidden_size * lmm.vocab_size,
         connector_weights=tuple(m.weight.numel() for m in lmm.connector.modules() if isinstance(m, nn.Linear)),
         connector_rows=lmm.tokens_per_image,

@@ -13,6 +13,17 @@ namespace {
 constexpr int kLanes = 64;        // four AVX-512 registers: hides the latency of max and add
 constexpr int64_t kBlock = 4096;  // float sums of this many terms are gathered in double
 
+// Logits as they are, or each pressed into (-cap, cap).
+struct Plain {
+  float value(float z) const { return z; }
+  float slope(float) const { return 1.0f; }
+};
+struct Capped {
+  float cap;
+  float value(float z) const { return cap * tanh_fast(z / cap); }
+  float slope(float value) const { return 1.0f - (value / cap) * (value / cap); }
+};
+
 template <typename T>
 float row_max(const T* z, int64_t n) {
   float lanes[kLanes];
@@ -30,51 +41,64 @@ float row_max(const T* z, int64_t n) {
   return top;
 }
 
-template <typename T>
-double sum_exp(const T* z, int64_t n, float top) {
+template <typename T, typename Cap>
+double sum_exp(const T* z, int64_t n, float top, Cap cap) {
   double total = 0.0;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t stop = n - start < kBlock ? n : start + kBlock;
     float lanes[kLanes] = {};
     int64_t i = start;
     for (; i + kLanes <= stop; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) lanes[j] += exp_fast(to_float(z[i + j]) - top);
+      for (int j = 0; j < kLanes; ++j) lanes[j] += exp_fast(cap.value(to_float(z[i + j])) - top);
     }
-    for (; i < stop; ++i) total += exp_fast(to_float(z[i]) - top);
+    for (; i < stop; ++i) total += exp_fast(cap.value(to_float(z[i])) - top);
     for (int j = 0; j < kLanes; ++j) total += lanes[j];
   }
   return total;
 }
 
-template <typename T>
-void cross_entropy(T* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, bool write_grad) {
+template <typename T, typename Cap>
+void cross_entropy(T* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, bool write_grad,
+                   Cap cap) {
 #pragma omp parallel for schedule(static) if (rows * vocab > 1 << 15)
   for (int64_t row = 0; row < rows; ++row) {
     T* z = logits + row * vocab;
     const int64_t y = labels[row];
-    const float top = row_max(z, vocab);
-    const double total = sum_exp(z, vocab, top);
-    const double target = static_cast<double>(to_float(z[y])) - top;
+    const float top = cap.value(row_max(z, vocab));  // a cap keeps the order
+    const double total = sum_exp(z, vocab, top, cap);
+    const float answer = cap.value(to_float(z[y]));
+    const double target = static_cast<double>(answer) - top;
     loss[row] = std::log(total) - target;
     if (!write_grad) continue;
     const float scale = static_cast<float>(1.0 / total);
     const double hit = exp_fast(static_cast<float>(target));
-    for (int64_t i = 0; i < vocab; ++i) store(z + i, exp_fast(to_float(z[i]) - top) * scale);
+    for (int64_t i = 0; i < vocab; ++i) {
+      const float value = cap.value(to_float(z[i]));
+      store(z + i, exp_fast(value - top) * scale * cap.slope(value));
+    }
     // in double: softmax - 1 cancels where the model is confident
-    store(z + y, static_cast<float>((hit - total) / total));
+    store(z + y, static_cast<float>((hit - total) / total) * cap.slope(answer));
+  }
+}
+
+template <typename T>
+void dispatch(void* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, bool write_grad,
+              float softcap) {
+  T* z = static_cast<T*>(logits);
+  if (softcap > 0.0f) {
+    cross_entropy(z, labels, loss, rows, vocab, write_grad, Capped{softcap});
+  } else {
+    cross_entropy(z, labels, loss, rows, vocab, write_grad, Plain{});
   }
 }
 
 }  // namespace
 
-// logits: [rows, vocab] contiguous, overwritten by softmax - onehot if write_grad. loss: [rows].
+// logits z: [rows, vocab] contiguous, overwritten by d loss / d z if write_grad. loss: [rows]. softcap 0: none.
 void cross_entropy_rows(void* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, int64_t dtype,
-                        int64_t write_grad) {
-  if (dtype == kBFloat16) {
-    cross_entropy(static_cast<BFloat16*>(logits), labels, loss, rows, vocab, write_grad != 0);
-  } else {
-    cross_entropy(static_cast<float*>(logits), labels, loss, rows, vocab, write_grad != 0);
-  }
+                        int64_t write_grad, double softcap) {
+  auto* run = dtype == kBFloat16 ? dispatch<BFloat16> : dispatch<float>;
+  run(logits, labels, loss, rows, vocab, write_grad != 0, static_cast<float>(softcap));
 }
 
 }  // namespace TLF_ISA

@@ -101,6 +101,6 @@ def test_image_key():
 
 
 def test_pool_size():
-    pool = KVPool(8, 2, 3, 4, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert pool.nbytes == 2 * 2 * 8 * 3 * 4 * 2
-    assert [tuple(t.shape) for t in (*pool.k, *pool.v)] == [(8, 3, 4)] * 4
+    pool = KVPool(8, [3, 1], 4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert pool.nbytes == 2 * (3 + 1) * 8 * 4 * 2
+    assert [tuple(t.shape) for t in (*pool.k, *pool.v)] == [(8, 3, 4), (8, 1, 4)] * 2

@@ -161,7 +161,11 @@ def test_refuses_a_batch() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gemma2", **BASE, "head_dim": 8}, "final_logit_softcapping=30.0"),
+        (
+            {"model_type": "cohere", **BASE, "logit_scale": 0.5},
+            "cohere has logit_scale=0.5, which linear",
+        ),
+        ({"model_type": "granite", **BASE, "logits_scaling": 2.0}, "granite has logits_scaling=2.0"),
         ({"model_type": "llama", **BASE, "attention_dropout": 0.1}, "set model.llm.config.attention_dropout: 0"),
         ({"model_type": "lama", **BASE}, "did you mean 'llama'"),
         ({"model_type": "llama", "hidden_siz": 3}, "hidden_siz: not a key of LlamaConfig; did you mean 'hidden_size'"),

@@ -230,7 +230,7 @@ def test_logits_and_parameters(tiny: Callable) -> None:
     lmm = build_model(tiny(), seed=1)
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(lmm.logits(hidden), lmm.llm.lm_head(hidden))
-    assert lmm.vocab_size == 61 and lmm.num_kv_heads == 2 and lmm.head_dim == 8 and lmm.num_layers == 2
+    assert lmm.vocab_size == 61 and lmm.num_kv_heads == [2, 2] and lmm.head_dim == 8 and lmm.num_layers == 2
     assert [id(p) for p in lmm.external_parameters()] == [id(lmm.llm.lm_head.weight)], "tied: once"
     parts = lmm.component_parameters()
     assert sum(len(v) for v in parts.values()) == len(list(lmm.parameters()))

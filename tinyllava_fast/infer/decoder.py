@@ -39,7 +39,7 @@ class PackedDecoder:
 
     def __init__(self, lmm: Any, rows: int) -> None:
         self.lmm = lmm
-        self.pool = KVPool(rows, lmm.num_layers, lmm.num_kv_heads, lmm.head_dim, dtype=lmm.dtype, device=lmm.device)
+        self.pool = KVPool(rows, lmm.num_kv_heads, lmm.head_dim, dtype=lmm.dtype, device=lmm.device)
         self.computed_tokens = 0
 
     def __call__(self, spans: list[Span]) -> Tensor:

@@ -75,7 +75,7 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         config = lmm.llm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
-        self.eos = _eos_ids(lmm.llm, template.stop_id(tokenizer))
+        self.eos = lmm.adapter.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
         self.vocab = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
         self.share_prefix = not _has_window(config)
@@ -223,10 +223,3 @@ def _has_window(config: Any) -> bool:
     if kinds is not None:
         return "sliding_attention" in kinds
     return bool(getattr(config, "sliding_window", None))
-
-
-def _eos_ids(llm: Any, stop: int) -> frozenset[int]:
-    """The template's end token and those of the model's generation config."""
-    named = getattr(getattr(llm, "generation_config", None), "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
-    return frozenset({stop, *(i for i in listed if i is not None)})

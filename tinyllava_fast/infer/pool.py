@@ -45,16 +45,17 @@ class Spans:
 class KVPool:
     """K and V of every layer for P token rows, allocated once.
 
-    k, v: L tensors [P, Hkv, Dh] each. rows: the allocator. Rows are written by the attention function, through
-    ``KVView.slots``; nothing is ever copied or concatenated.
+    kv_heads: Hkv of each layer. k, v: L tensors [P, Hkv, Dh] each. rows: the allocator. Rows are written by the
+    attention function, through ``KVView.slots``; nothing is ever copied or concatenated.
     """
 
     def __init__(
-        self, rows: int, layers: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+        self, rows: int, kv_heads: list[int], head_dim: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (layers, rows, kv_heads, head_dim)
-        self.k: list[Tensor] = list(torch.zeros(shape, dtype=dtype, device=device))
-        self.v: list[Tensor] = list(torch.zeros(shape, dtype=dtype, device=device))
+        def layers() -> list[Tensor]:
+            return [torch.zeros(rows, heads, head_dim, dtype=dtype, device=device) for heads in kv_heads]
+
+        self.k, self.v = layers(), layers()
         self.rows = Spans(rows)
 
     @property

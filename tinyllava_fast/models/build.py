@@ -95,8 +95,7 @@ def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAdapter, Any]:
-    cls = LLMS.get(config.type, "model.llm.type")
-    adapter = cls(parse_into(cls.Options, config.options, "model.llm.options"))
+    adapter = _adapter(config)
     if config.path is not None:
         llm = adapter.from_pretrained(
             config.path, gguf_file=config.gguf_file, overrides=config.config, dtype=dtype, where="model.llm"
@@ -110,6 +109,11 @@ def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAda
     if "vocab_size" not in values and config.tokenizer is not None:
         values["vocab_size"] = len(_tokenizer(config))
     return adapter, adapter.from_config(values, seed=seed, where="model.llm")
+
+
+def _adapter(config: LLMConfig) -> LLMAdapter:
+    cls = LLMS.get(config.type, "model.llm.type")
+    return cls(parse_into(cls.Options, config.options, "model.llm.options"))
 
 
 def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> VisionTower:
@@ -139,7 +143,9 @@ def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     if path is None:
         raise UserError("model.llm.tokenizer: a language model with random weights needs a tokenizer folder")
     source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm")
-    return io.read_tokenizer(source, gguf_file)
+    tokenizer = io.read_tokenizer(source, gguf_file)
+    _adapter(config).prepare_tokenizer(tokenizer)
+    return tokenizer
 
 
 def _millions(parameters: list[tuple[str, torch.nn.Parameter]]) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.llm.base import LLMS
 
 # Keys that say where a config came from, not what the model is.
 _VOLATILE = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype"}
@@ -137,7 +138,8 @@ def legacy_text_config(values: dict[str, Any]) -> dict[str, Any]:
             f"text_config.model_type: {model_type!r} is none of TinyLLaVA Factory's language models; "
             f"{nearest(str(model_type), LEGACY_ADAPTERS)}"
         )
-    known = known_keys(type(AutoConfig.for_model(model_type))) - _VOLATILE - {"use_cache"}
+    LLMS.names()
+    known = known_keys(CONFIG_MAPPING[model_type]) - _VOLATILE - {"use_cache"}
     result = _LEGACY_DEFAULTS[model_type] | {k: v for k, v in values.items() if k in known}
     if model_type == "gemma":  # 4.40 computed the tanh form unless hidden_activation named another; now hidden_act does
         result["hidden_act"] = values.get("hidden_activation") or "gelu_pytorch_tanh"
@@ -149,14 +151,13 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
 
     strict: refuse keys that the config class does not have (transformers itself stores them silently).
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
+    LLMS.names()  # importing the adapters registers the architectures that transformers lacks
     model_type = values.get("model_type", model_type)
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         hint = nearest(str(model_type), ["llama", "qwen2", "phi", "gemma", "siglip_vision_model", "clip_vision_model"])
         raise UserError(f"{where}.model_type: {model_type!r} is not a transformers model type; {hint}, ...")
     given = {k: v for k, v in values.items() if k != "model_type"}
-    cls = type(AutoConfig.for_model(model_type))
+    cls = CONFIG_MAPPING[model_type]
     if strict:
         check_keys(cls, given, where)
     try:

@@ -61,9 +61,12 @@ class LMM(nn.Module):
         text = llm.config
         self.hidden_size: int = text.hidden_size
         self.num_layers: int = text.num_hidden_layers
-        self.num_kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        # OpenELM's number differs from layer to layer
+        self.num_kv_heads: list[int] = kv_heads if isinstance(kv_heads, list) else [kv_heads] * self.num_layers
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.embedding_scale = adapter.embedding_scale(llm)
+        self.logit_softcap = adapter.logit_softcap(llm)
 
     @property
     def vocab_size(self) -> int:
@@ -99,7 +102,7 @@ class LMM(nn.Module):
         embeds = self.embed(input_ids, features, image_slots)
         hidden = self.decode(embeds, position_ids, cu_seqlens=cu_seqlens, prefix=prefix)
         weight, bias = self.adapter.head(self.llm)
-        return linear_cross_entropy(hidden, weight, labels, supervised, bias=bias)
+        return linear_cross_entropy(hidden, weight, labels, supervised, bias=bias, softcap=self.logit_softcap)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, K, D] rows for the language model, before any embedding scale.
@@ -116,8 +119,11 @@ class LMM(nn.Module):
         """Token embeddings [T, D] with image rows [R, D] at image_slots [R]; slot T means nowhere."""
         weight = self.adapter.embedding(self.llm).weight
         embeds = splice(input_ids, weight, features.to(weight.dtype), image_slots)
+        if self.embedding_scale == 1.0:
+            return embeds
         # Gemma scales every row that enters the decoder. Its image rows are scaled too, as they were in training.
-        return embeds if self.embedding_scale == 1.0 else embeds * self.embedding_scale
+        # The factor is rounded to the model's dtype, as Gemma's is: 45.25 in bf16 where sqrt(D) is 45.2548.
+        return embeds * torch.full((), self.embedding_scale, dtype=embeds.dtype, device=embeds.device)
 
     def decode(self, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
         """Hidden states [T, D] after the final norm.
@@ -130,7 +136,8 @@ class LMM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, V] in the model's dtype."""
         weight, bias = self.adapter.head(self.llm)
-        return nn.functional.linear(hidden, weight, bias)
+        logits = nn.functional.linear(hidden, weight, bias)
+        return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute each decoder layer in the backward pass instead of keeping its activations."""

@@ -1,7 +1,8 @@
 """The head and its loss without a [tokens, vocabulary] tensor.
 
     rows  = supervised positions                            z = hidden[rows] weightᵀ + bias
-    loss  = sum over rows of  logsumexp(z) - z[label]       dz = softmax(z) - onehot(label)
+    s     = z          (softcap c > 0: c tanh(z / c))       ds/dz = 1      (1 - (s / c)²)
+    loss  = sum over rows of  logsumexp(s) - s[label]       dz = (softmax(s) - onehot(label)) ds/dz
     d_hidden[rows] = dz weight      d_weight = dzᵀ hidden[rows]      d_bias = sum over rows of dz
 
 The gradients are made in the forward pass, while the logits of a chunk of rows are at hand; the backward pass only
@@ -34,19 +35,20 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The SUM over supervised tokens of the cross entropy of ``hidden @ weight.T + bias``.
 
     hidden: [T, D] float. weight: [V, D], same dtype. bias: [V]. labels: [T] int64, 0..V-1 or ignore_index.
     supervised: [M] int64, ascending distinct positions, entries == T are padding; None: every position whose label is
-    not ignore_index.
+    not ignore_index. softcap: c > 0 presses each logit into (-c, c) by c tanh(z / c), as Gemma 2 does; 0: none.
     Returns a float32 scalar (float64 for float64 inputs); 0 with zero gradients when nothing is supervised. Gradients
     are computed only for those of hidden, weight and bias that require them. Raises ValueError for shapes, dtypes and,
     on a CPU, labels out of range.
     """
     graded = torch.is_grad_enabled()
     want = [graded and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    return linear_cross_entropy_fwd.op(hidden, weight, bias, labels, supervised, ignore_index, *want)[0]
+    return linear_cross_entropy_fwd.op(hidden, weight, bias, labels, supervised, ignore_index, float(softcap), *want)[0]
 
 
 def _check(
@@ -56,6 +58,7 @@ def _check(
     labels: Tensor,
     supervised: Tensor | None,
     ignore_index: int,
+    softcap: float,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -74,6 +77,8 @@ def _check(
             raise ValueError(f"{op}: bias has {bias.shape[0]} entries for a vocabulary of {weight.shape[0]}")
     if supervised is not None:
         expect(op, "supervised", supervised, "M", (torch.int64,), like=hidden)
+    if softcap < 0:
+        raise ValueError(f"{op}: softcap must not be negative, got {softcap}")
 
 
 def _check_values(
@@ -83,6 +88,7 @@ def _check_values(
     labels: Tensor,
     supervised: Tensor | None,
     ignore_index: int,
+    softcap: float,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -107,7 +113,18 @@ def _rows(labels: Tensor, supervised: Tensor | None, ignore_index: int) -> Tenso
 def _samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
-    def case(label: str, t: int, v: int, d: int, share: float, *, slots: bool, bias: bool, want: str = "hwb") -> Sample:
+    def case(
+        label: str,
+        t: int,
+        v: int,
+        d: int,
+        share: float,
+        *,
+        slots: bool,
+        bias: bool,
+        want: str = "hwb",
+        cap: float = 0.0,
+    ) -> Sample:
         hidden, weight = torch.randn(t, d, generator=g), torch.randn(v, d, generator=g)
         labels = torch.randint(0, v, (t,), generator=g)
         labels[torch.rand(t, generator=g) >= share] = -100
@@ -117,7 +134,7 @@ def _samples() -> Iterator[Sample]:
             supervised = torch.cat([rows, torch.full((t - len(rows),), t)])
         b = torch.randn(v, generator=g) if bias else None
         flags = ("h" in want, "w" in want, "b" in want and bias)
-        return Sample((hidden, weight, b, labels, supervised, -100, *flags), label, differentiable="w" in want)
+        return Sample((hidden, weight, b, labels, supervised, -100, cap, *flags), label, differentiable="w" in want)
 
     yield case("5 % supervised", 61, 37, 16, 0.05, slots=True, bias=False)
     yield case("half, bias", 33, 129, 24, 0.5, slots=True, bias=True)
@@ -127,6 +144,8 @@ def _samples() -> Iterator[Sample]:
     yield case("no token", 0, 3, 4, 1.0, slots=True, bias=False)
     yield case("frozen head", 12, 20, 8, 0.6, slots=True, bias=True, want="h")
     yield case("loss alone", 12, 20, 8, 0.6, slots=False, bias=True, want="")
+    yield case("softcap", 26, 131, 16, 0.5, slots=True, bias=True, cap=3.0)
+    yield case("softcap, loss alone", 9, 70, 12, 0.6, slots=False, bias=False, want="", cap=30.0)
 
 
 def _fake(
@@ -136,6 +155,7 @@ def _fake(
     labels: Tensor,
     supervised: Tensor | None,
     ignore_index: int,
+    softcap: float,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -159,6 +179,7 @@ def _cpp_fwd(
     labels: Tensor,
     supervised: Tensor | None,
     ignore_index: int,
+    softcap: float,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -178,7 +199,8 @@ def _cpp_fwd(
         torch.mm(x[part], weight.t(), out=z) if bias is None else torch.addmm(bias, x[part], weight.t(), out=z)
         graded = want_hidden or want_weight or want_bias
         _cpp.extension().cross_entropy_rows(
-            z.data_ptr(), y[part].data_ptr(), loss[part].data_ptr(), len(z), vocab, _cpp.DTYPE_CODES[dtype], graded
+            *(z.data_ptr(), y[part].data_ptr(), loss[part].data_ptr(), len(z), vocab),
+            *(_cpp.DTYPE_CODES[dtype], graded, softcap),
         )
         if want_hidden:
             torch.mm(z, weight, out=dx[part])
@@ -231,6 +253,7 @@ def linear_cross_entropy_fwd(
     labels: Tensor,
     supervised: Tensor | None,
     ignore_index: int,
+    softcap: float,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -243,9 +266,13 @@ def linear_cross_entropy_fwd(
     rows = _rows(labels, supervised, ignore_index)
     x, y = hidden.index_select(0, rows), labels.index_select(0, rows)
     logits = torch.nn.functional.linear(x, weight, bias).to(exact)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
     dz = torch.softmax(logits, dim=-1)
     dz.scatter_add_(1, y[:, None], torch.full_like(y, -1, dtype=exact)[:, None])
+    if softcap:
+        dz *= 1 - (logits / softcap) ** 2
     dz = dz.to(hidden.dtype)
     d_hidden, d_weight, d_bias = (
         hidden.new_zeros((0, hidden.shape[1])),
@@ -269,7 +296,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     # Plain products: Inductor fuses them into whatever consumes the gradients (a tied embedding adds its own). In eager
     # mode in place, unless the graph is kept for another backward: 8 ms instead of 34 ms for 49,152 x 576 in fresh
     # memory (docs/LOG.md). While tracing, saved tensors are of a subclass.
@@ -278,7 +305,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         None if not need else d.mul_(grad) if type(d) is Tensor and not keep else d * grad
         for d, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return (*scaled, *(None,) * 6)
+    return (*scaled, *(None,) * 7)
 
 
 linear_cross_entropy_fwd.op.register_autograd(_backward, setup_context=_setup_context)

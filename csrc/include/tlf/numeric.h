@@ -57,5 +57,19 @@ inline float exp_fast(float x) {
   return p * bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
 }
 
+// tanh(x) to 2 ulp: a series near zero (Cephes tanhf), where the exponential form would cancel. NaN gives NaN.
+inline float tanh_fast(float x) {
+  const float size = x < 0.0f ? -x : x;
+  const float square = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float near = x + x * square * p;
+  const float far = 1.0f - 2.0f / (exp_fast(2.0f * size) + 1.0f);
+  return size < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
 }  // namespace TLF_ISA
 }  // namespace tlf

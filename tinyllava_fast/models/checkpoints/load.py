@@ -16,6 +16,7 @@ from tinyllava_fast.models.checkpoints import parts
 from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
 from tinyllava_fast.models.checkpoints.lora import Lora
 from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
 
 
@@ -49,6 +50,7 @@ def open_checkpoint(
     checkpoint = _describe(path, sources or Sources())
     lmm = _build(checkpoint, dtype, str(path), merge)
     tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
+    lmm.adapter.prepare_tokenizer(tokenizer)
     fitting = parts.check_template(template) if template else parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
     if fitting is None:
         log.warning(
@@ -67,7 +69,10 @@ def open_checkpoint(
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of such a folder."""
-    return io.read_tokenizer(_describe(path, Sources()).tokenizer, None)
+    checkpoint = _describe(path, Sources())
+    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
+    LLMS.get(checkpoint.llm["type"])().prepare_tokenizer(tokenizer)
+    return tokenizer
 
 
 def open_processor(path: str | Path) -> Any:

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.attention import PACKED
 from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
-from tinyllava_fast.models.llm.base import LLMS, LLMAdapter
+from tinyllava_fast.models.llm.base import LLMS, LLMAdapter, adapters_for
 from tinyllava_fast.models.sources import resolve
 
 # Transformations of the logits that the loss and the decoder of this package do not apply.
-_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+_LOGIT_CHANGES = {"logits_scaling": 1.0, "logit_scale": 1.0}
 
 
 @LLMS.register("auto")
@@ -26,11 +26,12 @@ class AutoLLM(LLMAdapter):
 
     def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
         """See the base class. Keys that the config class does not have are refused."""
-        return self.build(config_of(None, config, f"{where}.config"), seed=seed, dtype=torch.float32, where=where)
+        default = self.model_types[0] if self.model_types else None
+        return self.build(config_of(default, config, f"{where}.config"), seed=seed, dtype=torch.float32, where=where)
 
     def build(self, config: PreTrainedConfig, *, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
         """See the base class. seed None leaves the weights uninitialised."""
-        _check(config, where)
+        self._check(config, where)
         config.use_cache = False
         try:
             with seeded(seed):
@@ -38,6 +39,7 @@ class AutoLLM(LLMAdapter):
         except ValueError as error:
             raise UserError(f"{where}: {config.model_type} is not usable as a language model: {error}") from None
         llm.tie_weights()  # construction without initialisation skips it
+        self.adapt(llm)
         return llm
 
     def from_pretrained(
@@ -51,7 +53,7 @@ class AutoLLM(LLMAdapter):
             check_keys(type(config), overrides, f"{where}.config")
             for key, value in overrides.items():
                 setattr(config, key, value)
-            _check(config, where)
+            self._check(config, where)
             config.use_cache = False
             if gguf_file:  # transformers 5 keeps blocks packed unless told otherwise, and every matmul then casts
                 extra["quantization_config"] = GgufConfig(dequantize=True)
@@ -72,7 +74,14 @@ class AutoLLM(LLMAdapter):
         if gguf_file:
             _forget_quantization(llm)
         cast_parameters(llm, dtype)
+        self.adapt(llm)
         return llm.train()
+
+    def adapt(self, llm: PreTrainedModel) -> None:
+        """Change what has to be changed in a built model; nothing, for a family that transformers runs as it is."""
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """See the base class; a tokenizer is used as it is."""
 
     def embedding(self, llm: nn.Module) -> nn.Embedding:
         """See the base class."""
@@ -98,19 +107,34 @@ class AutoLLM(LLMAdapter):
         """See the base class."""
         return llm.base_model.layers  # type: ignore[union-attr,return-value]
 
+    def logit_softcap(self, llm: nn.Module) -> float:
+        """See the base class."""
+        return float(getattr(llm.config, "final_logit_softcapping", None) or 0.0)
 
-def _check(config: PreTrainedConfig, where: str) -> None:
-    for key, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, key, neutral)
-        if value != neutral:
-            raise UserError(f"{where}: {config.model_type} has {key}={value}, which linear_cross_entropy lacks")
-    if getattr(config, "attention_dropout", 0):
-        raise UserError(
-            f"{where}: attention_dropout={config.attention_dropout}: packed attention has no dropout; "
-            f"set {where}.config.attention_dropout: 0"
-        )
-    if not hasattr(config, "num_attention_heads"):
-        raise UserError(f"{where}: {config.model_type} is not a decoder of attention layers")
+    def stop_ids(self, llm: nn.Module) -> frozenset[int]:
+        """See the base class. A generation_config.json is not asked: a model folder does not keep it."""
+        named = llm.config.eos_token_id  # type: ignore[union-attr]
+        return frozenset(named if isinstance(named, list) else [] if named is None else [named])
+
+    def _check(self, config: PreTrainedConfig, where: str) -> None:
+        """Raise UserError for a model of another family, or one that packed training would change."""
+        if self.model_types and config.model_type not in self.model_types:
+            fitting = " or ".join(adapters_for(config.model_type))
+            raise UserError(
+                f"{where}.type: {self.name} takes {' or '.join(self.model_types)} models, this one is "
+                f"{config.model_type!r}; set {where}.type: {fitting}"
+            )
+        for key, neutral in _LOGIT_CHANGES.items():
+            value = getattr(config, key, neutral)
+            if value != neutral:
+                raise UserError(f"{where}: {config.model_type} has {key}={value}, which linear_cross_entropy lacks")
+        if getattr(config, "attention_dropout", 0):
+            raise UserError(
+                f"{where}: attention_dropout={config.attention_dropout}: packed attention has no dropout; "
+                f"set {where}.config.attention_dropout: 0"
+            )
+        if not hasattr(config, "num_attention_heads"):
+            raise UserError(f"{where}: {config.model_type} is not a decoder of attention layers")
 
 
 def _forget_quantization(llm: PreTrainedModel) -> None:

@@ -24,6 +24,14 @@ class LLMAdapter(ABC):
         self.options: Any = options if options is not None else self.Options()
 
     name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """transformers model types it takes, the first one where a config names none; (): any."""
+    template: ClassVar[str] = "tokenizer"
+    """Chat template that models of the family are trained with unless a run names another."""
+
+    @abstractmethod
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """Give special tokens the roles that the family's training gave them; applying it twice changes nothing."""
 
     @abstractmethod
     def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
@@ -56,8 +64,27 @@ class LLMAdapter(ABC):
         """The output projection: weight [V, D] and bias [V] or None."""
 
     @abstractmethod
+    def logit_softcap(self, llm: nn.Module) -> float:
+        """c where logits are c tanh(z / c) of the head's output z (Gemma 2); 0: they are z itself."""
+
+    @abstractmethod
+    def stop_ids(self, llm: nn.Module) -> frozenset[int]:
+        """Tokens that end an answer according to the model's config, besides the template's own."""
+
+    @abstractmethod
     def layers(self, llm: nn.Module) -> nn.ModuleList:
         """The decoder layers, first to last."""
 
 
 LLMS: Registry[type[LLMAdapter]] = Registry("language model", "tinyllava_fast.models.llm")
+
+
+def adapters_for(model_type: str) -> list[str]:
+    """Names of the adapters that state this transformers model type; ["auto"] if none does."""
+    return [name for name in LLMS if model_type in LLMS.get(name).model_types] or ["auto"]
+
+
+def pad_with_unk(tokenizer: Any) -> None:
+    """Pad with the unknown token, as many families do; a tokenizer without one keeps what it has."""
+    if tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token

@@ -1,0 +1,21 @@
+"""Gemma (arXiv:2403.08295): every row that enters the decoder is scaled by sqrt(hidden_size)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinyllava_fast.models.llm.auto import AutoLLM
+from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+
+
+@LLMS.register("gemma")
+class Gemma(AutoLLM):
+    """Gemma; padded with <unk>."""
+
+    name = "gemma"
+    model_types = ("gemma",)
+    template = "gemma"
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """See the base class."""
+        pad_with_unk(tokenizer)

@@ -1,0 +1,21 @@
+"""Phi-1, Phi-1.5 and Phi-2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinyllava_fast.models.llm.auto import AutoLLM
+from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+
+
+@LLMS.register("phi")
+class Phi(AutoLLM):
+    """Phi; its tokenizer has one special token, <|endoftext|>, which also pads."""
+
+    name = "phi"
+    model_types = ("phi",)
+    template = "phi"
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """See the base class."""
+        pad_with_unk(tokenizer)

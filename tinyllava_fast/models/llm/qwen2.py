@@ -1,0 +1,22 @@
+"""Qwen1.5, Qwen2 and Qwen2.5, which share one architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinyllava_fast.models.llm.auto import AutoLLM
+from tinyllava_fast.models.llm.base import LLMS
+
+
+@LLMS.register("qwen2")
+class Qwen2(AutoLLM):
+    """Qwen2. Its tokenizer pads with <|endoftext|>, which stands for unknown text too."""
+
+    name = "qwen2"
+    model_types = ("qwen2",)
+    template = "qwen2_base"
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """See the base class."""
+        if tokenizer.pad_token is not None:
+            tokenizer.unk_token = tokenizer.pad_token

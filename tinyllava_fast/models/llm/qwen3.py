@@ -1,0 +1,22 @@
+"""Qwen3 (arXiv:2505.09388): Qwen2 with normalised query and key heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinyllava_fast.models.llm.auto import AutoLLM
+from tinyllava_fast.models.llm.base import LLMS
+
+
+@LLMS.register("qwen3")
+class Qwen3(AutoLLM):
+    """Qwen3. Released models are instruction-tuned and end a turn with <|im_end|>."""
+
+    name = "qwen3"
+    model_types = ("qwen3",)
+    template = "qwen2_instruct"
+
+    def prepare_tokenizer(self, tokenizer: Any) -> None:
+        """See the base class."""
+        if tokenizer.pad_token is not None:
+            tokenizer.unk_token = tokenizer.pad_token
