@@ -34,7 +34,13 @@ _FIXED = {
     "resampler": {"num_heads": 8, "head_size": 64, "expansion": 4},
     "qformer": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "intermediate_size": 3072},
 }
-_NO_VISION_KEYS = {"vision_use_head", "use_mask_token", "return_dict", "output_hidden_states", "chunk_size_feed_forward"}
+_NO_VISION_KEYS = {
+    "vision_use_head",
+    "use_mask_token",
+    "return_dict",
+    "output_hidden_states",
+    "chunk_size_feed_forward",
+}
 
 
 @FORMATS.register("factory")
@@ -140,7 +146,9 @@ def _vision(lmm: LMM, model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         config, clip = _encoder(vision.clip)
         _, dinov2 = _encoder(vision.dinov2)
-        return config, {f"{half}.{k}": v for half, part in (("clip", clip), ("dinov2", dinov2)) for k, v in part.items()}
+        return config, {
+            f"{half}.{k}": v for half, part in (("clip", clip), ("dinov2", dinov2)) for k, v in part.items()
+        }
     if vision.name not in _TOWERS or vision.config.model_type == "siglip2_vision_model":
         raise UserError(f"vision.type: the reference has no {vision.name}; it has clip, siglip, dinov2 and mof")
     return _encoder(vision)

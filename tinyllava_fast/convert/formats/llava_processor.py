@@ -101,7 +101,9 @@ def _image_processor(model: Model) -> Any:
         raise UserError(f"image_mode: {model.lmm.config.image_mode}; transformers' llava has one square image a marker")
     _, height, width = pixel_shape(processor)
     if getattr(processor, "do_center_crop", False) and dict(processor.size).get("shortest_edge") != height:
-        raise UserError(f"image processor: size {dict(processor.size)} and crop {height} cannot be combined with padding")
+        raise UserError(
+            f"image processor: size {dict(processor.size)} and crop {height} cannot be combined with padding"
+        )
     return LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": height},

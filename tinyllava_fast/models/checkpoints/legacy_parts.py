@@ -83,9 +83,7 @@ def _base(folder: Folder, sources: Sources, named: str | None) -> tuple[Path, di
     return path, read_tensors(path)
 
 
-def _describe(
-    layout: str, folder: Folder, sources: Sources, base: Path, tensors: dict[str, Stored]
-) -> Checkpoint:
+def _describe(layout: str, folder: Folder, sources: Sources, base: Path, tensors: dict[str, Stored]) -> Checkpoint:
     kind: LegacyLayout = Bench() if folder.config["model_type"] in BENCH else Llava15()
     checkpoint = kind.describe(folder, Sources(llm=str(base), vision=sources.vision), tensors)
     checkpoint.layout = layout

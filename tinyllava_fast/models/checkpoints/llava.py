@@ -104,7 +104,9 @@ def _vision(config: Any, where: str) -> dict[str, Any]:
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         if len(layer) != 1:
-            raise CheckpointError(f"{where}: vision_feature_layer {layer}: features of several layers are not supported")
+            raise CheckpointError(
+                f"{where}: vision_feature_layer {layer}: features of several layers are not supported"
+            )
         layer = layer[0]
     values = parts.truncated(config_to_dict(config.vision_config), layer, where)
     kind = parts.tower_type(values, where)

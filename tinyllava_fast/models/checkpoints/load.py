@@ -28,8 +28,6 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     processor: Any
     layout: str
-    adapter: Lora | None
-    """Not merged into ``lmm``; None where there was none or it was merged."""
 
 
 def open_checkpoint(
@@ -43,7 +41,7 @@ def open_checkpoint(
 ) -> Opened:
     """Open a folder of any registered layout, the model in eval mode.
 
-    dtype None: the stored one. template None: the one that fits the tokenizer. merge False: leave an adapter apart.
+    dtype None: the stored one. template None: the one that fits the tokenizer. merge False: a LoRA adapter stays live.
     Nothing is fetched that the folder or a local folder named in ``sources`` holds. Raises CheckpointError for an
     unknown layout and for tensors that are damaged, missing, unexpected or of another shape, listing all of them.
     """
@@ -51,7 +49,11 @@ def open_checkpoint(
     lmm = _build(checkpoint, dtype, str(path), merge)
     tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
     lmm.adapter.prepare_tokenizer(tokenizer)
-    fitting = parts.check_template(template) if template else parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
+    fitting = (
+        parts.check_template(template)
+        if template
+        else parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
+    )
     if fitting is None:
         log.warning(
             "%s: no chat template ends answers with %r; import it with tlf-convert import --template NAME before asking "
@@ -64,7 +66,9 @@ def open_checkpoint(
     )
     processor = parts.image_processor(checkpoint.vision["type"], lmm.image_size, checkpoint.processor_sources)
     log.info("%s: opened as %s, template %s", path, checkpoint.layout, fitting)
-    return Opened(lmm.to(device).eval(), tokenizer, processor, checkpoint.layout, None if merge else checkpoint.adapter)
+    if checkpoint.adapter is not None and not merge:
+        _attach(lmm, checkpoint.adapter, str(path))
+    return Opened(lmm.to(device).eval(), tokenizer, processor, checkpoint.layout)
 
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -111,6 +115,14 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge:
         for name, tensor in expected.items():
             tensor.copy_(weights[name].read())
     return lmm
+
+
+def _attach(lmm: LMM, lora: Lora, where: str) -> None:
+    from tinyllava_fast.models import adapter
+
+    settings, tensors = lora.for_peft()
+    config = adapter.import_peft().LoraConfig(**settings)
+    adapter.attach(lmm, adapter.Adapter(config, tensors, {}), where)
 
 
 def _is_irrelevant(name: str, lmm: LMM) -> bool:

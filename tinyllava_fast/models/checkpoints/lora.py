@@ -1,4 +1,4 @@
-"""Low-rank adapters as peft stores them: read, renamed to our modules, merged, written. W <- W + scale * B A.
+"""Low-rank adapters of other projects, as peft stores them: read, renamed to our modules, merged. W <- W + scale * B A.
 
 Source: Hu et al., arXiv 2106.09685. Merging is done in float32 whatever the weights are stored in: in float16 the logits
 of a TinyLLaVA Factory model move by up to 0.05.
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
@@ -24,6 +23,7 @@ from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FILES = (WEIGHTS, "adapter_model.bin")
 _PREFIX = "base_model.model."
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 # Features of peft that change what an adapter means; their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -79,28 +79,22 @@ class Lora:
 
         return read
 
-    def save(self, folder: Path) -> None:
-        """Write it as peft does, with our names: ``base_model.model.llm.model.layers...``."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def for_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(settings of a LoraConfig with our module names, tensors by peft's names without its prefix)."""
         modules = {name: name.removesuffix(".weight") for name in self.updates}
-        ranks = {modules[name]: a.shape[0] for name, (a, _) in self.updates.items()}
-        config = self.config | {
+        rank, alpha = self.config.get("r", 8), float(self.config.get("lora_alpha", 8))
+        settings = {key: self.config[key] for key in _SETTINGS if self.config.get(key) is not None}
+        settings |= {
             "target_modules": list(modules.values()),
-            "rank_pattern": {re.escape(m): r for m, r in ranks.items() if r != self.config.get("r", 8)},
-            "alpha_pattern": {
-                re.escape(m): self.alpha(name)
-                for name, m in modules.items()
-                if self.alpha(name) != float(self.config.get("lora_alpha", 8))
-            },
-            "inference_mode": True,
-            "base_model_name_or_path": None,
+            "rank_pattern": {modules[name]: a.shape[0] for name, (a, _) in self.updates.items() if a.shape[0] != rank},
+            "alpha_pattern": {modules[name]: self.alpha(name) for name in self.updates if self.alpha(name) != alpha},
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tensors = {}
-        for name, pair in self.updates.items():
-            for letter, stored in zip("AB", pair, strict=True):
-                tensors[f"{_PREFIX}{modules[name]}.lora_{letter}.weight"] = stored.read().contiguous()
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        tensors = {
+            f"{modules[name]}.lora_{letter}.weight": stored.read()
+            for name, pair in self.updates.items()
+            for letter, stored in zip("AB", pair, strict=True)
+        }
+        return settings, tensors
 
 
 def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
