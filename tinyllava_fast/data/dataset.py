@@ -42,7 +42,7 @@ class DataReport:
     unsupervised: int = 0
     """Samples without a supervised token: kept, but nothing is learnt from them."""
     truncated: int = 0
-    """Samples cut to the token budget (data.overlong: truncate)."""
+    """Samples cut to the longest length (data.overlong: truncate)."""
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -159,16 +159,18 @@ class PackedDataset:
 
     def _add(self, record: Record, sample: list[Segment]) -> tuple[int, int, int]:
         """Store a sample and count it; (positions, images, segments) that it needs in a pack."""
-        count, budget = self.tokens_per_image, self.batch.tokens
+        count = self.tokens_per_image
+        budget = min(self.data.max_tokens or self.batch.tokens, self.batch.tokens)
+        key = "batch.tokens" if budget == self.batch.tokens else "data.max_tokens"
         length = sum(width(segment, count) for segment in sample)
         if length > budget:
             if count >= budget and record.image is not None:
                 raise self._error(
-                    record, "image", f"{count} image tokens do not fit batch.tokens={budget}; raise batch.tokens"
+                    record, "image", f"{count} image tokens do not fit {key}={budget}; raise {key}"
                 )
             if self.data.overlong == "fail":
-                remedy = "raise batch.tokens, or set data.overlong=truncate"
-                raise self._error(record, "conversations", f"{length} tokens exceed batch.tokens={budget}; {remedy}")
+                remedy = f"raise {key}, or set data.overlong=truncate"
+                raise self._error(record, "conversations", f"{length} tokens exceed {key}={budget}; {remedy}")
             sample = truncate(sample, budget, count)
             length = sum(width(segment, count) for segment in sample)
             self.report.truncated += 1
