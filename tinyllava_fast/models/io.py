@@ -1,4 +1,4 @@
-"""Model folders: config.json, model.safetensors, tokenizer files and preprocessor_config.json.
+"""Model folders: config.json, model.safetensors, tokenizer files and preprocessor_config.json; adapter/ after LoRA.
 
 Weights carry transformers' own names under ``llm.``, ``vision.`` and ``connector.``; a tied weight is stored once.
 A folder needs nothing but itself to be loaded, no file is a pickle, and a save that fails leaves the old one alone.
@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +27,9 @@ import tinyllava_fast
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models import adapter
 from tinyllava_fast.models.connectors.base import CONNECTORS
-from tinyllava_fast.models.hf import config_of, config_to_dict
+from tinyllava_fast.models.hf import cast_parameters, config_of, config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
 from tinyllava_fast.models.vision.base import VISION, VisionTower
@@ -62,9 +63,10 @@ def save_model(
     """Write a model folder, atomically: either all of it is there or what was there before.
 
     state_dict: the full weights under ``lmm.state_dict()``'s names where the module holds only a shard of them.
+    LoRA layers go to ``adapter/``, and config.json says so; model.safetensors keeps the stock names.
     Raises CheckpointError if the folder cannot be written, for instance because the disk is full.
     """
-    weights = dict(state_dict) if state_dict is not None else lmm.state_dict()
+    weights, adapted = adapter.split(lmm, state_dict if state_dict is not None else lmm.state_dict())
     tied = lmm.tied_names()
     stored = {k: v.detach().cpu().contiguous() for k, v in weights.items() if k not in tied}
     config = {
@@ -81,6 +83,8 @@ def save_model(
         save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        if adapted:
+            adapter.write(lmm, adapted, temporary / adapter.FOLDER)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
@@ -90,22 +94,35 @@ def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    merge_adapter: bool = True,
 ) -> tuple[LMM, PreTrainedTokenizerBase, Any]:
     """(model in eval mode, tokenizer, image processor) of a model folder. dtype None: the stored one.
 
     The folder may also be of another project, in a layout that models/checkpoints knows; it is opened in place.
+    merge_adapter: add a LoRA adapter to the weights, in float32; False keeps its layers in the model.
     Raises CheckpointError if the folder is of no known layout, is damaged, or does not fit its own config.
     """
     folder = Path(folder)
     if is_foreign(folder):
         from tinyllava_fast.models.checkpoints.load import open_checkpoint
 
-        opened = open_checkpoint(folder, dtype=dtype, device=device)
+        opened = open_checkpoint(folder, dtype=dtype, device=device, merge=merge_adapter)
         return opened.lmm, opened.tokenizer, opened.processor
     config, stored_dtype = read_config(folder)
-    lmm = skeleton(config, dtype or stored_dtype, str(folder / "config.json"))
+    adapted, config.adapter = config.adapter, False
+    merging = adapted and merge_adapter
+    lmm = skeleton(config, stored_dtype if merging else dtype or stored_dtype, str(folder / "config.json"))
     load_weights(lmm, folder)
+    if adapted:
+        path = folder / adapter.FOLDER
+        adapter.attach(lmm, adapter.read(path), str(path), dtype=torch.float32 if merging else None)
+    if merging:
+        adapter.merge(lmm, dtype)
+        cast_parameters(lmm, dtype or stored_dtype)
     return lmm.to(device).eval(), load_tokenizer(folder), load_processor(folder)
 
 
@@ -141,20 +158,21 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
         raise CheckpointError(str(error)) from None
 
 
-def load_weights(lmm: LMM, source: str | Path) -> None:
+def load_weights(lmm: LMM, source: str | Path, *, skip: Collection[str] = ()) -> None:
     """Copy the weights of a model folder (or .safetensors file) into the model; every name and shape must fit.
 
+    skip: names that the caller fills.
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
     path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    _load_into(lmm, path, skip=lmm.tied_names(), prefix="")
+    _load_into(lmm, path, tied=lmm.tied_names(), skip=skip, prefix="")
 
 
 def load_component(module: nn.Module, path: str | Path, component: str) -> None:
     """Fill one component from a .safetensors file, whose names may carry the component's prefix."""
     shapes = _stored_shapes(Path(path))
     prefix = f"{component}." if any(k.startswith(f"{component}.") for k in shapes) else ""
-    _load_into(module, Path(path), skip={}, prefix=prefix)
+    _load_into(module, Path(path), prefix=prefix)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -288,9 +306,12 @@ def _stored_shapes(path: Path) -> Shapes:
         raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from None
 
 
-def _load_into(module: nn.Module, path: Path, *, skip: Mapping[str, str], prefix: str) -> None:
+def _load_into(
+    module: nn.Module, path: Path, *, prefix: str, tied: Collection[str] = (), skip: Collection[str] = ()
+) -> None:
     found = {k.removeprefix(prefix): s for k, s in _stored_shapes(path).items() if k.startswith(prefix)}
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in skip}
+    found = {k: s for k, s in found.items() if k not in skip}
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in tied and k not in skip}
     _compare(expected, found, str(path))
     stored = load_file(path)  # its header, and with it the length of the file, has just been checked
     module.load_state_dict({k: stored[prefix + k] for k in found}, strict=False)
