@@ -7,6 +7,7 @@ by the hub ids in config.json; so those ids have to be given for a model that wa
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def _config(model: Model) -> dict[str, Any]:
         "model_type": "tinyllava",
         "cache_dir": None,
         "hidden_size": lmm.hidden_size,
+        "vision_hidden_size": getattr(lmm.vision, "clip", lmm.vision).hidden_size,
         "vocab_size": lmm.vocab_size,
         "ignore_index": -100,
         "image_token_index": -200,
@@ -118,8 +120,9 @@ def text_config(lmm: LMM) -> dict[str, Any]:
     kind = values["model_type"]
     if kind not in LEGACY_ADAPTERS:
         raise UserError(f"llm: the reference has no {kind}; it has {', '.join(LEGACY_ADAPTERS)}")
-    keys = legacy_text_config({"model_type": kind})
-    keys = values if len(keys) < 2 else keys  # OpenELM's keys are still its own
+    keys: Iterable[str] = legacy_text_config({"model_type": kind})
+    if kind == "openelm":  # never was in transformers: the class says what its keys are
+        keys = type(lmm.llm.config).__annotations__
     rope = dict(values.get("rope_parameters") or {})
     scaling = rope.get("rope_type", "default")
     if scaling not in ("default", "linear", "dynamic"):
@@ -130,7 +133,8 @@ def text_config(lmm: LMM) -> dict[str, Any]:
         "partial_rotary_factor": rope.get("partial_rotary_factor", values.get("partial_rotary_factor")),
         "rope_scaling": None if scaling == "default" else {"type": scaling, "factor": rope["factor"]},
     }
-    result = {key: known[key] for key in keys if key in known and key not in ("rope_parameters", "dtype")}
+    keys = [*keys, "bos_token_id", "eos_token_id", "pad_token_id"]
+    result = {key: known[key] for key in keys if known.get(key) is not None}  # where None is meant it is the default
     if kind == "gemma":  # there the tanh form is computed whatever hidden_act says, unless this key names another
         result["hidden_activation"] = values["hidden_act"]
     return result | {"model_type": kind, "torch_dtype": str(lmm.dtype).removeprefix("torch.")}

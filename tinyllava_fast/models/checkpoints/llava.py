@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError, nearest
@@ -69,7 +70,7 @@ def _config(values: dict[str, Any], where: str) -> Any:
 
     try:
         return LlavaConfig.from_dict(values)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{where}: transformers refuses this llava config: {error}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
@@ -49,11 +50,9 @@ def open_checkpoint(
     lmm = _build(checkpoint, dtype, str(path), merge)
     tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
     lmm.adapter.prepare_tokenizer(tokenizer)
-    fitting = (
-        parts.check_template(template)
-        if template
-        else parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
-    )
+    fitting = template or parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
+    if template:
+        TEMPLATES.get(template, "--template").check(tokenizer)
     if fitting is None:
         log.warning(
             "%s: no chat template ends answers with %r; import it with tlf-convert import --template NAME before asking "

@@ -273,12 +273,6 @@ def fitting_template(tokenizer: Any, family: str) -> str | None:
     return next(iter(own or fits), None)
 
 
-def check_template(name: str) -> str:
-    """The name, if such a template is registered."""
-    TEMPLATES.get(name, "--template")
-    return name
-
-
 def need(config: Mapping[str, Any], key: str, where: str) -> Any:
     """A key of config.json that the layout cannot do without."""
     if config.get(key) is None:
