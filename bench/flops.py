@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @dataclass(frozen=True)
@@ -69,20 +70,21 @@ def costs_of(lmm: LMM) -> Costs:
         head_weights=lmm.hidden_size * lmm.vocab_size,
         connector_weights=tuple(m.weight.numel() for m in lmm.connector.modules() if isinstance(m, nn.Linear)),
         connector_rows=lmm.tokens_per_image,
-        tower_flops=tower_flops(lmm.vision, image_size=lmm.image_size),
+        tower_flops=tower_flops(lmm.vision),
     )
 
 
-def tower_flops(tower: nn.Module, *, image_size: int) -> int:
-    """Forward FLOPs of one square image through a ViT tower's patch embedding and the layers that were built."""
-    patches = next(m for m in tower.modules() if isinstance(m, nn.Conv2d))
-    layers = next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
-    grid = (image_size // patches.kernel_size[0]) ** 2
-    table = next((m for m in tower.modules() if isinstance(m, nn.Embedding)), None)
-    tokens = table.num_embeddings if table is not None else grid  # a CLS token adds a row to the position table
-    hidden = patches.out_channels
-    attention = 2 * 2 * tokens * tokens * hidden * len(layers)
-    return 2 * grid * patches.weight.numel() + 2 * tokens * _weights(layers) + attention
+def tower_flops(tower: nn.Module) -> int:
+    """Forward FLOPs of one image through the patch embeddings and layers of every encoder that a tower is made of."""
+    total = 0
+    for encoder in tower.modules():
+        if isinstance(encoder, EncoderTower):
+            hidden, patch, layers = encoder.hidden_size, encoder.config.patch_size, encoder.layers
+            patches = (encoder.image_size // patch) ** 2
+            tokens = encoder.num_tokens + encoder.num_dropped
+            total += 2 * patches * hidden * encoder.config.num_channels * patch**2  # patch embedding
+            total += 2 * tokens * _weights(layers) + 2 * 2 * tokens * tokens * hidden * len(layers)
+    return total
 
 
 def _weights(modules: Iterable[nn.Module]) -> int:

@@ -35,8 +35,10 @@ def build_peer(lmm: LMM, *, feature_layer: int, feature_select: str, image_token
     uses. UserError for what Llava cannot express.
     """
     linears = [m for m in lmm.connector.modules() if isinstance(m, nn.Linear)]
-    if feature_layer >= 0 or len(linears) != 2:
-        raise UserError("the peer is transformers' Llava: it needs vision.feature_layer < 0 and a connector of depth 2")
+    if feature_layer >= 0 or len(linears) != 2 or lmm.connector.name != "mlp" or len(lmm.vision.widths) != 1:
+        raise UserError(
+            "the peer is transformers' Llava: it needs vision.feature_layer < 0, one tower, and a connector of depth 2"
+        )
     vision_config: Any = copy.deepcopy(lmm.vision.config)
     vision_config.num_hidden_layers += -1 - feature_layer
     config = LlavaConfig(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyllava_fast.bench.flops import Costs, Trains, costs_of, step_flops
+from tests.models.vision.families import images, random_tower
+from tinyllava_fast.bench.flops import Costs, Trains, costs_of, step_flops, tower_flops
 from tinyllava_fast.bench.peer import build_peer
 from tinyllava_fast.bench.samples import pad, unpack
 from tinyllava_fast.data.types import PackedBatch
@@ -64,3 +65,14 @@ def test_against_torch_on_one_unpadded_sample(lmm: LMM, packs: list[PackedBatch]
     ours = step_flops(costs, [n], images=1, supervised=n, trains=Trains(llm=False, connector=False))
     square_minus_triangle = 4 * (n * n - n * (n + 1) // 2) * costs.attention_width
     assert counter.get_total_flops() == pytest.approx(sum(ours.values()) + square_minus_triangle, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip2_naflex", "dinov2", "dinov2_with_registers", "mof"])
+def test_towers_against_torch(name: str) -> None:
+    tower = random_tower(name)
+    for encoder in tower.modules():
+        if hasattr(encoder, "config"):
+            encoder.config._attn_implementation = "eager"  # torch counts neither its fused attention nor ours
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(images(1))
+    assert tower_flops(tower) == counter.get_total_flops()
