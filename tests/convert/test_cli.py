@@ -39,7 +39,11 @@ def test_import_then_export(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_exit_with_2(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = {"model": str(folder(NAME)), "none": str(tmp_path / "none"), "new": str(tmp_path / "new")}

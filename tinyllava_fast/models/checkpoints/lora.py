@@ -1,7 +1,7 @@
-"""Low-rank adapters of other projects, as peft stores them: read, renamed to our modules, merged. W <- W + scale * B A.
+"""Low-rank adapters of other projects, as peft stores them: renamed to our modules, merged: W <- W + scale * B A.
 
-Source: Hu et al., arXiv 2106.09685. Merging is done in float32 whatever the weights are stored in: in float16 the logits
-of a TinyLLaVA Factory model move by up to 0.05.
+Source: Hu et al., arXiv 2106.09685. Merging is done in float32 whatever the weights are stored in: in float16 the
+logits of a TinyLLaVA Factory model move by up to 0.05.
 """
 
 from __future__ import annotations

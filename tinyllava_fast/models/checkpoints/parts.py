@@ -93,7 +93,7 @@ _LEGACY_VISION: dict[str, dict[str, Any]] = {
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Stored names under a component that hold nothing its forward pass reads.
 _IRRELEVANT = {
-    "llm": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?attn\.(masked_)?bias|transformer\.classifier\.weight",
+    "llm": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?attn\.(masked_)?bias|transformer\.classifier\..*",
     "vision": r"(.*\.)?(post_layernorm|layernorm|head|pooler)\..*|(.*\.)?(position_ids|mask_token)|logit_(scale|bias)",
     "connector": r"(.*\.)?position_ids",
 }
@@ -178,13 +178,13 @@ def tower_config(name: str, override: str | None, where: str, flag: str) -> dict
 
 def vision_weights(tower: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
     """(tensors under our names, stored names left out) of a tower under transformers 4 names."""
-    renamed: Any = VISION.get(tower).from_reference_names(tensors)  # type: ignore[arg-type] unread tensors
+    renamed: Any = VISION.get(tower).from_reference_names(tensors)  # type: ignore[arg-type]
     return _named("vision", renamed, tensors)
 
 
 def connector_weights(connector: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
     """(tensors under our names, stored names left out) of a connector under TinyLLaVA Factory's names."""
-    renamed: Any = CONNECTORS.get(connector).from_reference_names(tensors)  # type: ignore[arg-type] unread tensors
+    renamed: Any = CONNECTORS.get(connector).from_reference_names(tensors)  # type: ignore[arg-type]
     return _named("connector", renamed, tensors)
 
 
@@ -295,7 +295,7 @@ def layer_number(name: str) -> int | None:
 
 
 def pretrained_tower(tower: str, name: str, override: str | None, where: str) -> dict[str, Stored]:
-    """Weights, under transformers' names, of a tower that the checkpoint does not hold: from its own folder or hub id."""
+    """Weights under transformers' names of a tower that the checkpoint does not hold: from its own folder or hub id."""
     source = override or name
     cls = VISION.get(tower)
     try:

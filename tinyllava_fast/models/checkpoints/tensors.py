@@ -47,9 +47,11 @@ class Stored:
         """As Tensor.chunk, for equal parts: still unread."""
         size = self.shape[dim] // chunks
         shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
-        return tuple(
-            replace(self, shape=shape, read=lambda i=i: self.read().narrow(dim, i * size, size)) for i in range(chunks)
-        )
+
+        def part(number: int) -> Callable[[], Tensor]:
+            return lambda: self.read().narrow(dim, number * size, size)
+
+        return tuple(replace(self, shape=shape, read=part(number)) for number in range(chunks))
 
     @classmethod
     def of(cls, key: str, tensor: Tensor) -> Stored:

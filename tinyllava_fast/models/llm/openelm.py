@@ -215,10 +215,10 @@ class OpenELMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _input_embed_layer = "token_embeddings"
-    _no_split_modules: ClassVar = ["OpenELMDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules = ["OpenELMDecoderLayer"]  # noqa: RUF012 transformers declares lists
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # Apple's files hold it where the head is a matrix of its own; nothing reads it
-    _keys_to_ignore_on_load_unexpected: ClassVar = ["transformer.classifier.weight"]
+    _keys_to_ignore_on_load_unexpected = ["transformer.classifier.weight"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
