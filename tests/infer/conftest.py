@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.infer.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.infer.engine import Engine
@@ -43,3 +44,13 @@ def folder(lmm: LMM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytes
     path = tmp_path_factory.mktemp("model") / "final"
     save_model(lmm, tokenizer, build_image_processor(tiny_config()), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def plain(lmm: LMM) -> PreTrainedModel:
+    """The same language model as stock transformers runs it: sdpa, its own cache."""
+    config = copy.deepcopy(lmm.llm.config)
+    config._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model.load_state_dict(lmm.llm.state_dict())
+    return model

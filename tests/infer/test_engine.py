@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM
 
 from tests.infer.tiny import make_engine, make_model
 from tinyllava_fast.data.images import to_pixels
@@ -21,16 +18,6 @@ QUESTIONS = ("what is this?", "what colour?", "why", "is there a circle in the i
 
 def ask(text: str, image: Image.Image | None = None, new: int = 12, id: str = "", **kw: float) -> Request:
     return Request.ask(text, image, sampling=Sampling(max_new_tokens=new, **kw), id=id)
-
-
-@pytest.fixture(scope="module")
-def plain(lmm):
-    """The same language model as stock transformers runs it: sdpa, its own cache."""
-    config = copy.deepcopy(lmm.llm.config)
-    config._attn_implementation = "sdpa"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    model.load_state_dict(lmm.llm.state_dict())
-    return model
 
 
 @torch.no_grad()

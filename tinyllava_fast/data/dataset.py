@@ -77,9 +77,8 @@ class PackedDataset:
         template.check(tokenizer, data.masks)
         with _no_garbage_collection():
             for records in _chunks(read_records(data.records), _CHUNK):
-                usable = [
-                    (record, inputs) for record in records if (inputs := self._usable(record, template)) is not None
-                ]
+                looked_at = [(record, self._look(record, template)) for record in records]
+                usable = [(record, inputs) for record, inputs in looked_at if inputs is not None]
                 pieces = [(piece, inputs) for record, inputs in usable for piece in self._pieces(record)]
                 encoded = self._encode([piece for piece, _ in pieces], template, tokenizer)
                 for (piece, inputs), sample in zip(pieces, encoded, strict=True):
@@ -114,7 +113,7 @@ class PackedDataset:
         return self._plans[epoch]
 
     def pack(self, epoch: int, indices: Iterable[int]) -> PackedBatch:
-        """One pack: images decoded, augmented by (seed, epoch, record) and normalised, tokens laid out.
+        """One pack: images decoded, augmented by (seed, epoch, record, image) and normalised, tokens laid out.
 
         DataError for an image that cannot be decoded, unless data.on_bad_image is skip: then its record is left out
         and named in ``skipped``.
@@ -149,7 +148,7 @@ class PackedDataset:
             sample_ids=names,
         )
 
-    def _usable(self, record: Record, template: Template) -> list[int] | None:
+    def _look(self, record: Record, template: Template) -> list[int] | None:
         """How many inputs of the tower each image of a record is, once it has been checked; None: leave it out."""
         listed = len(record.images) if record.interleaved else None
         if problem := template.problem(record.turns, bool(record.images), listed):
@@ -227,7 +226,7 @@ class PackedDataset:
         return length, images, len(sample)
 
     def _pieces(self, record: Record) -> list[Record]:
-        """The record, or one record per ``data.turns_per_sample`` of its turns, each beginning with the images so far."""
+        """The record, or one for each ``data.turns_per_sample`` of its turns, beginning with the images so far."""
         most = self.data.turns_per_sample
         if not most or len(record.turns) <= most:
             return [record]

@@ -1,4 +1,4 @@
-"""The image files of a data set: looked for before anything trains, measured where that decides their tokens, decoded."""
+"""The image files of a data set: looked for before anything trains, measured if that decides their tokens, decoded."""
 
 from __future__ import annotations
 
@@ -78,9 +78,8 @@ class ImageFiles:
             if number not in made:
                 made[number] = self._inputs(images[number], (self.seed, epoch, index, *[number] * (number > 0)))
             if len(made[number]) != count:
-                raise DataError(
-                    f"{self._path(images[number])}: the size of the image has changed since the run began; start it anew"
-                )
+                path = self._path(images[number])
+                raise DataError(f"{path}: the size of the image has changed since the run began; start it anew")
             pictures += made[number]
         return pictures
 

@@ -52,8 +52,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """The records of a file, one at a time, in order.
 
     A file that begins with ``[`` is a JSON list, any other one JSONL. DataError for a missing or empty file, malformed
-    JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn, where
-    image is one path or a list of them, which may also be called images.
+    JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn.
+    image: one path, or a list of paths, which may also be called images.
     """
     empty = True
     try:

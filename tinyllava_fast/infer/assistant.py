@@ -41,7 +41,8 @@ class Assistant:
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
         template = TEMPLATES.get(lmm.config.template, "config.json: template")
         engine_options.setdefault("image_mode", lmm.config.image_mode)
-        engine_options.setdefault("image_grid", lmm.config.image_grid)
+        if engine_options["image_mode"] == "anyres":
+            engine_options.setdefault("image_grid", lmm.config.image_grid)
         return cls(Engine(lmm.eval(), tokenizer, processor, template, **engine_options))
 
     def answer(

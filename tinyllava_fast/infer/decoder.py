@@ -23,8 +23,8 @@ class Span:
     """New tokens of one sequence in a pass.
 
     ids: tokens, IMAGE_ROW where the next row of ``features`` goes. start: first pool row of the sequence's own tokens.
-    done: own rows already written. prefix: (start, length) of shared rows in the pool. features: [rows, D] of each image
-    that the tokens show, in order; the rows of one image are never split between two passes.
+    done: own rows already written. prefix: (start, length) of shared rows in the pool. features: [rows, D] of each
+    image that the tokens show, in order; the rows of one image are never split between two passes.
     """
 
     ids: list[int]

@@ -48,8 +48,8 @@ class Engine:
     """Runs a model of this toolkit on many requests at once. Greedy answers equal transformers' ``generate``.
 
     lmm: an LMM in eval mode. tokenizer: transformers tokenizer. processor: the tower's image processor.
-    template: chat template of the toolkit. image_mode: "square", "pad" or "anyres", as the model was trained; image_grid:
-        the resolutions (width, height) of anyres, empty for the default ones.
+    template: chat template of the toolkit. image_mode: "square", "pad" or "anyres", as the model was trained.
+    image_grid: the resolutions (width, height) of anyres; empty: the default ones.
     batch_tokens: rows of the K/V pool; prompts and answers in flight never exceed it. prefill_tokens: most tokens of
         one prefill pass, which bounds activations (a single larger group still runs alone). threads: image decoders.
     """
@@ -207,7 +207,7 @@ class Engine:
 
 
 def _shown(sequence: Running, features: dict[object, Tensor], cut: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of the images in the prompt's first ``cut`` tokens and of those after; a prefix never ends in an image."""
+    """Features of the images in the prompt's first ``cut`` tokens, where no image is cut, and of those after."""
     images = sequence.request.images
     rows = [features[image_key(images[i])] for i in sequence.shown]
     before, count = sequence.prompt[:cut].count(IMAGE_ROW), 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, tiles
 from tinyllava_fast.data.images import ImageMode, image_size, load_image, to_pixels
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.schedule import image_key
 from tinyllava_fast.infer.types import ImageLike, Request
 
@@ -23,7 +23,8 @@ class ImageEncoder:
     """Features of images, kept for the images of the last call.
 
     lmm: has encode_images. processor: image processor of the tower. mode: "square", "pad" or "anyres". grid: the
-    resolutions (width, height) of anyres, empty for the default ones. threads: decoders.
+    resolutions (width, height) of anyres, empty for the default ones. threads: decoders. UserError for a grid that the
+    mode does not use or that is not made of whole tiles.
     """
 
     def __init__(
@@ -32,6 +33,10 @@ class ImageEncoder:
         self.lmm = lmm
         self.processor = processor
         self.mode = mode
+        if grid and mode != "anyres":
+            raise UserError(
+                f"image_grid is for image_mode anyres only; got image_mode={mode!r}, image_grid={list(grid)}"
+            )
         self.grid = resolve_grid(grid, processor) if mode == "anyres" else []
         self.encoded = 0
         self._decoders = ThreadPoolExecutor(max(1, threads), thread_name_prefix="tlf-image")

@@ -1,6 +1,6 @@
 """Which requests run when: grouping by image, shared prefixes, and admission to the K/V pool.
 
-Legend: a prompt is a list of token ids in which every image marker has been expanded to the image's rows, all IMAGE_ROW.
+Legend: a prompt is a list of token ids in which every image marker has been expanded to its image's rows of IMAGE_ROW.
 """
 
 from __future__ import annotations

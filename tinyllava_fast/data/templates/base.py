@@ -181,7 +181,7 @@ class Template:
         units = [unit for sample in samples for unit in sample]
         rendered = [self.render(unit.turns, tokenizer, unit.interleaved) for unit in units]
         encoded = iter(self._encode_rendered(rendered, tokenizer, masks))
-        return [_share([replace(next(encoded), images=unit.images) for unit in sample]) for sample in samples]
+        return [_share([_numbered(next(encoded), unit.images) for unit in sample]) for sample in samples]
 
     def prompt_batch(
         self, conversations: Sequence[Conversation], tokenizer: Any, interleaved: Sequence[bool] | None = None
@@ -253,6 +253,10 @@ class Template:
                 segment = Segment(segment.ids, reference_spans(self, tokenizer, item.text, segment.ids))
             segments.append(segment)
         return segments
+
+
+def _numbered(segment: Segment, images: tuple[int, ...]) -> Segment:
+    return replace(segment, images=images) if images else segment
 
 
 def _share(units: list[Segment]) -> list[Segment]:

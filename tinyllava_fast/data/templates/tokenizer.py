@@ -1,9 +1,10 @@
 """The tokenizer's own chat template (jinja), as transformers renders it in its sandbox.
 
 Supervised is what the model has to generate: an answer and its end-of-turn token. Where an answer begins is known
-exactly, not searched for: from the template's ``{% generation %}`` blocks where it marks answers with them, else because
-the text rendered so far, generation prompt included, must be a prefix of the whole. So a prompt at inference is, character
-for character, what stood before the answer in training. Format: transformers' documentation of chat templates.
+exactly, not searched for: from the template's ``{% generation %}`` blocks where it marks answers with them, else
+because the text rendered so far, generation prompt included, must be a prefix of the whole; a prompt at inference is
+then, character for character, what stood before the answer in training.
+Format: https://huggingface.co/docs/transformers/chat_templating
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
@@ -84,8 +85,8 @@ def _probe(tokenizer: Any, source: str) -> _Frame:
     stop = max((n for n in names if n.strip() and whole.startswith(n, end)), key=len, default=None)
     if stop is None:
         raise UserError(
-            f"{_WHERE}: the chat template ends an answer with {whole[end:]!r}, which begins with no special token of the "
-            "tokenizer, so the model could not learn to stop; choose another data.template"
+            f"{_WHERE}: the chat template ends an answer with {whole[end:]!r}, which begins with no special token of "
+            "the tokenizer, so the model could not learn to stop; choose another data.template"
         )
     return _Frame(header, stop)
 
@@ -107,9 +108,9 @@ def _answers(tokenizer: Any, messages: Sequence[dict[str, str]], text: str) -> l
         prompt = _text(tokenizer, messages[: 2 * number + 1], True)
         if not text.startswith(prompt):
             raise UserError(
-                f"{_WHERE}: the prompt for answer {number} is no prefix of the rendered conversation (the chat template "
-                f"alters earlier turns, or its generation prompt differs from its answers); set data.turns=independent "
-                f"if only earlier turns are altered, {_OTHER}"
+                f"{_WHERE}: the prompt for answer {number} is no prefix of the rendered conversation: the template "
+                "alters earlier turns, or its generation prompt is not what it puts before an answer; set "
+                f"data.turns=independent if only earlier turns are altered, else {_OTHER}"
             )
         span = _span(text, len(prompt), answer, frame.stop)
         if span is None:
@@ -125,11 +126,15 @@ def _marked_starts(tokenizer: Any, messages: Sequence[dict[str, str]], text: str
     """Where the ``{% generation %}`` blocks begin, after the generation prompt if a block includes it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _, blocks = render_jinja_template(
-        [list(messages)],
-        chat_template=_source(tokenizer),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+    # ([text], [[(start, stop) of each block]]); its annotation says str
+    _, blocks = cast(
+        "tuple[list[str], list[list[tuple[int, int]]]]",
+        render_jinja_template(
+            [list(messages)],
+            chat_template=_source(tokenizer),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        ),
     )
     starts = [b + len(frame.header) if text.startswith(frame.header, b) else b for b, _ in blocks[0]]
     return [start for start in starts if text.endswith(frame.header, 0, start)]

@@ -45,7 +45,7 @@ class Adapter(Layout):
     """An adapter of peft and non_lora_trainables.bin."""
 
     name = "legacy_lora"
-    holds = "LoRA output of TinyLLaVABench or LLaVA: config.json, adapter_config.json, non_lora_trainables.bin; base elsewhere"
+    holds = "LoRA output of TinyLLaVABench or LLaVA: adapter_config.json, non_lora_trainables.bin; the base elsewhere"
 
     def recognises(self, folder: Folder) -> bool:
         """See the base class."""
@@ -77,8 +77,8 @@ def _base(folder: Folder, sources: Sources, named: str | None) -> tuple[Path, di
     path = Path(str(name))
     if not name or not path.is_dir() or not holds_weights(path):
         raise CheckpointError(
-            f"{folder.path}: it holds only what was trained; the language model {name!r} that it belongs to is no folder "
-            "with weights; give that folder: --llm FOLDER"
+            f"{folder.path}: it holds only what was trained; the language model {name!r} that it belongs to is no "
+            "folder with weights; give that folder: --llm FOLDER"
         )
     return path, read_tensors(path)
 

@@ -93,7 +93,7 @@ _LEGACY_VISION: dict[str, dict[str, Any]] = {
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Stored names under a component that hold nothing its forward pass reads.
 _IRRELEVANT = {
-    "llm": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|(.*\.)?attn\.(masked_)?bias|transformer\.classifier\..*",
+    "llm": r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias)|transformer\.classifier\..*",
     "vision": r"(.*\.)?(post_layernorm|layernorm|head|pooler)\..*|(.*\.)?(position_ids|mask_token)|logit_(scale|bias)",
     "connector": r"(.*\.)?position_ids",
 }
