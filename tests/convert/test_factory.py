@@ -72,7 +72,12 @@ def test_back_again(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("connector", "options"),
-    [("qformer", {"num_queries": 3}), ("mlp", {"depth": 3}), ("linear", {}), ("mlp", {"depth": 1})],
+    [
+        pytest.param("qformer", {"num_queries": 3}, marks=pytest.mark.slow),
+        ("mlp", {"depth": 3}),
+        ("linear", {}),
+        ("mlp", {"depth": 1}),
+    ],
 )
 def test_models_of_our_own(connector: str, options: dict, tmp_path: Path) -> None:
     """And DINOv2 resized as transformers 5 does it: its table is stored at the size that is used."""

@@ -99,6 +99,7 @@ def test_several_turns_and_text_alone(tmp_path: Path) -> None:
         processor.apply_chat_template([{"role": "system", "content": "Be brief."}])
 
 
+@pytest.mark.slow
 def test_loads_where_we_are_not_installed(tmp_path: Path) -> None:
     path = export("legacy-tinyllama-siglip", tmp_path)
     code = f"""
@@ -142,7 +143,7 @@ def test_more_that_llava_lacks(tmp_path: Path) -> None:
     io.save_model(model.lmm, model.tokenizer, model.processor, tmp_path / "mof")
     with torch.no_grad():
         bias.copy_(kept)
-    with pytest.raises(UserError, match="vision.type: mof is no tower of transformers' llava"):
+    with pytest.raises(UserError, match=r"vision.type: mof is no tower of transformers' llava"):
         export_model(tmp_path / "mof", tmp_path / "llava", "llava")
     plain = opened("tinyllama-clip-mlp2x_gelu-mono")
     for field, value, message in (

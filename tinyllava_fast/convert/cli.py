@@ -24,11 +24,6 @@ def parser() -> argparse.ArgumentParser:
     group = into.add_mutually_exclusive_group()
     group.add_argument("--merge", action="store_true", help="add a LoRA adapter to the weights, in float32 (default)")
     group.add_argument("--keep-adapter", action="store_true", help="leave a LoRA adapter apart, to be trained further")
-    into.add_argument(
-        "--llm", metavar="DIR", help="language model that a folder with only a projector or adapter needs"
-    )
-    into.add_argument("--vision", metavar="DIR", help="vision tower, where the checkpoint lacks its config or weights")
-    into.add_argument("--vision2", metavar="DIR", help="the second tower of a mixture of features (its config)")
     out = commands.add_parser("export", help="write a model in another project's format")
     out.add_argument("source", help="model folder, or a checkpoint that import takes")
     out.add_argument("target", help="folder to write; must not exist")
@@ -36,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     for part, what in (("llm", "language model"), ("tokenizer", "tokenizer"), ("vision", "vision tower")):
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
+    for command in (into, out):
+        command.add_argument("--llm", metavar="DIR", help="language model that a projector or adapter alone needs")
+        command.add_argument("--vision", metavar="DIR", help="vision tower that the checkpoint only names")
+        command.add_argument("--vision2", metavar="DIR", help="the second tower of a mixture of features (its config)")
     out.add_argument("--vision2-name", metavar="ID", help="factory: hub id of the second tower")
     return p
 
@@ -50,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tinyllava_fast.models.checkpoints.base import Sources
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    sources = Sources(llm=args.llm, vision=args.vision, vision2=args.vision2)
     try:
         if args.command == "import":
             import_checkpoint(
@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 template=args.template,
                 dtype=dtype,
                 keep_adapter=args.keep_adapter,
-                sources=Sources(llm=args.llm, vision=args.vision, vision2=args.vision2),
+                sources=sources,
             )
         else:
             given = {part: getattr(args, f"{part}_name") for part in ("llm", "tokenizer", "vision", "vision2")}
             names = {part: name for part, name in given.items() if name}
-            export_model(args.source, args.target, args.format, dtype=dtype, names=names)
+            export_model(args.source, args.target, args.format, dtype=dtype, names=names, sources=sources)
     except UserError as error:
         log.error("%s", error)
         return 2

@@ -52,15 +52,21 @@ def export_model(
     *,
     dtype: torch.dtype | None = None,
     names: dict[str, str] | None = None,
+    sources: Sources | None = None,
 ) -> Path:
     """Write a model, of ours or of any known layout, in another project's format.
 
     names: hub ids of its parts where the format refers to them: {llm, tokenizer, vision, vision2}.
+    sources: as for import, if the model is such a checkpoint.
     Raises UserError for a model that the format can't express, naming the field, and if the target exists.
     """
     _check_free(target)
     kind = FORMATS.get(format, "--format")()
-    lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=kind.merge_adapter)
+    if io.is_foreign(source):
+        opened = open_checkpoint(source, dtype=dtype, sources=sources, merge=kind.merge_adapter)
+        lmm, tokenizer, processor = opened.lmm, opened.tokenizer, opened.processor
+    else:
+        lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=kind.merge_adapter)
     model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})})
     with io.atomic_folder(target) as folder, torch.no_grad():
         kind.write(model, folder)

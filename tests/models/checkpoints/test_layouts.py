@@ -102,7 +102,7 @@ def test_shards_and_half_precision(copy: Callable[..., Path]) -> None:
     head = whole.llm.lm_head.weight
     assert head.dtype == torch.float32 and torch.equal(head, opened(MONO).lmm.llm.lm_head.weight.half().float())
     (path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: the weights file does not exist"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: the weights file does not exist"):
         io.load_model(path)
 
 
@@ -122,7 +122,7 @@ def test_legacy_pretrain(inside: bool, tmp_path: Path, copy: Callable[..., Path]
         prefix = "model.vision_tower.vision_tower."
         tower = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         torch.save(tower, path / "vision_tower" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="(?s)the language model .legacy-tiny.*--llm FOLDER"):
+    with pytest.raises(CheckpointError, match=r"(?s)the language model .legacy-tiny.*--llm FOLDER"):
         open_checkpoint(path, sources=Sources(vision=str(SIGLIP)))
     given = Sources(vision=str(SIGLIP if inside else tower_folder(tmp_path, weights)), llm=str(base))
     model = open_checkpoint(path, sources=given)
@@ -177,7 +177,7 @@ def test_llava15_without_its_tower(copy: Callable[..., Path], tmp_path: Path) ->
     (path / "pytorch_model.bin.index.json").unlink()
     kept = {k: v for k, v in weights.items() if "vision_tower" not in k}
     torch.save(kept, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="no weights of its vision tower 'tiny-clip'.*--vision FOLDER"):
+    with pytest.raises(CheckpointError, match=r"no weights of its vision tower 'tiny-clip'.*--vision FOLDER"):
         open_checkpoint(path, sources=Sources(vision=str(CLIP)))
     given = Sources(vision=str(tower_folder(tmp_path, weights, CLIP)))
     assert same_weights(open_checkpoint(path, sources=given).lmm, opened(LLAVA15).lmm)
@@ -187,6 +187,20 @@ def test_a_known_tower_needs_no_folder(copy: Callable[..., Path]) -> None:
     """Its config is built in; the tiny weights do not fit it, which shows that it was used."""
     with pytest.raises(CheckpointError, match=r"class_embedding .* has shape \[32\], its config says \[1024\]"):
         io.load_model(copy(LLAVA15, mm_vision_tower="openai/clip-vit-large-patch14-336"))
+
+
+def test_qlora_takes_its_language_model_from_where_it_came(copy: Callable[..., Path], tmp_path: Path) -> None:
+    name = "tinyllama-siglip-mlp2x_gelu-lora"
+    path, file = copy(name), Path("language_model/pytorch_model.bin")
+    stored = torch.load(path / file, weights_only=True)
+    (tmp_path / "llm").mkdir()
+    plain = {k.replace(".base_layer.", "."): v for k, v in stored.items()}
+    torch.save(plain, tmp_path / "llm" / "pytorch_model.bin")
+    torch.save({k: v.to(torch.int8) if "proj" in k else v for k, v in stored.items()}, path / file)
+    with pytest.raises(CheckpointError, match=r"is quantised and its scales are not stored.*--llm FOLDER"):
+        open_checkpoint(path, sources=sources(name))
+    given = Sources(vision=str(SIGLIP), llm=str(tmp_path / "llm"))
+    assert same_weights(open_checkpoint(path, sources=given).lmm, opened(name).lmm)
 
 
 def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -202,6 +216,7 @@ def test_everything_that_does_not_fit_is_listed(copy: Callable[..., Path]) -> No
         weights["vision_tower._vision_tower.vision_model.encoder.layers.0.mlp.fc9.bias"] = torch.zeros(2)
         weights["segmenter.weight"] = torch.zeros(3)
         weights["connector._connector.2.bias"] = torch.zeros(65)
+        weights["language_model.lm_head.weight"] = torch.zeros(640, 64, dtype=torch.int8)
         weights["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # of old releases
 
     path = copy(MONO)
@@ -211,6 +226,8 @@ def test_everything_that_does_not_fit_is_listed(copy: Callable[..., Path]) -> No
     lines = str(caught.value).splitlines()[1:]
     assert sorted(line.strip() for line in lines) == [
         "connector: layers.2.bias (stored as connector._connector.2.bias) has shape [65], its config says [64]",
+        "llm.lm_head.weight (stored as language_model.lm_head.weight) is torch.int8: quantised, and its scales are "
+        "not stored",
         "missing: llm.model.norm.weight [64]",
         "unexpected: language_model.model.layers.7.mlp.up_proj.weight [2]",
         "unexpected: segmenter.weight",
@@ -287,9 +304,9 @@ def test_configs_that_cannot_be_met(name: str, changes: dict, message: str, copy
 
 def test_a_tower_that_is_only_named(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="vision tower 'tiny-siglip' is neither a folder.*--vision FOLDER"):
+    with pytest.raises(CheckpointError, match=r"vision tower 'tiny-siglip' is neither a folder.*--vision FOLDER"):
         io.load_model(copy(LEGACY))
-    with pytest.raises(CheckpointError, match="vision tower 'tiny-dinov2' is neither a folder.*--vision2 FOLDER"):
+    with pytest.raises(CheckpointError, match=r"vision tower 'tiny-dinov2' is neither a folder.*--vision2 FOLDER"):
         io.load_model(copy("phi-mof-mof_mlp-mono"))
     path = copy("legacy-phi-siglip", mm_vision_tower=str(SIGLIP))
     assert same_weights(io.load_model(path)[0], opened("legacy-phi-siglip").lmm), "a folder that config.json names"

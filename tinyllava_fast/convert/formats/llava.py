@@ -79,8 +79,8 @@ def _check_llm(lmm: LMM) -> None:
     _, bias = lmm.adapter.head(lmm.llm)
     if bias is not None and bool(bias.ne(0).any()):
         raise UserError(
-            f"llm: {kind}'s output projection has a bias (lm_head.bias), transformers' llava has none: its logits would "
-            "differ; --format factory keeps it"
+            f"llm: {kind}'s output projection has a bias (lm_head.bias), transformers' llava has none: its logits "
+            "would differ; --format factory keeps it"
         )
 
 
@@ -127,8 +127,8 @@ def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
         act, maps = "linear", [unit, zero, unit, zero]
     else:
         raise UserError(
-            f"connector: {kind} {options} is not expressible: transformers' llava has two linear maps with an activation "
-            "between them; --format factory keeps it"
+            f"connector: {kind} {options} is not expressible: transformers' llava has two linear maps with an "
+            "activation between them; --format factory keeps it"
         )
     first_weight, first_bias, weight, bias = maps
     scale = lmm.embedding_scale

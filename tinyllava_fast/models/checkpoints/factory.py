@@ -7,14 +7,16 @@ features has no config at all. Code that hub releases bring along is not looked 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tinyllava_fast.data.images import pixel_shape
+from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.checkpoints import parts
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
 from tinyllava_fast.models.checkpoints.lora import read_lora
-from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights
+from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights, read_tensors
 from tinyllava_fast.models.hf import legacy_text_config
 
 PREFIXES = {"llm": "language_model.", "vision": "vision_tower._vision_tower.", "connector": "connector._connector."}
@@ -116,6 +118,8 @@ class Lora(FactoryLayout):
             component: {name.replace(".base_layer.", "."): stored for name, stored in found.items()}
             for component, found in _split_tensors(folder).items()
         }
+        if any(not stored.dtype.is_floating_point for stored in tensors["llm"].values()):
+            tensors["llm"] = _unquantised(folder, sources)
         checkpoint = self.describe(folder, sources, tensors)
         ours = {stored.key.replace(".base_layer.", "."): name for name, stored in checkpoint.weights.items()}
 
@@ -132,6 +136,17 @@ class Lora(FactoryLayout):
 
 def _is_split(folder: Folder) -> bool:
     return not holds_weights(folder.path) and all(holds_weights(folder.path / name) for name in _SPLIT.values())
+
+
+def _unquantised(folder: Folder, sources: Sources) -> dict[str, Stored]:
+    """The language model of a QLoRA folder: stored there as int8 without scales, but frozen, so its own folder has it."""
+    name = sources.llm or folder.config.get("llm_model_name_or_path")
+    if not name or not holds_weights(Path(name)):
+        raise CheckpointError(
+            f"{folder.path}: language_model/ is quantised and its scales are not stored; the language model that it "
+            f"was made from, {name!r}, is no folder with weights; give that folder: --llm FOLDER"
+        )
+    return read_tensors(Path(name))
 
 
 def _split_tensors(folder: Folder) -> dict[str, dict[str, Stored]]:

@@ -51,6 +51,8 @@ def open_checkpoint(
     tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
     lmm.adapter.prepare_tokenizer(tokenizer)
     fitting = template or parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
+    if fitting is None and tokenizer.chat_template and lmm.adapter.template == "tokenizer":
+        fitting = "tokenizer"
     if template:
         TEMPLATES.get(template, "--template").check(tokenizer)
     if fitting is None:
@@ -139,6 +141,11 @@ def _check(
     lines = [f"  missing: {name} {list(t.shape)}" for name, t in expected.items() if name not in weights]
     lines += [f"  unexpected: {weights[name].key} {list(weights[name].shape)}" for name in surplus]
     lines += [f"  unexpected: {key}" for key in unknown]
+    lines += [
+        f"  {name} (stored as {weights[name].key}) is {weights[name].dtype}: quantised, and its scales are not stored"
+        for name, tensor in expected.items()
+        if name in weights and tensor.is_floating_point() and not weights[name].dtype.is_floating_point
+    ]
     for name, tensor in expected.items():
         if name in weights and weights[name].shape != tuple(tensor.shape):
             component, _, rest = name.partition(".")
