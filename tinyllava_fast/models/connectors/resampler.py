@@ -82,6 +82,7 @@ class _Attention(nn.Module):
         self.to_out = nn.Linear(heads * head_size, width, bias=False)
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
+        """Image [N, K, D], latents [N, Q, D] -> [N, Q, D], before the residual."""
         latents = self.norm_latents(latents)
         keys, values = self.to_kv(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values))
