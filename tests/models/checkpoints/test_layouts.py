@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tinyllava_fast
 from tests.models.checkpoints.golden import GOLDEN, LAYOUT, MODELS, folder, opened, record, sources
 from tinyllava_fast.config.schema import ModelConfig
 from tinyllava_fast.errors import CheckpointError
@@ -61,6 +62,13 @@ def test_in_place_wherever_a_model_path_is_taken(copy: Callable[..., Path]) -> N
     assert build_model(config).training
     assert build_tokenizer(config)("red").input_ids == tokenizer("red").input_ids
     assert build_image_processor(config).to_dict() == processor.to_dict()
+
+
+def test_three_lines_of_python(copy: Callable[..., Path]) -> None:
+    wanted = record(LEGACY)["infer"]
+    model = tinyllava_fast.load(copy(LEGACY, mm_vision_tower=str(SIGLIP)), device="cpu")
+    answer = model.answer(GOLDEN / wanted["image"], "What is the blue shape?", max_new_tokens=16)
+    assert answer == wanted["greedy_text"].strip()
 
 
 def test_a_saved_model_is_ours_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -295,6 +303,7 @@ def test_damage_is_named(what: str, message: str, copy: Callable[..., Path]) -> 
         (MONO, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' is not supported"),
         (MONO, {"vision_config": {"model_type": "vit"}}, "vision_config.model_type: 'vit'"),
         (LEGACY, {"mm_use_im_start_end": True}, "mm_use_im_start_end is true"),
+        (LEGACY, {"mm_projector_type": "resampler"}, "TinyLLaVABench's resampler is another one"),
     ],
 )
 def test_configs_that_cannot_be_met(name: str, changes: dict, message: str, copy: Callable[..., Path]) -> None:

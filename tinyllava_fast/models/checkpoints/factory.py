@@ -12,7 +12,7 @@ from typing import Any
 
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.checkpoints import parts
+from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
 from tinyllava_fast.models.checkpoints.lora import read_lora
@@ -44,7 +44,7 @@ class FactoryLayout(Layout):
         ]
         vision = _vision(config, sources, processors, where)
         connector = parts.connector_part(parts.need(config, "connector_type", where), config, where)
-        towers, left_out = parts.vision_weights(vision["type"], tensors["vision"])
+        tower, left_out = parts.vision_weights(vision["type"], tensors["vision"])
         adapting, dropped = parts.connector_weights(connector["type"], tensors["connector"])
         origin = {
             "llm": config.get("llm_model_name_or_path"),
@@ -58,7 +58,7 @@ class FactoryLayout(Layout):
             vision=vision,
             connector=connector,
             image_mode=parts.image_mode(config, where),
-            weights={**parts.llm_weights(tensors["llm"]), **towers, **adapting},
+            weights={**parts.llm_weights(tensors["llm"]), **tower, **adapting},
             ignored=[*left_out, *dropped],
             tokenizer=parts.tokenizer_source(folder, sources.llm or origin["tokenizer"], where),
             processor_sources=processors,
@@ -139,7 +139,7 @@ def _is_split(folder: Folder) -> bool:
 
 
 def _unquantised(folder: Folder, sources: Sources) -> dict[str, Stored]:
-    """The language model of a QLoRA folder: stored there as int8 without scales, but frozen, so its own folder has it."""
+    """The language model of a QLoRA folder: int8 without scales there, but it was frozen, so its own folder has it."""
     name = sources.llm or folder.config.get("llm_model_name_or_path")
     if not name or not holds_weights(Path(name)):
         raise CheckpointError(
@@ -162,17 +162,17 @@ def _vision(config: dict[str, Any], sources: Sources, processors: list[str | Non
     whose crop is 224 in every release.
     """
     layer = config.get("vision_feature_layer", -2)
-    stored = parts.legacy_vision_config(parts.need(config, "vision_config", where), where)
-    first = parts.truncated(stored, layer, where)
+    stored = towers.legacy_vision_config(parts.need(config, "vision_config", where), where)
+    first = towers.truncated(stored, layer, where)
     vision: dict[str, Any] = {
-        "type": parts.tower_type(first, where),
+        "type": towers.tower_type(first, where),
         "config": first,
         "feature_select": config.get("vision_feature_select_strategy", "patch"),
         "options": {},
     }
     if str(config.get("vision_model_name_or_path")).partition(":")[0] == "mof":
         name = str(parts.need(config, "vision_model_name_or_path2", where)).rpartition(":")[2]
-        second = parts.truncated(parts.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
+        second = towers.truncated(towers.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
         half = {"config": second, "interpolation": "transformers4"}
         return vision | {"type": "mof", "options": {"dinov2": half}}
     if vision["type"] == "dinov2":

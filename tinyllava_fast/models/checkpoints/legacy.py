@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.checkpoints import parts
+from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights
 from tinyllava_fast.models.hf import legacy_text_config
@@ -46,22 +46,25 @@ class LegacyLayout(Layout):
         for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
             if config.get(key):
                 raise CheckpointError(f"{where}: {key} is true: prompts with tokens around the image are not supported")
+        projector = str(config.get("mm_projector_type") or "linear")
+        if projector in ("resampler", "qformer"):
+            raise CheckpointError(f"{where}: TinyLLaVABench's {projector} is another one than TinyLLaVA Factory's")
         name = str(parts.need(config, "mm_vision_tower", where))
         layer = int(config.get("mm_vision_select_layer", -2))
-        full = parts.tower_config(name, sources.vision, where, "--vision")
-        kind = parts.tower_type(full, where)
+        full = towers.tower_config(name, sources.vision, where, "--vision")
+        kind = towers.tower_type(full, where)
         select = self.selection(kind, config)
         vision = {
             "type": kind,
-            "config": parts.truncated(full, layer, where),
+            "config": towers.truncated(full, layer, where),
             "feature_select": select,
             "options": {},
         }
-        connector = parts.connector_part(str(config.get("mm_projector_type") or "linear"), config, where)
+        connector = parts.connector_part(projector, config, where)
         stored = parts.under(TOWER, tensors)
         if not stored:
-            stored = parts.pretrained_tower(kind, name, sources.vision, where)
-        towers, left_out = parts.vision_weights(kind, stored)
+            stored = towers.pretrained_tower(kind, name, sources.vision, where)
+        tower, left_out = parts.vision_weights(kind, stored)
         adapting, dropped = parts.connector_weights(connector["type"], parts.under(PROJECTOR, tensors))
         llm = {k: v for k, v in tensors.items() if not k.startswith((TOWER, PROJECTOR))}
         return Checkpoint(
@@ -70,7 +73,7 @@ class LegacyLayout(Layout):
             vision=vision,
             connector=connector,
             image_mode=parts.image_mode(config, where),
-            weights={**parts.llm_weights(llm), **towers, **adapting},
+            weights={**parts.llm_weights(llm), **tower, **adapting},
             ignored=[*left_out, *dropped],
             tokenizer=parts.tokenizer_source(folder, sources.llm, where),
             processor_sources=[str(folder.path), sources.vision, name],

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError, nearest
-from tinyllava_fast.models.checkpoints import parts
+from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.tensors import Stored
 from tinyllava_fast.models.hf import config_to_dict
@@ -42,12 +42,12 @@ class Llava(Layout):
         """See the base class."""
         where = str(folder.path / "config.json")
         config = _config(folder.config, where)
-        llm, towers, projector, unknown = _sort(folder.tensors())
+        llm, tower, projector, unknown = _sort(folder.tensors())
         text = config_to_dict(config.text_config)
         rows = 1 / math.sqrt(text["hidden_size"]) if text["model_type"] in SCALED else 1.0
         connector, adapting = _connector(config, projector, rows, where)
         vision = _vision(config, where)
-        towers, left_out = parts.vision_weights(vision["type"], towers)
+        tower, left_out = parts.vision_weights(vision["type"], tower)
         if text["model_type"] == "phi":
             llm.setdefault("lm_head.bias", Stored.of("no lm_head.bias", torch.zeros(text["vocab_size"])))
         sources_of_processor = [str(folder.path), sources.vision]
@@ -57,7 +57,7 @@ class Llava(Layout):
             vision=vision,
             connector=connector,
             image_mode="pad" if parts.processor_values(sources_of_processor).get("do_pad") else "square",
-            weights={**parts.llm_weights(llm), **towers, **adapting},
+            weights={**parts.llm_weights(llm), **tower, **adapting},
             ignored=left_out,
             tokenizer=parts.tokenizer_source(folder, sources.llm, where),
             processor_sources=sources_of_processor,
@@ -109,8 +109,8 @@ def _vision(config: Any, where: str) -> dict[str, Any]:
                 f"{where}: vision_feature_layer {layer}: features of several layers are not supported"
             )
         layer = layer[0]
-    values = parts.truncated(config_to_dict(config.vision_config), layer, where)
-    kind = parts.tower_type(values, where)
+    values = towers.truncated(config_to_dict(config.vision_config), layer, where)
+    kind = towers.tower_type(values, where)
     select = SELECTIONS[config.vision_feature_select_strategy]
     if select == "patch" and values.get("num_register_tokens"):
         raise CheckpointError(f"{where}: vision_feature_select_strategy 'default' would keep this tower's registers")

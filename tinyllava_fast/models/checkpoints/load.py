@@ -13,7 +13,7 @@ from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
-from tinyllava_fast.models.checkpoints import parts
+from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
 from tinyllava_fast.models.checkpoints.lora import Lora
 from tinyllava_fast.models.checkpoints.tensors import Stored
@@ -129,7 +129,7 @@ def _attach(lmm: LMM, lora: Lora, where: str) -> None:
 
 def _is_irrelevant(name: str, lmm: LMM) -> bool:
     component, _, rest = name.partition(".")
-    if component == "vision" and (number := parts.layer_number(rest)) is not None:
+    if component == "vision" and (number := towers.layer_number(rest)) is not None:
         return number >= lmm.vision.num_layers
     return parts.irrelevant(component, rest)
 
