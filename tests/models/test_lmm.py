@@ -81,7 +81,7 @@ class StockTower(VisionTower):
 def test_packed_training_equals_one_padded_sample_at_a_time(
     family: str, tiny: Callable, ragged: Callable, pack: Callable
 ) -> None:
-    """Issue: packing must not change the mathematics. Sixteen ragged samples, some of them text only, fp32."""
+    """Packing must not change the mathematics. Sixteen ragged samples, some of them text only, fp32."""
     extra = {"llama": {}, "gemma": {"head_dim": 8}, "phi": {"resid_pdrop": 0.0, "tie_word_embeddings": False}}[family]
     lmm = build_model(tiny(llm={"model_type": family, **extra}), seed=5)
     if family == "phi":
