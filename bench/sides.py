@@ -67,7 +67,7 @@ def run_ours(
     """The pieces of our training loop on the packs, each step when the gate opens."""
     stage = run.stages[0]
     lmm.to(process.device)
-    groups: list[dict[str, Any]] = [{**group} for group in apply_recipe(lmm, stage.recipe, stage.optim)]
+    groups: list[dict[str, Any]] = [{**group} for group in apply_recipe(lmm, stage.recipe, stage.optim, seed=run.seed)]
     if run.engine.compile:
         CompiledForward(lmm)
     engine = build_engine(process, run.engine, stage.optim, lmm, groups, micro_batches=1)

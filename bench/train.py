@@ -76,12 +76,13 @@ def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Sett
     if len(run.stages) != 1:
         raise UserError(f"{config}: stages: a benchmark run has exactly one stage, this has {len(run.stages)}")
     stage = run.stages[0]
+    stage = replace(stage, data=stage.data.under(run.data_root))
     if not stage.data.records:
         count = (settings.warmup + settings.rounds * settings.steps) * settings.samples
         records, images = write_easy_vqa(folder, count)
         stage = replace(stage, data=replace(stage.data, records=str(records), image_folder=str(images)))
     path = folder / "run.yaml"
-    path.write_text(dump(replace(run, stages=[stage])), encoding="utf-8")
+    path.write_text(dump(replace(run, stages=[stage], data_root=".")), encoding="utf-8")
     return path
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tinyllava_fast.data.tokenizer import load_tokenizer
+from tinyllava_fast.data.tokenizer import has_tokenizer, load_tokenizer
 from tinyllava_fast.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -22,6 +23,22 @@ def test_slow_ids(row, tmp_path):
     assert (again.bos_token_id, again.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     if row["tokenizer"] in ("llama_spm", "llama_spm_b"):
         assert [again.decode(i, skip_special_tokens=True) for i in row["input_ids"]] == row["decoded_skip_special"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r["tokenizer"])
+def test_slow_ids_from_slow_files(row, tmp_path):
+    """tokenizer.model, or vocab.json and merges.txt, beside the config.json of a model that transformers has not."""
+    files = GOLDEN / "tokenizers" / row["tokenizer"]
+    shutil.copytree(files, tmp_path / "slow", ignore=shutil.ignore_patterns("tokenizer.json"))
+    (tmp_path / "slow" / "config.json").write_text('{"model_type": "tinyllava"}')
+    assert has_tokenizer(tmp_path / "slow")
+    tokenizer, fast = load_tokenizer(tmp_path / "slow"), load_tokenizer(files)
+    assert [tokenizer(text).input_ids for text in row["texts"]] == row["input_ids"]
+    assert len(tokenizer) == len(fast), "no token that the vocabulary lacks"
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (fast.bos_token, fast.eos_token)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert [again(text).input_ids for text in row["texts"]] == row["input_ids"]
 
 
 def test_without_tokenizer_json(tmp_path):

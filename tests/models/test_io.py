@@ -178,7 +178,7 @@ def damage(folder: Path, what: str) -> None:
         ("json", "not valid JSON"),
         ("list", "model_type is None"),
         ("dtype", "not a torch dtype"),
-        ("llava", "model_type is 'llava', expected 'tinyllava_fast'"),
+        ("llava", "no known model: config.json has model_type 'llava'"),
         ("key", "templat: unknown key; did you mean 'template'"),
         ("processor", "image processor cannot be read"),
     ],

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from tinyllava_fast.config.compose import Section, expand, read_section, section_of
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import UserError, nearest
 
@@ -26,36 +27,37 @@ T = TypeVar("T")
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML, apply dotted overrides ("stages.finetune.optim.lr=1e-4") and check every key and value.
 
-    A section may be given as a path to a YAML file that holds it, relative to the file that names it.
+    A section may be a file of its own or start from one by ``base`` (config/compose.py); overrides reach inside.
     Raises UserError naming the file, the key, what was expected and the nearest valid name.
     """
     path = Path(path)
-    tree = _read_yaml(path)
+    tree = read_section(RunConfig, path)
     for override in overrides:
         _apply_override(tree, override)
-    run = parse_into(RunConfig, tree, str(path), folder=path.parent)
+        tree = expand(RunConfig, tree, path, (path,))  # the value may name a file, relative to the run's
+    run = parse_into(RunConfig, tree, str(path))
     _check_run(run, str(path))
     return run
 
 
-def parse_into(cls: type[T], mapping: Any, where: str, *, key: str = "", folder: Path | None = None) -> T:
+def parse_into(cls: type[T], mapping: Any, where: str, *, key: str = "") -> T:
     """Build dataclass ``cls`` from a mapping; nested dataclasses, lists and dicts of them included.
 
     where: the file or object the mapping came from, for messages. key: dotted prefix of the mapping inside it.
-    folder: where a section given as a path is looked for; None refuses paths.
     """
-    if isinstance(mapping, str) and folder is not None:
-        nested = folder / mapping
-        return parse_into(cls, _read_yaml(nested), str(nested), folder=nested.parent)
     if not isinstance(mapping, dict):
         raise UserError(f"{where}: {key or 'top level'}: expected a mapping of {cls.__name__} keys, got {mapping!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    files = mapping.written if isinstance(mapping, Section) else {}
     for name in mapping:
         if name not in fields:
-            raise UserError(f"{where}: {_join(key, name)}: unknown key; {nearest(str(name), fields)}")
+            raise UserError(
+                f"{files.get(name, where)}: {_join(key, name)}: unknown key; {nearest(str(name), fields)}"
+            )
     hints = get_type_hints(cls)
     values = {
-        name: _parse_value(hints[name], value, where, _join(key, name), folder) for name, value in mapping.items()
+        name: _parse_value(hints[name], value, files.get(name, where), _join(key, name))
+        for name, value in mapping.items()
     }
     for name, spec in fields.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
@@ -88,7 +90,7 @@ def describe(cls: type = RunConfig, prefix: str = "") -> str:
     docs, hints, lines = _field_docs(cls), get_type_hints(cls), []
     for spec in dataclasses.fields(cls):
         name, hint = _join(prefix, spec.name), hints[spec.name]
-        section = _section_of(hint)
+        section = section_of(hint)
         if section is not None:
             inner = name if section is hint else f"{name}.<name>"
             lines.append(describe(section, inner))
@@ -100,19 +102,6 @@ def describe(cls: type = RunConfig, prefix: str = "") -> str:
         if spec.name in docs:
             lines.append(textwrap.indent(textwrap.fill(docs[spec.name], 100), "      "))
     return "\n".join(lines)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such config file; {nearest(path.name, near)}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of RunConfig keys, got {type(tree).__name__}")
-    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -132,6 +121,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[_index(node, last, override)] = value
     elif isinstance(node, dict):
         node[last] = value
+        if isinstance(node, Section):
+            node.written.pop(last, None)  # no file's any more
     else:
         raise UserError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
 
@@ -155,21 +146,15 @@ def _index(node: list[Any], part: str, override: str) -> int:
     raise UserError(f"override {override!r}: no item {part!r}; {nearest(part, names)}")
 
 
-def _parse_value(hint: Any, value: Any, where: str, key: str, folder: Path | None) -> Any:
+def _parse_value(hint: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return parse_into(hint, value, where, key=key, folder=folder)
-    section = _section_of(hint)
+        return parse_into(hint, value, where, key=key)
+    section = section_of(hint)
     if section is not None:
         if not isinstance(value, list):
             raise UserError(f"{where}: {key}: expected a list of {section.__name__}, got {value!r}")
-        return [parse_into(section, v, where, key=f"{key}[{i}]", folder=folder) for i, v in enumerate(value)]
+        return [parse_into(section, v, where, key=f"{key}[{i}]") for i, v in enumerate(value)]
     return _coerce(hint, value, where, key)
-
-
-def _section_of(hint: Any) -> type | None:
-    """The dataclass inside a hint: itself, or the item of list[dataclass]."""
-    candidates = (hint, *get_args(hint)) if get_origin(hint) is list else (hint,)
-    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
 
 
 @functools.cache

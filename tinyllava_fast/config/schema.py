@@ -6,10 +6,11 @@ registers, so a new component never edits this file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Tune = Literal["frozen", "full", "partial"]
+Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,16 @@ class DataConfig:
     on_bad_image: Literal["fail", "skip"] = "fail"
     """A truncated or non-image file: stop, or drop the record and count it. A missing file always stops."""
     overlong: Literal["fail", "truncate"] = "fail"
-    """A sample longer than the token budget: stop, or cut its end and count it."""
+    """A sample longer than ``max_tokens``: stop, or cut its end and count it."""
+    max_tokens: int | None = None
+    """Longest sample, image tokens included; None, or more than that: the token budget of a pack."""
+
+    def under(self, root: str) -> DataConfig:
+        """The same with files relative to ``root``; absolute paths and "no records" stay."""
+        if root == ".":
+            return self
+        records = os.path.join(root, self.records) if self.records else ""
+        return replace(self, records=records, image_folder=os.path.normpath(os.path.join(root, self.image_folder)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,15 +158,46 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters (arXiv 2106.09685) of one component, as peft has them."""
+
+    r: int = 128
+    """Rank."""
+    alpha: float = 256
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.05
+    """On the input of an adapter, in training."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases that train as well: none, those of the adapted layers, or all of the component."""
+    target_modules: list[str] | None = None
+    """Names of linear layers, or ends of names such as q_proj; None: all of the component but the output head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the norms of the weights' rows besides (DoRA, arXiv 2402.09353)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of layers that differ: the end of a layer's name, or a regular expression for it, to its rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of layers that differ, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """How one component trains."""
 
     tune: Tune = "full"
-    """frozen, full, or partial (layers from ``from_layer`` on)."""
+    """frozen, full, partial (layers from ``from_layer`` on), lora (adapters alone), or qlora (adapters over weights
+    that bitsandbytes keeps quantised)."""
     from_layer: int = 0
     """First layer that trains when tune is partial."""
     lr: float | None = None
     """Peak learning rate; None: the stage's."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Settings of lora and qlora."""
+    quant: Literal["nf4", "int8"] = "nf4"
+    """How qlora keeps the frozen weights: 4-bit NormalFloat in blocks of 64, or 8-bit integers by row."""
+    double_quant: bool = True
+    """qlora with nf4: quantise the scales of the blocks too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +286,8 @@ class RunConfig:
     """A whole run."""
 
     output_dir: str = "runs/run"
+    data_root: str = "."
+    """Folder that ``records`` and ``image_folder`` of every stage are relative to."""
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: list[StageConfig] = field(default_factory=list)

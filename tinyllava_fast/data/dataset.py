@@ -40,7 +40,7 @@ class DataReport:
     unsupervised: int = 0
     """Samples without a supervised token: kept, but nothing is learnt from them."""
     truncated: int = 0
-    """Samples cut to the token budget (data.overlong: truncate)."""
+    """Samples cut to the longest length (data.overlong: truncate)."""
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -188,7 +188,9 @@ class PackedDataset:
 
         inputs: how many inputs of the tower each image of the record is.
         """
-        count, budget = self.tokens_per_image, self.batch.tokens
+        count = self.tokens_per_image
+        budget = min(self.data.max_tokens or self.batch.tokens, self.batch.tokens)
+        key = "batch.tokens" if budget == self.batch.tokens else "data.max_tokens"
         shown = _shown(encoded, inputs)
         sample = widen(encoded, [n for _, n in shown])
         length = sum(width(segment, count) for segment in sample)
@@ -196,11 +198,11 @@ class PackedDataset:
             largest = count * max((n for _, n in shown), default=0)
             if largest >= budget:
                 raise self._error(
-                    record, "image", f"{largest} image tokens do not fit batch.tokens={budget}; raise batch.tokens"
+                    record, "image", f"{largest} image tokens do not fit {key}={budget}; raise {key}"
                 )
             if self.data.overlong == "fail":
-                remedy = "raise batch.tokens, or set data.overlong=truncate"
-                raise self._error(record, "conversations", f"{length} tokens exceed batch.tokens={budget}; {remedy}")
+                remedy = f"raise {key}, or set data.overlong=truncate"
+                raise self._error(record, "conversations", f"{length} tokens exceed {key}={budget}; {remedy}")
             encoded = truncate(encoded, budget, count, [n for _, n in shown])
             shown = _shown(encoded, inputs)
             sample = widen(encoded, [n for _, n in shown])

@@ -25,11 +25,11 @@ from tinyllava_fast.models.vision.base import VISION, VisionTower
 def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LMM:
     """The model of a run: pretrained parts from their paths, the others with weights drawn from the seed.
 
-    Random weights are drawn in float32 and then cast, so they do not depend on dtype. Raises UserError naming the
-    config key.
+    Random weights are drawn in float32 and then cast, so they do not depend on dtype. A LoRA adapter of ``path`` stays
+    live: the recipe merges it or goes on with it. Raises UserError naming the config key.
     """
     if model.path is not None:
-        return io.load_model(model.path, dtype=dtype)[0].train()
+        return io.load_model(model.path, dtype=dtype, merge_adapter=False)[0].train()
     adapter, llm = _build_llm(model.llm, seed, dtype)
     vision = _build_vision(model.vision, seed + 1, dtype)
     connector = _build_connector(model.connector, vision.hidden_size, llm.config.hidden_size, seed + 2)

@@ -1,4 +1,4 @@
-"""Model folders: config.json, model.safetensors, tokenizer files and preprocessor_config.json.
+"""Model folders: config.json, model.safetensors, tokenizer files and preprocessor_config.json; adapter/ after LoRA.
 
 Weights carry transformers' own names under ``llm.``, ``vision.`` and ``connector.``; a tied weight is stored once.
 A folder needs nothing but itself to be loaded, no file is a pickle, and a save that fails leaves the old one alone.
@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +27,9 @@ import tinyllava_fast
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models import adapter
 from tinyllava_fast.models.connectors.base import CONNECTORS
-from tinyllava_fast.models.hf import config_of, config_to_dict
+from tinyllava_fast.models.hf import cast_parameters, config_of, config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
 from tinyllava_fast.models.vision.base import VISION, VisionTower
@@ -62,9 +63,10 @@ def save_model(
     """Write a model folder, atomically: either all of it is there or what was there before.
 
     state_dict: the full weights under ``lmm.state_dict()``'s names where the module holds only a shard of them.
+    LoRA layers go to ``adapter/``, and config.json says so; model.safetensors keeps the stock names.
     Raises CheckpointError if the folder cannot be written, for instance because the disk is full.
     """
-    weights = dict(state_dict) if state_dict is not None else lmm.state_dict()
+    weights, adapted = adapter.split(lmm, state_dict if state_dict is not None else lmm.state_dict())
     tied = lmm.tied_names()
     stored = {k: v.detach().cpu().contiguous() for k, v in weights.items() if k not in tied}
     config = {
@@ -81,6 +83,8 @@ def save_model(
         save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        if adapted:
+            adapter.write(lmm, adapted, temporary / adapter.FOLDER)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
@@ -90,17 +94,45 @@ def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    merge_adapter: bool = True,
 ) -> tuple[LMM, PreTrainedTokenizerBase, Any]:
     """(model in eval mode, tokenizer, image processor) of a model folder. dtype None: the stored one.
 
-    Raises CheckpointError if the folder is no model of this toolkit, is damaged, or does not fit its own config.
+    The folder may also be of another project, in a layout that models/checkpoints knows; it is opened in place.
+    merge_adapter: add a LoRA adapter to the weights, in float32; False keeps its layers in the model.
+    Raises CheckpointError if the folder is of no known layout, is damaged, or does not fit its own config.
     """
     folder = Path(folder)
+    if is_foreign(folder):
+        from tinyllava_fast.models.checkpoints.load import open_checkpoint
+
+        opened = open_checkpoint(folder, dtype=dtype, device=device, merge=merge_adapter)
+        return opened.lmm, opened.tokenizer, opened.processor
     config, stored_dtype = read_config(folder)
-    lmm = _skeleton(config, dtype or stored_dtype, str(folder / "config.json"))
+    adapted, config.adapter = config.adapter, False
+    merging = adapted and merge_adapter
+    lmm = skeleton(config, stored_dtype if merging else dtype or stored_dtype, str(folder / "config.json"))
     load_weights(lmm, folder)
+    if adapted:
+        path = folder / adapter.FOLDER
+        adapter.attach(lmm, adapter.read(path), str(path), dtype=torch.float32 if merging else None)
+    if merging:
+        adapter.merge(lmm, dtype)
+        cast_parameters(lmm, dtype or stored_dtype)
     return lmm.to(device).eval(), load_tokenizer(folder), load_processor(folder)
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether the folder has a config.json that another project wrote."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") not in (None, MODEL_TYPE)
 
 
 def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
@@ -126,24 +158,29 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
         raise CheckpointError(str(error)) from None
 
 
-def load_weights(lmm: LMM, source: str | Path) -> None:
+def load_weights(lmm: LMM, source: str | Path, *, skip: Collection[str] = ()) -> None:
     """Copy the weights of a model folder (or .safetensors file) into the model; every name and shape must fit.
 
+    skip: names that the caller fills.
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
     path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    _load_into(lmm, path, skip=lmm.tied_names(), prefix="")
+    _load_into(lmm, path, tied=lmm.tied_names(), skip=skip, prefix="")
 
 
 def load_component(module: nn.Module, path: str | Path, component: str) -> None:
     """Fill one component from a .safetensors file, whose names may carry the component's prefix."""
     shapes = _stored_shapes(Path(path))
     prefix = f"{component}." if any(k.startswith(f"{component}.") for k in shapes) else ""
-    _load_into(module, Path(path), skip={}, prefix=prefix)
+    _load_into(module, Path(path), prefix=prefix)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a model folder."""
+    if is_foreign(folder):
+        from tinyllava_fast.models.checkpoints.load import open_tokenizer
+
+        return open_tokenizer(folder)
     return read_tokenizer(str(folder), None)
 
 
@@ -161,6 +198,10 @@ def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBas
 
 def load_processor(folder: str | Path) -> Any:
     """The image processor stored in a model folder: the PIL class of its tower."""
+    if is_foreign(folder):
+        from tinyllava_fast.models.checkpoints.load import open_processor
+
+        return open_processor(folder)
     config, _ = read_config(folder)
     cls = VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type")
     try:
@@ -227,14 +268,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
+def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
     """The architecture with uninitialised weights."""
     llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
     adapter = llm_class(parse_into(llm_class.Options, config.llm.get("options", {}), where, key="llm.options"))
     stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
     llm = adapter.build(stored, seed=None, dtype=dtype, where=where)
+    vision = tower_skeleton(config, dtype, where)
+    kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
+    options = parse_into(kind.Options, config.connector.get("options", {}), where, key="connector.options")
+    connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
+    return LMM(llm, vision, connector, adapter, config)
+
+
+def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionTower:
+    """The vision tower with uninitialised weights."""
     tower = VISION.get(config.vision["type"], f"{where}: vision.type")
-    vision: VisionTower = tower.from_config(
+    return tower.from_config(
         config.vision["config"],
         feature_layer=-1,
         feature_select=config.vision["feature_select"],
@@ -244,10 +294,6 @@ def _skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
         where=f"{where}: vision",
         strict=False,
     )
-    kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
-    options = parse_into(kind.Options, config.connector.get("options", {}), where, key="connector.options")
-    connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
-    return LMM(llm, vision, connector, adapter, config)
 
 
 def _stored_shapes(path: Path) -> Shapes:
@@ -260,9 +306,12 @@ def _stored_shapes(path: Path) -> Shapes:
         raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from None
 
 
-def _load_into(module: nn.Module, path: Path, *, skip: Mapping[str, str], prefix: str) -> None:
+def _load_into(
+    module: nn.Module, path: Path, *, prefix: str, tied: Collection[str] = (), skip: Collection[str] = ()
+) -> None:
     found = {k.removeprefix(prefix): s for k, s in _stored_shapes(path).items() if k.startswith(prefix)}
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in skip}
+    found = {k: s for k, s in found.items() if k not in skip}
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in tied and k not in skip}
     _compare(expected, found, str(path))
     stored = load_file(path)  # its header, and with it the length of the file, has just been checked
     module.load_state_dict({k: stored[prefix + k] for k in found}, strict=False)

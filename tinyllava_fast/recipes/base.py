@@ -1,4 +1,4 @@
-"""What trains in a stage, and with which learning rate: requires_grad and parameter groups, no I/O."""
+"""What trains in a stage, and with which learning rate: layers, requires_grad and parameter groups, no I/O."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, TypedDict, get_args
 from torch import nn
 
 from tinyllava_fast.config.load import parse_into
-from tinyllava_fast.config.schema import OptimConfig, RecipeConfig, Tune, TuneConfig
+from tinyllava_fast.config.schema import EngineConfig, OptimConfig, RecipeConfig, Tune, TuneConfig
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.log import log
+from tinyllava_fast.models import adapter
 from tinyllava_fast.models.lmm import COMPONENTS, LMM
+from tinyllava_fast.recipes import lora, quantize
 from tinyllava_fast.registry import Registry
 
 
@@ -36,8 +38,8 @@ class Recipe(ABC):
         self.options = options if options is not None else self.Options()
 
     @abstractmethod
-    def apply(self, lmm: LMM, recipe: RecipeConfig) -> None:
-        """Set requires_grad of every parameter."""
+    def apply(self, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
+        """Set requires_grad of every parameter; layers may be wrapped or replaced. seed: of new weights."""
 
 
 RECIPES: Registry[type[Recipe]] = Registry("recipe", "tinyllava_fast.recipes")
@@ -45,34 +47,66 @@ RECIPES: Registry[type[Recipe]] = Registry("recipe", "tinyllava_fast.recipes")
 
 @RECIPES.register("base")
 class BaseRecipe(Recipe):
-    """Each component is frozen, full, or trains its layers from ``from_layer`` on."""
+    """Each component is frozen, full, trains its layers from ``from_layer`` on, or has LoRA layers (lora, qlora)."""
 
-    def apply(self, lmm: LMM, recipe: RecipeConfig) -> None:
+    def apply(self, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
         """See the base class. Raises UserError for a setting that this model cannot satisfy."""
         for name in COMPONENTS:
+            _check(getattr(recipe, name), f"recipe.{name}")
+        held = adapter.take(lmm)
+        quantize.dequantize(lmm)
+        wanted = lora.plan(lmm, recipe)
+        continued = lora.merge_unless_continued(lmm, held, wanted)
+        for name in COMPONENTS:
             tune: TuneConfig = getattr(recipe, name)
-            if tune.tune not in get_args(Tune):
-                raise UserError(f"recipe.{name}.tune: {tune.tune!r}; {nearest(tune.tune, get_args(Tune))}")
             _set_grad(getattr(lmm, name).parameters(), tune.tune == "full")
             if tune.tune == "partial":
                 _set_grad(_layer_parameters(lmm, name, tune.from_layer), True)
+            if tune.tune == "qlora":
+                quantize.quantize(lmm, name, tune)
+        if wanted is not None:
+            trains = {p for p in lmm.parameters() if p.requires_grad}  # peft freezes all but its own
+            lora.inject(lmm, wanted, continued, seed)
+            _set_grad(lmm.parameters(), False)
+            _set_grad(trains, True)
+            lora.set_trainable(lmm, recipe)
 
 
-def apply_recipe(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig) -> list[ParameterGroup]:
+def apply_recipe(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig, *, seed: int = 0) -> list[ParameterGroup]:
     """Set requires_grad as the recipe says and return the trainable parameters in groups, each in exactly one.
 
+    LoRA layers are injected, with weights drawn from the seed, and frozen layers quantised where the recipe says so. An
+    adapter that the model has goes on if the recipe asks for the same one; otherwise it is merged first.
     Weight decay goes to matrices; biases, norms and embeddings have none. Raises UserError naming the config key if
     the recipe is unknown, does not fit the model, or trains nothing.
     """
     cls = RECIPES.get(recipe.type, "recipe.type")
-    cls(parse_into(cls.Options, recipe.options, "recipe.options")).apply(lmm, recipe)
+    cls(parse_into(cls.Options, recipe.options, "recipe.options")).apply(lmm, recipe, seed=seed)
     groups = _groups(lmm, recipe, optim)
     if not groups:
-        raise UserError(
-            "recipe: every component is frozen; set tune: full or partial for one of llm, vision, connector"
-        )
+        raise UserError("recipe: every component is frozen; set another tune for one of llm, vision, connector")
     _report(lmm)
     return groups
+
+
+def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:
+    """Raise UserError for what this engine cannot train. where: key of the stage, for the message."""
+    lora.check_engine(recipe, engine, where)
+    quantize.check_engine(recipe, engine, where)
+
+
+def _check(tune: TuneConfig, key: str) -> None:
+    """Raise UserError for an unknown kind, or for settings that the kind at hand would ignore."""
+    if tune.tune not in get_args(Tune):
+        raise UserError(f"{key}.tune: {tune.tune!r}; {nearest(tune.tune, get_args(Tune))}")
+    default = TuneConfig()
+    readers = {"from_layer": ("partial",), "lora": lora.ADAPTED, "quant": ("qlora",), "double_quant": ("qlora",)}
+    for name, kinds in readers.items():
+        if tune.tune not in kinds and getattr(tune, name) != getattr(default, name):
+            raise UserError(
+                f"{key}.{name}: set, but {key}.tune is {tune.tune!r} and would ignore it; remove it or set tune: "
+                + " or ".join(kinds)
+            )
 
 
 def _groups(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig) -> list[ParameterGroup]:

@@ -21,10 +21,11 @@ from tinyllava_fast.data.dataset import build_dataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models import io
+from tinyllava_fast.models import adapter, io
 from tinyllava_fast.models.build import build_model, check_vocabulary
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.recipes.base import apply_recipe
+from tinyllava_fast.recipes import quantize
+from tinyllava_fast.recipes.base import apply_recipe, check_engine
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.engine.launch import build_engine, start_process
@@ -39,6 +40,8 @@ def train(config: RunConfig, *, resume: str = "auto") -> dict[str, Any]:
 
     Raises UserError for anything the user can mend, StopRequest after a signal.
     """
+    for stage in config.stages:
+        check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
     process = start_process(config.engine)
     run = Run(config, process)
     try:
@@ -62,7 +65,9 @@ class Stage:
             self.state.stage_step, self.state.loader = 0, {}
         self.state.stage, self.state.stage_index = self.config.name, index
         self.model = self._model(index, resumed)
-        groups = apply_recipe(self.model, self.config.recipe, self.config.optim)
+        groups = apply_recipe(self.model, self.config.recipe, self.config.optim, seed=run.config.seed)
+        if resumed is not None:
+            self._load_weights(resumed)
         self.peak_lrs = {g["name"]: g["lr"] for g in groups}
         if run.config.engine.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
@@ -88,18 +93,24 @@ class Stage:
         if index == 0 or resumed is not None:
             model = build_model(config.model, seed=config.seed, dtype=dtype)
         else:
-            model = io.load_model(self.run_.folder / config.stages[index - 1].name, dtype=dtype)[0].train()
+            before = self.run_.folder / config.stages[index - 1].name
+            model = io.load_model(before, dtype=dtype, merge_adapter=False)[0].train()
         check_vocabulary(model, self.run_.tokenizer)
-        if resumed is not None:
-            io.load_weights(model, resumed)
         data = self.config.data
         model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
         return model.to(self.run_.process.device)
 
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Weights by the names that the recipe gives them: wrapped by LoRA, quantised."""
+        io.load_weights(self.model, checkpoint, skip=quantize.state_names(self.model))
+        with open_tensors(checkpoint / io.WEIGHTS) as tensors:
+            quantize.load_state(self.model, tensors)
+
     def _loader(self) -> Loader:
         run, config, process = self.run_, self.config, self.run_.process
+        data = config.data.under(run.config.data_root)
         dataset = build_dataset(
-            config.data,
+            data,
             config.batch,
             tokenizer=run.tokenizer,
             processor=run.processor,
@@ -110,7 +121,7 @@ class Stage:
         self.report = dataset.report.as_dict()
         if not self.report["supervised_tokens"]:
             raise UserError(
-                f"stages.{config.name}.data: no sample of {config.data.records} has a supervised token, so nothing "
+                f"stages.{config.name}.data: no sample of {data.records} has a supervised token, so nothing "
                 f"can be learnt; does template {config.data.template!r} suit the tokenizer and the records?"
             )
         loader = Loader(
@@ -253,14 +264,19 @@ class Stage:
         self.run_.save(self.engine)
 
     def _save_model(self) -> None:
+        run = self.run_
         weights = {item.name: item.fetch() for item in self.engine.model_state()}
-        if self.state.stage_index + 1 < len(self.run_.config.stages):
-            # The next stage goes on from what the optimiser knows, not from weights rounded to the training dtype.
-            for item in self.engine.optimizer_state():
-                if item.name.startswith("master/"):
-                    weights[item.name.removeprefix("master/")] = item.fetch()
+        weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
+        # The next stage goes on from what the optimiser knows, not from weights rounded to the training dtype; so does
+        # whoever merges an adapter.
+        following = self.state.stage_index + 1 < len(run.config.stages)
+        exact = set(weights if following else adapter.parameter_names(self.model))
+        for item in self.engine.optimizer_state():
+            name = item.name.removeprefix("master/")
+            if name != item.name and name in exact:
+                weights[name] = item.fetch()
+        if following:
             weights = {name: tensor.float() for name, tensor in weights.items()}
-        if self.run_.main:
-            run = self.run_
+        if run.main:
             io.save_model(self.model, run.tokenizer, run.processor, run.folder / self.config.name, state_dict=weights)
         self.engine.barrier()

@@ -13,6 +13,7 @@ from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_st
 FREE = frozenset(
     {
         "output_dir",
+        "data_root",  # the data may have moved; the loader knows whether it is the same
         "checkpoint",
         "log_every",
         *(

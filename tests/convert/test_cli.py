@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.checkpoints.golden import GOLDEN, folder
+from tinyllava_fast.convert.cli import main
+from tinyllava_fast.convert.formats.base import FORMATS
+from tinyllava_fast.models import io
+
+NAME = "llava15-tinyllama-clip"
+CLIP = str(GOLDEN / "components" / "tiny-clip")
+
+
+def test_import_then_export(tmp_path: Path) -> None:
+    ours, llava = str(tmp_path / "ours"), str(tmp_path / "llava")
+    assert main(["import", str(folder(NAME)), ours, "--vision", CLIP, "--dtype", "bfloat16"]) == 0
+    lmm = io.load_model(ours)[0]
+    assert (lmm.dtype, lmm.config.template, lmm.config.image_mode) == (torch.bfloat16, "llama", "pad")
+    assert main(["export", ours, llava, "--format", "llava", "--dtype", "float32"]) == 0
+    assert io.load_model(llava)[0].dtype == torch.float32
+    names = ["--llm-name", "a/b", "--vision-name", "c/d"]
+    assert main(["export", llava, str(tmp_path / "factory"), "--format", "factory", *names]) == 0
+    assert io.load_model(tmp_path / "factory")[0].config.origin["llm"] == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "{model}", "{model}"], "exists; choose another folder"),
+        (["import", "{none}", "{new}"], "not a model folder: it does not exist"),
+        (["import", "{model}", "{new}", "--vision", CLIP, "--template", "lama"], "unknown chat template 'lama'"),
+        (["import", "{model}", "{new}", "--vision", CLIP, "--template", "phi"], "choose the template whose end token"),
+        (["import", "{model}", "{new}", "--vision", "{none}"], "is neither a folder"),
+        (["export", "{model}", "{new}", "--format", "onnx"], "unknown export format 'onnx'"),
+    ],
+)
+def test_mistakes_exit_with_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    places = {"model": str(folder(NAME)), "none": str(tmp_path / "none"), "new": str(tmp_path / "new")}
+    assert main([a.format(**places) if "{" in a else a for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_our_own_folder_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(folder(NAME)), str(tmp_path / "a"), "--vision", CLIP]) == 0
+    assert main(["import", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "is a model folder of this toolkit already" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "a")
+
+
+def test_every_format_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    text = capsys.readouterr().out
+    assert FORMATS.names() == ["adapter", "factory", "llava"] and all(name in text for name in FORMATS)

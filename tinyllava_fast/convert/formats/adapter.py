@@ -1,0 +1,28 @@
+"""A LoRA adapter alone, as peft stores it, with the module names of our models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
+from tinyllava_fast.errors import UserError
+
+
+@FORMATS.register("adapter")
+class AdapterFormat(Format):
+    """adapter_config.json and adapter_model.safetensors."""
+
+    name = "adapter"
+    summary = "the LoRA adapter alone, in peft's format"
+    merge_adapter = False
+
+    def write(self, model: Model, folder: Path) -> None:
+        """See the base class."""
+        from tinyllava_fast.models import adapter
+
+        lmm = model.lmm
+        if not lmm.config.adapter:
+            raise UserError("the model has no adapter; --format llava or factory export the whole model")
+        _, tensors = adapter.split(lmm, lmm.state_dict())
+        folder.rmdir()  # write makes it
+        adapter.write(lmm, tensors, folder)

@@ -1,0 +1,37 @@
+"""What a model can be exported as, and the registry of those formats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.registry import Registry
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is exported. lmm: in eval mode. names: hub ids of the parts, {llm, tokenizer, vision, vision2}."""
+
+    lmm: LMM
+    tokenizer: Any
+    processor: Any
+    names: dict[str, str]
+
+
+class Format(ABC):
+    """One kind of folder."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    merge_adapter: ClassVar[bool] = True
+    """Whether a LoRA adapter is added to the weights first."""
+
+    @abstractmethod
+    def write(self, model: Model, folder: Path) -> None:
+        """Fill an empty folder. Raises UserError naming the field that the format can't express, and why."""
+
+
+FORMATS: Registry[type[Format]] = Registry("export format", "tinyllava_fast.convert.formats")

@@ -1,0 +1,157 @@
+"""transformers' LlavaForConditionalGeneration: loads with AutoModelForImageTextToText and AutoProcessor, without us.
+
+Logits equal ours. What has to be said differently there:
+- hidden_states[-2] is read, as in every published LLaVA, so one layer that changes nothing (all weights zero: only its
+  residual path is left) follows the layers we have.
+- A linear connector is two linear maps with no activation between them, the second the identity.
+- Gemma's factor on image rows goes into the projector's last layer, since transformers scales text rows only.
+- DINOv2's position table is stored at the size that is used.
+- ``<image>`` becomes a token; it and the padding rows of the vocabulary are never generated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats.llava_processor import build_processor
+from tinyllava_fast.convert.formats.towers import completed, resized_positions
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.hf import config_to_dict
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.vision.base import VisionTower
+
+_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu"}
+_TOWERS = ("clip", "siglip", "siglip2", "dinov2")
+
+
+@FORMATS.register("llava")
+class LlavaFormat(Format):
+    """Language models that transformers has, towers of one encoder, MLP and linear connectors."""
+
+    name = "llava"
+    summary = "transformers' LlavaForConditionalGeneration, which needs nothing of ours to load"
+
+    def write(self, model: Model, folder: Path) -> None:
+        """See the base class."""
+        lmm = model.lmm
+        _check_llm(lmm)
+        vision, tower = _tower(lmm.vision)
+        act, projector = _projector(lmm)
+        processor = build_processor(model)
+        token = processor.image_token_id
+        text, llm = _language_model(lmm, token)
+        config = LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=token,
+            image_seq_length=lmm.tokens_per_image,
+            projector_hidden_act=act,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy=processor.vision_feature_select_strategy,
+            tie_word_embeddings=bool(lmm.tied_names()),
+        )
+        config.dtype = lmm.dtype
+        with torch.device("meta"):
+            llava: Any = LlavaForConditionalGeneration(config)
+        weights = {**llm, **tower, **projector}
+        left = llava.load_state_dict(weights, assign=True, strict=False)
+        tied = {"lm_head.weight"} if lmm.tied_names() else set()
+        assert not left.unexpected_keys and set(left.missing_keys) <= tied, left  # noqa: S101 our own mapping
+        llava.tie_weights()
+        _set_generation(llava, model, token, text["vocab_size"])
+        llava.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def _check_llm(lmm: LMM) -> None:
+    kind = lmm.llm.config.model_type
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise UserError(f"llm: {kind} is not in transformers, so its llava cannot hold it; --format factory can")
+    if softcap := getattr(lmm.llm.config, "final_logit_softcapping", None):
+        raise UserError(f"llm.config.final_logit_softcapping: {softcap}; transformers' llava has no such step")
+    _, bias = lmm.adapter.head(lmm.llm)
+    if bias is not None and bool(bias.ne(0).any()):
+        raise UserError(
+            f"llm: {kind}'s output projection has a bias (lm_head.bias), transformers' llava has none: its logits "
+            "would differ; --format factory keeps it"
+        )
+
+
+def _language_model(lmm: LMM, image_token: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(text config, weights); a row of zeros for the image token where the vocabulary has no room for it."""
+    config = config_to_dict(lmm.llm.config) | {"use_cache": True}
+    embedding = lmm.adapter.embedding(lmm.llm).weight
+    head, _ = lmm.adapter.head(lmm.llm)
+    extra = max(0, image_token + 1 - embedding.shape[0])
+    tied = lmm.tied_names()
+    weights = {}
+    for name, tensor in lmm.llm.state_dict().items():
+        if f"llm.{name}" in tied or name == "lm_head.bias":
+            continue
+        if extra and tensor.data_ptr() in (embedding.data_ptr(), head.data_ptr()):
+            tensor = torch.cat([tensor, tensor.new_zeros(extra, tensor.shape[1])])
+        weights[name if name.startswith("lm_head.") else f"model.language_model.{name.removeprefix('model.')}"] = tensor
+    return config | {"vocab_size": embedding.shape[0] + extra}, weights
+
+
+def _tower(vision: VisionTower) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(vision config with one more layer, weights)."""
+    if vision.name not in _TOWERS or vision.config.model_type == "siglip2_vision_model":  # type: ignore[union-attr]
+        raise UserError(f"vision.type: {vision.name} is no tower of transformers' llava; it takes {', '.join(_TOWERS)}")
+    resized = {"image_size": vision.image_size} if vision.name == "dinov2" else {}
+    config, weights = completed(vision, **resized)
+    if resized:
+        weights["embeddings.position_embeddings"] = resized_positions(vision)
+    return config, {f"model.vision_tower.{name}": tensor for name, tensor in weights.items()}
+
+
+def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
+    """(activation, weights of the two linear maps)."""
+    kind, options = lmm.connector.name, lmm.connector.options
+    state = lmm.connector.state_dict()
+    width, dtype = lmm.hidden_size, lmm.dtype
+    unit, zero = torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    if kind == "mlp" and options.depth == 2:
+        act = _ACTIVATIONS[options.activation]
+        maps = [state[f"layers.{i}.{part}"] for i in (0, 2) for part in ("weight", "bias")]
+    elif kind in ("mlp", "linear") and len(state) == 2:
+        act, maps = "linear", [*sorted(state.values(), key=lambda t: -t.dim()), unit, zero]
+    elif kind == "identity":
+        act, maps = "linear", [unit, zero, unit, zero]
+    else:
+        raise UserError(
+            f"connector: {kind} {options} is not expressible: transformers' llava has two linear maps with an "
+            "activation between them; --format factory keeps it"
+        )
+    first_weight, first_bias, weight, bias = maps
+    scale = lmm.embedding_scale
+    prefix = "model.multi_modal_projector."
+    return act, {
+        f"{prefix}linear_1.weight": first_weight,
+        f"{prefix}linear_1.bias": first_bias,
+        f"{prefix}linear_2.weight": weight * scale if scale != 1.0 else weight,
+        f"{prefix}linear_2.bias": bias * scale if scale != 1.0 else bias,
+    }
+
+
+def _set_generation(llava: Any, model: Model, image_token: int, rows: int) -> None:
+    """End tokens as in our engine; ids past the tokenizer and the image token are never generated."""
+    from tinyllava_fast.data.templates.base import TEMPLATES
+
+    template = TEMPLATES.get(model.lmm.config.template, "template")
+    ends = {template.stop_id(model.tokenizer), *model.lmm.adapter.stop_ids(model.lmm.llm)}
+    known = max(len(model.tokenizer), max(model.tokenizer.get_vocab().values()) + 1)
+    generation = llava.generation_config
+    generation.eos_token_id = sorted(ends)
+    generation.bos_token_id = model.tokenizer.bos_token_id
+    pad = model.tokenizer.pad_token_id
+    generation.pad_token_id = pad if pad is not None else min(ends)
+    generation.suppress_tokens = sorted({image_token, *range(known, rows)})
+    generation.use_cache = True

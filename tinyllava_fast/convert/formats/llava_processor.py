@@ -1,0 +1,132 @@
+"""LlavaProcessor for a model of ours: its prompts have the ids that our templates make, its pixels are ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from PIL import Image
+from tokenizers import AddedToken
+from transformers import LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from tinyllava_fast.convert.formats.base import Model
+from tinyllava_fast.data.images import pixel_shape
+from tinyllava_fast.data.templates.base import TEMPLATES, Template
+from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
+from tinyllava_fast.errors import UserError
+
+SELECTIONS = {"patch": "default", "cls_patch": "full"}
+# Between the image token and the line break. SentencePiece tokenizers that mark the start of a text only once need a
+# space there: our prompts are tokenised piece by piece, and each piece gets that mark.
+_GLUES = ("", " ")
+_CHAT = """\
+{%- if messages %}{{ SYSTEM }}{% endif -%}
+{%- for message in messages -%}
+{%- set found = namespace(text='', images='') -%}
+{%- if message['content'] is string -%}{%- set found.text = message['content'] -%}
+{%- else -%}{%- for item in message['content'] -%}
+{%- if item['type'] == 'image' -%}{%- set found.images = found.images + IMAGE -%}
+{%- elif item['type'] == 'text' -%}{%- set found.text = found.text + item['text'] -%}{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{%- if found.images -%}{{ USER + found.images + (found.text | trim) }}{%- else -%}{{ USER + found.text }}{%- endif -%}
+{%- elif message['role'] == 'assistant' -%}{{ SEPARATOR + found.text + EOS }}
+{%- else -%}{{ raise_exception('this model was trained with the roles user and assistant only') }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ OPEN }}{%- endif -%}"""
+_PROBES: tuple[list[tuple[str, str | None]], ...] = (
+    [("<image>\nWhat is the blue shape?", None)],
+    [("What colour is it?\n<image>", "It is red."), ("Why?", None)],
+    [("Is it raining?", None)],
+)
+
+
+def build_processor(model: Model) -> LlavaProcessor:
+    """The processor. Raises UserError if no processor of transformers makes our ids or pixels."""
+    vision: Any = model.lmm.vision
+    name = model.lmm.config.template
+    template = TEMPLATES.get(name, "template")
+    if type(template) is not Template:
+        raise UserError(f"template: {name} has no chat form; import or save the model with another template")
+    dropped = vision.num_dropped
+    if dropped > 1:
+        raise UserError(f"vision.feature_select: {vision.name} drops {dropped} tokens, transformers' llava one or none")
+    patch = vision.config.patch_size
+    prefix = vision.num_tokens + dropped - (vision.image_size // patch) ** 2
+    tokenizer = _with_image_token(model.tokenizer)
+    for glue in _GLUES:
+        processor = LlavaProcessor(
+            image_processor=_image_processor(model),
+            tokenizer=tokenizer,
+            patch_size=patch,
+            vision_feature_select_strategy=SELECTIONS[vision.feature_select],
+            chat_template=_chat_template(template, glue),
+            image_token=IMAGE_TOKEN,
+            num_additional_image_tokens=prefix,
+        )
+        if all(_agrees(processor, model, template, probe) for probe in _PROBES):
+            return processor
+    raise UserError("tokenizer: as one text, prompts of this tokenizer do not have the ids that it was trained with")
+
+
+def _with_image_token(tokenizer: Any) -> Any:
+    """A copy that knows ``<image>`` and is loaded from its tokenizer.json as it is, not rebuilt from the vocabulary."""
+    copied = copy.deepcopy(tokenizer)
+    if IMAGE_TOKEN not in copied.get_vocab():
+        copied.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    return copied
+
+
+def _chat_template(template: Template, glue: str) -> str:
+    values = {
+        "SYSTEM": template.system + " ",
+        "USER": "USER: ",
+        "IMAGE": f"{IMAGE_TOKEN}{glue}\n",
+        "SEPARATOR": template.separator,
+        "EOS": template.eos,
+        "OPEN": template.separator.rstrip(),
+    }
+    heads = [f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in values.items()]
+    return "\n".join([*heads, _CHAT])
+
+
+def _image_processor(model: Model) -> Any:
+    processor = model.processor
+    if model.lmm.config.image_mode == "square":
+        return processor
+    if model.lmm.config.image_mode != "pad":
+        raise UserError(f"image_mode: {model.lmm.config.image_mode}; transformers' llava has one square image a marker")
+    _, height, width = pixel_shape(processor)
+    if getattr(processor, "do_center_crop", False) and dict(processor.size).get("shortest_edge") != height:
+        raise UserError(
+            f"image processor: size {dict(processor.size)} and crop {height} cannot be combined with padding"
+        )
+    return LlavaImageProcessorPil(
+        do_pad=True,
+        size={"shortest_edge": height},
+        crop_size={"height": height, "width": width},
+        resample=processor.resample,
+        rescale_factor=processor.rescale_factor,
+        image_mean=list(processor.image_mean),
+        image_std=list(processor.image_std),
+    )
+
+
+def _agrees(processor: LlavaProcessor, model: Model, template: Template, turns: list[tuple[str, str | None]]) -> bool:
+    ids: list[int] = []
+    for token in template.prompt(turns, model.tokenizer).ids:
+        ids += [processor.image_token_id] * model.lmm.tokens_per_image if token == IMAGE_INDEX else [token]
+    messages: list[Any] = []
+    for question, answer in turns:
+        content: list[dict[str, str]] = [{"type": "text", "text": question.replace(IMAGE_TOKEN, "").strip()}]
+        messages.append({"role": "user", "content": [{"type": "image"}] * (IMAGE_TOKEN in question) + content})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    _, height, width = pixel_shape(model.processor)
+    images = [Image.new("RGB", (width, height))] * text.count(IMAGE_TOKEN)
+    made = processor(text=text, images=images or None, return_tensors=None)["input_ids"]
+    return list(made[0] if made and isinstance(made[0], list) else made) == ids

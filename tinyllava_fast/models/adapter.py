@@ -1,0 +1,242 @@
+"""LoRA adapters as peft has them, injected into a model in place, and peft's own folder format.
+
+    <model folder>/adapter/adapter_config.json        peft's LoraConfig, target_modules as full dotted names
+    <model folder>/adapter/adapter_model.safetensors  base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight, ...
+
+One adapter covers every component that has LoRA layers. Names are those of the LMM, so ``peft.PeftModel.from_pretrained(lmm,
+folder)`` reads what is written here, and an adapter that peft trained on an LMM loads here. Whatever else trained is in
+model.safetensors, biases of adapted layers included.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models.hf import cast_parameters, seeded
+from tinyllava_fast.models.lmm import LMM
+
+FOLDER = "adapter"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = "default"  # peft's name for the only adapter
+_PREFIX = "base_model.model."
+
+
+class LayerSettings(NamedTuple):
+    """What decides the shape and the scale of one layer's adapter."""
+
+    r: int
+    alpha: float
+    rslora: bool
+    dora: bool
+
+
+@dataclass
+class Adapter:
+    """An adapter off its model. config: peft's LoraConfig. tensors: by peft's names, without its prefix."""
+
+    config: Any
+    tensors: dict[str, Tensor]
+    layers: dict[str, LayerSettings]
+
+
+def import_peft() -> Any:
+    """The peft module. Raises UserError if it does not import."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            f"LoRA needs peft, which does not import ({error}); pip install 'tinyllava-fast[train]'"
+        ) from None
+    return peft
+
+
+def layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
+    """(name, peft LoraLayer) of every adapted layer."""
+    if not lmm.config.adapter:
+        return
+    lora_layer = import_peft().tuners.lora.LoraLayer
+    for name, module in lmm.named_modules():
+        if isinstance(module, lora_layer):
+            yield name, module
+
+
+def parameter_names(lmm: LMM) -> list[str]:
+    """State-dict names of the adapter's own tensors."""
+    return [
+        f"{name}.{key}" for name, layer in layers(lmm) for key in layer.state_dict() if not key.startswith("base_layer.")
+    ]
+
+
+def parameters_of(layer: Any) -> Iterator[nn.Parameter]:
+    """The adapter's parameters in one layer."""
+    return (p for name in layer.adapter_layer_names for p in getattr(layer, name).parameters())
+
+
+def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
+    """Wrap the layers that a peft LoraConfig names, in place; A is drawn from the seed, B is zero (peft's start).
+
+    Quantised layers of bitsandbytes get peft's wrappers for them. dtype: of the new weights; None: the model's.
+    """
+    inject_in_place = import_peft().inject_adapter_in_model
+    dtype = dtype or lmm.dtype
+    # peft asks the model, not the layer, whether bitsandbytes' layers may be in it.
+    lmm.is_loaded_in_4bit = lmm.is_loaded_in_8bit = True
+    try:
+        with seeded(seed):
+            inject_in_place(copy.deepcopy(config), lmm, _NAME)
+    finally:
+        del lmm.is_loaded_in_4bit, lmm.is_loaded_in_8bit
+    lmm.config.adapter = True
+    for _, layer in layers(lmm):
+        for parameter in parameters_of(layer):
+            parameter.data = parameter.data.to(dtype)
+
+
+def attach(lmm: LMM, adapter: Adapter, where: str, *, dtype: torch.dtype | None = None) -> None:
+    """Inject an adapter and fill it. Raises CheckpointError naming tensors that do not fit."""
+    try:
+        inject(lmm, adapter.config, dtype=dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: the adapter does not fit this model: {error}") from None
+    fill(lmm, adapter.tensors, where)
+
+
+def fill(lmm: LMM, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors, by peft's names, into the adapter of a model. Raises CheckpointError naming those that do not fit."""
+    from peft.utils import set_peft_model_state_dict
+
+    try:
+        outcome = set_peft_model_state_dict(lmm, dict(tensors), _NAME)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{where}: the adapter does not fit this model: {error}") from None
+    own = set(parameter_names(lmm))
+    missing = [k for k in outcome.missing_keys if k in own]
+    if missing or outcome.unexpected_keys:
+        lines = [f"  missing: {k}" for k in missing] + [f"  unexpected: {k}" for k in outcome.unexpected_keys]
+        raise CheckpointError(f"{where}: the adapter is of another architecture:\n" + "\n".join(lines))
+
+
+def take(lmm: LMM) -> Adapter | None:
+    """Unwrap every layer without merging and return the adapter; None where there is none."""
+    if not lmm.config.adapter:
+        return None
+    config = _full_config(lmm)
+    tensors = {k: t.detach().clone() for k, t in _tensors(lmm, lmm.state_dict()).items()}
+    settings = layer_settings(lmm)
+    _unwrap(lmm)
+    return Adapter(config, tensors, settings)
+
+
+def merge(lmm: LMM, dtype: torch.dtype | None = None) -> None:
+    """Add the adapter to the weights and unwrap. The sums are float32, rounded once, to dtype (None: the weight's)."""
+    for _, layer in layers(lmm):
+        weight = layer.get_base_layer().weight
+        target = dtype or weight.dtype
+        layer.float()
+        layer.merge(adapter_names=[_NAME])
+        cast_parameters(layer.get_base_layer(), target)
+    _unwrap(lmm)
+
+
+def layer_settings(lmm: LMM) -> dict[str, LayerSettings]:
+    """Settings of each adapted layer."""
+    return {
+        name: LayerSettings(
+            layer.r[_NAME], layer.lora_alpha[_NAME], layer.use_rslora.get(_NAME, False), layer.use_dora[_NAME]
+        )
+        for name, layer in layers(lmm)
+    }
+
+
+def set_dropout(lmm: LMM, share: Mapping[str, float]) -> None:
+    """Dropout on the input of each adapter, by component; in peft's config there is one for all."""
+    for name, layer in layers(lmm):
+        p = share[name.partition(".")[0]]
+        layer.lora_dropout[_NAME] = nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def split(lmm: LMM, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """State-dict tensors as (model weights under stock names, adapter tensors under peft's names without prefix)."""
+    own = set(parameter_names(lmm))
+    wrapped = [name for name, _ in layers(lmm)]
+    stock = {f"{name}.base_layer.": f"{name}." for name in wrapped}
+
+    def rename(key: str) -> str:
+        head, found, leaf = key.rpartition(".base_layer.")
+        return stock[head + found] + leaf if found and head + found in stock else key
+
+    base = {rename(k): t for k, t in weights.items() if k not in own}
+    return base, _tensors(lmm, {k: t for k, t in weights.items() if k in own})
+
+
+def write(lmm: LMM, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapter folder of a model that has one; tensors as ``split`` returns them."""
+    folder.mkdir()
+    config = _full_config(lmm)
+    config.inference_mode = True  # as peft itself stores it
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    (folder / _CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    stored = {_PREFIX + k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    save_file(stored, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+def read(folder: Path) -> Adapter:
+    """An adapter folder. Raises CheckpointError if it is incomplete, damaged, or no LoRA."""
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing; the adapter is incomplete")
+    peft = import_peft()
+    try:
+        values = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        kind = values.get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError(f"{folder / _CONFIG}: peft_type is {kind!r}; only LORA adapters are supported")
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / _WEIGHTS)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / _CONFIG}: not a peft adapter config: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / _WEIGHTS}: damaged or truncated safetensors file: {error}") from None
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise CheckpointError(
+            f"{folder / _CONFIG}: init_lora_weights is {config.init_lora_weights!r}, which changes the base weights when "
+            "it is injected; convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    config.inference_mode = False
+    return Adapter(config, {k.removeprefix(_PREFIX): t for k, t in tensors.items()}, {})
+
+
+def _tensors(lmm: LMM, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not lmm.config.adapter:
+        return {}
+    from peft.utils import get_peft_model_state_dict
+
+    own = {k: weights[k] for k in parameter_names(lmm)}
+    return get_peft_model_state_dict(lmm, state_dict=own, adapter_name=_NAME, save_embedding_layers=False)
+
+
+def _full_config(lmm: LMM) -> Any:
+    """The LoraConfig with every layer named in full; peft shortens long lists to ends that happen to be unique."""
+    config = copy.deepcopy(lmm.peft_config[_NAME])  # type: ignore[index]
+    config.target_modules = {name for name, _ in layers(lmm)}
+    config.bias = "none"  # trained biases are the model's own weights
+    return config
+
+
+def _unwrap(lmm: LMM) -> None:
+    for name, layer in list(layers(lmm)):
+        parent, _, leaf = name.rpartition(".")
+        setattr(lmm.get_submodule(parent), leaf, layer.get_base_layer())
+    del lmm.peft_config
+    lmm.config.adapter = False

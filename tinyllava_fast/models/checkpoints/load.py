@@ -1,0 +1,158 @@
+"""Opening a checkpoint of another project in place: layout -> architecture -> every tensor checked, then copied."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.log import log
+from tinyllava_fast.models import io
+from tinyllava_fast.models.checkpoints import parts, towers
+from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
+from tinyllava_fast.models.checkpoints.lora import Lora
+from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.llm.base import LLMS
+from tinyllava_fast.models.lmm import LMM, LMMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model of another project in our terms."""
+
+    lmm: LMM
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    layout: str
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    sources: Sources | None = None,
+    template: str | None = None,
+    merge: bool = True,
+) -> Opened:
+    """Open a folder of any registered layout, the model in eval mode.
+
+    dtype None: the stored one. template None: the one that fits the tokenizer. merge False: a LoRA adapter stays live.
+    Nothing is fetched that the folder or a local folder named in ``sources`` holds. Raises CheckpointError for an
+    unknown layout and for tensors that are damaged, missing, unexpected or of another shape, listing all of them.
+    """
+    checkpoint = _describe(path, sources or Sources())
+    lmm = _build(checkpoint, dtype, str(path), merge)
+    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
+    lmm.adapter.prepare_tokenizer(tokenizer)
+    fitting = template or parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
+    if fitting is None and tokenizer.chat_template and lmm.adapter.template == "tokenizer":
+        fitting = "tokenizer"
+    if template:
+        TEMPLATES.get(template, "--template").check(tokenizer)
+    if fitting is None:
+        log.warning(
+            "%s: no chat template ends answers with %r; before asking it questions, import it with "
+            "tlf-convert import --template NAME",
+            path,
+            tokenizer.eos_token,
+        )
+    lmm.config = dataclasses.replace(
+        io.describe(lmm), template=fitting or "", image_mode=checkpoint.image_mode, origin=checkpoint.origin
+    )
+    processor = parts.image_processor(checkpoint.vision["type"], lmm.image_size, checkpoint.processor_sources)
+    log.info("%s: opened as %s, template %s", path, checkpoint.layout, fitting)
+    if checkpoint.adapter is not None and not merge:
+        _attach(lmm, checkpoint.adapter, str(path))
+    return Opened(lmm.to(device).eval(), tokenizer, processor, checkpoint.layout)
+
+
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of such a folder."""
+    checkpoint = _describe(path, Sources())
+    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
+    LLMS.get(checkpoint.llm["type"])().prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def open_processor(path: str | Path) -> Any:
+    """The image processor of such a folder."""
+    checkpoint = _describe(path, Sources())
+    with torch.device("meta"):
+        tower = io.tower_skeleton(_config(checkpoint), torch.float32, str(path))
+    return parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
+
+
+def _describe(path: str | Path, sources: Sources) -> Checkpoint:
+    folder = Folder(path)
+    return layout_of(folder).open(folder, sources)
+
+
+def _config(checkpoint: Checkpoint) -> LMMConfig:
+    return LMMConfig(llm=checkpoint.llm, vision=checkpoint.vision, connector=checkpoint.connector)
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge: bool) -> LMM:
+    weights = checkpoint.weights
+    if dtype is None:
+        stored = (w.dtype for name, w in weights.items() if name.startswith("llm.") and w.dtype.is_floating_point)
+        dtype = next(stored, torch.float32)
+    if checkpoint.adapter is not None and merge:
+        weights = checkpoint.adapter.merge(weights, where)
+    lmm = io.skeleton(_config(checkpoint), dtype, where)
+    tied = lmm.tied_names()
+    expected = {name: tensor for name, tensor in lmm.state_dict().items() if name not in tied}
+    surplus = {name: stored for name, stored in weights.items() if name not in expected}
+    known = [name for name in surplus if name in tied or _is_irrelevant(name, lmm)]
+    _check(expected, weights, [n for n in surplus if n not in known], checkpoint.unknown, where)
+    ignored = [*checkpoint.ignored, *(surplus[name].key for name in known)]
+    if ignored:
+        log.info("%s: of no use to this model, not loaded: %s", where, ", ".join(sorted(ignored)))
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name].read())
+    return lmm
+
+
+def _attach(lmm: LMM, lora: Lora, where: str) -> None:
+    from tinyllava_fast.models import adapter
+
+    settings, tensors = lora.for_peft()
+    config = adapter.import_peft().LoraConfig(**settings)
+    adapter.attach(lmm, adapter.Adapter(config, tensors, {}), where)
+
+
+def _is_irrelevant(name: str, lmm: LMM) -> bool:
+    component, _, rest = name.partition(".")
+    if component == "vision" and (number := towers.layer_number(rest)) is not None:
+        return number >= lmm.vision.num_layers
+    return parts.irrelevant(component, rest)
+
+
+def _check(
+    expected: dict[str, torch.Tensor], weights: dict[str, Stored], surplus: list[str], unknown: list[str], where: str
+) -> None:
+    """Raise CheckpointError listing every tensor that is missing, unexpected or of another shape."""
+    lines = [f"  missing: {name} {list(t.shape)}" for name, t in expected.items() if name not in weights]
+    lines += [f"  unexpected: {weights[name].key} {list(weights[name].shape)}" for name in surplus]
+    lines += [f"  unexpected: {key}" for key in unknown]
+    lines += [
+        f"  {name} (stored as {weights[name].key}) is {weights[name].dtype}: quantised, and its scales are not stored"
+        for name, tensor in expected.items()
+        if name in weights and tensor.is_floating_point() and not weights[name].dtype.is_floating_point
+    ]
+    for name, tensor in expected.items():
+        if name in weights and weights[name].shape != tuple(tensor.shape):
+            component, _, rest = name.partition(".")
+            stored = weights[name]
+            lines.append(
+                f"  {component}: {rest} (stored as {stored.key}) has shape {list(stored.shape)}, "
+                f"its config says {list(tensor.shape)}"
+            )
+    if lines:
+        raise CheckpointError(f"{where}: weights and config.json do not agree:\n" + "\n".join(lines))

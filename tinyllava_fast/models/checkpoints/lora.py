@@ -1,0 +1,142 @@
+"""Low-rank adapters of other projects, as peft stores them: renamed to our modules, merged: W <- W + scale * B A.
+
+Source: Hu et al., arXiv 2106.09685. Merging is done in float32 whatever the weights are stored in: in float16 the
+logits of a TinyLLaVA Factory model move by up to 0.05.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FILES = (WEIGHTS, "adapter_model.bin")
+_PREFIX = "base_model.model."
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+# Features of peft that change what an adapter means; their neutral values.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter. config: peft's. updates: A [r, in] and B [out, r] by the name of the weight they change."""
+
+    config: dict[str, Any]
+    updates: dict[str, tuple[Stored, Stored]]
+
+    def alpha(self, name: str) -> float:
+        """alpha of a weight's update; peft's patterns match the end of the module's stored name."""
+        module = _module(self.updates[name][0].key)
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if module is not None and re.fullmatch(rf"(.*\.)?({pattern})", module[1]):
+                return float(value)
+        return float(self.config.get("lora_alpha", 8))
+
+    def scale(self, name: str) -> float:
+        """Factor of a weight's update: alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
+        rank = self.updates[name][0].shape[0]
+        return self.alpha(name) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def merge(self, weights: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+        """The weights with the updates added, still unread. Raises CheckpointError where they do not fit."""
+        merged = dict(weights)
+        for name, (a, b) in self.updates.items():
+            if name not in merged:
+                raise CheckpointError(f"{where}: the adapter changes {name}, which the checkpoint does not have")
+            if (shape := (b.shape[0], a.shape[1])) != merged[name].shape or a.shape[0] != b.shape[1]:
+                raise CheckpointError(
+                    f"{where}: adapter of {name}: A {list(a.shape)} and B {list(b.shape)} make {list(shape)}, "
+                    f"the weight is {list(merged[name].shape)}"
+                )
+            merged[name] = replace(merged[name], read=self._reader(name, merged[name]))
+        return merged
+
+    def _reader(self, name: str, base: Stored) -> Callable[[], Tensor]:
+        a, b = self.updates[name]
+
+        def read() -> Tensor:
+            update = b.read().to(torch.float32) @ a.read().to(torch.float32)
+            return torch.add(base.read().to(torch.float32), update, alpha=self.scale(name))
+
+        return read
+
+    def for_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(settings of a LoraConfig with our module names, tensors by peft's names without its prefix)."""
+        modules = {name: name.removesuffix(".weight") for name in self.updates}
+        rank, alpha = self.config.get("r", 8), float(self.config.get("lora_alpha", 8))
+        settings = {key: self.config[key] for key in _SETTINGS if self.config.get(key) is not None}
+        settings |= {
+            "target_modules": list(modules.values()),
+            "rank_pattern": {modules[name]: a.shape[0] for name, (a, _) in self.updates.items() if a.shape[0] != rank},
+            "alpha_pattern": {modules[name]: self.alpha(name) for name in self.updates if self.alpha(name) != alpha},
+        }
+        tensors = {
+            f"{modules[name]}.lora_{letter}.weight": stored.read()
+            for name, pair in self.updates.items()
+            for letter, stored in zip("AB", pair, strict=True)
+        }
+        return settings, tensors
+
+
+def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
+    """The adapter of a folder.
+
+    rename: the weight's name in the wrapped model -> our name, None if we have no such weight.
+    Raises CheckpointError for a kind of adapter that is not plain LoRA, and for tensors that do not pair up.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key) not in neutral and config.get(key) is not None:
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be merged")
+    file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / WEIGHTS)
+    return Lora(config, _pairs(read_tensors(file), rename, str(file)))
+
+
+def _module(key: str) -> re.Match[str] | None:
+    """Module (group 1) and letter (group 2) of a stored name."""
+    return re.fullmatch(rf"(?:{re.escape(_PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+
+
+def _pairs(
+    tensors: Mapping[str, Stored], rename: Callable[[str], str | None], where: str
+) -> dict[str, tuple[Stored, Stored]]:
+    halves: dict[str, dict[str, Stored]] = {}
+    strange = []
+    for key, stored in tensors.items():
+        match = _module(key)
+        name = rename(f"{match[1]}.weight") if match else None
+        if match is None or name is None:
+            strange.append(f"{key} {list(stored.shape)}")
+        else:
+            halves.setdefault(name, {})[match[2]] = stored
+    if strange:
+        raise CheckpointError(f"{where}: not updates of this model's linear layers: {', '.join(strange)}")
+    single = [f"{name} has only lora_{'/'.join(half)}" for name, half in halves.items() if len(half) < 2]
+    if single or not halves:
+        raise CheckpointError(f"{where}: {', '.join(single) or 'holds no update at all'}")
+    return {name: (half["A"], half["B"]) for name, half in sorted(halves.items())}

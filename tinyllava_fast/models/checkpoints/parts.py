@@ -1,0 +1,162 @@
+"""What layouts have in common: components, names, towers, connectors, processors, and which template fits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.data.tokenizer import has_tokenizer
+from tinyllava_fast.errors import CheckpointError, UserError, nearest
+from tinyllava_fast.log import log
+from tinyllava_fast.models.checkpoints.base import Folder
+from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.hf import LEGACY_ADAPTERS
+from tinyllava_fast.models.llm.base import LLMS
+from tinyllava_fast.models.vision.base import VISION
+
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Stored names under a component that hold nothing its forward pass reads.
+_IRRELEVANT = {
+    "llm": r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias)|transformer\.classifier\..*",
+    "vision": r"(.*\.)?(post_layernorm|layernorm|head|pooler)\..*|(.*\.)?(position_ids|mask_token)|logit_(scale|bias)",
+    "connector": r"(.*\.)?position_ids",
+}
+
+
+def irrelevant(component: str, name: str) -> bool:
+    """Whether a stored name of a component, as its project names it, is known to be of no use."""
+    return re.fullmatch(_IRRELEVANT[component], name) is not None
+
+
+def under(prefix: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
+
+
+def llm_part(config: dict[str, Any]) -> dict[str, Any]:
+    """An LMMConfig's llm section for a complete transformers config."""
+    kind = str(config["model_type"])
+    adapter = LEGACY_ADAPTERS.get(kind, kind)
+    return {"type": adapter if adapter in LLMS else "auto", "config": config, "options": {}}
+
+
+def llm_weights(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Under our names: a causal LM's own, in every layout."""
+    return {f"llm.{name}": stored for name, stored in tensors.items()}
+
+
+def vision_weights(tower: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """(tensors under our names, stored names left out) of a tower under transformers 4 names."""
+    renamed: Any = VISION.get(tower).from_reference_names(tensors)  # type: ignore[arg-type]
+    return _named("vision", renamed, tensors)
+
+
+def connector_weights(connector: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """(tensors under our names, stored names left out) of a connector under TinyLLaVA Factory's names."""
+    renamed: Any = CONNECTORS.get(connector).from_reference_names(tensors)  # type: ignore[arg-type]
+    return _named("connector", renamed, tensors)
+
+
+def _named(
+    component: str, renamed: Mapping[str, Stored], tensors: Mapping[str, Stored]
+) -> tuple[dict[str, Stored], list[str]]:
+    used = {stored.key for stored in renamed.values()}
+    weights = {f"{component}.{name}": stored for name, stored in renamed.items()}
+    dropped = []
+    for name, stored in tensors.items():
+        if stored.key in used:
+            continue
+        if irrelevant(component, name):
+            dropped.append(stored.key)
+        else:
+            weights[f"{component}.{name}"] = stored  # no one expects it: it is reported with all that do not fit
+    return weights, dropped
+
+
+def connector_part(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An LMMConfig's connector section for a connector type of the LLaVA family."""
+    options: dict[str, Any] = {}
+    if kind in ("mlp", "linear", "identity"):
+        name = kind
+    elif match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        name, options = "mlp", {"depth": int(match[1]), "activation": "gelu"}
+    elif kind in ("mof", "mof_mlp"):
+        name = "mof_mlp"
+    elif kind == "qformer":
+        name, options = kind, {"num_queries": config.get("num_queries") or 128}
+    elif kind == "resampler":
+        name = kind
+        options = {
+            "num_queries": config.get("num_queries") or 128,
+            "num_layers": config.get("num_resampler_layers") or 3,
+        }
+    else:
+        known = ["identity", "linear", "mlp2x_gelu", "mof_mlp", "qformer", "resampler"]
+        raise CheckpointError(f"{where}: unknown connector type {kind!r}; {nearest(kind, known)}")
+    return {"type": name, "options": options}
+
+
+def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:
+    """The folder itself where it has tokenizer files, else the name that the checkpoint gives."""
+    if has_tokenizer(folder.path):
+        return str(folder.path)
+    if not name:
+        raise CheckpointError(f"{where}: it has no tokenizer files and names no tokenizer")
+    return name
+
+
+def stored_processor(tower: str, sources: Sequence[str | None]) -> Any:
+    """The image processor in the first local folder that has one; None without any."""
+    cls = VISION.get(tower)
+    for source in sources:
+        if source and any((Path(source) / name).is_file() for name in _PROCESSORS):
+            processor = cls.processor_class.from_pretrained(source)
+            if getattr(processor, "do_pad", False):  # the image mode of the model does that
+                processor.do_pad = False
+            return processor
+    return None
+
+
+def processor_values(sources: Sequence[str | None]) -> dict[str, Any]:
+    """The keys of the image processor that ``stored_processor`` would read."""
+    for source in sources:
+        for name in _PROCESSORS:
+            if source and (Path(source) / name).is_file():
+                values = json.loads((Path(source) / name).read_text(encoding="utf-8"))
+                return dict(values.get("image_processor", values))
+    return {}
+
+
+def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) -> Any:
+    """The stored image processor, else the tower's defaults for the size."""
+    stored = stored_processor(tower, sources)
+    if stored is None:
+        log.info("no preprocessor_config.json found; using the %s defaults at %d pixels", tower, image_size)
+    return stored or VISION.get(tower).image_processor(image_size)
+
+
+def fitting_template(tokenizer: Any, family: str) -> str | None:
+    """The chat template whose end-of-answer text is the tokenizer's end token; of several, the one of this family."""
+    fits = [name for name in TEMPLATES if TEMPLATES.get(name).eos and TEMPLATES.get(name).eos == tokenizer.eos_token]
+    own = [name for name in fits if name.partition("_")[0] == family]
+    return next(iter(own or fits), None)
+
+
+def need(config: Mapping[str, Any], key: str, where: str) -> Any:
+    """A key of config.json that the layout cannot do without."""
+    if config.get(key) is None:
+        raise CheckpointError(f"{where}: config.json lacks {key}")
+    return config[key]
+
+
+def image_mode(config: Mapping[str, Any], where: str) -> str:
+    """Our image mode for an ``image_aspect_ratio``."""
+    ratio = config.get("image_aspect_ratio") or "square"
+    if ratio not in ("square", "pad"):
+        raise UserError(f"{where}: image_aspect_ratio {ratio!r} is not supported; known: square, pad")
+    return str(ratio)

@@ -1,0 +1,134 @@
+"""Tensors of a checkpoint, named and shaped but not read: safetensors or torch files, whole or in shards.
+
+A torch file is a pickle. It is opened with ``weights_only=True``, which executes nothing, and refused if it needs more.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tinyllava_fast.errors import CheckpointError
+
+# Tried in this order inside a folder.
+NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file. ``read`` gets it; ``key`` is its name in that file."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Stored, ...]:
+        """As Tensor.chunk, for equal parts: still unread."""
+        size = self.shape[dim] // chunks
+        shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
+
+        def part(number: int) -> Callable[[], Tensor]:
+            return lambda: self.read().narrow(dim, number * size, size)
+
+        return tuple(replace(self, shape=shape, read=part(number)) for number in range(chunks))
+
+    @classmethod
+    def of(cls, key: str, tensor: Tensor) -> Stored:
+        """A tensor that is in memory already."""
+        return cls(key, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether ``read_tensors`` finds files in the folder."""
+    return any((folder / name).is_file() for name in NAMES)
+
+
+def read_tensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of a file, or of the weights in a folder, by name. Only headers are read.
+
+    Raises CheckpointError for a file that is missing, damaged, truncated, or a pickle that holds code.
+    """
+    if path.is_dir():
+        path = next((path / name for name in NAMES if (path / name).is_file()), path / NAMES[1])
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the weights file does not exist")
+    if path.name.endswith(".index.json"):
+        return _sharded(path)
+    return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+
+
+def _sharded(index: Path) -> dict[str, Stored]:
+    try:
+        mapping: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise CheckpointError(f"{index}: not an index of shards: it has no JSON object weight_map") from None
+    found: dict[str, Stored] = {}
+    for name in sorted(set(mapping.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names a shard outside its folder: {name!r}")
+        found |= read_tensors(index.parent / name)
+    lost = sorted(set(mapping) - set(found))
+    if lost:
+        raise CheckpointError(f"{index}: in none of its shards: {', '.join(lost)}")
+    return found
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
+    try:
+        file = safe_open(path, framework="pt")
+        return {key: _slice(file, key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from None
+
+
+def _slice(file: safe_open, key: str) -> Stored:
+    header = file.get_slice(key)
+    dtype = _DTYPES.get(header.get_dtype(), torch.uint8)
+    return Stored(key, tuple(header.get_shape()), dtype, lambda: file.get_tensor(key))
+
+
+def _torch(path: Path) -> dict[str, Stored]:
+    mapped = zipfile.is_zipfile(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
+    except pickle.UnpicklingError as error:
+        code = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
+        if code:
+            raise CheckpointError(
+                f"{path}: this pickle holds code or objects, not only tensors ({', '.join(code)}); it was not loaded. "
+                "Save its tensors as safetensors where you trust it"
+            ) from None
+        raise CheckpointError(f"{path}: damaged, or no torch file: {_first_line(error)}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated torch file: {_first_line(error)}") from None
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, expected names and tensors")
+    others = [f"{key} ({type(v).__name__})" for key, v in loaded.items() if not isinstance(v, Tensor)]
+    if others:
+        raise CheckpointError(f"{path}: holds more than tensors: {', '.join(others)}")
+    return {key: Stored.of(key, tensor) for key, tensor in loaded.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

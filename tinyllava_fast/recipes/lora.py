@@ -1,0 +1,183 @@
+"""LoRA (arXiv 2106.09685) through peft: the settings of a recipe's components as one peft adapter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tinyllava_fast.config.schema import EngineConfig, LoRAConfig, RecipeConfig, TuneConfig
+from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.log import log
+from tinyllava_fast.models import adapter
+from tinyllava_fast.models.adapter import Adapter, LayerSettings
+from tinyllava_fast.models.lmm import COMPONENTS, LMM
+from tinyllava_fast.recipes.linears import linears
+
+ADAPTED = ("lora", "qlora")
+
+
+@dataclass
+class Plan:
+    """The adapter that a recipe asks for. config: peft's LoraConfig. dropout: by component."""
+
+    config: Any
+    layers: dict[str, LayerSettings]
+    dropout: dict[str, float]
+
+
+def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:
+    """Raise UserError if the engine cannot train the adapters."""
+    for component in COMPONENTS:
+        tune: TuneConfig = getattr(recipe, component)
+        if tune.tune not in ADAPTED or not tune.lora.dora:
+            continue
+        key = f"{where}.recipe.{component}.lora.dora"
+        if engine.compile:
+            raise UserError(f"{key}: peft's DoRA does not trace into one graph; set engine.compile: false, or dora: false")
+        if engine.type == "deepspeed" and engine.zero_stage == 3:
+            raise UserError(
+                f"{key}: peft's DoRA reads whole weights, which engine.zero_stage: 3 shards; set zero_stage: 2, or "
+                "dora: false"
+            )
+
+
+def plan(lmm: LMM, recipe: RecipeConfig) -> Plan | None:
+    """What the recipe's lora and qlora components ask for, None without one. The model has no adapter now.
+
+    Raises UserError naming the key for names that match nothing, values out of range, or what one adapter cannot hold.
+    """
+    tunes: dict[str, TuneConfig] = {name: getattr(recipe, name) for name in COMPONENTS}
+    settings = {name: tune.lora for name, tune in tunes.items() if tune.tune in ADAPTED}
+    if not settings:
+        return None
+    layers: dict[str, LayerSettings] = {}
+    for component, lora in settings.items():
+        _check(lora, f"recipe.{component}.lora")
+        layers |= _layers(lmm, component, lora)
+    first, main = next(iter(settings.items()))
+    for component, lora in settings.items():
+        for key in ("rslora", "dora"):
+            if getattr(lora, key) != getattr(main, key):
+                raise UserError(
+                    f"recipe.{component}.lora.{key}: {getattr(lora, key)}, but recipe.{first}.lora.{key} is "
+                    f"{getattr(main, key)}; peft has one such setting for an adapter, so let them agree"
+                )
+    config = adapter.import_peft().LoraConfig(
+        r=main.r,
+        lora_alpha=main.alpha,
+        lora_dropout=main.dropout,
+        target_modules=list(layers),
+        rank_pattern={name: layer.r for name, layer in layers.items() if layer.r != main.r},
+        alpha_pattern={name: layer.alpha for name, layer in layers.items() if layer.alpha != main.alpha},
+        use_rslora=main.rslora,
+        use_dora=main.dora,
+    )
+    return Plan(config, layers, {name: lora.dropout for name, lora in settings.items()})
+
+
+def merge_unless_continued(lmm: LMM, held: Adapter | None, wanted: Plan | None) -> Adapter | None:
+    """The adapter to go on with; one that does not fit the plan is merged into the weights instead, and None returned.
+
+    held: the model's adapter so far, taken off it.
+    """
+    if held is None:
+        return None
+    if wanted is not None and held.layers == wanted.layers:
+        log.info("LoRA: going on with the adapter of the model (%d layers)", len(held.layers))
+        return held
+    log.info("LoRA: merging the adapter of the model (%d layers); the recipe asks for another", len(held.layers))
+    adapter.attach(lmm, held, "the model's adapter")
+    adapter.merge(lmm)
+    return None
+
+
+def inject(lmm: LMM, wanted: Plan, continued: Adapter | None, seed: int) -> None:
+    """Put the planned adapter into the model, with the values of the one that it continues."""
+    adapter.inject(lmm, wanted.config, seed=seed)
+    adapter.set_dropout(lmm, wanted.dropout)
+    if continued is not None:
+        adapter.fill(lmm, continued.tensors, "the model's adapter")
+
+
+def set_trainable(lmm: LMM, recipe: RecipeConfig) -> None:
+    """Adapters train, and the biases that ``lora.bias`` names. Everything else of these components is frozen."""
+    for name, layer in adapter.layers(lmm):
+        for parameter in adapter.parameters_of(layer):
+            parameter.requires_grad_(True)
+        if getattr(recipe, name.partition(".")[0]).lora.bias == "lora_only":
+            bias = layer.get_base_layer().bias
+            if bias is not None:
+                bias.requires_grad_(True)
+    for component in COMPONENTS:
+        tune: TuneConfig = getattr(recipe, component)
+        if tune.tune in ADAPTED and tune.lora.bias == "all":
+            for name, parameter in getattr(lmm, component).named_parameters():
+                if name.rpartition(".")[2].endswith("bias"):
+                    parameter.requires_grad_(True)
+
+
+def _check(lora: LoRAConfig, key: str) -> None:
+    for name, rank in {"r": lora.r, **{f"rank_pattern.{k}": v for k, v in lora.rank_pattern.items()}}.items():
+        if rank < 1:
+            raise UserError(f"{key}.{name}: {rank}; a rank is at least 1")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for entry in getattr(lora, field):
+            try:
+                re.compile(entry)
+            except re.error as error:
+                raise UserError(f"{key}.{field}: {entry!r} is no regular expression: {error}") from None
+    for name, alpha in {"alpha": lora.alpha, **{f"alpha_pattern.{k}": v for k, v in lora.alpha_pattern.items()}}.items():
+        if alpha <= 0:
+            raise UserError(f"{key}.{name}: {alpha}; must be positive")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"{key}.dropout: {lora.dropout}; a probability in [0, 1)")
+
+
+def _layers(lmm: LMM, component: str, lora: LoRAConfig) -> dict[str, LayerSettings]:
+    """Settings of each layer that the component's LoRA adapts."""
+    from peft.utils.other import get_pattern_key
+
+    key = f"recipe.{component}.lora"
+    names = [name for name, _ in linears(lmm, component)]
+    if not names:
+        raise UserError(f"recipe.{component}.tune: the {component} has no linear layer that LoRA could adapt")
+    targets = names
+    if lora.target_modules is not None:
+        for end in lora.target_modules:
+            if not any(_ends(name, end) for name in names):
+                raise UserError(f"{key}.target_modules: {_why_not(lmm, component, end, names)}")
+        targets = [name for name in names if any(_ends(name, end) for end in lora.target_modules)]
+        if not targets:
+            raise UserError(f"{key}.target_modules: empty; name a layer, or leave it out to adapt all of them")
+    patterns = {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
+    chosen = {field: {n: get_pattern_key(list(p), n) for n in targets} for field, p in patterns.items()}
+    for field, pattern in patterns.items():
+        for entry in pattern:
+            if entry not in chosen[field].values():
+                ends = dict.fromkeys(name.rpartition(".")[2] for name in targets)
+                raise UserError(f"{key}.{field}: {entry!r} matches no adapted layer; {nearest(entry, ends)}")
+    return {
+        name: LayerSettings(
+            lora.rank_pattern.get(chosen["rank_pattern"][name], lora.r),
+            lora.alpha_pattern.get(chosen["alpha_pattern"][name], lora.alpha),
+            lora.rslora,
+            lora.dora,
+        )
+        for name in targets
+    }
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _why_not(lmm: LMM, component: str, end: str, names: list[str]) -> str:
+    for name, module in getattr(lmm, component).named_modules(prefix=component):
+        if _ends(name, end):
+            if isinstance(module, nn.Linear):
+                return f"{end!r} is {name}, whose weight is read directly, past its adapter; leave it out"
+            return f"{end!r} is {name}, a {type(module).__name__}; LoRA adapts linear layers only"
+    return f"no linear layer of the {component} is called {end!r}; {nearest(end, dict.fromkeys(n.rpartition('.')[2] for n in names))}"

@@ -1,0 +1,163 @@
+"""QLoRA (arXiv 2305.14314): frozen linear layers kept in 4 or 8 bits by bitsandbytes.
+
+Model folders never hold quantised storage: ``plain_weights`` writes what the layers computed with, dequantised, in the
+training dtype, so a folder of a QLoRA stage is an ordinary one with an adapter. (TinyLLaVA Factory stored int8 without
+its scales.) The next qlora stage quantises these values anew; that is exact for int8, and within the grid for nf4.
+Training checkpoints hold the quantised tensors themselves, bit for bit.
+
+What bitsandbytes 0.50 cannot do is refused by name: see ``quantize`` and ``check_engine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava_fast.config.schema import EngineConfig, RecipeConfig, TuneConfig
+from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models.lmm import COMPONENTS, LMM
+from tinyllava_fast.recipes.linears import linears
+
+BLOCK = 64  # weights that share a scale in nf4
+
+
+def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:
+    """Raise UserError if the engine cannot train quantised layers."""
+    for component in _quantised(recipe):
+        if engine.type == "deepspeed" and engine.zero_stage == 3:
+            raise UserError(
+                f"{where}.recipe.{component}.tune: qlora with engine.zero_stage: 3, which would shard packed weights "
+                "apart from their scales; set engine.zero_stage: 2, or tune: lora"
+            )
+
+
+def quantize(lmm: LMM, component: str, tune: TuneConfig) -> None:
+    """Replace every linear layer of a component but the output head by bitsandbytes' own, frozen.
+
+    Raises UserError if bitsandbytes does not import, or a layer has a shape that it gets wrong on this device.
+    """
+    bnb = _bitsandbytes(component)
+    for name, linear in list(linears(lmm, component)):
+        device = linear.weight.device
+        if tune.quant == "nf4" and device.type == "cpu" and linear.in_features % BLOCK:
+            raise UserError(
+                f"recipe.{component}.quant: nf4, but {name} has {linear.in_features} inputs, and on a CPU bitsandbytes "
+                f"dequantises only multiples of {BLOCK} correctly; set quant: int8"
+            )
+        _replace(lmm, name, _quantised_layer(bnb, linear, tune))
+
+
+def dequantize(lmm: LMM) -> None:
+    """Put plain linear layers, in the dtype of the model, in the place of quantised ones. The model has no adapter."""
+    for name, layer in list(quantised_layers(lmm)):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(dequantized(layer, lmm.dtype))
+        linear.bias = layer.bias
+        _replace(lmm, name, linear.train(layer.training))
+
+
+def quantised_layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every layer that bitsandbytes keeps quantised."""
+    for name, module in lmm.named_modules():
+        if isinstance(module, nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
+            yield name, module
+
+
+def dequantized(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] that the layer multiplies by at activations of ``dtype``, to the bit."""
+    import bitsandbytes as bnb
+
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = layer.weight.quant_state
+        return bnb.functional.dequantize_4bit(layer.weight.data, state).to(dtype)
+    scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    return layer.weight.data.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+
+
+def plain_weights(lmm: LMM, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """State-dict tensors with quantised ones replaced by what they stand for. dtype: of the activations in training."""
+    drop, plain = state_names(lmm), dict(weights)
+    for name in drop:
+        plain.pop(name, None)
+    for name, layer in quantised_layers(lmm):
+        plain[f"{name}.weight"] = dequantized(layer, dtype)
+    return plain
+
+
+def state_names(lmm: LMM) -> set[str]:
+    """State-dict names of quantised weights and of their scales."""
+    names: set[str] = set()
+    for name, layer in quantised_layers(lmm):
+        names |= {f"{name}.{key}" for key in layer.state_dict() if key != "bias"}
+    return names
+
+
+def load_state(lmm: LMM, tensors: Mapping[str, Tensor]) -> None:
+    """Restore quantised weights from a training checkpoint, bit for bit. Raises CheckpointError naming what lacks."""
+    for name, layer in quantised_layers(lmm):
+        stored = {key: tensors[key] for key in tensors if key.startswith(f"{name}.weight") or key == f"{name}.SCB"}
+        found = {key.removeprefix(f"{name}."): t for key, t in stored.items()}
+        try:
+            _restore(layer, found)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{name}: its quantised weight cannot be restored: {error}") from None
+
+
+def _restore(layer: Any, found: dict[str, Tensor]) -> None:
+    import bitsandbytes as bnb
+
+    device = layer.weight.device
+    weight = found.pop("weight")
+    if weight.shape != layer.weight.shape or weight.dtype != layer.weight.dtype:
+        raise ValueError(f"stored {weight.dtype} {list(weight.shape)}, the layer has {list(layer.weight.shape)}")
+    if isinstance(layer, bnb.nn.Linear4bit):
+        scales = {key.removeprefix("weight."): t for key, t in found.items()}
+        layer.weight = bnb.nn.Params4bit.from_prequantized(weight, scales, device=device, module=layer)
+        return
+    layer.weight = bnb.nn.Int8Params(
+        weight.to(device), requires_grad=False, CB=weight.to(device), SCB=found["SCB"].to(device)
+    )
+    layer.state.CB = layer.state.SCB = None
+
+
+def _quantised_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module:
+    shape = (linear.in_features, linear.out_features)
+    layer: Any
+    if tune.quant == "nf4":
+        layer = bnb.nn.Linear4bit(*shape, bias=False, device="meta", quant_type="nf4")
+        # In evaluation it would repack the weight into a layout whose kernel fails for some widths.
+        layer.support_avx512bf16_for_cpu = False
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.detach(), quant_type="nf4", compress_statistics=tune.double_quant, module=layer
+        )
+    else:
+        layer = bnb.nn.Linear8bitLt(*shape, bias=False, device="meta", has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False)
+    layer.bias = linear.bias
+    device = linear.weight.device
+    layer.weight = layer.weight.to(device)  # this is where it quantises
+    return layer.train(linear.training)
+
+
+def _quantised(recipe: RecipeConfig) -> dict[str, TuneConfig]:
+    tunes = {name: getattr(recipe, name) for name in COMPONENTS}
+    return {name: tune for name, tune in tunes.items() if tune.tune == "qlora"}
+
+
+def _replace(lmm: LMM, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(lmm.get_submodule(parent), leaf, module)
+
+
+def _bitsandbytes(component: str) -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            f"recipe.{component}.tune: qlora needs bitsandbytes, which does not import ({error}); "
+            "pip install 'tinyllava-fast[train]'"
+        ) from None
+    return bitsandbytes
