@@ -165,9 +165,7 @@ class PackedDataset:
         length = sum(width(segment, count) for segment in sample)
         if length > budget:
             if count >= budget and record.image is not None:
-                raise self._error(
-                    record, "image", f"{count} image tokens do not fit {key}={budget}; raise {key}"
-                )
+                raise self._error(record, "image", f"{count} image tokens do not fit {key}={budget}; raise {key}")
             if self.data.overlong == "fail":
                 remedy = f"raise {key}, or set data.overlong=truncate"
                 raise self._error(record, "conversations", f"{length} tokens exceed {key}={budget}; {remedy}")

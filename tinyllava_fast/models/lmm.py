@@ -38,7 +38,7 @@ class LMMConfig:
     template: str = "llama"
     image_mode: str = "square"
     turns: str = "conversation"
-    adapter: bool = False  # whether LoRA layers are in the model, and in a folder beside its weights (models/adapter.py)
+    adapter: bool = False  # LoRA layers in the model, and in a folder beside its weights (models/adapter.py)
 
 
 class LMM(nn.Module):
