@@ -182,6 +182,12 @@ def damage(folder: Path, what: str) -> None:
             config.write_text(json.dumps(values | {"peft_type": "IA3"}))
         case "pissa":
             config.write_text(json.dumps(values | {"init_lora_weights": "pissa"}))
+        case "saved":
+            config.write_text(json.dumps(values | {"modules_to_save": ["connector"]}))
+        case "embedding":
+            config.write_text(json.dumps(values | {"target_modules": ["embed_tokens"]}))
+        case "head":
+            config.write_text(json.dumps(values | {"target_modules": ["lm_head"]}))
         case "targets":
             config.write_text(json.dumps(values | {"target_modules": ["nothing"]}))
         case "missing":
@@ -201,6 +207,9 @@ def damage(folder: Path, what: str) -> None:
         ("json", "not a peft adapter config"),
         ("type", "peft_type is 'IA3'; only LORA"),
         ("pissa", "init_lora_weights is 'pissa', which changes the base weights"),
+        ("saved", "modules_to_save is set; only LoRA of linear layers"),
+        ("embedding", r"adapts llm\.model\.embed_tokens, a Embedding whose weight this package reads directly"),
+        ("head", r"adapts llm\.lm_head, a Linear whose weight"),
         ("targets", "the adapter does not fit this model"),
         ("missing", r"another architecture:\n  missing: llm\.model\.layers\.0\..*lora_A"),
         ("unexpected", r"another architecture:\n  unexpected: llm\.model\.extra"),

@@ -113,6 +113,13 @@ def attach(lmm: LMM, adapter: Adapter, where: str, *, dtype: torch.dtype | None 
         inject(lmm, adapter.config, dtype=dtype)
     except ValueError as error:
         raise CheckpointError(f"{where}: the adapter does not fit this model: {error}") from None
+    for name, layer in layers(lmm):
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear) or layer is lmm.llm.get_output_embeddings():
+            raise CheckpointError(
+                f"{where}: adapts {name}, a {type(base).__name__} whose weight this package reads directly, past its "
+                "adapter; only linear layers other than the output head are supported"
+            )
     fill(lmm, adapter.tensors, where)
 
 
@@ -217,6 +224,9 @@ def read(folder: Path) -> Adapter:
             f"{folder / _CONFIG}: init_lora_weights is {config.init_lora_weights!r}, which changes the base weights "
             "when it is injected; convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    for key in ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"):
+        if getattr(config, key, None):
+            raise CheckpointError(f"{folder / _CONFIG}: {key} is set; only LoRA of linear layers is supported")
     config.inference_mode = False
     return Adapter(config, {k.removeprefix(_PREFIX): t for k, t in tensors.items()}, {})
 

@@ -143,9 +143,11 @@ def _quantised_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module
 
 
 def _settle(layer: Any) -> None:
-    """Do now what an int8 layer does at its first forward pass, after which a compiled graph would be made anew."""
+    """Do now what a layer does at its first forward pass, after which a compiled graph would be made anew."""
     if layer.weight.dtype == torch.int8:
         layer.init_8bit_state()
+    else:
+        layer.compute_type_is_set = True  # to None: that of the activations
 
 
 def _quantised(recipe: RecipeConfig) -> dict[str, TuneConfig]:
