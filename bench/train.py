@@ -76,6 +76,9 @@ def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Sett
     if len(run.stages) != 1:
         raise UserError(f"{config}: stages: a benchmark run has exactly one stage, this has {len(run.stages)}")
     stage = run.stages[0]
+    for name in ("llm", "vision", "connector"):
+        if (kind := getattr(stage.recipe, name).tune) not in ("frozen", "full"):
+            raise UserError(f"{config}: recipe.{name}.tune: {kind!r}; the peer knows frozen and full components only")
     stage = replace(stage, data=stage.data.under(run.data_root))
     if not stage.data.records:
         count = (settings.warmup + settings.rounds * settings.steps) * settings.samples

@@ -114,3 +114,8 @@ def test_a_run_has_one_stage(config: Path, tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match="exactly one stage, this has 2"):
         train.compose(config, [], tmp_path, SETTINGS)
+
+
+def test_what_the_peer_cannot_train_is_refused(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe\.llm\.tune: 'lora'; the peer knows frozen and full"):
+        train.compose(config, ["stages.0.recipe.llm.tune=lora"], tmp_path, SETTINGS)

@@ -101,6 +101,11 @@ def test_truncation(make, talk):
     dataset = make(long, tokens=100, overlong="truncate")
     assert dataset.lengths[0] == 100 and dataset.report.truncated == 1
     assert dataset.pack(0, [0]).num_tokens == 100
+    with pytest.raises(DataError, match=r"conversations: \d+ tokens exceed data.max_tokens=80; raise data.max_tokens"):
+        make(long, tokens=100, max_tokens=80)
+    dataset = make(long, tokens=100, overlong="truncate", max_tokens=80)
+    assert dataset.lengths[0] == 80 and dataset.lengths[1] < 80 and dataset.batch.tokens == 100
+    assert list(make(long, tokens=100, overlong="truncate", max_tokens=999).lengths) == [100, dataset.lengths[1]]
 
 
 def errors(talk):

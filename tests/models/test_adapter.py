@@ -81,12 +81,19 @@ def test_round_trip(recipe: RecipeConfig, tiny: Callable, save: Callable[..., Pa
     assert not merged.config.adapter and not any("lora" in n for n, _ in merged.named_parameters())
     torch.testing.assert_close(merged(**batch), expected, rtol=1e-6, atol=1e-6)
     again = save(live, "again")
-    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "config.json"):
+    for file in (
+        "model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "config.json",
+    ):
         assert (again / file).read_bytes() == (folder / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-def test_peft_reads_it(recipe: RecipeConfig, tiny: Callable, save: Callable[..., Path], batch: dict[str, Tensor]) -> None:
+def test_peft_reads_it(
+    recipe: RecipeConfig, tiny: Callable, save: Callable[..., Path], batch: dict[str, Tensor]
+) -> None:
     lmm = trained(tiny(llm={"attention_bias": True}), recipe)
     folder = save(lmm)
     base = io.load_model(folder, merge_adapter=False)[0]
@@ -99,7 +106,9 @@ def test_an_adapter_that_peft_trained_loads_here(
     tiny: Callable, save: Callable[..., Path], batch: dict[str, Tensor]
 ) -> None:
     folder = save(build_model(tiny(llm={"attention_bias": True}), seed=1))
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "fc1"], bias="lora_only", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "fc1"], bias="lora_only", init_lora_weights=False
+    )
     model = peft.get_peft_model(io.load_model(folder)[0], config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("base_layer.bias"):
@@ -137,7 +146,9 @@ def test_dtypes(tiny: Callable, save: Callable[..., Path]) -> None:
     low = exact[f"{name}.base_layer.weight"].bfloat16().float()
     total = low + 2.0 * (exact[f"{name}.lora_B.default.weight"] @ exact[f"{name}.lora_A.default.weight"])
     half, full = io.load_model(folder)[0], io.load_model(folder, dtype=torch.float32)[0]
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and {p.dtype for p in full.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and {p.dtype for p in full.parameters()} == {
+        torch.float32
+    }
     assert torch.equal(half.get_submodule(name).weight, total.bfloat16())
     torch.testing.assert_close(full.get_submodule(name).weight, total, rtol=1e-6, atol=1e-7)
     live = io.load_model(folder, merge_adapter=False)[0]
@@ -171,6 +182,12 @@ def damage(folder: Path, what: str) -> None:
             config.write_text(json.dumps(values | {"peft_type": "IA3"}))
         case "pissa":
             config.write_text(json.dumps(values | {"init_lora_weights": "pissa"}))
+        case "saved":
+            config.write_text(json.dumps(values | {"modules_to_save": ["connector"]}))
+        case "embedding":
+            config.write_text(json.dumps(values | {"target_modules": ["embed_tokens"]}))
+        case "head":
+            config.write_text(json.dumps(values | {"target_modules": ["lm_head"]}))
         case "targets":
             config.write_text(json.dumps(values | {"target_modules": ["nothing"]}))
         case "missing":
@@ -190,6 +207,9 @@ def damage(folder: Path, what: str) -> None:
         ("json", "not a peft adapter config"),
         ("type", "peft_type is 'IA3'; only LORA"),
         ("pissa", "init_lora_weights is 'pissa', which changes the base weights"),
+        ("saved", "modules_to_save is set; only LoRA of linear layers"),
+        ("embedding", r"adapts llm\.model\.embed_tokens, a Embedding whose weight this package reads directly"),
+        ("head", r"adapts llm\.lm_head, a Linear whose weight"),
         ("targets", "the adapter does not fit this model"),
         ("missing", r"another architecture:\n  missing: llm\.model\.layers\.0\..*lora_A"),
         ("unexpected", r"another architecture:\n  unexpected: llm\.model\.extra"),

@@ -47,9 +47,7 @@ KINDS = {
     "partial": TuneConfig(tune="partial", from_layer=1),
 }
 COMBINATIONS = [
-    kinds
-    for kinds in itertools.product(KINDS, KINDS, [k for k in KINDS if k != "partial"])
-    if set(kinds) != {"frozen"}
+    kinds for kinds in itertools.product(KINDS, KINDS, [k for k in KINDS if k != "partial"]) if set(kinds) != {"frozen"}
 ]
 
 
@@ -110,7 +108,15 @@ def test_equals_pefts_own_model(
     ours, theirs = make_lmm(), make_lmm()
     apply_recipe(ours, with_llm(**settings), OptimConfig(), seed=3)
     names = {"rslora": "use_rslora", "dora": "use_dora"}
-    targets = settings.get("target_modules") or ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets = settings.get("target_modules") or [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
     config = peft.LoraConfig(
         r=4,
         lora_alpha=8,
@@ -157,7 +163,9 @@ def test_merging_sums_in_float32(make_lmm: Callable[..., LMM]) -> None:
     name, layer = next(adapter.layers(lmm))
     lmm.to(torch.bfloat16)
     low = {k: v.clone() for k, v in layer.state_dict().items()}
-    exact = low["base_layer.weight"].float() + 2.0 * (low["lora_B.default.weight"].float() @ low["lora_A.default.weight"].float())
+    exact = low["base_layer.weight"].float() + 2.0 * (
+        low["lora_B.default.weight"].float() @ low["lora_A.default.weight"].float()
+    )
     adapter.merge(lmm)
     assert torch.equal(lmm.get_submodule(name).weight, exact.bfloat16())
 
@@ -185,7 +193,10 @@ def test_each_component_has_its_own_settings(make_lmm: Callable[..., LMM]) -> No
 
 
 def test_the_same_recipe_continues_and_another_one_merges(
-    make_lmm: Callable[..., LMM], batch: dict[str, Tensor], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_lmm: Callable[..., LMM],
+    batch: dict[str, Tensor],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(log, "propagate", True)
     lmm = make_lmm().eval()
@@ -253,8 +264,14 @@ def test_engines_that_dora_does_not_work_in() -> None:
         (with_llm(rank_pattern={"(": 2}), r"rank_pattern: '\(' is no regular expression"),
         (with_llm(rank_pattern={"fc9": 2}), r"rank_pattern: 'fc9' matches no adapted layer"),
         (with_llm(target_modules=["q_proj"], alpha_pattern={"v_proj": 2}), r"alpha_pattern: 'v_proj' matches no"),
-        (RecipeConfig(llm=lora(dora=True), vision=lora()), r"recipe\.llm\.lora\.dora: True, but recipe\.vision\.lora\.dora"),
-        (RecipeConfig(llm=TuneConfig(lora=LoRAConfig(r=8))), r"recipe\.llm\.lora: set, but recipe\.llm\.tune is 'full'"),
+        (
+            RecipeConfig(llm=lora(dora=True), vision=lora()),
+            r"llm\.lora\.dora: True, but recipe\.vision\.lora\.dora",
+        ),
+        (
+            RecipeConfig(llm=TuneConfig(lora=LoRAConfig(r=8))),
+            r"llm\.lora: set, but recipe\.llm\.tune is 'full'",
+        ),
         (RecipeConfig(llm=TuneConfig(quant="int8")), r"recipe\.llm\.quant: set, .* set tune: qlora"),
         (RecipeConfig(vision=TuneConfig(tune="frozen", from_layer=2)), r"recipe\.vision\.from_layer: set, .*partial"),
     ],

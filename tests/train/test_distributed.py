@@ -68,6 +68,37 @@ def test_zero_stages_train_as_one_process_does(tiny_run):
     assert_same_training(folder / "zero3", folder / "one")
 
 
+@pytest.mark.slow
+def test_lora_and_qlora_train_as_one_process_does(tiny_run):
+    lora = {"tune": "lora", "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj"]}}
+    recipe = {"llm": lora, "vision": lora, "connector": {"tune": "full"}}
+    path = tiny_run(
+        stages__pretrain__recipe=recipe, stages__finetune__recipe=recipe, checkpoint={"every_steps": 6, "keep": 2}
+    )
+    folder = path.parent
+    qlora = [f"stages.finetune.recipe.llm.{change}" for change in ("tune=qlora", "quant=int8")]
+    train(load_run(path, [f"output_dir={folder / 'one'}"]))
+    train(load_run(path, [f"output_dir={folder / 'one-qlora'}", *qlora]))
+    shutil.copytree(folder / "one", folder / "torch_then_zero3")
+    shutil.rmtree(folder / "torch_then_zero3" / "checkpoints" / "finetune-00000012")
+    stages = {f"zero{z}": f"engine.type=deepspeed,engine.zero_stage={z}" for z in (0, 2, 3)}
+    runs = [f"{name}:{change}" for name, change in stages.items()]
+    launch(folder, *runs, f"torch_then_zero3:{stages['zero3']}", f"zero2-qlora:{','.join([stages['zero2'], *qlora])}")
+    for name in (*stages, "torch_then_zero3"):
+        assert_same_training(folder / name, folder / "one")
+        assert_same_adapter(folder / name, folder / "one")
+    assert_same_training(folder / "zero2-qlora", folder / "one-qlora")
+    assert_same_adapter(folder / "zero2-qlora", folder / "one-qlora")
+
+
+def assert_same_adapter(run: Path, reference: Path) -> None:
+    for name in ("pretrain", "final"):
+        found, expected = (load_file(r / name / "adapter" / "adapter_model.safetensors") for r in (run, reference))
+        assert found.keys() == expected.keys() and len(found) == 2 * 3
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
 def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch):
     """In this process: a group of one; stopped in the middle and resumed."""
     pytest.importorskip("deepspeed")

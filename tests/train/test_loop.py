@@ -100,6 +100,24 @@ def test_resume_from_a_path_and_never(tiny_run, losses, whole):
     assert losses(path.parent / "fresh") == lines
 
 
+def test_data_root_holds_every_file_and_may_move(tiny_run, losses, whole):
+    path, _, lines, _ = whole
+    files = {"records": "records.json", "image_folder": "images", "template": "llama"}
+    other = path.parent / "rooted"
+    moved = tiny_run(stages__pretrain__data=files, stages__finetune__data=files, output_dir=str(other))
+    with pytest.raises(UserError, match=r"records\.json: cannot read the records"):
+        train(load_run(moved))
+    train(load_run(moved, [f"data_root={path.parent}"]))
+    assert losses(other) == lines
+    shutil.rmtree(other / "checkpoints" / "finetune-00000012")
+    elsewhere = path.parent / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("records.json", "images"):
+        (path.parent / name).rename(elsewhere / name)
+    train(load_run(moved, [f"data_root={elsewhere}"]))
+    assert losses(other) == lines
+
+
 def test_bf16_masters_resume_bit_for_bit(tiny_run, losses):
     path = tiny_run(engine__dtype="bfloat16")
     train(load_run(path))

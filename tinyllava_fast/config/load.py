@@ -51,9 +51,7 @@ def parse_into(cls: type[T], mapping: Any, where: str, *, key: str = "") -> T:
     files = mapping.written if isinstance(mapping, Section) else {}
     for name in mapping:
         if name not in fields:
-            raise UserError(
-                f"{files.get(name, where)}: {_join(key, name)}: unknown key; {nearest(str(name), fields)}"
-            )
+            raise UserError(f"{files.get(name, where)}: {_join(key, name)}: unknown key; {nearest(str(name), fields)}")
     hints = get_type_hints(cls)
     values = {
         name: _parse_value(hints[name], value, files.get(name, where), _join(key, name))

@@ -197,9 +197,7 @@ class PackedDataset:
         if length > budget:
             largest = count * max((n for _, n in shown), default=0)
             if largest >= budget:
-                raise self._error(
-                    record, "image", f"{largest} image tokens do not fit {key}={budget}; raise {key}"
-                )
+                raise self._error(record, "image", f"{largest} image tokens do not fit {key}={budget}; raise {key}")
             if self.data.overlong == "fail":
                 remedy = f"raise {key}, or set data.overlong=truncate"
                 raise self._error(record, "conversations", f"{length} tokens exceed {key}={budget}; {remedy}")

@@ -1,11 +1,11 @@
 """LoRA adapters as peft has them, injected into a model in place, and peft's own folder format.
 
-    <model folder>/adapter/adapter_config.json        peft's LoraConfig, target_modules as full dotted names
-    <model folder>/adapter/adapter_model.safetensors  base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight, ...
+    adapter/adapter_config.json        peft's LoraConfig, target_modules as full dotted names
+    adapter/adapter_model.safetensors  base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight, ...
 
-One adapter covers every component that has LoRA layers. Names are those of the LMM, so ``peft.PeftModel.from_pretrained(lmm,
-folder)`` reads what is written here, and an adapter that peft trained on an LMM loads here. Whatever else trained is in
-model.safetensors, biases of adapted layers included.
+One adapter covers every component that has LoRA layers. Names are those of the LMM, so that
+``peft.PeftModel.from_pretrained(lmm, folder)`` reads what is written here, and an adapter that peft trained on an LMM
+loads here. Whatever else trained is in model.safetensors, biases of adapted layers included.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
 def parameter_names(lmm: LMM) -> list[str]:
     """State-dict names of the adapter's own tensors."""
     return [
-        f"{name}.{key}" for name, layer in layers(lmm) for key in layer.state_dict() if not key.startswith("base_layer.")
+        f"{name}.{key}"
+        for name, layer in layers(lmm)
+        for key in layer.state_dict()
+        if not key.startswith("base_layer.")
     ]
 
 
@@ -89,14 +92,15 @@ def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = 
     Quantised layers of bitsandbytes get peft's wrappers for them. dtype: of the new weights; None: the model's.
     """
     inject_in_place = import_peft().inject_adapter_in_model
+    model: Any = lmm
     dtype = dtype or lmm.dtype
     # peft asks the model, not the layer, whether bitsandbytes' layers may be in it.
-    lmm.is_loaded_in_4bit = lmm.is_loaded_in_8bit = True
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
     try:
         with seeded(seed):
-            inject_in_place(copy.deepcopy(config), lmm, _NAME)
+            inject_in_place(copy.deepcopy(config), model, _NAME)
     finally:
-        del lmm.is_loaded_in_4bit, lmm.is_loaded_in_8bit
+        del model.is_loaded_in_4bit, model.is_loaded_in_8bit
     lmm.config.adapter = True
     for _, layer in layers(lmm):
         for parameter in parameters_of(layer):
@@ -109,15 +113,22 @@ def attach(lmm: LMM, adapter: Adapter, where: str, *, dtype: torch.dtype | None 
         inject(lmm, adapter.config, dtype=dtype)
     except ValueError as error:
         raise CheckpointError(f"{where}: the adapter does not fit this model: {error}") from None
+    for name, layer in layers(lmm):
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear) or layer is lmm.llm.get_output_embeddings():
+            raise CheckpointError(
+                f"{where}: adapts {name}, a {type(base).__name__} whose weight this package reads directly, past its "
+                "adapter; only linear layers other than the output head are supported"
+            )
     fill(lmm, adapter.tensors, where)
 
 
 def fill(lmm: LMM, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors, by peft's names, into the adapter of a model. Raises CheckpointError naming those that do not fit."""
+    """Copy tensors, by peft's names, into a model's adapter. Raises CheckpointError naming those that do not fit."""
     from peft.utils import set_peft_model_state_dict
 
     try:
-        outcome = set_peft_model_state_dict(lmm, dict(tensors), _NAME)
+        outcome: Any = set_peft_model_state_dict(lmm, dict(tensors), _NAME)
     except (ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{where}: the adapter does not fit this model: {error}") from None
     own = set(parameter_names(lmm))
@@ -210,9 +221,12 @@ def read(folder: Path) -> Adapter:
         raise CheckpointError(f"{folder / _WEIGHTS}: damaged or truncated safetensors file: {error}") from None
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise CheckpointError(
-            f"{folder / _CONFIG}: init_lora_weights is {config.init_lora_weights!r}, which changes the base weights when "
-            "it is injected; convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{folder / _CONFIG}: init_lora_weights is {config.init_lora_weights!r}, which changes the base weights "
+            "when it is injected; convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    for key in ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"):
+        if getattr(config, key, None):
+            raise CheckpointError(f"{folder / _CONFIG}: {key} is set; only LoRA of linear layers is supported")
     config.inference_mode = False
     return Adapter(config, {k.removeprefix(_PREFIX): t for k, t in tensors.items()}, {})
 
@@ -228,7 +242,8 @@ def _tensors(lmm: LMM, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _full_config(lmm: LMM) -> Any:
     """The LoraConfig with every layer named in full; peft shortens long lists to ends that happen to be unique."""
-    config = copy.deepcopy(lmm.peft_config[_NAME])  # type: ignore[index]
+    held: Any = lmm.peft_config
+    config = copy.deepcopy(held[_NAME])
     config.target_modules = {name for name, _ in layers(lmm)}
     config.bias = "none"  # trained biases are the model's own weights
     return config

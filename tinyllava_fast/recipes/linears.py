@@ -15,7 +15,7 @@ def linears(lmm: LMM, component: str) -> Iterator[tuple[str, nn.Linear]]:
     Left out: the output head, whose weight the loss reads directly, and the projections inside nn.MultiheadAttention,
     which reads theirs likewise.
     """
-    head = lmm.llm.get_output_embeddings()  # type: ignore[operator]
+    head = lmm.llm.get_output_embeddings()
     for name, module in _walk(getattr(lmm, component), component):
         if module is not head:
             yield name, module

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.recipes.linears import linears
 
 ADAPTED = ("lora", "qlora")
+T = TypeVar("T")
 
 
 @dataclass
@@ -36,7 +38,7 @@ def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None
             continue
         key = f"{where}.recipe.{component}.lora.dora"
         if engine.compile:
-            raise UserError(f"{key}: peft's DoRA does not trace into one graph; set engine.compile: false, or dora: false")
+            raise UserError(f"{key}: peft's DoRA does not trace into one graph; set engine.compile or dora to false")
         if engine.type == "deepspeed" and engine.zero_stage == 3:
             raise UserError(
                 f"{key}: peft's DoRA reads whole weights, which engine.zero_stage: 3 shards; set zero_stage: 2, or "
@@ -120,26 +122,26 @@ def set_trainable(lmm: LMM, recipe: RecipeConfig) -> None:
 
 
 def _check(lora: LoRAConfig, key: str) -> None:
-    for name, rank in {"r": lora.r, **{f"rank_pattern.{k}": v for k, v in lora.rank_pattern.items()}}.items():
+    ranks = {"r": lora.r} | {f"rank_pattern.{k}": v for k, v in lora.rank_pattern.items()}
+    for name, rank in ranks.items():
         if rank < 1:
             raise UserError(f"{key}.{name}: {rank}; a rank is at least 1")
+    alphas = {"alpha": lora.alpha} | {f"alpha_pattern.{k}": v for k, v in lora.alpha_pattern.items()}
+    for name, alpha in alphas.items():
+        if alpha <= 0:
+            raise UserError(f"{key}.{name}: {alpha}; must be positive")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"{key}.dropout: {lora.dropout}; a probability in [0, 1)")
     for field in ("rank_pattern", "alpha_pattern"):
         for entry in getattr(lora, field):
             try:
                 re.compile(entry)
             except re.error as error:
                 raise UserError(f"{key}.{field}: {entry!r} is no regular expression: {error}") from None
-    for name, alpha in {"alpha": lora.alpha, **{f"alpha_pattern.{k}": v for k, v in lora.alpha_pattern.items()}}.items():
-        if alpha <= 0:
-            raise UserError(f"{key}.{name}: {alpha}; must be positive")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"{key}.dropout: {lora.dropout}; a probability in [0, 1)")
 
 
 def _layers(lmm: LMM, component: str, lora: LoRAConfig) -> dict[str, LayerSettings]:
     """Settings of each layer that the component's LoRA adapts."""
-    from peft.utils.other import get_pattern_key
-
     key = f"recipe.{component}.lora"
     names = [name for name, _ in linears(lmm, component)]
     if not names:
@@ -152,22 +154,27 @@ def _layers(lmm: LMM, component: str, lora: LoRAConfig) -> dict[str, LayerSettin
         targets = [name for name in names if any(_ends(name, end) for end in lora.target_modules)]
         if not targets:
             raise UserError(f"{key}.target_modules: empty; name a layer, or leave it out to adapt all of them")
-    patterns = {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
-    chosen = {field: {n: get_pattern_key(list(p), n) for n in targets} for field, p in patterns.items()}
-    for field, pattern in patterns.items():
-        for entry in pattern:
-            if entry not in chosen[field].values():
-                ends = dict.fromkeys(name.rpartition(".")[2] for name in targets)
-                raise UserError(f"{key}.{field}: {entry!r} matches no adapted layer; {nearest(entry, ends)}")
+    ranks = _match(lora.rank_pattern, targets, f"{key}.rank_pattern")
+    alphas = _match(lora.alpha_pattern, targets, f"{key}.alpha_pattern")
     return {
-        name: LayerSettings(
-            lora.rank_pattern.get(chosen["rank_pattern"][name], lora.r),
-            lora.alpha_pattern.get(chosen["alpha_pattern"][name], lora.alpha),
-            lora.rslora,
-            lora.dora,
-        )
+        name: LayerSettings(ranks.get(name, lora.r), alphas.get(name, lora.alpha), lora.rslora, lora.dora)
         for name in targets
     }
+
+
+def _match(pattern: Mapping[str, T], names: list[str], key: str) -> dict[str, T]:
+    """The pattern's value for each name that it has one for, as peft matches them."""
+    from peft.utils.other import get_pattern_key
+
+    found = {name: entry for name in names if (entry := get_pattern_key(list(pattern), name)) in pattern}
+    for entry in pattern:
+        if entry not in found.values():
+            raise UserError(f"{key}: {entry!r} matches no adapted layer; {nearest(entry, _leaves(names))}")
+    return {name: pattern[entry] for name, entry in found.items()}
+
+
+def _leaves(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def _ends(name: str, end: str) -> bool:
@@ -180,4 +187,4 @@ def _why_not(lmm: LMM, component: str, end: str, names: list[str]) -> str:
             if isinstance(module, nn.Linear):
                 return f"{end!r} is {name}, whose weight is read directly, past its adapter; leave it out"
             return f"{end!r} is {name}, a {type(module).__name__}; LoRA adapts linear layers only"
-    return f"no linear layer of the {component} is called {end!r}; {nearest(end, dict.fromkeys(n.rpartition('.')[2] for n in names))}"
+    return f"no linear layer of the {component} is called {end!r}; {nearest(end, _leaves(names))}"

@@ -71,10 +71,9 @@ def dequantized(layer: Any, dtype: torch.dtype) -> Tensor:
     import bitsandbytes as bnb
 
     if isinstance(layer, bnb.nn.Linear4bit):
-        state = layer.weight.quant_state
-        return bnb.functional.dequantize_4bit(layer.weight.data, state).to(dtype)
-    scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
-    return layer.weight.data.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+        packed: Any = layer.weight
+        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(dtype)
+    return layer.weight.data.to(dtype).mul_(layer.state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def plain_weights(lmm: LMM, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -120,7 +119,7 @@ def _restore(layer: Any, found: dict[str, Tensor]) -> None:
     layer.weight = bnb.nn.Int8Params(
         weight.to(device), requires_grad=False, CB=weight.to(device), SCB=found["SCB"].to(device)
     )
-    layer.state.CB = layer.state.SCB = None
+    _settle(layer)
 
 
 def _quantised_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module:
@@ -139,7 +138,16 @@ def _quantised_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module
     layer.bias = linear.bias
     device = linear.weight.device
     layer.weight = layer.weight.to(device)  # this is where it quantises
+    _settle(layer)
     return layer.train(linear.training)
+
+
+def _settle(layer: Any) -> None:
+    """Do now what a layer does at its first forward pass, after which a compiled graph would be made anew."""
+    if layer.weight.dtype == torch.int8:
+        layer.init_8bit_state()
+    else:
+        layer.compute_type_is_set = True  # to None: that of the activations
 
 
 def _quantised(recipe: RecipeConfig) -> dict[str, TuneConfig]:
