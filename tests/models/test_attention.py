@@ -144,7 +144,7 @@ def test_refuses_by_name(change: dict[str, Any], message: str) -> None:
 def test_refuses_a_window_with_prefixes() -> None:
     embeds, positions, bounds = inputs()
     prefix = torch.zeros(3, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"last 3 tokens, .*set batch\.tokens to at most 3"):
+    with pytest.raises(ValueError, match=r"last 3 tokens, .*turns=conversation, or batch\.tokens to at most 3"):
         AutoLLM().hidden(build("qwen2"), embeds[None], positions[None], cu_seqlens=bounds, prefix=prefix)
     got = AutoLLM().hidden(build("llama"), embeds[None], positions[None], cu_seqlens=bounds, prefix=prefix)
     assert got.isfinite().all()

@@ -288,6 +288,8 @@ class RunConfig:
     output_dir: str = "runs/run"
     data_root: str = "."
     """Folder that ``records`` and ``image_folder`` of every stage are relative to."""
+    plugins: list[str] = field(default_factory=list)
+    """Your own components: Python files (ending in .py) or modules, imported before the model is built."""
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: list[StageConfig] = field(default_factory=list)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.plugins import load_plugins
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     for part, what in (("llm", "language model"), ("tokenizer", "tokenizer"), ("vision", "vision tower")):
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
     for command in (into, out):
+        command.add_argument(
+            "--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours"
+        )
         command.add_argument("--llm", metavar="DIR", help="language model that a projector or adapter alone needs")
         command.add_argument("--vision", metavar="DIR", help="vision tower that the checkpoint only names")
         command.add_argument("--vision2", metavar="DIR", help="the second tower of a mixture of features (its config)")
@@ -51,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     sources = Sources(llm=args.llm, vision=args.vision, vision2=args.vision2)
     try:
+        load_plugins(args.plugin)
         if args.command == "import":
             import_checkpoint(
                 args.source,

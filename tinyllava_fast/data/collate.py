@@ -81,13 +81,15 @@ def collate(
     max_segments: int,
     tokens_per_image: int,
     image_multiple: int = 1,
+    shared_prefixes: bool = True,
     sample_ids: Sequence[str] = (),
 ) -> PackedBatch:
     """Lay samples end to end in one row of T = tokens positions.
 
     samples: segments of each sample, as Template.encode gives them, widened. pixels: [n, 3, H, W] float32, one input of
     the tower for each marker, in order. Their number is rounded up to a multiple of image_multiple with black ones that
-    fill no position. Raises ValueError if the samples do not fit.
+    fill no position. shared_prefixes: False leaves ``prefix`` out, for data of which no sample has one.
+    Raises ValueError if the samples do not fit.
     """
     segments = [segment for sample in samples for segment in sample]
     total = sum(width(segment, tokens_per_image) for segment in segments)
@@ -96,6 +98,8 @@ def collate(
             f"collate: {total} tokens in {len(segments)} segments exceed the pack of {tokens} in {max_segments}; "
             "raise batch.tokens or batch.max_segments"
         )
+    if not shared_prefixes and any(segment.on_prefix for segment in segments):
+        raise ValueError("collate: a segment shares a prefix, but shared_prefixes is False")
     flat = _Flat(segments, tokens_per_image)
     images = len(flat.image_starts)
     if images != len(pixels):
@@ -125,7 +129,7 @@ def collate(
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        prefix=torch.from_numpy(prefix),
+        prefix=torch.from_numpy(prefix) if shared_prefixes else None,
         image_slots=torch.from_numpy(slots.reshape(-1)),
         supervised=torch.from_numpy(supervised),
         pixel_values=pixels,

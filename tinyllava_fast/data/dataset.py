@@ -145,6 +145,7 @@ class PackedDataset:
             max_segments=self.batch.max_segments,
             tokens_per_image=self.tokens_per_image,
             image_multiple=self.batch.image_multiple,
+            shared_prefixes=self.data.turns == "independent",
             sample_ids=names,
         )
 

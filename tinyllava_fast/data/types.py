@@ -32,10 +32,11 @@ class PackedBatch:
     labels: Tensor  # [T] int64; -100 = unsupervised; already shifted by one inside each segment
     position_ids: Tensor  # [T] int64; restart at 0 in each segment, or at the prefix's length
     cu_seqlens: Tensor  # [S + 1] int32; segment bounds, padded by repeating the last bound
-    prefix: Tensor  # [S, 2] int32; (start, length) of the shared prefix of each segment, (0, 0) = none
     image_slots: Tensor  # [N * K] int64; position in T of each image token; T (one past the end) = nowhere
     supervised: Tensor  # [M] int64; positions with labels != -100, ascending, padded with T
     pixel_values: Tensor  # [N, 3, H, W] float32, already normalised; N may be 0
+    prefix: Tensor | None = None  # [S, 2] int32; (start, length) of the shared prefix of each segment, (0, 0) = none;
+    # None where no segment of the run can have one, which is the same for all packs of a stage
     num_supervised: int = 0
     num_tokens: int = 0  # T minus the unused tail
     num_samples: int = 0

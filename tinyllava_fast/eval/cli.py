@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.plugins import load_plugins
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in flight (memory)")
+    p.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours")
     p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
     return p
 
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        load_plugins(args.plugin)
         results = evaluate(
             args.model,
             args.benchmark,

@@ -85,7 +85,7 @@ def packed(
     if window and prefix is not None:
         raise ValueError(
             f"tlf_packed: {owner} sees only the last {window} tokens, and this call has {k.shape[0]} with shared "
-            f"prefixes, which windows do not cover; set batch.tokens to at most {window}"
+            f"prefixes, which windows do not cover; set data.turns=conversation, or batch.tokens to at most {window}"
         )
     out, _lse = packed_attention(
         q,

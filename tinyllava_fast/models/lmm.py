@@ -92,10 +92,10 @@ class LMM(nn.Module):
         labels: Tensor,
         position_ids: Tensor,
         cu_seqlens: Tensor,
-        prefix: Tensor,
         image_slots: Tensor,
         supervised: Tensor,
         pixel_values: Tensor,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """The SUM of the losses of all supervised tokens, a float32 scalar.
 

@@ -24,6 +24,7 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import adapter, io
 from tinyllava_fast.models.build import build_model, check_vocabulary
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import apply_recipe, check_engine
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
@@ -42,6 +43,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> dict[str, Any]:
     """
     for stage in config.stages:
         check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
+    load_plugins(config.plugins)
     process = start_process(config.engine)
     run = Run(config, process)
     try:

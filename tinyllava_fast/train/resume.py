@@ -14,6 +14,7 @@ FREE = frozenset(
     {
         "output_dir",
         "data_root",  # the data may have moved; the loader knows whether it is the same
+        "plugins",  # files that may have moved; what they register is named by the model's own keys
         "checkpoint",
         "log_every",
         *(
