@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import tinyllava_fast
 from tests.infer.tiny import make_model, make_tokenizer, tiny_config
+from tinyllava_fast.convert.cli import main as tlf_convert
+from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.models.build import build_image_processor
 from tinyllava_fast.models.io import save_model
 
@@ -34,18 +37,38 @@ def test_make_targets_exist() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def commands() -> list[str]:
-    lines = [line.strip() for text in blocks("bash") for line in text.splitlines()]
-    return [line for line in lines if "tlf-train" in line]
+def commands(program: str) -> list[list[str]]:
+    lines = [line.partition("#")[0].split() for text in blocks("bash") for line in text.splitlines()]
+    found = [words[1:] for words in lines if words and words[0] == f".venv/bin/{program}"]
+    assert found, f"the README shows no {program} command"
+    return found
 
 
-@pytest.mark.parametrize("command", commands())
-def test_training_commands_parse(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", commands("tlf-train"), ids=lambda w: Path(w[0]).stem)
+def test_training_commands_parse(words: list[str], tmp_path: Path) -> None:
     shutil.copy(ROOT / "configs" / "demo.yaml", tmp_path / "my.yaml")
-    words = command.split()[1:]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     run = [sys.executable, "-m", "tinyllava_fast.train.cli", *words, "--print_config"]
     done = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "threads: 8" in done.stdout
+    for override in words[1:]:
+        assert override.partition("=")[2] in done.stdout
+
+
+def test_convert_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tiny checkpoints of the reference, put where the README says they are."""
+    monkeypatch.chdir(tmp_path)
+    golden = ROOT / "tests" / "golden" / "models"
+    shutil.copytree(golden / "tinyllama-clip-mlp2x_gelu-mono/checkpoint", "checkpoints/old")
+    shutil.copytree(
+        golden / "phi-siglip-mlp2x_gelu-mono" / "checkpoint", "checkpoints/tiny-llava-phi-2-siglip-finetune"
+    )
+    assert tlf_convert(["import", "checkpoints/old", "runs/my/final"]) == 0
+    for words in commands("tlf-convert"):
+        assert tlf_convert(words) == 0, words
+    assert (tmp_path / "runs/mine/config.json").is_file() and (tmp_path / "out/config.json").is_file()
+    scope: dict[str, object] = {"tinyllava_fast": tinyllava_fast}
+    exec(blocks("python")[1], scope)
+    assert isinstance(scope["model"], Assistant)
 
 
 def test_the_python_snippet_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
