@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,32 @@ def test_same_logits_and_tokens(name: str, tmp_path: Path) -> None:
     again = io.load_model(path)
     assert answer(again, image) == before
     assert (again[0].config.template, again[0].config.image_mode) == (lmm.config.template, lmm.config.image_mode)
+
+
+def transformers_tokens(path: Path, image: Image.Image) -> list[int]:
+    batch = inputs(AutoProcessor.from_pretrained(path), image)
+    llava = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return llava.generate(**batch, max_new_tokens=STEPS, do_sample=False)[0, batch["input_ids"].shape[1] :].tolist()
+
+
+def test_a_hub_release_and_a_transformers_folder(tmp_path: Path) -> None:
+    """The layouts that no golden folder has: a finetuned one with code beside it, and what the first export wrote."""
+    hub = tmp_path / "hub"
+    shutil.copytree(folder("qwen2-clip-mlp2x_gelu-mono"), hub)
+    config = json.loads((hub / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_tinyllava_qwen2.TinyLlavaForConditionalGeneration"}
+    (hub / "config.json").write_text(json.dumps(config))
+    (hub / "modeling_tinyllava_qwen2.py").write_text("raise SystemExit('executed')")
+    with Image.open(GOLDEN / "pixels" / "wide.png") as file:
+        image = file.convert("RGB")
+    before = answer(io.load_model(hub), image)
+    first = export_model(hub, tmp_path / "first", "llava")
+    import_checkpoint(first, tmp_path / "ours")
+    second = export_model(tmp_path / "ours", tmp_path / "second", "llava")
+    assert len(before) > 3
+    assert transformers_tokens(first, image) == answer(io.load_model(first), image) == before
+    assert transformers_tokens(second, image) == before
 
 
 def test_several_turns_and_text_alone(tmp_path: Path) -> None:
