@@ -13,7 +13,7 @@ from tinyllava_fast.log import log, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``tlf-bench train|ops|machine``; returns the exit code, 2 for a user's mistake."""
+    """Entry point of ``tlf-bench train|ops|machine|triton``; returns the exit code, 2 for a user's mistake."""
     args = _parser().parse_args(argv)
     setup_logging()
     # SIGTERM unwinds like an exception: worker processes and temporary folders must not outlive the command
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tlf-bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="train|ops|machine")
+    commands = parser.add_subparsers(required=True, metavar="train|ops|machine|triton")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -67,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     ops.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32 (default bfloat16)")
     ops.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     ops.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+
+    text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
+    triton = commands.add_parser("triton", help=text, description=text)
+    triton.set_defaults(run=_triton)
+    triton.add_argument("--arch", default="sm_80,sm_90,sm_100", help="architectures, comma-separated (default all)")
+    triton.add_argument("--json", metavar="FILE", help="also write the table there")
+    triton.add_argument("--check", action="store_true", help="exit with 1 if a kernel falls behind the committed table")
     return parser
 
 
@@ -110,6 +117,21 @@ def _ops(args: argparse.Namespace) -> int:
     ops.show(result)
     report.write_json(result, args.json)
     return 0
+
+
+def _triton(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import report, triton_resources
+
+    result = triton_resources.measure(args.arch.split(","))
+    triton_resources.show(result)
+    report.write_json(result, args.json)
+    if not args.check:
+        return 0
+    table = triton_resources.read_table()
+    wrong = triton_resources.problems(result, table) + triton_resources.missing(table)
+    for sentence in wrong:
+        log.error("%s", sentence)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

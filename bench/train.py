@@ -79,6 +79,8 @@ def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Sett
     for name in ("llm", "vision", "connector"):
         if (kind := getattr(stage.recipe, name).tune) not in ("frozen", "full"):
             raise UserError(f"{config}: recipe.{name}.tune: {kind!r}; the peer knows frozen and full components only")
+    if stage.optim.label_smoothing or stage.optim.z_loss:
+        raise UserError(f"{config}: optim: the peer knows neither label_smoothing nor z_loss; leave both at 0")
     stage = replace(stage, data=stage.data.under(run.data_root))
     if not stage.data.records:
         count = (settings.warmup + settings.rounds * settings.steps) * settings.samples

@@ -58,8 +58,25 @@ double sum_exp(const T* z, int64_t n, float top, Cap cap) {
 }
 
 template <typename T, typename Cap>
+double sum_values(const T* z, int64_t n, float top, Cap cap) {
+  double total = 0.0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t stop = n - start < kBlock ? n : start + kBlock;
+    float lanes[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= stop; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) lanes[j] += cap.value(to_float(z[i + j])) - top;
+    }
+    for (; i < stop; ++i) total += cap.value(to_float(z[i])) - top;
+    for (int j = 0; j < kLanes; ++j) total += lanes[j];
+  }
+  return total;
+}
+
+// loss = lse - (1 - smoothing) s[label] - smoothing mean(s) + z_loss lse^2, every value taken relative to the largest
+template <typename T, typename Cap>
 void cross_entropy(T* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, bool write_grad,
-                   Cap cap) {
+                   Cap cap, double smoothing, double z_loss) {
 #pragma omp parallel for schedule(static) if (rows * vocab > 1 << 15)
   for (int64_t row = 0; row < rows; ++row) {
     T* z = logits + row * vocab;
@@ -68,37 +85,46 @@ void cross_entropy(T* logits, const int64_t* labels, double* loss, int64_t rows,
     const double total = sum_exp(z, vocab, top, cap);
     const float answer = cap.value(to_float(z[y]));
     const double target = static_cast<double>(answer) - top;
+    const double lse = std::log(total) + top;
     loss[row] = std::log(total) - target;
+    if (smoothing > 0.0) {
+      loss[row] += smoothing * (target - sum_values(z, vocab, top, cap) / static_cast<double>(vocab));
+    }
+    if (z_loss > 0.0) loss[row] += z_loss * lse * lse;
     if (!write_grad) continue;
-    const float scale = static_cast<float>(1.0 / total);
+    const double growth = 2.0 * z_loss * lse;
+    const double spread = smoothing / static_cast<double>(vocab);
+    const float scale = static_cast<float>((1.0 + growth) / total), shift = static_cast<float>(spread);
     const double hit = exp_fast(static_cast<float>(target));
     for (int64_t i = 0; i < vocab; ++i) {
       const float value = cap.value(to_float(z[i]));
-      store(z + i, exp_fast(value - top) * scale * cap.slope(value));
+      store(z + i, (exp_fast(value - top) * scale - shift) * cap.slope(value));
     }
     // in double: softmax - 1 cancels where the model is confident
-    store(z + y, static_cast<float>((hit - total) / total) * cap.slope(answer));
+    const double slope = (hit - total) / total + growth * hit / total + (smoothing - spread);
+    store(z + y, static_cast<float>(slope) * cap.slope(answer));
   }
 }
 
 template <typename T>
 void dispatch(void* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, bool write_grad,
-              float softcap) {
+              float softcap, double smoothing, double z_loss) {
   T* z = static_cast<T*>(logits);
   if (softcap > 0.0f) {
-    cross_entropy(z, labels, loss, rows, vocab, write_grad, Capped{softcap});
+    cross_entropy(z, labels, loss, rows, vocab, write_grad, Capped{softcap}, smoothing, z_loss);
   } else {
-    cross_entropy(z, labels, loss, rows, vocab, write_grad, Plain{});
+    cross_entropy(z, labels, loss, rows, vocab, write_grad, Plain{}, smoothing, z_loss);
   }
 }
 
 }  // namespace
 
-// logits z: [rows, vocab] contiguous, overwritten by d loss / d z if write_grad. loss: [rows]. softcap 0: none.
+// logits z: [rows, vocab] contiguous, overwritten by d loss / d z if write_grad. loss: [rows]. softcap,
+// label_smoothing, z_loss 0: none.
 void cross_entropy_rows(void* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, int64_t dtype,
-                        int64_t write_grad, double softcap) {
+                        int64_t write_grad, double softcap, double label_smoothing, double z_loss) {
   auto* run = dtype == kBFloat16 ? dispatch<BFloat16> : dispatch<float>;
-  run(logits, labels, loss, rows, vocab, write_grad != 0, static_cast<float>(softcap));
+  run(logits, labels, loss, rows, vocab, write_grad != 0, static_cast<float>(softcap), label_smoothing, z_loss);
 }
 
 }  // namespace TLF_ISA

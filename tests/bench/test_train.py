@@ -119,3 +119,5 @@ def test_a_run_has_one_stage(config: Path, tmp_path: Path) -> None:
 def test_what_the_peer_cannot_train_is_refused(config: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe\.llm\.tune: 'lora'; the peer knows frozen and full"):
         train.compose(config, ["stages.0.recipe.llm.tune=lora"], tmp_path, SETTINGS)
+    with pytest.raises(UserError, match="optim: the peer knows neither label_smoothing nor z_loss"):
+        train.compose(config, ["stages.0.optim.z_loss=1e-4"], tmp_path, SETTINGS)

@@ -226,6 +226,22 @@ def test_bf16_loss_is_near_fp32(tiny: Callable, ragged: Callable, pack: Callable
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
 
 
+def test_label_smoothing_and_z_loss_are_of_the_training_loss(tiny: Callable, ragged: Callable, pack: Callable) -> None:
+    lmm = build_model(tiny(), seed=1)
+    batch = batch_of(lmm, ragged, pack)
+    inputs = batch.tensors()
+    features = lmm.encode_images(batch.pixel_values).flatten(0, 1)
+    embeds = lmm.embed(batch.input_ids, features, batch.image_slots)
+    hidden = lmm.decode(embeds, batch.position_ids, cu_seqlens=batch.cu_seqlens, prefix=batch.prefix)
+    kept = batch.labels != -100
+    logits, labels = lmm.logits(hidden[kept]), batch.labels[kept]
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(lmm(**inputs), plain)
+    lmm.label_smoothing, lmm.z_loss = 0.2, 0.01
+    smoothed = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.2)
+    torch.testing.assert_close(lmm(**inputs), smoothed + 0.01 * (torch.logsumexp(logits, -1) ** 2).sum())
+
+
 def test_logits_and_parameters(tiny: Callable) -> None:
     lmm = build_model(tiny(), seed=1)
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))

@@ -66,6 +66,37 @@ def test_softcap_equals_torch(backend: str, cap: float) -> None:
             torch.testing.assert_close(got, truth, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smooth", [0.1, 1.0])
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_label_smoothing_equals_torch(backend: str, smooth: float, cap: float) -> None:
+    hidden, weight, bias, labels, supervised = problem(v=133)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    logits = F.linear(*leaves)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smooth)
+    with force_backend(backend):
+        loss = linear_cross_entropy(hidden, weight, labels, supervised, bias=bias, softcap=cap, label_smoothing=smooth)
+        torch.testing.assert_close(loss, expected)
+        for got, truth in zip(grads(loss, *leaves), grads(expected, *leaves), strict=True):
+            torch.testing.assert_close(got, truth, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smooth", [0.0, 0.2])
+def test_z_loss_is_the_squared_log_sum_exp(backend: str, smooth: float) -> None:
+    hidden, weight, bias, labels, supervised = problem(v=133)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    logits = F.linear(*leaves)
+    z = 0.03 * (torch.logsumexp(logits[labels != -100], dim=-1) ** 2).sum()
+    expected = z + F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smooth)
+    with force_backend(backend):
+        loss = linear_cross_entropy(hidden, weight, labels, supervised, bias=bias, label_smoothing=smooth, z_loss=0.03)
+        torch.testing.assert_close(loss, expected)
+        for got, truth in zip(grads(loss, *leaves), grads(expected, *leaves), strict=True):
+            torch.testing.assert_close(got, truth, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_chunks_lose_no_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """d_weight summed over 40 chunks is as exact as in one: bf16 sums would lose it."""
@@ -219,6 +250,8 @@ def test_one_graph_for_every_raggedness_and_inductor() -> None:
         ({"weight": torch.zeros(5, 4).bfloat16()}, "weight must be float32, got bfloat16"),
         ({"bias": torch.zeros(3)}, "bias has 3 entries for a vocabulary of 5"),
         ({"softcap": -1.0}, "softcap must not be negative, got -1.0"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in 0\.\.1, got 1\.5"),
+        ({"z_loss": -1e-4}, "z_loss must not be negative, got -0.0001"),
         ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden must be float32 or bfloat16"),
     ],
 )

@@ -258,3 +258,17 @@ def test_a_checkpoint_of_a_stage_that_is_gone(whole):
 def test_flatten_names_stages():
     tree = {"a": {"b": 1}, "stages": [{"name": "x", "lr": 2}], "empty": {}, "list": [1, 2]}
     assert resume.flatten(tree) == {"a.b": 1, "stages.x.name": "x", "stages.x.lr": 2, "empty": {}, "list": [1, 2]}
+
+
+def test_label_smoothing_and_z_loss_reach_the_loss_of_their_stage(tiny_run, losses):
+    path = tiny_run()
+    first = {}
+    for name, override in (("plain", []), ("smooth", ["label_smoothing=0.5"]), ("z", ["z_loss=1.0"])):
+        keys = [f"stages.finetune.optim.{o}" for o in override]
+        folder = path.parent / name
+        short = ["stages.pretrain.max_steps=1", "stages.finetune.max_steps=1", f"output_dir={folder}"]
+        train(load_run(path, [*short, *keys]))
+        first[name] = [loss for _, _, loss in losses(folder)]
+    assert first["plain"][0] == first["smooth"][0] == first["z"][0]  # the stage before keeps its own
+    assert first["smooth"][1] > first["plain"][1] - 1
+    assert first["smooth"][1] != first["plain"][1] and first["z"][1] > first["plain"][1] + 10  # ln(400)² = 36

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from tinyllava_fast.errors import UserError
+
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
 
 
@@ -215,7 +217,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW, its schedule and the loss it minimises."""
 
     lr: float = 1e-3
     """Peak learning rate of components without their own."""
@@ -230,6 +232,16 @@ class OptimConfig:
     """Share of the stage's steps spent in linear warm-up."""
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of the peak."""
+    label_smoothing: float = 0.0
+    """Share of each token's target, 0 to 1, that is spread evenly over the vocabulary. It raises the reported loss."""
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp of the logits, added to each token's loss (1e-4 keeps logits from drifting)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise UserError(f"label_smoothing: {self.label_smoothing} is no share; give a number from 0 to 1")
+        if self.z_loss < 0:
+            raise UserError(f"z_loss: {self.z_loss} is negative; give 0 (off) or a small weight such as 1e-4")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,7 @@ class LMM(nn.Module):
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.embedding_scale = adapter.embedding_scale(llm)
         self.logit_softcap = adapter.logit_softcap(llm)
+        self.label_smoothing, self.z_loss = 0.0, 0.0  # of the training loss; a stage sets them
 
     @property
     def vocab_size(self) -> int:
@@ -105,7 +106,16 @@ class LMM(nn.Module):
         embeds = self.embed(input_ids, features, image_slots)
         hidden = self.decode(embeds, position_ids, cu_seqlens=cu_seqlens, prefix=prefix)
         weight, bias = self.adapter.head(self.llm)
-        return linear_cross_entropy(hidden, weight, labels, supervised, bias=bias, softcap=self.logit_softcap)
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            supervised,
+            bias=bias,
+            softcap=self.logit_softcap,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, K, D] rows for the language model, before any embedding scale.

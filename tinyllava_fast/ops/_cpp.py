@@ -12,7 +12,7 @@ import numpy as np
 import torch  # before _C: the extension then shares the OpenMP pool of the libgomp that torch carries
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -38,12 +38,12 @@ def extension() -> ModuleType:
     return module
 
 
-def runs(*dtypes: torch.dtype) -> Callable[..., str | None]:
-    """A ``cpp_supports`` for kernels that take some dtypes only: looks at the first floating tensor."""
+def runs(*dtypes: torch.dtype, kernel: str = "C++") -> Callable[..., str | None]:
+    """A ``cpp_supports`` or ``triton_supports`` for kernels of some dtypes only: looks at the first floating tensor."""
 
     def supports(*args: Any) -> str | None:
         dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
-        return None if dtype in dtypes else f"its C++ kernel takes {' or '.join(map(str, dtypes))}, got {dtype}"
+        return None if dtype in dtypes else f"its {kernel} kernel takes {' or '.join(map(str, dtypes))}, got {dtype}"
 
     return supports
 

@@ -83,7 +83,6 @@ class Op:
 
     def pick(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """Forced backend, else the accelerated one of the device, else the reference; says once if it falls back."""
-        implementations = {"triton": self.triton, "cpp": self.cpp, "reference": self.reference}
         wanted = _forced[-1] if _forced else _env_backend()
         if wanted is None:
             wanted = "triton" if _device_of(args) == "cuda" else "cpp"
@@ -91,7 +90,7 @@ class Op:
         if reason is not None:
             log_once(f"{self.name}: not running on {wanted} because {reason}; using the torch reference")
             wanted = "reference"
-        implementation = implementations[wanted]
+        implementation: Callable[..., Any] | None = getattr(self, wanted)  # on demand: triton is costly to import
         assert implementation is not None  # noqa: S101 why_not() has just said that it is there
         return implementation
 

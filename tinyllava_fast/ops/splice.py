@@ -167,6 +167,7 @@ def _cpp_bwd(
     fake=_fake_bwd,
     cpp=_cpp_bwd,
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    triton_supports=_cpp.runs(torch.float32, torch.bfloat16, torch.float16, kernel="Triton"),
     samples=_samples_bwd,
 )
 def splice_bwd(

@@ -70,6 +70,7 @@ class Stage:
         groups = apply_recipe(self.model, self.config.recipe, self.config.optim, seed=run.config.seed)
         if resumed is not None:
             self._load_weights(resumed)
+        self.model.label_smoothing, self.model.z_loss = self.config.optim.label_smoothing, self.config.optim.z_loss
         self.peak_lrs = {g["name"]: g["lr"] for g in groups}
         if run.config.engine.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
