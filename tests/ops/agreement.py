@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,15 +35,15 @@ def name(value: Any) -> str:
     return str(value).removeprefix("torch.")
 
 
-def cast(args: tuple[Any, ...], dtype: torch.dtype, *, grad: bool = False) -> tuple[Any, ...]:
-    """The arguments with every float tensor in dtype, as leaves; strides are kept."""
+def cast(sample: Sample, dtype: torch.dtype, *, grad: bool = False) -> tuple[Any, ...]:
+    """The arguments with every float tensor that is not ``kept`` in dtype, as leaves; strides are kept."""
 
-    def one(arg: Any) -> Any:
-        if not isinstance(arg, Tensor) or not arg.is_floating_point():
+    def one(at: int, arg: Any) -> Any:
+        if not isinstance(arg, Tensor) or not arg.is_floating_point() or at in sample.kept:
             return arg
         return arg.detach().to(dtype).requires_grad_(grad)
 
-    return tuple(map(one, args))
+    return tuple(one(at, arg) for at, arg in enumerate(sample.args))
 
 
 def outputs(op: Op, args: tuple[Any, ...], *, grad: bool) -> list[Tensor]:
@@ -69,7 +70,7 @@ def distance(got: Tensor, truth: Tensor) -> float:
 def disagreements(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> Iterator[str]:
     """Outputs and gradients whose error exceeds twice what torch loses at that dtype."""
     grad = sample.differentiable
-    rounded = cast(sample.args, dtype)
+    rounded = replace(sample, args=cast(sample, dtype))
     truth = outputs(op, cast(rounded, torch.float64, grad=grad), grad=grad)
     with force_backend("reference"):
         torchs = outputs(op, cast(rounded, dtype, grad=grad), grad=grad)
@@ -89,7 +90,7 @@ def disagreements(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> I
 
 def runnable(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> str | None:
     """None if the backend takes this case, else the reason."""
-    return op.why_not(backend, cast(sample.args, dtype))
+    return op.why_not(backend, cast(sample, dtype))
 
 
 def check_isa() -> int:
