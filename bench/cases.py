@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tinyllava_fast.bench.linears import Case, linear_cases
 from tinyllava_fast.ops import linear_cross_entropy, pack_plan, packed_attention, splice
 from tinyllava_fast.ops._op import force_backend
 
@@ -39,19 +40,8 @@ class Shapes:
 TINY = Shapes((9, 14, 5), 32, 3, 2, 4, 2, 8, 32, 101, 50)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One op on one shape: competitors that return the same tensor, and the leaves that receive gradients."""
-
-    op: str
-    label: str
-    run: dict[str, Callable[[], Tensor]]
-    leaves: tuple[Tensor, ...] = ()  # none: forward only
-    flops: float = 0.0  # useful, of the forward pass; 0 where memory is what counts
-
-
 def cases(shapes: Shapes, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """Every public op once, with seeded inputs. Nothing is compiled before it is first called."""
+    """Every public op, with seeded inputs. Nothing is compiled before it is first called."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int, grad: bool = True) -> Tensor:
@@ -60,6 +50,7 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield _splice(shapes, randn, generator, device)
     yield _attention(shapes, randn, device)
     yield _cross_entropy(shapes, randn, generator, device)
+    yield from linear_cases(shapes.tokens, shapes.width, randn, generator, device)
     if device == "cpu":
         yield _pack(shapes, generator)
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,22 +37,22 @@ def name(value: Any) -> str:
     return str(value).removeprefix("torch.")
 
 
-def cast(args: tuple[Any, ...], dtype: torch.dtype, *, grad: bool = False) -> tuple[Any, ...]:
-    """The arguments with every float tensor in dtype, as leaves; strides are kept."""
+def cast(sample: Sample, dtype: torch.dtype, *, grad: bool = False) -> tuple[Any, ...]:
+    """The arguments with every float tensor that is not ``kept`` in dtype, as leaves; strides are kept."""
 
-    def one(arg: Any) -> Any:
-        if not isinstance(arg, Tensor) or not arg.is_floating_point():
+    def one(at: int, arg: Any) -> Any:
+        if not isinstance(arg, Tensor) or not arg.is_floating_point() or at in sample.kept:
             return arg
         return arg.detach().to(dtype).requires_grad_(grad)
 
-    return tuple(map(one, args))
+    return tuple(one(at, arg) for at, arg in enumerate(sample.args))
 
 
-def on_device(args: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
-    """The arguments where the backend wants them: on the GPU for Triton, unless its kernels are interpreted."""
+def on_device(sample: Sample, backend: str) -> Sample:
+    """The case where the backend wants its arguments: on the GPU for Triton, unless its kernels are interpreted."""
     if backend != "triton" or not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return args
-    return tuple(arg.cuda() if isinstance(arg, Tensor) else arg for arg in args)
+        return sample
+    return replace(sample, args=tuple(arg.cuda() if isinstance(arg, Tensor) else arg for arg in sample.args))
 
 
 def outputs(op: Op, args: tuple[Any, ...], *, grad: bool) -> list[Tensor]:
@@ -78,7 +79,7 @@ def distance(got: Tensor, truth: Tensor) -> float:
 def disagreements(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> Iterator[str]:
     """Outputs and gradients whose error exceeds twice what torch loses at that dtype."""
     grad = sample.differentiable
-    rounded = cast(sample.args, dtype)
+    rounded = replace(sample, args=cast(sample, dtype))
     truth = outputs(op, cast(rounded, torch.float64, grad=grad), grad=grad)
     with force_backend("reference"):
         torchs = outputs(op, cast(rounded, dtype, grad=grad), grad=grad)
@@ -98,7 +99,7 @@ def disagreements(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> I
 
 def runnable(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> str | None:
     """None if the backend takes this case, else the reason."""
-    return op.why_not(backend, cast(on_device(sample.args, backend), dtype))
+    return op.why_not(backend, cast(on_device(sample, backend), dtype))
 
 
 def check_isa() -> int:

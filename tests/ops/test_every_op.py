@@ -40,7 +40,7 @@ def test_found_ops_and_samples() -> None:
 @pytest.mark.parametrize("case", cases(), ids=name)
 def test_opcheck(case: tuple[Op, Sample]) -> None:
     op, sample = case
-    torch.library.opcheck(op.op, cast(sample.args, torch.float32, grad=sample.differentiable))
+    torch.library.opcheck(op.op, cast(sample, torch.float32, grad=sample.differentiable))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -58,7 +58,7 @@ def test_backends_agree(case: tuple[Op, Sample], dtype: torch.dtype, backend: st
 def test_gradcheck(case: tuple[Op, Sample]) -> None:
     """The gradient formula against finite differences, in float64 (which runs on the reference)."""
     op, sample = case
-    args = cast(sample.args, torch.float64, grad=True)
+    args = cast(sample, torch.float64, grad=True)
     floats = leaves(args)
     if any(f.numel() == 0 for f in floats):
         pytest.skip("nothing to differentiate")
@@ -76,7 +76,7 @@ def test_gradcheck(case: tuple[Op, Sample]) -> None:
 
 @pytest.mark.parametrize("op", FORWARDS, ids=lambda op: op.name)
 def test_fullgraph_forward_and_backward(op: Op) -> None:
-    args = cast(first(op).args, torch.float32, grad=True)
+    args = cast(first(op), torch.float32, grad=True)
     compiled = torch.compile(op.op, fullgraph=True, backend="aot_eager")
 
     def run(fn: Any) -> list[Tensor]:
@@ -95,7 +95,7 @@ def test_fullgraph_forward_and_backward(op: Op) -> None:
 def test_forcing_a_backend_does_not_recompile(op: Op) -> None:
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(lambda *args: op.op(*args), fullgraph=True, backend=counter)
-    args = cast(first(op).args, torch.float32)
+    args = cast(first(op), torch.float32)
     compiled(*args)
     with force_backend("reference"):
         compiled(*args)
@@ -106,7 +106,7 @@ def test_forcing_a_backend_does_not_recompile(op: Op) -> None:
 
 @pytest.mark.parametrize("op", FORWARDS, ids=lambda op: op.name)
 def test_a_wrong_shape_is_refused_alike_in_eager_and_compiled_code(op: Op) -> None:
-    args = list(cast(first(op).args, torch.float32))
+    args = list(cast(first(op), torch.float32))
     at = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point())
     args[at] = args[at][None]
     with pytest.raises(ValueError, match=rf"^{op.module}: ") as eager:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tinyllava_fast.ops import _cpp, packed_attention
+from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops.packed_attention import packed_attention
 
 PACKED = "tlf_packed"
 FULL = "tlf_full"

@@ -40,6 +40,7 @@ class Sample:
     args: tuple[Any, ...]  # float tensors in float32; the tests cast them to every dtype
     label: str = ""
     differentiable: bool = True
+    kept: tuple[int, ...] = ()  # places of float tensors that keep their dtype and receive no gradient
 
 
 @dataclass

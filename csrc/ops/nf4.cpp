@@ -1,0 +1,227 @@
+// nf4: pieces of a 4-bit weight dequantised, and the product of a few rows with the packed weight itself.
+#include <cstdint>
+
+#include "tlf/attention_simd.h"
+#include "tlf/kernel.h"
+
+namespace tlf {
+namespace TLF_ISA {
+namespace {
+
+constexpr int64_t kParallelWeights = 1 << 16;  // below this a thread team costs more than it saves
+constexpr int64_t kChunk = 2 * kWidth;         // weights of one vector of bytes
+
+typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
+
+alignas(64) const float kCodes[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// the weights at even and at odd places among kChunk of them
+struct Halves {
+  Vec even, odd;
+};
+
+#if defined(TLF_AVX512)
+TLF_INLINE Halves look_up(const uint8_t* bytes) {
+  const __m512 codes = _mm512_load_ps(kCodes);
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  // the permutation looks at the low four bits only
+  return {(Vec)_mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), codes), (Vec)_mm512_permutexvar_ps(index, codes)};
+}
+#elif defined(TLF_ISA_IS_avx2)
+TLF_INLINE Vec pick(__m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(kCodes), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(kCodes + 8), index);
+  return (Vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+TLF_INLINE Halves look_up(const uint8_t* bytes) {
+  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  return {pick(_mm256_srli_epi32(index, 4)), pick(index)};
+}
+#else
+TLF_INLINE Halves look_up(const uint8_t* bytes) {
+  Halves w;
+  for (int i = 0; i < kWidth; ++i) {
+    w.even[i] = kCodes[bytes[i] >> 4];
+    w.odd[i] = kCodes[bytes[i] & 15];
+  }
+  return w;
+}
+#endif
+
+TLF_INLINE void store_chunk(float* out, Vec even, Vec odd) {
+  for (int i = 0; i < kWidth; ++i) {
+    out[2 * i] = even[i];
+    out[2 * i + 1] = odd[i];
+  }
+}
+// round to nearest even in integers: vcvtneps2bf16 would flush denormals, which bitsandbytes does not
+TLF_INLINE UVec rounded(Vec x) {
+  const UVec bits = (UVec)x;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+TLF_INLINE void store_chunk(bf16* out, Vec even, Vec odd) {
+  const UVec pairs = (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
+  store(reinterpret_cast<float*>(out), (Vec)pairs);
+}
+
+// Weights start..start + count of the flattened matrix. Blocks have an even size, so only the ends are odd.
+template <typename T>
+void dequantize(const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t start, int64_t count, T* out) {
+  int64_t at = start;
+  const int64_t stop = start + count;
+  if (at % 2 != 0 && at < stop) {
+    narrow(kCodes[packed[at / 2] & 15] * absmax[at / blocksize], out++);
+    ++at;
+  }
+  while (at < stop) {
+    const int64_t block = at / blocksize;
+    const int64_t end = least(stop, (block + 1) * blocksize);
+    const float scale = absmax[block];
+    for (; at + kChunk <= end; at += kChunk, out += kChunk) {
+      const Halves w = look_up(packed + at / 2);
+      store_chunk(out, w.even * scale, w.odd * scale);
+    }
+    for (; at + 2 <= end; at += 2, out += 2) {
+      narrow(kCodes[packed[at / 2] >> 4] * scale, out);
+      narrow(kCodes[packed[at / 2] & 15] * scale, out + 1);
+    }
+    if (at < end) {
+      narrow(kCodes[packed[at / 2] >> 4] * scale, out++);
+      ++at;
+    }
+  }
+}
+
+template <typename T>
+void tile_of(const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t columns, int64_t row,
+             int64_t column, T* out, int64_t ldo, int64_t height, int64_t width) {
+#pragma omp parallel for schedule(static) if (height * width > kParallelWeights)
+  for (int64_t i = 0; i < height; ++i) {
+    dequantize(packed, absmax, blocksize, (row + i) * columns + column, width, out + i * ldo);
+  }
+}
+
+// x: each row as its even elements, then its odd ones. total[n] = x[n] . weights of the row that begins at start.
+template <int N>
+TLF_INLINE void dot(const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t start, int64_t columns,
+                    const float* x, float* total) {
+  const int64_t half = columns / 2;
+  Vec sum[N];
+  float rest[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) sum[n] = Vec{}, rest[n] = 0.0f;
+  int64_t block = start / blocksize;
+  int64_t end = (block + 1) * blocksize - start;
+  for (int64_t at = 0; at < columns; ++block, end += blocksize) {
+    const int64_t stop = least(columns, end);
+    const float scale = absmax[block];
+    Vec part[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) part[n] = Vec{};
+    for (; at + kChunk <= stop; at += kChunk) {
+      const Halves w = look_up(packed + (start + at) / 2);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const float* from = x + n * columns + at / 2;
+        part[n] += w.even * load(from);
+        part[n] += w.odd * load(from + half);
+      }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[n] += part[n] * scale;
+    for (; at < stop; at += 2) {
+      const uint8_t byte = packed[(start + at) / 2];
+      const float even = kCodes[byte >> 4] * scale, odd = kCodes[byte & 15] * scale;
+      for (int n = 0; n < N; ++n) {
+        const float* from = x + n * columns + at / 2;
+        rest[n] += even * from[0] + odd * from[half];
+      }
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    total[n] = rest[n];
+    for (int i = 0; i < kWidth; ++i) total[n] += sum[n][i];
+  }
+}
+
+template <typename T, int N>
+void multiply(const uint8_t* packed, const float* absmax, int64_t blocksize, const T* bias, const float* x, T* y,
+              int64_t outputs, int64_t columns) {
+#pragma omp parallel for schedule(static) if (outputs * columns > kParallelWeights)
+  for (int64_t o = 0; o < outputs; ++o) {
+    float total[N];
+    dot<N>(packed, absmax, blocksize, o * columns, columns, x, total);
+    const float shift = bias == nullptr ? 0.0f : widen(bias[o]);
+    for (int n = 0; n < N; ++n) narrow(total[n] + shift, y + n * outputs + o);
+  }
+}
+
+template <typename T>
+void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize, const T* bias,
+         float* scratch, T* y, int64_t rows, int64_t outputs, int64_t columns) {
+  for (int64_t n = 0; n < rows; ++n) {
+    float* to = scratch + n * columns;
+    for (int64_t i = 0; i < columns / 2; ++i) {
+      to[i] = widen(x[n * ldx + 2 * i]);
+      to[columns / 2 + i] = widen(x[n * ldx + 2 * i + 1]);
+    }
+  }
+  // more rows side by side than registers hold would spill
+  constexpr int most_rows = kWidth == 16 ? 8 : 4;
+  while (rows > 0) {
+    const int64_t n = rows >= most_rows ? most_rows : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    if (n == 8) multiply<T, 8>(packed, absmax, blocksize, bias, scratch, y, outputs, columns);
+    if (n == 4) multiply<T, 4>(packed, absmax, blocksize, bias, scratch, y, outputs, columns);
+    if (n == 2) multiply<T, 2>(packed, absmax, blocksize, bias, scratch, y, outputs, columns);
+    if (n == 1) multiply<T, 1>(packed, absmax, blocksize, bias, scratch, y, outputs, columns);
+    rows -= n, scratch += n * columns, y += n * outputs;
+  }
+}
+
+}  // namespace
+
+// out: [height, width], ldo elements a row = W[row.., column..] of a weight with that many columns.
+void nf4_tile(const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t columns, int64_t row,
+              int64_t column, void* out, int64_t ldo, int64_t height, int64_t width, int64_t dtype) {
+  if (dtype == kBFloat16) {
+    tile_of(packed, absmax, blocksize, columns, row, column, static_cast<bf16*>(out), ldo, height, width);
+  } else {
+    tile_of(packed, absmax, blocksize, columns, row, column, static_cast<float*>(out), ldo, height, width);
+  }
+}
+
+// x: [rows, columns], columns even. bias: [outputs] or null. y: [rows, outputs]. scratch: float [rows * columns].
+void nf4_linear_few(const void* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize,
+                    const void* bias, float* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns,
+                    int64_t dtype) {
+  if (dtype == kBFloat16) {
+    few(static_cast<const bf16*>(x), ldx, packed, absmax, blocksize, static_cast<const bf16*>(bias), scratch,
+        static_cast<bf16*>(y), rows, outputs, columns);
+  } else {
+    few(static_cast<const float*>(x), ldx, packed, absmax, blocksize, static_cast<const float*>(bias), scratch,
+        static_cast<float*>(y), rows, outputs, columns);
+  }
+}
+
+}  // namespace TLF_ISA
+}  // namespace tlf
+
+TLF_KERNEL(nf4_tile);
+TLF_KERNEL(nf4_linear_few);

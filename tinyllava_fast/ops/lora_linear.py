@@ -1,0 +1,390 @@
+"""A linear layer and its low-rank adapter (LoRA, arXiv 2106.09685) as one op.
+
+    m = mask(seed) of x's shape, 0 with probability p            s = scale / (1 - p)
+    u = (m x) Aᵀ          y = x Wᵀ + bias + s u Bᵀ
+    v = s dy B            dx = dy W + m (v A)        dA = vᵀ (m x)        dB = s dyᵀ u        dW = dyᵀ x
+
+The mask is a hash of (seed, row, column), made anew in the backward pass, never stored. The adapter's share is added
+into y and dx by the product itself, so neither is written twice. W is dense or NF4.
+Legend: N rows, K inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops._check import FLOATS, expect
+from tinyllava_fast.ops._lora_samples import samples
+from tinyllava_fast.ops._op import define_op
+from tinyllava_fast.ops.nf4 import NF4, check_nf4, dense, multiply, multiply_transposed
+
+ROWS = 512
+"""Rows of x that are masked at a time: the copy stays in the cache."""
+_LOW = 0xFFFFFFFF
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + bias + scale (dropout(x) Aᵀ) Bᵀ.
+
+    x: [..., K] float. weight: [O, K] of x's dtype, or NF4. bias: [O]. a: [R, K]. b: [O, R]. All of x's dtype. scale:
+    alpha / R in peft's terms. dropout_p: 0 <= p < 1, for the adapter's input alone; 0 outside training. seed: [] int64
+    on x's device; the same seed gives the same mask on every backend. None: drawn from torch's generator where p > 0.
+    Returns [..., O]. Differentiable in x, a, b, bias and a dense weight, each computed only where it is required.
+    Raises ValueError for shapes, dtypes and p.
+    """
+    if dropout_p > 0 and seed is None:
+        seed = torch.randint(1 << 62, (), device=x.device)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    base: tuple[Tensor | None, Tensor | None, Tensor | None, int]
+    if isinstance(weight, NF4):
+        base = (None, weight.packed, weight.absmax, weight.blocksize)
+    else:
+        base = (weight, None, None, 0)
+    y = lora_linear_fwd.op(flat, *base, bias, a, b, float(scale), float(dropout_p), seed)[0]
+    return y.view(*x.shape[:-1], b.shape[0])
+
+
+def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """[rows, columns] bool, True where an element stays; int64 arithmetic whose low 32 bits are those of the C++."""
+    low, high = seed & _LOW, (seed >> 32) & _LOW
+    row = torch.arange(rows, device=seed.device)[:, None]
+    first = _mix(row ^ low)
+    second = _mix((first + high + 0x9E3779B9) & _LOW)
+    h = torch.arange(columns, device=seed.device) ^ first
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _LOW
+    h = (((h ^ (h >> 15)) + second) * 0x846CA68B) & _LOW
+    return (h ^ (h >> 16)) >= _threshold(p)
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _LOW
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _LOW
+    return h ^ (h >> 16)
+
+
+def _threshold(p: float) -> int:
+    return min(_LOW, round(p * (1 << 32)))
+
+
+def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    return x if seed is None or p == 0 else x * dropout_mask(seed, x.shape[0], x.shape[1], p)
+
+
+def _check_common(
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    a: Tensor,
+    b: Tensor,
+    p: float,
+    seed: Tensor | None,
+) -> None:
+    op = "lora_linear"
+    expect(op, "x", x, "N K", FLOATS)
+    expect(op, "a", a, "R K", (x.dtype,), like=x)
+    expect(op, "b", b, "O R", (x.dtype,), like=x)
+    if a.shape[1] != x.shape[1] or b.shape[1] != a.shape[0]:
+        raise ValueError(f"{op}: x {list(x.shape)}, a {list(a.shape)} and b {list(b.shape)} do not multiply")
+    if weight is not None:
+        expect(op, "weight", weight, "O K", (x.dtype,), like=x)
+        if weight.shape[0] != b.shape[0] or weight.shape[1] != x.shape[1]:
+            raise ValueError(f"{op}: weight is {list(weight.shape)}, the adapter is for {[b.shape[0], a.shape[1]]}")
+    elif packed is None or absmax is None:
+        raise ValueError(f"{op}: give a dense weight or an NF4 one")
+    else:
+        expect(op, "packed", packed, "P", (torch.uint8,), like=x)
+        check_nf4(op, packed, absmax, b.shape[0], x.shape[1], blocksize)
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {p}")
+    if p > 0 and seed is None:
+        raise ValueError(f"{op}: dropout_p is {p} and there is no seed")
+    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device):
+        raise ValueError(f"{op}: seed must be one int64 number on {x.device}, got {seed.dtype} {list(seed.shape)}")
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> None:
+    _check_common(x, weight, packed, absmax, blocksize, a, b, p, seed)
+    if bias is not None:
+        expect("lora_linear", "bias", bias, "O", (x.dtype,), like=x)
+        if bias.shape[0] != b.shape[0]:
+            raise ValueError(f"lora_linear: bias has {bias.shape[0]} entries, the weight has {b.shape[0]} rows")
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], b.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
+
+
+def _drop(name: str, source: Tensor, target: Tensor, row: int, p: float, seed: Tensor) -> None:
+    """One of the C++ loops over the masked elements of source [n, K], which begins at this row of x."""
+    getattr(_cpp.extension(), name)(
+        *(source.data_ptr(), source.stride(0), target.data_ptr(), target.stride(0), *source.shape, row),
+        *(int(seed), _threshold(p), _cpp.DTYPE_CODES[source.dtype]),
+    )
+
+
+def _cpp_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    x = _cpp.unit_stride(x)
+    u = x.new_empty((len(x), len(a)))
+    if weight is None:
+        assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
+        y = multiply(x, packed, absmax, len(b), x.shape[1], blocksize, bias)
+    else:
+        y = _cpp.empty(len(x), len(b), dtype=x.dtype)
+        torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
+    if seed is None or p == 0:
+        torch.mm(x, a.t(), out=u)
+    else:
+        buffer = x.new_empty((min(ROWS, len(x)), x.shape[1]))
+        for start in range(0, len(x), ROWS):
+            part = x[start : start + ROWS]
+            _drop("dropout_copy", part, buffer, start, p, seed)
+            torch.mm(buffer[: len(part)], a.t(), out=u[start : start + ROWS])
+    y.addmm_(u, b.t(), alpha=scale / (1 - p))
+    return y, u
+
+
+@define_op(
+    module="lora_linear",
+    check=_check,
+    fake=_fake,
+    cpp=_cpp_fwd,
+    cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    samples=samples,
+)
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y [N, O], u [N, R]); see lora_linear(). Give weight, or packed, absmax and blocksize."""
+    w = _whole(x, weight, packed, absmax, blocksize, b)
+    u = functional.linear(_masked(x, p, seed), a)
+    return functional.linear(x, w, bias) + functional.linear(u, b) * (scale / (1 - p)), u
+
+
+def _whole(
+    x: Tensor, weight: Tensor | None, packed: Tensor | None, absmax: Tensor | None, blocksize: int, b: Tensor
+) -> Tensor:
+    if weight is not None:
+        return weight
+    assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
+    return dense(packed, absmax, b.shape[0], x.shape[1], blocksize, x.dtype)
+
+
+def _check_bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    want: list[bool],
+) -> None:
+    _check_common(x, weight, packed, absmax, blocksize, a, b, p, seed)
+    expect("lora_linear", "grad", grad, "N O", (x.dtype,), like=x)
+    if grad.shape[0] != x.shape[0] or grad.shape[1] != b.shape[0]:
+        raise ValueError(f"lora_linear: grad is {list(grad.shape)}, expected {[x.shape[0], b.shape[0]]}")
+
+
+def _fake_bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shapes = (x.shape, (b.shape[0], x.shape[1]), (b.shape[0],), a.shape, b.shape)
+    made = [x.new_empty(shape if wanted else (0, *shape[1:])) for shape, wanted in zip(shapes, want, strict=True)]
+    return made[0], made[1], made[2], made[3], made[4]
+
+
+def _cpp_bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, factor = _cpp.unit_stride(x), scale / (1 - p)
+    made = _fake_bwd(x, x, None, None, None, 0, a, b, u, scale, p, None, want)
+    dx, dw, dbias, da, db = made
+    v = x.new_empty(u.shape)
+    if want[0] or want[3]:
+        torch.addmm(v, grad, b, beta=0, alpha=factor, out=v)
+    if want[0]:
+        if weight is None:
+            assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
+            dx = multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize)
+        else:
+            dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
+        _add_adapter(dx, v, a, p, seed)
+    if want[1]:
+        torch.mm(grad.t(), x, out=dw)
+    if want[2]:
+        torch.sum(grad, 0, out=dbias)
+    if want[3]:
+        kept = x
+        if seed is not None and p > 0:
+            kept = _cpp.empty(*x.shape, dtype=x.dtype)
+            _drop("dropout_copy", x, kept, 0, p, seed)
+        torch.mm(v.t(), kept, out=da)
+    if want[4]:
+        torch.addmm(db, grad.t(), u, beta=0, alpha=factor, out=db)
+    return dx, dw, dbias, da, db
+
+
+def _add_adapter(dx: Tensor, v: Tensor, a: Tensor, p: float, seed: Tensor | None) -> None:
+    """dx += mask (v A), a part at a time where there is a mask."""
+    if seed is None or p == 0:
+        dx.addmm_(v, a)
+        return
+    buffer = dx.new_empty((min(ROWS, len(dx)), dx.shape[1]))
+    for start in range(0, len(dx), ROWS):
+        part = buffer[: min(ROWS, len(dx) - start)]
+        torch.mm(v[start : start + ROWS], a, out=part)
+        _drop("dropout_add", part, dx[start:], start, p, seed)
+
+
+@define_op(
+    module="lora_linear",
+    check=_check_bwd,
+    fake=_fake_bwd,
+    cpp=_cpp_bwd,
+    cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+)
+def lora_linear_bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Tensor | None,
+    absmax: Tensor | None,
+    blocksize: int,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, a and b; the unwanted of these five have no rows."""
+    factor = scale / (1 - p)
+    dx, dw, dbias, da, db = _fake_bwd(x, x, None, None, None, 0, a, b, u, scale, p, None, want)
+    v = (grad @ b) * factor
+    if want[0]:
+        dx = grad @ _whole(x, weight, packed, absmax, blocksize, b) + _masked(v @ a, p, seed)
+    if want[1]:
+        dw = grad.t() @ x
+    if want[2]:
+        dbias = grad.sum(0)
+    if want[3]:
+        da = v.t() @ _masked(x, p, seed)
+    if want[4]:
+        db = (grad.t() @ u) * factor
+    return dx, dw, dbias, da, db
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, packed, absmax, blocksize, _, a, b, scale, p, seed = inputs
+    ctx.save_for_backward(x, weight, packed, absmax, a, b, output[1], seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.settings = blocksize, scale, p
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
+    x, weight, packed, absmax, a, b, u, seed = ctx.saved_tensors
+    blocksize, scale, p = ctx.settings
+    need = ctx.needs_input_grad
+    want = [need[0], need[1], need[5], need[6], need[7]]
+    made = lora_linear_bwd.op(grad, x, weight, packed, absmax, blocksize, a, b, u, scale, p, seed, want)
+    dx, dw, dbias, da, db = (g if wanted else None for g, wanted in zip(made, want, strict=True))
+    return dx, dw, None, None, None, dbias, da, db, None, None, None
+
+
+lora_linear_fwd.op.register_autograd(_backward, setup_context=_setup_context)

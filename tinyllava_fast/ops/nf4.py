@@ -1,0 +1,321 @@
+"""Linear layers whose weight is kept in 4 bits: NF4 (QLoRA, arXiv 2305.14314) in bitsandbytes' layout.
+
+    W.flat[i] = CODEBOOK[nibble i] * absmax[i // blocksize]        one float32 product, then rounded to the dtype
+    y         = x Wᵀ + bias                                        dx = dy W
+    nibble i  = the high half of packed[i // 2] for even i, the low half for odd i
+
+Blocks run over the flattened weight, so a row may start in the middle of one. The weight is never whole in memory: up
+to FEW_ROWS rows of x read the packed weight once, more of them multiply with one dequantised tile after another.
+Legend: N rows of x, K inputs, O outputs, P packed bytes, S blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops._check import FLOATS, expect
+from tinyllava_fast.ops._op import Sample, define_op
+
+CODEBOOK = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Values of the 16 codes (appendix E of the paper)."""
+FEW_ROWS = 16
+"""So many rows of x are multiplied with the packed weight itself; beyond, tiles and torch's GEMM are faster."""
+TILE_BYTES = 768 << 10
+"""Size of a dequantised tile: stays in a second-level cache."""
+
+
+class NF4(NamedTuple):
+    """A weight [O, K] in four bits; ``dequantize_nf4(*nf4)`` and ``linear_nf4(x, *nf4)`` take it apart."""
+
+    packed: Tensor  # [ceil(O K / 2)] uint8
+    absmax: Tensor  # [ceil(O K / blocksize)] float32
+    shape: tuple[int, int]
+    blocksize: int = 64
+
+
+def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
+    """The plain tensors of a weight quantised by bitsandbytes.
+
+    packed: what ``quantize_4bit`` returns, of any storage dtype (not copied). quant_state: its QuantState of type nf4;
+    scales that are themselves quantised (``compress_statistics``) are restored to float32, bit for bit as bitsandbytes
+    does it. Raises ValueError for another type or a weight that is no matrix.
+    """
+    if quant_state.quant_type != "nf4":
+        raise ValueError(f"nf4: the weight is of type {quant_state.quant_type!r}, expected 'nf4'")
+    if len(quant_state.shape) != 2:
+        raise ValueError(f"nf4: the weight must be [O, K], got shape {list(quant_state.shape)}")
+    absmax = quant_state.absmax
+    nested = quant_state.state2
+    if nested is not None:
+        scale = nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
+        absmax = nested.code[absmax.flatten().long()] * scale + quant_state.offset
+    shape = (int(quant_state.shape[0]), int(quant_state.shape[1]))
+    return NF4(packed.flatten().view(torch.uint8), absmax.float(), shape, quant_state.blocksize)
+
+
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, int],
+    blocksize: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The whole weight [O, K], equal to bitsandbytes' to the bit, for any K.
+
+    packed: [ceil(O K / 2)] uint8. absmax: [ceil(O K / blocksize)] float32. shape: (O, K). blocksize: even. dtype: of
+    the result, any float. Not differentiable. Raises ValueError for shapes and dtypes.
+    """
+    return _dequantize_nf4.op(packed, absmax, *shape, blocksize, dtype)
+
+
+def linear_nf4(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, int],
+    blocksize: int = 64,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + bias with W dequantised tile by tile.
+
+    x: [..., K] float. packed, absmax, shape, blocksize: see dequantize_nf4(). bias: [O], x's dtype. Returns [..., O] of
+    x's dtype. Differentiable in x and bias; W is frozen. Raises ValueError for shapes and dtypes.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return linear_nf4_fwd.op(flat, packed, absmax, *shape, blocksize, bias).view(*x.shape[:-1], shape[0])
+
+
+def check_nf4(op: str, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> None:
+    """Raise ValueError unless the tensors hold a weight [rows, columns]."""
+    expect(op, "packed", packed, "P", (torch.uint8,))
+    expect(op, "absmax", absmax, "S", (torch.float32,), like=packed)
+    if blocksize < 2 or blocksize % 2:
+        raise ValueError(f"{op}: blocksize must be even and positive, got {blocksize}")
+    size = rows * columns
+    if packed.shape[0] != (size + 1) // 2:
+        raise ValueError(f"{op}: {packed.shape[0]} packed bytes for a weight [{rows}, {columns}]: {(size + 1) // 2}")
+    blocks = (size + blocksize - 1) // blocksize
+    if absmax.shape[0] != blocks:
+        raise ValueError(f"{op}: {absmax.shape[0]} scales for {blocks} blocks of {blocksize} weights")
+
+
+def dense(packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """The whole weight in plain torch: what every reference multiplies by."""
+    size = rows * columns
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten()[:size].long()
+    codes = torch.tensor(CODEBOOK, dtype=torch.float32, device=packed.device)
+    return (codes[nibbles] * absmax.repeat_interleave(blocksize)[:size]).view(rows, columns).to(dtype)
+
+
+def fill_tile(out: Tensor, packed: Tensor, absmax: Tensor, columns: int, blocksize: int, row: int, column: int) -> None:
+    """Dequantise W[row : row + h, column : column + w] into out [h, w] in C++; packed and absmax contiguous."""
+    _cpp.extension().nf4_tile(
+        *(packed.data_ptr(), absmax.data_ptr(), blocksize, columns, row, column),
+        *(out.data_ptr(), out.stride(0), out.shape[0], out.shape[1], _cpp.DTYPE_CODES[out.dtype]),
+    )
+
+
+def multiply(
+    x: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, bias: Tensor | None
+) -> Tensor:
+    """x Wᵀ + bias in C++ and torch's GEMM; x [N, K] float32 or bfloat16."""
+    y = _cpp.empty(len(x), rows, dtype=x.dtype)
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    if len(x) <= FEW_ROWS and columns % 2 == 0:
+        x = _cpp.unit_stride(x)
+        bias = None if bias is None else bias.contiguous()
+        scratch = torch.empty(x.numel(), dtype=torch.float32)
+        _cpp.extension().nf4_linear_few(
+            *(x.data_ptr(), x.stride(0), packed.data_ptr(), absmax.data_ptr(), blocksize),
+            *(0 if bias is None else bias.data_ptr(), scratch.data_ptr(), y.data_ptr()),
+            *(len(x), rows, columns, _cpp.DTYPE_CODES[x.dtype]),
+        )
+        return y
+    height = _tile(rows, columns * x.element_size(), 16)
+    buffer = x.new_empty((height, columns))
+    for start in range(0, rows, height):
+        part = slice(start, min(start + height, rows))
+        w = buffer[: part.stop - start]
+        fill_tile(w, packed, absmax, columns, blocksize, start, 0)
+        if bias is None:
+            torch.mm(x, w.t(), out=y[:, part])
+        else:
+            torch.addmm(bias[part], x, w.t(), out=y[:, part])
+    return y
+
+
+def multiply_transposed(
+    grad: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int
+) -> Tensor:
+    """grad W in C++ and torch's GEMM; grad [N, O] float32 or bfloat16. Tiles are columns of W: no partial sums."""
+    dx = _cpp.empty(len(grad), columns, dtype=grad.dtype)
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    width = _tile(columns, rows * grad.element_size(), blocksize)
+    buffer = grad.new_empty(rows * width)
+    for start in range(0, columns, width):
+        part = slice(start, min(start + width, columns))
+        w = buffer[: rows * (part.stop - start)].view(rows, part.stop - start)
+        fill_tile(w, packed, absmax, columns, blocksize, 0, start)
+        torch.mm(grad, w, out=dx[:, part])
+    return dx
+
+
+def _tile(size: int, line_bytes: int, unit: int) -> int:
+    """Lines of even tiles of at most TILE_BYTES, in whole units."""
+    most = max(unit, TILE_BYTES // max(1, line_bytes) // unit * unit)
+    count = max(1, -(-size // most))
+    return max(1, min(size, -(-size // (count * unit)) * unit))
+
+
+def _check_dequantize(
+    packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
+) -> None:
+    check_nf4("nf4", packed, absmax, rows, columns, blocksize)
+    if dtype not in FLOATS:
+        raise ValueError(f"nf4: dtype must be a float, got {dtype}")
+
+
+def random_nf4(g: torch.Generator, rows: int, columns: int, blocksize: int) -> tuple[Tensor, Tensor, int, int, int]:
+    """Seeded arguments (packed, absmax, rows, columns, blocksize) for samples."""
+    size = rows * columns
+    packed = torch.randint(0, 256, ((size + 1) // 2,), generator=g, dtype=torch.uint8)
+    return packed, torch.rand(-(-size // blocksize), generator=g) + 0.1, rows, columns, blocksize
+
+
+SHAPES = (
+    ("whole blocks", 20, 128, 64),
+    ("rows start inside blocks", 9, 48, 64),
+    ("wide, ragged", 5, 304, 64),
+    ("odd width", 7, 37, 32),
+    ("one weight", 1, 1, 64),
+    ("large blocks", 6, 96, 256),
+)
+
+
+def _samples_dequantize() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+    for label, rows, columns, blocksize in (*SHAPES, ("no row", 0, 8, 64)):
+        for dtype in (torch.float32, torch.bfloat16):
+            args = (*random_nf4(g, rows, columns, blocksize), dtype)
+            name = f"{label} {str(dtype).removeprefix('torch.')}"
+            yield Sample(args, name, differentiable=False, kept=(1,))
+
+
+def _cpp_dequantize(
+    packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    out = _cpp.empty(rows, columns, dtype=dtype)
+    fill_tile(out, packed.contiguous(), absmax.contiguous(), columns, blocksize, 0, 0)
+    return out
+
+
+def _cpp_dequantize_takes(*args: Any) -> str | None:
+    known = (torch.float32, torch.bfloat16)
+    return None if args[-1] in known else f"its C++ kernel makes {' or '.join(map(str, known))}, not {args[-1]}"
+
+
+@define_op(
+    module="nf4",
+    name="dequantize_nf4",
+    check=_check_dequantize,
+    fake=lambda packed, absmax, rows, columns, blocksize, dtype: packed.new_empty((rows, columns), dtype=dtype),
+    cpp=_cpp_dequantize,
+    cpp_supports=_cpp_dequantize_takes,
+    samples=_samples_dequantize,
+)
+def _dequantize_nf4(
+    packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    return dense(packed, absmax, rows, columns, blocksize, dtype)
+
+
+def _check(
+    x: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, bias: Tensor | None
+) -> None:
+    expect("nf4", "x", x, "N K", FLOATS, like=packed)
+    check_nf4("nf4", packed, absmax, rows, columns, blocksize)
+    if x.shape[1] != columns:
+        raise ValueError(f"nf4: x has {x.shape[1]} columns, the weight has {columns}")
+    if bias is not None:
+        expect("nf4", "bias", bias, "O", (x.dtype,), like=x)
+        if bias.shape[0] != rows:
+            raise ValueError(f"nf4: bias has {bias.shape[0]} entries, the weight has {rows} rows")
+
+
+def _samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(1)
+    for label, rows, columns, blocksize in SHAPES:
+        for n in (1, 3, 21):
+            x = torch.randn(columns, n, generator=g).t() if n == 3 else torch.randn(n, columns, generator=g)
+            bias = torch.randn(rows, generator=g) if n != 1 else None
+            args = (x, *random_nf4(g, rows, columns, blocksize), bias)
+            yield Sample(args, f"{label}, {n} rows", kept=(2,))
+    yield Sample((torch.randn(0, 64), *random_nf4(g, 4, 64, 64), None), "no row", kept=(2,))
+
+
+@define_op(
+    module="nf4",
+    check=_check,
+    fake=lambda x, packed, absmax, rows, columns, blocksize, bias: x.new_empty((x.shape[0], rows)),
+    cpp=multiply,
+    cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    samples=_samples,
+)
+def linear_nf4_fwd(
+    x: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, bias: Tensor | None
+) -> Tensor:
+    """[N, O]; see linear_nf4()."""
+    return functional.linear(x, dense(packed, absmax, rows, columns, blocksize, x.dtype), bias)
+
+
+def _check_bwd(grad: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> None:
+    expect("nf4", "grad", grad, "N O", FLOATS, like=packed)
+    check_nf4("nf4", packed, absmax, rows, columns, blocksize)
+    if grad.shape[1] != rows:
+        raise ValueError(f"nf4: grad has {grad.shape[1]} columns, the weight has {rows} rows")
+
+
+def _samples_bwd() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(2)
+    for label, rows, columns, blocksize in SHAPES:
+        args = (torch.randn(rows, 5, generator=g).t(), *random_nf4(g, rows, columns, blocksize))
+        yield Sample(args, label, differentiable=False, kept=(2,))
+
+
+@define_op(
+    module="nf4",
+    check=_check_bwd,
+    fake=lambda grad, packed, absmax, rows, columns, blocksize: grad.new_empty((grad.shape[0], columns)),
+    cpp=multiply_transposed,
+    cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    samples=_samples_bwd,
+)
+def linear_nf4_bwd(grad: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> Tensor:
+    """dx [N, K]."""
+    return grad @ dense(packed, absmax, rows, columns, blocksize, grad.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.layout = inputs[3:6]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    want_x, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
+    dx = linear_nf4_bwd.op(grad, *ctx.saved_tensors, *ctx.layout) if want_x else None
+    return dx, *(None,) * 5, grad.sum(0) if want_bias else None
+
+
+linear_nf4_fwd.op.register_autograd(_backward, setup_context=_setup_context)
