@@ -18,7 +18,8 @@ for module in pkgutil.iter_modules(package.__path__):
     importlib.import_module(f"{package.__name__}.{module.name}")
 
 DTYPES = (torch.float32, torch.bfloat16)
-TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # relative to the largest value: room for another order of sums
+# relative to the largest value: room for another order of sums
+TINY = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 2.5e-4}
 
 
 def cases(*, differentiable: bool = False) -> list[tuple[Op, Sample]]:
