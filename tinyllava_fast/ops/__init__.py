@@ -1,7 +1,8 @@
-"""The operations that torch has no fast answer for; each one's meaning, C++ and (later) Triton kernels share a name."""
+"""The operations that torch has no fast answer for; each one's meaning, C++ and Triton kernels share a name."""
 
 from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllava_fast.ops.lora_linear import lora_linear
+from tinyllava_fast.ops.merge_states import merge_states
 from tinyllava_fast.ops.nf4 import NF4, dequantize_nf4, linear_nf4, unpack_nf4
 from tinyllava_fast.ops.pack import pack_plan
 from tinyllava_fast.ops.packed_attention import packed_attention
@@ -13,6 +14,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_nf4",
     "lora_linear",
+    "merge_states",
     "pack_plan",
     "packed_attention",
     "splice",

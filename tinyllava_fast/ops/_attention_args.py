@@ -126,3 +126,8 @@ def visible(
         ahead = key - prefix[seg, 0][:, None]
         seen |= (ahead >= 0) & (ahead < prefix[seg, 1][:, None])
     return seen & inside[:, None]
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where a row's elements lie side by side, as the kernels read them, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.ops import _cpp
-from tinyllava_fast.ops._attention_args import OP, check, check_values, visible
+from tinyllava_fast.ops._attention_args import OP, check, check_values, dense_rows, visible
 from tinyllava_fast.ops._attention_samples import samples
 from tinyllava_fast.ops._op import define_op
 
@@ -83,13 +83,13 @@ def _cpp_supports(q: Tensor, *_: Any) -> str | None:
     return None
 
 
+def _triton_supports(*args: Any) -> str | None:
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor))
+    return "its Triton kernel computes in float32, got torch.float64" if dtype == torch.float64 else None
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where a row's elements lie side by side, as C++ reads them, else a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
 
 
 def _cpp_fwd(
@@ -106,7 +106,7 @@ def _cpp_fwd(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _fake(q)
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     index = [None if t is None else t.contiguous() for t in (cu_q, cu_q if cu_k is None else cu_k, prefix, used)]
     _cpp.extension().packed_attention_fwd(
         *map(_pointer, (q, k, v, out, lse, *index)),
@@ -124,6 +124,7 @@ def _cpp_fwd(
     fake=_fake,
     cpp=_cpp_fwd,
     cpp_supports=_cpp_supports,
+    triton_supports=_triton_supports,
     samples=samples,
 )
 def packed_attention_fwd(
@@ -208,7 +209,7 @@ def _cpp_bwd(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _fake_bwd(dout, dlse, q, k, v)
-    strided = [_dense_rows(t) for t in (dout, q, k, v)]
+    strided = [dense_rows(t) for t in (dout, q, k, v)]
     dout, q, k, v = strided
     dense = [None if t is None else t.contiguous() for t in (out, lse, dlse)]
     index = [None if t is None else t.contiguous() for t in (cu_q, cu_q if cu_k is None else cu_k, prefix, used)]
@@ -228,6 +229,7 @@ def _cpp_bwd(
     fake=_fake_bwd,
     cpp=_cpp_bwd,
     cpp_supports=_cpp_supports,
+    triton_supports=_triton_supports,
 )
 def packed_attention_bwd(
     dout: Tensor,
