@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tinyllava_fast.bench.linears import Case, linear_cases
-from tinyllava_fast.ops import linear_cross_entropy, pack_plan, packed_attention, splice
+from tinyllava_fast.ops import linear_cross_entropy, merge_states, pack_plan, packed_attention, splice
 from tinyllava_fast.ops._op import force_backend
 
 # Legend: T tokens, S segments, H heads, Hkv key heads, Dh head size, D width, V vocabulary, R image rows, M supervised
@@ -49,6 +49,7 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: str) -> Iterator[Case]:
 
     yield _splice(shapes, randn, generator, device)
     yield _attention(shapes, randn, device)
+    yield _merge(shapes, randn)
     yield _cross_entropy(shapes, randn, generator, device)
     yield from linear_cases(shapes.tokens, shapes.width, randn, generator, device)
     if device == "cpu":
@@ -71,6 +72,22 @@ def _splice(s: Shapes, randn: Callable[..., Tensor], generator: torch.Generator,
     }
     label = f"T={s.tokens} D={s.width} V={s.vocabulary} R={len(slots)}"
     return Case("splice", label, run, (weight, features))
+
+
+def _merge(s: Shapes, randn: Callable[..., Tensor]) -> Case:
+    a, b = randn(s.tokens, s.heads, s.head_dim), randn(s.tokens, s.heads, s.head_dim)
+    lse_a, lse_b = (randn(s.tokens, s.heads, grad=False).float() for _ in range(2))
+
+    def plain() -> Tensor:
+        share = torch.sigmoid(lse_a - lse_b)[..., None]
+        return (share * a + (1 - share) * b).to(a.dtype)
+
+    run = {
+        "torch": plain,
+        "torch compiled": torch.compile(plain),
+        "ours": lambda: merge_states(a, lse_a, b, lse_b)[0],
+    }
+    return Case("merge_states", f"T={s.tokens} H={s.heads} Dh={s.head_dim}", run, (a, b))
 
 
 def _attention(s: Shapes, randn: Callable[..., Tensor], device: str) -> Case:

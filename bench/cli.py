@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = commands.add_parser("triton", help=text, description=text)
     triton.set_defaults(run=_triton)
-    triton.add_argument("--arch", default="sm_80,sm_90,sm_100", help="architectures, comma-separated (default all)")
+    triton.add_argument(
+        "--arch", default="sm_80,sm_90", help="comma-separated, of sm_80, sm_90, sm_100 (default: the table's)"
+    )
     triton.add_argument("--json", metavar="FILE", help="also write the table there")
     triton.add_argument("--check", action="store_true", help="exit with 1 if a kernel falls behind the committed table")
     return parser

@@ -80,7 +80,7 @@ def test_each_defect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     slightly = copy.deepcopy(sound)
     slightly["kernels"][0]["registers"] = 110
     assert not triton_resources.problems(slightly, sound)
-    assert [m.split(": ")[1] for m in triton_resources.missing(sound)] == ["0 rows, expected 1"] * 2
+    assert [m.split(": ")[1] for m in triton_resources.missing(sound)] == ["0 rows, expected 1"]
 
 
 def test_an_architecture_beyond_this_triton_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
     assert "made_up.product" in capsys.readouterr().out
     table = json.loads(target.read_text())
     assert [(r["name"], r["arch"]) for r in table["kernels"]] == [("made_up.product", a) for a in ("sm_80", "sm_90")]
-    monkeypatch.setattr(triton_resources, "read_table", lambda: {**table, "skipped": {"sm_100": "not asked for"}})
+    monkeypatch.setattr(triton_resources, "read_table", lambda: table)
     assert cli.main([*flags, "--check"]) == 0
     monkeypatch.setattr(triton_resources, "read_table", lambda: {**table, "kernels": []})
     assert cli.main([*flags, "--check"]) == 1
