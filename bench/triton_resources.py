@@ -33,8 +33,8 @@ TABLE = Path(__file__).parent / "results" / "triton_resources.json"
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 """Most shared memory of a block, in bytes (CUDA programming guide, compute capabilities)."""
 ARCHS = ("sm_80", "sm_90")
-"""Of the committed table, which the launch settings are chosen for. sm_100 compiles as well; three attention shapes need
-8 bytes of local memory there."""
+"""Of the committed table, which the launch settings are chosen for. sm_100 compiles as well; three attention shapes
+need 8 bytes of local memory there."""
 REGISTER_SLACK = 1.1
 MMA = re.compile(r"\b(?:[A-Z]?G?MMA|UTC[A-Z]*MMA)\b")  # HMMA, IMMA, QMMA; wgmma: HGMMA; tcgen05: UTCHMMA
 ALIGNED = [["tt.divisibility", 16]]
