@@ -31,9 +31,7 @@ struct RowKeys {
   }
 };
 
-inline void copy_if(bool keep, BFloat16 from, BFloat16* to) {
-  to->bits = static_cast<uint16_t>(keep ? from.bits : 0);
-}
+inline void copy_if(bool keep, BFloat16 from, BFloat16* to) { to->bits = static_cast<uint16_t>(keep ? from.bits : 0); }
 inline void copy_if(bool keep, float from, float* to) { *to = keep ? from : 0.0f; }
 template <typename T>
 inline void add_if(bool keep, T from, T* to) {
@@ -70,8 +68,8 @@ void dropout_copy(const void* source, int64_t lds, void* target, int64_t ldt, in
 }
 
 // target += mask * source
-void dropout_add(const void* source, int64_t lds, void* target, int64_t ldt, int64_t rows, int64_t columns,
-                 int64_t row, int64_t seed, int64_t threshold, int64_t dtype) {
+void dropout_add(const void* source, int64_t lds, void* target, int64_t ldt, int64_t rows, int64_t columns, int64_t row,
+                 int64_t seed, int64_t threshold, int64_t dtype) {
   auto* run = dtype == kBFloat16 ? each_row<BFloat16, true> : each_row<float, true>;
   run(source, lds, target, ldt, rows, columns, row, seed, threshold);
 }
