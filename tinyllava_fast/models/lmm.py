@@ -41,9 +41,7 @@ class LMMConfig:
     image_grid: list[tuple[int, int]] = field(default_factory=list)  # resolutions (width, height) of anyres
     turns: str = "conversation"
     origin: dict[str, str] = field(default_factory=dict)  # names of an imported model's parts: {llm, vision, ...}
-    adapter: bool = (
-        False  # whether LoRA layers are in the model, and in a folder beside its weights (models/adapter.py)
-    )
+    adapter: bool = False  # LoRA layers in the model, and in a folder beside its weights (models/adapter.py)
 
 
 class LMM(nn.Module):

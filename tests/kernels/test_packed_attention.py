@@ -1,46 +1,53 @@
-"""Random ragged attention in Triton's interpreter. A script: TRITON_INTERPRET must be set before triton loads."""
+"""Triton kernels of packed_attention and merge_states: the op's samples, random ragged shapes, and what they share."""
 
 from __future__ import annotations
 
-import os
-import sys
-
-os.environ["TRITON_INTERPRET"] = "1"
-
-import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.agreement import OPS, TINY, cast, disagreements
+from tests.ops.agreement import OPS, cast, disagreements, name
+from tinyllava_fast.kernels import merge_states, packed_attention
+from tinyllava_fast.kernels._common import ATTENTION, attention_launch
 from tinyllava_fast.ops._op import Op, Sample, force_backend
 from tinyllava_fast.ops.packed_attention import packed_attention_bwd, packed_attention_fwd
 
-# one unit in the last place: the interpreter truncates to bfloat16, a GPU rounds to nearest
-TINY[torch.bfloat16] = 2**-7
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the interpreter is slow: one narrow dtype for most of the samples
 NARROW = {torch.bfloat16: ("ragged", "shared prefixes", "decode from a pool", "softcap"), torch.float16: ("window",)}
 
 
-def check_samples(op: Op, dtype: torch.dtype) -> int:
-    """The number of the op's samples that ran, forward and backward; AssertionError with the disagreements."""
-    ran = 0
-    assert op.samples is not None
-    for sample in op.samples():
-        if op.name == "packed_attention_fwd" and sample.label not in NARROW.get(dtype, (sample.label,)):
-            continue
-        reason = op.why_not("triton", cast(sample, dtype))
-        assert reason is None, f"{sample.label}: {reason}"
-        wrong = list(disagreements(op, sample, dtype, "triton"))
-        assert not wrong, wrong
-        ran += 1
-    return ran
+def cases() -> list[tuple[Op, Sample, torch.dtype]]:
+    """Every sample of both ops in float32, all of merge_states and some of attention in the narrow dtypes."""
+    found = []
+    for op in (OPS["packed_attention_fwd"], OPS["merge_states_fwd"]):
+        assert op.samples is not None
+        for dtype in DTYPES:
+            for sample in op.samples():
+                if op.name == "merge_states_fwd" or sample.label in NARROW.get(dtype, (sample.label,)):
+                    found.append((op, sample, dtype))
+    return found
+
+
+def test_there_are_cases() -> None:
+    assert len(cases()) >= 40
+
+
+@pytest.mark.parametrize(
+    ("op", "sample", "dtype"),
+    cases(),
+    ids=[f"{name((op, sample))}-{name(dtype)}" for op, sample, dtype in cases()],
+)
+def test_agrees_with_float64(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    assert op.why_not("triton", cast(sample, dtype)) is None
+    wrong = list(disagreements(op, sample, dtype, "triton"))
+    assert not wrong, wrong
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def check_ragged(data: st.DataObject) -> None:
+def test_random_ragged_shapes(data: st.DataObject) -> None:
     """Random segments, heads, sizes, prefixes, key ranges, windows and caps."""
     segments = data.draw(st.integers(0, 4))
     counts = st.lists(st.integers(0, 40), min_size=segments, max_size=segments)
@@ -67,7 +74,7 @@ def check_ragged(data: st.DataObject) -> None:
     assert not wrong, wrong
 
 
-def check_only_lse_and_equal_bits() -> None:
+def test_only_lse_and_equal_bits() -> None:
     """A gradient of lse alone, none of lse, and twice the same bits; a NaN stays visible."""
     sample = next(s for s in OPS["packed_attention_fwd"].samples() if s.label == "shared prefixes")
     q, k, v, *rest = sample.args
@@ -82,16 +89,12 @@ def check_only_lse_and_equal_bits() -> None:
     assert poisoned[3].isnan().all() and poisoned[[*range(3), *range(4, 20)]].isfinite().all()
 
 
-def main() -> int:
-    """The number of samples that ran."""
-    torch.set_num_threads(1)
-    np.seterr(all="ignore")
-    ran = sum(check_samples(OPS["packed_attention_fwd"], dtype) for dtype in DTYPES)
-    ran += sum(check_samples(OPS["merge_states_fwd"], dtype) for dtype in DTYPES)
-    check_ragged()
-    check_only_lse_and_equal_bits()
-    return ran
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{main()}\n")
+def test_every_setting_and_shape_is_declared() -> None:
+    cases = list(packed_attention.compile_cases())
+    shapes = " ".join(c.shape for c in cases)
+    assert all(name in shapes for name in ("TinyLlama", "Phi-2", "Gemma-2B", "SigLIP-so400m", "windowed", "capped"))
+    assert {c.name for c in cases} == {"attend", "differentiate_queries", "differentiate_keys"}
+    assert len({(c.name, c.shape) for c in [*cases, *merge_states.compile_cases()]}) >= 33
+    for bucket, kind in ATTENTION:
+        dtype = torch.float32 if kind == "float" else torch.bfloat16
+        assert {"fwd", "dq", "dkv", "decode"} == set(attention_launch("cuda", bucket, dtype))
