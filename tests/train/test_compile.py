@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train import compile as compiling
+from tinyllava_fast.train.compile import CompiledForward, repays
 
 
 class Net(nn.Module):
@@ -61,3 +62,12 @@ def test_a_graph_break_is_an_error():
     CompiledForward(net, backend="eager")
     with pytest.raises(Exception, match=r"(?i)data-dependent|item"):
         net(pixel_values=torch.ones(4, 3))
+
+
+def test_auto_compiles_when_the_steps_repay_it(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "gemm_flops_per_s", lambda dtype: 1e12)
+    step = {"flops": compiling.EAGER_RATE * 1e12, "layers": 10, "dtype": torch.float32}  # one second
+    enough = round(10 * compiling.SECONDS_PER_LAYER / compiling.SAVED_SHARE)
+    with caplog.at_level("INFO", logger="tinyllava_fast"):
+        assert repays(enough, **step) and not repays(enough - 1, **step)
+    assert "auto: compiling; it would save 20 s of 100 steps and cost about 20 s" in caplog.text
