@@ -66,8 +66,9 @@ def test_a_graph_break_is_an_error():
 
 def test_auto_compiles_when_the_steps_repay_it(monkeypatch, caplog):
     monkeypatch.setattr(compiling, "gemm_flops_per_s", lambda dtype: 1e12)
-    step = {"flops": compiling.EAGER_RATE * 1e12, "layers": 10, "dtype": torch.float32}  # one second
-    enough = round(10 * compiling.SECONDS_PER_LAYER / compiling.SAVED_SHARE)
+    for name, value in (("EAGER_RATE", 0.25), ("SAVED_SHARE", 0.25), ("SECONDS_PER_LAYER", 2.0)):
+        monkeypatch.setattr(compiling, name, value)
+    step = {"flops": 0.25e12, "layers": 10, "dtype": torch.float32}  # one second
     with caplog.at_level("INFO", logger="tinyllava_fast"):
-        assert repays(enough, **step) and not repays(enough - 1, **step)
-    assert "auto: compiling; it would save 20 s of 100 steps and cost about 20 s" in caplog.text
+        assert repays(80, **step) and not repays(79, **step)
+    assert "auto: compiling; it would save 20 s of 80 steps and cost about 20 s" in caplog.text

@@ -44,7 +44,7 @@ def test_state_is_counted_by_what_trains():
             frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
             return {"llm": [("w", weight)], "vision": [("f", frozen)]}
 
-    expected = {"llm": 16, "llm, optimiser": 8 * 16, "vision": 12, "vision, optimiser": 0}
+    expected = {"llm": 16, "llm, optimiser": 8 * 12, "vision": 12, "vision, optimiser": 0}
     assert state_bytes(Model()) == expected
 
 

@@ -151,12 +151,12 @@ def trains(recipe: RecipeConfig) -> Trains:
 
 
 def state_bytes(model: LMM) -> dict[str, int]:
-    """Bytes of each component's weights, and of what training keeps for it: float32 master, sum and two moments."""
+    """Bytes of each component's weights, and of what training keeps for it: float32 master and two moments."""
     sizes: dict[str, int] = {}
     for name, parameters in model.component_parameters().items():
         sizes[name] = sum(p.numel() * p.element_size() for _, p in parameters)
         learnt = [p for _, p in parameters if p.requires_grad]
-        sizes[f"{name}, optimiser"] = sum(4 * p.numel() * (2 if p.dtype == torch.float32 else 4) for p in learnt)
+        sizes[f"{name}, optimiser"] = sum(4 * p.numel() * (2 if p.dtype == torch.float32 else 3) for p in learnt)
     return sizes
 
 
