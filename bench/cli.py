@@ -60,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="after the race, take the losses of the peer over float32 weights (default yes)",
     )
+    train.add_argument(
+        "--mode",
+        default="finetune",
+        help="finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached",
+    )
+    train.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
 
     ops = command("ops", _ops, "Each op on the shapes of `train`: reference eager, compiled reference, ours.")
@@ -103,6 +109,8 @@ def _train(args: argparse.Namespace) -> int:
         warmup=args.warmup,
         samples=args.samples,
         peers=tuple(args.peer or train.Settings.peers),
+        mode=args.mode,
+        peer_checkpointing=args.peer_checkpointing,
         reference=args.reference,
         quick=args.quick,
     )
