@@ -75,7 +75,7 @@ def _page(figure: Figure, op: str, axes: Curves, result: dict[str, Any]) -> None
     looks["ours"] = (OURS, "o")
     machine = result["machine"]
     device = (
-        machine["gpu"] if machine["device"].startswith("cuda") else f"{machine['threads']} threads, {machine['cpu']}"
+        machine["gpu"] if machine["device"].startswith("cuda") else f"{machine['cpu']} ({machine['threads']} threads)"
     )
     figure.text(0.03, 0.965, f"{op}, forward and backward", fontsize=16, weight="bold", color=INK)
     figure.text(0.03, 0.94, f"{result['dtype']}, {device}, torch {machine['torch']}", fontsize=9.5, color=SOFT)
@@ -102,7 +102,7 @@ def _page(figure: Figure, op: str, axes: Curves, result: dict[str, Any]) -> None
 
 
 def _frame(panel: Any, title: str, axis: str, places: list[float]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     panel.set_xscale("log")
     panel.set_yscale("log")
@@ -111,6 +111,8 @@ def _frame(panel: Any, title: str, axis: str, places: list[float]) -> None:
     panel.xaxis.set_major_locator(FixedLocator(places))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     panel.tick_params(length=0, colors=SOFT, labelsize=9)
     panel.grid(axis="y", color=LINE, linewidth=0.8)
