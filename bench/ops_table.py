@@ -11,17 +11,18 @@ COLUMNS = ["candidate", "median", "quartiles", "work", "traffic", "of roof", "pe
 
 def show(result: dict[str, Any]) -> None:
     """One table an op, a block of lines for each shape and pass; then the headline and who is absent."""
+    peak = report.quantity(result["roof"]["flops_per_s"], "FLOP/s")
+    bandwidth = report.quantity(result["roof"]["bytes_per_s"], "B/s")
+    facts = f"{result['dtype']}, {result['machine']['threads']} threads; roof: {peak}, {bandwidth}"
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
         lines: list[list[str]] = []
         for row in (r for r in result["rows"] if r["op"] == op):
             lines.append([f"{row['shape']}  {row['pass']}"] + [""] * (len(COLUMNS) - 1))
             lines += [_line(row, name) for name in row["medians"]]
-        report.show(f"{op}, {result['dtype']}, {result['machine']['threads']} threads", COLUMNS, lines)
-    roof = result["roof"]
-    peak, bandwidth = report.quantity(roof["flops_per_s"], "FLOP/s"), report.quantity(roof["bytes_per_s"], "B/s")
+        report.show(f"{op}, {facts}", COLUMNS, lines)
     if result["headline"]:
-        title = f"Headline: how many times ours is better (roof of this machine: {peak}, {bandwidth})"
-        report.show(title, ["", "ratio"], [[k, f"{v:.2f}x"] for k, v in result["headline"].items()])
+        lines = [[key, f"{ratio:.2f}x"] for key, ratio in result["headline"].items()]
+        report.show("Headline", ["forward and backward", "ours is better by"], lines)
     absent = [[op, name, why] for op, reasons in result["absent"].items() for name, why in reasons.items()]
     if absent:
         report.show("Not in the race", ["op", "candidate", "reason"], absent)

@@ -117,6 +117,7 @@ def _frame(panel: Any, title: str, axis: str, places: list[float]) -> None:
     panel.tick_params(length=0, colors=SOFT, labelsize=9)
     panel.grid(axis="y", color=LINE, linewidth=0.8)
     panel.set_axisbelow(True)
+    panel.margins(y=0.12)
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)
 
