@@ -9,8 +9,9 @@ the next (the call has run before), and pages that are allocated but never touch
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,10 +48,12 @@ def peak_extra_bytes(run: Callable[[], Any], device: str = "cpu") -> int | None:
     return max(0, peak - before)
 
 
-def saved_bytes(run: Callable[[], Tensor], existing: Iterable[Tensor] = ()) -> int:
-    """Bytes that the call keeps for its backward pass, beyond the tensors that exist anyway (inputs and weights).
+@contextlib.contextmanager
+def saved(*existing: Tensor) -> Iterator[dict[int, int]]:
+    """What calls inside the block keep for their backward pass: {address: bytes} of storages.
 
-    A storage counts once and whole, however small a view of it is saved.
+    existing: inputs and weights, which are there anyway and don't count. A storage counts once and whole, however small
+    a view of it is saved.
     """
     known = {t.untyped_storage().data_ptr() for t in existing}
     kept: dict[int, int] = {}
@@ -61,10 +64,8 @@ def saved_bytes(run: Callable[[], Tensor], existing: Iterable[Tensor] = ()) -> i
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    del result
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def _return_freed_memory() -> None:

@@ -11,7 +11,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,10 @@ from tinyllava_fast.log import log
 FORMAT = "tlf-bench ops 2"
 ROW_SECONDS, SIZE_SECONDS = 6.0, 2.0
 """About how long the rounds of a row may take together: of a main row, of one of many sizes."""
-LEAST_ROUNDS, SLOW_SECONDS = 3, 2.0
+LEAST_ROUNDS = 3
+"""One less where a round takes many seconds."""
+CALL_SECONDS, SLOW_SECONDS = 0.05, 2.0
+"""A candidate is called so often in a round that it takes the former; a call that takes the latter is slow."""
 
 
 def benchmark(
@@ -125,27 +128,27 @@ def _measure(
     runs = {name: _pass(run, case, backward) for name, run in case.run.items()}
     if not quick:
         gc.collect()
-    peaks: dict[str, int | None] = {}
+    first: dict[str, _First] = {}
     for name in list(runs):
         try:
-            peaks[name] = _first_calls(runs[name], device, name.endswith("compiled"))
+            first[name] = _first_calls(case, name, runs[name], device, backward)
         except Exception as error:  # whatever a library raises about what it does not support
             if name == "ours":
                 raise
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            absent.setdefault(name, f"{direction}: {type(error).__name__}: {first}"[:300])
+            line = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+            absent.setdefault(name, f"{direction}: {type(error).__name__}: {line}"[:300])
             del runs[name]
+    quickest, together = min(f.seconds for f in first.values()), sum(f.seconds for f in first.values())
     series = interleave(
         runs,
         rounds=rounds,
         warmup=0,  # the first calls were that
-        min_seconds=0.0 if quick else 0.05,
+        min_seconds=0.0 if quick or quickest > CALL_SECONDS else CALL_SECONDS,
         budget=ROW_SECONDS if case.main else SIZE_SECONDS,
-        least=min(rounds, LEAST_ROUNDS),
+        least=min(rounds, LEAST_ROUNDS if together < 4 * SLOW_SECONDS else LEAST_ROUNDS - 1),
         sync=machine.device_sync(device),
     )
     work, medians = case.work[direction], {name: s.median for name, s in series.items()}
-    existing = (*case.leaves, *case.frozen)
     return {
         "op": case.op,
         "shape": case.label,
@@ -158,8 +161,8 @@ def _measure(
         "ratio": {name: speedup(s, series["ours"]) for name, s in series.items() if name != "ours"},
         "flops_per_s": {name: work.flops / median for name, median in medians.items()},
         "bytes_per_s": {name: work.bytes / median for name, median in medians.items()},
-        "peak_bytes": peaks,
-        "saved_bytes": {n: memory.saved_bytes(case.run[n], existing) for n in runs} if backward else {},
+        "peak_bytes": {name: f.peak for name, f in first.items()},
+        "saved_bytes": {name: f.saved for name, f in first.items()} if backward else {},
         "axes": dict(case.axes),
     }
 
@@ -169,19 +172,33 @@ def least_seconds(work: Work, roof: dict[str, float]) -> float:
     return max(work.flops / roof["flops_per_s"], work.bytes / roof["bytes_per_s"])
 
 
-def _first_calls(run: Callable[[], Any], device: str, compiles: bool) -> int | None:
-    """Compile and warm up; returns the peak of memory of the second call, or of the first if that takes seconds.
+class _First(NamedTuple):
+    peak: int | None
+    saved: int
+    seconds: float
+
+
+def _first_calls(case: Case, name: str, run: Callable[[], Any], device: str, backward: bool) -> _First:
+    """Compile and warm up, looking at memory; a call of seconds is not repeated.
 
     What happens only once, compilation apart, is small in a call of seconds.
     """
     logging.disable(logging.WARNING)  # a library that cannot says so at length before it raises
     try:
-        began = time.perf_counter()
-        peak = memory.peak_extra_bytes(run, device)
-        slow = time.perf_counter() - began > SLOW_SECONDS
-        return peak if slow and not compiles else memory.peak_extra_bytes(run, device)
+        if name.endswith("compiled"):
+            run()
+        with memory.saved(*case.leaves, *case.frozen) as kept:
+            peak, seconds = _timed_peak(run, device)
+        if seconds < SLOW_SECONDS:
+            peak, seconds = _timed_peak(run, device)
+        return _First(peak, sum(kept.values()), seconds)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _timed_peak(run: Callable[[], Any], device: str) -> tuple[int | None, float]:
+    began = time.perf_counter()
+    return memory.peak_extra_bytes(run, device), time.perf_counter() - began
 
 
 def _pass(run: Run, case: Case, backward: bool) -> Callable[[], Any]:

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from tinyllava_fast.bench.case import (
     BOTH,
-    FORWARD,
     SUITE,
     Case,
     Run,
@@ -81,7 +80,7 @@ def _case(setting: Setting, share: float, *, vocabulary: int = VOCABULARY, main:
     flops = 2.0 * count * pack.width * pack.vocabulary
     read = count * pack.width * hidden.element_size() + nbytes(weight)
     both = Work(3 * flops, read + nbytes(hidden, weight))  # logits and gradients of a chunk while the weight is at hand
-    work = {FORWARD: Work(flops, read), BOTH: both} if main else {BOTH: both}
+    work = {BOTH: both}  # the op makes its gradients in the forward pass
     axes: dict[str, float] = {}
     if pack.vocabulary == VOCABULARY:
         axes["supervised tokens in %, vocabulary 49,152"] = 100 * share
