@@ -1,4 +1,4 @@
-"""The linear layers of LoRA and QLoRA next to peft's and bitsandbytes', which are left out where not installed.
+"""Linear layers: of decoding next to torch's, of LoRA and QLoRA next to peft's and bitsandbytes' (left out if absent).
 
 Shapes: the first projection of SmolLM2-135M's MLP (576 to 1536) over one pack, and over one token; rank 128.
 """
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tinyllava_fast.ops import NF4, dequantize_nf4, linear_nf4, lora_linear
+from tinyllava_fast.ops import NF4, decode_linear, dequantize_nf4, linear_nf4, lora_linear, quantize_int8
 from tinyllava_fast.ops._op import force_backend
+from tinyllava_fast.ops.decode_linear import dense_weight, in_huge_pages
 from tinyllava_fast.ops.nf4 import random_nf4
 
 RANK, DROPOUT = 128, 0.05
+COLD_LAYERS = 64  # weights of a decode case: together more than caches hold, as a model's are
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ def linear_cases(
     yield _dequantize(width, outputs, generator, device)
     yield _nf4("linear_nf4", tokens, width, outputs, randn, generator, device)
     yield _nf4("linear_nf4, 1 row", 1, width, outputs, randn, generator, device)
+    for rows in (1, 16):
+        name = "decode_linear" if rows == 1 else f"decode_linear, {rows} rows"
+        yield _decode(name, rows, width, outputs, randn, int8=False)
+        yield _decode(f"{name}, int8", rows, width, outputs, randn, int8=True)
     yield _lora("lora_linear", 0.0, tokens, width, outputs, randn, generator, device)
     yield _lora("lora_linear, dropout", DROPOUT, tokens, width, outputs, randn, generator, device)
 
@@ -68,6 +74,22 @@ def _nf4(
     run["ours"] = lambda: linear_nf4(x, *nf4)
     flops = 2.0 * rows * width * outputs
     return Case(op, f"N={rows} K={width} O={outputs}", run, (x,) if rows > 1 else (), flops)
+
+
+def _decode(op: str, rows: int, width: int, outputs: int, randn: Callable[..., Tensor], *, int8: bool) -> Case:
+    count = COLD_LAYERS if width > 64 else 2
+    x = randn(rows, width, grad=False)
+    weights = [randn(outputs, width, grad=False) for _ in range(count)]
+    held: list[Any] = [in_huge_pages(w) for w in weights]
+    if int8:
+        quantised = [quantize_int8(w) for w in weights]
+        held = [q._replace(values=in_huge_pages(q.values)) for q in quantised]
+        weights = [dense_weight(q, x.dtype) for q in quantised]
+    run: dict[str, Callable[[], Tensor]] = {
+        "torch": lambda: torch.cat([functional.linear(x, w) for w in weights]),
+        "ours": lambda: torch.cat([decode_linear(x, w) for w in held]),
+    }
+    return Case(op, f"N={rows} K={width} O={outputs}, {count} layers", run, (), 2.0 * rows * width * outputs * count)
 
 
 def _dequantize(width: int, outputs: int, generator: torch.Generator, device: str) -> Case:

@@ -14,7 +14,7 @@ CASES = list(cases(TINY, torch.float32, "cpu"))
 
 
 def test_every_public_op_is_benchmarked() -> None:
-    plain = {"NF4", "unpack_nf4"}  # a tuple, and a change of layout
+    plain = {"NF4", "Int8", "unpack_nf4", "quantize_nf4", "quantize_int8"}  # tuples, and changes of layout
     assert {c.op.partition(",")[0] for c in CASES} == set(public_ops) - plain
 
 
