@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--blind", action="store_true", help="control: replace every image by a blank one")
     p.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
+    p.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in flight (memory)")
     p.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours")
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             limit=args.limit,
             dtype=args.dtype,
             device=args.device,
+            weights=args.weights,
             batch_tokens=args.batch_tokens,
             threads=args.threads or torch.get_num_threads(),
         )

@@ -35,6 +35,7 @@ def evaluate(
     limit: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    weights: str | None = None,
     batch_tokens: int = 16384,
     threads: int = 2,
 ) -> dict[str, Any]:
@@ -50,13 +51,16 @@ def evaluate(
     if not questions:
         raise UserError(f"{data_dir}: no question to ask; check --limit and the data folder")
     output = Path(output_dir) if output_dir is not None else default_output(model, benchmark, blind)
-    assistant = Assistant.from_pretrained(model, dtype=dtype, device=device, batch_tokens=batch_tokens, threads=threads)
+    assistant = Assistant.from_pretrained(
+        model, dtype=dtype, device=device, weights=weights, batch_tokens=batch_tokens, threads=threads
+    )
     facts = {
         "benchmark": benchmark,
         "blind": blind,
         "model_digest": model_digest(model),
         "dtype": str(assistant.engine.lmm.dtype).removeprefix("torch."),
         "max_new_tokens": bench.max_new_tokens,
+        **({"weights": weights} if weights else {}),
     }
     answers = AnswerLog(output / ANSWERS, facts)
     done = _finished(output / RESULTS, {**facts, "limit": limit}, answers)

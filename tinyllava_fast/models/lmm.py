@@ -69,6 +69,8 @@ class LMM(nn.Module):
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.embedding_scale = adapter.embedding_scale(llm)
         self.logit_softcap = adapter.logit_softcap(llm)
+        # another way to multiply by the head, [R, D] -> [R, V]: inference sets it (infer/weights.py)
+        self.project: Callable[[Tensor], Tensor] | None = None
         self.label_smoothing, self.z_loss = 0.0, 0.0  # of the training loss; a stage sets them
 
     @property
@@ -149,8 +151,10 @@ class LMM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, V] in the model's dtype."""
-        weight, bias = self.adapter.head(self.llm)
-        logits = nn.functional.linear(hidden, weight, bias)
+        if self.project is not None:
+            logits = self.project(hidden)
+        else:
+            logits = nn.functional.linear(hidden, *self.adapter.head(self.llm))
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
     def set_gradient_checkpointing(self, enable: bool, *, every: int = 1) -> None:
