@@ -1,4 +1,4 @@
-"""The linear layers of LoRA and QLoRA next to peft's and bitsandbytes', which are left out where not installed.
+"""The connector, and the linear layers of LoRA and QLoRA next to peft's and bitsandbytes' where those are installed.
 
 Shapes: the first projection of SmolLM2-135M's MLP (576 to 1536) over one pack, and over one token; rank 128.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tinyllava_fast.ops import NF4, dequantize_nf4, linear_nf4, lora_linear
+from tinyllava_fast.ops import NF4, connector_mlp, dequantize_nf4, linear_nf4, lora_linear
 from tinyllava_fast.ops._op import force_backend
 from tinyllava_fast.ops.nf4 import random_nf4
 
@@ -37,14 +37,31 @@ class Case:
 def linear_cases(
     tokens: int, width: int, randn: Callable[..., Tensor], generator: torch.Generator, device: str
 ) -> Iterator[Case]:
-    """linear_nf4 over a pack and over one row, lora_linear without and with dropout."""
+    """connector_mlp over images, linear_nf4 over a pack and over one row, lora_linear without and with dropout."""
     width = max(width, 64)  # bitsandbytes is wrong on a CPU for less than a block
     outputs = width * 8 // 3
+    yield _mlp(tokens // 2, width * 4 // 3, width, randn)
     yield _dequantize(width, outputs, generator, device)
     yield _nf4("linear_nf4", tokens, width, outputs, randn, generator, device)
     yield _nf4("linear_nf4, 1 row", 1, width, outputs, randn, generator, device)
     yield _lora("lora_linear", 0.0, tokens, width, outputs, randn, generator, device)
     yield _lora("lora_linear, dropout", DROPOUT, tokens, width, outputs, randn, generator, device)
+
+
+def _mlp(rows: int, inputs: int, width: int, randn: Callable[..., Tensor]) -> Case:
+    x = randn(rows, inputs, grad=False)  # of a frozen tower
+    w1, b1, w2, b2 = randn(width, inputs), randn(width), randn(width, width), randn(width)
+
+    def plain() -> Tensor:
+        return functional.linear(functional.gelu(functional.linear(x, w1, b1)), w2, b2)
+
+    run = {
+        "torch": plain,
+        "torch compiled": torch.compile(plain),
+        "ours": lambda: connector_mlp(x, w1, b1, w2, b2),
+    }
+    flops = 2.0 * rows * width * (inputs + width)
+    return Case("connector_mlp", f"N={rows} K={inputs} D={width}", run, (w1, b1, w2, b2), flops)
 
 
 def _nf4(
