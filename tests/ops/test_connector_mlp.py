@@ -65,7 +65,8 @@ def test_gradients_only_where_they_are_wanted(wanted: int) -> None:
     connector_mlp(*given).sum().backward()
     for leaf, truth in zip(given, full, strict=True):
         assert (leaf.grad is None) != leaf.requires_grad
-        assert leaf.grad is None or torch.equal(leaf.grad, truth)
+        if leaf.grad is not None:  # for w2 alone the activation is torch's
+            torch.testing.assert_close(leaf.grad, truth, atol=1e-4, rtol=1e-5)
 
 
 def test_only_the_input_is_kept() -> None:
