@@ -5,8 +5,8 @@
 
 h and a are made anew in the backward pass: one product more, and of what autograd would keep, [N, K] for x and [N, D]
 for each of h and a, only x is left. Products by a transposed left side run at half speed in torch on a CPU with AMX, so
-the C++ pass that makes dh writes it transposed, and dy is transposed ahead. At widths of 2,048 that pays for the product
-more, at 576 not quite (docs/LOG.md).
+the C++ pass that makes dh writes it transposed, and dy is transposed ahead. At widths of 2,048 that pays for
+the product more, at 576 not quite (docs/LOG.md).
 Legend: N rows, K inputs, D hidden, O outputs.
 """
 
