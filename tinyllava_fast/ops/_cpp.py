@@ -76,6 +76,21 @@ def scratch(nbytes: int) -> Tensor:
     return kept[:nbytes]
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """A contiguous copy of matrix.t(); float32 or bfloat16.
+
+    Worth it before a product by a transposed left side, which torch runs at half speed on a CPU with AMX (docs/LOG.md).
+    """
+    if matrix.stride(0) == 1:
+        return matrix.t().contiguous()
+    matrix = unit_stride(matrix)
+    out = empty(matrix.shape[1], matrix.shape[0], dtype=matrix.dtype)
+    extension().transpose(
+        *(matrix.data_ptr(), matrix.stride(0), out.data_ptr(), *matrix.shape, DTYPE_CODES[matrix.dtype])
+    )
+    return out
+
+
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU in huge pages if it is large.
 
