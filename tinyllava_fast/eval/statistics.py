@@ -37,7 +37,7 @@ def mean_influence(values: Sequence[float]) -> list[float]:
 
 
 def ratio_influence(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
-    """What each observation moves sum(upper) / sum(lower) by, to first order: F1, precision and recall are such ratios."""
+    """What each observation moves sum(upper) / sum(lower) by, to first order. F1 and precision are such ratios."""
     total = math.fsum(lower)
     if not total:
         return [0.0] * len(upper)

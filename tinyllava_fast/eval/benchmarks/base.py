@@ -1,9 +1,9 @@
 """What a benchmark is: questions out of its official files, and the official score of the answers.
 
-A new benchmark is one file in this folder: a subclass of Benchmark, registered under its name. Nothing here needs torch.
+A new benchmark is one file in this folder: a subclass of Benchmark, registered under its name. None of it needs torch.
 
-The order of a run: ``locate`` -> ``questions`` -> ``counts`` (before a model loads) -> answers -> ``grade`` (a judge, if
-there is one) -> ``score`` (pure) -> ``outputs`` (official files).
+The order of a run: ``locate``, ``questions``, ``counts`` (before a model loads), answers, ``grade`` (a judge, if
+there is one), ``score`` (pure), ``outputs`` (official files).
 """
 
 from __future__ import annotations
