@@ -85,7 +85,7 @@ class POPE(Benchmark):
             if label is None:
                 raise DataError(
                     f"{where}: {files[split]} has no label for {record['image']!r}, {record['text']!r}. It has "
-                    f"{len(labels[split]):,} labels, {SPLITS[split]:,} belong to LLaVA's questions; get them from {LABELS}"
+                    f"{len(labels[split]):,} labels; {SPLITS[split]:,} go with LLaVA's questions: {LABELS}"
                 )
             questions.append(
                 Question(
@@ -108,7 +108,9 @@ class POPE(Benchmark):
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
         """Accuracy, precision, recall, F1 and share of "yes" of each split, and the means over the splits."""
         require_answers(self.name, questions, answers)
-        tables, influences, credit = {}, {"f1": {}, "accuracy": {}}, {}
+        tables: dict[str, list[Metric]] = {}
+        influences: dict[str, dict[str, float]] = {"f1": {}, "accuracy": {}}
+        credit: dict[str, float] = {}
         for split in (s for s in SPLITS if any(q.category == s for q in questions)):
             asked = [q for q in questions if q.category == split]
             said = [parse(answers[q.key]) for q in asked]
