@@ -1,7 +1,7 @@
 """POPE (Li et al. 2023) on COCO: is an object in the image? As TinyLLaVA's and LLaVA's ``eval_pope.py`` score it.
 
 Those align answers and labels by position, which silently breaks with the label files of today's POPE repository.
-Here labels are joined by image and question, whose "a" and "an" differ between the two versions.
+Here labels are joined by image and question, whose "a", "an" and "imange" differ between the two versions.
 """
 
 from __future__ import annotations
@@ -182,4 +182,4 @@ def _labels(path: Path) -> dict[tuple[str, str], str]:
 
 def _join_key(image: str, text: str) -> tuple[str, str]:
     """Image and question without what differs between the releases."""
-    return image, re.sub(r"\ban?\b", "a", text.removesuffix(SHORT).strip())
+    return image, re.sub(r"\ban?\b", "a", text.removesuffix(SHORT).strip()).replace("imange", "image")
