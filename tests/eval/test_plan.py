@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -95,6 +97,14 @@ def test_a_repeated_or_broken_line(suite, tmp_path):
         read_json(tmp_path / "x.json")
     (tmp_path / "x.jsonl").write_text('\n{"a": 1}\n')
     assert list(read_jsonl(tmp_path / "x.jsonl")) == [(2, {"a": 1})]
+
+
+def test_scorers_do_not_import_torch():
+    code = (
+        "import sys; from tinyllava_fast.eval.benchmarks.base import BENCHMARKS; BENCHMARKS.names();"
+        "import tinyllava_fast.eval.compare; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_names_and_options():

@@ -103,11 +103,13 @@ class _Model:
 
     @cached_property
     def assistant(self) -> Assistant:
+        """The opened model."""
         self.loaded = True
         return Assistant.from_pretrained(self.path, **self._options)
 
     @cached_property
     def blank(self) -> Image.Image:
+        """What --blind shows in place of every image."""
         engine = self.assistant.engine
         return blank_image(engine.processor, engine.lmm.image_size)
 
@@ -131,6 +133,7 @@ class _Evaluation:
         self._known = len(self.answers.records)
 
     def run(self) -> dict[str, Any]:
+        """Answer what is open, then score."""
         self.answer()
         return self.conclude()
 
