@@ -94,3 +94,17 @@ class UniqueIds:
                 f"{self.path}, line {line}: {id!r} stands in line {self.lines[id]} already; remove one of them"
             )
         self.lines[id] = line
+
+
+def llava_questions(path: Path, *, unique: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of a question file in LLaVA's format: question_id, image, text, perhaps category.
+
+    unique: refuse an id that comes twice. Raises DataError naming the line and the field.
+    """
+    ids = UniqueIds(path)
+    for number, record in read_jsonl(path):
+        for field in ("question_id", "text"):
+            require(record, field, f"{path}, line {number}")
+        if unique:
+            ids.add(record["question_id"], number)
+        yield number, record
