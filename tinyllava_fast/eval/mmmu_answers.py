@@ -6,7 +6,6 @@ the one that these rules give.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 
@@ -20,11 +19,11 @@ _NUMBERS = (
 Value = str | float
 
 
-def chosen_letters(reply: str, options: Mapping[str, str]) -> str | None:
+def chosen_letter(reply: str, options: Mapping[str, str]) -> str | None:
     """The letter that a reply chooses, or None where the official evaluation draws one at random.
 
-    options: letter -> its text, in order. Letters in brackets go before free-standing ones, and those before an option's
-    text, which is looked for in replies of more than five words only. Of several, the last named wins.
+    options: letter -> its text, in order. Letters in brackets go before free-standing ones, and those before an
+    option's text, which is looked for in replies of more than five words only. Of several, the last named wins.
     """
     for mark in _STRIPPED:
         reply = reply.strip(mark)
@@ -42,11 +41,6 @@ def chosen_letters(reply: str, options: Mapping[str, str]) -> str | None:
 
 def _last(places: Mapping[str, int]) -> str:
     return max(places, key=lambda letter: places[letter])  # max keeps the first of equals
-
-
-def draw(letters: Sequence[str], generator: random.Random) -> str:
-    """One letter at random. Generators of equal seed give the official evaluation's draws, if called in file order."""
-    return generator.choice(letters)
 
 
 def open_values(reply: str) -> list[Value]:
@@ -70,7 +64,7 @@ def open_values(reply: str) -> list[Value]:
 
 
 def normalise(text: str) -> list[Value]:
-    """A number, commas aside, as a float of two decimals; else the text in lower case; one character as " x" and "x "."""
+    """A number, commas aside, rounded to two decimals; else the text in lower case, one character as " x" and "x "."""
     try:
         return [round(float(text.replace(",", "")), 2)]
     except ValueError:
