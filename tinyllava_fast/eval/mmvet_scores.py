@@ -55,9 +55,7 @@ def table(questions: Sequence[Question], graded: Graded, groups: Groups) -> list
     return [metric(name, [q for q in questions if name in groups(q)], graded) for name in names]
 
 
-def score_csv(
-    experiment: str, questions: Sequence[Question], graded: Graded, groups: Groups
-) -> str:
+def score_csv(experiment: str, questions: Sequence[Question], graded: Graded, groups: Groups) -> str:
     """The evaluator's table: one column a group, then total, std and runs. Groups of several names are joined by _."""
     total = metric("total", questions, graded)
     runs = run_totals(questions, graded)
@@ -65,7 +63,9 @@ def score_csv(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["", *(m.name.replace("+", "_") for m in columns), "std", "runs"])
-    writer.writerow([experiment, *rounded([m.value for m in columns]), *rounded([np.std(runs)]), str(rounded(runs))])
+    writer.writerow(
+        [experiment, *rounded([m.value for m in columns]), *rounded([float(np.std(runs))]), str(rounded(runs))]
+    )
     return text.getvalue()
 
 

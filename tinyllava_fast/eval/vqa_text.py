@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 ARTICLES = ("a", "an", "the")
 CONTRACTIONS = dict(

@@ -25,6 +25,7 @@ from tinyllava_fast.eval.benchmarks.base import (
     line_key,
 )
 from tinyllava_fast.eval.files import Finder, read_jsonl, require
+from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import clustered_error, mean, mean_influence, require_answers
 
 GROUPS = {
@@ -34,7 +35,6 @@ GROUPS = {
     "Cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
 }  # fmt: skip
 SUBTASKS = tuple(subtask for group in GROUPS.values() for subtask in group)
-SHORT = "Answer the question using a single word or phrase."
 ASK = "Please answer yes or no."
 RELEASE = "MME_Benchmark_release_version"
 
@@ -55,14 +55,14 @@ class MME(Benchmark):
     published = (
         Published("LLaVA-1.5-7B", 1510.7, "Perception"),
         Published("LLaVA-1.5-13B", 1531.3, "Perception"),
-        Published("TinyLLaVA Phi-2 + SigLIP (share)", 1466.4, "Perception"),
-        Published("TinyLLaVA TinyLlama + CLIP", 1284.6, "Perception"),
-        Published("TinyLLaVA Qwen2-0.5B + SigLIP", 1153.0, "Perception"),
+        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 1466.4, "Perception"),
+        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 1284.6, "Perception"),
+        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 1153.0, "Perception"),
     )
 
     def locate(self, root: Path) -> Files:
         """llava_mme.jsonl and the release folder, which some archives nest in one of the same name."""
-        find = Finder(self.name, root, ["MME", "mme"], "LLaVA's eval.zip (docs/Evaluation.md)")
+        find = Finder(self.name, root, ["MME", "mme"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
         first = SUBTASKS[0]
         places = [f"{RELEASE}/{first}", f"{RELEASE}/{RELEASE}/{first}", first]
         source = "the MME data set (huggingface.co/datasets/darkyarding/MME)"
@@ -78,7 +78,7 @@ class MME(Benchmark):
             if subtask not in SUBTASKS:
                 raise DataError(f"{where}: {id!r} does not begin with a subtask; they are {', '.join(SUBTASKS)}")
             file = PurePosixPath(id).name.split(".")[0] + ".txt"
-            asked, truth = truths.find(subtask, file, text.replace(SHORT, "").strip(), where)
+            asked, truth = truths.find(subtask, file, text.replace(SHORT.strip(), "").strip(), where)
             questions.append(
                 Question(
                     key=line_key(number - 1, id),

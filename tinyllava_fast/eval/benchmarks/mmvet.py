@@ -33,7 +33,7 @@ from tinyllava_fast.eval.files import Finder, UniqueIds, read_json, read_jsonl, 
 from tinyllava_fast.eval.judge import Endpoint, GradeFile, JudgeError, grade_all, grade_key
 from tinyllava_fast.eval.mmvet_scores import capabilities, integration, metric, rounded, run_totals, score_csv, table
 from tinyllava_fast.eval.progress import progress
-from tinyllava_fast.eval.prompt import whole_prompt
+from tinyllava_fast.eval.prompts import whole_prompt
 from tinyllava_fast.log import log
 
 OPENAI = "https://api.openai.com/v1"
@@ -54,45 +54,50 @@ What is this animal? | donkey <OR> mule | A mule in front of a barn. | 1.0
 """
 
 
+@dataclass(frozen=True)
+class Options:
+    """Settings of mmvet: how the answers are graded."""
+
+    judge: str = "gpt-4-0613"
+    """The judging model's name. Scores are comparable for one judge only."""
+    base_url: str = OPENAI
+    """Of an endpoint that speaks OpenAI's chat completions, up to /v1."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. With neither a key nor a base_url of your own, nothing is graded."""
+    runs: int = 1
+    """How often each answer is graded. The MM-Vet paper uses 5, LLaVA's released file 3."""
+    prompt_file: str = ""
+    """MM-Vet's mm-vet_evaluator.py, whose prompt makes scores comparable. Default: the one beside mm-vet.json, else
+    wording of our own, marked unofficial."""
+    max_tokens: int = 3
+    """Of a grade; raise it for a judge that thinks first, 0 leaves it to the server."""
+    timeout_s: float = 60.0
+    """Of one attempt."""
+    attempts: int = 6
+    """How often a request is sent to a server that is busy, fails or stalls, at growing intervals."""
+    parallel: int = 4
+    """Requests at a time."""
+
+
 @BENCHMARKS.register("mmvet")
 class MMVet(Benchmark):
     """218 questions about 200 images; total is over all, capability scores over the questions that need one."""
 
-    @dataclass(frozen=True)
-    class Options:
-        """How the answers are graded.
-
-        judge: the model's name. base_url: of the endpoint, up to /v1. key_env: the environment variable that holds the
-        key; with neither a key nor another base_url, nothing is graded. runs: how often each answer is graded.
-        prompt_file: MM-Vet's own mm-vet_evaluator.py, whose prompt makes scores comparable (default: the one beside the
-        data, else wording of our own, marked unofficial). max_tokens: of a grade, 0 for no limit. timeout_s, attempts:
-        of one request. parallel: requests at a time.
-        """
-
-        judge: str = "gpt-4-0613"
-        base_url: str = OPENAI
-        key_env: str = "OPENAI_API_KEY"
-        runs: int = 1
-        prompt_file: str = ""
-        max_tokens: int = 3
-        timeout_s: float = 60.0
-        attempts: int = 6
-        parallel: int = 4
-
     name = "mmvet"
     title = "MM-Vet"
+    Options = Options
     max_new_tokens = 1024
     published = (
         Published("LLaVA-1.5-7B", 31.1, "total"),
         Published("LLaVA-1.5-13B", 36.1, "total"),
-        Published("TinyLLaVA Phi-2 + SigLIP (share)", 37.5, "total"),
-        Published("TinyLLaVA TinyLlama + CLIP", 23.2, "total"),
-        Published("TinyLLaVA Qwen2-0.5B + SigLIP", 19.5, "total"),
+        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 37.5, "total"),
+        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 23.2, "total"),
+        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 19.5, "total"),
     )
 
     def locate(self, root: Path) -> Files:
         """llava-mm-vet.jsonl, mm-vet.json and the images; the evaluator and bard_set.json if they are there."""
-        find = Finder(self.name, root, ["mm-vet", "mmvet"], "LLaVA's eval.zip (docs/Evaluation.md)")
+        find = Finder(self.name, root, ["mm-vet", "mmvet"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
         nested = ("", "mm-vet/", "mm-vet/mm-vet/")
         release = "mm-vet.zip of the MM-Vet release v1 (github.com/yuweihao/MM-Vet)"
         files = {

@@ -27,18 +27,19 @@ from tinyllava_fast.eval.benchmarks.base import (
     Score,
 )
 from tinyllava_fast.eval.files import Finder, UniqueIds, read_json, require
-from tinyllava_fast.eval.prompt import whole_prompt
+from tinyllava_fast.eval.prompts import OPTION, whole_prompt
 from tinyllava_fast.eval.statistics import by_group, mean_metric
 
 LETTERS = "ABCDE"
 FAILED = "FAILED"
 IMAGE_ACCURACY = "IMG-Accuracy"
-INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
 def parse_letter(reply: str) -> str:
-    """The letter in a reply, or FAILED: all of it, before ". " at its start, or in a single "The answer is X."."""
-    reply = reply.strip()
+    """The letter in a reply, or FAILED: all of it, before ". " at its start, or in a single "The answer is X.".
+
+    As in the original, white space at the ends is not forgiven; replies are stripped when they are generated.
+    """
     if len(reply) == 1 and reply in LETTERS:
         return reply
     if reply[1:3] == ". " and reply[0] in LETTERS:
@@ -52,30 +53,33 @@ def option_index(letter: str, options: int) -> int:
     return LETTERS[:options].find(letter) if letter != FAILED else -1
 
 
+@dataclass(frozen=True)
+class Options:
+    """Settings of sqa."""
+
+    images_only: bool = False
+    """Leave out the questions without an image; IMG-Accuracy does not depend on them."""
+
+
 @BENCHMARKS.register("sqa")
 class ScienceQA(Benchmark):
     """4,241 questions, 2,017 of them about an image; those give IMG-Accuracy, the number in papers' tables."""
 
-    @dataclass(frozen=True)
-    class Options:
-        """images_only: leave out the questions without an image; IMG-Accuracy does not depend on them."""
-
-        images_only: bool = False
-
     name = "sqa"
     title = "ScienceQA"
+    Options = Options
     max_new_tokens = 1024
     published = (
         Published("LLaVA-1.5-7B", 66.8, IMAGE_ACCURACY),
         Published("LLaVA-1.5-13B", 71.6, IMAGE_ACCURACY),
-        Published("TinyLLaVA Phi-2 + SigLIP (share)", 73.0, IMAGE_ACCURACY),
-        Published("TinyLLaVA TinyLlama + CLIP", 59.9, IMAGE_ACCURACY),
-        Published("TinyLLaVA Qwen2-0.5B + SigLIP", 60.1, IMAGE_ACCURACY),
+        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 73.0, IMAGE_ACCURACY),
+        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 59.9, IMAGE_ACCURACY),
+        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 60.1, IMAGE_ACCURACY),
     )
 
     def locate(self, root: Path) -> Files:
         """Question file, problems.json and the images of scienceqa/."""
-        find = Finder(self.name, root, ["scienceqa"], "LLaVA's eval.zip (docs/Evaluation.md)")
+        find = Finder(self.name, root, ["scienceqa"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
         release = "the ScienceQA release (github.com/lupantech/ScienceQA)"
         return {
             "questions": find.file("llava_test_CQM-A.json"),
@@ -109,7 +113,7 @@ class ScienceQA(Benchmark):
             key=id,
             id=id,
             images=(files["images"] / record["image"],) if record.get("image") else (),
-            prompt=f"{text}\n{INSTRUCTION}",
+            prompt=text + OPTION,
             truth=LETTERS[answer],
             category=str(problem.get("subject", "")),
             choices=choices,
