@@ -85,3 +85,26 @@ def require_answers(benchmark: str, questions: Sequence[Question], answers: Answ
             f"{benchmark}: {len(missing):,} of {len(questions):,} questions have no answer (ids {first}"
             f"{', ...' if len(missing) > 3 else ''}); its score is defined over all of them"
         )
+
+
+def exact_sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value that a fair coin splits wins + losses at least as unevenly. 1 with none."""
+    total = wins + losses
+    ways = tail = 1  # of choosing 0
+    for k in range(min(wins, losses)):
+        ways = ways * (total - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**total)
+
+
+def histogram(values: Sequence[float], bins: int = 30) -> dict[str, Any]:
+    """Percentiles, and counts in equal bins from 0 to the maximum: {count, p50, p95, p99, max, bins}; {} of nothing."""
+    if not values:
+        return {}
+    order = sorted(values)
+    top = order[-1] or 1.0
+    counts = [0] * bins
+    for value in order:
+        counts[min(bins - 1, int(bins * value / top))] += 1
+    at = {f"p{p}": order[min(len(order) - 1, len(order) * p // 100)] for p in (50, 95, 99)}
+    return {"count": len(order), **at, "max": order[-1], "bins": counts}

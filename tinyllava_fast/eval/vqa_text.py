@@ -62,7 +62,7 @@ def normalise_official(text: str) -> str:
 
 
 def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """0..1: how far the prediction agrees with the ten people's answers, all normalised by m4c. ValueError if not ten."""
+    """0..1: how far the prediction agrees with the ten people's answers, normalised by m4c. ValueError if not ten."""
     if len(answers) != 10:
         raise ValueError(f"{len(answers)} answers; ten are needed")
     return _agreement(normalise_m4c(prediction), [normalise_m4c(a) for a in answers])

@@ -52,7 +52,8 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a score. value: as the official scorer gives it, unrounded. scale: its maximum (1, 100, 2000).
+    """One number of a score. value: as the official scorer gives it, unrounded. scale: its maximum (1, 100, 2000), 0 if
+    it has none.
 
     stderr: standard error clustered by image, on the same scale; None where it is not defined. questions: how many
     it is taken over. digits: decimals that the official scorer prints.
@@ -132,7 +133,7 @@ class Benchmark(ABC):
 
     name: as registered. title: as papers write it. max_new_tokens: the reference's limit. Options: a frozen dataclass
     of the settings that ``--option <name>.<field>=<value>`` takes, each with a default; the class's docstring or
-    the fields' comments say what they do. published: rows to compare with.
+    the fields' comments say what they do. published: rows to compare with. in_all: part of ``--benchmarks all``.
     """
 
     name: ClassVar[str]
@@ -140,6 +141,7 @@ class Benchmark(ABC):
     max_new_tokens: int = 128
     Options: ClassVar[type[Any]] = NoOptions
     published: ClassVar[Sequence[Published]] = ()
+    in_all: ClassVar[bool] = True
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

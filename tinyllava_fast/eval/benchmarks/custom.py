@@ -1,8 +1,8 @@
 """Your own questions: a JSONL file beside a folder of images.
 
-Each line: {"question": ..., "answer": ..., "image": ...} with, if wanted, "id", "category" and "choices". answer is a text
-or a list of them: several that count, or for the metric vqa ten people's. image is a path below the image folder or a list of
-them; without it the question is text only. The question is put to the model as it stands.
+Each line: {"question": ..., "answer": ..., "image": ...} with, if wanted, "id", "category" and "choices". answer is a
+text or a list of them: several that count, or for the metric vqa ten people's. image is a path below the image folder,
+or a list of them; without it the question is text only. The question is put to the model as it stands.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Options:
     images: str = "."
     """The image folder, below --data."""
     metric: Literal["exact", "contains", "vqa", "choice"] = "exact"
-    """exact: an answer, but for case, articles and punctuation. contains: an answer stands in it as whole words. vqa: soft
-    accuracy against ten answers. choice: the letter of the right option of "choices", or its text."""
+    """exact: an answer, but for case, articles and punctuation. contains: an answer stands in it as whole words.
+    vqa: soft accuracy against ten answers. choice: the letter of the right option of "choices", or its text."""
     max_new_tokens: int = 128
 
 
@@ -50,6 +50,7 @@ class Custom(Benchmark):
 
     name = "custom"
     title = "custom"
+    in_all = False
     Options = Options
 
     def __init__(self, options: Any = None) -> None:

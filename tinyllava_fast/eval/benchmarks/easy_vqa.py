@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinyllava_fast.data.easy_vqa import COLORS, load_questions
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
@@ -29,6 +28,7 @@ class EasyVQA(Benchmark):
 
     name = "easy_vqa"
     title = "easy-VQA"
+    in_all = False
     max_new_tokens = 8
 
     def locate(self, root: Path) -> Files:
@@ -39,6 +39,8 @@ class EasyVQA(Benchmark):
 
     def questions(self, files: Files) -> list[Question]:
         """The questions of test.json. Raises DataError if the folder does not hold the prepared data."""
+        from tinyllava_fast.data.easy_vqa import load_questions  # it imports torch
+
         return [
             Question(
                 key=q["id"],
@@ -69,6 +71,8 @@ class EasyVQA(Benchmark):
 
 def question_type(question: str, answer: str) -> str:
     """ "shape" or "color" for open questions; "yes/no shape" or "yes/no color" by what the question names."""
+    from tinyllava_fast.data.easy_vqa import COLORS
+
     words = question.lower().rstrip("?").split()
     if answer in ("yes", "no"):
         return "yes/no color" if any(w in COLORS for w in words) else "yes/no shape"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +96,7 @@ class GQA(Benchmark):
                 mean_metric("accuracy", asked, credit),
                 mean_metric("binary", binary, credit),
                 mean_metric("open", openly, credit),
-                Metric(name="distribution", value=distribution(asked, said), scale=math.inf, questions=len(asked)),
+                Metric(name="distribution", value=distribution(asked, said), scale=0, questions=len(asked)),
             ],
             headline="accuracy",
             tables={
@@ -131,7 +130,7 @@ def steps(program: Sequence[Mapping[str, Any]]) -> int:
 
 
 def distribution(questions: Sequence[Question], said: Mapping[str, str]) -> float:
-    """Chi-square of predicted against true answers within each global group, weighted by its size, over 100; 0 is best."""
+    """Chi-square of predicted against true answers in each global group, weighted by size, over 100; 0 is best."""
     gold: dict[str, Counter[str]] = {}
     predicted: dict[str, Counter[str]] = {}
     for q in questions:

@@ -1,7 +1,7 @@
 """POPE (Li et al. 2023) on COCO: is an object in the image? As TinyLLaVA's and LLaVA's ``eval_pope.py`` score it.
 
 Those align answers and labels by position, which silently breaks with the label files of today's POPE repository.
-Here labels are joined by image and question, whose "a" and "an" differ between the two versions.
+Here labels are joined by image and question, whose "a", "an" and "imange" differ between the two versions.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class POPE(Benchmark):
             if label is None:
                 raise DataError(
                     f"{where}: {files[split]} has no label for {record['image']!r}, {record['text']!r}. It has "
-                    f"{len(labels[split]):,} labels, {SPLITS[split]:,} belong to LLaVA's questions; get them from {LABELS}"
+                    f"{len(labels[split]):,} labels; {SPLITS[split]:,} go with LLaVA's questions: {LABELS}"
                 )
             questions.append(
                 Question(
@@ -108,7 +108,9 @@ class POPE(Benchmark):
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
         """Accuracy, precision, recall, F1 and share of "yes" of each split, and the means over the splits."""
         require_answers(self.name, questions, answers)
-        tables, influences, credit = {}, {"f1": {}, "accuracy": {}}, {}
+        tables: dict[str, list[Metric]] = {}
+        influences: dict[str, dict[str, float]] = {"f1": {}, "accuracy": {}}
+        credit: dict[str, float] = {}
         for split in (s for s in SPLITS if any(q.category == s for q in questions)):
             asked = [q for q in questions if q.category == split]
             said = [parse(answers[q.key]) for q in asked]
@@ -180,4 +182,4 @@ def _labels(path: Path) -> dict[tuple[str, str], str]:
 
 def _join_key(image: str, text: str) -> tuple[str, str]:
     """Image and question without what differs between the releases."""
-    return image, re.sub(r"\ban?\b", "a", text.removesuffix(SHORT).strip())
+    return image, re.sub(r"\ban?\b", "a", text.removesuffix(SHORT).strip()).replace("imange", "image")

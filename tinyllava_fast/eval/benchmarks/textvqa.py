@@ -66,13 +66,13 @@ class TextVQA(Benchmark):
         }
 
     def questions(self, files: Files) -> list[Question]:
-        """The lines of the question file; ids are image ids and repeat, so annotations are joined by (image, question)."""
+        """The lines of the question file. Ids are image ids and repeat: annotations are joined by (image, question)."""
         annotations = {}
         for number, row in enumerate(require(read_json(files["annotations"]), "data", str(files["annotations"]))):
             if len(row["answers"]) != 10:
                 raise DataError(f"{files['annotations']}, data[{number}]: {len(row['answers'])} answers instead of ten")
             annotations[row["image_id"], row["question"].lower()] = row
-        questions = []
+        questions: list[Question] = []
         for line, record in llava_questions(files["questions"], unique=False):
             where = f"{files['questions']}, line {line}"
             id, asked = str(record["question_id"]), prompt_question(record["text"])
@@ -108,7 +108,9 @@ class TextVQA(Benchmark):
         said = "with" if self.options.ocr else "without"
         notes = [f"The prompts are {said} the line of OCR tokens (textvqa.ocr={str(self.options.ocr).lower()})."]
         if len(answered) < len(questions):
-            notes.append(f"{len(questions) - len(answered):,} questions have no answer and are left out, as officially.")
+            notes.append(
+                f"{len(questions) - len(answered):,} questions have no answer and are left out, as officially."
+            )
         metrics = [mean_metric("accuracy", answered, credit)]
         return Score(metrics=metrics, headline="accuracy", credit=credit, notes=notes)
 

@@ -1,4 +1,4 @@
-"""VQAv2 (Goyal et al. 2017): the EvalAI upload for the test splits, whose labels are private; val2014 is scored here."""
+"""VQAv2 (Goyal et al. 2017): the EvalAI upload for the test splits, whose labels are private; a score for val2014."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ class VQAv2(Benchmark):
         if self.options.split != "val2014":
             note = "The labels are private: upload official/*.json to challenge 830 on eval.ai for the score."
             return Score(notes=[note], counts={"empty in the upload": sum(not answers.get(q.key) for q in questions)})
-        credit = {
-            q.key: official_accuracy(normalise_m4c(answers.get(q.key, "")), q.meta["answers"]) for q in questions
-        }
+        credit = {q.key: official_accuracy(normalise_m4c(answers.get(q.key, "")), q.meta["answers"]) for q in questions}
         kinds = by_group(questions, credit, [q.category for q in questions])
         return Score(
             metrics=[mean_metric("overall", questions, credit), *kinds],
