@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.eval import golden
-from tests.eval.layouts import mme as layout
+from tests.eval import golden, layouts
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Question, line_key
 from tinyllava_fast.eval.benchmarks.mme import GROUPS, MME, SUBTASKS, parse_yes_no
@@ -97,7 +96,7 @@ def real():
         truth = known.get(spelling) or known[f"{spelling} Please answer yes or no."]
         id = line["question_id"]
         questions.append(
-            Question(key=line_key(i, id), id=id, images=(golden.FOLDER / id,), prompt="", truth=truth, category=subtask)
+            Question(key=line_key(i, id), id=id, images=(golden.GOLDEN / id,), prompt="", truth=truth, category=subtask)
         )
     return questions, {q.key: line["text"] for q, line in zip(questions, answers, strict=True)}
 
@@ -137,7 +136,7 @@ def test_part_of_the_benchmark(real):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_layouts(tmp_path, nested):
-    layout.build(tmp_path, nested=nested)
+    layouts.mme(tmp_path, nested=nested)
     bench = MME()
     questions = bench.questions(bench.locate(tmp_path))
     assert len(questions) == 4 * len(SUBTASKS) and len({q.key for q in questions}) == len(questions)
@@ -148,7 +147,7 @@ def test_layouts(tmp_path, nested):
 
 
 def test_bad_files(tmp_path):
-    layout.build(tmp_path)
+    layouts.mme(tmp_path)
     bench, files = MME(), MME().locate(tmp_path)
     truth = files["images"] / "OCR" / "0000.txt"
     good = truth.read_text()

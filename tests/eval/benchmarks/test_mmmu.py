@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from tests.eval import golden
-from tests.eval.layouts import mmmu as layout
+from tests.eval import golden, layouts
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.benchmarks.mmmu import DOMAINS, MMMU, SUBJECTS, Options, parse, subject_of
@@ -23,7 +22,7 @@ def questions_of(responses, truths):
             Question(
                 key=row["id"],
                 id=row["id"],
-                images=(golden.FOLDER / row["id"],),
+                images=(golden.GOLDEN / row["id"],),
                 prompt="",
                 category=subject_of(row["id"]),
                 choices=tuple(row["index2ans"][letter] for letter in letters),
@@ -70,7 +69,7 @@ def test_draws(options):
     letters = "ABCDEFGHI"[:options]
     row = {"question_type": "multiple-choice", "all_choices": letters, "index2ans": dict.fromkeys(letters, "?")}
     ids = [f"validation_Art_{i}" for i in range(40)]
-    questions = questions_of([{**row, "id": i} for i in ids], dict.fromkeys(ids, {"ground_truth": "A"}))
+    questions = questions_of([{**row, "id": i} for i in ids], {id: {"ground_truth": "A"} for id in ids})
     parsed, _ = parse(questions, dict.fromkeys(ids, ""), 42)
     assert "".join(parsed.values()) == golden.load("mmmu/python_random_seed42_draws.json")["draws"][str(options)]
 
@@ -130,7 +129,7 @@ def test_the_order_of_answers_means_nothing_and_the_seed_does(answered):
 
 
 def test_layout(tmp_path):
-    layout.build(tmp_path)
+    layouts.mmmu(tmp_path)
     bench = MMMU()
     files = bench.locate(tmp_path)
     questions = bench.questions(files)
@@ -152,7 +151,7 @@ def test_layout(tmp_path):
 
 
 def test_bad_files(tmp_path):
-    layout.build(tmp_path)
+    layouts.mmmu(tmp_path)
     bench, files = MMMU(), MMMU().locate(tmp_path)
     records = json.loads(files["questions"].read_text())
     for change, text in (

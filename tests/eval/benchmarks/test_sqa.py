@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from tests.eval import golden
-from tests.eval.layouts import sqa as layout
+from tests.eval import golden, layouts
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.benchmarks.sqa import LETTERS, Options, ScienceQA, option_index, parse_letter
@@ -18,7 +17,7 @@ G = "scienceqa"
 
 @pytest.fixture
 def files(tmp_path):
-    layout.build(tmp_path)
+    layouts.sqa(tmp_path)
     return ScienceQA().locate(tmp_path)
 
 
@@ -35,7 +34,7 @@ def real():
         Question(
             key=p["id"],
             id=p["id"],
-            images=(golden.FOLDER / p["id"],) if p["has_image"] else (),
+            images=(golden.GOLDEN / p["id"],) if p["has_image"] else (),
             prompt="",
             truth=LETTERS[p["answer"]],
             choices=("",) * p["n_choices"],
@@ -85,8 +84,6 @@ def test_synthetic_files(tmp_path):
     assert f"{score['Accuracy'].value:.2f}%" == "50.00%" and f"{score['IMG-Accuracy'].value:.2f}%" == "57.89%"
     assert score["IMG-Accuracy"].questions == expected["img_count"] and score.counts["unanswered"] == 2
     assert "not comparable" in score.notes[0]
-    by_id = {q.id: q for q in questions}
-    assert all(bench.is_asked_by(by_id[line["question_id"]], line["prompt"]) for line in lines)
     for id, row in expected["per_question"].items():
         assert score.credit[id] == row["correct"] and parse_letter(answers.get(id, "FAILED")) == row["parsed"]
     analysis = json.loads(bench.outputs(questions, answers, score, files, tmp_path, "x")[0].read_text())
@@ -102,9 +99,10 @@ def test_prompts(files):
     )
     assert all(path.exists() for q in questions for path in q.images)
     recorded = [ScienceQA().recorded_prompt(q) for q in questions]
+    assert all(ScienceQA().is_asked_by(q, said) for q, said in zip(questions, recorded, strict=True))
     assert " USER: <image>\nQuestion 0?" in recorded[0] and "<image>" not in recorded[2]
     assert recorded[2].endswith("choices directly. ASSISTANT:")
-    assert [str(c) for c in ScienceQA().counts(files, questions)][0] == "questions: 9 found, 4,241 expected (-4,232)"
+    assert str(ScienceQA().counts(files, questions)[0]) == "questions: 9 found, 4,241 expected (-4,232)"
 
 
 def test_images_only(files):
