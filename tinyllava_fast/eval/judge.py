@@ -167,7 +167,8 @@ class GradeFile:
         for number, line in enumerate(data[:end].splitlines(), 1):
             try:
                 record = json.loads(line)
-                self.grades[record.pop("key")] = Grade(**record)
+                key = record.pop("key")
+                self.grades[key] = Grade(**record)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(f"{self.path}, line {number}: not a grade; delete the file to grade anew") from None
 
