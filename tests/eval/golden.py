@@ -26,3 +26,15 @@ def unpack(path: str, to: Path) -> Path:
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_bytes(gzip.decompress((GOLDEN / path).read_bytes()))
     return to
+
+
+def text(path: str) -> str:
+    """A file's text, whether it is stored gzipped or not."""
+    file = GOLDEN / path
+    return file.read_text() if file.exists() else gzip.decompress((GOLDEN / f"{path}.gz").read_bytes()).decode()
+
+
+def load(path: str) -> Any:
+    """The value of a .json file, or the list of a .jsonl file's, stored gzipped or not."""
+    content = text(path)
+    return [json.loads(line) for line in content.splitlines()] if path.endswith(".jsonl") else json.loads(content)

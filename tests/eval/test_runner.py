@@ -112,7 +112,18 @@ def test_the_suite_in_one_command(suite):
         assert found["count_differences"] and (found["metrics"] or found["notes"])
     (upload,) = (json.loads(path.read_text()) for path in (out / "vqav2/official").glob("*.json"))
     assert len(upload) == 9 and [r["answer"] == "" for r in upload].count(True) >= 3
-    assert (out / "gqa/official/testdev_balanced_predictions.json").is_file()
+    names = {p.relative_to(out).as_posix() for p in out.glob("*/official/**/*") if p.is_file()}
+    experiment = json.loads((out / "gqa/official/answers.jsonl").read_text().splitlines()[0])["model_id"]
+    for name in (
+        "gqa/official/testdev_balanced_predictions.json",
+        "sqa/official/{}_result.json",
+        "sqa/official/{}_output.jsonl",
+        "mme/official/{}/OCR.txt",
+        "mmvet/official/{}.json",
+        "mmmu/official/{}_output.json",
+    ):
+        assert name.format(experiment) in names, (name, names)
+    assert results["mmmu"]["counts"]["not asked"] == 2 and "not scored" in results["mmvet"]["notes"][0]
 
 
 def test_identical_questions_are_asked_once(suite):
@@ -169,7 +180,7 @@ def test_kill_and_rerun_give_the_same_files(suite, folder, tmp_path):
     data, whole, _ = suite
     out = tmp_path / "out"
     flags = ["--benchmarks", ",".join(SUITE), "--data", str(data), "--output", str(out), "--device", "cpu"]
-    command = [*COMMAND, str(folder), *flags, "--batch-tokens", "1024", "--threads", "1"]
+    command = [*COMMAND, str(folder), *flags, "--batch-tokens", "4096", "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     answers, deadline = out / "pope" / "answers.jsonl", time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:

@@ -127,8 +127,9 @@ class _Evaluation:
             "options": settings(plan.benchmark),
             "max_new_tokens": plan.benchmark.max_new_tokens,
         }
-        # Where the model lies is no part of what it is.
-        run = {key: value for key, value in self.facts.items() if key != "model"}
+        # Where the model lies is no part of what it is; options that matter to an answer are seen in its prompt, and
+        # the others (a judge, a seed of the score) must not cost the answers.
+        run = {key: value for key, value in self.facts.items() if key not in ("model", "options")}
         self.answers = AnswerLog(self.folder, {"benchmark": plan.name, **run}, plan.everything, ranks.rank)
         self._known = len(self.answers.records)
 
