@@ -141,7 +141,7 @@ void differentiate(const Work<E>& w, const Limits& limits, int v, int64_t j0, co
       store(w.p + at, p0), store(w.p + at + kPanel, p1);
       store(w.ds + at, ds0), store(w.ds + at + kPanel, ds1);
     } else {
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
       store_rows(w.p + at, w.p + at + kPanel, narrow_rows(p0, p1));
       const __m512i rows = narrow_rows(ds0, ds1);
       store_rows(w.ds + at, w.ds + at + kPanel, rows);
@@ -257,7 +257,7 @@ void run_task(const Backward<T>& f, const Plan& plan, const Task& task, Buffer<S
   plan.spans(first, last, spans);
   for (int64_t i = plan.ranges_of[task.unit]; i < plan.ranges_of[task.unit + 1]; ++i) {
     const Interval& keys = plan.intervals[i];
-    const int64_t block = even_piece(keys.k1 - keys.k0, kKeys);
+    const int64_t block = even_piece(keys.k1 - keys.k0, kKeys, 6);
     for (int64_t b0 = keys.k0; b0 < keys.k1; b0 += block) {
       run_block(f, plan, w, task, *spans, b0, least(block, keys.k1 - b0));
     }
@@ -373,7 +373,7 @@ void packed_attention_bwd(const void* dout, const float* dlse, const void* q, co
                   tail = segments > 0 ? cu_q[segments] : tokens;
     std::memset(static_cast<void*>(f.dq), 0, static_cast<size_t>(head * row) * sizeof(T));
     std::memset(static_cast<void*>(f.dq + tail * row), 0, static_cast<size_t>((tokens - tail) * row) * sizeof(T));
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
     backward<T, T>(f, plan, threads);
 #else
     backward<T, float>(f, plan, threads);
