@@ -224,7 +224,7 @@ def test_transposed_inputs_are_copied() -> None:
 
 
 def test_isa_is_known() -> None:
-    assert _cpp.extension().isa() in ("baseline", "avx2", "avx512", "avx512bf16")
+    assert _cpp.extension().isa() in ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def ints(*values: Any) -> Tensor:

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--compare", nargs=2, metavar=("A", "B"), help="two results folders or answer files of one benchmark, paired"
     )
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
+    p.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in flight (memory)")
     p.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours")
@@ -101,6 +102,7 @@ def _evaluate(args: argparse.Namespace) -> str:
         limit=args.limit,
         missing_images=args.missing_images,
         dtype=args.dtype,
+        weights=args.weights,
         device=args.device,
         batch_tokens=args.batch_tokens,
         threads=args.threads or torch.get_num_threads(),

@@ -43,6 +43,7 @@ def evaluate(
     missing_images: str = "error",
     dtype: str | None = None,
     device: str = "auto",
+    weights: str | None = None,
     batch_tokens: int = 16384,
     threads: int = 2,
 ) -> dict[str, dict[str, Any]]:
@@ -59,8 +60,12 @@ def evaluate(
     ranks = Ranks.of_torchrun()
     folder = Path(output) if output is not None else default_output(model, blind)
     digest = model_digest(model)
-    lazy = _Model(model, dtype, ranks.device(device), batch_tokens, threads)
+    lazy = _Model(
+        model, dtype=dtype, device=ranks.device(device), weights=weights, batch_tokens=batch_tokens, threads=threads
+    )
     facts = {"model": str(model), "model_digest": digest, "dtype": dtype or "as saved", "blind": blind}
+    if weights:
+        facts["weights"] = weights
     results: dict[str, dict[str, Any]] = {}
     if ranks.world == 1:
         for plan in plans:
@@ -91,15 +96,10 @@ def blank_image(processor: Any, size: int) -> Image.Image:
 class _Model:
     """A model folder that is opened when it is first needed: a finished evaluation is scored without it."""
 
-    def __init__(self, path: str | Path, dtype: str | None, device: str, batch_tokens: int, threads: int) -> None:
+    def __init__(self, path: str | Path, **options: Any) -> None:
         self.path = path
         self.loaded = False
-        self._options: dict[str, Any] = {
-            "dtype": dtype,
-            "device": device,
-            "batch_tokens": batch_tokens,
-            "threads": threads,
-        }
+        self._options = options
 
     @cached_property
     def assistant(self) -> Assistant:
