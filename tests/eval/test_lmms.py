@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -131,3 +133,50 @@ def test_log_likelihoods(model):
     assert len(found) == 2 * len(docs) and all(total < 0 and isinstance(greedy, bool) for total, greedy in found)
     alone = [model.loglikelihood([one])[0] for one in asked]
     assert [total for total, _ in found] == pytest.approx([total for total, _ in alone], abs=1e-4)
+
+
+TASK = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+task: two_images
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: !function utils.doc_to_text
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 6, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+UTILS = """
+from PIL import Image
+def doc_to_visual(doc): return [Image.open(doc["image"]).convert("RGB")]
+def doc_to_text(doc, lmms_eval_specific_kwargs=None): return doc["question"]
+"""
+RUN = """
+import json, sys
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
+found = simple_evaluate(model="tinyllava_fast", model_args="pretrained=" + sys.argv[1], device="cpu",
+    tasks=["two_images"], task_manager=TaskManager(include_path=sys.argv[2], include_defaults=False))
+print("\\n" + json.dumps(found["results"]["two_images"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_task_of_lmms_eval_from_end_to_end(folder, tmp_path):
+    """The framework finds the model, gives it a task of ours and scores what it says: three of four are right."""
+    pytest.importorskip("lmms_eval.evaluator", reason="lmms-eval lacks parts of its own", exc_type=ImportError)
+    plain = Assistant.from_pretrained(folder, device="cpu")
+    rows = []
+    for i in range(4):
+        image = tmp_path / f"{i % 2}.png"
+        visual(documents()[i])[0].save(image)
+        said = plain.answer(image, f"What {i}?", max_new_tokens=6)
+        rows.append({"image": str(image), "question": f"What {i}?", "answer": said if i else "nothing of the kind"})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    (tmp_path / "two_images.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.json")))
+    (tmp_path / "utils.py").write_text(UTILS)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", RUN, str(folder), str(tmp_path)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1])["exact_match,none"] == 0.75

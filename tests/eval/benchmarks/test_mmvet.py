@@ -13,6 +13,7 @@ from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.benchmarks.mmvet import MMVet, Options, read_prompt
 from tinyllava_fast.eval.mmvet_scores import capabilities, integration, score_csv
+from tinyllava_fast.eval.runner import evaluate
 
 
 def questions_of(metadata, subset=()):
@@ -172,3 +173,19 @@ def test_bad_files(data):
     files["questions"].write_text(lines.replace('"question_id": 2,', '"question_id": 99,'))
     with pytest.raises(DataError, match=r"mm-vet.json: no entry 'v1_99'"):
         MMVet().questions(files)
+
+
+def test_a_judge_that_is_named_later_costs_no_answer(data, folder, tmp_path):
+    """tlf-eval without a judge, then with one: the answers of the first run are graded."""
+    options = {"device": "cpu", "batch_tokens": 4096}
+    where = (folder, ["mmvet"], tmp_path / "data", tmp_path / "out")
+    first = evaluate(*where, **options)["mmvet"]
+    assert first["headline"] == "" and first["run"]["answered_now"] == 6
+    with judge(lambda number, body: {"say": "0.7"}) as server:
+        said = [f"mmvet.base_url={server.url}", "mmvet.judge=local"]
+        second = evaluate(*where, options=said, **options)["mmvet"]
+        assert len(server.seen) == 6
+        assert evaluate(*where, options=said, **options)["mmvet"] == second and len(server.seen) == 6
+    assert second["metrics"][0]["value"] == pytest.approx(70) and second["run"] == first["run"]
+    grades = list((tmp_path / "out/mmvet/official").glob("*_local-grade-1runs.json"))
+    assert len(grades) == 1 and second["options"]["judge"] == "local"
