@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -20,13 +21,20 @@ def pytest_configure() -> None:
         torch.set_num_threads(threads)
 
 
+def _reset_log() -> None:
+    log.setLevel(logging.NOTSET)
+    log.handlers.clear()
+    log.propagate = True
+
+
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
-    """Commands set up the package's logger and torch's threads; other tests must not notice."""
-    level, handlers, propagate = log.level, list(log.handlers), log.propagate
+    """Commands set up the package's logger and torch's threads; other tests must not notice.
+
+    The logger starts bare, not as it was found: fixtures of a module or session run commands, too, before this one.
+    """
+    _reset_log()
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    log.setLevel(level)
-    log.handlers[:] = handlers
-    log.propagate = propagate
+    _reset_log()
