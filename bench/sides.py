@@ -18,12 +18,13 @@ from tinyllava_fast.bench.samples import build_packs, unpack
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
-from tinyllava_fast.models.flops import Trains, costs_of, step_flops
+from tinyllava_fast.models.flops import costs_of, pack_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
 from tinyllava_fast.train.features import FeatureCache
+from tinyllava_fast.train.profile import trains
 
 
 def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: str, checkpointing: bool = False) -> None:
@@ -99,18 +100,14 @@ def unpack_all(packs: list[PackedBatch], lmm: LMM, image_token: int) -> list[Any
 def facts_of(lmm: LMM, run: RunConfig, packs: list[PackedBatch], per_step: int) -> dict[str, Any]:
     """What a step is: useful FLOPs, tokens, supervised tokens and padding, means over all packs."""
     recipe = run.stages[0].recipe
-    trains = Trains(
-        llm=recipe.llm.tune == "full", connector=recipe.connector.tune == "full", vision=recipe.vision.tune == "full"
-    )
+    learns = trains(recipe)
     costs = costs_of(lmm)
     flops: dict[str, float] = {}
     padded = 0
     for pack in packs:
         lengths = [n for n in pack.cu_seqlens.diff().tolist() if n]
         padded += per_step * max(lengths)
-        parts = step_flops(costs, lengths, len(pack.pixel_values), pack.num_supervised, trains)
-        if run.stages[0].data.feature_cache:
-            parts["tower"] = 0
+        parts = pack_flops(costs, pack, learns, cached=bool(run.stages[0].data.feature_cache))
         for name, value in parts.items():
             flops[name] = flops.get(name, 0.0) + value / len(packs)
     return {

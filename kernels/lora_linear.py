@@ -23,6 +23,7 @@ from tinyllava_fast.kernels._attention import add_product
 from tinyllava_fast.kernels._common import LAUNCH, TRITON_TYPES, CompileCase
 from tinyllava_fast.kernels._products import tile_of, tiles
 from tinyllava_fast.kernels.nf4 import dequantize_nf4
+from tinyllava_fast.ops.lora_linear import dropout_threshold
 
 HALF = {"down": (64, 64, 64, 4, 3), "up": (128, 128, 32, 8, 4), "add": (128, 64, 32, 8, 3)}
 FLOAT = {"down": (32, 32, 32, 4, 2), "up": (64, 64, 16, 8, 3), "add": (64, 32, 16, 8, 3)}
@@ -151,7 +152,7 @@ def _launch(kernel: Any, which: str, rows: int, columns: int, like: Tensor, *arg
 
 
 def _mask(p: float, seed: Tensor | None) -> dict[str, Any]:
-    return {"LEAST": min(0xFFFFFFFF, round(p * (1 << 32))), "MASKED": seed is not None and p > 0}
+    return {"LEAST": dropout_threshold(p), "MASKED": seed is not None and p > 0}
 
 
 def _weight(
@@ -236,7 +237,7 @@ def compile_cases() -> Iterator[CompileCase]:
     ):  # fmt: skip
         kind, sizes = TRITON_TYPES[dtype], {"n": "i32", "k": "i32:16", "o": "i32:16", "r": "i32:16"}
         label = f"{model} R=128 {kind}" + (", dropout" if masked else "")
-        mask = {"LEAST": round(0.05 * (1 << 32)), "MASKED": masked}
+        mask = {"LEAST": dropout_threshold(0.05), "MASKED": masked}
         for which, kernel, extra in (
             ("down", down_tiles, mask), ("add", add_tiles, mask), ("up", up_tiles, {"BIAS": True}),
         ):  # fmt: skip

@@ -9,6 +9,9 @@ from typing import Any
 
 from tinyllava_fast.errors import DataError
 
+EVAL_ZIP = "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)"
+"""Where the question files of most benchmarks come from."""
+
 
 class Finder:
     """Looks for a benchmark's files below a root in every documented place.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision.encoder import EncoderTower
 
@@ -57,6 +58,13 @@ def step_flops(costs: Costs, segments: Sequence[int], images: int, supervised: i
         "attention": 2 * 2 * triangle * costs.attention_width * (1 + 2 * below_decoder),
         "head": 2 * supervised * costs.head_weights * (1 + trains.llm + below_decoder),
     }
+
+
+def pack_flops(costs: Costs, pack: PackedBatch, trains: Trains, *, cached: bool = False) -> dict[str, int]:
+    """step_flops of one pack. cached: its images' features are known, so no tower runs."""
+    lengths = [n for n in pack.cu_seqlens.diff().tolist() if n]
+    parts = step_flops(costs, lengths, len(pack.pixel_values), pack.num_supervised, trains)
+    return parts | {"tower": 0} if cached else parts
 
 
 def costs_of(lmm: LMM) -> Costs:

@@ -68,7 +68,7 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     h = torch.arange(columns, device=seed.device) ^ first
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _LOW
     h = (((h ^ (h >> 15)) + second) * 0x846CA68B) & _LOW
-    return (h ^ (h >> 16)) >= _threshold(p)
+    return (h ^ (h >> 16)) >= dropout_threshold(p)
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -77,7 +77,8 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def _threshold(p: float) -> int:
+def dropout_threshold(p: float) -> int:
+    """What an element's 32-bit hash must reach for it to stay."""
     return min(_LOW, round(p * (1 << 32)))
 
 
@@ -159,7 +160,7 @@ def _drop(name: str, source: Tensor, target: Tensor, row: int, p: float, seed: T
     """One of the C++ loops over the masked elements of source [n, K], which begins at this row of x."""
     getattr(_cpp.extension(), name)(
         *(source.data_ptr(), source.stride(0), target.data_ptr(), target.stride(0), *source.shape, row),
-        *(int(seed), _threshold(p), _cpp.DTYPE_CODES[source.dtype]),
+        *(int(seed), dropout_threshold(p), _cpp.DTYPE_CODES[source.dtype]),
     )
 
 

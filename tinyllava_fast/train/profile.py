@@ -23,7 +23,7 @@ from tinyllava_fast.config.schema import RecipeConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.hardware import gemm_flops_per_s, peak_rss_bytes
 from tinyllava_fast.log import log
-from tinyllava_fast.models.flops import Trains, costs_of, step_flops
+from tinyllava_fast.models.flops import Trains, costs_of, pack_flops
 from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.train import cpu_pool
 
@@ -116,11 +116,9 @@ class StepProfiler:
         costs, steps = costs_of(self.model), RECORDED
         useful: dict[str, float] = defaultdict(float)
         for batch in self._batches:
-            lengths = [n for n in batch.cu_seqlens.diff().tolist() if n]
-            images = len(batch.pixel_values)
-            for name, value in step_flops(costs, lengths, images, batch.num_supervised, trains(self.recipe)).items():
-                cached = name == "tower" and batch.pixel_values.dim() == 3
-                useful[name] += 0 if cached else value / steps
+            cached = batch.pixel_values.dim() == 3
+            for name, value in pack_flops(costs, batch, trains(self.recipe), cached=cached).items():
+                useful[name] += value / steps
         rows = {(len(b.input_ids), len(b.pixel_values)) for b in self._batches}
         shares, longest = attribute(events, self.model, rows)
         peak = gemm_flops_per_s(self.dtype)

@@ -108,6 +108,25 @@ class Published:
     metric: str
 
 
+PUBLISHED_MODELS = (
+    "LLaVA-1.5-7B",
+    "LLaVA-1.5-13B",
+    "TinyLLaVA-Phi-2-SigLIP-3.1B",
+    "TinyLLaVA-TinyLlama-CLIP-1.5B",
+    "TinyLLaVA-Qwen2-0.5B-SigLIP",
+)
+
+
+def published_rows(metric: str, *values: float | None, split: str = "") -> tuple[Published, ...]:
+    """The values of ``metric`` for PUBLISHED_MODELS, in their order; None where a model's table has none.
+
+    split: the part of the benchmark they were measured on, shown beside the model.
+    """
+    models = (f"{model} ({split})" if split else model for model in PUBLISHED_MODELS)
+    pairs = zip(models, values, strict=True)
+    return tuple(Published(model, value, metric) for model, value in pairs if value is not None)
+
+
 @dataclass(frozen=True)
 class Count:
     """A number of records known from the official release, and what was found."""

@@ -17,11 +17,11 @@ from tinyllava_fast.eval.benchmarks.base import (
     Files,
     Grades,
     Metric,
-    Published,
     Question,
     Score,
+    published_rows,
 )
-from tinyllava_fast.eval.files import Finder, llava_questions, read_json
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions, read_json
 from tinyllava_fast.eval.statistics import by_group, mean_metric, require_answers
 
 NOT_A_STEP = ("exist", "query: name", "choose name")
@@ -33,18 +33,12 @@ class GQA(Benchmark):
 
     name = "gqa"
     title = "GQA"
-    published = (
-        Published("LLaVA-1.5-7B", 62.0, "accuracy"),
-        Published("LLaVA-1.5-13B", 63.3, "accuracy"),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 62.1, "accuracy"),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 58.0, "accuracy"),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 55.8, "accuracy"),
-    )
+    published = published_rows("accuracy", 62.0, 63.3, 62.1, 58.0, 55.8)
 
     def locate(self, root: Path) -> Files:
         """Question file, annotations (below gqa/, data/ or questions1.2/), images (images/ or data/images/)."""
         stanford = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
-        find = Finder(self.name, root, ["gqa"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        find = Finder(self.name, root, ["gqa"], EVAL_ZIP)
         annotations = "testdev_balanced_questions.json"
         return {
             "questions": find.file("llava_gqa_testdev_balanced.jsonl"),

@@ -19,12 +19,12 @@ from tinyllava_fast.eval.benchmarks.base import (
     Files,
     Grades,
     Metric,
-    Published,
     Question,
     Score,
     line_key,
+    published_rows,
 )
-from tinyllava_fast.eval.files import Finder, read_jsonl, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, read_jsonl, require
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import clustered_error, mean, mean_influence, require_answers
 
@@ -52,17 +52,11 @@ class MME(Benchmark):
     name = "mme"
     title = "MME"
     max_new_tokens = 128
-    published = (
-        Published("LLaVA-1.5-7B", 1510.7, "Perception"),
-        Published("LLaVA-1.5-13B", 1531.3, "Perception"),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 1466.4, "Perception"),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 1284.6, "Perception"),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 1153.0, "Perception"),
-    )
+    published = published_rows("Perception", 1510.7, 1531.3, 1466.4, 1284.6, 1153.0)
 
     def locate(self, root: Path) -> Files:
         """llava_mme.jsonl and the release folder, which some archives nest in one of the same name."""
-        find = Finder(self.name, root, ["MME", "mme"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        find = Finder(self.name, root, ["MME", "mme"], EVAL_ZIP)
         first = SUBTASKS[0]
         places = [f"{RELEASE}/{first}", f"{RELEASE}/{RELEASE}/{first}", first]
         source = "the MME data set (huggingface.co/datasets/darkyarding/MME)"

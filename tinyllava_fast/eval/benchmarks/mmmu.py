@@ -23,9 +23,9 @@ from tinyllava_fast.eval.benchmarks.base import (
     Files,
     Grades,
     Metric,
-    Published,
     Question,
     Score,
+    published_rows,
 )
 from tinyllava_fast.eval.files import Finder, UniqueIds, read_json, require
 from tinyllava_fast.eval.mmmu_answers import chosen_letter, open_is_right, open_values
@@ -74,12 +74,7 @@ class MMMU(Benchmark):
     title = "MMMU"
     Options = Options
     max_new_tokens = 1024
-    published = (
-        Published("LLaVA-1.5-13B", 36.4, "Overall"),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 38.4, "Overall"),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 27.9, "Overall"),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 29.7, "Overall"),
-    )
+    published = published_rows("Overall", None, 36.4, 38.4, 27.9, 29.7)
 
     def locate(self, root: Path) -> Files:
         """anns_for_eval.json, answer_dict_val.json and all_images/ of MMMU/."""

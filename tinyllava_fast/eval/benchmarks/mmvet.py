@@ -25,11 +25,11 @@ from tinyllava_fast.eval.benchmarks.base import (
     Count,
     Files,
     Grades,
-    Published,
     Question,
     Score,
+    published_rows,
 )
-from tinyllava_fast.eval.files import Finder, UniqueIds, read_json, read_jsonl, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, read_json, read_jsonl, require
 from tinyllava_fast.eval.judge import Endpoint, GradeFile, JudgeError, grade_all, grade_key
 from tinyllava_fast.eval.mmvet_scores import capabilities, integration, metric, rounded, run_totals, score_csv, table
 from tinyllava_fast.eval.progress import progress
@@ -87,17 +87,11 @@ class MMVet(Benchmark):
     title = "MM-Vet"
     Options = Options
     max_new_tokens = 1024
-    published = (
-        Published("LLaVA-1.5-7B", 31.1, "total"),
-        Published("LLaVA-1.5-13B", 36.1, "total"),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 37.5, "total"),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 23.2, "total"),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 19.5, "total"),
-    )
+    published = published_rows("total", 31.1, 36.1, 37.5, 23.2, 19.5)
 
     def locate(self, root: Path) -> Files:
         """llava-mm-vet.jsonl, mm-vet.json and the images; the evaluator and bard_set.json if they are there."""
-        find = Finder(self.name, root, ["mm-vet", "mmvet"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        find = Finder(self.name, root, ["mm-vet", "mmvet"], EVAL_ZIP)
         nested = ("", "mm-vet/", "mm-vet/mm-vet/")
         release = "mm-vet.zip of the MM-Vet release v1 (github.com/yuweihao/MM-Vet)"
         files = {

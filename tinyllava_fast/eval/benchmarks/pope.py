@@ -21,11 +21,11 @@ from tinyllava_fast.eval.benchmarks.base import (
     Files,
     Grades,
     Metric,
-    Published,
     Question,
     Score,
+    published_rows,
 )
-from tinyllava_fast.eval.files import Finder, llava_questions, read_jsonl, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions, read_jsonl, require
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import clustered_error, mean, mean_influence, ratio_influence, require_answers
 
@@ -50,16 +50,13 @@ class POPE(Benchmark):
     title = "POPE"
     Options = Options
     published = (
-        Published("LLaVA-1.5-7B", 0.859, "f1_mean"),
-        Published("LLaVA-1.5-13B", 0.859, "f1_mean"),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 0.872, "accuracy_mean"),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 0.855, "accuracy_mean"),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 0.866, "accuracy_mean"),
+        *published_rows("f1_mean", 0.859, 0.859, None, None, None),
+        *published_rows("accuracy_mean", None, None, 0.872, 0.855, 0.866),
     )
 
     def locate(self, root: Path) -> Files:
         """Question file, the three label files below coco/, COCO's val2014/."""
-        find = Finder(self.name, root, ["pope", "POPE"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        find = Finder(self.name, root, ["pope", "POPE"], EVAL_ZIP)
         return {
             "questions": find.file("llava_pope_test.jsonl"),
             **{split: find.file(f"coco/coco_pope_{split}.json", source=LABELS) for split in SPLITS},

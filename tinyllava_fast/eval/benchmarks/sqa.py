@@ -22,11 +22,11 @@ from tinyllava_fast.eval.benchmarks.base import (
     Count,
     Files,
     Grades,
-    Published,
     Question,
     Score,
+    published_rows,
 )
-from tinyllava_fast.eval.files import Finder, UniqueIds, read_json, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, read_json, require
 from tinyllava_fast.eval.prompts import OPTION, whole_prompt
 from tinyllava_fast.eval.statistics import by_group, mean_metric
 
@@ -69,17 +69,11 @@ class ScienceQA(Benchmark):
     title = "ScienceQA"
     Options = Options
     max_new_tokens = 1024
-    published = (
-        Published("LLaVA-1.5-7B", 66.8, IMAGE_ACCURACY),
-        Published("LLaVA-1.5-13B", 71.6, IMAGE_ACCURACY),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 73.0, IMAGE_ACCURACY),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 59.9, IMAGE_ACCURACY),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 60.1, IMAGE_ACCURACY),
-    )
+    published = published_rows(IMAGE_ACCURACY, 66.8, 71.6, 73.0, 59.9, 60.1)
 
     def locate(self, root: Path) -> Files:
         """Question file, problems.json and the images of scienceqa/."""
-        find = Finder(self.name, root, ["scienceqa"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        find = Finder(self.name, root, ["scienceqa"], EVAL_ZIP)
         release = "the ScienceQA release (github.com/lupantech/ScienceQA)"
         return {
             "questions": find.file("llava_test_CQM-A.json"),

@@ -15,12 +15,12 @@ from tinyllava_fast.eval.benchmarks.base import (
     Count,
     Files,
     Grades,
-    Published,
     Question,
     Score,
     line_key,
+    published_rows,
 )
-from tinyllava_fast.eval.files import Finder, llava_questions, read_json, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions, read_json, require
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import mean_metric
 from tinyllava_fast.eval.vqa_text import m4c_accuracy
@@ -43,18 +43,12 @@ class TextVQA(Benchmark):
     name = "textvqa"
     title = "TextVQA"
     Options = Options
-    published = (
-        Published("LLaVA-1.5-7B", 58.2, "accuracy"),
-        Published("LLaVA-1.5-13B", 61.3, "accuracy"),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 60.3, "accuracy"),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 46.3, "accuracy"),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 45.2, "accuracy"),
-    )
+    published = published_rows("accuracy", 58.2, 61.3, 60.3, 46.3, 45.2)
 
     def locate(self, root: Path) -> Files:
         """Question file, annotations, train_images/."""
         meta = "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json"
-        find = Finder(self.name, root, ["textvqa"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        find = Finder(self.name, root, ["textvqa"], EVAL_ZIP)
         return {
             "questions": find.file("llava_textvqa_val_v051_ocr.jsonl"),
             "annotations": find.file("TextVQA_0.5.1_val.json", source=meta),

@@ -16,11 +16,11 @@ from tinyllava_fast.eval.benchmarks.base import (
     Count,
     Files,
     Grades,
-    Published,
     Question,
     Score,
+    published_rows,
 )
-from tinyllava_fast.eval.files import Finder, UniqueIds, llava_questions, read_json, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, llava_questions, read_json, require
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import by_group, mean_metric
 from tinyllava_fast.eval.vqa_text import normalise_m4c, official_accuracy
@@ -45,18 +45,12 @@ class VQAv2(Benchmark):
     name = "vqav2"
     title = "VQAv2"
     Options = Options
-    published = (
-        Published("LLaVA-1.5-7B (test-dev)", 78.5, "overall"),
-        Published("LLaVA-1.5-13B (test-dev)", 80.0, "overall"),
-        Published("TinyLLaVA-Phi-2-SigLIP-3.1B (test-dev)", 80.1, "overall"),
-        Published("TinyLLaVA-TinyLlama-CLIP-1.5B (test-dev)", 73.7, "overall"),
-        Published("TinyLLaVA-Qwen2-0.5B-SigLIP (test-dev)", 72.3, "overall"),
-    )
+    published = published_rows("overall", 78.5, 80.0, 80.1, 73.7, 72.3, split="test-dev")
 
     def locate(self, root: Path) -> Files:
         """Question files of the split, test2015/ or val2014/, and all test2015 ids, which an upload must hold."""
         split = self.options.split
-        find = Finder(self.name, root, ["vqav2"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        find = Finder(self.name, root, ["vqav2"], EVAL_ZIP)
         year = "val2014" if split == "val2014" else "test2015"
         elsewhere = [f"../{folder}/{year}" for folder in ("coco", "pope")]
         images = find.folder(year, *elsewhere, source=f"{COCO}{year}.zip")
