@@ -183,9 +183,10 @@ void attend(const Work<E>& w, const Limits& limits, const E* keys, int64_t ldk, 
 }
 
 #if defined(TLF_ISA_IS_amx)
-// the same in tiles; not a template, so that it is preferred
-inline void attend(const Work<bf16>& w, const Limits& limits, const bf16*, int64_t, int64_t j0, int64_t n, int64_t size,
-                   int64_t panel, float scale, float softcap) {
+// the same in tiles, for which a few keys are not worth it; not a template, so that it is preferred
+inline void attend(const Work<bf16>& w, const Limits& limits, const bf16* keys, int64_t ldk, int64_t j0, int64_t n,
+                   int64_t size, int64_t panel, float scale, float softcap) {
+  if (n < kTileRows) return attend<bf16>(w, limits, keys, ldk, j0, n, size, panel, scale, softcap);
   const int64_t at = panel * kPanel;
   const Meeting m{w.keys,     w.v_t,      w.q_t + at * w.kd, w.scores, w.probs, w.o_t + at * w.padded,
                   w.top + at, w.sum + at, w.padded,          w.ldv,    size,    j0,

@@ -97,7 +97,11 @@ struct Softmax {
     total[0] += x, total[1] += y;
     store(probs + key / 2 * kWidth, join_lanes(narrow_rows(x, y)));
   }
-  TLF_NOINLINE void block(int64_t j) {
+  TLF_INLINE void block(int64_t j) {
+    if (sight.all(j)) return piece<0, kBlock / 2>(j);
+    edge(j);
+  }
+  TLF_NOINLINE void edge(int64_t j) {
     const Range& r = sight.range;
     for (int64_t key = j; key < j + kBlock; key += 2) {
       if (key >= r.full0 && key + 1 < r.full1) {
@@ -237,7 +241,7 @@ inline void attend_half(const Meeting& m, const Limits& limits, int v0) {
     if (steps == 2) tile_load<6>(q_t + kTileRows * kPanel, ldq);
     if (steps == 2) tile_load<7>(q_t + kTileRows * kPanel + kWidth, ldq);
   }
-  int64_t last = -1;
+  bool seen = false;
   for (int64_t j = 0; j < m.n; j += kBlock) {
     const bool left = !sights[0].none(j), right = !sights[1].none(j);
     if (!left && !right) continue;
@@ -255,11 +259,14 @@ inline void attend_half(const Meeting& m, const Limits& limits, int v0) {
     } else {
       tile_block<2, 1, false>(steps, keys, ldk, q_t + kWidth, ldq, s + kWidth, lds);
     }
-    if (last >= 0) raise(last);  // beside the products of this block
-    last = j;
+    seen = true;
     if (m.ahead != nullptr) m.ahead->some();
   }
-  raise(last);
+  if (!seen) return;
+  // not beside the products: what a tile has just stored is slow to read
+  for (int64_t j = 0; j < m.n; j += kBlock) {
+    if (!sights[0].none(j) || !sights[1].none(j)) raise(j);
+  }
   for (int v = 0; v < 2; ++v) {
     if (!sights[v].range.empty()) attend_rows(m, limits, v0 + v, sights[v], m.scores + v * kWidth, top[v]);
   }
