@@ -57,6 +57,11 @@ class Op:
     triton_supports: Callable[..., str | None]
     samples: Callable[..., Iterator[Sample]] | None
     op: Any = field(default=None)
+    direct: Callable[..., Any] = field(default=lambda *_: None)  # what op runs; takes no gradient
+
+    def infer(self, *args: Any) -> Any:
+        """The op without torch's dispatcher, which costs as much as a small op, unless a compiler traces the call."""
+        return self.op(*args) if torch.compiler.is_compiling() else self.direct(*args)
 
     @functools.cached_property
     def triton(self) -> Callable[..., Any] | None:
@@ -140,6 +145,7 @@ def define_op(
         schema = torch.library.infer_schema(reference, mutates_args=())
         entry.op = torch.library.custom_op(f"tlf::{op_name}", run, mutates_args=(), schema=schema)
         entry.op.register_fake(run_fake)
+        entry.direct = run
         OPS[op_name] = entry
         return entry
 

@@ -56,9 +56,8 @@ def packed_attention(
     Raises ValueError for shapes, dtypes and, on a CPU, bounds out of range.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return packed_attention_fwd.op(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k, causal, scale, int(window), float(softcap)
-    )
+    call = packed_attention_fwd.op if torch.is_grad_enabled() else packed_attention_fwd.infer
+    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k, causal, scale, int(window), float(softcap))
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
