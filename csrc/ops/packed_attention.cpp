@@ -183,10 +183,9 @@ void attend(const Work<E>& w, const Limits& limits, const E* keys, int64_t ldk, 
 }
 
 #if defined(TLF_ISA_IS_amx)
-// the same in tiles, for which a few keys are not worth it; not a template, so that it is preferred
-inline void attend(const Work<bf16>& w, const Limits& limits, const bf16* keys, int64_t ldk, int64_t j0, int64_t n,
-                   int64_t size, int64_t panel, float scale, float softcap) {
-  if (n < kTileRows) return attend<bf16>(w, limits, keys, ldk, j0, n, size, panel, scale, softcap);
+// the same in tiles; not a template, so that it is preferred
+inline void attend(const Work<bf16>& w, const Limits& limits, const bf16*, int64_t, int64_t j0, int64_t n, int64_t size,
+                   int64_t panel, float scale, float softcap) {
   const int64_t at = panel * kPanel;
   const Meeting m{w.keys,     w.v_t,      w.q_t + at * w.kd, w.scores, w.probs, w.o_t + at * w.padded,
                   w.top + at, w.sum + at, w.padded,          w.ldv,    size,    j0,
@@ -284,6 +283,8 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
     const int64_t chunk = even_piece(span.nk, w.chunk, Work<E>::kTiles ? 32 : 6);
     for (int64_t j0 = begin - begin % chunk; j0 < end; j0 += chunk) {
       const int64_t n = least(chunk, end - j0);
+      const bool few =
+          least(chunk, span.nk - j0) < 16;  // not worth a tile; asked of the span, so the same for all tasks
       const T* from_k = f.k + (span.k0 + j0) * f.k_row + task.head * f.k_head;
       const T* from_v = f.v + (span.k0 + j0) * f.v_row + task.head * f.v_head;
       const E *keys = w.keys, *values = w.rows;
@@ -311,7 +312,11 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
 #endif
         const int64_t slot = once ? 0 : p - panel0;
         limits.set(span, p, group, plan.window);
-        attend(w, limits, keys, ldk, j0, n, f.size, slot, f.scale, f.softcap);
+        if (few) {
+          attend<E>(w, limits, keys, ldk, j0, n, f.size, slot, f.scale, f.softcap);
+        } else {
+          attend(w, limits, keys, ldk, j0, n, f.size, slot, f.scale, f.softcap);
+        }
         if (once) store_outputs(f, plan, w, first, last, task, rows, p, p + 1);
       }
     }

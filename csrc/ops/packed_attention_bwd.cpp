@@ -274,9 +274,11 @@ void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const T
     if (q0 >= q1) continue;
     const int64_t first = q0 * n_heads / kPanel, last = ceil_div(q1 * n_heads, kPanel);
 #if defined(TLF_ISA_IS_amx)
-    if (kTiles<E> && n >= kTileRows) {
-      meet(f, w, span, plan.window, a, n, j0, first, last);
-      continue;
+    if constexpr (kTiles<E>) {
+      if (n >= kTileRows) {  // for fewer keys a tile is not worth it
+        meet(f, w, span, plan.window, a, n, j0, first, last);
+        continue;
+      }
     }
 #endif
     for (int64_t p = first; p < last; ++p) {
