@@ -35,23 +35,27 @@ struct Work {
   static constexpr int kp = Pack<E>::kp;
 #if defined(TLF_ISA_IS_amx)
   static constexpr bool kTiles = kp == 2;
+  static constexpr int64_t most_keys = kTiles ? 1024 : 384, scored = kTiles ? kNear : most_keys;
+  Ahead* ahead = nullptr;
 #else
   static constexpr bool kTiles = false;
+  static constexpr int64_t most_keys = 384, scored = most_keys;
 #endif
   E *rows, *keys, *v_t;
   float *lanes, *q_t, *scores, *probs, *o_t, *top, *sum, *alpha, *o_rows;
-  int64_t kd, padded, chunk;
+  int64_t kd, padded, chunk, ldv;
 
   void carve(Scratch& s, int64_t size, int64_t panels) {
     padded = round_up(size, kWidth * kp), kd = kTiles ? padded / kp : ceil_div(size, kp);
-    chunk = size <= 64 ? 384 : 192;                  // keys at a time: their scores, probabilities, K and V stay in L2
+    chunk = size <= 64 ? most_keys : most_keys / 2;  // keys at a time: all that is made of them stays in L2
+    ldv = kTiles ? chunk + 32 : chunk;               // an odd number of cache lines, as tiles read 16 rows at once
     rows = s.take<E>(most(kPanel, chunk) * padded);  // rows of q or v, converted and padded
     keys = s.take<E>(chunk * padded);
-    v_t = s.take<E>(padded * chunk);
+    v_t = s.take<E>(padded * ldv);
     lanes = s.take<float>(chunk * padded);
     q_t = s.take<float>(panels * kd * kPanel);
-    scores = s.take<float>(chunk * kPanel);
-    probs = s.take<float>(chunk * kPanel);
+    scores = s.take<float>(least(chunk, scored) * kPanel);
+    probs = s.take<float>(least(chunk, scored) * kPanel);
     o_t = s.take<float>(panels * padded * kPanel);
     top = s.take<float>(panels * kPanel);
     sum = s.take<float>(panels * kPanel);
@@ -172,23 +176,21 @@ void attend(const Work<E>& w, const Limits& limits, const E* keys, int64_t ldk, 
     softmax(w, limits, v, view, j0, factor, top, before, sum);
   }
   view.each_half([&](int from, int to, int64_t end) {
-    gemm<E, Write::scale_add>(size, to - from, ceil_div(end - view.kmin, Work<E>::kp), w.v_t + view.kmin, w.chunk,
+    gemm<E, Write::scale_add>(size, to - from, ceil_div(end - view.kmin, Work<E>::kp), w.v_t + view.kmin, w.ldv,
                               w.probs + (view.kmin / Work<E>::kp) * kPanel + from * kWidth, kPanel, o_t + from * kWidth,
                               kPanel, w.alpha + from * kWidth);
   });
 }
 
 #if defined(TLF_ISA_IS_amx)
-// the same in tiles
-inline void attend(const Work<bf16>& w, const Limits& limits, int64_t j0, int64_t n, int64_t size, int64_t panel,
-                   float scale, float softcap) {
+// the same in tiles; not a template, so that it is preferred
+inline void attend(const Work<bf16>& w, const Limits& limits, const bf16*, int64_t, int64_t j0, int64_t n, int64_t size,
+                   int64_t panel, float scale, float softcap) {
   const int64_t at = panel * kPanel;
-  const Meeting m{w.keys,     w.v_t,      w.q_t + at * w.kd,
-                  w.scores,   w.probs,    w.o_t + at * w.padded,
-                  w.top + at, w.sum + at, w.padded,
-                  w.chunk,    size,       j0,
-                  n,          scale,      softcap};
-  for (int v = 0; v < kPanelVecs; v += 2) attend_half(m, limits, v);
+  const Meeting m{w.keys,     w.v_t,      w.q_t + at * w.kd, w.scores, w.probs, w.o_t + at * w.padded,
+                  w.top + at, w.sum + at, w.padded,          w.ldv,    size,    j0,
+                  n,          scale,      softcap,           w.ahead};
+  attend_panel(m, limits);
 }
 #endif
 
@@ -215,6 +217,20 @@ void load_queries(const Forward<T>& f, const Plan& plan, const Work<E>& w, int64
   }
 }
 
+#if defined(TLF_ISA_IS_amx)
+// The rows of q and out that a panel will touch.
+template <typename T>
+void look_ahead(const Forward<T>& f, const Plan& plan, int64_t first, int64_t last, const Task& task, int64_t panel,
+                Ahead* ahead) {
+  ahead->count = ahead->at = 0;
+  each_row(plan, first, last, panel, f.group(), [&](int64_t, int64_t token, int64_t part) {
+    const int64_t head = task.head * f.group() + part;
+    const T *from = f.q + token * f.q_row + head * f.q_head, *to = f.out + (token * f.heads + head) * f.size;
+    for (int64_t i = 0; i < f.size; i += 64 / static_cast<int64_t>(sizeof(T))) ahead->add(from + i), ahead->add(to + i);
+  });
+}
+#endif
+
 template <typename T, typename E>
 void store_outputs(const Forward<T>& f, const Plan& plan, const Work<E>& w, int64_t first, int64_t last,
                    const Task& task, int64_t rows, int64_t panel0, int64_t panel1) {
@@ -238,12 +254,22 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
   const TileScope tiles;
 #endif
   Work<E> w;
+#if defined(TLF_ISA_IS_amx)
+  Ahead ahead;
+  w.ahead = &ahead;
+#endif
   const int64_t first = plan.groups[task.unit], last = plan.groups[task.unit + 1], group = f.group();
   const int64_t rows = plan.queries(first, last) * group, panels = ceil_div(rows, kPanel);
   const int64_t panel0 = panels * task.part / task.parts, panel1 = panels * (task.part + 1) / task.parts;
   scratch.lay_out([&](Scratch& s) { w.carve(s, f.size, panel1 - panel0); });
-  load_queries(f, plan, w, first, last, task, rows, panel0, panel1);
   plan.spans(first, last, spans);
+  const auto last_key = [&](const Span& span, int64_t query1) {
+    return span.causal ? clamp(query1 - span.q0 + span.shift, 0, span.nk) : span.nk;
+  };
+  // where all keys are one chunk, each panel comes and goes while it is in L1
+  const bool once = spans->size == 1 && (*spans)[0].nk <= w.chunk &&
+                    last_key((*spans)[0], least((*spans)[0].q1, ceil_div(panel1 * kPanel, group))) > 0;
+  if (!once) load_queries(f, plan, w, first, last, task, rows, panel0, panel1);
   Limits limits;
   for (int64_t i = 0; i < spans->size; ++i) {
     const Span& span = (*spans)[i];
@@ -251,12 +277,14 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
     const int64_t p1 = least(panel1, ceil_div(span.q1 * group, kPanel));
     if (p0 >= p1) continue;
     const int64_t query0 = most(span.q0, p0 * kPanel / group), query1 = least(span.q1, ceil_div(p1 * kPanel, group));
-    const int64_t end = span.causal ? clamp(query1 - span.q0 + span.shift, 0, span.nk) : span.nk;
+    const int64_t end = last_key(span, query1);
     const int64_t begin = span.windowed ? clamp(query0 - span.q0 + span.shift - plan.window + 1, 0, end) : 0;
-    const int64_t chunk = even_piece(
-        span.nk, w.chunk, Work<E>::kTiles ? 32 : 6);  // the same for every task: sums do not depend on the threads
+    // the same for every task: sums do not depend on the threads
+    const int64_t chunk = even_piece(span.nk, w.chunk, Work<E>::kTiles ? 32 : 6);
     for (int64_t j0 = begin - begin % chunk; j0 < end; j0 += chunk) {
       const int64_t n = least(chunk, end - j0);
+      const bool few =
+          least(chunk, span.nk - j0) < 16;  // not worth a tile; asked of the span, so the same for all tasks
       const T* from_k = f.k + (span.k0 + j0) * f.k_row + task.head * f.k_head;
       const T* from_v = f.v + (span.k0 + j0) * f.v_row + task.head * f.v_head;
       const E *keys = w.keys, *values = w.rows;
@@ -274,20 +302,26 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
           copy_row(w.keys + j * ldk, from_k + j * f.k_row, f.size, ldk);
         }
       }
-      transpose_elements(values, ldv, n, f.size, w.v_t, w.chunk, w.lanes);
+      transpose_elements(values, ldv, n, f.size, w.v_t, w.ldv, w.lanes);
       for (int64_t p = p0; p < p1; ++p) {
-        limits.set(span, p, group, plan.window);
+        if (once) load_queries(f, plan, w, first, last, task, rows, p, p + 1);
 #if defined(TLF_ISA_IS_amx)
         if constexpr (Work<E>::kTiles) {
-          attend(w, limits, j0, n, f.size, p - panel0, f.scale, f.softcap);
-          continue;
+          if (once) look_ahead(f, plan, first, last, task, p + 1, w.ahead);
         }
 #endif
-        attend(w, limits, keys, ldk, j0, n, f.size, p - panel0, f.scale, f.softcap);
+        const int64_t slot = once ? 0 : p - panel0;
+        limits.set(span, p, group, plan.window);
+        if (few) {
+          attend<E>(w, limits, keys, ldk, j0, n, f.size, slot, f.scale, f.softcap);
+        } else {
+          attend(w, limits, keys, ldk, j0, n, f.size, slot, f.scale, f.softcap);
+        }
+        if (once) store_outputs(f, plan, w, first, last, task, rows, p, p + 1);
       }
     }
   }
-  store_outputs(f, plan, w, first, last, task, rows, panel0, panel1);
+  if (!once) store_outputs(f, plan, w, first, last, task, rows, panel0, panel1);
 }
 
 template <typename T, typename E>

@@ -74,7 +74,8 @@ struct Work {
     delta = s.take<float>(panels * kPanel);
 #if defined(TLF_ISA_IS_amx)
     if constexpr (kTiles<E>) {
-      scores = s.take<float>(2 * kSquare * kSquare);
+      scores = s.take<float>(2 * kSquare * kSquare);  // or of fewer keys than a tile and a panel
+      dprobs = scores + kSquare * kSquare;
       p = s.take<E>(kRunKeys * kRunRow);
       ds = s.take<E>(kRunKeys * kRunRow);
       ds_lanes = s.take<float>(kRunKeys / 2 * kRunLanes);
@@ -198,8 +199,8 @@ void meet(const Work<E>& w, const Limits& limits, int64_t a, int64_t n, int64_t 
   const View view(limits, j0, n);
   if (view.v0 >= view.v1) return;
   const float *q_t = w.q_t + panel * w.kd * kPanel, *do_t = w.do_t + panel * w.kd * kPanel;
-  const float* q_lanes = w.q_lanes + panel * (kPanel / kp) * w.padded;
-  const float* do_lanes = w.do_lanes + panel * (kPanel / kp) * w.padded;
+  const float* q_lanes = w.q_lanes + panel * (kPanel / kp) * w.ld;
+  const float* do_lanes = w.do_lanes + panel * (kPanel / kp) * w.ld;
   view.each_tile([&](int64_t j, int64_t end, int from, int to) {
     const int64_t at = j * kPanel + from * kWidth, row = (a + j) * w.padded;
     gemm<E, Write::store>(end - j, to - from, w.kd, w.keys + row, w.padded, q_t + from * kWidth, kPanel, w.scores + at,
@@ -216,16 +217,14 @@ void meet(const Work<E>& w, const Limits& limits, int64_t a, int64_t n, int64_t 
   }
   view.each_tile([&](int64_t j, int64_t end, int from, int to) {
     const int64_t lanes = (to - from) * kWidth / kp, at = j * kPanel + from * kWidth;
-    const int64_t row = from * kWidth / kp * w.padded, key = (a + j) * w.padded;
-    gemm<E, Write::add>(end - j, w.padded / kWidth, lanes, w.p + at, kPanel, do_lanes + row, w.padded, w.dv + key,
-                        w.padded);
-    gemm<E, Write::add>(end - j, w.padded / kWidth, lanes, w.ds + at, kPanel, q_lanes + row, w.padded, w.dk + key,
-                        w.padded);
+    const int64_t row = from * kWidth / kp * w.ld, key = (a + j) * w.ld;
+    gemm<E, Write::add>(end - j, w.padded / kWidth, lanes, w.p + at, kPanel, do_lanes + row, w.ld, w.dv + key, w.ld);
+    gemm<E, Write::add>(end - j, w.padded / kWidth, lanes, w.ds + at, kPanel, q_lanes + row, w.ld, w.dk + key, w.ld);
   });
   view.each_half([&](int from, int to, int64_t end) {
     gemm<E, Write::add>(size, to - from, ceil_div(end - view.kmin, kp), w.k_t + a + view.kmin, w.room,
                         w.ds_lanes + (view.kmin / kp) * kPanel + from * kWidth, kPanel,
-                        w.dq_t + panel * size * kPanel + from * kWidth, kPanel);
+                        w.dq_t + panel * w.dq_rows * kPanel + from * kWidth, kPanel);
   });
 }
 
@@ -255,10 +254,14 @@ void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const T
   const int64_t spare = (w.room - kKeys<E>)*w.padded;
   std::memset(static_cast<void*>(w.keys + nb * w.padded), 0, static_cast<size_t>(spare) * sizeof(E));
   std::memset(static_cast<void*>(w.values + nb * w.padded), 0, static_cast<size_t>(spare) * sizeof(E));
-  std::memset(static_cast<void*>(w.k_t), 0, static_cast<size_t>(w.dq_rows * w.room + 64) * sizeof(E));
+  const int64_t touched = least(w.room, nb + (kTiles<E> ? 32 : 1));
+  for (int64_t d = 0; d < w.dq_rows; ++d) {
+    std::memset(static_cast<void*>(w.k_t + d * w.room), 0, static_cast<size_t>(touched) * sizeof(E));
+  }
+  std::memset(static_cast<void*>(w.k_t + w.dq_rows * w.room), 0, 64 * sizeof(E));
   transpose_elements(w.keys, w.padded, nb, f.size, w.k_t, w.room, w.lanes);
-  std::memset(w.dk, 0, static_cast<size_t>(w.room * w.ld) * sizeof(float));
-  std::memset(w.dv, 0, static_cast<size_t>(w.room * w.ld) * sizeof(float));
+  std::memset(w.dk, 0, static_cast<size_t>(touched * w.ld) * sizeof(float));
+  std::memset(w.dv, 0, static_cast<size_t>(touched * w.ld) * sizeof(float));
   Limits limits;
   for (int64_t i = 0; i < spans.size; ++i) {
     const Span& span = spans[i];
@@ -272,8 +275,10 @@ void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const T
     const int64_t first = q0 * n_heads / kPanel, last = ceil_div(q1 * n_heads, kPanel);
 #if defined(TLF_ISA_IS_amx)
     if constexpr (kTiles<E>) {
-      meet(f, w, span, plan.window, a, n, j0, first, last);
-      continue;
+      if (n >= kTileRows) {  // for fewer keys a tile is not worth it
+        meet(f, w, span, plan.window, a, n, j0, first, last);
+        continue;
+      }
     }
 #endif
     for (int64_t p = first; p < last; ++p) {

@@ -10,6 +10,7 @@
 
 Both outputs are differentiable: partial results over disjoint keys merge exactly through lse.
 The backward is deterministic: no atomics; every sum has one order for a number of threads, and that of dq for any.
+In C++ bfloat16 runs in AMX tiles where the ISA is amx; float32 and spans of fewer than 16 keys in AVX-512 there too.
 Algorithm of the kernels: FlashAttention-2, arXiv:2307.08691; nothing of size [Tq, Tk] exists outside the reference.
 Legend: Tq, Tk rows of q and of k; H, Hkv heads; Dh head size; S segments; G = H / Hkv query heads of a key head.
 """

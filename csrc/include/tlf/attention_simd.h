@@ -149,9 +149,9 @@ TLF_INLINE void copy_row(E* __restrict dst, const T* __restrict src, int64_t siz
 }
 
 constexpr int64_t kAhead = 16;  // rows; strides between them defeat the hardware's prefetcher
-template <typename T>
+template <bool Write = false, typename T>
 TLF_INLINE void prefetch_row(const T* row, int64_t size) {
-  for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, Write);
 }
 
 // a . b, summed in kWidth strands
