@@ -1,5 +1,6 @@
 """The operations that torch has no fast answer for; each one's meaning, C++ and Triton kernels share a name."""
 
+from tinyllava_fast.ops.decode_attention import decode_attention
 from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllava_fast.ops.lora_linear import lora_linear
 from tinyllava_fast.ops.merge_states import merge_states
@@ -10,6 +11,7 @@ from tinyllava_fast.ops.splice import splice
 
 __all__ = [
     "NF4",
+    "decode_attention",
     "dequantize_nf4",
     "linear_cross_entropy",
     "linear_nf4",
