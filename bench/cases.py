@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from tinyllava_fast.bench.linears import Case, linear_cases
-from tinyllava_fast.ops import linear_cross_entropy, merge_states, pack_plan, packed_attention, splice
+from tinyllava_fast.ops import (
+    decode_attention,
+    linear_cross_entropy,
+    merge_states,
+    pack_plan,
+    packed_attention,
+    splice,
+)
 from tinyllava_fast.ops._op import force_backend
 
 # Legend: T tokens, S segments, H heads, Hkv key heads, Dh head size, D width, V vocabulary, R image rows, M supervised
@@ -52,6 +59,7 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield _merge(shapes, randn)
     yield _cross_entropy(shapes, randn, generator, device)
     yield from linear_cases(shapes.tokens, shapes.width, randn, generator, device)
+    yield _decode(shapes, randn, device)
     if device == "cpu":
         yield _pack(shapes, generator)
 
@@ -72,6 +80,27 @@ def _splice(s: Shapes, randn: Callable[..., Tensor], generator: torch.Generator,
     }
     label = f"T={s.tokens} D={s.width} V={s.vocabulary} R={len(slots)}"
     return Case("splice", label, run, (weight, features))
+
+
+def _decode(s: Shapes, randn: Callable[..., Tensor], device: str) -> Case:
+    """One token of one sequence: the image and the question are its keys."""
+    rows = s.image_tokens + s.supervised + 25
+    q = randn(1, s.heads, s.head_dim, grad=False)
+    k, v = (randn(rows + 3, s.kv_heads, s.head_dim, grad=False) for _ in range(2))
+    start, used = (torch.tensor([n], dtype=torch.int32, device=device) for n in (3, rows))
+
+    def sdpa() -> Tensor:
+        keys, values = (x[3:].transpose(0, 1).unsqueeze(0) for x in (k, v))
+        return functional.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), keys, values, enable_gqa=True)[
+            0
+        ].transpose(0, 1)
+
+    run = {
+        "torch": sdpa,
+        "torch compiled": torch.compile(sdpa),
+        "ours": lambda: decode_attention(q, k, v, start, used),
+    }
+    return Case("decode_attention", f"keys={rows} H={s.heads} Hkv={s.kv_heads} Dh={s.head_dim}", run)
 
 
 def _merge(s: Shapes, randn: Callable[..., Tensor]) -> Case:

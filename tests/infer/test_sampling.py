@@ -27,7 +27,9 @@ def test_candidates_are_those_of_transformers(top_k, top_p, spread):
     ours[ids if ids is not None else slice(None)] = probabilities / probabilities.sum()
     torch.testing.assert_close(ours, expected)
     flat = spread < 1 and not top_k and top_p == 0.7
-    assert (len(probabilities) > NUCLEUS_GUESS) == (flat or (not top_k and top_p == 1) or (top_k == 2000 and spread < 1))
+    assert (len(probabilities) > NUCLEUS_GUESS) == (
+        flat or (not top_k and top_p == 1) or (top_k == 2000 and spread < 1)
+    )
 
 
 def test_draws_follow_the_distribution():

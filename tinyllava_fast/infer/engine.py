@@ -172,9 +172,7 @@ class Engine:
         )
         return Batch(self._decoder, self._images, queue, handle, self._limits)
 
-    def _generate(
-        self, sequences: list[Running], hidden: Tensor, ends: np.ndarray, on_token: OnToken | None
-    ) -> None:
+    def _generate(self, sequences: list[Running], hidden: Tensor, ends: np.ndarray, on_token: OnToken | None) -> None:
         """Append one token to each sequence and note where it ends. hidden [T, D]; ends [R]: rows of last tokens."""
         if len(ends) < len(hidden):
             hidden = hidden[torch.from_numpy(ends).to(hidden.device)]
@@ -242,7 +240,9 @@ def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -
     if kv_cache_bytes is None:
         rows, said = BATCH_TOKENS if batch_tokens is None else batch_tokens, f"batch_tokens is {batch_tokens}"
     elif batch_tokens is not None:
-        raise UserError(f"batch_tokens={batch_tokens} and kv_cache_bytes={kv_cache_bytes} size one pool; give one of them")
+        raise UserError(
+            f"batch_tokens={batch_tokens} and kv_cache_bytes={kv_cache_bytes} size one pool; give one of them"
+        )
     else:
         one = row_bytes(lmm.num_kv_heads, lmm.head_dim, lmm.dtype)
         rows, said = kv_cache_bytes // one, f"kv_cache_bytes is {kv_cache_bytes}, a token takes {one}"

@@ -64,7 +64,9 @@ class Prompts:
                 for option in options:
                     ids, first = next(encoded)
                     if first >= len(ids):
-                        raise UserError(f"request {request.id!r}: option {option!r} is no token of its own; name another")
+                        raise UserError(
+                            f"request {request.id!r}: option {option!r} is no token of its own; name another"
+                        )
                     sequence = self._sequence(request, ids[:-1], scored=ids[first:])
                     self._check_fits(sequence, 1, f"the option {option!r}")
                     yield sequence
@@ -103,9 +105,7 @@ class Prompts:
         request, length = sequence.request, len(sequence.prompt)
         needs = f"request {request.id!r}: {length} prompt tokens and {new} new ones"
         if self.context is not None and length + new > self.context:
-            raise UserError(
-                f"{needs} exceed the model's context of {self.context}; shorten the prompt or {remedy}"
-            )
+            raise UserError(f"{needs} exceed the model's context of {self.context}; shorten the prompt or {remedy}")
         if length + new > self.most:
             raise UserError(
                 f"{needs} exceed the K/V pool; raise it to {length + new} or more "

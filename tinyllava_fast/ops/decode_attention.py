@@ -73,9 +73,7 @@ def _check(
     raise ValueError(f"{OP}: scale must be positive and softcap not negative, got {scale} and {softcap}")
 
 
-def _plainly_right(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, used: Tensor, prefix: Tensor | None
-) -> bool:
+def _plainly_right(q: Tensor, k: Tensor, v: Tensor, start: Tensor, used: Tensor, prefix: Tensor | None) -> bool:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.dtype not in FLOATS:
         return False
     sequences, heads, size = q.shape
