@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A test process takes about 1.5 GB and one core.
+WORKERS := -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: help demo test quick lint format setup clean
 help:  ## list the targets
@@ -13,10 +15,10 @@ demo: $(VENV)/.demo  ## train a small multimodal model on easy-VQA, evaluate it,
 	$(BIN)/python -m tinyllava_fast.demo $(ARGS)
 
 test: $(VENV)/.dev  ## run the whole test suite with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
 
 quick: $(VENV)/.dev  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy and clang-format, checking only
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="after the race, take the losses of the peer over float32 weights (default yes)",
     )
+    train.add_argument(
+        "--mode",
+        default="finetune",
+        help="finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached",
+    )
+    train.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
 
     infer = command(
@@ -73,18 +80,34 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument("--single-questions", type=int, default=8, help="of them for the peer of batch 1 (default 8)")
     infer.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
     infer.add_argument("--requests", type=int, default=10, help="single requests timed for latency (default 10)")
+    infer.add_argument("--weights", help="of our language model: int8 or nf4 (default: dense, as --dtype)")
     infer.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32 (default bfloat16)")
-    infer.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile our decode step")
+    infer.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile our decode step (default: no)")
     infer.add_argument(
         "--agreement", action=argparse.BooleanOptionalAction, default=True, help="compare float32 answers too"
     )
     infer.add_argument("--threads", type=int, help="CPU threads of both sides (default: all cores)")
 
-    ops = command("ops", _ops, "Each op on the shapes of `train`: reference eager, compiled reference, ours.")
+    text = "Each op on real shapes: torch eager and compiled, the libraries that install, ours."
+    ops = command("ops", _ops, text)
     ops.add_argument("--op", action="append", help="only this op; may be repeated")
     ops.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32 (default bfloat16)")
-    ops.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    ops.add_argument("--rounds", type=int, default=9, help="most timed rounds of a row (default 9)")
     ops.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    ops.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="include candidates under torch.compile (default yes)",
+    )
+    ops.add_argument("--plot", metavar="DIR", type=Path, help="run further sizes and draw time and memory against size")
+    ops.add_argument(
+        "--compare", metavar="FILE", help="compare with a file of --json; exit with 1 if a row has become slower"
+    )
+    ops.add_argument(
+        "--compare-anyway", action="store_true", help="even if that file is of another machine, dtype or format"
+    )
+    ops.add_argument("--tune", action="store_true", help="on a GPU: measure and store launch settings")
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = commands.add_parser("triton", help=text, description=text)
@@ -121,6 +144,8 @@ def _train(args: argparse.Namespace) -> int:
         warmup=args.warmup,
         samples=args.samples,
         peers=tuple(args.peer or train.Settings.peers),
+        mode=args.mode,
+        peer_checkpointing=args.peer_checkpointing,
         reference=args.reference,
         quick=args.quick,
     )
@@ -137,8 +162,9 @@ def _infer(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = ("questions", "peer_questions", "single_questions", "rounds", "requests", "dtype", "compile", "agreement")
-    settings = infer.Settings(**{name: getattr(args, name) for name in names})
+    names = [field.name for field in dataclasses.fields(infer.Settings)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    settings = infer.Settings(**given)
     result = infer.benchmark(args.config or infer.WORKLOAD, infer.quick(settings) if args.quick else settings)
     infer.show(result)
     report.write_json(result, args.json)
@@ -146,10 +172,44 @@ def _infer(args: argparse.Namespace) -> int:
 
 
 def _ops(args: argparse.Namespace) -> int:
-    from tinyllava_fast.bench import ops, report
+    from tinyllava_fast.bench import compare, machine, ops, ops_table, plots, report
 
-    result = ops.benchmark(args.op, dtype=args.dtype, device=args.device, rounds=args.rounds, quick=args.quick)
-    ops.show(result)
+    if args.tune:
+        return _tune(args)
+    ops.check(args.op, args.dtype, args.device, args.rounds)
+    baseline = None
+    if args.compare is not None:  # before minutes of measurement
+        baseline = compare.read_baseline(args.compare, args.compare_anyway)
+        if not args.compare_anyway:
+            compare.check_same_machine(baseline, machine.describe(args.device), args.dtype, args.compare)
+    result = ops.benchmark(
+        args.op,
+        dtype=args.dtype,
+        device=args.device,
+        rounds=args.rounds,
+        quick=args.quick,
+        sweep=args.plot is not None,
+        compile=args.compile,
+    )
+    ops_table.show(result)
+    report.write_json(result, args.json)
+    if args.plot is not None:
+        for path in plots.draw(result, args.plot):
+            log.info("wrote %s", path)
+    if baseline is None:
+        return 0
+    entries = compare.compare(result, baseline)
+    compare.show(entries, args.compare)
+    return int(any(entry.get("slower") for entry in entries))
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import report, tune
+
+    if args.op and args.op != ["packed_attention"]:
+        raise UserError(f"--tune --op {' '.join(args.op)}: only packed_attention has launch settings to tune")
+    result = tune.tune()
+    tune.show(result)
     report.write_json(result, args.json)
     return 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
+from tinyllava_fast.infer.weights import prepare_weights
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
 
 WORKLOAD = Path(__file__).parent / "workloads" / "smollm2.yaml"
@@ -48,7 +50,8 @@ class Settings:
     new_tokens: int = 16
     latency_tokens: int = 32
     dtype: str = "bfloat16"
-    compile: bool | None = True
+    weights: str | None = None  # of our language model; None: dense
+    compile: bool = False
     agreement: bool = True  # also compare the answers in float32
     quick: bool = False
 
@@ -68,14 +71,16 @@ class Sides:
     peer: Peer
 
 
-def build(config: Path, dtype: str, compile: bool | None) -> Sides:
+def build(config: Path, dtype: str, *, weights: str | None = None, compile: bool = False) -> Sides:
     """Both sides of a workload's model. UserError for a model that the peer cannot express."""
     run = load_run(config)
     lmm = build_model(run.model, seed=run.seed, dtype=torch.float32).eval()
     tokenizer, processor = build_tokenizer(run.model), build_image_processor(run.model)
     template = TEMPLATES.get(run.stages[0].data.template)
     peer = Peer(lmm, tokenizer, processor, template, run.model.vision.feature_layer, DTYPES[dtype])
-    engine = Engine(lmm.to(DTYPES[dtype]), tokenizer, processor, template, compile=compile)
+    lmm.to(DTYPES[dtype])
+    prepare_weights(lmm, weights)  # as tinyllava_fast.load does
+    engine = Engine(lmm, tokenizer, processor, template, compile=compile)
     return Sides(engine, peer)
 
 
@@ -103,7 +108,7 @@ def easy_vqa(count: int, per_image: int) -> list[Question]:
 def benchmark(config: Path = WORKLOAD, settings: Settings | None = None) -> dict[str, Any]:
     """Measure everything and return the report (see ``compose_report``)."""
     settings = settings or Settings()
-    sides = build(config, settings.dtype, settings.compile)
+    sides = build(config, settings.dtype, weights=settings.weights, compile=settings.compile)
     many = easy_vqa(settings.questions, settings.per_image)
     single = easy_vqa(settings.questions, 1)
     measured = {
@@ -114,7 +119,7 @@ def benchmark(config: Path = WORKLOAD, settings: Settings | None = None) -> dict
     }
     if settings.agreement and settings.dtype != "float32":
         del sides
-        exact = build(config, "float32", False)
+        exact = build(config, "float32")
         measured["agreement"]["float32"] = agreement(exact, many, settings)
     facts = machine.describe("cpu")
     return compose_report(measured, facts, settings)
@@ -174,7 +179,7 @@ def latency(sides: Sides, questions: Sequence[Question], settings: Settings) -> 
         for index, (question, sample) in enumerate(zip(asked, prepared, strict=True)):
             for side in turns(["ours", "peer"], index):
                 times = ours(question) if side == "ours" else sides.peer.stamps(sample, settings.latency_tokens)
-                gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+                gaps = [b - a for a, b in pairwise(times)]
                 series[side]["first"].append(gaps[0])
                 series[side]["next"] += gaps[1:]
     finally:
@@ -283,5 +288,5 @@ def quick(settings: Settings) -> Settings:
     """The least that shows that the command works; its numbers mean nothing."""
     return replace(
         settings, questions=4, per_image=2, peer_questions=2, single_questions=1, rounds=1, requests=1, new_tokens=2,
-        latency_tokens=3, compile=False, quick=True,
+        latency_tokens=3, quick=True,
     )  # fmt: skip

@@ -59,7 +59,7 @@ class Peer:
             feature_select=lmm.vision.feature_select,
             image_token=self.image_token,
         )
-        self.model: Any = model.to(dtype).eval()  # type: ignore[arg-type]
+        self.model: Any = model.to(dtype).eval()
         self.model.config.text_config.use_cache = True
         generation = self.model.generation_config
         generation.eos_token_id, generation.pad_token_id, generation.use_cache = None, 0, True

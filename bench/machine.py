@@ -99,6 +99,17 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     return facts
 
 
+def roof(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> dict[str, float]:
+    """The two roofs of this machine: flops_per_s of the dtype's GEMM and bytes_per_s of a copy, both measured.
+
+    quick: see measure().
+    """
+    shapes, rounds, seconds, megabytes = (((64, 64, 64),), 2, 0.0, 1) if quick else (None, 5, 0.05, 256)
+    gemm = gemm_peak(dtype, device, shapes=shapes, rounds=rounds, min_seconds=seconds)
+    bandwidth = copy_bandwidth(device, megabytes=megabytes, rounds=rounds)
+    return {"flops_per_s": gemm["flops_per_s"], "bytes_per_s": bandwidth}
+
+
 def measure(device: str = "cpu", *, quick: bool = False) -> dict[str, Any]:
     """The whole report: describe() plus gemm {dtype: {flops_per_s, by_shape}} and copy_bytes_per_s.
 

@@ -1,19 +1,33 @@
-"""`tlf-bench ops`: every op against eager and compiled torch on the shapes of `tlf-bench train`, interleaved."""
+"""`tlf-bench ops`: every op against plain torch, torch under Inductor and the libraries that install, interleaved.
+
+Each row is one op, one shape and one pass; its candidates take turns, so all of them see the same machine. Beside the
+medians stand the rates that follow from the least work of the pass, the fraction of what this machine allows for that
+work (measured in the same process), the peak of memory and the bytes kept for the backward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from tinyllava_fast.bench import machine, report
-from tinyllava_fast.bench.cases import TINY, Case, Shapes, cases
+from tinyllava_fast.bench import machine, memory
+from tinyllava_fast.bench.case import BOTH, SUITE, Case, Run, Setting, Work
 from tinyllava_fast.bench.timing import interleave, speedup
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.log import log
 
-PASSES = ("forward", "forward+backward")
+FORMAT = "tlf-bench ops 2"
+ROW_SECONDS, SIZE_SECONDS = 6.0, 2.0
+"""About how long the rounds of a row may take together: of a main row, of one of many sizes."""
+LEAST_ROUNDS = 3
+"""One less where a round takes many seconds."""
+CALL_SECONDS, SLOW_SECONDS = 0.05, 2.0
+"""A candidate is called so often in a round that it takes the former; a call that takes the latter is slow."""
 
 
 def benchmark(
@@ -21,69 +35,181 @@ def benchmark(
     *,
     dtype: str = "bfloat16",
     device: str = "cpu",
-    rounds: int = 7,
+    rounds: int = 9,
     quick: bool = False,
+    sweep: bool = False,
+    compile: bool = True,
 ) -> dict[str, Any]:
-    """Time the named ops (None: all). quick: tiny shapes, for tests of the command.
+    """Time the named ops (None: all).
 
-    Returns {"machine", "dtype", "rows": [{op, shape, pass, medians {name: s}, spread {name: ...}, ratio {name: x}}]};
-    ratio says how many times faster ours is than that competitor. UserError for an unknown op or dtype.
+    rounds: at most, of each row; slow rows take fewer, LEAST_ROUNDS at least. quick: tiny shapes, for tests. sweep:
+    further sizes, for plots. compile: include candidates under Inductor, which cost minutes of compilation.
+    Returns {"format", "machine", "roof", "dtype", "rows", "absent", "headline"}. A row has op, shape, pass, flops,
+    bytes and, by candidate, medians and spread (quartiles) in seconds, ratio (how many times faster ours is),
+    flops_per_s, bytes_per_s, roofline (fraction; above 1 where data stay in the cache), peak_bytes, saved_bytes. absent
+    is {op: {candidate: reason}}; headline see headline(). UserError for an unknown op, dtype or device.
     """
+    check(ops, dtype, device, rounds)
+    roofs = [machine.roof(machine.DTYPES[dtype], device, quick=quick)]
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, dict[str, str]] = {}
+    claims: list[tuple[Case, dict[str, Any]]] = []
+    for name in ops or SUITE.names():
+        setting = Setting(machine.DTYPES[dtype], device, quick, sweep, compile)
+        for case in SUITE.get(name)(setting):
+            began, missing = time.perf_counter(), absent.setdefault(name, {})
+            for candidate, reason in case.absent.items():
+                missing.setdefault(candidate, reason)
+            for direction in case.work:
+                row = _measure(case, direction, device, rounds, missing, quick)
+                rows.append(row)
+                claims.append((case, row))
+            log.info("%s %s: %.0f s", name, case.label, time.perf_counter() - began)
+            del case
+            torch._dynamo.reset()  # the next shape's candidates share code with these and would count as recompiles
+    # a disturbed measurement would make a low roof: again after the race, and the better one counts
+    roofs.append(machine.roof(machine.DTYPES[dtype], device, quick=quick))
+    roof = {key: max(r[key] for r in roofs) for key in roofs[0]}
+    for row in rows:
+        least = least_seconds(Work(row["flops"], row["bytes"]), roof)
+        row["roofline"] = {name: least / median for name, median in row["medians"].items()}
+    return {
+        "format": FORMAT,
+        "machine": machine.describe(device),
+        "roof": roof,
+        "dtype": dtype,
+        "rows": rows,
+        "absent": {op: reasons for op, reasons in absent.items() if reasons},
+        "headline": headline(claims),
+    }
+
+
+def check(ops: Sequence[str] | None, dtype: str, device: str, rounds: int) -> None:
+    """UserError for what benchmark() cannot take."""
     if dtype not in machine.DTYPES:
         raise UserError(f"--dtype {dtype!r}; {nearest(dtype, machine.DTYPES)}")
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: at least 1")
-    every = list(cases(TINY if quick else Shapes(), machine.DTYPES[dtype], device))
-    known = [case.op for case in every]
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"--device {device}: there is no such device here; known: cpu, and cuda where there is a GPU")
     for name in ops or ():
-        if name not in known:
-            raise UserError(f"--op {name!r}; {nearest(name, known)}")
-    rows: list[dict[str, Any]] = []
-    for case in every:
-        if ops and case.op not in ops:
+        if name not in SUITE:
+            raise UserError(f"--op {name!r}; {nearest(name, SUITE.names())}")
+
+
+def headline(claims: Iterable[tuple[Case, dict[str, Any]]]) -> dict[str, float]:
+    """{key: ratio} from cases and their rows: ratios of forward+backward medians, more than 1 where ours is better.
+
+    linear_cross_entropy_memory is a ratio of peaks. Where several rows claim a key, the smallest ratio stands.
+    """
+    found: dict[str, list[float]] = {}
+    for case, row in claims:
+        if row["pass"] != BOTH:
             continue
-        for direction in PASSES if case.leaves else PASSES[:1]:
-            rows.append(_measure(case, direction, device, rounds, 0.0 if quick else 0.2))
-    return {"machine": machine.describe(device), "dtype": dtype, "rows": rows}
+        for key, rival in case.headline.items():
+            if rival in row["ratio"]:
+                found.setdefault(key, []).append(row["ratio"][rival]["ratio"])
+        peaks = row["peak_bytes"]
+        for key, rival in case.memory_headline.items():
+            if peaks.get(rival) and peaks.get("ours"):
+                found.setdefault(key, []).append(peaks[rival] / peaks["ours"])
+    return {key: min(ratios) for key, ratios in found.items()}
 
 
-def show(result: dict[str, Any]) -> None:
-    """One table: an op and pass a row block, a competitor a line."""
-    lines = []
-    for row in result["rows"]:
-        for name, median in row["medians"].items():
-            rate = report.quantity(row["flops"] / median, "FLOP/s") if row["flops"] else ""
-            ratio = "" if name == "ours" else f"{row['ratio'][name]['ratio']:.2f}x"
-            spread = f"{report.seconds(row['spread'][name][0])} .. {report.seconds(row['spread'][name][1])}"
-            lines.append([f"{row['op']} {row['pass']}", name, report.seconds(median), spread, rate, ratio])
-    columns = ["op", "candidate", "median", "quartiles", "rate", "ours is faster by"]
-    report.show(f"Ops, {result['dtype']}, {result['machine']['threads']} threads", columns, lines)
-
-
-def _measure(case: Case, direction: str, device: str, rounds: int, min_seconds: float) -> dict[str, Any]:
-    backward = direction != "forward"
-    runs = {name: _pass(run, case.leaves if backward else ()) for name, run in case.run.items()}
-    series = interleave(runs, rounds=rounds, warmup=3, min_seconds=min_seconds, sync=machine.device_sync(device))
+def _measure(
+    case: Case,
+    direction: str,
+    device: str,
+    rounds: int,
+    absent: dict[str, str],
+    quick: bool,
+) -> dict[str, Any]:
+    backward = direction == BOTH
+    runs = {name: _pass(run, case, backward) for name, run in case.run.items()}
+    if not quick:
+        gc.collect()
+    first: dict[str, _First] = {}
+    for name in list(runs):
+        try:
+            first[name] = _first_calls(case, name, runs[name], device, backward)
+        except Exception as error:  # whatever a library raises about what it does not support
+            if name == "ours":
+                raise
+            line = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+            absent.setdefault(name, f"{direction}: {type(error).__name__}: {line}"[:300])
+            del runs[name]
+    quickest, together = min(f.seconds for f in first.values()), sum(f.seconds for f in first.values())
+    series = interleave(
+        runs,
+        rounds=rounds,
+        warmup=0,  # the first calls were that
+        min_seconds=0.0 if quick or quickest > CALL_SECONDS else CALL_SECONDS,
+        budget=ROW_SECONDS if case.main else SIZE_SECONDS,
+        least=min(rounds, LEAST_ROUNDS if together < 4 * SLOW_SECONDS else LEAST_ROUNDS - 1),
+        sync=machine.device_sync(device),
+    )
+    work, medians = case.work[direction], {name: s.median for name, s in series.items()}
     return {
         "op": case.op,
         "shape": case.label,
         "pass": direction,
-        "flops": case.flops * (3 if backward else 1),
-        "medians": {name: s.median for name, s in series.items()},
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "rounds": len(series["ours"].seconds),
+        "medians": medians,
         "spread": {name: s.quartiles for name, s in series.items()},
         "ratio": {name: speedup(s, series["ours"]) for name, s in series.items() if name != "ours"},
+        "flops_per_s": {name: work.flops / median for name, median in medians.items()},
+        "bytes_per_s": {name: work.bytes / median for name, median in medians.items()},
+        "peak_bytes": {name: f.peak for name, f in first.items()},
+        "saved_bytes": {name: f.saved for name, f in first.items()} if backward else {},
+        "axes": dict(case.axes),
     }
 
 
-def _pass(run: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Callable[[], Any]:
-    if not leaves:
+def least_seconds(work: Work, roof: dict[str, float]) -> float:
+    """What the pass takes at the GEMM peak or at the copy bandwidth, whichever is slower."""
+    return max(work.flops / roof["flops_per_s"], work.bytes / roof["bytes_per_s"])
+
+
+class _First(NamedTuple):
+    peak: int | None
+    saved: int
+    seconds: float
+
+
+def _first_calls(case: Case, name: str, run: Callable[[], Any], device: str, backward: bool) -> _First:
+    """Compile and warm up, looking at memory; a call of seconds is not repeated.
+
+    What happens only once, compilation apart, is small in a call of seconds.
+    """
+    logging.disable(logging.WARNING)  # a library that cannot says so at length before it raises
+    try:
+        if name.endswith("compiled"):
+            run()
+        with memory.saved(*case.leaves, *case.frozen) as kept:
+            peak, seconds = _timed_peak(run, device)
+        if seconds < SLOW_SECONDS:
+            peak, seconds = _timed_peak(run, device)
+        return _First(peak, sum(kept.values()), seconds)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _timed_peak(run: Callable[[], Any], device: str) -> tuple[int | None, float]:
+    began = time.perf_counter()
+    return memory.peak_extra_bytes(run, device), time.perf_counter() - began
+
+
+def _pass(run: Run, case: Case, backward: bool) -> Callable[[], Any]:
+    if not backward:
         return torch.no_grad()(run)
-    grad: list[Tensor] = []
+    grad: list[torch.Tensor] = []
 
     def both() -> Any:
         out = run()
         if not grad:
             grad.append(torch.ones_like(out))
-        return torch.autograd.grad(out, leaves, grad[0])
+        return torch.autograd.grad(out, case.leaves, grad[0])
 
     return both

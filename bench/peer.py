@@ -6,7 +6,8 @@ Choices, each in the peer's favour where there was one:
   It keeps neither fp32 master weights nor fp32 moments, so it does less work than we do. "autocast" is
   Trainer(bf16=True) over bf16 weights, "master" is Trainer(bf16=True) over fp32 weights (what the documentation calls
   mixed precision), "float32" is the equivalence test's;
-- Trainer's default optimiser, fused AdamW; no gradient checkpointing; no logging, saving or evaluation between steps;
+- Trainer's default optimiser, fused AdamW; no gradient checkpointing unless it is asked for; no logging, saving or
+  evaluation between steps;
 - no pooling head on the SigLIP tower. Like every Llava it runs one tower layer more than is read.
 """
 
@@ -113,6 +114,7 @@ def run_peer(
     precision: str,
     device: str,
     pad_token: int,
+    checkpointing: bool = False,
 ) -> None:
     """Train on the samples in order, ``per_step`` a step, each step when the gate opens; returns after the last one."""
     for module, tune in (
@@ -138,6 +140,8 @@ def run_peer(
             adam_beta2=optim.betas[1],
             adam_epsilon=optim.eps,
             max_grad_norm=optim.clip_norm,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

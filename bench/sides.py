@@ -6,24 +6,27 @@ transformers' model and takes the packs apart into its own batches.
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyllava_fast.bench.flops import Trains, costs_of, step_flops
 from tinyllava_fast.bench.gate import Gate
 from tinyllava_fast.bench.samples import build_packs, unpack
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
+from tinyllava_fast.models.flops import Trains, costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
+from tinyllava_fast.train.features import FeatureCache
 
 
-def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: str) -> None:
+def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: str, checkpointing: bool = False) -> None:
     """Build the model and the packs, report readiness, and train one side through the gate."""
     began = time.perf_counter()
     process = start_process(run.engine)  # threads and device, for both sides alike
@@ -56,6 +59,7 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
         recipe=stage.recipe,
         optim=stage.optim,
         precision=precision,
+        checkpointing=checkpointing,
         device=process.device.type,
         pad_token=tokenizer.pad_token_id or 0,
     )
@@ -72,12 +76,19 @@ def run_ours(
         CompiledForward(lmm)
     engine = build_engine(process, run.engine, stage.optim, lmm, groups, micro_batches=1)
     lrs = {group["name"]: group["lr"] for group in groups}
-    gate.ready(facts)
-    for pack in packs:
-        gate.begin()
-        loss = engine.forward_backward(pack, 1.0 / pack.num_supervised)
-        engine.step(lrs)
-        gate.end(float(loss) / pack.num_supervised)
+    with tempfile.TemporaryDirectory() as folder:
+        features = None
+        if stage.data.feature_cache:  # as a second epoch finds it
+            features = FeatureCache(Path(folder), lmm.vision, limit=int(stage.data.feature_cache * 2**30))
+            for pack in packs:
+                features.attach(pack)
+        gate.ready(facts)
+        for pack in packs:
+            gate.begin()
+            batch = features.attach(pack) if features else pack
+            loss = engine.forward_backward(batch, 1.0 / pack.num_supervised)
+            engine.step(lrs)
+            gate.end(float(loss) / pack.num_supervised)
 
 
 def unpack_all(packs: list[PackedBatch], lmm: LMM, image_token: int) -> list[Any]:
@@ -98,6 +109,8 @@ def facts_of(lmm: LMM, run: RunConfig, packs: list[PackedBatch], per_step: int) 
         lengths = [n for n in pack.cu_seqlens.diff().tolist() if n]
         padded += per_step * max(lengths)
         parts = step_flops(costs, lengths, len(pack.pixel_values), pack.num_supervised, trains)
+        if run.stages[0].data.feature_cache:
+            parts["tower"] = 0
         for name, value in parts.items():
             flops[name] = flops.get(name, 0.0) + value / len(packs)
     return {

@@ -78,6 +78,8 @@ def interleave(
     rounds: int = 9,
     warmup: int = 1,
     min_seconds: float = 0.0,
+    budget: float | None = None,
+    least: int = 3,
     sync: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Series]:
@@ -86,6 +88,7 @@ def interleave(
     candidates: name -> callable without arguments; results are dropped.
     rounds, warmup: timed rounds, and untimed calls of each before them (compilation and caches belong there).
     min_seconds: a candidate is called so many times in a row that a round lasts about this long; its time is per call.
+    budget: seconds that all rounds together may take; after it no round begins, but ``least`` rounds are always made.
     sync: waits for the device (torch.cuda.synchronize); None on a CPU.
     Returns the seconds per call of each candidate, one entry a round.
     """
@@ -93,7 +96,10 @@ def interleave(
         raise ValueError(f"interleave: rounds is {rounds}, needs at least 1")
     repeats = {name: _repeats(run, warmup, min_seconds, sync, clock) for name, run in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    started = clock()
     for index in range(rounds):
+        if budget is not None and index >= least and clock() - started > budget:
+            break
         for name in turns(list(candidates), index):
             seconds[name].append(_time(candidates[name], repeats[name], sync, clock))
     return {name: Series(tuple(values)) for name, values in seconds.items()}

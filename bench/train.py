@@ -26,6 +26,14 @@ from tinyllava_fast.errors import UserError, nearest
 
 WORKLOAD = Path(__file__).parent / "workloads" / "smollm2.yaml"
 PRECISIONS = ("bf16", "autocast", "master", "float32")  # how the peer keeps its weights, see peer.py
+_CACHED = "stages.0.data.feature_cache=1"
+_FROZEN = "stages.0.recipe.llm.tune=frozen"
+MODES: dict[str, tuple[str, ...]] = {  # what is added to the workload; the peer has no features to keep
+    "finetune": (),
+    "finetune-cached": (_CACHED,),
+    "pretrain": (_FROZEN,),
+    "pretrain-cached": (_FROZEN, _CACHED),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +45,14 @@ class Settings:
     warmup: int = 2  # untimed first steps of each
     samples: int = 8  # samples a step
     peers: tuple[str, ...] = ("bf16",)  # one process each, by how it keeps its weights: of PRECISIONS
+    mode: str = "finetune"  # of MODES
+    peer_checkpointing: bool = False  # whether the peer recomputes its activations, as TinyLLaVA Factory's scripts set
     reference: bool = True  # whether the losses of a peer with float32 weights are taken after the race
     quick: bool = False  # GEMM peaks of tiny shapes: for tests, MFU then means nothing
 
     def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"--mode {self.mode!r}; {nearest(self.mode, MODES)}")
         for precision in self.peers:
             if precision not in PRECISIONS:
                 raise UserError(f"--peer {precision!r}; {nearest(precision, PRECISIONS)}")
@@ -72,7 +84,7 @@ def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Sett
 
     A workload that names its own records is taken as it is; it must hold (warmup + rounds * steps) * samples of them.
     """
-    run = load_run(config, overrides)
+    run = load_run(config, [*overrides, *MODES[settings.mode]])
     if len(run.stages) != 1:
         raise UserError(f"{config}: stages: a benchmark run has exactly one stage, this has {len(run.stages)}")
     stage = run.stages[0]
@@ -113,7 +125,8 @@ def benchmark(
 def _race(path: Path, folder: Path, settings: Settings) -> dict[str, Measured]:
     arguments = [str(path), "--per-step", str(settings.samples)]
     sides = {"ours": ["ours", *arguments]}
-    sides |= {f"peer-{p}": ["peer", *arguments, "--precision", p] for p in settings.peers}
+    options = ["--checkpointing"] if settings.peer_checkpointing else []
+    sides |= {f"peer-{p}": ["peer", *arguments, "--precision", p, *options] for p in settings.peers}
     workers: dict[str, Worker] = {}
     measured: dict[str, Measured] = {}
     try:

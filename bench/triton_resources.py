@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 import tinyllava_fast.kernels as package
 from tinyllava_fast.bench import report
 from tinyllava_fast.errors import UserError, nearest
-from tinyllava_fast.kernels._common import LAUNCH, CompileCase
+from tinyllava_fast.kernels._common import LAUNCH, CompileCase, launches_of
 
 TABLE = Path(__file__).parent / "results" / "triton_resources.json"
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
@@ -40,15 +40,20 @@ MMA = re.compile(r"\b(?:[A-Z]?G?MMA|UTC[A-Z]*MMA)\b")  # HMMA, IMMA, QMMA; wgmma
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def discover() -> Iterator[tuple[str, CompileCase]]:
-    """(kernel file, case) of every file in kernels/; UserError for one without compile_cases."""
+def discover(arch: str = ARCHS[0]) -> Iterator[tuple[str, CompileCase]]:
+    """(kernel file, case) of every file in kernels/, with the launch settings of that architecture.
+
+    UserError for a file without compile_cases.
+    """
     for found in pkgutil.iter_modules(package.__path__):
         if found.name.startswith("_"):
             continue
         module = importlib.import_module(f"{package.__name__}.{found.name}")
         if not hasattr(module, "compile_cases"):
             raise UserError(f"kernels/{found.name}.py has no compile_cases(); it must yield a CompileCase per kernel")
-        for case in module.compile_cases():
+        with launches_of(arch):
+            cases = list(module.compile_cases())
+        for case in cases:
             yield found.name, case
 
 
@@ -64,14 +69,13 @@ def measure(archs: Sequence[str] = ARCHS, keep: Callable[[str, CompileCase], boo
             raise UserError(f"--arch {arch!r}; {nearest(arch, SHARED_LIMIT)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled; unset it")
-    cases = [(file, case) for file, case in discover() if keep(file, case)]
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     for arch in archs:
         if (reason := _why_not(arch)) is not None:
             skipped[arch] = reason
             continue
-        rows += [_resources(file, case, arch) for file, case in cases]
+        rows += [_resources(file, case, arch) for file, case in discover(arch) if keep(file, case)]
     versions = {"triton": triton.__version__, "torch": torch.__version__, "ptxas": triton.knobs.nvidia.ptxas.version}
     return {"kernels": rows, "skipped": skipped, "versions": versions}
 

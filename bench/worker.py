@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None, answers: IO[str] | None = None) -> i
     parser.add_argument("run")
     parser.add_argument("--per-step", type=int, required=True)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args(argv)
     setup_logging(logging.WARNING)
     answers = answers or _claim_stdout()
@@ -41,8 +42,12 @@ def main(argv: Sequence[str] | None = None, answers: IO[str] | None = None) -> i
 
     try:
         run = load_run(args.run)
+        if args.side == "ours" and pick_device(run.engine.device) == "cpu":
+            from tinyllava_fast.train import cpu_pool
+
+            cpu_pool.install()
         gate = Gate(sys.stdin, answers, device_sync(pick_device(run.engine.device)))
-        serve(args.side, run, gate, per_step=args.per_step, precision=args.precision)
+        serve(args.side, run, gate, per_step=args.per_step, precision=args.precision, checkpointing=args.checkpointing)
     except UserError as error:
         log.error("%s", error)
         return 2

@@ -1,4 +1,6 @@
 // Kernel table and ISA choice. Built with no ISA flags, so that it runs anywhere.
+#include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -7,6 +9,12 @@
 
 #include "tlf/bind.h"
 #include "tlf/kernel.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace tlf {
 namespace {
@@ -32,16 +40,34 @@ std::vector<Binding>& bindings() {
   return table;
 }
 
-const char* const kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512bf16"};
+const char* const kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
-Isa probe() {
+#if defined(__x86_64__) && defined(__linux__)
+// Tile registers are 8 KiB of state, which Linux saves only for a process that has asked for it.
+bool may_use_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // cpuid leaf 7, edx
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return true;
+  std::fprintf(stderr, "tinyllava_fast: Linux refuses AMX tiles to this process (%s); its kernels run as avx512bf16\n",
+               std::strerror(errno));
+  return false;
+}
+#else
+bool may_use_tiles() { return false; }
+#endif
+
+Isa probe(Isa limit) {
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks the OS whether it saves the wide registers; a bare cpuid does not.
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return limit == Isa::amx && may_use_tiles() ? Isa::amx : Isa::avx512bf16;
+  }
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -49,18 +75,18 @@ Isa probe() {
 }
 
 Isa choose() {
-  const Isa best = probe();
   const char* wanted = std::getenv("TLF_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best;
+  if (wanted == nullptr || *wanted == '\0') return probe(Isa::amx);
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(wanted, kIsaNames[i]) != 0) continue;
+    const Isa best = probe(static_cast<Isa>(i));  // asks for no permission that a lower one does without
     if (i > static_cast<int>(best)) {
       throw std::invalid_argument(std::string("TLF_ISA=") + wanted + ": this CPU supports up to " +
                                   kIsaNames[static_cast<int>(best)]);
     }
     return static_cast<Isa>(i);
   }
-  throw std::invalid_argument(std::string("TLF_ISA=") + wanted + ": known are baseline, avx2, avx512, avx512bf16");
+  throw std::invalid_argument(std::string("TLF_ISA=") + wanted + ": known are baseline, avx2, avx512, avx512bf16, amx");
 }
 
 }  // namespace

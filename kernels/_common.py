@@ -12,7 +12,12 @@ spills, shared memory and tensor-core instructions.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,18 +71,47 @@ class Launch:
         return {**self.blocks(), "num_warps": self.warps, "num_stages": self.stages, **LAUNCH}
 
 
-# fwd and dq: rows of queries x columns of keys. dkv: rows of queries x rows of keys that a program owns. Keyed by
-# (head size up to, "half" | "float"). One table serves sm_80 and everything later: registers bind before shared memory
-# does, every setting fits the 99 KB of sm_86, and larger blocks spill on sm_80 (docs/LOG.md).
-ATTENTION: dict[tuple[int, str], dict[str, Launch]] = {
-    (64, "half"): {"fwd": Launch(128, 64, 8, 3), "dq": Launch(128, 64, 8, 3), "dkv": Launch(32, 128, 8, 3)},
-    (128, "half"): {"fwd": Launch(64, 64, 8, 3), "dq": Launch(64, 64, 8, 2), "dkv": Launch(32, 64, 8, 2)},
-    (256, "half"): {"fwd": Launch(64, 32, 8, 2), "dq": Launch(32, 32, 8, 2), "dkv": Launch(32, 32, 8, 2)},
-    (64, "float"): {"fwd": Launch(64, 32, 8, 2), "dq": Launch(32, 32, 8, 2), "dkv": Launch(32, 32, 8, 2)},
-    (128, "float"): {"fwd": Launch(16, 32, 8, 2), "dq": Launch(32, 16, 8, 2), "dkv": Launch(32, 32, 8, 2)},
-    (256, "float"): {"fwd": Launch(16, 16, 8, 1), "dq": Launch(16, 16, 8, 1), "dkv": Launch(16, 16, 8, 1)},
-}
+TABLE = Path(__file__).with_name("launch.json")
+"""{family: {architecture: {bucket: {part: settings}}}}; `tlf-bench ops --tune` rewrites it on a GPU.
+
+An architecture's entry serves it and everything later, up to the next entry. attention: a bucket is the largest head
+size and the kind of number ("64 half"); fwd and dq are rows of queries x columns of keys, dkv rows of queries x the
+rows of keys that a program owns. The settings of sm_80 were chosen offline: registers bind before shared memory does,
+every one fits the 99 KB of sm_86, and larger blocks spill (docs/LOG.md).
+"""
+BUCKETS = (64, 128, 256)  # head sizes up to
+
+
+def read_table(path: Path = TABLE) -> dict[str, dict[str, dict[str, dict[str, Launch]]]]:
+    """The launch table, architectures ascending."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        family: {
+            arch: {
+                bucket: {part: Launch(**settings) for part, settings in parts.items()}
+                for bucket, parts in archs[arch].items()
+            }
+            for arch in sorted(archs, key=arch_number)
+        }
+        for family, archs in raw.items()
+    }
+
+
+def arch_number(arch: str) -> int:
+    """80 of "sm_80"."""
+    return int(arch.removeprefix("sm_"))
+
+
+_TABLE = read_table()
 _INTERPRETED = {"fwd": Launch(32, 16, 1, 1), "dq": Launch(32, 16, 1, 1), "dkv": Launch(16, 32, 1, 1)}
+_targets: list[str] = []
+_tried: list[dict[str, Launch]] = []
+
+
+def bucket_of(head_dim: int, dtype: torch.dtype) -> str:
+    """Key of the attention table for a head size of up to 256."""
+    size = next(size for size in BUCKETS if head_dim <= size)
+    return f"{size} {'float' if dtype == torch.float32 else 'half'}"
 
 
 def attention_launch(device: str, head_dim: int, dtype: torch.dtype) -> dict[str, Launch]:
@@ -87,6 +121,39 @@ def attention_launch(device: str, head_dim: int, dtype: torch.dtype) -> dict[str
     """
     table = _INTERPRETED
     if device != "cpu":
-        bucket = next(size for size in (64, 128, 256) if head_dim <= size)
-        table = ATTENTION[bucket, "float" if dtype == torch.float32 else "half"]
+        archs = _TABLE["attention"]
+        wanted = arch_number(_targets[-1] if _targets else device_arch())
+        fitting = [a for a in archs if arch_number(a) <= wanted] or list(archs)[:1]
+        table = archs[fitting[-1]][bucket_of(head_dim, dtype)]
+    if _tried:
+        table = {**table, **_tried[-1]}
     return {**table, "decode": Launch(16, table["fwd"].n, 4, table["fwd"].stages)}
+
+
+@functools.cache
+def device_arch() -> str:
+    """Architecture of the first GPU, the table's first one where there is none."""
+    if not torch.cuda.is_available():
+        return next(iter(_TABLE["attention"]))
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{10 * major + minor}"
+
+
+@contextlib.contextmanager
+def launches_of(arch: str) -> Iterator[None]:
+    """Inside the block, launch settings are those of that architecture: for compiling without a GPU."""
+    _targets.append(arch)
+    try:
+        yield
+    finally:
+        _targets.pop()
+
+
+@contextlib.contextmanager
+def trying(parts: dict[str, Launch]) -> Iterator[None]:
+    """Inside the block, these parts (fwd, dq, dkv) of the attention kernels replace the table's: for tuning."""
+    _tried.append(parts)
+    try:
+        yield
+    finally:
+        _tried.pop()

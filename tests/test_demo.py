@@ -74,7 +74,7 @@ def test_demo(config, data, monkeypatch, capsys):
     monkeypatch.setattr(demo, "train", lambda *_, fresh: asked.append(fresh) or 7)
     assert demo.main([*arguments, "seed=5"]) == 7  # another configuration is not taken for the finished one
     assert demo.main([*arguments, "--fresh"]) == 7
-    assert asked == [False, True] and not (run / "eval").exists()
+    assert asked == [False, True] and not any((run / name).exists() for name in ("eval", "eval-blind"))
 
 
 def test_bad_input(tmp_path, config, monkeypatch, caplog):

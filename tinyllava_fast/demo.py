@@ -65,25 +65,25 @@ def run(
     run_dir = Path(loaded.output_dir)
     log.info("easy-VQA is in %s", prepare(data))
     if fresh:
-        shutil.rmtree(run_dir / "eval", ignore_errors=True)
+        for folder in ("eval", "eval-blind"):
+            shutil.rmtree(run_dir / folder, ignore_errors=True)
     if not fresh and is_trained(run_dir, dump(loaded)):
         log.info("%s is trained already (--fresh trains again)", run_dir)
     elif code := train(config, overrides, fresh=fresh):
         return code
     from tinyllava_fast.eval.report import write_report
-    from tinyllava_fast.eval.runner import default_output, evaluate, write_json
+    from tinyllava_fast.eval.results import write_json
+    from tinyllava_fast.eval.runner import default_output, evaluate
 
     model = run_dir / "final"
-    folders = {blind: default_output(model, BENCHMARK, blind) for blind in (False, True)}
-    seen, unseen = (
-        evaluate(model, BENCHMARK, data, folders[blind], blind=blind, limit=limit) for blind in (False, True)
-    )
+    seen, unseen = (evaluate(model, [BENCHMARK], data, blind=blind, limit=limit)[BENCHMARK] for blind in (False, True))
+    folders = [default_output(model, blind) / BENCHMARK for blind in (False, True)]
     results = summarise(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")), seen, unseen)
     write_json(run_dir / "results.json", results)
     captions = any(Path(stage.data.records).name == "captions.json" for stage in loaded.stages)
     note = NOTE if captions else ""
-    page, picture = write_report(run_dir, folders[False], folders[True], data, note=note)
-    show(results, seen["questions_by_type"], unseen["accuracy_by_type"])
+    page, picture = write_report(run_dir, *folders, note=note)
+    show(results, {row["name"]: row["questions"] for row in seen["tables"]["type"]})
     log.info("results: %s", run_dir / "results.json")
     log.info("report:  %s, %s", page, picture)
     return 0
@@ -121,27 +121,33 @@ def trainer_command(config: Path, overrides: Sequence[str], fresh: bool) -> list
 
 def summarise(training: dict[str, Any], seen: dict[str, Any], unseen: dict[str, Any]) -> dict[str, Any]:
     """What results.json holds, from the training summary and the two evaluations."""
+    run = seen["run"]
     return {
-        "accuracy": seen["accuracy"],
+        "accuracy": _accuracy(seen["metrics"]),
         "questions": seen["questions"],
-        "accuracy_by_type": seen["accuracy_by_type"],
-        "blind_accuracy": unseen["accuracy"],
-        "blind_accuracy_by_type": unseen["accuracy_by_type"],
+        "accuracy_by_type": {row["name"]: _accuracy([row]) for row in seen["tables"]["type"]},
+        "blind_accuracy": _accuracy(unseen["metrics"]),
+        "blind_accuracy_by_type": {row["name"]: _accuracy([row]) for row in unseen["tables"]["type"]},
         "train_seconds": training["train_seconds"],
-        "eval_seconds": seen["eval_seconds"],
+        "eval_seconds": run["eval_seconds"],
         "samples_per_s": training["samples_per_s"],
         "tokens_per_s": training["tokens_per_s"],
-        "questions_per_s": seen["questions_per_s"],
-        "peak_rss_bytes": max(training["peak_rss_bytes"], seen["peak_rss_bytes"]),
+        "questions_per_s": run["questions_per_s"],
+        "peak_rss_bytes": max(training["peak_rss_bytes"], run["peak_rss_bytes"]),
         "train_peak_rss_bytes": training["peak_rss_bytes"],
-        "eval_peak_rss_bytes": seen["peak_rss_bytes"],
+        "eval_peak_rss_bytes": run["peak_rss_bytes"],
         "model_digest": seen["model_digest"],
-        "machine": seen["machine"],
+        "machine": run["machine"],
         "versions": seen["versions"],
     }
 
 
-def show(results: dict[str, Any], counts: dict[str, int], blind_by_type: dict[str, float]) -> None:
+def _accuracy(metrics: list[dict[str, Any]]) -> float:
+    """The first metric as a share 0..1."""
+    return float(metrics[0]["value"] / metrics[0]["scale"])
+
+
+def show(results: dict[str, Any], counts: dict[str, int]) -> None:
     """Print the results as a table on standard output."""
     from rich.console import Console
     from rich.table import Table
@@ -152,7 +158,7 @@ def show(results: dict[str, Any], counts: dict[str, int], blind_by_type: dict[st
     for name in ("type", "questions", "accuracy", "blank images"):
         table.add_column(name, justify="left" if name == "type" else "right")
     for kind, accuracy in results["accuracy_by_type"].items():
-        table.add_row(kind, f"{counts[kind]:,}", f"{accuracy:.2%}", f"{blind_by_type[kind]:.2%}")
+        table.add_row(kind, f"{counts[kind]:,}", f"{accuracy:.2%}", f"{results['blind_accuracy_by_type'][kind]:.2%}")
     table.add_section()
     table.add_row(
         "all",

@@ -11,8 +11,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import statistics
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _NEVER = 2**31 - 1  # mallopt takes an int
@@ -31,6 +34,31 @@ def prepare_memory() -> bool:
         return False
     kept = mallopt(M_MMAP_THRESHOLD, _NEVER) or mallopt(M_MMAP_THRESHOLD, _OLD_LIMIT)
     return bool(kept and mallopt(M_TRIM_THRESHOLD, _NEVER))
+
+
+def gemm_flops_per_s(dtype: Any, *, size: int = 2048, rounds: int = 7) -> float:
+    """FLOP/s of torch's own product of two square matrices on the CPU, the median of the rounds.
+
+    dtype: a torch.dtype.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    seconds = []
+    for _ in range(rounds + 2):
+        started = time.perf_counter()
+        torch.mm(left, right.t(), out=out)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: TLF_CACHE, else tinyllava_fast in the user's cache folder."""
+    if "TLF_CACHE" in os.environ:
+        return Path(os.environ["TLF_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllava_fast"
 
 
 def processor() -> str:

@@ -10,10 +10,10 @@ namespace tlf {
 namespace TLF_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;                        // keys between two rescalings
-constexpr int64_t kHeads = 8;                         // query heads of a key head that are treated at once
-constexpr int64_t kSize = 256;                        // largest head size
-constexpr int64_t kParallelElements = 3 * (1 << 16);  // below this a thread team costs more than it saves
+constexpr int64_t kBlock = 64;                  // keys between two rescalings
+constexpr int64_t kHeads = 8;                   // query heads of a key head that are treated at once
+constexpr int64_t kSize = 256;                  // largest head size
+constexpr int64_t kParallelElements = 1 << 15;  // below this a thread team costs more than it saves
 
 struct Shape {
   int64_t heads, kv_heads, size, k_row, k_head, v_row, v_head;
@@ -25,11 +25,12 @@ struct Span {
 };
 
 // Query heads [0, group) of one key head; q and out: [group, size] contiguous; k and v point at the key head.
-template <typename T>
+// Size: the head size where it is known to the compiler, which then keeps a row in registers; 0: s.size.
+template <typename T, int64_t Size>
 void attend(const T* q, const T* k, const T* v, T* out, const Shape& s, int64_t group, const Span* spans) {
   alignas(64) float queries[kHeads][kSize], sums[kHeads][kSize], row[kSize], scores[kHeads][kBlock];
   float top[kHeads], total[kHeads];
-  const int64_t size = s.size;
+  const int64_t size = Size > 0 ? Size : s.size;
   for (int64_t h = 0; h < group; ++h) {
     top[h] = -INFINITY, total[h] = 0.0f;
     for (int64_t d = 0; d < size; ++d) queries[h][d] = to_float(q[h * size + d]) * s.scale, sums[h][d] = 0.0f;
@@ -93,7 +94,8 @@ void run(const T* q, const T* k, const T* v, T* out, const int32_t* start, const
     const int64_t some = group - first < kHeads ? group - first : kHeads;
     const Span spans[2] = {{prefix ? prefix[2 * i] : 0, prefix ? prefix[2 * i + 1] : 0}, {start[i], used[i]}};
     const int64_t at = (i * s.heads + head) * s.size;
-    attend(q + at, k + n * s.k_head, v + n * s.v_head, out + at, s, some, spans);
+    const auto kernel = s.size == 64 ? attend<T, 64> : s.size == 128 ? attend<T, 128> : attend<T, 0>;
+    kernel(q + at, k + n * s.k_head, v + n * s.v_head, out + at, s, some, spans);
   }
 }
 

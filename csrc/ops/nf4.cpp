@@ -3,6 +3,7 @@
 
 #include "tlf/attention_simd.h"
 #include "tlf/kernel.h"
+#include "tlf/tiles.h"
 
 namespace tlf {
 namespace TLF_ISA {
@@ -81,6 +82,40 @@ TLF_INLINE void store_chunk(bf16* out, Vec even, Vec odd) {
   store(reinterpret_cast<float*>(out), (Vec)pairs);
 }
 
+// The kChunk-wise part of a block whose scale is the same: returns how many weights it made.
+TLF_INLINE int64_t chunks(const uint8_t* bytes, float scale, int64_t count, float* out) {
+  int64_t at = 0;
+  for (; at + kChunk <= count; at += kChunk) {
+    const Halves w = look_up(bytes + at / 2);
+    store_chunk(out + at, w.even * scale, w.odd * scale);
+  }
+  return at;
+}
+#if defined(TLF_AVX512)
+// The 16 values of a block are rounded once, then 32 weights are one permutation of words: it looks at the low five
+// bits of an index, so that the table stands in the register twice.
+TLF_INLINE int64_t chunks(const uint8_t* bytes, float scale, int64_t count, bf16* out) {
+  const UVec values = rounded((Vec)_mm512_load_ps(kCodes) * scale) >> 16;
+  const __m512i table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16((__m512i)values));
+  int64_t at = 0;
+  for (; at + kChunk <= count; at += kChunk) {
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + at / 2)));
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16));
+    _mm512_storeu_si512(out + at, _mm512_permutexvar_epi16(index, table));
+  }
+  return at;
+}
+#else
+TLF_INLINE int64_t chunks(const uint8_t* bytes, float scale, int64_t count, bf16* out) {
+  int64_t at = 0;
+  for (; at + kChunk <= count; at += kChunk) {
+    const Halves w = look_up(bytes + at / 2);
+    store_chunk(out + at, w.even * scale, w.odd * scale);
+  }
+  return at;
+}
+#endif
+
 // Weights start..start + count of the flattened matrix. Blocks have an even size, so only the ends are odd.
 template <typename T>
 void dequantize(const uint8_t* packed, const float* absmax, int64_t blocksize, int64_t start, int64_t count, T* out) {
@@ -94,10 +129,8 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t blocksize, i
     const int64_t block = at / blocksize;
     const int64_t end = least(stop, (block + 1) * blocksize);
     const float scale = absmax[block];
-    for (; at + kChunk <= end; at += kChunk, out += kChunk) {
-      const Halves w = look_up(packed + at / 2);
-      store_chunk(out, w.even * scale, w.odd * scale);
-    }
+    const int64_t made = chunks(packed + at / 2, scale, end - at, out);
+    at += made, out += made;
     for (; at + 2 <= end; at += 2, out += 2) {
       narrow(kCodes[packed[at / 2] >> 4] * scale, out);
       narrow(kCodes[packed[at / 2] & 15] * scale, out + 1);
@@ -173,9 +206,42 @@ void multiply(const uint8_t* packed, const float* absmax, int64_t blocksize, con
   }
 }
 
+#if defined(TLF_TILES)
+constexpr int64_t kFewRows = 4;  // so many rows are faster in vectors
+
+struct CodedRows {
+  const uint8_t* packed;
+  const float* absmax;
+  int64_t blocksize, columns;
+  TLF_INLINE void prefetch(int64_t first, int64_t k) const {
+    const uint8_t* at = packed + (first * columns + k * kTileRows) / 2 + 8192;
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(at + 64 * line, 0, 2);
+  }
+  const bf16* rows_of(int64_t first, int64_t count, int64_t k, int64_t width, bf16* buffer, int64_t* stride) const {
+    *stride = kTileBatch * kTileDepth;
+    for (int64_t o = 0; o < kTileRows; ++o, buffer += *stride) {
+      const int64_t n = o < count ? width : 0;
+      dequantize(packed, absmax, blocksize, (first + o) * columns + k, n, buffer);
+      if (n < *stride) std::memset(buffer + n, 0, (*stride - n) * sizeof(bf16));
+    }
+    return buffer - kTileRows * *stride;
+  }
+};
+#endif
+
 template <typename T>
 void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize, const T* bias,
          float* scratch, T* y, int64_t rows, int64_t outputs, int64_t columns) {
+#if defined(TLF_TILES)
+  if constexpr (sizeof(T) == 2) {
+    if (rows > kFewRows && tiles_allowed()) {
+      bf16* tiles = reinterpret_cast<bf16*>(scratch);
+      pack_rows(x, ldx, rows, columns, tiles);
+      product_in_tiles(CodedRows{packed, absmax, blocksize, columns}, tiles, bias, y, rows, outputs, columns);
+      return;
+    }
+  }
+#endif
   for (int64_t n = 0; n < rows; ++n) {
     float* to = scratch + n * columns;
     for (int64_t i = 0; i < columns / 2; ++i) {
@@ -207,7 +273,8 @@ void nf4_tile(const uint8_t* packed, const float* absmax, int64_t blocksize, int
   }
 }
 
-// x: [rows, columns], columns even. bias: [outputs] or null. y: [rows, outputs]. scratch: float [rows * columns].
+// x: [rows <= 16, columns], columns even. bias: [outputs] or null. y: [rows, outputs].
+// scratch: float [16 * (columns + 64)], aligned to 64 bytes.
 void nf4_linear_few(const void* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize,
                     const void* bias, float* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns,
                     int64_t dtype) {

@@ -9,6 +9,9 @@
 #include "tlf/attention_plan.h"
 #include "tlf/attention_simd.h"
 #include "tlf/kernel.h"
+#if defined(TLF_ISA_IS_amx)
+#include "tlf/attention_amx.h"
+#endif
 
 namespace tlf {
 namespace TLF_ISA {
@@ -30,12 +33,17 @@ struct Forward {
 template <typename E>
 struct Work {
   static constexpr int kp = Pack<E>::kp;
+#if defined(TLF_ISA_IS_amx)
+  static constexpr bool kTiles = kp == 2;
+#else
+  static constexpr bool kTiles = false;
+#endif
   E *rows, *keys, *v_t;
   float *lanes, *q_t, *scores, *probs, *o_t, *top, *sum, *alpha, *o_rows;
   int64_t kd, padded, chunk;
 
   void carve(Scratch& s, int64_t size, int64_t panels) {
-    kd = ceil_div(size, kp), padded = round_up(size, kWidth * kp);
+    padded = round_up(size, kWidth * kp), kd = kTiles ? padded / kp : ceil_div(size, kp);
     chunk = size <= 64 ? 384 : 192;                  // keys at a time: their scores, probabilities, K and V stay in L2
     rows = s.take<E>(most(kPanel, chunk) * padded);  // rows of q or v, converted and padded
     keys = s.take<E>(chunk * padded);
@@ -108,7 +116,7 @@ inline void softmax(const Work<E>& w, const Limits& limits, int v, const View& v
       store(p + j * kPanel, x);
     }
   } else {
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
     const auto pair = [&](int64_t i) {
       const Vec x = soft_masked(i), y = soft_masked(i + 1);
       total[0] += x, total[1] += y;
@@ -170,6 +178,20 @@ void attend(const Work<E>& w, const Limits& limits, const E* keys, int64_t ldk, 
   });
 }
 
+#if defined(TLF_ISA_IS_amx)
+// the same in tiles
+inline void attend(const Work<bf16>& w, const Limits& limits, int64_t j0, int64_t n, int64_t size, int64_t panel,
+                   float scale, float softcap) {
+  const int64_t at = panel * kPanel;
+  const Meeting m{w.keys,     w.v_t,      w.q_t + at * w.kd,
+                  w.scores,   w.probs,    w.o_t + at * w.padded,
+                  w.top + at, w.sum + at, w.padded,
+                  w.chunk,    size,       j0,
+                  n,          scale,      softcap};
+  for (int v = 0; v < kPanelVecs; v += 2) attend_half(m, limits, v);
+}
+#endif
+
 template <typename T, typename E>
 void load_queries(const Forward<T>& f, const Plan& plan, const Work<E>& w, int64_t first, int64_t last,
                   const Task& task, int64_t rows, int64_t panel0, int64_t panel1) {
@@ -212,6 +234,9 @@ void store_outputs(const Forward<T>& f, const Plan& plan, const Work<E>& w, int6
 template <typename T, typename E>
 void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Span>* spans) {
   static thread_local Scratch scratch;
+#if defined(TLF_ISA_IS_amx)
+  const TileScope tiles;
+#endif
   Work<E> w;
   const int64_t first = plan.groups[task.unit], last = plan.groups[task.unit + 1], group = f.group();
   const int64_t rows = plan.queries(first, last) * group, panels = ceil_div(rows, kPanel);
@@ -228,7 +253,8 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
     const int64_t query0 = most(span.q0, p0 * kPanel / group), query1 = least(span.q1, ceil_div(p1 * kPanel, group));
     const int64_t end = span.causal ? clamp(query1 - span.q0 + span.shift, 0, span.nk) : span.nk;
     const int64_t begin = span.windowed ? clamp(query0 - span.q0 + span.shift - plan.window + 1, 0, end) : 0;
-    const int64_t chunk = even_piece(span.nk, w.chunk);  // the same for every task: sums do not depend on the threads
+    const int64_t chunk = even_piece(
+        span.nk, w.chunk, Work<E>::kTiles ? 32 : 6);  // the same for every task: sums do not depend on the threads
     for (int64_t j0 = begin - begin % chunk; j0 < end; j0 += chunk) {
       const int64_t n = least(chunk, end - j0);
       const T* from_k = f.k + (span.k0 + j0) * f.k_row + task.head * f.k_head;
@@ -237,7 +263,8 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
       int64_t ldk = w.kd * Work<E>::kp, ldv = ldk;
       if constexpr (sizeof(T) == sizeof(E)) {  // read in place, unless several panels profit from a dense copy
         values = reinterpret_cast<const E*>(from_v), ldv = f.v_row;
-        if (p1 - p0 == 1 && f.size % Work<E>::kp == 0) keys = reinterpret_cast<const E*>(from_k), ldk = f.k_row;
+        if (!Work<E>::kTiles && p1 - p0 == 1 && f.size % Work<E>::kp == 0)
+          keys = reinterpret_cast<const E*>(from_k), ldk = f.k_row;
       } else {
         for (int64_t j = 0; j < n; ++j) copy_row(w.rows + j * ldv, from_v + j * f.v_row, f.size, ldv);
       }
@@ -250,6 +277,12 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
       transpose_elements(values, ldv, n, f.size, w.v_t, w.chunk, w.lanes);
       for (int64_t p = p0; p < p1; ++p) {
         limits.set(span, p, group, plan.window);
+#if defined(TLF_ISA_IS_amx)
+        if constexpr (Work<E>::kTiles) {
+          attend(w, limits, j0, n, f.size, p - panel0, f.scale, f.softcap);
+          continue;
+        }
+#endif
         attend(w, limits, keys, ldk, j0, n, f.size, p - panel0, f.scale, f.softcap);
       }
     }
@@ -324,7 +357,7 @@ void packed_attention_fwd(const void* q, const void* k, const void* v, void* out
                        static_cast<float>(softcap)};
     clear_rows(f, 0, segments > 0 ? cu_q[0] : tokens);
     if (segments > 0) clear_rows(f, cu_q[segments], tokens);
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
     forward<T, T>(f, plan, threads);
 #else
     forward<T, float>(f, plan, threads);

@@ -11,12 +11,25 @@
 #include "tlf/attention_plan.h"
 #include "tlf/attention_simd.h"
 #include "tlf/kernel.h"
+#if defined(TLF_ISA_IS_amx)
+#include "tlf/attention_amx_bwd.h"
+#endif
 
 namespace tlf {
 namespace TLF_ISA {
 namespace {
 
-constexpr int64_t kKeys = 96;  // of a block
+#if defined(TLF_ISA_IS_amx)
+template <typename E>
+constexpr bool kTiles = Pack<E>::kp == 2;
+template <typename E>
+constexpr int64_t kKeys = kTiles<E> ? kRunKeys : 96;  // of a block
+#else
+template <typename E>
+constexpr bool kTiles = false;
+template <typename E>
+constexpr int64_t kKeys = 96;
+#endif
 
 template <typename T>
 struct Backward {
@@ -33,33 +46,46 @@ struct Backward {
 template <typename E>
 struct Work {
   static constexpr int kp = Pack<E>::kp;
-  int64_t kd, padded, panels;
+  static constexpr int64_t unit = kTiles<E> ? 32 : 6;  // keys are padded to a multiple of it
+  static constexpr int64_t room = kKeys<E> + (kTiles<E> ? unit : 0);
+  int64_t kd, padded, ld, dq_rows, panels;
   E *rows, *keys, *values, *k_t, *p, *ds;
   float *lanes, *scores, *dprobs, *ds_lanes, *dk, *dv;  // of a block of keys
   float *q_t, *do_t, *q_lanes, *do_lanes, *dq_t;        // of each panel
   float *lse, *delta;                                   // of each row; lse in base 2
 
   void carve(Scratch& s, int64_t size, int64_t count) {
-    kd = ceil_div(size, kp), padded = round_up(size, kWidth), panels = count;
+    padded = round_up(size, kTiles<E> ? kp * kWidth : kWidth), panels = count;
+    kd = kTiles<E> ? padded / kp : ceil_div(size, kp), dq_rows = kTiles<E> ? padded : size;
+    ld = kTiles<E> ? padded + kWidth : padded;  // an odd number of cache lines, as tiles read 16 rows at once
     rows = s.take<E>(kPanel * padded);
-    keys = s.take<E>(kKeys * padded);
-    values = s.take<E>(kKeys * padded);
-    k_t = s.take<E>(size * kKeys + 64);
-    lanes = s.take<float>(kKeys * padded);
-    scores = s.take<float>(kKeys * kPanel);
-    dprobs = s.take<float>(kKeys * kPanel);
-    p = kp == 1 ? reinterpret_cast<E*>(scores) : s.take<E>(kKeys * kPanel);
-    ds = kp == 1 ? reinterpret_cast<E*>(dprobs) : s.take<E>(kKeys * kPanel);
-    ds_lanes = kp == 1 ? dprobs : s.take<float>(kKeys / kp * kPanel);
-    dk = s.take<float>(kKeys * padded);
-    dv = s.take<float>(kKeys * padded);
+    keys = s.take<E>(room * padded);
+    values = s.take<E>(room * padded);
+    k_t = s.take<E>(dq_rows * room + 64);
+    lanes = s.take<float>(room * padded);
+    dk = s.take<float>(room * ld);
+    dv = s.take<float>(room * ld);
     q_t = s.take<float>(panels * kd * kPanel);
     do_t = s.take<float>(panels * kd * kPanel);
-    q_lanes = s.take<float>(panels * kPanel / kp * padded);
-    do_lanes = s.take<float>(panels * kPanel / kp * padded);
-    dq_t = s.take<float>(panels * size * kPanel);
+    q_lanes = s.take<float>(panels * kPanel / kp * ld);
+    do_lanes = s.take<float>(panels * kPanel / kp * ld);
+    dq_t = s.take<float>(panels * dq_rows * kPanel);
     lse = s.take<float>(panels * kPanel);
     delta = s.take<float>(panels * kPanel);
+#if defined(TLF_ISA_IS_amx)
+    if constexpr (kTiles<E>) {
+      scores = s.take<float>(2 * kSquare * kSquare);
+      p = s.take<E>(kRunKeys * kRunRow);
+      ds = s.take<E>(kRunKeys * kRunRow);
+      ds_lanes = s.take<float>(kRunKeys / 2 * kRunLanes);
+      return;
+    }
+#endif
+    scores = s.take<float>(kKeys<E> * kPanel);
+    dprobs = s.take<float>(kKeys<E> * kPanel);
+    p = kp == 1 ? reinterpret_cast<E*>(scores) : s.take<E>(kKeys<E> * kPanel);
+    ds = kp == 1 ? reinterpret_cast<E*>(dprobs) : s.take<E>(kKeys<E> * kPanel);
+    ds_lanes = kp == 1 ? dprobs : s.take<float>(kKeys<E> / kp * kPanel);
   }
 };
 
@@ -71,18 +97,18 @@ TLF_NOINLINE void pack_rows(const Work<E>& w, float* transposed, float* lanes, c
   fill(rows);
   transpose(rows, w.padded / Work<E>::kp, kPanel, w.kd, transposed, kPanel);
   if constexpr (Work<E>::kp == 2) {
-    interleave(rows, w.padded, kPanel, w.padded, reinterpret_cast<uint32_t*>(lanes), w.padded);
+    interleave(rows, w.padded, kPanel, w.padded, reinterpret_cast<uint32_t*>(lanes), w.ld);
   }
 }
 
 template <typename T, typename E>
 TLF_NOINLINE void load_rows(const Backward<T>& f, const Plan& plan, const Work<E>& w, int64_t first, int64_t last,
                             int64_t head0) {
-  const int64_t n = f.part_heads(), per_panel = w.kd * kPanel, lanes_per_panel = kPanel / Work<E>::kp * w.padded;
+  const int64_t n = f.part_heads(), per_panel = w.kd * kPanel, lanes_per_panel = kPanel / Work<E>::kp * w.ld;
   const int64_t ahead = ceil_div(kAhead, n);
   std::memset(w.lse, 0, static_cast<size_t>(w.panels * kPanel) * sizeof(float));
   std::memset(w.delta, 0, static_cast<size_t>(w.panels * kPanel) * sizeof(float));
-  std::memset(w.dq_t, 0, static_cast<size_t>(w.panels * f.size * kPanel) * sizeof(float));
+  std::memset(w.dq_t, 0, static_cast<size_t>(w.panels * w.dq_rows * kPanel) * sizeof(float));
   for (int64_t p = 0; p < w.panels; ++p) {
     pack_rows(w, w.q_t + p * per_panel, w.q_lanes + p * lanes_per_panel, [&](E* rows) {
       each_row(plan, first, last, p, n, [&](int64_t lane, int64_t token, int64_t part) {
@@ -141,7 +167,7 @@ void differentiate(const Work<E>& w, const Limits& limits, int v, int64_t j0, co
       store(w.p + at, p0), store(w.p + at + kPanel, p1);
       store(w.ds + at, ds0), store(w.ds + at + kPanel, ds1);
     } else {
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
       store_rows(w.p + at, w.p + at + kPanel, narrow_rows(p0, p1));
       const __m512i rows = narrow_rows(ds0, ds1);
       store_rows(w.ds + at, w.ds + at + kPanel, rows);
@@ -197,11 +223,23 @@ void meet(const Work<E>& w, const Limits& limits, int64_t a, int64_t n, int64_t 
                         w.padded);
   });
   view.each_half([&](int from, int to, int64_t end) {
-    gemm<E, Write::add>(size, to - from, ceil_div(end - view.kmin, kp), w.k_t + a + view.kmin, kKeys,
+    gemm<E, Write::add>(size, to - from, ceil_div(end - view.kmin, kp), w.k_t + a + view.kmin, w.room,
                         w.ds_lanes + (view.kmin / kp) * kPanel + from * kWidth, kPanel,
                         w.dq_t + panel * size * kPanel + from * kWidth, kPanel);
   });
 }
+
+#if defined(TLF_ISA_IS_amx)
+// the same in tiles, for all panels [first, last) that the span has
+template <typename T>
+void meet(const Backward<T>& f, const Work<bf16>& w, const Span& span, int64_t window, int64_t a, int64_t n, int64_t j0,
+          int64_t first, int64_t last) {
+  const Gradient g{w.keys,   w.values, w.k_t,  w.q_t,  w.do_t, w.q_lanes,      w.do_lanes, w.lse,
+                   w.delta,  w.dq_t,   w.dk,   w.dv,   w.p,    w.ds,           w.ds_lanes, w.scores,
+                   w.padded, w.ld,     w.room, f.size, window, f.part_heads(), f.scale,    f.softcap};
+  meet(g, span, a, n, j0, first, last);
+}
+#endif
 
 template <typename T, typename E>
 void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const Task& task, const Buffer<Span>& spans,
@@ -213,11 +251,14 @@ void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const T
     copy_row(w.keys + j * w.padded, f.k + (b0 + j) * f.k_row + task.head * f.k_head, f.size, w.padded);
     copy_row(w.values + j * w.padded, f.v + (b0 + j) * f.v_row + task.head * f.v_head, f.size, w.padded);
   }
-  // zeros past the keys: an odd number of them is multiplied in whole lanes
-  std::memset(static_cast<void*>(w.k_t), 0, static_cast<size_t>(f.size * kKeys + 64) * sizeof(E));
-  transpose_elements(w.keys, w.padded, nb, f.size, w.k_t, kKeys, w.lanes);
-  std::memset(w.dk, 0, static_cast<size_t>(nb * w.padded) * sizeof(float));
-  std::memset(w.dv, 0, static_cast<size_t>(nb * w.padded) * sizeof(float));
+  // zeros past the keys: they are multiplied in whole lanes or tiles
+  const int64_t spare = (w.room - kKeys<E>)*w.padded;
+  std::memset(static_cast<void*>(w.keys + nb * w.padded), 0, static_cast<size_t>(spare) * sizeof(E));
+  std::memset(static_cast<void*>(w.values + nb * w.padded), 0, static_cast<size_t>(spare) * sizeof(E));
+  std::memset(static_cast<void*>(w.k_t), 0, static_cast<size_t>(w.dq_rows * w.room + 64) * sizeof(E));
+  transpose_elements(w.keys, w.padded, nb, f.size, w.k_t, w.room, w.lanes);
+  std::memset(w.dk, 0, static_cast<size_t>(w.room * w.ld) * sizeof(float));
+  std::memset(w.dv, 0, static_cast<size_t>(w.room * w.ld) * sizeof(float));
   Limits limits;
   for (int64_t i = 0; i < spans.size; ++i) {
     const Span& span = spans[i];
@@ -227,7 +268,15 @@ void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const T
     int64_t q0 = span.q0, q1 = span.q1;
     if (span.causal) q0 += most(0, j0 - span.shift);
     if (span.windowed) q1 = least(q1, span.q0 + j0 + n - 1 + plan.window - span.shift);
-    for (int64_t p = q0 * n_heads / kPanel; p < ceil_div(q1 * n_heads, kPanel) && q0 < q1; ++p) {
+    if (q0 >= q1) continue;
+    const int64_t first = q0 * n_heads / kPanel, last = ceil_div(q1 * n_heads, kPanel);
+#if defined(TLF_ISA_IS_amx)
+    if constexpr (kTiles<E>) {
+      meet(f, w, span, plan.window, a, n, j0, first, last);
+      continue;
+    }
+#endif
+    for (int64_t p = first; p < last; ++p) {
       limits.set(span, p, n_heads, plan.window);
       meet(w, limits, a, n, j0, f.size, p, f.scale, f.softcap);
     }
@@ -235,12 +284,12 @@ void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const T
   for (int64_t j = 0; j < nb; ++j) {
     const int64_t row = ((b0 + j) * f.kv_heads + task.head) * f.size;
     if (f.splits == 1) {
-      store_row(f.dk + row, w.dk + j * w.padded, f.size, f.scale);
-      store_row(f.dv + row, w.dv + j * w.padded, f.size, 1.0f);
+      store_row(f.dk + row, w.dk + j * w.ld, f.size, f.scale);
+      store_row(f.dv + row, w.dv + j * w.ld, f.size, 1.0f);
     } else {
       const int64_t each = f.keys * f.kv_heads * f.size;
-      store_row(f.partial + task.part * each + row, w.dk + j * w.padded, f.size, f.scale);
-      store_row(f.partial + (f.splits + task.part) * each + row, w.dv + j * w.padded, f.size, 1.0f);
+      store_row(f.partial + task.part * each + row, w.dk + j * w.ld, f.size, f.scale);
+      store_row(f.partial + (f.splits + task.part) * each + row, w.dv + j * w.ld, f.size, 1.0f);
     }
   }
 }
@@ -248,6 +297,9 @@ void run_block(const Backward<T>& f, const Plan& plan, const Work<E>& w, const T
 template <typename T, typename E>
 void run_task(const Backward<T>& f, const Plan& plan, const Task& task, Buffer<Span>* spans) {
   static thread_local Scratch scratch;
+#if defined(TLF_ISA_IS_amx)
+  const TileScope tiles;
+#endif
   const int64_t first = plan.components[task.unit], last = plan.components[task.unit + 1];
   const int64_t n_heads = f.part_heads(), head0 = (task.head * f.splits + task.part) * n_heads;
   Work<E> w;
@@ -257,16 +309,16 @@ void run_task(const Backward<T>& f, const Plan& plan, const Task& task, Buffer<S
   plan.spans(first, last, spans);
   for (int64_t i = plan.ranges_of[task.unit]; i < plan.ranges_of[task.unit + 1]; ++i) {
     const Interval& keys = plan.intervals[i];
-    const int64_t block = even_piece(keys.k1 - keys.k0, kKeys);
+    const int64_t block = even_piece(keys.k1 - keys.k0, kKeys<E>, Work<E>::unit);
     for (int64_t b0 = keys.k0; b0 < keys.k1; b0 += block) {
       run_block(f, plan, w, task, *spans, b0, least(block, keys.k1 - b0));
     }
   }
-  static_assert(kKeys >= kPanel, "dk, free by now, takes the rows of a panel");
+  static_assert(kKeys<E> >= kPanel, "dk, free by now, takes the rows of a panel");
   float* rows = w.dk;
   for (int64_t p = 0; p < w.panels; ++p) {
     const int64_t lanes = least(kPanel, plan.queries(first, last) * n_heads - p * kPanel);
-    transpose(w.dq_t + p * f.size * kPanel, kPanel, f.size, lanes, rows, w.padded);
+    transpose(w.dq_t + p * w.dq_rows * kPanel, kPanel, f.size, lanes, rows, w.padded);
     each_row(plan, first, last, p, n_heads, [&](int64_t lane, int64_t token, int64_t part) {
       store_row(f.dq + (token * f.heads + head0 + part) * f.size, rows + lane * w.padded, f.size, f.scale);
     });
@@ -373,7 +425,7 @@ void packed_attention_bwd(const void* dout, const float* dlse, const void* q, co
                   tail = segments > 0 ? cu_q[segments] : tokens;
     std::memset(static_cast<void*>(f.dq), 0, static_cast<size_t>(head * row) * sizeof(T));
     std::memset(static_cast<void*>(f.dq + tail * row), 0, static_cast<size_t>((tokens - tail) * row) * sizeof(T));
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
     backward<T, T>(f, plan, threads);
 #else
     backward<T, float>(f, plan, threads);

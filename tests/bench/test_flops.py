@@ -7,10 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.vision.families import images, random_tower
-from tinyllava_fast.bench.flops import Costs, Trains, costs_of, step_flops, tower_flops
 from tinyllava_fast.bench.peer import build_peer
 from tinyllava_fast.bench.samples import pad, unpack
 from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.models.flops import Costs, Trains, costs_of, step_flops, tower_flops
 from tinyllava_fast.models.lmm import LMM
 
 COSTS = Costs(

@@ -29,7 +29,7 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_answers_agree_in_float32(config: Path) -> None:  # noqa: F811
     settings = infer.Settings(peer_questions=9, new_tokens=6)
-    sides = infer.build(config, "float32", None)
+    sides = infer.build(config, "float32")
     assert infer.agreement(sides, infer.easy_vqa(18, 3), settings) == {"ours": 1.0, "batched_peer": 1.0, "questions": 9}
 
 

@@ -44,6 +44,14 @@ def test_short_candidates_repeat_until_a_round_is_long_enough() -> None:
     assert series["a"].median == pytest.approx(0.01)
 
 
+def test_a_budget_ends_the_rounds_but_not_before_the_least() -> None:
+    for budget, least, expected in ((5.0, 1, 3), (5.0, 4, 4), (100.0, 1, 9)):
+        clock = FakeClock()
+        runs = {name: clock.candidate(name, 1.0) for name in "ab"}
+        series = interleave(runs, rounds=9, warmup=0, budget=budget, least=least, clock=clock)
+        assert len(series["a"].seconds) == len(series["b"].seconds) == expected
+
+
 def test_the_device_is_waited_for() -> None:
     waits: list[int] = []
     interleave({"a": lambda: None}, rounds=2, warmup=0, sync=lambda: waits.append(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,18 @@ def test_records_are_conversations_about_one_image(tmp_path: Path) -> None:
         samples.write_easy_vqa(tmp_path, 10**6)
 
 
-def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["finetune", "pretrain-cached"])
+def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path, mode: str) -> None:
     """Without processes: packs from real records, real template and pixels, equal losses in float32."""
-    run = load_run(train.compose(config, [], tmp_path, SETTINGS))
+    run = load_run(train.compose(config, [], tmp_path, replace(SETTINGS, mode=mode)))
     gates = {side: RecordingGate() for side in ("ours", "peer")}
     for side, gate in gates.items():
-        sides.serve(side, run, gate, per_step=2, precision="float32")  # type: ignore[arg-type]
+        checkpointing = mode != "finetune"
+        sides.serve(side, run, gate, per_step=2, precision="float32", checkpointing=checkpointing)  # type: ignore[arg-type]
     ours, peer = gates["ours"].losses, gates["peer"].losses
     assert len(ours) == 2 and ours == pytest.approx(peer, abs=1e-3) and ours[0] == pytest.approx(peer[0], abs=1e-4)
     facts = gates["ours"].facts
+    assert (facts["flops"]["tower"] == 0) == mode.endswith("cached")  # type: ignore[index]
     assert facts["budget"] % 64 == 0  # type: ignore[operator]
     assert facts["tokens_per_step"] <= facts["padded_tokens_per_step"]  # type: ignore[operator]
     assert 0 < facts["supervised_per_step"] < facts["tokens_per_step"]  # type: ignore[operator]
@@ -114,6 +118,11 @@ def test_a_run_has_one_stage(config: Path, tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match="exactly one stage, this has 2"):
         train.compose(config, [], tmp_path, SETTINGS)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--mode 'pretain'.*pretrain"):
+        replace(SETTINGS, mode="pretain")
 
 
 def test_what_the_peer_cannot_train_is_refused(config: Path, tmp_path: Path) -> None:

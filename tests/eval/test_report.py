@@ -10,10 +10,12 @@ import pytest
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval import runner
-from tinyllava_fast.eval.report import write_report
+from tinyllava_fast.eval.report import write_report, write_scores
 from tinyllava_fast.eval.report.data import Curve, gather, read_curves
 from tinyllava_fast.eval.report.html import duration, page, size
 from tinyllava_fast.eval.report.svg import loss_chart
+
+SEEN = "seen/easy_vqa"
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,12 @@ def run_dir(folder, data_dir, tmp_path_factory):
     (root / "summary.json").write_text(json.dumps(summary))
     (root / "config.yaml").write_text("seed: 0  # <tag>\n")
     for name, blind in (("seen", False), ("blind", True)):
-        runner.evaluate(folder, "easy_vqa", data_dir, root / name, blind=blind, device="cpu", batch_tokens=2048)
+        runner.evaluate(folder, ["easy_vqa"], data_dir, root / name, blind=blind, device="cpu", batch_tokens=2048)
     return root
 
 
-def test_report_files(run_dir, data_dir):
-    html_path, png_path = write_report(run_dir, run_dir / "seen", run_dir / "blind", data_dir)
+def test_report_files(run_dir):
+    html_path, png_path = write_report(run_dir, run_dir / SEEN, run_dir / "blind" / "easy_vqa")
     html = html_path.read_text()
     assert html.count("data:image/png;base64,") >= 4  # one per test image, and the mistakes
     assert not re.search(r'(src|href)="(?!data:)', html) and "http" not in html and "<script" not in html
@@ -51,24 +53,36 @@ def test_report_files(run_dir, data_dir):
     assert png_path.read_bytes().startswith(b"\x89PNG") and png_path.stat().st_size > 20_000
 
 
-def test_report_without_training_or_blind(run_dir, data_dir, tmp_path):
-    data = gather(tmp_path, run_dir / "seen", None, data_dir)
+def test_report_without_training_or_blind(run_dir, tmp_path):
+    data = gather(tmp_path, run_dir / SEEN, None)
     html = page(data)
     assert "No training metrics" in html and "blank" not in html and "Configuration" not in html
     right = [replace(s, right=True) for s in data.shots]
     assert "truth:" not in page(replace(data, shots=right, mistakes=[]))
 
 
-def test_report_draws_reproducibly_and_one_question_an_image(run_dir, data_dir):
-    one, two = (gather(run_dir, run_dir / "seen", None, data_dir, shots=3) for _ in range(2))
-    assert one.shots == two.shots and len({s.question.image for s in one.shots}) == 3
-    wrong = {s.question.id for s in one.mistakes}
-    assert wrong <= set(one.results["wrong"]) and not wrong & {s.question.id for s in one.shots}
+def test_report_draws_reproducibly_and_one_question_an_image(run_dir):
+    one, two = (gather(run_dir, run_dir / SEEN, None, shots=3) for _ in range(2))
+    assert one.shots == two.shots and len({s.image for s in one.shots}) == 3
+    wrong = {s.key for s in one.mistakes}
+    assert len(wrong) <= one.results["wrong"] and not wrong & {s.key for s in one.shots}
+    assert not any(s.right for s in one.mistakes)
 
 
-def test_report_needs_results(tmp_path, data_dir):
+def test_report_needs_results(tmp_path):
     with pytest.raises(UserError, match="run tlf-eval first"):
-        gather(tmp_path, tmp_path, None, data_dir)
+        gather(tmp_path, tmp_path, None)
+
+
+def test_scores_page(run_dir):
+    for v in (rows := [json.loads(x) for x in (run_dir / SEEN / "verdicts.jsonl").read_text().splitlines()]):
+        v["credit"] = {"test-0": 1.0, "test-1": 0.3, "test-2": None}.get(v["key"], 0.0)
+    (run_dir / SEEN / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in rows))
+    html = write_scores(run_dir / "seen", ["easy_vqa"]).read_text()
+    assert not re.search(r'(src|href)="(?!data:)', html) and "http" not in html and "<script" not in html
+    for text in ("By type", "yes/no shape", "Answer times", "p95", "right 1", "partly 1", "unscored 1", "wrong 17"):
+        assert text in html, text
+    assert html.count("data:image/jpeg;base64,") == 20
 
 
 def test_curves(tmp_path, run_dir):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.ops.agreement import OPS, cast, disagreements, name
 from tinyllava_fast.kernels import merge_states, packed_attention
-from tinyllava_fast.kernels._common import ATTENTION, attention_launch
+from tinyllava_fast.kernels._common import attention_launch, bucket_of, launches_of, read_table, trying
 from tinyllava_fast.ops._op import Op, Sample, force_backend
 from tinyllava_fast.ops.packed_attention import packed_attention_bwd, packed_attention_fwd
 
@@ -95,6 +95,19 @@ def test_every_setting_and_shape_is_declared() -> None:
     assert all(name in shapes for name in ("TinyLlama", "Phi-2", "Gemma-2B", "SigLIP-so400m", "windowed", "capped"))
     assert {c.name for c in cases} == {"attend", "differentiate_queries", "differentiate_keys"}
     assert len({(c.name, c.shape) for c in [*cases, *merge_states.compile_cases()]}) >= 33
-    for bucket, kind in ATTENTION:
-        dtype = torch.float32 if kind == "float" else torch.bfloat16
-        assert {"fwd", "dq", "dkv", "decode"} == set(attention_launch("cuda", bucket, dtype))
+    for arch, buckets in read_table()["attention"].items():
+        for size, dtype in ((64, torch.bfloat16), (96, torch.float16), (256, torch.float32)):
+            with launches_of(arch):
+                settings = attention_launch("cuda", size, dtype)
+            assert {"fwd", "dq", "dkv", "decode"} == set(settings)
+            assert settings["fwd"] == buckets[bucket_of(size, dtype)]["fwd"]
+
+
+def test_an_architecture_takes_the_nearest_older_entry_and_a_trial_goes_first() -> None:
+    oldest = next(iter(read_table()["attention"].values()))["64 half"]
+    for arch in ("sm_75", "sm_86", "sm_120"):
+        with launches_of(arch):
+            assert attention_launch("cuda", 64, torch.bfloat16)["dq"] == oldest["dq"]
+            with trying({"fwd": oldest["dkv"]}):
+                tried = attention_launch("cuda", 64, torch.bfloat16)
+            assert tried["fwd"] == oldest["dkv"] and tried["dq"] == oldest["dq"] and tried["decode"].n == tried["fwd"].n

@@ -190,6 +190,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny: Callable, ragged:
     assert len(runs) == 3
 
 
+def test_selective_checkpointing_recomputes_every_second_layer(
+    tiny: Callable, ragged: Callable, pack: Callable
+) -> None:
+    lmm = build_model(tiny(), seed=1)
+    batch = batch_of(lmm, ragged, pack)
+    want = grads_of(lmm, lmm(**batch.tensors()))
+    runs: list[int] = []
+    layers = list(lmm.adapter.layers(lmm.llm))
+    for index, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
+    lmm.set_gradient_checkpointing(True, every=2)
+    assert_same(grads_of(lmm, lmm(**batch.tensors())), want)
+    assert [runs.count(i) for i in range(len(layers))] == [2 - i % 2 for i in range(len(layers))]
+
+
 def test_no_image_never_calls_a_frozen_tower(
     tiny: Callable, ragged: Callable, pack: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

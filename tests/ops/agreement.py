@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +95,19 @@ def disagreements(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> I
         lost = distance(mine, exact)
         if lost > allowed:
             yield f"output {i} of {op.name} ({sample.label}, {dtype}): error {lost:.3g} > {allowed:.3g}"
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Distinct memory that autograd keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        run()
+    return sum(kept.values())
 
 
 def runnable(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> str | None:

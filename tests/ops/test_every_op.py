@@ -16,7 +16,7 @@ from tests.ops.agreement import DTYPES, cases, cast, disagreements, distance, na
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._op import OPS, Op, Sample, force_backend
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 BACKENDS = ("cpp", "triton") if torch.cuda.is_available() else ("cpp",)
 FORWARDS = [op for op in OPS.values() if op.samples is not None and any(s.differentiable for s in op.samples())]
 

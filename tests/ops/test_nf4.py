@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ops.agreement import distance
-from tinyllava_fast.ops import NF4, dequantize_nf4, linear_nf4, unpack_nf4
+from tinyllava_fast.ops import NF4, dequantize_nf4, linear_nf4, quantize_nf4, unpack_nf4
 from tinyllava_fast.ops._op import force_backend
 
 BACKENDS = ("cpp", "reference")
@@ -138,3 +138,14 @@ def test_mistakes_are_named() -> None:
         unpack_nf4(*bnb.quantize_4bit(torch.randn(8, 64), quant_type="fp4"))
     with pytest.raises(ValueError, match=r"must be \[O, K\], got shape \[64\]"):
         unpack_nf4(*bnb.quantize_4bit(torch.randn(64), quant_type="nf4"))
+
+
+@pytest.mark.parametrize("blocksize", [32, 64])
+@pytest.mark.parametrize("shape", [(64, 128), (7, 320), (3, 37)])
+def test_quantises_as_bitsandbytes(shape: tuple[int, int], blocksize: int) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.03
+    w[0] = 0
+    expected = unpack_nf4(*bnb.quantize_4bit(w, blocksize=blocksize, quant_type="nf4"))
+    got = quantize_nf4(w, blocksize)
+    assert torch.equal(got.absmax, expected.absmax)
+    assert torch.equal(dequantize_nf4(*got, torch.float32), dequantize_nf4(*expected, torch.float32))

@@ -95,6 +95,30 @@ def test_long_segments_cross_chunks_and_tasks(dtype: torch.dtype) -> None:
         assert_right((q, k, v, bounds([611, 85]), None, None, None, causal, 0.2, window, 0.0), dtype)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [(3, 3, 32), (3, 1, 64), (4, 2, 72), (4, 1, 80), (8, 1, 96), (4, 1, 128), (3, 1, 256)],
+)
+def test_segments_that_end_inside_tiles(heads: int, kv_heads: int, size: int) -> None:
+    """Lengths around 16 and 32, as views of one projection, where bfloat16 is multiplied in tiles of 16 and 32."""
+    lengths = [1, 15, 16, 17, 33, 0, 50]
+    q, k, v = rand(sum(lengths) + 3, heads + 2 * kv_heads, size).split([heads, kv_heads, kv_heads], dim=1)
+    for causal, window, cap in ((True, 0, 0.0), (False, 0, 2.0), (True, 20, 0.0)):
+        assert_right((q, k, v, bounds(lengths), None, None, None, causal, size**-0.5, window, cap), torch.bfloat16)
+
+
+def test_the_backward_is_deterministic_over_many_runs_of_rows() -> None:
+    """Grouped rows fill more than one run of 512, keys more than one block, and a prefix shifts both off the tiles."""
+    q, k, v = rand(700, 6, 32), rand(700, 2, 32, seed=1), rand(700, 2, 32, seed=2)
+    spans = torch.tensor([[0, 0], [3, 170], [3, 170], [0, 0]], dtype=torch.int32)
+    args = (q, k, v, bounds([211, 97, 45, 300]), None, spans, None, True, 0.2, 0, 0.0)
+    assert_right(args, torch.bfloat16)
+    half = tuple(a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    with force_backend("cpp"):
+        first, again = everything(half), everything(half)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_the_largest_heads_and_large_scores() -> None:
     q, k, v = 10 * rand(40, 2, 256), rand(40, 1, 256, seed=1), rand(40, 1, 256, seed=2)
     assert_right((q, k, v, bounds([40]), None, None, None, True, 1.0, 0, 0.0), torch.float32)
@@ -224,7 +248,7 @@ def test_transposed_inputs_are_copied() -> None:
 
 
 def test_isa_is_known() -> None:
-    assert _cpp.extension().isa() in ("baseline", "avx2", "avx512", "avx512bf16")
+    assert _cpp.extension().isa() in ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def ints(*values: Any) -> Tensor:

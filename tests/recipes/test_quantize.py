@@ -53,6 +53,9 @@ def test_equals_lora_over_the_dequantised_weights(
     assert weights.keys() == plain.state_dict().keys()
     plain.load_state_dict(weights)
     plain.to(dtype)
+    if quant == "int8":  # such layers keep peft's forward, so what they are compared with does, too
+        for _, layer in adapter.layers(plain):
+            del layer.forward
     loss, reference = lmm(**batch), plain(**batch)
     # int8 multiplies by the scale in the activations' dtype in forward and backward alike; all else is the same GEMM.
     assert torch.equal(loss, reference)

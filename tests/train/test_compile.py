@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train import compile as compiling
+from tinyllava_fast.train.compile import CompiledForward, repays
 
 
 class Net(nn.Module):
@@ -61,3 +62,13 @@ def test_a_graph_break_is_an_error():
     CompiledForward(net, backend="eager")
     with pytest.raises(Exception, match=r"(?i)data-dependent|item"):
         net(pixel_values=torch.ones(4, 3))
+
+
+def test_auto_compiles_when_the_steps_repay_it(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "gemm_flops_per_s", lambda dtype: 1e12)
+    for name, value in (("EAGER_RATE", 0.25), ("SAVED_SHARE", 0.25), ("SECONDS_PER_LAYER", 2.0)):
+        monkeypatch.setattr(compiling, name, value)
+    step = {"flops": 0.25e12, "layers": 10, "dtype": torch.float32}  # one second
+    with caplog.at_level("INFO", logger="tinyllava_fast"):
+        assert repays(80, **step) and not repays(79, **step)
+    assert "auto: compiling; it would save 20 s of 80 steps and cost about 20 s" in caplog.text

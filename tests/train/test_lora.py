@@ -91,7 +91,10 @@ def test_the_folder_computes_what_was_trained(tiny_run, monkeypatch, name, dtype
     with torch.no_grad():
         loss = without_dropout(trained[-1])(**batch)
         live, merged = (io.load_model(final, merge_adapter=flag)[0](**batch) for flag in (False, True))
-    assert torch.equal(live, loss)
+    if name == "int8":  # trained by peft's forward, reloaded into lora_linear: another order of sums
+        assert math.isclose(live, loss, rel_tol=1e-6 if dtype == "float32" else 2e-2)
+    else:
+        assert torch.equal(live, loss)
     assert math.isclose(merged, loss, rel_tol=1e-6 if dtype == "float32" else 2e-2)
 
 

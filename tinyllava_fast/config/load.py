@@ -13,7 +13,7 @@ import inspect
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -195,6 +195,8 @@ def _type_name(hint: Any) -> str:
         return hint.__name__
     if get_origin(hint) is not None and str(hint).startswith("typing.Literal"):
         return "one of " + ", ".join(repr(a) for a in get_args(hint))
+    if get_origin(hint) is Union and any(get_origin(part) is Literal for part in get_args(hint)):
+        return " or ".join(_type_name(part).removeprefix("one of ") for part in get_args(hint))
     return str(hint).replace("typing.", "")
 
 

@@ -126,6 +126,9 @@ class DataConfig:
     """anyres only: resolutions [width, height] that images may be enlarged to, in multiples of the tower's size; empty:
     1x2, 2x1, 2x2, 1x3 and 3x1 tiles."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    feature_cache: float = 0.0
+    """GiB of disk for the features of a frozen tower, shared by all runs of a user (TLF_CACHE names another folder): an
+    image that was seen before needs no tower. 0: none."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """A truncated or non-image file: stop, or drop the record and count it. A missing file always stops."""
     overlong: Literal["fail", "truncate"] = "fail"
@@ -267,10 +270,10 @@ class EngineConfig:
     """auto (CUDA when there is one), cpu, cuda."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Parameters and activations; master weights and reductions are float32."""
-    compile: bool = False
-    """torch.compile the whole training graph, fullgraph."""
-    gradient_checkpointing: bool = False
-    """Recompute each decoder layer in the backward pass."""
+    compile: bool | Literal["auto"] = False
+    """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it (train/compile.py)."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute decoder layers in the backward pass: all of them, or every second one (selective)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed only."""
     offload: bool = False

@@ -1,26 +1,55 @@
-"""tlf-eval: evaluate a model folder on a benchmark."""
+"""tlf-eval: evaluate a model folder on benchmarks, score answers that exist, compare two models."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.plugins import load_plugins
 
+EXAMPLES = """
+  tlf-eval runs/mine/final --benchmarks vqav2,gqa,textvqa,pope --data /path/to/eval
+  tlf-eval --benchmarks all --data /path/to/eval --dry-run
+  tlf-eval --benchmarks pope --data /path/to/eval --score-only answers.jsonl
+  tlf-eval --compare runs/a/eval/gqa runs/b/eval/gqa
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line of tlf-eval."""
-    p = argparse.ArgumentParser(prog="tlf-eval", description=__doc__)
-    p.add_argument("model", help="model folder, e.g. runs/demo/final")
-    p.add_argument("--benchmark", default="easy_vqa", help="registered benchmark (default: easy_vqa)")
-    p.add_argument("--data", required=True, metavar="DIR", help="folder with the benchmark's files")
-    p.add_argument("--output", metavar="DIR", help="results folder (default: eval/<benchmark> beside the model)")
+    p = argparse.ArgumentParser(
+        prog="tlf-eval",
+        description=__doc__,
+        epilog=f"examples:{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("model", nargs="?", help="model folder, e.g. runs/demo/final")
+    p.add_argument("--benchmarks", metavar="NAMES", help="comma list of registered benchmarks, or all")
+    p.add_argument("--data", metavar="DIR", help="folder of all benchmarks, or of the only one")
+    p.add_argument("--output", metavar="DIR", help="results folder (default: eval beside the model)")
+    p.add_argument(
+        "--option", action="append", default=[], metavar="BENCHMARK.OPTION=VALUE", help="e.g. textvqa.ocr=false"
+    )
+    p.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions of each")
     p.add_argument("--blind", action="store_true", help="control: replace every image by a blank one")
-    p.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions")
+    p.add_argument(
+        "--missing-images",
+        choices=("error", "empty"),
+        default="error",
+        help="empty: score questions about images that are not there as empty answers (default: error)",
+    )
+    other = p.add_mutually_exclusive_group()
+    other.add_argument("--dry-run", action="store_true", help="check files, counts and first prompts; load no model")
+    other.add_argument("--score-only", metavar="FILE", help="score an answers file, ours, LLaVA's or TinyLLaVA's")
+    other.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two results folders or answer files of one benchmark, paired"
+    )
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
+    p.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in flight (memory)")
     p.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours")
@@ -32,44 +61,101 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run tlf-eval. Returns 0, or 2 after printing what is wrong with the input."""
     args = parser().parse_args(argv)
     setup_logging()
-    import torch
-
-    from tinyllava_fast.eval.runner import evaluate
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         load_plugins(args.plugin)
-        results = evaluate(
-            args.model,
-            args.benchmark,
-            args.data,
-            args.output,
-            blind=args.blind,
-            limit=args.limit,
-            dtype=args.dtype,
-            device=args.device,
-            batch_tokens=args.batch_tokens,
-            threads=args.threads or torch.get_num_threads(),
-        )
+        said = _compare(args) if args.compare else _without_model(args) if _is_free(args) else _evaluate(args)
     except UserError as error:
         log.error("%s", error)
         return 2
-    sys.stdout.write(table(results) + "\n")
+    if said:
+        sys.stdout.write(said + "\n")
     return 0
 
 
-def table(results: dict[str, object]) -> str:
-    """Accuracy by type as plain text, for a terminal or a pipe."""
-    counts, by_type = results["questions_by_type"], results["accuracy_by_type"]
-    assert isinstance(counts, dict) and isinstance(by_type, dict)  # noqa: S101 what every benchmark's score returns
-    lines = [f"{'type':<16}{'questions':>10}{'accuracy':>10}"]
-    lines += [f"{kind:<16}{counts[kind]:>10}{100 * value:>9.2f}%" for kind, value in by_type.items()]
-    lines.append(f"{'all':<16}{results['questions']:>10}{100 * float(str(results['accuracy'])):>9.2f}%")
-    lines.append(
-        f"{results['questions_per_s']} questions/s, {int(str(results['peak_rss_bytes'])) / 2**20:.0f} MiB peak"
+def _is_free(args: argparse.Namespace) -> bool:
+    return bool(args.dry_run or args.score_only)
+
+
+def _evaluate(args: argparse.Namespace) -> str:
+    from tinyllava_fast.eval.options import chosen
+    from tinyllava_fast.eval.results import table
+
+    if not args.model:
+        raise UserError("give a model folder, or --dry-run, --score-only or --compare, which need none")
+    _need(args, "benchmarks", "data")
+    names = chosen(args.benchmarks)
+    import torch
+
+    from tinyllava_fast.eval.report import write_scores
+    from tinyllava_fast.eval.runner import default_output, evaluate
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    output = Path(args.output) if args.output else default_output(args.model, args.blind)
+    results = evaluate(
+        args.model,
+        names,
+        args.data,
+        output,
+        options=args.option,
+        blind=args.blind,
+        limit=args.limit,
+        missing_images=args.missing_images,
+        dtype=args.dtype,
+        weights=args.weights,
+        device=args.device,
+        batch_tokens=args.batch_tokens,
+        threads=args.threads or torch.get_num_threads(),
     )
-    return "\n".join(lines)
+    if not results:
+        return ""
+    log.info("results: %s, %s", output / "results.json", write_scores(output, list(results)))
+    return table(results.values())
+
+
+def _without_model(args: argparse.Namespace) -> str:
+    from tinyllava_fast.eval.official import read_answers
+    from tinyllava_fast.eval.options import build, chosen, describe
+    from tinyllava_fast.eval.plan import make_plans
+    from tinyllava_fast.eval.results import conclude, score_only, table
+
+    _need(args, "benchmarks", "data")
+    plans = make_plans(
+        build(chosen(args.benchmarks), args.option),
+        args.data,
+        limit=args.limit,
+        missing_images="ignore" if args.score_only else args.missing_images,
+    )
+    if args.dry_run:
+        return "\n".join(plan.report() for plan in plans)
+    if len(plans) != 1:
+        raise UserError("--score-only takes the answers of one benchmark; give one name in --benchmarks")
+    path, plan = Path(args.score_only), plans[0]
+    records = {k: {"answer": text} for k, text in read_answers(path, plan.benchmark, plan.everything).items()}
+    facts = {"answers": str(path), "options": describe(plan.benchmark)}
+    if args.output:
+        return table([conclude(plan, records, facts, Path(args.output) / plan.name, path.stem)])
+    return table([score_only(plan, records, facts)])
+
+
+def _compare(args: argparse.Namespace) -> str:
+    from tinyllava_fast.eval.compare import compare
+    from tinyllava_fast.eval.options import build, chosen
+    from tinyllava_fast.eval.plan import make_plans
+
+    plan = None
+    if args.benchmarks and args.data:
+        plans = make_plans(build(chosen(args.benchmarks), args.option), args.data, missing_images="ignore")
+        if len(plans) != 1:
+            raise UserError("--compare takes one benchmark; give one name in --benchmarks")
+        plan = plans[0]
+    return str(compare(Path(args.compare[0]), Path(args.compare[1]), plan))
+
+
+def _need(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name):
+            raise UserError(f"--{name} is missing")
 
 
 def _positive(text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.hardware import cores, processor, total_memory_bytes
 
 PACKAGES = ("tinyllava-fast", "torch", "transformers", "tokenizers", "numpy", "pillow")
@@ -41,7 +42,12 @@ def versions() -> dict[str, str]:
 
 
 def model_digest(folder: str | Path) -> str:
-    """SHA-256 over names and contents of a model folder's files, in sorted order: the same model, the same digest."""
+    """SHA-256 over names and contents of a model folder's files, in sorted order: the same model, the same digest.
+
+    Raises CheckpointError if there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: there is no such model folder")
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(folder).iterdir() if p.is_file()):
         digest.update(file.name.encode() + b"\0")

@@ -12,6 +12,7 @@ from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
+from tinyllava_fast.infer.weights import check_weights, prepare_weights
 from tinyllava_fast.models.io import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,20 +26,33 @@ class Assistant:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: str | None = None, device: str = "auto", **engine_options: Any
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | None = None,
+        device: str = "auto",
+        weights: str | None = None,
+        **engine_options: Any,
     ) -> Assistant:
         """Open a model folder.
 
         dtype: "float32", "bfloat16", "float16"; None: as saved. device: "auto" (CUDA when there is
             one), "cpu", "cuda", ...
+        weights: of the language model. "bf16" is dtype="bfloat16"; "int8", "nf4": quantised, on CPUs; None: dense.
         engine_options: keyword arguments of Engine (batch_tokens or kv_cache_bytes, prefill_tokens, threads, compile).
-        Raises UserError for an unknown dtype, CheckpointError if the folder is not a model of this toolkit.
+        Raises UserError for an unknown dtype or weights, CheckpointError if the folder is not a model of this toolkit.
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}; have {', '.join(DTYPES)}")
+        check_weights(weights)
+        if weights == "bf16":
+            if dtype not in (None, "bfloat16"):
+                raise UserError(f"weights='bf16' with dtype={dtype!r}; leave one of them out")
+            dtype = "bfloat16"
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
+        prepare_weights(lmm, weights)
         template = TEMPLATES.get(lmm.config.template, "config.json: template")
         engine_options.setdefault("image_mode", lmm.config.image_mode)
         if engine_options["image_mode"] == "anyres":

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -34,8 +33,6 @@ from tinyllava_fast.infer.schedule import (
     requeue,
 )
 from tinyllava_fast.log import log
-
-GROUPS_AHEAD = 32
 
 Handler = Callable[[list[Running], Tensor, np.ndarray], None]
 
@@ -86,6 +83,7 @@ class Batch:
                 self.running = [s for s in self.running if not s.finish]
                 for sequence in ended:
                     release(sequence, spans)
+                    sequence.group = None  # the two refer to each other: a long queue would wait for the collector
                 yield from ended
         finally:
             self.decoder.pool.rows = Spans(spans.size)
@@ -95,8 +93,7 @@ class Batch:
         """Admit groups while the pool has room and prefill them, a bounded number of tokens at a time."""
         count = 0
         while True:
-            if not self._waiting:
-                self._waiting += islice(self.queue, GROUPS_AHEAD)
+            self._read_ahead()
             limit = self.limits.sequences
             most = None if limit is None else limit - len(self.running)
             groups = admit(self._waiting, self.decoder.pool.rows, self.limits.prefill_tokens, most)
@@ -110,6 +107,13 @@ class Batch:
                 continue
             self.running += members
             count += len(members)
+
+    def _read_ahead(self) -> None:
+        """Have groups for one prefill at hand, and no more: the queue may be long."""
+        room = self.limits.prefill_tokens - sum(g.prefill_tokens for g in self._waiting)
+        while room > 0 and (group := next(self.queue, None)) is not None:
+            self._waiting.append(group)
+            room -= group.prefill_tokens
 
     def _shrink_prefill(self, groups: list[Group], error: BaseException) -> None:
         tokens = sum(g.prefill_tokens for g in groups)
@@ -132,6 +136,8 @@ class Batch:
     def _step(self) -> None:
         """One token for every running sequence."""
         self._make_room()
+        if not self.running:  # the last one has outgrown the pool and starts anew, in a larger range
+            return
         self.running.sort(key=lambda s: s.start)
         with _noticed_oom() as oom:
             self._decode()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyllava_fast.infer.pool import KVPool
 from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
-from tinyllava_fast.infer.step import CompiledStep
+from tinyllava_fast.infer.step import CompiledStep, StepTokens
 from tinyllava_fast.models.attention import KVView
 
 
@@ -83,7 +83,9 @@ class PackedDecoder:
         cu_q, cu_k, used, spans = short.split([count + 1, count + 1, count, 2 * count])
         self.computed_tokens += count
         self.steps += 1
-        return self._run_step(*wide.unbind(), cu_q, cu_k, used, spans.view(count, 2) if self._share_prefix else None)
+        shares = spans.view(count, 2) if self._share_prefix else None
+        ids, positions, slots = wide.unbind()
+        return self._run_step(StepTokens(ids, positions, slots, cu_q, cu_k, used, shares))
 
     def _embed(self, ids: np.ndarray, features: list[Tensor]) -> Tensor:
         lmm = self.lmm

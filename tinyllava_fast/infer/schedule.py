@@ -17,7 +17,7 @@ from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import Images, Request
 
 IMAGE_ROW = -1
-RESERVE = 32  # rows for new tokens that a sequence holds in advance
+RESERVE = 16  # rows for new tokens that a sequence holds in advance
 
 
 @dataclass(eq=False)
@@ -145,7 +145,7 @@ def admit(groups: list[Group], spans: Spans, room: int, most: int | None = None)
 def grow(sequence: Running, pool: KVPool) -> bool:
     """Reserve rows for the next tokens of a sequence that has used all of its own; False if the pool is too full."""
     spans, held = pool.rows, sequence.reserved
-    more = min(sequence.most_rows - held, max(RESERVE, len(sequence.tokens)))
+    more = min(sequence.most_rows - held, RESERVE)
     if spans.extend(sequence.start + held, more):
         sequence.reserved += more
         return True

@@ -8,10 +8,11 @@ Legend: R sequences, D hidden width, P pool rows.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,22 @@ from torch import Tensor, nn
 from tinyllava_fast.infer.pool import KVPool
 from tinyllava_fast.log import log
 from tinyllava_fast.models.attention import KVView
+from tinyllava_fast.ops._op import unchecked
 
+BACKEND = "inductor"
 SECONDS_A_LAYER = 1.5  # what compiling takes; one core
+
+
+class StepTokens(NamedTuple):
+    """The newest token of each sequence and where its keys are."""
+
+    ids: Tensor  # [R] int64
+    positions: Tensor  # [R] int64
+    slots: Tensor  # [R] int64: pool row of each token
+    cu_q: Tensor  # [R + 1] int32: these and the following as in KVView
+    cu_k: Tensor  # [R + 1] int32
+    used: Tensor  # [R] int32
+    prefix: Tensor | None  # [R, 2] int32
 
 
 class CompiledStep:
@@ -36,31 +51,22 @@ class CompiledStep:
         self.pool = pool
         self.compile = compile
         self._seconds = {False: 0.0, True: 0.0}  # of plain steps, by whether the batch is one sequence
-        self._graphs: dict[bool, Any] = {}
+        self._checked = 0  # sequences of the last plain step: ops need not look at the same shapes again
+        self._graphs: dict[bool, Callable[..., Tensor]] = {}
 
-    def __call__(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        used: Tensor,
-        prefix: Tensor | None,
-    ) -> Tensor:
-        """Hidden states [R, D]. ids, positions, slots: [R] int64; the others as in KVView."""
-        arguments = (ids, positions, slots, cu_q, cu_k, used, prefix)
-        single = len(ids) == 1
+    def __call__(self, tokens: StepTokens) -> Tensor:
+        """Hidden states [R, D]."""
+        single = tokens.ids.shape[0] == 1
         if single not in self._graphs and self._pays(single):
             self._graphs[single] = _compiled(self._plain, dynamic=False if single else None)
             log.info("compiling the step of %s", "one sequence" if single else "several sequences")
-            return self._first(single, arguments)
-        if graph := self._graphs.get(single):
-            if not single:
-                _mark_sizes(arguments)
-            return graph(*arguments, self.pool.k, self.pool.v)
+            return self._first(single, tokens)
+        if single in self._graphs:
+            return self._call(single, tokens)
         began = time.perf_counter()
-        hidden = self._plain(*arguments, self.pool.k, self.pool.v)
+        with unchecked() if len(tokens.ids) == self._checked else contextlib.nullcontext():
+            hidden = self._plain(*tokens, self.pool.k, self.pool.v)
+        self._checked = len(tokens.ids)
         self._seconds[single] += time.perf_counter() - began
         return hidden
 
@@ -69,17 +75,22 @@ class CompiledStep:
             return self._seconds[single] > SECONDS_A_LAYER * self.lmm.num_layers
         return self.compile
 
-    def _first(self, single: bool, arguments: tuple[Any, ...]) -> Tensor:
+    def _first(self, single: bool, tokens: StepTokens) -> Tensor:
         """The call that compiles."""
         try:
-            if not single:
-                _mark_sizes(arguments)
-            return self._graphs[single](*arguments, self.pool.k, self.pool.v)
+            return self._call(single, tokens)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             log.warning("the step is not compiled: %s", str(error).partition("\n")[0])
             self.compile = False
             self._graphs.clear()
-            return self._plain(*arguments, self.pool.k, self.pool.v)
+            return self._plain(*tokens, self.pool.k, self.pool.v)
+
+    def _call(self, single: bool, tokens: StepTokens) -> Tensor:
+        if not single:
+            for tensor in tokens:
+                if tensor is not None:  # tell the compiler that the number of sequences will change
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return self._graphs[single](*tokens, self.pool.k, self.pool.v)
 
     def _plain(
         self,
@@ -108,7 +119,7 @@ def _compiled(run: Callable[..., Tensor], dynamic: bool | None) -> Callable[...,
     extra: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         extra = {"isolate_recompiles": True, "options": {"guard_filter_fn": _argument_guards}}
-    compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, dynamic=dynamic, **extra)
+    compiled: Callable[..., Tensor] = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=BACKEND, **extra)
     return compiled
 
 
@@ -117,10 +128,3 @@ def _argument_guards(entries: Sequence[Any]) -> list[bool]:
         e.guard_type == "SHAPE_ENV" or (e.guard_type == "TENSOR_MATCH" and not isinstance(e.value, nn.Parameter))
         for e in entries
     ]
-
-
-def _mark_sizes(arguments: tuple[Tensor | None, ...]) -> None:
-    """Tell the compiler that the number of sequences will change."""
-    for tensor in arguments:
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -31,7 +31,7 @@ class TextStream:
         return self._text.strip()
 
     def push(self, token: int) -> str:
-        """Add a token; returns the piece that it completes, "" if none. Sets ``stopped`` where a stop text is complete."""
+        """Add a token; returns the piece that it completes, "" if none. ``stopped`` tells of a complete stop text."""
         self._ids.append(token)
         before = len(self._text)
         self._text += self._new_text(final=False)

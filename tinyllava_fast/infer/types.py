@@ -33,7 +33,7 @@ class Sampling:
     stop: str | Sequence[str] = ()
     """Texts that end the answer; it is cut before the one that comes first. A single text may stand alone."""
     eos_token_id: int | Sequence[int] | None = None
-    """Tokens that end the answer. None: the model's own and the chat template's; (): none, max_new_tokens alone ends it."""
+    """Tokens that end the answer. None: the model's own and the chat template's; (): none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

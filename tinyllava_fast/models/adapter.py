@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.models import adapter_forward
 from tinyllava_fast.models.hf import cast_parameters, seeded
 from tinyllava_fast.models.lmm import LMM
 
@@ -89,7 +90,8 @@ def parameters_of(layer: Any) -> Iterator[nn.Parameter]:
 def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
     """Wrap the layers that a peft LoraConfig names, in place; A is drawn from the seed, B is zero (peft's start).
 
-    Quantised layers of bitsandbytes get peft's wrappers for them. dtype: of the new weights; None: the model's.
+    Quantised layers of bitsandbytes get peft's wrappers for them. Layers compute through lora_linear where they can.
+    dtype: of the new weights; None: the model's.
     """
     inject_in_place = import_peft().inject_adapter_in_model
     model: Any = lmm
@@ -105,6 +107,7 @@ def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = 
     for _, layer in layers(lmm):
         for parameter in parameters_of(layer):
             parameter.data = parameter.data.to(dtype)
+        adapter_forward.bind(layer, _NAME)
 
 
 def attach(lmm: LMM, adapter: Adapter, where: str, *, dtype: torch.dtype | None = None) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.llm.base import LLMAdapter
 from tinyllava_fast.models.vision.base import VisionTower
@@ -68,6 +69,8 @@ class LMM(nn.Module):
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.embedding_scale = adapter.embedding_scale(llm)
         self.logit_softcap = adapter.logit_softcap(llm)
+        # another way to multiply by the head, [R, D] -> [R, V]: inference sets it (infer/weights.py)
+        self.project: Callable[[Tensor], Tensor] | None = None
         self.label_smoothing, self.z_loss = 0.0, 0.0  # of the training loss; a stage sets them
 
     @property
@@ -118,11 +121,13 @@ class LMM(nn.Module):
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, K, D] rows for the language model, before any embedding scale.
 
-        With N == 0 the tower does not run. (Engines of several processes, whose collectives need every process to call
-        every module in every step, put a blank image into such a batch.)
+        Features of the tower, [N, K', V], go to the connector as they are. With N == 0 the tower does not run. (Engines
+        of several processes, whose collectives need every process to call every module in every step, put a blank
+        image into such a batch.)
         """
         if pixel_values.shape[0] > 0:
-            return self.connector(self.vision(pixel_values))
+            is_feature = pixel_values.dim() == 3
+            return self.connector(pixel_values.to(self.dtype) if is_feature else self.vision(pixel_values))
         shape = (0, self.vision.num_tokens, self.vision.hidden_size)
         return self.connector(torch.zeros(shape, dtype=self.dtype, device=pixel_values.device))
 
@@ -149,19 +154,30 @@ class LMM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, V] in the model's dtype."""
-        weight, bias = self.adapter.head(self.llm)
-        logits = nn.functional.linear(hidden, weight, bias)
+        if self.project is not None:
+            logits = self.project(hidden)
+        else:
+            logits = nn.functional.linear(hidden, *self.adapter.head(self.llm))
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
-    def set_gradient_checkpointing(self, enable: bool) -> None:
-        """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    def set_gradient_checkpointing(self, enable: bool, *, every: int = 1) -> None:
+        """Recompute decoder layers in the backward pass instead of keeping their activations: each ``every``-th one."""
         # transformers renamed the two methods on its way to version 6
         name = "activation" if hasattr(self.llm, "activation_checkpointing_enable") else "gradient"
-        if enable:
-            options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
-            getattr(self.llm, f"{name}_checkpointing_enable")(**options)
-        else:
+        if not enable:
             getattr(self.llm, f"{name}_checkpointing_disable")()
+            return
+        options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(self.llm, f"{name}_checkpointing_enable")(**options)
+        layers: list[Any] = list(self.adapter.layers(self.llm))
+        if every > 1 and not hasattr(layers[0], "gradient_checkpointing"):
+            raise UserError(
+                f"engine.gradient_checkpointing: selective, but the layers of {type(self.llm).__name__} are "
+                "checkpointed together; set true or false"
+            )
+        for index, layer in enumerate(layers):
+            if index % every:
+                layer.gradient_checkpointing = False
 
     def component_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named parameters of each component; a tied weight is listed once."""

@@ -54,6 +54,7 @@ def samples() -> Iterator[Sample]:
     yield case("head size 128", [66, 3], (2, 1, 128))
     yield case("head size 20, full", [12, 50], (2, 2, 20), causal=False)
     yield case("images, full", [49, 49, 49], (3, 3, 64), causal=False)
+    yield case("ends inside tiles", [1, 15, 17, 33, 0, 16], (3, 1, 72), strided=True)
     yield case("strided", [19, 30], (4, 2, 32), tail=2, strided=True)
     shared = [(0, 0), (0, 20), (0, 20), (0, 0), (41, 10)]
     yield case("shared prefixes", [20, 9, 12, 17, 11], (4, 2, 32), prefix=shared, tail=3)

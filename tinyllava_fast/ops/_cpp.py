@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import torch  # before _C: the extension then shares the OpenMP pool of the libg
 from torch import Tensor
 
 ABI = 2
+_kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -56,6 +58,37 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def row_bytes(tensor: Tensor) -> int:
     """Bytes from one row of a matrix to the next."""
     return tensor.stride(0) * tensor.element_size()
+
+
+def row_scratch(columns: int) -> Tensor:
+    """What kernels of a few rows (at most 16) lay x of so many columns out in: float32, until the next call."""
+    return scratch(64 * (columns + 64)).view(torch.float32)
+
+
+def scratch(nbytes: int) -> Tensor:
+    """The first bytes of the buffer that this thread keeps; it belongs to the caller until anyone asks again.
+
+    It grows to the largest request. Fresh memory costs more than filling it.
+    """
+    kept: Tensor | None = getattr(_kept, "buffer", None)
+    if kept is None or kept.numel() < nbytes:
+        _kept.buffer = kept = empty(nbytes, dtype=torch.uint8)
+    return kept[:nbytes]
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """A contiguous copy of matrix.t(); float32 or bfloat16.
+
+    Worth it before a product by a transposed left side, which torch runs at half speed on a CPU with AMX (docs/LOG.md).
+    """
+    if matrix.stride(0) == 1:
+        return matrix.t().contiguous()
+    matrix = unit_stride(matrix)
+    out = empty(matrix.shape[1], matrix.shape[0], dtype=matrix.dtype)
+    extension().transpose(
+        *(matrix.data_ptr(), matrix.stride(0), out.data_ptr(), *matrix.shape, DTYPE_CODES[matrix.dtype])
+    )
+    return out
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:

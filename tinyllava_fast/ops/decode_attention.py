@@ -42,7 +42,7 @@ def decode_attention(
     Raises ValueError for shapes and dtypes and, on a CPU, rows out of range.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return decode_attention_fwd.op(q, k, v, start, used, prefix, scale, float(softcap))
+    return decode_attention_fwd.infer(q, k, v, start, used, prefix, scale, float(softcap))
 
 
 def _check(

@@ -202,6 +202,7 @@ def _cpp_fwd(
     fake=_fake,
     cpp=_cpp_fwd,
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    triton_supports=_cpp.runs(torch.float32, torch.bfloat16, torch.float16, kernel="Triton"),
     samples=samples,
 )
 def lora_linear_fwd(
@@ -302,7 +303,7 @@ def _cpp_bwd(
             dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
         _add_adapter(dx, v, a, p, seed)
     if want[1]:
-        torch.mm(grad.t(), x, out=dw)
+        torch.mm(_cpp.transposed(grad), x, out=dw)
     if want[2]:
         torch.sum(grad, 0, out=dbias)
     if want[3]:
@@ -310,9 +311,10 @@ def _cpp_bwd(
         if seed is not None and p > 0:
             kept = _cpp.empty(*x.shape, dtype=x.dtype)
             _drop("dropout_copy", x, kept, 0, p, seed)
-        torch.mm(v.t(), kept, out=da)
+        torch.mm(_cpp.transposed(v), kept, out=da)
     if want[4]:
-        torch.addmm(db, grad.t(), u, beta=0, alpha=factor, out=db)
+        turned = torch.mm(_cpp.transposed(u), grad)  # [R, O]: it is u, the narrow one, that is transposed
+        torch.mul(turned.t(), factor, out=db)
     return dx, dw, dbias, da, db
 
 
@@ -334,6 +336,7 @@ def _add_adapter(dx: Tensor, v: Tensor, a: Tensor, p: float, seed: Tensor | None
     fake=_fake_bwd,
     cpp=_cpp_bwd,
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    triton_supports=_cpp.runs(torch.float32, torch.bfloat16, torch.float16, kernel="Triton"),
 )
 def lora_linear_bwd(
     grad: Tensor,

@@ -4,8 +4,8 @@
     y         = x Wᵀ + bias                                        dx = dy W
     nibble i  = the high half of packed[i // 2] for even i, the low half for odd i
 
-Blocks run over the flattened weight, so a row may start in the middle of one. The weight is never whole in memory: up
-to FEW_ROWS rows of x read the packed weight once, more of them multiply with one dequantised tile after another.
+Blocks run over the flattened weight, so a row may start in the middle of one. Up to FEW_ROWS rows of x read the packed
+weight once; more of them multiply with the dequantised one, in a buffer of at most TILE_BYTES that each thread keeps.
 Legend: N rows of x, K inputs, O outputs, P packed bytes, S blocks.
 """
 
@@ -31,9 +31,9 @@ CODEBOOK = (
 )
 """Values of the 16 codes (appendix E of the paper)."""
 FEW_ROWS = 16
-"""So many rows of x are multiplied with the packed weight itself; beyond, tiles and torch's GEMM are faster."""
-TILE_BYTES = 768 << 10
-"""Size of a dequantised tile: stays in a second-level cache."""
+"""So many rows of x are multiplied with the packed weight itself; beyond, torch's GEMM is faster."""
+TILE_BYTES = 32 << 20
+"""Most bytes of a weight that are dequantised at once: one product is faster than several narrow ones."""
 
 
 class NF4(NamedTuple):
@@ -63,6 +63,24 @@ def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
         absmax = nested.code[absmax.flatten().long()] * scale + quant_state.offset
     shape = (int(quant_state.shape[0]), int(quant_state.shape[1]))
     return NF4(packed.flatten().view(torch.uint8), absmax.float(), shape, quant_state.blocksize)
+
+
+def quantize_nf4(weight: Tensor, blocksize: int = 64) -> NF4:
+    """A weight [O, K], any float, in four bits: each block scaled by its largest magnitude, then to the nearest code.
+
+    The same codes and scales as bitsandbytes'. Raises ValueError for a weight that is no matrix or an odd blocksize.
+    """
+    expect("nf4", "weight", weight, "O K", FLOATS)
+    if blocksize < 2 or blocksize % 2:
+        raise ValueError(f"nf4: blocksize must be even and positive, got {blocksize}")
+    flat = weight.detach().float().flatten()
+    blocks = functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(1) if len(blocks) else blocks.new_empty(0)
+    codes = torch.tensor(CODEBOOK, device=flat.device)
+    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    nibbles = torch.bucketize(scaled, (codes[1:] + codes[:-1]) / 2, out_int32=True).to(torch.uint8)
+    pairs = nibbles.flatten()[: flat.numel() + flat.numel() % 2].view(-1, 2)
+    return NF4(pairs[:, 0] << 4 | pairs[:, 1], absmax, (weight.shape[0], weight.shape[1]), blocksize)
 
 
 def dequantize_nf4(
@@ -136,19 +154,15 @@ def multiply(
     if len(x) <= FEW_ROWS and columns % 2 == 0:
         x = _cpp.unit_stride(x)
         bias = None if bias is None else bias.contiguous()
-        scratch = torch.empty(x.numel(), dtype=torch.float32)
+        scratch = _cpp.row_scratch(columns)
         _cpp.extension().nf4_linear_few(
             *(x.data_ptr(), x.stride(0), packed.data_ptr(), absmax.data_ptr(), blocksize),
             *(0 if bias is None else bias.data_ptr(), scratch.data_ptr(), y.data_ptr()),
             *(len(x), rows, columns, _cpp.DTYPE_CODES[x.dtype]),
         )
         return y
-    height = _tile(rows, columns * x.element_size(), 16)
-    buffer = x.new_empty((height, columns))
-    for start in range(0, rows, height):
-        part = slice(start, min(start + height, rows))
-        w = buffer[: part.stop - start]
-        fill_tile(w, packed, absmax, columns, blocksize, start, 0)
+    for start, stop, w in _tiles(packed, absmax, rows, columns, blocksize, x.dtype):
+        part = slice(start, stop)
         if bias is None:
             torch.mm(x, w.t(), out=y[:, part])
         else:
@@ -159,24 +173,30 @@ def multiply(
 def multiply_transposed(
     grad: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int
 ) -> Tensor:
-    """grad W in C++ and torch's GEMM; grad [N, O] float32 or bfloat16. Tiles are columns of W: no partial sums."""
+    """grad W in C++ and torch's GEMM; grad [N, O] float32 or bfloat16."""
     dx = _cpp.empty(len(grad), columns, dtype=grad.dtype)
     packed, absmax = packed.contiguous(), absmax.contiguous()
-    width = _tile(columns, rows * grad.element_size(), blocksize)
-    buffer = grad.new_empty(rows * width)
-    for start in range(0, columns, width):
-        part = slice(start, min(start + width, columns))
-        w = buffer[: rows * (part.stop - start)].view(rows, part.stop - start)
-        fill_tile(w, packed, absmax, columns, blocksize, 0, start)
-        torch.mm(grad, w, out=dx[:, part])
+    if rows == 0:
+        return dx.zero_()
+    for start, stop, w in _tiles(packed, absmax, rows, columns, blocksize, grad.dtype):
+        if start == 0:
+            torch.mm(grad[:, :stop], w, out=dx)
+        else:  # a weight beyond TILE_BYTES: partial sums are rounded in between
+            dx.addmm_(grad[:, start:stop], w)
     return dx
 
 
-def _tile(size: int, line_bytes: int, unit: int) -> int:
-    """Lines of even tiles of at most TILE_BYTES, in whole units."""
-    most = max(unit, TILE_BYTES // max(1, line_bytes) // unit * unit)
-    count = max(1, -(-size // most))
-    return max(1, min(size, -(-size // (count * unit)) * unit))
+def _tiles(
+    packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, W[start:stop]) for all rows of W, each dequantised into this thread's buffer."""
+    height = max(1, min(rows, TILE_BYTES // max(1, columns * dtype.itemsize)))
+    buffer = _cpp.scratch(height * columns * dtype.itemsize).view(dtype).view(height, columns)
+    for start in range(0, rows, height):
+        stop = min(start + height, rows)
+        w = buffer[: stop - start]
+        fill_tile(w, packed, absmax, columns, blocksize, start, 0)
+        yield start, stop, w
 
 
 def _check_dequantize(

@@ -9,6 +9,7 @@
     dq[i] = sum_j ds[i, j] k[j]              dk[j]    = sum_i ds[i, j] q[i]
 
 Both outputs are differentiable: partial results over disjoint keys merge exactly through lse.
+The backward is deterministic: no atomics; every sum has one order for a number of threads, and that of dq for any.
 Algorithm of the kernels: FlashAttention-2, arXiv:2307.08691; nothing of size [Tq, Tk] exists outside the reference.
 Legend: Tq, Tk rows of q and of k; H, Hkv heads; Dh head size; S segments; G = H / Hkv query heads of a key head.
 """
@@ -54,9 +55,8 @@ def packed_attention(
     Raises ValueError for shapes, dtypes and, on a CPU, bounds out of range.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return packed_attention_fwd.op(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k, causal, scale, int(window), float(softcap)
-    )
+    call = packed_attention_fwd.op if torch.is_grad_enabled() else packed_attention_fwd.infer
+    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k, causal, scale, int(window), float(softcap))
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

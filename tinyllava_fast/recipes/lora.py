@@ -37,7 +37,7 @@ def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None
         if tune.tune not in ADAPTED or not tune.lora.dora:
             continue
         key = f"{where}.recipe.{component}.lora.dora"
-        if engine.compile:
+        if engine.compile is not False:
             raise UserError(f"{key}: peft's DoRA does not trace into one graph; set engine.compile or dora to false")
         if engine.type == "deepspeed" and engine.zero_stage == 3:
             raise UserError(

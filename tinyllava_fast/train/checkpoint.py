@@ -61,6 +61,8 @@ class TrainState:
     """Counters of the whole run: wall_seconds, step_seconds, samples, tokens, supervised_tokens, capacity."""
     reports: dict[str, Any] = field(default_factory=dict)
     """Data report of each stage so far."""
+    compiled: dict[str, bool] = field(default_factory=dict)
+    """What engine.compile: auto chose for each stage: rounding differs, so a resumed run chooses the same."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     format: int = FORMAT

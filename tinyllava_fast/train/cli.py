@@ -1,4 +1,4 @@
-"""tlf-train CONFIG [--resume auto|never|PATH] [key.path=value ...] [--print_config] [--help]"""
+"""tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print_config] [--help]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
 
 USAGE = """\
-usage: tlf-train CONFIG [--resume auto|never|PATH] [key.path=value ...] [--print_config] [--help]
+usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print_config] [--help]
 
 Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name:
   tlf-train configs/demo.yaml seed=1 stages.finetune.optim.lr=3e-4
@@ -19,6 +19,7 @@ Train the stages of a YAML run configuration. A key is overridden by its dotted 
   --resume auto    continue where the run in output_dir stopped, if it did (default)
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
   --resume PATH    continue from that checkpoint or run folder
+  --profile        record two steps of each stage: profile-STAGE.md, .json and .trace.json in output_dir
   --print_config   print the resolved configuration and exit
 """
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     path, resume, overrides, flags = parse(argv)
-    if "--help" in flags or (path is None and not flags):
+    if "--help" in flags or (path is None and flags <= {"--profile"}):
         from tinyllava_fast.config.load import describe
 
         sys.stdout.write(f"{USAGE}\nConfiguration keys:\n{describe()}\n")
@@ -56,7 +57,7 @@ def _run(argv: list[str]) -> int:
     from tinyllava_fast.train.run import StopRequest
 
     try:
-        train(config, resume=resume)
+        train(config, resume=resume, profile="--profile" in flags)
     except StopRequest as stop:
         log.warning("stopped; the same command continues from the checkpoint")
         return stop.exit_code
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        if argument in ("-h", "--help", "--print_config"):
+        if argument in ("-h", "--help", "--print_config", "--profile"):
             flags.add("--help" if argument == "-h" else argument)
         elif argument == "--resume" or argument.startswith("--resume="):
             _, given, value = argument.partition("=")

@@ -2,10 +2,19 @@
 
 ``dynamic=False``: one graph per shape. The shapes of a run are fixed but for the number of images in a pack
 (batch.image_multiple), so a few graphs are expected; any further compilation is a bug worth an error-level line.
+
+``engine.compile: auto`` compiles when the steps that are planned repay it:
+
+    steps * SAVED_SHARE * (FLOPs of a step / (EAGER_RATE * measured GEMM peak)) >= SECONDS_PER_LAYER * layers
+
+SECONDS_PER_LAYER is measured: about 70 s for the 41 layers of SmolLM2-135M under SigLIP-B/16-224, from an empty cache
+on two cores. The other two are estimates, not measurements: the share of the GEMM peak that an eager step reaches, and
+what is saved of it. Inductor's results are kept in the user's cache folder, so the next run starts in seconds.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.callback import callback_handler
 
+from tinyllava_fast.hardware import cache_folder, gemm_flops_per_s
 from tinyllava_fast.log import log
+
+SECONDS_PER_LAYER = 1.7
+EAGER_RATE = 0.2
+SAVED_SHARE = 0.2
 
 
 class CompiledForward:
@@ -25,6 +39,7 @@ class CompiledForward:
     """
 
     def __init__(self, model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         # Tracing starts afresh: graphs of an earlier stage guard on other frozen parameters.
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -66,6 +81,21 @@ class CompiledForward:
             images = tensors["pixel_values"].shape[0] if "pixel_values" in tensors else "?"
             log.info("compiled forward graph %d (%s images) in %.1f s", self.graphs, images, seconds)
         self._seen.add(shapes)
+
+
+def repays(steps: int, *, flops: float, layers: int, dtype: torch.dtype) -> bool:
+    """Whether compiling is worth it for so many steps of so many FLOPs (see above); says why, at info level.
+
+    layers: of decoder and tower. The answer may differ from machine to machine; a run keeps the one it began with.
+    """
+    eager = flops / (EAGER_RATE * gemm_flops_per_s(dtype))
+    saved, cost = steps * SAVED_SHARE * eager, SECONDS_PER_LAYER * layers
+    answer = saved >= cost
+    verb = "compiling" if answer else "not compiling"
+    log.info(
+        "engine.compile: auto: %s; it would save %.0f s of %d steps and cost about %.0f s", verb, saved, steps, cost
+    )
+    return answer
 
 
 def _last_reason() -> str:

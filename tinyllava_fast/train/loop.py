@@ -21,31 +21,42 @@ from tinyllava_fast.data.dataset import build_dataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.hardware import cache_folder
+from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io
 from tinyllava_fast.models.build import build_model, check_vocabulary
+from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import apply_recipe, check_engine
+from tinyllava_fast.train import cpu_pool
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
-from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train.compile import CompiledForward, repays
 from tinyllava_fast.train.engine.launch import build_engine, start_process
+from tinyllava_fast.train.features import FeatureCache, check_feature_cache
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
+from tinyllava_fast.train.profile import StepProfiler, trains
 from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
 from tinyllava_fast.train.schedule import lr_factor
 
 
-def train(config: RunConfig, *, resume: str = "auto") -> dict[str, Any]:
+def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> dict[str, Any]:
     """Run every stage and return the summary (also written to summary.json).
 
-    Raises UserError for anything the user can mend, StopRequest after a signal.
+    profile: record a few steps of each stage (train/profile.py). Raises UserError for anything the user can mend,
+    StopRequest after a signal.
     """
     for stage in config.stages:
         check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
+        check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
     load_plugins(config.plugins)
     process = start_process(config.engine)
+    if process.device.type == "cpu":
+        cpu_pool.install()
     run = Run(config, process)
+    run.profile = profile
     try:
         run.start(resume)
         with stop_on_signals(run):
@@ -72,10 +83,10 @@ class Stage:
             self._load_weights(resumed)
         self.model.label_smoothing, self.model.z_loss = self.config.optim.label_smoothing, self.config.optim.z_loss
         self.peak_lrs = {g["name"]: g["lr"] for g in groups}
-        if run.config.engine.gradient_checkpointing:
-            self.model.set_gradient_checkpointing(True)
+        if checkpointing := run.config.engine.gradient_checkpointing:
+            self.model.set_gradient_checkpointing(True, every=2 if checkpointing == "selective" else 1)
         self.loader = self._loader()
-        self.compiled = CompiledForward(self.model) if run.config.engine.compile else None
+        self.compiled = CompiledForward(self.model) if self._compiles() else None
         self.micro_batches = self.config.batch.packs_per_step // run.process.world_size
         self.engine = build_engine(
             run.process,
@@ -85,6 +96,14 @@ class Stage:
             [dict(g) for g in groups],
             micro_batches=self.micro_batches,
         )
+        self.features: FeatureCache | None = None
+        if gigabytes := self.config.data.feature_cache:
+            folder = cache_folder() / "features"
+            self.features = FeatureCache(folder, self.model.vision, limit=int(gigabytes * 2**30))
+        self.profiler: StepProfiler | None = None
+        if run.profile and run.main:
+            dtype = getattr(torch, run.config.engine.dtype)
+            self.profiler = StepProfiler(run.folder, self.config.name, self.model, self.config.recipe, dtype)
         if resumed is not None and self.state.stage_step > 0:
             with open_tensors(resumed / "optimizer.safetensors") as tensors:
                 self.engine.load_optimizer_state(tensors)
@@ -102,6 +121,29 @@ class Stage:
         data = self.config.data
         model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
         return model.to(self.run_.process.device)
+
+    def _compiles(self) -> bool:
+        """engine.compile, with auto resolved."""
+        chosen = self.run_.config.engine.compile
+        if chosen != "auto":
+            return bool(chosen)
+        known, name = self.state.compiled, self.config.name
+        if name not in known:
+            data, batch = self.loader.dataset, self.config.batch
+            tokens = batch.packs_per_step * batch.tokens
+            samples = max(round(tokens * len(data) / max(self.report["tokens"], 1)), 1)
+            share = samples / len(data)
+            supervised = round(self.report["supervised_tokens"] * share)
+            lengths = [tokens // samples] * samples
+            images = round(float(data.images.sum()) * share)
+            flops = step_flops(costs_of(self.model), lengths, images, supervised, trains(self.config.recipe))
+            known[name] = repays(
+                self.loader.steps - self.state.stage_step,
+                flops=sum(flops.values()) / self.run_.process.world_size,
+                layers=self.model.num_layers + self.model.vision.num_layers,
+                dtype=getattr(torch, self.run_.config.engine.dtype),
+            )
+        return known[name]
 
     def _load_weights(self, checkpoint: Path) -> None:
         """Weights by the names that the recipe gives them: wrapped by LoRA, quantised."""
@@ -152,6 +194,10 @@ class Stage:
         finally:
             progress.close()
             self.loader.close()
+            if self.profiler:
+                self.profiler.close()
+        if self.features:
+            log.info("feature cache: %d found, %d computed", self.features.hits, self.features.misses)
         self._save_model()
         self.engine.close()
         if self.compiled:
@@ -165,16 +211,23 @@ class Stage:
         batches = iter(self.loader)
         window = Window()
         while state.stage_step < total:
+            if self.profiler:
+                self.profiler.begin()
             started = time.perf_counter()
             micro, wait_s = self._next_micro_batches(batches)
             counts, stop = self._count(micro)
+            if self.features:
+                micro = [self.features.attach(batch) for batch in micro]
             scale = 1.0 / max(counts["supervised_tokens"], 1.0)
             loss_sum = torch.zeros((), device=engine.device)
             for batch in micro:
                 loss_sum += engine.forward_backward(batch, scale)
             lrs = self._learning_rates(total)
-            grad_norm = engine.step(lrs)
+            with torch.profiler.record_function("tlf.optimizer"):
+                grad_norm = engine.step(lrs)
             self._advance(counts, time.perf_counter() - started)
+            if self.profiler:
+                self.profiler.end(micro)
             window.add(counts, wait_s)
             progress.advance(state.stage_step)
             stop = stop or run.stop_signal_now()
@@ -195,7 +248,8 @@ class Stage:
 
     def _next_micro_batches(self, batches: Iterator[PackedBatch]) -> tuple[list[PackedBatch], float]:
         started = time.perf_counter()
-        micro = [next(batches) for _ in range(self.micro_batches)]
+        with torch.profiler.record_function("tlf.data"):
+            micro = [next(batches) for _ in range(self.micro_batches)]
         return micro, time.perf_counter() - started
 
     def _count(self, micro: list[PackedBatch]) -> tuple[dict[str, float], int]:

@@ -1,8 +1,9 @@
 """AdamW on float32 values, whatever the dtype of the weights.
 
-A weight below float32 gets a float32 master and a float32 gradient buffer: an update of 1e-5 is less than half a unit
-in the last place of a typical bf16 weight and would be rounded away; sums over micro-batches lose bits likewise.
-float32 weights are updated in place and cost nothing extra. No Python loop touches single tensors in a step.
+A weight below float32 gets a float32 master and, from the first micro-batch of a step to its update, a float32 sum of
+gradients: an update of 1e-5 is less than half a unit in the last place of a typical bf16 weight and would be rounded
+away; sums over micro-batches lose bits likewise. float32 weights are updated in place and cost nothing extra. The
+arithmetic is torch's foreach and fused kernels.
 """
 
 from __future__ import annotations
@@ -43,11 +44,8 @@ class MasterAdamW:
         known = masters or {}
         self._low: list[Tensor] = list(low)
         self._masters = [known[p] if p in known else p.detach().float() for p in low]
-        self._sums = [torch.zeros_like(m) for m in self._masters]  # gradients of this step
-        self._folded = False  # whether a micro-batch of this step has reached _sums
+        self._sums: list[Tensor] = []  # gradients of this step: there from its first micro-batch to the update
         self._plain = [p for p in names if p.dtype == torch.float32]
-        for master, total in zip(self._masters, self._sums, strict=True):
-            master.grad = total
         master_of = dict(zip(self._low, self._masters, strict=True))
         self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor AdamW updates
         torch_groups = [
@@ -60,16 +58,11 @@ class MasterAdamW:
     def accumulate(self) -> None:
         """Fold the gradients of one micro-batch into the float32 sums. float32 weights accumulate by themselves."""
         grads = [p.grad for p in self._low]
-        if self._folded or any(g is None for g in grads):
-            self._start_sums()
-            found = [(s, g) for s, g in zip(self._sums, grads, strict=True) if g is not None]
-            if found:
-                torch._foreach_add_([s for s, _ in found], [g for _, g in found])
-        elif grads:
-            torch._foreach_copy_(
-                self._sums, [g for g in grads if g is not None]
-            )  # the first micro-batch needs no cleared sums
-            self._folded = True
+        first = self._start_sums(zero=any(g is None for g in grads))
+        found = [(s, g) for s, g in zip(self._sums, grads, strict=True) if g is not None]
+        if found:
+            combine = torch._foreach_copy_ if first and len(found) == len(grads) else torch._foreach_add_
+            combine([s for s, _ in found], [g for _, g in found])
         for p in self._low:
             p.grad = None
 
@@ -87,21 +80,27 @@ class MasterAdamW:
                 torch._foreach_copy_(self._low, self._masters)
         for p in self._plain:
             p.grad = None
-        self._folded = False
+        self._sums = []
+        for master in self._masters:
+            master.grad = None
         return norm
 
     def gradients(self) -> list[Tensor]:
         """The float32 gradients summed so far, in the order of the weights' dtypes; zero where there is none."""
-        self._start_sums()
+        self._start_sums(zero=True)
         for p in self._plain:
             if p.grad is None:  # no image in the whole step: zero, as a padded blank image would give
                 p.grad = torch.zeros_like(p)
         return self._sums + [p.grad for p in self._plain if p.grad is not None]
 
-    def _start_sums(self) -> None:
-        if self._sums and not self._folded:
-            torch._foreach_zero_(self._sums)
-        self._folded = True
+    def _start_sums(self, *, zero: bool) -> bool:
+        """Make the sums if this step has none yet, and say so. Activations lie where they lay during the passes."""
+        if self._sums or not self._masters:
+            return False
+        self._sums = [torch.zeros_like(m) if zero else torch.empty_like(m) for m in self._masters]
+        for master, total in zip(self._masters, self._sums, strict=True):
+            master.grad = total
+        return True
 
     def state(self) -> list[LazyTensor]:
         """Step count, moments and masters by weight name (see Engine.optimizer_state)."""

@@ -50,6 +50,7 @@ class Run:
         self.started = time.perf_counter()
         self.checkpoint: Path | None = None
         self.stop_signal = 0
+        self.profile = False
         self.compile_seconds, self.recompiles = 0.0, 0
         self.metrics: MetricsWriter | None = None
         self._lock_file: TextIO | None = None

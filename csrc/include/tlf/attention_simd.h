@@ -11,7 +11,10 @@
 
 #include "tlf/kernel.h"
 
-#if defined(TLF_ISA_IS_avx512) || defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_ISA_IS_avx512bf16) || defined(TLF_ISA_IS_amx)
+#define TLF_AVX512BF16 1
+#endif
+#if defined(TLF_ISA_IS_avx512) || defined(TLF_AVX512BF16)
 #define TLF_AVX512 1
 #endif
 #if defined(TLF_AVX512) || defined(TLF_ISA_IS_avx2)
@@ -67,8 +70,8 @@ TLF_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return least(mo
 TLF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TLF_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // size of equal pieces of at most limit: 196 is 2 x 102 rather than 192 + 4
-TLF_INLINE int64_t even_piece(int64_t total, int64_t limit) {
-  return least(limit, round_up(ceil_div(total, ceil_div(total, limit)), 6));
+TLF_INLINE int64_t even_piece(int64_t total, int64_t limit, int64_t unit) {
+  return least(limit, round_up(ceil_div(total, ceil_div(total, limit)), unit));
 }
 
 TLF_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
@@ -168,7 +171,7 @@ TLF_INLINE float dot_row(const T* a, const T* b, int64_t size) {
 template <typename T>
 inline void store_row(T* __restrict dst, const float* __restrict src, int64_t size, float factor) {
   int64_t i = 0;
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
   if constexpr (sizeof(T) == 2) {
     for (; i + kWidth <= size; i += kWidth) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i),
@@ -257,7 +260,7 @@ inline void transpose_elements(const bf16* rows, int64_t ld, int64_t n, int64_t 
 }
 
 TLF_INLINE Vec multiply_add(Vec acc, const float* a, Vec b) { return acc + *a * b; }
-#if defined(TLF_ISA_IS_avx512bf16)
+#if defined(TLF_AVX512BF16)
 TLF_INLINE Vec multiply_add(Vec acc, const bf16* a, Vec b) {
   int32_t lane;
   std::memcpy(&lane, a, 4);

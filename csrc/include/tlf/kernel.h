@@ -1,7 +1,7 @@
 // The contract of a CPU kernel file.
 //
 // Every file in csrc/ops/ is compiled once per instruction set with TLF_ISA set to
-// baseline, avx2, avx512 or avx512bf16. It defines plain functions on raw pointers and sizes
+// baseline, avx2, avx512, avx512bf16 or amx. It defines plain functions on raw pointers and sizes
 // in namespace tlf::TLF_ISA and ends with TLF_KERNEL(name) for each of them. That line
 // registers the pointer of this pass under (name, ISA) and, in the baseline pass, the Python
 // binding: pointers arrive as integers (tensor.data_ptr()), the GIL is released, and the best
@@ -15,8 +15,8 @@
 
 namespace tlf {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
-constexpr int kIsaCount = 4;
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
+constexpr int kIsaCount = 5;
 
 // dtype codes shared with tinyllava_fast/ops/_cpp.py
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };

@@ -5,41 +5,74 @@ Reads the folder that ``python -m tinyllava_fast.data.easy_vqa`` writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tinyllava_fast.data.easy_vqa import COLORS, load_questions
-from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Question, exact_match
+from tinyllava_fast.eval.benchmarks.base import (
+    BENCHMARKS,
+    Answers,
+    Benchmark,
+    Count,
+    Files,
+    Grades,
+    Question,
+    Score,
+)
+from tinyllava_fast.eval.files import Finder
+from tinyllava_fast.eval.statistics import by_group, mean_metric
 
 
 @BENCHMARKS.register("easy_vqa")
-class EasyVQA:
+class EasyVQA(Benchmark):
     """9,673 test questions about 1,000 images; types: shape, color, yes/no shape, yes/no color."""
 
     name = "easy_vqa"
+    title = "easy-VQA"
+    in_all = False
     max_new_tokens = 8
 
-    def questions(self, data_dir: Path) -> list[Question]:
+    def locate(self, root: Path) -> Files:
+        """The prepared folder, itself or below root."""
+        find = Finder(self.name, root, ["easy_vqa"], "python -m tinyllava_fast.data.easy_vqa DIR, which prepares it")
+        questions = find.file("test.json")
+        return {"questions": questions, "images": questions.parent / "images"}
+
+    def questions(self, files: Files) -> list[Question]:
         """The questions of test.json. Raises DataError if the folder does not hold the prepared data."""
+        from tinyllava_fast.data.easy_vqa import load_questions  # it imports torch
+
         return [
             Question(
+                key=q["id"],
                 id=q["id"],
-                image=data_dir / "images" / q["image"],
-                text=q["question"],
-                answer=q["answer"],
-                type=question_type(q["question"], q["answer"]),
+                images=(files["images"] / q["image"],),
+                prompt=q["question"],
+                truth=q["answer"],
+                category=question_type(q["question"], q["answer"]),
             )
-            for q in load_questions(data_dir)
+            for q in load_questions(files["questions"].parent)
         ]
 
-    def score(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, Any]:
-        """Exact match after stripping white space."""
-        return exact_match(questions, answers)
+    def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
+        """9,673 questions about 1,000 images."""
+        images = len({q.images for q in questions})
+        return [Count("questions", len(questions), 9673), Count("images", images, 1000)]
+
+    def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
+        """Exact match after stripping white space; a question without an answer is wrong."""
+        credit = {q.key: float(answers.get(q.key, "").strip() == q.truth) for q in questions}
+        return Score(
+            metrics=[mean_metric("accuracy", questions, credit)],
+            headline="accuracy",
+            tables={"type": by_group(questions, credit, [q.category for q in questions])},
+            credit=credit,
+        )
 
 
 def question_type(question: str, answer: str) -> str:
     """ "shape" or "color" for open questions; "yes/no shape" or "yes/no color" by what the question names."""
+    from tinyllava_fast.data.easy_vqa import COLORS
+
     words = question.lower().rstrip("?").split()
     if answer in ("yes", "no"):
         return "yes/no color" if any(w in COLORS for w in words) else "yes/no shape"

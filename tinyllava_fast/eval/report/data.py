@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinyllava_fast.errors import UserError
-from tinyllava_fast.eval.answers import read_answers
-from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Question
+from tinyllava_fast.eval.results import read_results, read_verdicts
 
 SMOOTHED_OVER = 1 / 30  # of a curve's points: the span of the exponential mean drawn over the raw loss
 
@@ -39,9 +37,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Shot:
-    """One question about one image, as answered."""
+    """One question about one image, as answered. right: it earned full credit."""
 
-    question: Question
+    key: str
+    image: Path
+    question: str
+    truth: str
     answer: str
     right: bool
 
@@ -67,7 +68,6 @@ def gather(
     run_dir: Path,
     results_dir: Path,
     blind_dir: Path | None,
-    data_dir: Path,
     *,
     note: str = "",
     shots: int = 32,
@@ -76,18 +76,17 @@ def gather(
     """Collect a report's content.
 
     run_dir: folder of tlf-train (metrics.jsonl, summary.json, config.yaml; each optional). results_dir, blind_dir:
-    folders of tlf-eval. note: a sentence about the data, for the reader. shots are a seeded random draw, one an
-    image; mistakes a seeded draw among the wrong ones.
+    folders of one benchmark, written by tlf-eval. note: a sentence about the data, for the reader. shots are a seeded
+    random draw, one an image; mistakes a seeded draw among the wrong ones.
     Raises UserError if results_dir holds no finished evaluation.
     """
-    results = _json(results_dir / "results.json")
-    if not results:
-        raise UserError(f"{results_dir}: no results.json; run tlf-eval first")
-    blind = _json(blind_dir / "results.json") if blind_dir is not None else {}
-    questions = BENCHMARKS.get(results["benchmark"])().questions(data_dir)[: results["limit"]]
-    answers = read_answers(results_dir / "answers.jsonl")
-    wrong = set(results["wrong"])
-    everything = [Shot(q, answers.get(q.id, ""), q.id not in wrong) for q in questions if q.image is not None]
+    results = _accuracies(results_dir)
+    blind = _accuracies(blind_dir) if blind_dir is not None else {}
+    everything = [
+        Shot(v["key"], Path(v["images"][0]), v["prompt"], v["truth"], v["answer"] or "", v["credit"] == 1)
+        for v in read_verdicts(results_dir)
+        if v["images"]
+    ]
     random.Random(seed).shuffle(everything)
     drawn = _one_per_image(everything, shots)
     mistakes = _one_per_image([s for s in everything if not s.right and s not in drawn], 8)
@@ -122,8 +121,23 @@ def read_curves(path: Path) -> list[Curve]:
 def _one_per_image(shots: Sequence[Shot], count: int) -> list[Shot]:
     first: dict[str, Shot] = {}
     for shot in shots:
-        first.setdefault(str(shot.question.image), shot)
+        first.setdefault(str(shot.image), shot)
     return list(first.values())[:count]
+
+
+def _accuracies(folder: Path) -> dict[str, Any]:
+    """The results of a folder and its run, with the headline and its first breakdown as shares 0..1."""
+    results = read_results(folder)
+    metrics = {m["name"]: m for m in results["metrics"]}
+    rows: list[dict[str, Any]] = next(iter(results["tables"].values()), [])
+    return {
+        **results,
+        **results["run"],
+        "accuracy": metrics[results["headline"]]["value"] / metrics[results["headline"]]["scale"],
+        "accuracy_by_type": {m["name"]: m["value"] / m["scale"] for m in rows},
+        "questions_by_type": {m["name"]: m["questions"] for m in rows},
+        "wrong": sum(v["credit"] != 1 for v in read_verdicts(folder)),
+    }
 
 
 def _rows(results: dict[str, Any], blind: dict[str, Any]) -> list[tuple[str, int, float, float | None]]:

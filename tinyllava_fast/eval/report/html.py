@@ -26,14 +26,14 @@ def page(data: ReportData) -> str:
             _header(data),
             _tiles(data),
             '<div class="two">',
-            _card(
+            card(
                 "Training loss", "Raw values pale, their running mean bold; logarithmic scale.", loss_chart(data.curves)
             ),
-            _card("Accuracy by question type", _legend(data), _table(data)),
+            card("Accuracy by question type", _legend(data), _table(data)),
             "</div>",
-            _card("Questions and answers", _shots_note(data), _shots(data.shots)),
+            card("Questions and answers", _shots_note(data), _shots(data.shots)),
             _mistakes(data),
-            _card("How it was measured", "", _facts(data)),
+            card("How it was measured", "", _facts(data)),
             _config(data),
             _footer(data),
         ]
@@ -94,7 +94,8 @@ def _tiles(data: ReportData) -> str:
     return f'<div class="tiles">\n{inside}\n</div>'
 
 
-def _card(title: str, note: str, inside: str) -> str:
+def card(title: str, note: str, inside: str) -> str:
+    """A section of the page. Arguments are HTML."""
     said = f'<p class="note">{note}</p>' if note else ""
     return f'<section class="card">\n<h2>{title}</h2>\n{said}\n{inside}\n</section>'
 
@@ -134,23 +135,21 @@ def _shots(shots: Iterable[Shot]) -> str:
 
 
 def _shot(shot: Shot) -> str:
-    q = shot.question
-    assert q.image is not None  # noqa: S101 gather() draws only questions about images
     kind, mark = ("right", "&#10003;") if shot.right else ("wrong", "&#10007;")
-    truth = "" if shot.right else f'<div class="t">truth: {escape(q.answer)}</div>'
+    truth = "" if shot.right else f'<div class="t">truth: {escape(shot.truth)}</div>'
     said = escape(shot.answer) or "(nothing)"
     return (
-        f'<div class="shot {kind}"><img alt="" src="{_inline(load_image(q.image))}">'
-        f'<div><div class="q">{escape(q.text)}</div><div class="a">{mark} {said}</div>{truth}</div></div>'
+        f'<div class="shot {kind}"><img alt="" src="{inline(load_image(shot.image))}">'
+        f'<div><div class="q">{escape(shot.question)}</div><div class="a">{mark} {said}</div>{truth}</div></div>'
     )
 
 
 def _mistakes(data: ReportData) -> str:
-    wrong = len(data.results["wrong"])
+    wrong = data.results["wrong"]
     if not data.mistakes:
         return ""
     note = f"{len(data.mistakes)} of the {wrong:,} wrong answers, drawn at random."
-    return _card("Where it fails", note, _shots(data.mistakes))
+    return card("Where it fails", note, _shots(data.mistakes))
 
 
 def _facts(data: ReportData) -> str:
@@ -174,6 +173,11 @@ def _facts(data: ReportData) -> str:
         tokens = f"{engine['computed_tokens']:,} of {engine['prompt_tokens']:,} prompt tokens computed"
         images = f"{engine['images_encoded']:,} images encoded for {engine['requests']:,} questions"
         facts.append(("work shared", f"{images}; {tokens} ({_percent(saved)} saved)"))
+    return facts_list(facts)
+
+
+def facts_list(facts: Iterable[tuple[str, Any]]) -> str:
+    """Names and values, one pair a line."""
     return "<dl>\n" + "\n".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts) + "\n</dl>"
 
 
@@ -183,8 +187,9 @@ def _config(data: ReportData) -> str:
     return f'<details class="card"><summary>Configuration</summary>\n<pre>{escape(data.config)}</pre>\n</details>'
 
 
-def _inline(image: Image.Image) -> str:
+def inline(image: Image.Image, format: str = "PNG") -> str:
+    """The image, shrunk to a thumbnail, as a data URL."""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format, optimize=True)
+    return f"data:image/{format.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -104,10 +104,9 @@ def _grid(figure: Figure, data: ReportData, rows: int, *, bottom: float, top: fl
     figure.text(0.05, top + 0.012, head, fontsize=11.5, weight="bold")
     width, height = 0.92 / COLUMNS, (top - bottom) / max(rows, 1)
     for i, shot in enumerate(data.shots):
-        assert shot.question.image is not None  # noqa: S101 gather() draws only questions about images
         left, low = 0.05 + width * (i % COLUMNS), top - height * (i // COLUMNS + 1)
         axes = figure.add_axes((left, low + 0.36 * height, 0.9 * width, 0.58 * height))
-        axes.imshow(load_image(shot.question.image), interpolation="nearest")
+        axes.imshow(load_image(shot.image), interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
         colour = RIGHT if shot.right else WRONG
@@ -118,13 +117,13 @@ def _grid(figure: Figure, data: ReportData, rows: int, *, bottom: float, top: fl
         figure.text(
             centre,
             low + 0.27 * height,
-            _wrapped(shot.question.text),
+            _wrapped(shot.question),
             fontsize=8,
             color=SOFT,
             ha="center",
             va="center",
         )
-        verdict = f"✓ {said}" if shot.right else f"✗ {said}  (truth: {shot.question.answer})"
+        verdict = f"✓ {said}" if shot.right else f"✗ {said}  (truth: {shot.truth})"
         figure.text(
             centre,
             low + 0.1 * height,

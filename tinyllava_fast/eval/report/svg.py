@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from tinyllava_fast.eval.report.data import Curve
 
@@ -51,6 +52,23 @@ def loss_chart(curves: Sequence[Curve]) -> str:
             path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(curve.steps, values, strict=True))
             parts.append(f'<polyline class="{name} s{i % 4}" points="{path}"/>')
         begin = end
+    return "\n".join([*parts, "</svg>"])
+
+
+def histogram(summary: Mapping[str, Any]) -> str:
+    """Columns of a summary that eval.statistics.histogram made, its percentiles written out; values are seconds."""
+    bins = summary["bins"]
+    width, height = (WIDTH - LEFT - RIGHT) / len(bins), 120
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height + 48}" role="img" aria-label="answer times">']
+    for i, count in enumerate(bins):
+        tall = height * count / max(bins)
+        box = f'x="{LEFT + i * width:.1f}" y="{8 + height - tall:.1f}" width="{width - 1:.1f}" height="{tall:.1f}"'
+        parts.append(f'<rect class="column" {box}/>')
+    for share in (0, 0.5, 1):
+        place = f'x="{LEFT + share * (WIDTH - LEFT - RIGHT):.1f}" y="{height + 26}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {place}>{share * summary["max"]:.3g}</text>')
+    said = "seconds; " + ", ".join(f"{name} {summary[name]:.3g}" for name in ("p50", "p95", "p99"))
+    parts.append(f'<text class="tick" x="{WIDTH / 2}" y="{height + 44}" text-anchor="middle">{said}</text>')
     return "\n".join([*parts, "</svg>"])
 
 

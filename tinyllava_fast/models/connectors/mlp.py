@@ -10,8 +10,39 @@ from torch import Tensor, nn
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+from tinyllava_fast.ops.connector_mlp import connector_mlp
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+class MLP(nn.Sequential):
+    """Linear, then (depth - 1) times activation and Linear. Two plain layers run as one op that keeps only its input.
+
+    Layers that a recipe has wrapped (LoRA) or replaced (quantised) are called one by one: their forward is not a
+    product with ``weight``. activation: gelu, relu or silu.
+    """
+
+    def __init__(self, vision_size: int, llm_size: int, *, depth: int = 2, activation: str = "gelu") -> None:
+        modules: list[nn.Module] = [nn.Linear(vision_size, llm_size)]
+        for _ in range(depth - 1):
+            modules += [_ACTIVATIONS[activation](), nn.Linear(llm_size, llm_size)]
+        super().__init__(*modules)
+        self._activation = activation
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., V] -> [..., D]."""
+        if not self._is_one_op():
+            return super().forward(features)
+        first: Any = self[0]
+        last: Any = self[2]
+        return connector_mlp(features, first.weight, first.bias, last.weight, last.bias, self._activation)
+
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters of other modules that ``forward`` reads: ZeRO-3 has to gather them for it."""
+        return list(self.parameters()) if self._is_one_op() else []
+
+    def _is_one_op(self) -> bool:
+        return len(self) == 3 and type(self[0]) is nn.Linear and type(self[2]) is nn.Linear
 
 
 @CONNECTORS.register("mlp")
@@ -35,10 +66,7 @@ class MLPConnector(Connector):
 
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
         super().__init__(vision_size, llm_size, options)
-        modules: list[nn.Module] = [nn.Linear(vision_size, llm_size)]
-        for _ in range(self.options.depth - 1):
-            modules += [_ACTIVATIONS[self.options.activation](), nn.Linear(llm_size, llm_size)]
-        self.layers = nn.Sequential(*modules)
+        self.layers = MLP(vision_size, llm_size, depth=self.options.depth, activation=self.options.activation)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, K, V] -> [N, K, D]."""

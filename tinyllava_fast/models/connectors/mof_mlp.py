@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+from tinyllava_fast.models.connectors.mlp import MLP
 
 
 @CONNECTORS.register("mof")
@@ -20,8 +21,8 @@ class MoFConnector(Connector):
 
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
         super().__init__(vision_size, llm_size, options)
-        self.clip = _mlp(vision_size // 2, llm_size)
-        self.dinov2 = _mlp(vision_size // 2, llm_size)
+        self.clip = MLP(vision_size // 2, llm_size)
+        self.dinov2 = MLP(vision_size // 2, llm_size)
 
     def check_widths(self, widths: tuple[int, ...]) -> None:
         """See the base class."""
@@ -41,7 +42,3 @@ class MoFConnector(Connector):
         """[N, K, 2 W] -> [N, 2 K, D]."""
         clip, dinov2 = features.chunk(2, dim=-1)
         return torch.stack([self.clip(clip), self.dinov2(dinov2)], dim=2).flatten(1, 2)
-
-
-def _mlp(width: int, llm_size: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, llm_size), nn.GELU(), nn.Linear(llm_size, llm_size))

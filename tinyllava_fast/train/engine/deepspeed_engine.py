@@ -53,7 +53,8 @@ def deepspeed_config(
 
 
 class DeepSpeedEngine:
-    """Engine over DeepSpeed. model: an LMM (or a module with ``external_parameters``), whole, on every rank."""
+    """Engine over DeepSpeed. model: whole, on every rank; its modules name in ``external_parameters()`` what they read
+    of other modules."""
 
     def __init__(
         self,
@@ -98,8 +99,9 @@ class DeepSpeedEngine:
             model=model, optimizer=self._adamw, config=config, dist_init_required=False
         )[0]
         if zero_stage == 3:
-            for parameter in model.external_parameters():  # type: ignore[operator]
-                deepspeed.zero.register_external_parameter(model, parameter)
+            for module in model.modules():
+                for parameter in getattr(module, "external_parameters", list)():
+                    deepspeed.zero.register_external_parameter(module, parameter)
         self._create_moments()
         for parameter, value in (masters or {}).items():
             self._fragments.safe_set_full_fp32_param(parameter, value)

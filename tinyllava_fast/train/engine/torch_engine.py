@@ -40,7 +40,8 @@ class TorchEngine:
         loss = self.model(**batch.to(self.device).tensors())
         if loss.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
             (loss * scale).backward()
-            self._optimizer.accumulate()
+            with torch.profiler.record_function("tlf.optimizer"):
+                self._optimizer.accumulate()
         return loss.detach()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:

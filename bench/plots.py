@@ -1,0 +1,130 @@
+"""PNG plots of `tlf-bench ops --plot DIR`: time and memory of every candidate against size, one file an op."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllava_fast.bench.case import BOTH
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval.report.png import INK, LINE, SOFT, STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS = "#3155d4"
+RIVALS = ("#b7791f", "#12805c", "#8a5cd1", "#c8372d", "#0e8f8f", "#667085")
+MARKERS = "osD^vP"
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ops_<op>.png for each op whose rows lie on an axis; returns the files.
+
+    UserError if matplotlib is not installed or the folder cannot be written.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib; run: pip install 'tinyllava-fast[eval]'") from error
+    written = []
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        axes = curves(result, op)
+        if not axes:
+            continue
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(6.2 * len(axes), 8.2), dpi=110, facecolor="white")
+            _page(figure, op, axes, result)
+        path = folder / f"ops_{op}.png"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path)
+        except OSError as error:
+            raise UserError(
+                f"--plot {folder}: cannot write there ({error.strerror}); give a folder of yours"
+            ) from error
+        written.append(path)
+    return written
+
+
+Curves = dict[str, dict[str, list[tuple[float, dict[str, Any]]]]]
+
+
+def curves(result: dict[str, Any], op: str) -> Curves:
+    """{axis: {candidate: [(place, row), ...] ascending}} of the op's forward+backward rows; axes of two or more sizes.
+
+    A candidate that was run at one size of the axis only is left out.
+    """
+    found: Curves = {}
+    for row in result["rows"]:
+        if row["op"] == op and row["pass"] == BOTH:
+            for axis, place in row["axes"].items():
+                for name in row["medians"]:
+                    found.setdefault(axis, {}).setdefault(name, []).append((place, row))
+    drawn = {
+        axis: {name: sorted(points, key=lambda p: p[0]) for name, points in lines.items() if len(points) > 1}
+        for axis, lines in found.items()
+    }
+    return {axis: lines for axis, lines in drawn.items() if lines}
+
+
+def _page(figure: Figure, op: str, axes: Curves, result: dict[str, Any]) -> None:
+    names = list(dict.fromkeys(name for lines in axes.values() for name in lines))
+    rivals = [name for name in names if name != "ours"]
+    looks = {name: (RIVALS[i % len(RIVALS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(rivals)}
+    looks["ours"] = (OURS, "o")
+    machine = result["machine"]
+    device = (
+        machine["gpu"] if machine["device"].startswith("cuda") else f"{machine['cpu']} ({machine['threads']} threads)"
+    )
+    figure.text(0.03, 0.965, f"{op}, forward and backward", fontsize=16, weight="bold", color=INK)
+    figure.text(0.03, 0.94, f"{result['dtype']}, {device}, torch {machine['torch']}", fontsize=9.5, color=SOFT)
+    grid = figure.subplots(2, len(axes), squeeze=False)
+    for column, (axis, lines) in enumerate(axes.items()):
+        for line, (title, unit, value) in enumerate(
+            (("time", "ms", _milliseconds), ("peak extra memory", "MB", _megabytes))
+        ):
+            panel = grid[line][column]
+            for name in [*rivals, "ours"]:
+                points = [(x, value(row, name)) for x, row in lines.get(name, ()) if value(row, name)]
+                if points:
+                    colour, marker = looks[name]
+                    width = 2.6 if name == "ours" else 1.4
+                    panel.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=width, label=name)
+            _frame(panel, f"{title} ({unit})", axis, sorted({x for points in lines.values() for x, _ in points}))
+    handles = {h.get_label(): h for panel in grid.flat for h in panel.get_lines()}
+    figure.legend(
+        handles.values(), handles.keys(), loc="lower center", ncol=min(4, len(handles)), frameon=False, fontsize=10
+    )
+    figure.subplots_adjust(
+        left=0.5 / (6.2 * len(axes)) + 0.03, right=0.97, top=0.88, bottom=0.13, hspace=0.42, wspace=0.22
+    )
+
+
+def _frame(panel: Any, title: str, axis: str, places: list[float]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_title(title, fontsize=11.5, loc="left", pad=8, weight="bold")
+    panel.set_xlabel(axis, fontsize=9.5, color=SOFT)
+    panel.xaxis.set_major_locator(FixedLocator(places))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    panel.tick_params(length=0, colors=SOFT, labelsize=9)
+    panel.grid(axis="y", color=LINE, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.margins(y=0.12)
+    for side in ("top", "right", "left"):
+        panel.spines[side].set_visible(False)
+
+
+def _milliseconds(row: dict[str, Any], name: str) -> float:
+    return 1e3 * row["medians"][name]
+
+
+def _megabytes(row: dict[str, Any], name: str) -> float:
+    return (row["peak_bytes"][name] or 0) / 1e6

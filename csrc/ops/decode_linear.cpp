@@ -1,0 +1,288 @@
+// decode_linear: a few rows times a weight that is read once, as fast as memory gives it.
+#include <cstdint>
+
+#include "tlf/attention_simd.h"
+#include "tlf/kernel.h"
+#include "tlf/tiles.h"
+
+namespace tlf {
+namespace TLF_ISA {
+namespace {
+
+constexpr int64_t kParallelBytes = 1 << 16;  // below this a thread team costs more than it saves
+constexpr int64_t kChunk = 2 * kWidth;       // columns handled together
+constexpr int64_t kAhead = 4096;             // bytes of the weight that are asked for before they are needed
+
+typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
+typedef uint32_t UVecU __attribute__((vector_size(kWidth * 4), may_alias, aligned(1)));
+typedef int8_t Bytes __attribute__((vector_size(kWidth), may_alias, aligned(1)));
+
+struct Pair {
+  Vec first, second;
+};
+
+// kChunk weights as float. bf16 comes as the even and the odd ones, which is how spread() lays x out for it.
+TLF_INLINE Pair weights(const bf16* w) {
+  const UVec bits = *reinterpret_cast<const UVecU*>(w);
+  return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000u)};
+}
+TLF_INLINE Pair weights(const float* w) { return {load(w), load(w + kWidth)}; }
+TLF_INLINE Vec to_floats(const int8_t* w) {
+#if defined(TLF_AVX512)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(w), Vec);
+#endif
+}
+TLF_INLINE Pair weights(const int8_t* w) { return {to_floats(w), to_floats(w + kWidth)}; }
+
+template <typename W>
+constexpr int64_t kFewRows = 4;  // so many rows keep up with memory without tiles
+template <>
+constexpr int64_t kFewRows<int8_t> = 1;
+
+template <typename W>
+constexpr bool kEvenOdd = false;
+template <>
+constexpr bool kEvenOdd<bf16> = true;
+
+// x as float in chunks of the order of weights(), zeros up to a whole chunk.
+template <typename W, typename T>
+void spread(const T* x, int64_t ldx, int64_t rows, int64_t columns, float* out) {
+  const int64_t padded = round_up(columns, kChunk);
+  for (int64_t n = 0; n < rows; ++n, x += ldx, out += padded) {
+    for (int64_t k = columns / kChunk * kChunk; k < padded; ++k) out[k] = 0.0f;
+    for (int64_t k = 0; k < columns; ++k) {
+      const int64_t at = k % kChunk;
+      out[k - at + (kEvenOdd<W> ? at % 2 * kWidth + at / 2 : at)] = widen(x[k]);
+    }
+  }
+}
+
+// total[n] = w . x[n]
+template <int N, typename W>
+TLF_INLINE void dot(const W* w, const float* x, int64_t columns, float* total) {
+  const int64_t padded = round_up(columns, kChunk), whole = columns / kChunk * kChunk;
+  Vec first[N], second[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) first[n] = second[n] = Vec{};
+  const auto add = [&](const W* from, const float* with) {
+    const Pair pair = weights(from);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      first[n] += pair.first * load(with + n * padded);
+      second[n] += pair.second * load(with + n * padded + kWidth);
+    }
+  };
+  constexpr int64_t kLine = 64 / sizeof(W) < kChunk ? kChunk : 64 / sizeof(W);
+  int64_t k = 0;
+  for (; k + kLine <= whole; k += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kAhead, 0, 2);
+#pragma GCC unroll 8
+    for (int64_t at = 0; at < kLine; at += kChunk) add(w + k + at, x + k + at);
+  }
+  for (; k < whole; k += kChunk) add(w + k, x + k);
+  if (k < columns) {
+    W rest[kChunk] = {};
+    std::memcpy(rest, w + k, (columns - k) * sizeof(W));
+    add(rest, x + k);
+  }
+  for (int n = 0; n < N; ++n) {
+    const Vec sum = first[n] + second[n];
+    total[n] = 0.0f;
+    for (int i = 0; i < kWidth; ++i) total[n] += sum[i];
+  }
+}
+
+template <int N, typename W, typename T>
+void multiply(const W* w, const float* scale, const T* bias, const float* x, T* y, int64_t outputs, int64_t columns) {
+#pragma omp parallel for schedule(static) if (outputs * columns * int64_t(sizeof(W)) > kParallelBytes)
+  for (int64_t o = 0; o < outputs; ++o) {
+    float total[N];
+    dot<N>(w + o * columns, x, columns, total);
+    const float factor = scale == nullptr ? 1.0f : scale[o], shift = bias == nullptr ? 0.0f : widen(bias[o]);
+    for (int n = 0; n < N; ++n) narrow(total[n] * factor + shift, y + n * outputs + o);
+  }
+}
+
+#if defined(TLF_TILES)
+TLF_INLINE void ask_ahead(const void* tile) {
+  const char* at = static_cast<const char*>(tile) + 4 * kAhead;
+#pragma GCC unroll 16
+  for (int line = 0; line < 16; ++line) __builtin_prefetch(at + 64 * line, 0, 2);
+}
+
+struct PlainRows {
+  const bf16* w;
+  int64_t columns;
+  TLF_INLINE void prefetch(int64_t first, int64_t k) const { ask_ahead(w + first * columns + k * kTileRows); }
+  const bf16* rows_of(int64_t first, int64_t count, int64_t k, int64_t width, bf16* buffer, int64_t* stride) const {
+    const bf16* from = w + first * columns + k;
+    *stride = columns;
+    if (count == kTileRows && width % kTileDepth == 0) return from;
+    *stride = kTileBatch * kTileDepth;
+    for (int64_t o = 0; o < kTileRows; ++o) {
+      const int64_t n = o < count ? width : 0;
+      std::memcpy(buffer + o * *stride, from + o * columns, n * sizeof(bf16));
+      std::memset(buffer + o * *stride + n, 0, (*stride - n) * sizeof(bf16));
+    }
+    return buffer;
+  }
+};
+
+TLF_INLINE void tiles_of(const bf16* x, int64_t ldx, const bf16* w, const float*, const bf16* bias, float* scratch,
+                         bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
+  bf16* packed = reinterpret_cast<bf16*>(scratch);
+  pack_rows(x, ldx, rows, columns, packed);
+  product_in_tiles(PlainRows{w, columns}, packed, bias, y, rows, outputs, columns);
+}
+
+constexpr int64_t kByteDepth = 64;  // columns of an int8 tile
+
+TLF_INLINE uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// x = step (256 high + low), two signed bytes an element: a fixed point of 16 bits under the row's largest value, so
+// that int8 weights enter the tiles as they are. high and low: tiles of B, [k / 4][row][k % 4].
+void split_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int8_t* high, int8_t* low, float* step) {
+  const int64_t bytes = round_up(columns, kByteDepth) * kTileRows;
+  std::memset(high, 0, bytes);
+  std::memset(low, 0, bytes);
+  for (int64_t n = 0; n < rows; ++n) {
+    const bf16* from = x + n * ldx;
+    uint16_t top = 0;  // magnitudes of bf16 are ordered as integers, infinities and nan at the end
+    for (int64_t k = 0; k < columns; ++k) {
+      const uint16_t size = from[k].bits & 0x7fffu;
+      top = top < size ? size : top;
+    }
+    constexpr float kMost = 32639.0f;  // 127 * 256 + 127
+    const float largest = widen(bf16{top});
+    const bool finite = top < 0x7f80u;
+    const float inverse = finite && largest > 1e-30f ? kMost / largest : 0.0f;
+    step[n] = finite ? largest / kMost : __builtin_nanf("");
+    for (int64_t at = 0; at < columns; at += kByteDepth) {
+      const int64_t width = least(kByteDepth, columns - at);
+      int8_t tops[kByteDepth] = {}, lows[kByteDepth] = {};
+      for (int64_t k = 0; k < width; ++k) {
+        // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+        const int32_t bits = static_cast<int32_t>(float_bits(widen(from[at + k]) * inverse + 12582912.0f));
+        tops[k] = static_cast<int8_t>((bits + 128) >> 8);
+        lows[k] = static_cast<int8_t>(bits);
+      }
+      for (int64_t k = 0; k < kByteDepth; k += 4) {
+        std::memcpy(high + (at + k) * kTileRows + 4 * n, tops + k, 4);
+        std::memcpy(low + (at + k) * kTileRows + 4 * n, lows + k, 4);
+      }
+    }
+  }
+}
+
+const int8_t* byte_rows(const int8_t* from, int64_t columns, int64_t count, int64_t width, int8_t* buffer,
+                        int64_t* stride) {
+  *stride = columns;
+  if (count == kTileRows && width == kByteDepth) return from;
+  *stride = kByteDepth;
+  std::memset(buffer, 0, kTileRows * kByteDepth);
+  for (int64_t o = 0; o < count; ++o) std::memcpy(buffer + o * kByteDepth, from + o * columns, width);
+  return buffer;
+}
+
+TLF_TILE_CODE void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, const bf16* bias,
+                            float* scratch, bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
+  int8_t* high = reinterpret_cast<int8_t*>(scratch);
+  int8_t* low = high + round_up(columns, kByteDepth) * kTileRows;
+  alignas(64) float step[kTileRows] = {};
+  split_rows(x, ldx, rows, columns, high, low, step);
+#pragma omp parallel
+  {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+    alignas(64) int8_t buffer[kTileRows * kByteDepth];
+    alignas(64) int32_t tops[kTileRows * kTileRows], lows[kTileRows * kTileRows];
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < outputs; first += kTileRows) {
+      const int64_t count = least(kTileRows, outputs - first);
+      _tile_zero(0);
+      _tile_zero(3);
+      for (int64_t k = 0; k < columns; k += kByteDepth) {
+        ask_ahead(w + first * columns + k * kTileRows);
+        int64_t stride = 0;
+        const int8_t* a =
+            byte_rows(w + first * columns + k, columns, count, least(kByteDepth, columns - k), buffer, &stride);
+        _tile_loadd(1, a, stride);
+        _tile_loadd(2, high + k * kTileRows, 64);
+        _tile_dpbssd(0, 1, 2);
+        _tile_loadd(4, low + k * kTileRows, 64);
+        _tile_dpbssd(3, 1, 4);
+      }
+      _tile_stored(0, tops, 64);
+      _tile_stored(3, lows, 64);
+      for (int64_t n = 0; n < rows; ++n) {
+        for (int64_t o = 0; o < count; ++o) {
+          const float sum =
+              256.0f * static_cast<float>(tops[o * kTileRows + n]) + static_cast<float>(lows[o * kTileRows + n]);
+          const float shift = bias == nullptr ? 0.0f : widen(bias[first + o]);
+          narrow(sum * (step[n] * scale[first + o]) + shift, y + n * outputs + first + o);
+        }
+      }
+    }
+    _tile_release();
+  }
+}
+#endif
+
+template <typename W, typename T>
+void few(const T* x, int64_t ldx, const W* w, const float* scale, const T* bias, float* scratch, T* y, int64_t rows,
+         int64_t outputs, int64_t columns) {
+#if defined(TLF_TILES)
+  if constexpr (sizeof(T) == 2) {
+    if (rows > kFewRows<W> && tiles_allowed()) {
+      tiles_of(x, ldx, w, scale, bias, scratch, y, rows, outputs, columns);
+      return;
+    }
+  }
+#endif
+  spread<W>(x, ldx, rows, columns, scratch);
+  const int64_t padded = round_up(columns, kChunk);
+  // more rows side by side than registers hold would spill
+  constexpr int64_t most_rows = kWidth == 16 ? 8 : 4;
+  while (rows > 0) {
+    const int64_t n = rows >= most_rows ? most_rows : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    if (n == 8) multiply<8>(w, scale, bias, scratch, y, outputs, columns);
+    if (n == 4) multiply<4>(w, scale, bias, scratch, y, outputs, columns);
+    if (n == 2) multiply<2>(w, scale, bias, scratch, y, outputs, columns);
+    if (n == 1) multiply<1>(w, scale, bias, scratch, y, outputs, columns);
+    rows -= n, scratch += n * padded, y += n * outputs;
+  }
+}
+
+}  // namespace
+
+// x: [rows <= 16, columns], ldx elements a row. w: [outputs, columns] of x's dtype, or int8 where scale [outputs] is
+// not null. bias: [outputs] of x's dtype or null. scratch: float [16 * (columns + 64)], aligned to 64 bytes.
+void decode_linear(const void* x, int64_t ldx, const void* w, const float* scale, const void* bias, float* scratch,
+                   void* y, int64_t rows, int64_t outputs, int64_t columns, int64_t dtype) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    const T *from = static_cast<const T*>(x), *shift = static_cast<const T*>(bias);
+    T* to = static_cast<T*>(y);
+    if (scale != nullptr) {
+      few(from, ldx, static_cast<const int8_t*>(w), scale, shift, scratch, to, rows, outputs, columns);
+    } else {
+      few(from, ldx, static_cast<const T*>(w), scale, shift, scratch, to, rows, outputs, columns);
+    }
+  };
+  if (dtype == kBFloat16) {
+    run(bf16{});
+  } else {
+    run(0.0f);
+  }
+}
+
+}  // namespace TLF_ISA
+}  // namespace tlf
+
+TLF_KERNEL(decode_linear);

@@ -1,0 +1,53 @@
+"""The pool in a process of its own: it is torch's allocator from there on."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.train import cpu_pool
+
+SCRIPT = """
+import resource, sys, torch
+from tinyllava_fast.train import cpu_pool
+before = torch.arange(100_000)  # torch's own, freed after the pool has come
+assert cpu_pool.stats() is None and cpu_pool.install() and cpu_pool.install()
+start = cpu_pool.stats(reset=True).used
+x = torch.randn(1024, 1024)
+assert cpu_pool.stats().used - start == x.nbytes and torch.zeros(0).numel() == 0
+del before
+held = [torch.full((n,), float(n)) for n in (1, 20_000, 300_000, 5_000_000, 16_383, 16_385)]
+for keep in (2, 5):  # holes of several sizes, filled again
+    held[keep] = held[keep].clone() + 0
+    assert all(bool((t == t.numel()).all()) for t in held)
+assert torch.nn.Conv2d(3, 8, 3)(torch.randn(2, 3, 64, 64)).shape == (2, 8, 62, 62)  # oneDNN: raw pointers
+grown = torch.ones(10).resize_(100_000)
+grown[:] = 2
+assert float(grown.sum()) == 200_000
+def step():
+    kept = [x @ x + i for i in range(8)]
+    return sum(float(k[0, 0]) for k in kept)
+step()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+peak = cpu_pool.stats(reset=True).peak
+for _ in range(4):
+    step()
+assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 200
+assert cpu_pool.stats().peak <= peak
+del held, grown
+assert cpu_pool.stats().used - start == x.nbytes
+"""
+
+
+def test_memory_is_found_again_and_holds_what_was_put_there():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_allocator_is_refused(monkeypatch):
+    monkeypatch.setenv(cpu_pool.SWITCH, "pol")
+    with pytest.raises(UserError, match=r"TLF_CPU_ALLOCATOR: 'pol'.*pool"):
+        cpu_pool.install()
+    monkeypatch.setenv(cpu_pool.SWITCH, "torch")
+    assert not cpu_pool.install()

@@ -1,0 +1,291 @@
+"""MM-Vet: 218 open questions, graded by a language model.
+
+Files and prompt are LLaVA's, grading and scores those of MM-Vet's mm-vet_evaluator.py. The judge is any endpoint that
+speaks OpenAI's chat completions. Without one, the answers and the file for the online evaluator are written, and the
+report says that they are not scored.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.eval.benchmarks.base import (
+    BENCHMARKS,
+    Answers,
+    Benchmark,
+    Count,
+    Files,
+    Grades,
+    Published,
+    Question,
+    Score,
+)
+from tinyllava_fast.eval.files import Finder, UniqueIds, read_json, read_jsonl, require
+from tinyllava_fast.eval.judge import Endpoint, GradeFile, JudgeError, grade_all, grade_key
+from tinyllava_fast.eval.mmvet_scores import capabilities, integration, metric, rounded, run_totals, score_csv, table
+from tinyllava_fast.eval.progress import progress
+from tinyllava_fast.eval.prompts import whole_prompt
+from tinyllava_fast.log import log
+
+OPENAI = "https://api.openai.com/v1"
+EVALUATOR = "mm-vet_evaluator.py"
+GRADES = "grades.jsonl"
+
+UNOFFICIAL_PROMPT = """You grade the answer that a model gave about an image. Each row of the table below holds a \
+question, the reference answer, the model's answer and a mark from 0.0 (entirely wrong) to 1.0 (entirely right) in \
+steps of 0.1. Where the reference joins parts by <AND>, full marks need all of them; where it joins them by <OR>, any \
+one is enough. Reply with the mark that belongs in the last cell and nothing else.
+
+Question | Reference | Answer | Mark
+--- | --- | --- | ---
+Which colours has the flag? | red <AND> white | It is red and white. | 1.0
+Which colours has the flag? | red <AND> white | It is red. | 0.5
+Which colours has the flag? | red <AND> white | It is blue. | 0.0
+What is this animal? | donkey <OR> mule | A mule in front of a barn. | 1.0
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of mmvet: how the answers are graded."""
+
+    judge: str = "gpt-4-0613"
+    """The judging model's name. Scores are comparable for one judge only."""
+    base_url: str = OPENAI
+    """Of an endpoint that speaks OpenAI's chat completions, up to /v1."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key. With neither a key nor a base_url of your own, nothing is graded."""
+    runs: int = 1
+    """How often each answer is graded. The MM-Vet paper uses 5, LLaVA's released file 3."""
+    prompt_file: str = ""
+    """MM-Vet's mm-vet_evaluator.py, whose prompt makes scores comparable. Default: the one beside mm-vet.json, else
+    wording of our own, marked unofficial."""
+    max_tokens: int = 3
+    """Of a grade; raise it for a judge that thinks first, 0 leaves it to the server."""
+    timeout_s: float = 60.0
+    """Of one attempt."""
+    attempts: int = 6
+    """How often a request is sent to a server that is busy, fails or stalls, at growing intervals."""
+    parallel: int = 4
+    """Requests at a time."""
+
+
+@BENCHMARKS.register("mmvet")
+class MMVet(Benchmark):
+    """218 questions about 200 images; total is over all, capability scores over the questions that need one."""
+
+    name = "mmvet"
+    title = "MM-Vet"
+    Options = Options
+    max_new_tokens = 1024
+    published = (
+        Published("LLaVA-1.5-7B", 31.1, "total"),
+        Published("LLaVA-1.5-13B", 36.1, "total"),
+        Published("TinyLLaVA-Phi-2-SigLIP-3.1B", 37.5, "total"),
+        Published("TinyLLaVA-TinyLlama-CLIP-1.5B", 23.2, "total"),
+        Published("TinyLLaVA-Qwen2-0.5B-SigLIP", 19.5, "total"),
+    )
+
+    def locate(self, root: Path) -> Files:
+        """llava-mm-vet.jsonl, mm-vet.json and the images; the evaluator and bard_set.json if they are there."""
+        find = Finder(self.name, root, ["mm-vet", "mmvet"], "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)")
+        nested = ("", "mm-vet/", "mm-vet/mm-vet/")
+        release = "mm-vet.zip of the MM-Vet release v1 (github.com/yuweihao/MM-Vet)"
+        files = {
+            "questions": find.file("llava-mm-vet.jsonl"),
+            "metadata": find.file(*(f"{n}mm-vet.json" for n in nested), source=release),
+            "images": find.folder(*(f"{n}images" for n in nested), source=release),
+        }
+        for name, file in (("evaluator", EVALUATOR), ("bard_set", "bard_set.json")):
+            if path := find.optional(*(n + file for n in nested)):
+                files[name] = path
+        return files
+
+    def questions(self, files: Files) -> list[Question]:
+        """The questions with reference answers and capabilities."""
+        path, metadata = files["questions"], read_json(files["metadata"])
+        subset = set(read_json(files["bard_set"])) if "bard_set" in files else set()
+        seen, questions = UniqueIds(path), []
+        for number, record in read_jsonl(path):
+            where = f"{path}, line {number}"
+            id, image, text = (require(record, field, where) for field in ("question_id", "image", "text"))
+            seen.add(id, number)
+            key = f"v1_{id}"
+            if key not in metadata:
+                raise DataError(f"{files['metadata']}: no entry {key!r}, which {where} asks")
+            capabilities = sorted(set(require(metadata[key], "capability", f"{files['metadata']}, {key!r}")))
+            reference = str(require(metadata[key], "answer", f"{files['metadata']}, {key!r}"))
+            questions.append(
+                Question(
+                    key=key,
+                    id=id,
+                    images=(files["images"] / str(image),),
+                    prompt=str(text),
+                    truth=reference,
+                    category="+".join(capabilities),
+                    meta={
+                        "capabilities": capabilities,
+                        "question": str(metadata[key].get("question", text)),
+                        "bard_set": key in subset,
+                        "evaluator": str(files.get("evaluator", "")),
+                    },
+                )
+            )
+        return questions
+
+    def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
+        """218 questions about 200 images."""
+        images = len({q.images for q in questions})
+        return [Count("questions", len(questions), 218), Count("images", images, 200)]
+
+    def recorded_prompt(self, question: Question) -> str:
+        """The whole prompt, as model_vqa.py writes it."""
+        return whole_prompt(question)
+
+    def is_asked_by(self, question: Question, prompt: str) -> bool:
+        """Whether the question is part of the recorded prompt."""
+        return question.prompt in prompt
+
+    def grade(self, questions: Sequence[Question], answers: Answers, folder: Path, experiment: str) -> Grades:
+        """Grades of the judge, run by run. An endpoint that fails leaves those made so far; the next run goes on."""
+        endpoint = self._endpoint()
+        if endpoint is None:
+            return {}
+        messages = self._messages(questions, answers)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = GradeFile(folder / GRADES)
+        runs = self.options.runs
+        keys = [grade_key(endpoint, m, run) for m in messages.values() for run in range(runs)]
+        done = sum(key in file.grades for key in keys)
+        new = grade_all(endpoint, messages, runs, file, parallel=self.options.parallel)
+        try:
+            for _ in progress(new, total=len(keys), done=done, label="grades"):
+                pass
+        except JudgeError as error:
+            log.error("%s: %s. %d of %d grades are in %s; run the same command again to go on", self.name, error,
+                      sum(key in file.grades for key in keys), len(keys), file.path)  # fmt: skip
+        return {
+            id: [file.grades[key].score for run in range(runs) if (key := grade_key(endpoint, m, run)) in file.grades]
+            for id, m in messages.items()
+        }
+
+    def _endpoint(self) -> Endpoint | None:
+        o = self.options
+        if o.runs < 1 or o.parallel < 1 or o.attempts < 1:
+            raise UserError(f"{self.name}: runs, parallel and attempts must be at least 1: {o}")
+        key = os.environ.get(o.key_env, "")
+        if not key and o.base_url == OPENAI:
+            return None
+        return Endpoint(o.base_url, o.judge, key, o.max_tokens, o.timeout_s, o.attempts)
+
+    def _messages(self, questions: Sequence[Question], answers: Answers) -> dict[str, str]:
+        prompt = self._prompt(questions)[0]
+        return {q.key: message(prompt, q, answers[q.key]) for q in questions if q.key in answers}
+
+    def _prompt(self, questions: Sequence[Question]) -> tuple[str, str]:
+        """The judge's instructions and what they are called in the report."""
+        source = self.options.prompt_file or (str(questions[0].meta["evaluator"]) if questions else "")
+        if not source:
+            return (
+                UNOFFICIAL_PROMPT,
+                "UNOFFICIAL wording (no mm-vet_evaluator.py): not comparable with published scores",
+            )
+        prompt = read_prompt(Path(source))
+        return prompt, f"prompt of {Path(source).name}, sha256 {hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+    def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
+        """Mean grade over all questions and per capability, over the runs that are complete; x 100."""
+        runs = min((len((grades or {}).get(q.key, ())) for q in questions), default=0)
+        if not grades or not runs:
+            return Score(notes=[self._not_scored(questions, grades)])
+        graded = {q.key: list(grades[q.key][:runs]) for q in questions}
+        total = metric("total", questions, graded)
+        per_run = run_totals(questions, graded)
+        tables = {
+            "capability": table(questions, graded, capabilities),
+            "integration": table(questions, graded, integration),
+            "run": [replace(total, name=f"run {run}", value=v, stderr=None) for run, v in enumerate(per_run)],
+        }
+        if subset := [q for q in questions if q.meta["bard_set"]]:
+            tables["Bard set"] = [metric("total", subset, graded), *table(subset, graded, capabilities)]
+        notes = [
+            f"judge {self.options.judge}, {self._prompt(questions)[1]}",
+            f"runs: {rounded(per_run)}, standard deviation {float(np.round(np.std(per_run), 1))}",
+        ]
+        if runs < self.options.runs:
+            notes.append(f"{runs} of {self.options.runs} runs are complete")
+        return Score(
+            metrics=[total],
+            headline="total",
+            tables=tables,
+            credit={key: sum(g) / runs for key, g in graded.items()},
+            notes=notes,
+        )
+
+    def _not_scored(self, questions: Sequence[Question], grades: Grades | None) -> str:
+        if grades:
+            done = sum(bool(g) for g in grades.values())
+            return f"answers written, not scored: the judge graded {done} of {len(questions)}; run again to go on"
+        return (
+            f"answers written, not scored: no judge. Set {self.options.key_env}, or mmvet.base_url for an endpoint "
+            "that needs no key, or upload the results file to huggingface.co/spaces/whyu/MM-Vet_Evaluator"
+        )
+
+    def outputs(
+        self, questions: Sequence[Question], answers: Answers, score: Score, files: Files, folder: Path, experiment: str
+    ) -> list[Path]:
+        """<experiment>.json for the online evaluator, and after grading the official grade file and score tables."""
+        texts = {q.key: answers[q.key] for q in questions if q.key in answers}
+        paths = [_write_json(folder / f"{experiment}.json", texts, 2)]
+        endpoint = self._endpoint()
+        if endpoint is None or not score.headline:
+            return paths
+        grades, runs = GradeFile(folder / GRADES).grades, len(score.tables["run"])
+        record: dict[str, dict[str, list[object]]] = {}
+        for id, text in self._messages(questions, answers).items():
+            made = [grades[grade_key(endpoint, text, run)] for run in range(runs)]
+            record[id] = {name: [getattr(g, name) for g in made] for name in ("model", "content", "score")}
+        judge = self.options.judge.replace("/", "_")
+        paths.append(_write_json(folder / f"{experiment}_{judge}-grade-{runs}runs.json", record, 4))
+        scores = {id: [float(str(s)) for s in r["score"]] for id, r in record.items()}
+        subset = [q for q in questions if q.meta["bard_set"]]
+        for mark, members in (("", questions), ("bardset_", subset)):
+            for kind, groups in (("cap-score", capabilities), ("cap-int-score", integration)):
+                if members:
+                    path = folder / f"{experiment}_{mark}{judge}-{kind}-{runs}runs.csv"
+                    path.write_text(score_csv(experiment, members, scores, groups), encoding="utf-8")
+                    paths.append(path)
+        return paths
+
+
+def message(prompt: str, question: Question, answer: str) -> str:
+    """What the judge is sent: its instructions and the row to complete."""
+    reference = question.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    return prompt + "\n" + " | ".join([question.meta["question"], reference, answer, ""])
+
+
+def read_prompt(path: Path) -> str:
+    """The constant ``prompt`` of MM-Vet's evaluator, which is read and not run. DataError if there is none."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as MM-Vet's {EVALUATOR} ({error})") from None
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            if any(isinstance(t, ast.Name) and t.id == "prompt" for t in node.targets):
+                return node.value.value
+    raise DataError(f"{path}: it assigns no text to `prompt`; MM-Vet's {EVALUATOR} is expected")
+
+
+def _write_json(path: Path, content: object, indent: int) -> Path:
+    path.write_text(json.dumps(content, indent=indent), encoding="utf-8")
+    return path

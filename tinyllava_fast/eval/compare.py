@@ -1,0 +1,108 @@
+"""Two models on the same questions, paired: difference, standard error clustered by image, exact sign test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval.official import read_answers
+from tinyllava_fast.eval.plan import Plan
+from tinyllava_fast.eval.results import VERDICTS, read_results, read_verdicts
+from tinyllava_fast.eval.statistics import clustered_error, exact_sign_test, mean, mean_influence
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B against A. a, b: mean credit 0..1 over the common questions. stderr: of b - a, clustered by image, None with
+    fewer than two images. b_better, a_better: questions on which one earned more. p_sign: two-sided exact sign test on
+    those, which is McNemar's exact test where credit is 0 or 1. only_a, only_b: questions that one of them lacks.
+    """
+
+    benchmark: str
+    questions: int
+    only_a: int
+    only_b: int
+    a: float
+    b: float
+    stderr: float | None
+    b_better: int
+    a_better: int
+    p_sign: float
+    binary: bool
+
+    @property
+    def p_difference(self) -> float | None:
+        """Two-sided normal p-value of the difference, with the clustered error; None where that is none or 0."""
+        if not self.stderr:
+            return None
+        return math.erfc(abs(self.b - self.a) / self.stderr / math.sqrt(2))
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        error = "" if self.stderr is None else f" ± {100 * self.stderr:.2f} (clustered by image)"
+        chance = "" if self.p_difference is None else f", p = {self.p_difference:.3g}"
+        name = "McNemar's exact test" if self.binary else "exact sign test"
+        lines = [
+            f"{self.benchmark}: {self.questions:,} common questions",
+            f"  A {100 * self.a:.2f}   B {100 * self.b:.2f}   mean credit x 100",
+            f"  B - A = {100 * (self.b - self.a):+.2f}{error}{chance}",
+            f"  B better on {self.b_better:,}, A better on {self.a_better:,}: {name}, p = {self.p_sign:.3g}",
+        ]
+        if self.only_a or self.only_b:
+            lines.append(f"  left out: {self.only_a:,} questions of A alone, {self.only_b:,} of B alone")
+        return "\n".join(lines)
+
+
+def compare(a: Path, b: Path, plan: Plan | None = None) -> Comparison:
+    """Compare two results folders of one benchmark, or answer files, which need the plan of their benchmark.
+
+    Raises UserError if they are of different benchmarks, have no common question, or earn no credit per question.
+    """
+    name_a, rows_a = _credits(a, plan)
+    name_b, rows_b = _credits(b, plan)
+    if name_a != name_b:
+        raise UserError(f"{a} holds {name_a} and {b} holds {name_b}; only one benchmark can be compared")
+    keys = [key for key in rows_a if key in rows_b]
+    if not keys:
+        raise UserError(f"{a} and {b} have no scored question in common; check that both are scored and of one split")
+    left, right = [rows_a[k][0] for k in keys], [rows_b[k][0] for k in keys]
+    differences = [y - x for x, y in zip(left, right, strict=True)]
+    b_better, a_better = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    return Comparison(
+        benchmark=name_a,
+        questions=len(keys),
+        only_a=len(rows_a) - len(keys),
+        only_b=len(rows_b) - len(keys),
+        a=mean(left),
+        b=mean(right),
+        stderr=clustered_error(mean_influence(differences), [rows_a[k][1] for k in keys]),
+        b_better=b_better,
+        a_better=a_better,
+        p_sign=exact_sign_test(b_better, a_better),
+        binary={*left, *right} <= {0.0, 1.0},
+    )
+
+
+def _credits(path: Path, plan: Plan | None) -> tuple[str, dict[str, tuple[float, Any]]]:
+    """The benchmark, and (credit, cluster) of each scored question by key."""
+    if path.is_dir():
+        folders: Sequence[Path] = [path] if (path / VERDICTS).is_file() else sorted(path.glob(f"*/{VERDICTS}"))
+        if len(folders) != 1:
+            raise UserError(f"{path}: no results of one benchmark; give the folder that holds {VERDICTS}")
+        folder = folders[0] if folders[0].is_dir() else folders[0].parent
+        rows = {
+            v["key"]: (v["credit"], tuple(v["images"]) or v["key"])
+            for v in read_verdicts(folder)
+            if v["credit"] is not None
+        }
+        return read_results(folder)["benchmark"], rows
+    if plan is None:
+        raise UserError(f"{path}: to compare answer files give --data and one name in --benchmarks")
+    answers = read_answers(path, plan.benchmark, plan.everything)
+    answered = [q for q in plan.everything if q.key in answers]
+    credit = plan.benchmark.score(answered, answers).credit
+    return plan.name, {q.key: (credit[q.key], tuple(map(str, q.images)) or q.key) for q in answered if q.key in credit}

@@ -1,0 +1,208 @@
+"""A language model as judge, behind any endpoint that speaks OpenAI's chat completions, and a file of its grades.
+
+Grades are appended to a JSONL file as they come, keyed by everything that a grade depends on, so a run that was killed
+or whose endpoint went away goes on where it was and a changed answer is graded anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.log import log
+
+RETRY = "Predict the correctness of the answer (digit): "
+RETRIES = 5
+BACKOFF_S = (1.0, 60.0)  # the first pause and the longest
+BUSY = (408, 409, 425, 429)
+
+
+class JudgeError(UserError):
+    """The endpoint gave no usable reply; grades already made are kept."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server.
+
+    base_url: up to and including /v1. key: sent as a bearer token unless it is empty. max_tokens: of a reply; 0 leaves
+    the limit to the server. timeout_s: of one attempt. attempts: how often a request is sent when the server is
+    busy, fails, stalls or answers something that is no completion. sleep: for tests.
+    """
+
+    base_url: str
+    model: str
+    key: str = field(default="", repr=False)
+    max_tokens: int = 3
+    timeout_s: float = 60.0
+    attempts: int = 6
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def complete(self, message: str, temperature: float) -> tuple[str, str]:
+        """(reply, the model's name as the server gives it) to one user message. Raises JudgeError."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "temperature": temperature,
+            "messages": [{"role": "user", "content": message}],
+        }
+        if self.max_tokens:
+            body["max_tokens"] = self.max_tokens
+        pause, reason = BACKOFF_S[0], ""
+        for attempt in range(self.attempts):
+            if attempt:
+                log.info("judge %s: %s; trying again in %.0f s", self.base_url, reason, pause)
+                self.sleep(pause)
+                pause = min(2 * pause, BACKOFF_S[1])
+            try:
+                return self._send(body)
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code}: {_detail(error)}"
+                if error.code < 500 and error.code not in BUSY:
+                    raise JudgeError(f"judge {self.base_url} refused the request ({reason}); check {_HINT}") from None
+                pause = max(pause, _retry_after(error))
+            except (OSError, HTTPException) as error:  # refused, reset, cut short, timed out
+                reason = f"{type(error).__name__}: {error}"
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                reason = f"the reply is no chat completion ({type(error).__name__}: {error})"
+        raise JudgeError(f"judge {self.base_url}: no reply after {self.attempts} attempts; the last: {reason}")
+
+    def _send(self, body: dict[str, Any]) -> tuple[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        url = self.base_url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            reply = json.loads(response.read())
+        content = reply["choices"][0]["message"]["content"]
+        return ("" if content is None else str(content)), str(reply.get("model", self.model))
+
+
+_HINT = "the base URL, the model's name and the key"
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(300).decode("utf-8", "replace").strip() or error.reason
+    except (OSError, HTTPException):
+        return str(error.reason)
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    try:
+        seconds = float(error.headers.get("Retry-After", ""))
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), BACKOFF_S[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """One judgement. model: as the server names it. content: the reply that gave the score, up to its first space."""
+
+    id: str
+    run: int
+    model: str
+    content: str
+    score: float
+
+
+def ask(endpoint: Endpoint, message: str, id: str, run: int) -> Grade:
+    """Have a message graded between 0 and 1, as MM-Vet's evaluator does.
+
+    A reply that is no number there is asked for again up to five times, at rising temperature, then counts as 0.
+    Unlike there, "nan" is no number. Raises JudgeError.
+    """
+    content, model = endpoint.complete(message, 0.0)
+    for retry in range(RETRIES):
+        number = content.split(" ")[0].strip()
+        score = _number(number)
+        if score is not None:
+            return Grade(id=id, run=run, model=model, content=number, score=score)
+        content, model = endpoint.complete(f"{message}\n{RETRY}", 0.5 * retry)
+    log.warning("judge: no number for %s in %d replies, the last %r; it scores 0", id, RETRIES + 1, content)
+    return Grade(id=id, run=run, model=model, content=content, score=0.0)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and 0 <= value <= 1 else None
+
+
+class GradeFile:
+    """Grades as they come, one JSON object a line: {"key", "id", "run", "model", "content", "score"}."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.grades: dict[str, Grade] = {}
+        if path.exists():
+            self._read()
+
+    def add(self, key: str, grade: Grade) -> None:
+        """Append a grade; it is in the file when this returns."""
+        self.grades[key] = grade
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, **asdict(grade)}) + "\n")
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):  # a kill cut the last line off
+            with self.path.open("r+b") as file:
+                file.truncate(end)
+        for number, line in enumerate(data[:end].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                key = record.pop("key")
+                self.grades[key] = Grade(**record)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise DataError(f"{self.path}, line {number}: not a grade; delete the file to grade anew") from None
+
+
+def grade_key(endpoint: Endpoint, message: str, run: int) -> str:
+    """What a grade depends on: the judge, the message and the number of the run."""
+    return hashlib.sha256(f"{endpoint.model}\0{run}\0{message}".encode()).hexdigest()[:32]
+
+
+def grade_all(
+    endpoint: Endpoint, messages: Mapping[str, str], runs: int, file: GradeFile, *, parallel: int = 4
+) -> Iterable[str]:
+    """Grade every message (id -> text) ``runs`` times, but for those in the file; yield the id of each new grade.
+
+    A run begins when the one before it is complete. Raises JudgeError when the endpoint fails for good: requests under
+    way are waited for and kept, the rest isn't sent.
+    """
+    for run in range(runs):
+        keys = {id: grade_key(endpoint, message, run) for id, message in messages.items()}
+        todo = {id: key for id, key in keys.items() if key not in file.grades}
+        failure: JudgeError | None = None
+        with ThreadPoolExecutor(parallel) as pool:
+            futures = {pool.submit(ask, endpoint, messages[id], id, run): key for id, key in todo.items()}
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                try:
+                    grade = future.result()
+                except JudgeError as error:
+                    failure = failure or error
+                    for other in futures:
+                        other.cancel()
+                else:
+                    file.add(futures[future], grade)
+                    yield grade.id
+        if failure is not None:
+            raise failure

@@ -1,0 +1,62 @@
+"""``--option textvqa.ocr=false``: settings of benchmarks, each declared by the benchmark's Options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Benchmark
+
+
+def chosen(text: str) -> list[str]:
+    """Names of a comma list; "all": every one of the standard suite. UserError for an unknown or repeated name."""
+    if text == "all":
+        return [name for name in BENCHMARKS if BENCHMARKS.get(name).in_all]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        BENCHMARKS.get(name, "--benchmarks")
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"--benchmarks {text!r}: give one or more names, each once")
+    return names
+
+
+def build(names: Sequence[str], options: Sequence[str] = ()) -> list[Benchmark]:
+    """The benchmarks of these names with options like "textvqa.ocr=false" set.
+
+    Raises UserError for an option of a benchmark that is not chosen, an unknown option, or a value of another type.
+    """
+    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for option in options:
+        path, equals, text = option.partition("=")
+        name, dot, field = path.partition(".")
+        if not (equals and dot):
+            raise UserError(f"--option {option!r}: write BENCHMARK.OPTION=VALUE, e.g. textvqa.ocr=false")
+        if name not in values:
+            raise UserError(f"--option {option!r}: benchmark {name!r} is not chosen; {nearest(name, values)}")
+        hints = get_type_hints(BENCHMARKS.get(name).Options)
+        if field not in hints:
+            raise UserError(f"--option {option!r}: {name} has no option {field!r}; {nearest(field, hints)}")
+        values[name][field] = _value(text, hints[field], option)
+    return [BENCHMARKS.get(name)(BENCHMARKS.get(name).Options(**values[name])) for name in names]
+
+
+def describe(benchmark: Benchmark) -> dict[str, Any]:
+    """The settings of a benchmark as JSON-able values."""
+    return dataclasses.asdict(benchmark.options)
+
+
+def _value(text: str, kind: Any, option: str) -> Any:
+    if get_origin(kind) is Literal:
+        if text in get_args(kind):
+            return text
+        raise UserError(f"--option {option!r}: {text!r} is none of {', '.join(get_args(kind))}")
+    if kind is bool:
+        if text in ("true", "false"):
+            return text == "true"
+        raise UserError(f"--option {option!r}: true or false is expected")
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        raise UserError(f"--option {option!r}: {text!r} is not {kind.__name__}") from None

@@ -1,0 +1,53 @@
+"""Several processes of torchrun: each answers the questions about its share of the images into a file of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from tinyllava_fast.eval.benchmarks.base import Question
+
+PATIENCE = timedelta(days=7)  # ranks finish hours apart
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; rank 0 of 1 without it."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @classmethod
+    def of_torchrun(cls) -> Ranks:
+        """From the environment that torchrun sets."""
+        return cls(*(int(os.environ.get(name, default)) for name, default in VARIABLES))
+
+    def device(self, device: str) -> str:
+        """ "auto" with several processes on GPUs: each its own."""
+        import torch
+
+        return f"cuda:{self.local}" if device == "auto" and self.world > 1 and torch.cuda.is_available() else device
+
+    def share(self, questions: Sequence[Question]) -> list[Question]:
+        """This rank's questions: those about one image stay together, image groups are dealt out largest first."""
+        groups: dict[str, list[Question]] = {}
+        for q in questions:
+            groups.setdefault(q.cluster, []).append(q)
+        order = sorted(groups.values(), key=lambda group: (-len(group), group[0].key))
+        return [q for group in order[self.rank :: self.world] for q in group]
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here. Does nothing for a single process."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.barrier()
+
+
+VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -1,0 +1,174 @@
+"""The scores of an evaluation as one HTML file: against published rows, by category, answer times, questions to browse.
+
+Everything is inside it and nothing is a script: the filters of the samples are style sheets.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tinyllava_fast.data.images import load_image
+from tinyllava_fast.errors import DataError
+from tinyllava_fast.eval.benchmarks.base import Metric
+from tinyllava_fast.eval.report.html import card, facts_list, inline, size
+from tinyllava_fast.eval.report.svg import histogram
+from tinyllava_fast.eval.results import read_results, read_verdicts
+
+SAMPLES = 48  # of a benchmark, half of them wrong where there are as many
+ROWS = 30  # of a breakdown
+
+
+def page(folders: Sequence[Path], *, seed: int = 0) -> str:
+    """The whole page. folders: results of one benchmark each. The samples are a seeded random draw."""
+    css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
+    results = [read_results(folder) for folder in folders]
+    model = escape(Path(results[0].get("model", "answers")).name)
+    body = "\n".join(
+        [
+            f"<header>\n<h1>{model}</h1>\n<p class='note'>{_headnote(results[0])}</p>\n</header>",
+            card(
+                "Scores",
+                "± one standard error, clustered by image. Bold: the number that papers report.",
+                _all(results),
+            ),
+            *(_benchmark(r, folder, seed) for r, folder in zip(results, folders, strict=True)),
+            card("How it was measured", "", facts_list(_facts(results[0]))),
+        ]
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{model}: scores</title>\n<style>\n{css}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _headnote(results: dict[str, Any]) -> str:
+    blind = "Every image was replaced by a blank one. " if results.get("blind") else ""
+    return f"{blind}Greedy generation, the official prompts and scores."
+
+
+def _all(results: Sequence[dict[str, Any]]) -> str:
+    rows = ["<tr><th>benchmark</th><th>metric</th><th></th><th>score</th><th>questions</th><th>published</th></tr>"]
+    for r in results:
+        for number, values in enumerate(r["metrics"]):
+            metric = Metric(**values)
+            head = metric.name == r["headline"]
+            published = "<br>".join(_published(row) for row in r["published"] if row["metric"] == metric.name)
+            cells = [
+                f"<td>{escape(r['title']) if number == 0 else ''}</td><td>{escape(metric.name)}</td>",
+                f"<td class='bars'>{_bar(metric)}</td><td>{escape(str(metric))}</td><td>{metric.questions:,}</td>",
+                f"<td class='note'>{published}</td>",
+            ]
+            rows.append(f"<tr{' class=all' * head}>{''.join(cells)}</tr>")
+        if not r["metrics"]:
+            said = escape(" ".join(r["notes"]))
+            rows.append(f"<tr><td>{escape(r['title'])}</td><td class='note' colspan='5'>{said}</td></tr>")
+    return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _published(row: dict[str, Any]) -> str:
+    far = "" if row["difference"] is None else f" ({row['difference']:+.{row['digits']}f})"
+    return f"{escape(row['model'])} {row['value']:g}{far}"
+
+
+def _bar(metric: Metric) -> str:
+    if not metric.scale:
+        return ""
+    return f'<div class="bar" style="width:{min(100.0, max(0.0, 100 * metric.value / metric.scale)):.1f}%"></div>'
+
+
+def _benchmark(results: dict[str, Any], folder: Path, seed: int) -> str:
+    verdicts = read_verdicts(folder)
+    counts = {name: count for name, count in results["counts"].items() if count}
+    said = [f"{name}: {count:,}" for name, count in counts.items()]
+    note = escape(" · ".join([*said, *results["notes"], *results["count_differences"]]))
+    parts = [_breakdown(title, rows) for title, rows in results["tables"].items()]
+    if times := results.get("run", {}).get("latency"):
+        parts.append(
+            "<h3>Answer times</h3><p class='note'>Seconds from entering the engine's queue to the end of the answer, "
+            f"{times['count']:,} answers.</p>{histogram(times)}"
+        )
+    parts.append(_samples(results["benchmark"], verdicts, seed))
+    return card(escape(results["title"]), note, "\n".join(parts))
+
+
+def _breakdown(title: str, rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for values in rows[:ROWS]:
+        metric = Metric(**values)
+        lines.append(
+            f"<tr><td>{escape(metric.name)}</td><td class='bars'>{_bar(metric)}</td><td>{escape(str(metric))}</td>"
+            f"<td>{metric.questions:,}</td></tr>"
+        )
+    more = f"<p class='note'>{len(rows) - ROWS} more rows are in results.json.</p>" if len(rows) > ROWS else ""
+    return f"<h3>By {escape(title)}</h3><table>\n" + "\n".join(lines) + f"\n</table>{more}"
+
+
+def _samples(name: str, verdicts: list[dict[str, Any]], seed: int) -> str:
+    drawn = _draw(verdicts, seed)
+    kinds = [_kind(v) for v in drawn]
+    radios = "".join(
+        f'<input type="radio" name="{name}" id="{name}-{kind}" class="show-{kind}"{" checked" * (kind == "all")}>'
+        f'<label for="{name}-{kind}">{kind} {len(kinds) if kind == "all" else kinds.count(kind)}</label>'
+        for kind in ("all", "right", "partly", "wrong", "unscored")
+        if kind == "all" or kind in kinds
+    )
+    shown = "\n".join(_sample(v, kind) for v, kind in zip(drawn, kinds, strict=True))
+    return (
+        f"<h3>Samples</h3><p class='note'>{len(drawn)} of {len(verdicts):,} questions, drawn at random (seeded, not "
+        f'chosen), half of them wrong ones where there are enough.</p><div class="filter">{radios}'
+        f'<div class="shots wide">\n{shown}\n</div></div>'
+    )
+
+
+def _draw(verdicts: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    order = list(verdicts)
+    random.Random(seed).shuffle(order)
+    wrong = [v for v in order if _kind(v) == "wrong"][: SAMPLES // 2]
+    taken = {v["key"] for v in wrong}
+    rest = [v for v in order if v["key"] not in taken and _kind(v) != "wrong"][: SAMPLES - len(wrong)]
+    keys = taken | {v["key"] for v in rest}
+    return [v for v in order if v["key"] in keys]
+
+
+def _kind(verdict: dict[str, Any]) -> str:
+    credit = verdict["credit"]
+    if credit is None:
+        return "unscored"
+    return "right" if credit == 1 else "wrong" if credit == 0 else "partly"
+
+
+def _sample(verdict: dict[str, Any], kind: str) -> str:
+    picture = "".join(f'<img alt="" src="{source}">' for image in verdict["images"][:1] if (source := _picture(image)))
+    truth = f'<div class="t">truth: {escape(verdict["truth"])}</div>' if verdict["truth"] else ""
+    return (
+        f'<div class="shot {kind}">{picture}<div><div class="q">{escape(verdict["prompt"])}</div>'
+        f'<div class="a">{escape(verdict["answer"] or "(nothing)")}</div>{truth}</div></div>'
+    )
+
+
+def _picture(image: str) -> str:
+    try:
+        return inline(load_image(image), "JPEG")
+    except DataError:
+        return ""
+
+
+def _facts(results: dict[str, Any]) -> list[tuple[str, Any]]:
+    run = results.get("run", {})
+    facts: list[tuple[str, Any]] = []
+    if machine := run.get("machine"):
+        memory = size(machine["memory_bytes"])
+        facts.append(("machine", f"{machine['processor']}, {machine['cores']} cores, {memory} of memory"))
+        facts.append(("system", machine["system"]))
+    if "versions" in results:
+        facts.append(("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())))
+    if "model_digest" in results:
+        facts.append(("model", f"{results['model']}, SHA-256 {results['model_digest'][:16]}"))
+    return facts

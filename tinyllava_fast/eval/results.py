@@ -1,0 +1,185 @@
+"""What an evaluation leaves behind: results.json (the same for the same answers), verdicts.jsonl, official files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval.answers import UNREADABLE
+from tinyllava_fast.eval.benchmarks.base import Metric, Score
+from tinyllava_fast.eval.official import write_llava_answers
+from tinyllava_fast.eval.plan import Plan
+
+RESULTS = "results.json"
+RUN = "run.json"
+VERDICTS = "verdicts.jsonl"
+OFFICIAL = "official"
+
+Record = Mapping[str, Any]
+
+
+def conclude(
+    plan: Plan, records: Mapping[str, Record], facts: Mapping[str, Any], folder: Path, experiment: str
+) -> dict[str, Any]:
+    """Grade, score and write everything but run.json into folder; returns the content of results.json.
+
+    records: question key -> {"answer", "finish", ...}, as an AnswerLog holds them. facts: what
+    identifies the run, put into the results. experiment: the name that official files carry.
+    """
+    bench, questions = plan.benchmark, plan.questions
+    answers = {q.key: records[q.key]["answer"] for q in questions if q.key in records}
+    official = folder / OFFICIAL
+    official.mkdir(parents=True, exist_ok=True)
+    grades = bench.grade(questions, answers, official, experiment)
+    score = bench.score(questions, answers, grades)
+    write_llava_answers(bench, questions, answers, official / "answers.jsonl", experiment)
+    bench.outputs(questions, answers, score, plan.files, official, experiment)
+    _write_verdicts(plan, records, score, folder / VERDICTS)
+    results = describe(plan, records, score, facts)
+    write_json(folder / RESULTS, results)
+    return results
+
+
+def score_only(plan: Plan, records: Mapping[str, Record], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The score of answers without writing anything; a judge is not asked."""
+    answers = {key: record["answer"] for key, record in records.items()}
+    return describe(plan, records, plan.benchmark.score(plan.questions, answers), facts)
+
+
+def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of results.json: nothing in it depends on when or in which order questions were answered."""
+    answered = [(q, records[q.key]) for q in plan.questions if q.key in records]
+    unreadable = [q for q, r in answered if r.get("finish") == UNREADABLE]
+    counts = {
+        "answered": len(answered),
+        "empty": sum(not r["answer"].strip() for _, r in answered),
+        "truncated": sum(r.get("finish") == "length" for _, r in answered),
+        "unreadable": len(unreadable),
+        **score.counts,
+    }
+    identity = {**{k: v for k, v in facts.items() if k not in ("model", "versions")}, "limit": plan.limit}
+    return {
+        "benchmark": plan.name,
+        "title": plan.benchmark.title,
+        "questions": len(plan.questions),
+        "headline": score.headline,
+        "metrics": [asdict(m) for m in score.metrics],
+        "tables": {title: [asdict(m) for m in rows] for title, rows in score.tables.items()},
+        "counts": counts,
+        "notes": list(score.notes),
+        "unreadable_images": sorted({str(image) for q in unreadable for image in q.images}),
+        "count_differences": [str(c) for c in plan.counts if c.found != c.expected],
+        "published": _published(plan, score),
+        **facts,
+        "limit": plan.limit,
+        "config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
+    }
+
+
+def summarise(output: Path, digest: str) -> dict[str, Any]:
+    """Write output/results.json: the headline of every benchmark in it that this model (by digest) has finished."""
+    found: dict[str, Any] = {}
+    for path in sorted(output.glob(f"*/{RESULTS}")):
+        results = read_results(path.parent)
+        if results.get("model_digest") == digest:
+            headline = next((m for m in results["metrics"] if m["name"] == results["headline"]), None)
+            found[results["benchmark"]] = {
+                "headline": headline,
+                "metrics": {m["name"]: m["value"] for m in results["metrics"]},
+                **{key: results[key] for key in ("questions", "limit", "counts", "published", "config_hash", "notes")},
+            }
+    summary = {"model_digest": digest, "benchmarks": found}
+    write_json(output / RESULTS, summary)
+    return summary
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a folder, with the content of run.json under "run". UserError if there is none."""
+    path = folder / RESULTS
+    if not path.is_file():
+        raise UserError(f"{folder}: no {RESULTS}; run tlf-eval first")
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    run = folder / RUN
+    if run.is_file():
+        results["run"] = json.loads(run.read_text(encoding="utf-8"))
+    return results
+
+
+def read_verdicts(folder: Path) -> list[dict[str, Any]]:
+    """One object a question, in file order: key, id, category, prompt, images, truth, answer, credit, finish."""
+    path = folder / VERDICTS
+    if not path.is_file():
+        raise UserError(f"{folder}: no {VERDICTS}; run tlf-eval first")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def table(results: Iterable[Mapping[str, Any]]) -> str:
+    """Scores as plain text, for a terminal or a pipe: every metric of every benchmark, then the published rows."""
+    lines = [f"{'benchmark':<12}{'metric':<18}{'score':>18}{'questions':>11}"]
+    rows: list[str] = []
+    for r in results:
+        for number, values in enumerate(r["metrics"]):
+            metric = Metric(**values)
+            mark = " *" if metric.name == r["headline"] else ""
+            name = r["benchmark"] if number == 0 else ""
+            lines.append(f"{name:<12}{metric.name + mark:<18}{metric!s:>18}{metric.questions:>11,}")
+        if not r["metrics"]:
+            lines.append(f"{r['benchmark']:<12}{'(no score here)':<18}{'':>18}{r['questions']:>11,}")
+        told = {k: v for k, v in r["counts"].items() if v and k != "answered"}
+        if told:
+            lines.append(" " * 12 + ", ".join(f"{name} {count:,}" for name, count in told.items()))
+        lines += [f"{'':<12}{note}" for note in r["notes"]]
+        for row in r["published"]:
+            far = "" if row["difference"] is None else f"  ({row['difference']:+.{row['digits']}f})"
+            rows.append(
+                f"{r['benchmark']:<12}{row['metric']:<18}{row['value']:>10.{row['digits']}f}  {row['model']}{far}"
+            )
+    if any("*" in line for line in lines):
+        lines.append("* the number that papers report; ± one standard error, clustered by image")
+    return "\n".join([*lines, *(["", "published (this model minus it)"] if rows else []), *rows])
+
+
+def _published(plan: Plan, score: Score) -> list[dict[str, Any]]:
+    ours = {m.name: m for m in score.metrics}
+    return [
+        {
+            **asdict(row),
+            "difference": ours[row.metric].value - row.value if row.metric in ours else None,
+            "digits": ours[row.metric].digits if row.metric in ours else 1,
+        }
+        for row in plan.benchmark.published
+    ]
+
+
+def _write_verdicts(plan: Plan, records: Mapping[str, Record], score: Score, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for q in plan.questions:
+            record = records.get(q.key, {})
+            verdict = {
+                "key": q.key,
+                "id": q.id,
+                "category": q.category,
+                "prompt": q.prompt,
+                "images": [str(image) for image in q.images],
+                "truth": q.truth,
+                "answer": record.get("answer"),
+                "credit": score.credit.get(q.key),
+                "finish": record.get("finish"),
+            }
+            file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)

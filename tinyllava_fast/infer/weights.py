@@ -1,0 +1,70 @@
+"""A loaded model's language model made ready for decoding: weights dense or quantised, products at memory speed.
+
+A step of decoding reads every weight once and does little else, so its time is bytes over bandwidth: huge pages raise
+the bandwidth, int8 halves the bytes, nf4 quarters them. Layers with more rows than ops.decode_linear takes (prompts)
+run torch's GEMM, on a weight dequantised for that one product.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.infer.block import DecodeLayer, takes
+from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.ops import decode_linear
+from tinyllava_fast.ops.decode_linear import in_huge_pages
+from tinyllava_fast.recipes.linears import linears
+
+WEIGHTS = ("bf16", "int8", "nf4")
+_RUNS = (torch.float32, torch.bfloat16)  # dtypes of the C++ kernel
+
+
+def check_weights(weights: str | None) -> None:
+    """Raise UserError for an unknown storage of weights; None is dense, in the model's dtype."""
+    if weights is not None and weights not in WEIGHTS:
+        raise UserError(f"unknown weights {weights!r}; {nearest(weights, WEIGHTS)}")
+
+
+def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
+    """Replace the language model's layers by those of infer/block.py where they fit, and its linear ones, in place.
+
+    weights: None or "bf16" (dense), "int8" (a scale for each output), "nf4" (layers; the projection, whose errors
+    choose tokens, in int8). A tied projection that is quantised leaves the embedding as it is, for look-ups. The model
+    can then neither train nor be saved. Dense models on other devices, or in float16, stay as they are.
+    Raises UserError for unknown weights, and for quantised ones where the kernel does not run.
+    """
+    check_weights(weights)
+    if lmm.device.type != "cpu" or lmm.dtype not in _RUNS:
+        if weights in ("int8", "nf4"):
+            raise UserError(
+                f"weights={weights!r}: quantised decoding runs on CPUs in float32 or bfloat16, the model is on "
+                f"{lmm.device} in {str(lmm.dtype).removeprefix('torch.')}; load it with device='cpu', dtype='bfloat16'"
+            )
+        return
+    dense = weights in (None, "bf16")
+    layers = lmm.adapter.layers(lmm.llm)
+    for i, layer in enumerate(layers):  # one by one: the old weights of a layer are free before the next copy is made
+        if takes(layer, lmm.llm.config):
+            layers[i] = DecodeLayer(layer, weights).eval()
+    for name in [name for name, _ in linears(lmm, "llm")]:
+        _replace(lmm, name, DecodeLinear([lmm.get_submodule(name)], weights))
+    weight, bias = lmm.adapter.head(lmm.llm)
+    if dense:
+        weight.data = in_huge_pages(weight.data)  # in place: it may be the embedding's, too
+        lmm.project = lambda hidden: decode_linear(hidden, *lmm.adapter.head(lmm.llm))
+        return
+    tied = weight is lmm.adapter.embedding(lmm.llm).weight
+    head = DecodeLinear([SimpleNamespace(weight=weight, bias=bias)], "int8")
+    lmm.project = head
+    if not tied:
+        weight.data = weight.data.new_empty(0)
+
+
+def _replace(lmm: LMM, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(lmm.get_submodule(parent), leaf, layer.eval())

@@ -1,0 +1,146 @@
+"""Linear layers of token-by-token decoding: a few rows of x, so that reading the weight is all the time it takes.
+
+    y = x Wᵀ + bias                    W dense in x's dtype
+    y = (x Qᵀ) scale + bias            W = Q scale, Q int8, one float32 scale an output
+
+Sums are float32. The C++ kernel reads the weight once, in its stock [O, K] layout, for all rows of x at once; from
+memory in huge pages (``in_huge_pages``) it runs at the speed of memory. On AMX tiles the weight is the left operand,
+and bfloat16 x next to int8 weights enters as a 16-bit fixed point under the largest value of its row.
+Inference only: there is no backward. Legend: N rows of x, K inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops._check import FLOATS, expect
+from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops.nf4 import NF4, dequantize_nf4, linear_nf4_fwd
+
+MOST_ROWS = 16
+"""Up to so many rows of x this kernel is at least as fast as torch's GEMM (measured, docs/LOG.md); beyond, GEMM is."""
+
+
+class Int8(NamedTuple):
+    """A weight [O, K] in eight bits, one symmetric scale for each output."""
+
+    values: Tensor  # [O, K] int8, -127..127
+    scale: Tensor  # [O] float32
+
+
+def quantize_int8(weight: Tensor) -> Int8:
+    """The weight [O, K], any float, rounded to the nearest of 255 steps of each row's largest magnitude."""
+    expect("decode_linear", "weight", weight, "O K", FLOATS)
+    exact = weight.detach().float()
+    scale = exact.abs().amax(1) / 127 if exact.shape[1] else exact.new_zeros(len(exact))
+    steps = exact / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return Int8(steps.round().clamp(-127, 127).to(torch.int8), scale)
+
+
+def dequantize_int8(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The whole weight [O, K] in dtype: one float32 product, then rounded."""
+    return (values.float() * scale[:, None]).to(dtype)
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy of a CPU tensor in memory that is read half again as fast (28-34 against 20-25 GB/s on a 2-core Xeon)."""
+    copy = _cpp.empty(*tensor.shape, dtype=tensor.dtype) if tensor.is_cpu else torch.empty_like(tensor)
+    return copy.copy_(tensor)
+
+
+def decode_linear(x: Tensor, weight: Tensor | Int8 | NF4, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias; for more than MOST_ROWS rows by torch's GEMM, a quantised W dequantised to x's dtype for it.
+
+    x: [..., K] float. weight: [O, K] of x's dtype, Int8 or NF4. bias: [O], x's dtype. Returns [..., O] of x's dtype.
+    Raises ValueError for shapes and dtypes, and where a gradient is asked for: use functional.linear or linear_nf4.
+    """
+    tensors = [x, bias, weight if isinstance(weight, Tensor) else None]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError("decode_linear: it has no backward; call it under torch.inference_mode() or no_grad()")
+    rows = math.prod(x.shape[:-1])
+    if isinstance(weight, NF4):
+        args = (weight.packed, weight.absmax, *weight.shape, weight.blocksize, bias)
+        return linear_nf4_fwd.infer(x.reshape(rows, x.shape[-1]), *args).view(*x.shape[:-1], weight.shape[0])
+    if rows > MOST_ROWS:
+        dense = dequantize_int8(*weight, x.dtype) if isinstance(weight, Int8) else weight
+        return functional.linear(x, dense, bias)
+    values, scale = weight if isinstance(weight, Int8) else (weight, None)
+    return decode_linear_fwd.infer(x.reshape(rows, x.shape[-1]), values, scale, bias).view(
+        *x.shape[:-1], values.shape[0]
+    )
+
+
+def dense_weight(weight: Tensor | Int8 | NF4, dtype: torch.dtype) -> Tensor:
+    """The weight [O, K] as a plain tensor of dtype."""
+    if isinstance(weight, NF4):
+        return dequantize_nf4(*weight, dtype)
+    return dequantize_int8(*weight, dtype) if isinstance(weight, Int8) else weight.to(dtype)
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+    expect("decode_linear", "x", x, "N K", FLOATS)
+    expect("decode_linear", "weight", weight, "O K", (x.dtype if scale is None else torch.int8,), like=x)
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"decode_linear: x has {x.shape[1]} columns, the weight has {weight.shape[1]}")
+    if x.shape[0] > MOST_ROWS:
+        raise ValueError(f"decode_linear: {x.shape[0]} rows, the kernel takes at most {MOST_ROWS}")
+    for name, tensor, dtype in (("scale", scale, torch.float32), ("bias", bias, x.dtype)):
+        if tensor is None:
+            continue
+        expect("decode_linear", name, tensor, "O", (dtype,), like=x)
+        if tensor.shape[0] != weight.shape[0]:
+            raise ValueError(f"decode_linear: {name} has {tensor.shape[0]} entries for {weight.shape[0]} outputs")
+
+
+def _cpp_forward(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    x, weight = _cpp.unit_stride(x), weight.contiguous()
+    scale = None if scale is None else scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    rows, outputs, columns = x.shape[0], weight.shape[0], weight.shape[1]
+    y = torch.empty(rows, outputs, dtype=x.dtype)
+    scratch = _cpp.row_scratch(columns)
+    _cpp.extension().decode_linear(
+        *(x.data_ptr(), x.stride(0), weight.data_ptr()),
+        *(0 if t is None else t.data_ptr() for t in (scale, bias)),
+        *(scratch.data_ptr(), y.data_ptr(), rows, outputs, columns, _cpp.DTYPE_CODES[x.dtype]),
+    )
+    return y
+
+
+def _samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+    shapes = ((64, 128), (37, 100), (16, 33), (5, 7), (1, 1), (130, 576))
+    for rows, (outputs, columns) in zip((1, 2, 3, 5, 9, 16), shapes, strict=True):
+        weight = torch.randn(outputs, columns, generator=g)
+        x = torch.randn(columns, rows, generator=g).t() if rows % 2 else torch.randn(rows, columns, generator=g)
+        bias = torch.randn(outputs, generator=g) if rows != 2 else None
+        label = f"{rows} rows of {columns} to {outputs}"
+        yield Sample((x, weight, None, bias), label, differentiable=False)
+        yield Sample((x, *quantize_int8(weight), bias), f"{label}, int8", differentiable=False, kept=(2,))
+    for rows, outputs, columns in ((0, 4, 8), (3, 0, 8), (3, 4, 0)):
+        args: tuple[Any, ...] = (torch.randn(rows, columns, generator=g), torch.randn(outputs, columns, generator=g))
+        yield Sample((*args, None, None), f"empty {rows} {outputs} {columns}", differentiable=False)
+
+
+@define_op(
+    module="decode_linear",
+    check=_check,
+    fake=lambda x, weight, scale, bias: x.new_empty((x.shape[0], weight.shape[0])),
+    cpp=_cpp_forward,
+    cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    samples=_samples,
+)
+def decode_linear_fwd(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """[N, O]; see decode_linear(). N is at most MOST_ROWS."""
+    if scale is None:
+        return functional.linear(x, weight, bias)
+    sums = x.double() @ weight.double().t() if x.dtype == torch.float64 else x.float() @ weight.float().t()
+    scaled = sums * scale.to(sums.dtype)
+    return (scaled if bias is None else scaled + bias.to(sums.dtype)).to(x.dtype)

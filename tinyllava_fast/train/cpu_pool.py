@@ -1,0 +1,96 @@
+"""A pool for the CPU tensors of a training process: built once per torch, kept in the user's cache folder.
+
+See cpu_pool.cpp for what it does and why glibc's heap cannot. Without a C++ compiler, or outside Linux, torch's own
+allocator stays, with the settings of hardware.prepare_memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.hardware import cache_folder, total_memory_bytes
+from tinyllava_fast.log import log
+
+SWITCH = "TLF_CPU_ALLOCATOR"
+KINDS = ("pool", "torch")
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Bytes of tensors of 64 KiB and more."""
+
+    used: int
+    peak: int
+
+
+def install() -> bool:
+    """Give torch the pool for all CPU tensors from here on; whether this process has it.
+
+    TLF_CPU_ALLOCATOR=torch keeps torch's own. Raises UserError for another value of it.
+    """
+    kind = os.environ.get(SWITCH, KINDS[0])
+    if kind not in KINDS:
+        raise UserError(f"{SWITCH}: {kind!r}; {nearest(kind, KINDS)}")
+    return kind == "pool" and _library() is not None
+
+
+def stats(*, reset: bool = False) -> PoolStats | None:
+    """What the pool holds; None without it. reset: let the peak count from here."""
+    library = _library() if _library.cache_info().currsize else None
+    if library is None:
+        return None
+    out = (ctypes.c_size_t * 2)()
+    library.tlf_pool_stats(out, int(reset))
+    return PoolStats(*out)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        log.warning("CPU tensors stay with torch's allocator, slower and larger: the pool does not build (%s)", detail)
+        return None
+    library.tlf_pool_install.argtypes = [ctypes.c_size_t]
+    # Addresses alone: twice the memory, so that holes never end the range before the memory does.
+    if library.tlf_pool_install(2 * total_memory_bytes()):
+        return library
+    log.warning(
+        "CPU tensors stay with torch's allocator: the kernel grants no addresses (ulimit -v, overcommit_memory)"
+    )
+    return None
+
+
+def _build() -> Path:
+    """The shared library for this torch; compiled if it is not in the cache. Concurrent builds do no harm."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    root = Path(torch.__file__).parent
+    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
+    text = _SOURCE.read_bytes() + f"{torch.__version__} {abi}".encode()
+    target = cache_folder() / f"cpu_pool-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / target.name
+        flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+        command = [compiler, *flags, f"-I{root / 'include'}", str(_SOURCE), "-o", str(built)]
+        subprocess.run([*command, f"-L{root / 'lib'}", "-lc10"], check=True, capture_output=True, text=True)
+        built.replace(target)
+    return target

@@ -1,0 +1,262 @@
+"""`tlf-train --profile`: where the time and memory of a step go, as a trace and a one-page table.
+
+Time is attributed by operator: a product of matrices to the component whose weight and number of rows it has, the ops
+of this toolkit by name, the optimiser and the wait for data by the regions that the loop marks. Kernels that Inductor
+fuses and element-wise operators belong to no component and are a row of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity
+
+from tinyllava_fast.config.schema import RecipeConfig
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.hardware import gemm_flops_per_s, peak_rss_bytes
+from tinyllava_fast.log import log
+from tinyllava_fast.models.flops import Trains, costs_of, step_flops
+from tinyllava_fast.models.lmm import COMPONENTS, LMM
+from tinyllava_fast.train import cpu_pool
+
+WARMUP, RECORDED = 3, 2
+"""Steps before the record begins (compilation and first touch of memory lie there), and steps in it."""
+
+ROWS = {
+    "vision": "vision: products of weights",
+    "connector": "connector: products of weights",
+    "llm": "decoder: products of weights",
+    "attention": "attention, decoder and tower",
+    "head": "output projection and loss",
+    "fused": "fused and element-wise kernels",
+    "optimizer": "optimiser, gradient sums included",
+    "data": "waiting for data",
+    "rest": "rest",
+}
+_OPS = {"tlf::packed_attention": "attention", "tlf::linear_cross_entropy": "head"}
+_REGIONS = {"tlf.optimizer": "optimizer", "tlf.data": "data"}
+_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2)}  # positions of the two factors among the inputs
+
+
+@dataclass
+class _Share:
+    seconds: float = 0.0
+    calls: int = 0
+    flops: int = 0  # of products
+
+
+@dataclass
+class StepProfiler:
+    """Records a few steps of a stage. folder: of the run; model: after its recipe is applied."""
+
+    folder: Path
+    stage: str
+    model: LMM
+    recipe: RecipeConfig
+    dtype: torch.dtype
+    _done: int = 0
+    _started: float = 0.0
+    _batches: list[PackedBatch] = field(default_factory=list)
+    _record: Any = None
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self._done == WARMUP:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._record = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
+            cpu_pool.stats(reset=True)
+            self._record.start()
+            self._started = time.perf_counter()
+
+    def end(self, batches: Sequence[PackedBatch]) -> None:
+        """A step has ended; batches: its micro-batches. After the last recorded one the files are written."""
+        self._done += 1
+        if self._record is None:
+            return
+        self._batches += batches
+        if self._done == WARMUP + RECORDED:
+            seconds = time.perf_counter() - self._started
+            self._record.stop()
+            self._write(seconds)
+            self._record = None
+
+    def close(self) -> None:
+        """The stage has ended: say so if it was too short to be recorded."""
+        if self._done < WARMUP + RECORDED:
+            log.warning(
+                "--profile: stage %s has %d steps, the record needs %d", self.stage, self._done, WARMUP + RECORDED
+            )
+            if self._record is not None:
+                self._record.stop()
+
+    def _write(self, seconds: float) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trace = self.folder / f"profile-{self.stage}.trace.json"
+        self._record.export_chrome_trace(str(trace))
+        if self.model.device.type != "cpu":
+            log.info("--profile: trace in %s; the table is made on a CPU only", trace)
+            return
+        result = self._result(self._record.events(), seconds)
+        (self.folder / f"profile-{self.stage}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        text = render(result)
+        (self.folder / f"profile-{self.stage}.md").write_text(text, encoding="utf-8")
+        log.info("--profile: %s\n%s", trace, text)
+
+    def _result(self, events: Iterable[Any], seconds: float) -> dict[str, Any]:
+        costs, steps = costs_of(self.model), RECORDED
+        useful: dict[str, float] = defaultdict(float)
+        for batch in self._batches:
+            lengths = [n for n in batch.cu_seqlens.diff().tolist() if n]
+            images = len(batch.pixel_values)
+            for name, value in step_flops(costs, lengths, images, batch.num_supervised, trains(self.recipe)).items():
+                cached = name == "tower" and batch.pixel_values.dim() == 3
+                useful[name] += 0 if cached else value / steps
+        rows = {(len(b.input_ids), len(b.pixel_values)) for b in self._batches}
+        shares, longest = attribute(events, self.model, rows)
+        peak = gemm_flops_per_s(self.dtype)
+        step = seconds / steps
+        products = sum(s.flops for s in shares.values()) / steps + useful["attention"]
+        pool = cpu_pool.stats()
+        return {
+            "stage": self.stage,
+            "step_seconds": step,
+            "rows": {key: {"seconds": shares[key].seconds / steps, "flops": shares[key].flops / steps} for key in ROWS},
+            "longest": [
+                {"operator": name, "inputs": shapes, "seconds": s.seconds / steps, "calls": s.calls / steps}
+                for (name, shapes), s in longest
+            ],
+            "useful_flops": useful,
+            "gemm_flops_per_s": peak,
+            "mfu": sum(useful.values()) / step / peak,
+            "hfu": products / step / peak,
+            "state_bytes": state_bytes(self.model),
+            "activation_peak_bytes": pool.peak - pool.used if pool else None,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+
+def trains(recipe: RecipeConfig) -> Trains:
+    """Which components get gradients of their own weights; those of adapters are not counted."""
+    return Trains(**{name: getattr(recipe, name).tune in ("full", "partial") for name in COMPONENTS})
+
+
+def state_bytes(model: LMM) -> dict[str, int]:
+    """Bytes of each component's weights, and of what training keeps for it: float32 master and two moments."""
+    sizes: dict[str, int] = {}
+    for name, parameters in model.component_parameters().items():
+        sizes[name] = sum(p.numel() * p.element_size() for _, p in parameters)
+        learnt = [p for _, p in parameters if p.requires_grad]
+        sizes[f"{name}, optimiser"] = sum(4 * p.numel() * (2 if p.dtype == torch.float32 else 3) for p in learnt)
+    return sizes
+
+
+def attribute(
+    events: Iterable[Any], model: LMM, batches: set[tuple[int, int]]
+) -> tuple[dict[str, _Share], list[tuple[tuple[str, str], _Share]]]:
+    """Self time of every event by row of the table, and the longest operators. batches: (tokens, images) of packs."""
+    owners = _owners(model, batches)
+    shares: dict[str, _Share] = {key: _Share() for key in ROWS}
+    operators: dict[tuple[str, str], _Share] = defaultdict(_Share)
+    for event in events:
+        seconds = event.self_cpu_time_total / 1e6
+        flops, dims = _product(event)
+        share = shares[_row(event, dims, owners)]
+        share.seconds += seconds
+        share.calls += 1
+        share.flops += flops
+        shapes = " ".join(str(s) for s in (event.input_shapes or []) if s)
+        operator = operators[(event.name, shapes[:60])]
+        operator.seconds += seconds
+        operator.calls += 1
+    longest = sorted(operators.items(), key=lambda item: -item[1].seconds)
+    return shares, longest[:12]
+
+
+def _owners(model: LMM, batches: set[tuple[int, int]]) -> dict[tuple[int, ...], str]:
+    """Sorted (rows, in, out) of every product with a weight, forward and backward alike -> component.
+
+    Where two components have the same one, the decoder counts for it: it has more of them.
+    """
+    owners: dict[tuple[int, ...], str] = {}
+    for tokens, images in batches:
+        seen = model.vision.num_tokens + getattr(model.vision, "num_dropped", 0)
+        for name, rows in (
+            ("vision", (images * seen, images * model.vision.num_tokens)),
+            ("connector", (images * model.vision.num_tokens, images * model.tokens_per_image)),
+            ("llm", (tokens,)),
+        ):
+            for module in getattr(model, name).modules():
+                if isinstance(module, nn.Linear):
+                    for row in rows:
+                        owners[tuple(sorted((row, *module.weight.shape)))] = name
+    return owners
+
+
+def _product(event: Any) -> tuple[int, tuple[int, ...]]:
+    """FLOPs and sorted dimensions of a product of two matrices; (0, ()) for another event."""
+    shapes = event.input_shapes or []
+    if event.name not in _PRODUCTS:
+        return 0, ()
+    left, right = (shapes[i] for i in _PRODUCTS[event.name])
+    dims = (left[0], left[1], right[1])
+    return 2 * dims[0] * dims[1] * dims[2], tuple(sorted(dims))
+
+
+def _row(event: Any, dims: tuple[int, ...], owners: dict[tuple[int, ...], str]) -> str:
+    node = event
+    while node is not None:
+        for prefix, row in _OPS.items():
+            if node.name.startswith(prefix):
+                return row
+        if node.name in _REGIONS:
+            return _REGIONS[node.name]
+        node = node.cpu_parent
+    if dims:
+        return owners.get(dims, "rest")
+    if "convolution" in event.name:
+        return "vision"
+    if event.name.startswith(("## Call CompiledFxGraph", "aten::", "graph_")):
+        return "fused"
+    return "rest"
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a page of Markdown."""
+    step = result["step_seconds"]
+    lines = [
+        f"# A step of stage {result['stage']}: {step:.3f} s",
+        "",
+        "| | seconds | share | GEMM rate |",
+        "|---|---|---|---|",
+    ]
+    for key, title in ROWS.items():
+        row = result["rows"][key]
+        rate = f"{row['flops'] / row['seconds'] / 1e12:.2f} TFLOP/s" if row["flops"] and row["seconds"] else ""
+        lines.append(f"| {title} | {row['seconds']:.3f} | {100 * row['seconds'] / step:.1f} % | {rate} |")
+    lines += [
+        "",
+        f"MFU {100 * result['mfu']:.1f} %, HFU {100 * result['hfu']:.1f} % of {result['gemm_flops_per_s'] / 1e12:.2f} "
+        f"TFLOP/s measured; {sum(result['useful_flops'].values()) / 1e12:.2f} TFLOP useful.",
+        "",
+        "| memory | GiB |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {size / 2**30:.2f} |" for name, size in result["state_bytes"].items() if size]
+    if result["activation_peak_bytes"] is not None:
+        lines.append(f"| activations and temporary tensors, at most | {result['activation_peak_bytes'] / 2**30:.2f} |")
+    lines.append(f"| peak of the process | {result['peak_rss_bytes'] / 2**30:.2f} |")
+    lines += ["", "| longest operators | inputs | calls | seconds |", "|---|---|---|---|"]
+    for one in result["longest"]:
+        name = one["operator"][:48]
+        lines.append(f"| {name} | {one['inputs']} | {one['calls']:.0f} | {one['seconds']:.3f} |")
+    return "\n".join(lines) + "\n"
