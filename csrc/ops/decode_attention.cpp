@@ -66,13 +66,14 @@ void attend(const T* q, const T* k, const T* v, T* out, const Shape& s, int64_t 
         for (int64_t j = 0; j < count; ++j) score[j] = exp_fast(score[j] - peak), sum += score[j];
         total[h] += sum;
       }
-      for (int64_t j = 0; j < count; ++j) {
-        const T* value = v + (from + j) * s.v_row;
-        for (int64_t d = 0; d < size; ++d) row[d] = to_float(value[d]);
-        for (int64_t h = 0; h < group; ++h) {
+      for (int64_t h = 0; h < group; ++h) {  // a head's sums stay in registers for the whole block
+        for (int64_t d = 0; d < size; ++d) row[d] = sums[h][d];
+        for (int64_t j = 0; j < count; ++j) {
+          const T* value = v + (from + j) * s.v_row;
           const float weight = scores[h][j];
-          for (int64_t d = 0; d < size; ++d) sums[h][d] += weight * row[d];
+          for (int64_t d = 0; d < size; ++d) row[d] += weight * to_float(value[d]);
         }
+        for (int64_t d = 0; d < size; ++d) sums[h][d] = row[d];
       }
     }
   }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.infer.block import DecodeLayer
 from tinyllava_fast.infer.pool import KVPool
 from tinyllava_fast.log import log
 from tinyllava_fast.models.attention import KVView
@@ -42,8 +43,9 @@ class CompiledStep:
     """The decoder on one new token a sequence.
 
     compile: True: at the first step. False: never. None: once plain steps have taken as long as compiling would, so
-    that the whole is at most twice the better of the two, however long the queue turns out to be. Where compiling fails
-    (no C++ compiler), a warning says so and plain steps go on.
+    that the whole is at most twice the better of the two, however long the queue turns out to be; never for the fused
+    layers of infer/block.py, whose calls cost more from a graph than directly (one sequence of SmolLM2-135M: 78 ms
+    instead of 18). Where compiling fails (no C++ compiler), a warning says so and plain steps go on.
     """
 
     def __init__(self, lmm: Any, pool: KVPool, compile: bool | None) -> None:
@@ -72,7 +74,8 @@ class CompiledStep:
 
     def _pays(self, single: bool) -> bool:
         if self.compile is None:
-            return self._seconds[single] > SECONDS_A_LAYER * self.lmm.num_layers
+            fused = isinstance(self.lmm.adapter.layers(self.lmm.llm)[0], DecodeLayer)
+            return not fused and self._seconds[single] > SECONDS_A_LAYER * self.lmm.num_layers
         return self.compile
 
     def _first(self, single: bool, tokens: StepTokens) -> Tensor:
