@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from tinyllava_fast.log import log, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``tlf-bench train|ops|machine|triton``; returns the exit code, 2 for a user's mistake."""
+    """Entry point of ``tlf-bench train|infer|ops|machine|triton``; returns the exit code, 2 for a user's mistake."""
     args = _parser().parse_args(argv)
     setup_logging()
     # SIGTERM unwinds like an exception: worker processes and temporary folders must not outlive the command
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tlf-bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="train|ops|machine|triton")
+    commands = parser.add_subparsers(required=True, metavar="train|infer|ops|machine|triton")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -67,6 +68,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
+
+    infer = command(
+        "infer", _infer, "Answers a second and latency against transformers' generate, interleaved in one run."
+    )
+    infer.add_argument("--config", type=Path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
+    infer.add_argument(
+        "--questions", type=int, default=600, help="questions that ours answers in a round (default 600)"
+    )
+    infer.add_argument("--peer-questions", type=int, default=32, help="of them for the batched peer (default 32)")
+    infer.add_argument("--single-questions", type=int, default=8, help="of them for the peer of batch 1 (default 8)")
+    infer.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
+    infer.add_argument("--requests", type=int, default=10, help="single requests timed for latency (default 10)")
+    infer.add_argument("--weights", help="of our language model: int8 or nf4 (default: dense, as --dtype)")
+    infer.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32 (default bfloat16)")
+    infer.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile our decode step (default: no)")
+    infer.add_argument(
+        "--agreement", action=argparse.BooleanOptionalAction, default=True, help="compare float32 answers too"
+    )
+    infer.add_argument("--threads", type=int, help="CPU threads of both sides (default: all cores)")
 
     text = "Each op on real shapes: torch eager and compiled, the libraries that install, ours."
     ops = command("ops", _ops, text)
@@ -131,6 +151,22 @@ def _train(args: argparse.Namespace) -> int:
     )
     result = train.benchmark(args.config or train.WORKLOAD, overrides, settings)
     train.show(result)
+    report.write_json(result, args.json)
+    return 0
+
+
+def _infer(args: argparse.Namespace) -> int:
+    import torch
+
+    from tinyllava_fast.bench import infer, report
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = [field.name for field in dataclasses.fields(infer.Settings)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    settings = infer.Settings(**given)
+    result = infer.benchmark(args.config or infer.WORKLOAD, infer.quick(settings) if args.quick else settings)
+    infer.show(result)
     report.write_json(result, args.json)
     return 0
 

@@ -52,13 +52,15 @@ void gate_rows(const T* x, T* y, int64_t rows, int64_t width) {
   for (int64_t n = 0; n < rows; ++n) {
     const T *gate = x + 2 * n * width, *up = gate + width;
     T* to = y + n * width;
-    for (int64_t k = 0; k < width; k += kWidth) {
-      const int count = static_cast<int>(least(kWidth, width - k));
+    const auto open = [&](int64_t k, int count) {
       Vec g = {};
       for (int i = 0; i < count; ++i) g[i] = widen(gate[k + i]);
       const Vec opened = g / (1.0f + exp2v(-kLog2e * g));
       for (int i = 0; i < count; ++i) narrow(rounded_to<T>(opened[i]) * widen(up[k + i]), to + k + i);
-    }
+    };
+    int64_t k = 0;
+    for (; k + kWidth <= width; k += kWidth) open(k, kWidth);  // a constant count becomes vectors
+    if (k < width) open(k, static_cast<int>(width - k));
   }
 }
 
@@ -81,6 +83,7 @@ void rotate_heads(const void* x, int64_t ldx, const void* cosine, const void* si
                   int64_t heads, int64_t size, int64_t dtype) {
   const auto run = [&](auto element) {
     using T = decltype(element);
+#pragma omp parallel for schedule(static) if (rows * heads * size > kParallelElements)
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t h = 0; h < heads; ++h) {
         rotate_head(static_cast<const T*>(x) + n * ldx + h * size, static_cast<const T*>(cosine) + n * size,

@@ -31,6 +31,7 @@ from tinyllava_fast.ops import _cpp
 BACKENDS = ("triton", "cpp", "reference")
 OPS: dict[str, Op] = {}
 _forced: list[str] = []
+_unchecked: list[bool] = []
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,15 @@ class Op:
     samples: Callable[..., Iterator[Sample]] | None
     op: Any = field(default=None)
     direct: Callable[..., Any] = field(default=lambda *_: None)  # what op runs; takes no gradient
+    chosen: Callable[..., Any] | None = None  # what the checked calls ran, as long as all ran the same
 
     def infer(self, *args: Any) -> Any:
         """The op without torch's dispatcher, which costs as much as a small op, unless a compiler traces the call."""
-        return self.op(*args) if torch.compiler.is_compiling() else self.direct(*args)
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        if _unchecked and self.chosen is not None:
+            return self.chosen(*args)
+        return self.direct(*args)
 
     @functools.cached_property
     def triton(self) -> Callable[..., Any] | None:
@@ -135,7 +141,9 @@ def define_op(
             check(*args)
             if check_values is not None and _device_of(args) == "cpu":
                 check_values(*args)
-            return entry.pick(args)(*args)
+            implementation = entry.pick(args)
+            entry.chosen = implementation if entry.chosen in (None, implementation) else run
+            return implementation(*args)
 
         def run_fake(*args: Any) -> Any:
             check(*args)
@@ -162,6 +170,19 @@ def force_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Inside the block ``Op.infer`` neither checks its arguments nor looks for a backend.
+
+    Only for calls whose arguments differ from those of earlier, checked ones in nothing but their values.
+    """
+    _unchecked.append(True)
+    try:
+        yield
+    finally:
+        _unchecked.pop()
 
 
 def _env_backend() -> str | None:
