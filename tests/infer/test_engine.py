@@ -119,10 +119,8 @@ def test_streaming_order_and_ids(engine, images):
 
 
 def test_queue_is_read_lazily(engine, monkeypatch):
-    monkeypatch.setattr("tinyllava_fast.infer.engine.WINDOW", 8)
-    monkeypatch.setattr("tinyllava_fast.infer.engine.GROUPS_AHEAD", 1)
-    monkeypatch.setattr("tinyllava_fast.infer.prompts.TOKENIZE_TOGETHER", 8)
-    small = make_engine(engine.lmm, engine.tokenizer, batch_tokens=1024)
+    monkeypatch.setattr("tinyllava_fast.infer.batch.GROUPS_AHEAD", 1)
+    small = make_engine(engine.lmm, engine.tokenizer, batch_tokens=1024, lookahead=8)
     taken = []
 
     def queue():

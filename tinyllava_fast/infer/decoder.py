@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.infer.pool import KVPool
-from tinyllava_fast.infer.schedule import IMAGE_ROW
+from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
+from tinyllava_fast.infer.step import CompiledStep
 from tinyllava_fast.models.attention import KVView
 
 
@@ -37,10 +38,13 @@ class Span:
 class PackedDecoder:
     """Runs an LMM's decoder over spans of new tokens; K and V go to the pool's rows."""
 
-    def __init__(self, lmm: Any, rows: int) -> None:
+    def __init__(self, lmm: Any, rows: int, *, share_prefix: bool, compile: bool | None = None) -> None:
+        """share_prefix: whether spans have prefixes. compile: as CompiledStep takes it."""
         self.lmm = lmm
         self.pool = KVPool(rows, lmm.num_kv_heads, lmm.head_dim, dtype=lmm.dtype, device=lmm.device)
-        self.computed_tokens = 0
+        self.computed_tokens = self.steps = 0
+        self._share_prefix = share_prefix
+        self._run_step = CompiledStep(lmm, self.pool, compile)
 
     def __call__(self, spans: list[Span]) -> Tensor:
         """Hidden states [T, D] of the spans' tokens, laid end to end. Spans must ascend by start."""
@@ -64,6 +68,22 @@ class PackedDecoder:
         self.computed_tokens += len(ids)
         embeds = self._embed(ids, [f for s in spans for f in s.features])
         return self.lmm.decode(embeds, self._tensor(steps + np.repeat(prefix[:, 1], lengths)), kv=view)
+
+    def step(self, sequences: Sequence[Running]) -> Tensor:
+        """Hidden states [R, D] of the last token of each sequence, which is at least one. They must ascend by start."""
+        count = len(sequences)
+        rows = np.array([(s.tokens[-1], s.start, s.length, *s.shared) for s in sequences], dtype=np.int64)
+        last, start, length, shared, prefix = rows.T
+        wide = self._tensor(np.stack([last, length + prefix, start + length]))
+        bounds = np.arange(count + 1)
+        short = self._tensor(
+            np.concatenate([bounds, start, [self.pool.rows.size], length + 1, np.stack([shared, prefix], 1).ravel()]),
+            torch.int32,
+        )
+        cu_q, cu_k, used, spans = short.split([count + 1, count + 1, count, 2 * count])
+        self.computed_tokens += count
+        self.steps += 1
+        return self._run_step(*wide.unbind(), cu_q, cu_k, used, spans.view(count, 2) if self._share_prefix else None)
 
     def _embed(self, ids: np.ndarray, features: list[Tensor]) -> Tensor:
         lmm = self.lmm

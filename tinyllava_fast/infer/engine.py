@@ -5,14 +5,13 @@ packed: all prefixes in one pass, all suffixes in one pass, then one token per r
 one preallocated pool that the registered attention function writes and reads; a sequence leaves the batch at its own
 end, and the queue refills the pool as rows come free.
 
-Legend: R sequences, D hidden width, V vocabulary.
+Legend: R sequences, T tokens of a pass, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,21 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.data.images import ImageMode
-from tinyllava_fast.infer.decoder import PackedDecoder, Span
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.batch import Batch, Limits
+from tinyllava_fast.infer.decoder import PackedDecoder
 from tinyllava_fast.infer.images import ImageEncoder
-from tinyllava_fast.infer.pool import Spans
+from tinyllava_fast.infer.pool import row_bytes
 from tinyllava_fast.infer.prompts import Prompts
-from tinyllava_fast.infer.schedule import IMAGE_ROW, Group, Running, admit, group_requests, image_key, release
-from tinyllava_fast.infer.types import Answer, Request
+from tinyllava_fast.infer.sampling import next_tokens
+from tinyllava_fast.infer.schedule import Running, group_requests
+from tinyllava_fast.infer.scoring import Collector, log_probabilities
+from tinyllava_fast.infer.types import Answer, Request, Scores
 
 LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
-WINDOW = 4096  # requests looked at together when they are grouped by image
-GROUPS_AHEAD = 256
+BATCH_TOKENS = 16384
+
+OnToken = Callable[[str, str], None]
 
 
 @dataclass
@@ -50,8 +54,12 @@ class Engine:
     lmm: an LMM in eval mode. tokenizer: transformers tokenizer. processor: the tower's image processor.
     template: chat template of the toolkit. image_mode: "square", "pad" or "anyres", as the model was trained.
     image_grid: the resolutions (width, height) of anyres; empty: the default ones.
-    batch_tokens: rows of the K/V pool; prompts and answers in flight never exceed it. prefill_tokens: most tokens of
-        one prefill pass, which bounds activations (a single larger group still runs alone). threads: image decoders.
+    batch_tokens: rows of the K/V pool, which prompts and answers in flight never exceed (default 16384);
+        kv_cache_bytes: its size in bytes instead, a row being K and V of one token in every layer. Give one of them.
+    prefill_tokens: most tokens of one prefill pass, which bounds activations (a single larger prompt still runs alone).
+    lookahead: requests read ahead and grouped by image; those about one image should be no further apart.
+    threads: image decoders. compile: the decode step; True, False, or None: when it pays (infer/step.py).
+    UserError for a pool too small to hold anything.
     """
 
     def __init__(
@@ -63,16 +71,19 @@ class Engine:
         *,
         image_mode: ImageMode = "square",
         image_grid: Sequence[tuple[int, int]] = (),
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
+        kv_cache_bytes: int | None = None,
         prefill_tokens: int = 4096,
+        lookahead: int = 256,
         threads: int = 2,
+        compile: bool | None = None,
     ) -> None:
         self.lmm = lmm
         self.tokenizer = tokenizer
         self.processor = processor
         self.template = template
-        self.batch_tokens = batch_tokens
-        self.prefill_tokens = prefill_tokens
+        self.batch_tokens = _pool_rows(lmm, batch_tokens, kv_cache_bytes)
+        self.lookahead = lookahead
         config = lmm.llm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         self.eos = lmm.adapter.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
@@ -80,141 +91,164 @@ class Engine:
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
         self.share_prefix = not _has_window(config)
         self._images = ImageEncoder(lmm, processor, mode=image_mode, grid=image_grid, threads=threads)
-        self._prompts = Prompts(template, tokenizer, self._images.rows, context, batch_tokens)
-        self._decoder = PackedDecoder(lmm, batch_tokens)
+        self._prompts = Prompts(
+            template, tokenizer, self._images.rows, context, self.batch_tokens, self.eos, ahead=lookahead
+        )
+        self._decoder = PackedDecoder(lmm, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
+        self._limits = Limits(prefill_tokens)
         self._counters = Counters()
 
     @property
     def counters(self) -> Counters:
         """What has been done so far."""
         return replace(
-            self._counters, images_encoded=self._images.encoded, computed_tokens=self._decoder.computed_tokens
+            self._counters,
+            images_encoded=self._images.encoded,
+            computed_tokens=self._decoder.computed_tokens,
+            decode_steps=self._decoder.steps,
         )
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Yield one answer per request as it finishes. The queue is read lazily, a window at a time.
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the K/V pool."""
+        return self._decoder.pool.nbytes
 
+    def run(self, requests: Iterable[Request], on_token: OnToken | None = None) -> Iterator[Answer]:
+        """Yield one answer per request as it finishes. The queue is read lazily, ``lookahead`` requests at a time.
+
+        on_token: called with a request's id and the next piece of its text, whole characters only, as soon as it is
+        certain; the pieces of a request add up to its answer's text.
         Raises UserError, naming the request, for image markers that do not match its images or a prompt that does not
         fit the model's context or the pool, and DataError for an unreadable image. One run at a time per engine.
         """
-        queue = group_requests(
-            self._prompts.sequences(requests),
-            window=WINDOW,
-            max_rows=self.batch_tokens // 2,
-            share_prefix=self.share_prefix,
-        )
-        pool = self._decoder.pool
-        waiting: list[Group] = []
-        running: list[Running] = []
-        try:
-            while True:
-                roomy = pool.rows.free_rows * 2 >= self.batch_tokens
-                started = self._refill(queue, waiting) if roomy or not running else []
-                if not started and not running:
-                    return
-                if not started:
-                    self._step(running)
-                going: list[Running] = []
-                for sequence in running + started:
-                    if not self._finished(sequence):
-                        going.append(sequence)
-                        continue
-                    release(sequence, pool.rows)
-                    yield self._answer(sequence)
-                running = going
-        finally:
-            pool.rows = Spans(self.batch_tokens)
-            self._images.forget()
 
-    def answers(self, requests: Iterable[Request]) -> list[Answer]:
-        """All answers, in the order of the requests."""
+        def handle(sequences: list[Running], hidden: Tensor, ends: np.ndarray) -> None:
+            self._generate(sequences, hidden, ends, on_token)
+
+        sequences = self._prompts.sequences(requests, streamed=on_token is not None)
+        for sequence in self._batch(sequences, handle).finished():
+            self._count(sequence)
+            yield self._answer(sequence)
+
+    def answers(self, requests: Iterable[Request], on_token: OnToken | None = None) -> list[Answer]:
+        """All answers, in the order of the requests. on_token: as for ``run``."""
         ids: list[str] = []
-        numbered: list[Request] = []
-        for i, request in enumerate(requests):
-            ids.append(request.id)
-            numbered.append(replace(request, id=str(i)))
-        by_number = {int(a.id): a for a in self.run(numbered)}
+
+        def numbered() -> Iterator[Request]:
+            for i, request in enumerate(requests):
+                ids.append(request.id)
+                yield replace(request, id=str(i))
+
+        def named(number: str, piece: str) -> None:
+            if on_token is not None:
+                on_token(ids[int(number)], piece)
+
+        by_number = {int(a.id): a for a in self.run(numbered(), named if on_token is not None else None)}
         return [replace(by_number[i], id=id_) for i, id_ in enumerate(ids)]
 
-    def _refill(self, queue: Iterator[Group], waiting: list[Group]) -> list[Running]:
-        """Admit groups while the pool has room and prefill them, a bounded number of tokens at a time."""
-        started: list[Running] = []
-        while True:
-            if not waiting:
-                waiting += islice(queue, GROUPS_AHEAD)
-            groups = admit(waiting, self._decoder.pool.rows, self.prefill_tokens)
-            if not groups:
-                return started
-            self._prefill(groups)
-            started += [m for g in groups for m in g.members]
+    def score(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[Scores]:
+        """How probable each option is as the answer to its request; yields a question when all its options are done.
 
-    @torch.inference_mode()
-    def _prefill(self, groups: list[Group]) -> None:
-        """Compute the K/V of all prompts of the groups and the first token of each sequence."""
-        features = self._images.encode(g.members[0].request for g in groups)
-        shared = sorted((g for g in groups if g.prefix), key=lambda g: g.start)
-        if shared:
-            parts = [_shown(g.members[0], features, g.prefix)[0] for g in shared]
-            self._decoder([Span(g.shared_ids, g.start, features=f) for g, f in zip(shared, parts, strict=True)])
-        members = sorted(((m, g) for g in groups for m in g.members), key=lambda pair: pair[0].start)
-        spans = [Span(m.prompt[g.prefix :], m.start, 0, m.shared, _shown(m, features, g.prefix)[1]) for m, g in members]
-        hidden = self._decoder(spans)
-        last = np.cumsum([len(s.ids) for s in spans]) - 1
-        self._choose([m for m, _ in members], hidden[torch.from_numpy(last).to(hidden.device)])
-        for (member, _), span in zip(members, spans, strict=True):
-            member.length = len(span.ids)
-            self._counters.requests += 1
-            self._counters.prompt_tokens += len(member.prompt)
+        The tower runs once per image, the K/V of what the prompts about an image share are computed once, and all
+        options are packed behind them; nothing is generated, and the requests' ``sampling`` has no effect.
+        UserError for a question without options, and as for ``run``.
+        """
+        collector = Collector()
 
-    @torch.inference_mode()
-    def _step(self, running: list[Running]) -> None:
-        """One token for every running sequence."""
-        running.sort(key=lambda s: s.start)
-        hidden = self._decoder([Span(s.tokens[-1:], s.start, s.length, s.shared) for s in running])
-        for sequence in running:
-            sequence.length += 1
-        self._counters.decode_steps += 1
-        self._choose(running, hidden)
+        def handle(sequences: list[Running], hidden: Tensor, ends: np.ndarray) -> None:
+            for sequence, result in zip(sequences, self._log_probabilities(sequences, hidden, ends), strict=True):
+                sequence.result, sequence.finish = result, "scored"
 
-    def _choose(self, sequences: list[Running], hidden: Tensor) -> None:
-        """Append one token to each sequence. hidden [R, D]: of the last position of each."""
+        sequences = self._prompts.scored(collector.watch(questions))
+        for sequence in self._batch(collector.register(sequences), handle).finished():
+            done = collector.add(sequence)
+            if done is not None:
+                self._count(sequence)
+                yield done
+
+    def _batch(self, sequences: Iterator[Running], handle: Any) -> Batch:
+        queue = group_requests(
+            sequences, window=self.lookahead, max_rows=self.batch_tokens // 2, share_prefix=self.share_prefix
+        )
+        return Batch(self._decoder, self._images, queue, handle, self._limits)
+
+    def _generate(self, sequences: list[Running], hidden: Tensor, ends: np.ndarray, on_token: OnToken | None) -> None:
+        """Append one token to each sequence and note where it ends. hidden [T, D]; ends [R]: rows of last tokens."""
+        if len(ends) < len(hidden):
+            hidden = hidden[torch.from_numpy(ends).to(hidden.device)]
+        chosen: list[int] = []
         for i in range(0, len(sequences), LOGIT_ROWS):
             # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
-            logits = self.lmm.logits(hidden[i : i + LOGIT_ROWS])[:, : self.vocab].float()  # [R, V]
+            logits = self.lmm.logits(hidden[i : i + LOGIT_ROWS])[:, : self.vocab]  # [R, V]
             part = sequences[i : i + LOGIT_ROWS]
-            for sequence, best, row in zip(part, logits.argmax(-1).tolist(), logits, strict=True):
-                if sequence.generator is not None:
-                    probabilities = (row / sequence.request.sampling.temperature).softmax(-1).cpu()
-                    best = int(torch.multinomial(probabilities, 1, generator=sequence.generator))
-                sequence.tokens.append(best)
+            chosen += next_tokens(logits, [s.request.sampling for s in part], [len(s.tokens) for s in part])
         self._counters.generated_tokens += len(sequences)
+        for sequence, token in zip(sequences, chosen, strict=True):
+            piece = _advance(sequence, token)
+            if piece and on_token is not None:
+                on_token(sequence.request.id, piece)
 
-    def _finished(self, sequence: Running) -> bool:
-        tokens = sequence.tokens
-        return tokens[-1] in self.eos or len(tokens) >= sequence.request.sampling.max_new_tokens
+    def _log_probabilities(self, sequences: list[Running], hidden: Tensor, ends: np.ndarray) -> list[Any]:
+        rows = np.concatenate([np.arange(e - len(s.scored), e) + 1 for s, e in zip(sequences, ends, strict=True)])
+        hidden = hidden[torch.from_numpy(rows).to(hidden.device)]
+        targets = torch.tensor([t for s in sequences for t in s.scored], device=hidden.device)
+        each, best = log_probabilities(self.lmm.logits, hidden, targets, rows=LOGIT_ROWS, vocab=self.vocab)
+        counts = [len(s.scored) for s in sequences]
+        return list(zip(each.split(counts), best.split(counts), strict=True))
+
+    def _count(self, sequence: Running) -> None:
+        self._counters.requests += 1
+        self._counters.prompt_tokens += len(sequence.prompt)
 
     def _answer(self, sequence: Running) -> Answer:
         tokens = sequence.tokens
-        ended = tokens[-1] in self.eos
+        # Not every tokenizer counts the end token of its chat template as a special one.
+        said = tokens[:-1] if sequence.finish == "eos" else tokens
+        if sequence.text is not None:
+            text = sequence.text.text
+        else:
+            text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
         return Answer(
             id=sequence.request.id,
-            # Not every tokenizer counts the end token of its chat template as a special one.
-            text=self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True).strip(),
+            text=text,
             tokens=tokens,
-            finish="eos" if ended else "length",
+            finish=sequence.finish,
             prompt_tokens=len(sequence.prompt),
         )
 
 
-def _shown(sequence: Running, features: dict[object, Tensor], cut: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of the images in the prompt's first ``cut`` tokens, where no image is cut, and of those after."""
-    images = sequence.request.images
-    rows = [features[image_key(images[i])] for i in sequence.shown]
-    before, count = sequence.prompt[:cut].count(IMAGE_ROW), 0
-    while before > 0:
-        before -= len(rows[count])
-        count += 1
-    return rows[:count], rows[count:]
+def _advance(sequence: Running, token: int) -> str:
+    """Append a token, set ``finish`` if it is the last, and return the text that is certain now."""
+    sequence.tokens.append(token)
+    text, piece = sequence.text, ""
+    if token in sequence.ends:
+        sequence.finish = "eos"
+    elif text is not None:
+        piece = text.push(token)
+        sequence.finish = "stop" if text.stopped else ""
+    if not sequence.finish and len(sequence.tokens) >= sequence.request.sampling.max_new_tokens:
+        sequence.finish = "length"
+    if sequence.finish and text is not None:
+        piece += text.close()
+        if text.stopped:
+            sequence.finish = "stop"
+    return piece
+
+
+def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:
+    """Rows of the pool. UserError if both sizes are given or nothing fits."""
+    if kv_cache_bytes is None:
+        rows, said = BATCH_TOKENS if batch_tokens is None else batch_tokens, f"batch_tokens is {batch_tokens}"
+    elif batch_tokens is not None:
+        raise UserError(
+            f"batch_tokens={batch_tokens} and kv_cache_bytes={kv_cache_bytes} size one pool; give one of them"
+        )
+    else:
+        one = row_bytes(lmm.num_kv_heads, lmm.head_dim, lmm.dtype)
+        rows, said = kv_cache_bytes // one, f"kv_cache_bytes is {kv_cache_bytes}, a token takes {one}"
+    if rows < 2:
+        raise UserError(f"{said}; the K/V pool needs room for a prompt and its answer")
+    return rows
 
 
 def _has_window(config: Any) -> bool:

@@ -1,5 +1,11 @@
 """The preallocated K/V memory of the inference engine and the bookkeeping of its rows.
 
+Rows of a sequence are one contiguous range, not a list of blocks: attention then reads keys by a start and a length,
+and needs no block table. What blocks would save is what ranges waste: rows reserved for answers that end early, and
+holes between ranges. Both are kept small otherwise: a sequence reserves a few rows beyond what it holds, and grows in
+place or by one copy to a larger range (``Spans.extend``, ``KVPool.move``). On a mix of short and long answers more than
+nine tenths of a pool that admits nothing more are rows in use (tests/infer/test_memory.py).
+
 Legend: P rows of the pool, L decoder layers, Hkv key-value heads, Dh head width.
 """
 
@@ -29,6 +35,15 @@ class Spans:
                 return start
         return None
 
+    def extend(self, stop: int, rows: int) -> bool:
+        """Take the rows from ``stop`` on, where a range taken before ends; False if they are not all free."""
+        for i, (start, length) in enumerate(self._holes):
+            if start == stop and length >= rows:
+                self._holes[i : i + 1] = [(start + rows, length - rows)] if length > rows else []
+                self.free_rows -= rows
+                return True
+        return False
+
     def give(self, start: int, rows: int) -> None:
         """Return a range that take() handed out."""
         self.free_rows += rows
@@ -46,7 +61,7 @@ class KVPool:
     """K and V of every layer for P token rows, allocated once.
 
     kv_heads: Hkv of each layer. k, v: L tensors [P, Hkv, Dh] each. rows: the allocator. Rows are written by the
-    attention function, through ``KVView.slots``; nothing is ever copied or concatenated.
+    attention function, through ``KVView.slots``; nothing is ever concatenated.
     """
 
     def __init__(
@@ -58,7 +73,17 @@ class KVPool:
         self.k, self.v = layers(), layers()
         self.rows = Spans(rows)
 
+    def move(self, start: int, target: int, rows: int) -> None:
+        """Copy rows to another range; the two may not overlap."""
+        for tensor in (*self.k, *self.v):
+            tensor[target : target + rows] = tensor[start : start + rows]
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the pool."""
         return sum(t.nbytes for t in (*self.k, *self.v))
+
+
+def row_bytes(kv_heads: list[int], head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one token in a pool: K and V of every layer."""
+    return 2 * sum(kv_heads) * head_dim * dtype.itemsize

@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any
 
-import torch
-
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
+from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import ImageLike, Message, Request
-
-TOKENIZE_TOGETHER = 512
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Turns requests into sequences.
 
-    template: chat template with ``prompt_batch``. rows_of: rows that an image becomes. context: most positions of the
-    model, None if unlimited. most: largest prompt + answer that the K/V pool takes.
+    template: chat template with ``prompt_batch`` and ``encode``. rows_of: rows that an image becomes. context: most
+    positions of the model, None if unlimited. most: largest prompt + answer that the K/V pool takes. eos: tokens that
+    end an answer unless the request says otherwise. ahead: requests read and tokenised together.
     """
 
     template: Any
@@ -30,21 +28,61 @@ class Prompts:
     rows_of: Callable[[ImageLike], int]
     context: int | None
     most: int
+    eos: frozenset[int]
+    ahead: int
 
-    def sequences(self, requests: Iterable[Request]) -> Iterator[Running]:
-        """One sequence per request, in order, read lazily.
+    def sequences(self, requests: Iterable[Request], streamed: bool = False) -> Iterator[Running]:
+        """One sequence per request, in order, read lazily. streamed: text is needed while it is generated.
 
         Raises UserError naming the request for markers that do not match its images and for a prompt that does not fit,
         DataError for an image whose size has to be known and cannot be read.
         """
         source = iter(requests)
-        while chunk := list(islice(source, TOKENIZE_TOGETHER)):
+        while chunk := list(islice(source, self.ahead)):
             for request, ids in zip(chunk, self._ids(chunk), strict=True):
                 sequence = self._sequence(request, ids)
-                self._check_fits(sequence)
-                if request.sampling.temperature > 0:
-                    sequence.generator = torch.Generator().manual_seed(request.sampling.seed)
+                sampling = request.sampling
+                self._check_fits(sequence, sampling.max_new_tokens, "lower max_new_tokens")
+                sequence.ends = sampling.end_ids(self.eos)
+                if streamed or sampling.stop:
+                    sequence.text = TextStream(self.tokenizer, sampling.stop_strings)
                 yield sequence
+
+    def scored(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[Running]:
+        """One sequence per option of each question, in order, read lazily; errors as for ``sequences``.
+
+        An option is tokenised as the answer of a training sample, so a space that melts into its first token does so
+        here. UserError for a question without options, and for an option without a token.
+        """
+        source = iter(questions)
+        while chunk := list(islice(source, max(1, self.ahead // 4))):
+            pairs = [(request, option) for request, options in chunk for option in options]
+            encoded = iter(self._option_ids(pairs))
+            for request, options in chunk:
+                if not options:
+                    raise UserError(f"request {request.id!r}: it has no options to score; give it one or more")
+                for option in options:
+                    ids, first = next(encoded)
+                    if first >= len(ids):
+                        raise UserError(
+                            f"request {request.id!r}: option {option!r} is no token of its own; name another"
+                        )
+                    sequence = self._sequence(request, ids[:-1], scored=ids[first:])
+                    self._check_fits(sequence, 1, f"the option {option!r}")
+                    yield sequence
+
+    def _option_ids(self, pairs: Sequence[tuple[Request, str]]) -> list[tuple[list[int], int]]:
+        """For each (request, option) the ids up to the option's last token, and where its first one is."""
+        conversations = [[*_conversation(r)[:-1], {"from": "gpt", "value": option}] for r, option in pairs]
+        flags = [r.interleaved for r, _ in pairs]
+        end = self.template.stop_id(self.tokenizer)
+        found = []
+        for segments in self.template.encode(conversations, self.tokenizer, interleaved=flags):
+            ids, (start, stop) = segments[0].ids, segments[0].spans[-1]
+            while stop > start and ids[stop - 1] == end:
+                stop -= 1
+            found.append((ids[:stop], start))
+        return found
 
     def _ids(self, requests: Sequence[Request]) -> list[list[int]]:
         """Token ids, one IMAGE_INDEX an image; tokenised in one call."""
@@ -52,7 +90,7 @@ class Prompts:
         prompts = self.template.prompt_batch(conversations, self.tokenizer, [r.interleaved for r in requests])
         return [prompt.ids for prompt in prompts]
 
-    def _sequence(self, request: Request, ids: list[int]) -> Running:
+    def _sequence(self, request: Request, ids: list[int], scored: Sequence[int] = ()) -> Running:
         markers, images = ids.count(IMAGE_INDEX), request.images
         if markers and not images:
             raise UserError(f"request {request.id!r}: the chat template needs an image; give it one")
@@ -61,18 +99,18 @@ class Prompts:
             rows = [self.rows_of(image) for image in images]
         except DataError as error:
             raise DataError(f"request {request.id!r}: {error}") from error
-        return Running(request, expand(ids, [rows[i] for i in shown]), shown=shown)
+        return Running(request, expand(ids, [rows[i] for i in shown]), shown, scored)
 
-    def _check_fits(self, sequence: Running) -> None:
+    def _check_fits(self, sequence: Running, new: int, remedy: str) -> None:
         request, length = sequence.request, len(sequence.prompt)
-        new = request.sampling.max_new_tokens
         needs = f"request {request.id!r}: {length} prompt tokens and {new} new ones"
         if self.context is not None and length + new > self.context:
-            raise UserError(
-                f"{needs} exceed the model's context of {self.context}; shorten the prompt or lower max_new_tokens"
-            )
+            raise UserError(f"{needs} exceed the model's context of {self.context}; shorten the prompt or {remedy}")
         if length + new > self.most:
-            raise UserError(f"{needs} exceed batch_tokens; raise it to {length + new} or more")
+            raise UserError(
+                f"{needs} exceed the K/V pool; raise it to {length + new} or more "
+                "tokens (batch_tokens or kv_cache_bytes)"
+            )
 
 
 def expand(ids: list[int], rows: int | Sequence[int]) -> list[int]:

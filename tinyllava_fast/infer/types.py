@@ -18,20 +18,45 @@ Message = dict[str, Any]  # {"from": "human" | "gpt", "value": str}
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen and when a sequence ends."""
+    """How tokens are chosen and when a sequence ends. ValueError for a value out of range."""
 
     max_new_tokens: int = 64
-    """Most tokens generated; the end-of-sequence token ends it earlier."""
+    """Most tokens generated."""
     temperature: float = 0.0
-    """0: greedy. Above: softmax(logits / temperature) is sampled."""
+    """0: greedy. Above: softmax(logits / temperature) is sampled, after top_k and then top_p."""
+    top_k: int = 0
+    """Only the k most probable tokens are sampled; 0: all."""
+    top_p: float = 1.0
+    """Only the fewest most probable tokens whose probabilities reach this sum are sampled; 1: all."""
     seed: int = 0
-    """Seed of this request's own generator; used when temperature > 0."""
+    """Seed of this request's own draws, which do not depend on what runs beside it; for temperature > 0."""
+    stop: str | Sequence[str] = ()
+    """Texts that end the answer; it is cut before the one that comes first. A single text may stand alone."""
+    eos_token_id: int | Sequence[int] | None = None
+    """Tokens that end the answer. None: the model's own and the chat template's; (): none, max_new_tokens alone ends it."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if "" in self.stop_strings:
+            raise ValueError("stop holds an empty text, which would end every answer at once; remove it")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
+
+    def end_ids(self, default: frozenset[int]) -> frozenset[int]:
+        """``eos_token_id`` as a set; default: where it is None."""
+        if self.eos_token_id is None:
+            return default
+        return frozenset([self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +108,31 @@ class Answer:
 
     id: str
     text: str
-    """Decoded without special tokens, stripped."""
+    """Decoded without special tokens, cut before a stop text, stripped."""
     tokens: list[int]
     """Generated ids; the end-of-sequence token, if reached, is the last."""
     finish: str
-    """"eos" or "length"."""
+    """"eos", "stop" (one of the stop texts) or "length"."""
     prompt_tokens: int
     """Length of the prompt, image tokens included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How probable the model finds each of the options given to ``Engine.score``, in their order."""
+
+    id: str
+    options: tuple[str, ...]
+    sums: list[float]
+    """log p(option | prompt): the sum over the option's tokens; the end token is not one of them."""
+    means: list[float]
+    """The same divided by the number of tokens."""
+    greedy: list[bool]
+    """Whether greedy decoding would begin with exactly this option."""
+    prompt_tokens: int
+    """Length of the prompt, image tokens included."""
+
+    @property
+    def best(self) -> int:
+        """Index of the option with the greatest sum; the first of equals."""
+        return max(range(len(self.sums)), key=self.sums.__getitem__)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops.decode_attention import decode_attention
 from tinyllava_fast.ops.packed_attention import packed_attention
 
 PACKED = "tlf_packed"
@@ -41,6 +42,7 @@ class KVView:
     cu_seqlens_k: Tensor  # [S + 1] int32: first pool row of each sequence
     seqused_k: Tensor  # [S] int32: keys of each sequence, this call's included
     prefix: Tensor | None = None  # [S, 2] int32: (start, length) of pool rows shared by all queries of the sequence
+    single: bool = False  # every sequence has exactly one token in this call
 
 
 def packed(
@@ -88,6 +90,10 @@ def packed(
             f"tlf_packed: {owner} sees only the last {window} tokens, and this call has {k.shape[0]} with shared "
             f"prefixes, which windows do not cover; set data.turns=conversation, or batch.tokens to at most {window}"
         )
+    if kv is not None and kv.single and q.is_cpu and not window:
+        start = kv.cu_seqlens_k[:-1]
+        out = decode_attention(q, k, v, start, kv.seqused_k, scale=scaling, prefix=prefix, softcap=softcap or 0.0)
+        return out.unsqueeze(0), None
     out, _lse = packed_attention(
         q,
         k,

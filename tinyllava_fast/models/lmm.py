@@ -134,7 +134,10 @@ class LMM(nn.Module):
     def embed(self, input_ids: Tensor, features: Tensor, image_slots: Tensor) -> Tensor:
         """Token embeddings [T, D] with image rows [R, D] at image_slots [R]; slot T means nowhere."""
         weight = self.adapter.embedding(self.llm).weight
-        embeds = splice(input_ids, weight, features.to(weight.dtype), image_slots)
+        return self.scale_embeddings(splice(input_ids, weight, features.to(weight.dtype), image_slots))
+
+    def scale_embeddings(self, embeds: Tensor) -> Tensor:
+        """Rows [T, D] as they enter the decoder, from rows of the embedding or of an image."""
         if self.embedding_scale == 1.0:
             return embeds
         # Gemma scales every row that enters the decoder. Its image rows are scaled too, as they were in training.

@@ -1,6 +1,7 @@
 """The operations that torch has no fast answer for; each one's meaning, C++ and Triton kernels share a name."""
 
 from tinyllava_fast.ops.connector_mlp import connector_mlp
+from tinyllava_fast.ops.decode_attention import decode_attention
 from tinyllava_fast.ops.decode_linear import Int8, decode_linear, quantize_int8
 from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllava_fast.ops.lora_linear import lora_linear
@@ -14,6 +15,7 @@ __all__ = [
     "NF4",
     "Int8",
     "connector_mlp",
+    "decode_attention",
     "decode_linear",
     "dequantize_nf4",
     "linear_cross_entropy",

@@ -1,0 +1,181 @@
+"""The K/V pool keeps to its budget, long queues take no memory, and running out of it shrinks the batch."""
+
+from __future__ import annotations
+
+import logging
+import random
+import tracemalloc
+from itertools import count
+
+import pytest
+import torch
+
+from tests.infer.test_engine import QUESTIONS, ask, mixed_requests
+from tests.infer.test_schedule import running
+from tests.infer.tiny import make_engine
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.batch import is_out_of_memory
+from tinyllava_fast.infer.pool import KVPool
+from tinyllava_fast.infer.schedule import Group, admit, grow, release, requeue
+from tinyllava_fast.log import log
+
+
+def test_pool_is_sized_by_bytes_and_never_exceeded(lmm, tokenizer, engine, images):
+    row = 2 * 3 * 2 * 12 * 4  # K and V, 3 layers, 2 heads of 12, float32
+    small = make_engine(lmm, tokenizer, batch_tokens=None, kv_cache_bytes=500 * row + row - 1)
+    assert small.batch_tokens == 500 and small.kv_cache_bytes == 500 * row
+    requests = mixed_requests(images) + [ask("go on", images[2], new=150, eos_token_id=())]
+    used, spans = [], small._decoder.pool.rows
+    step = small._decoder.step
+
+    def watched(sequences):
+        ranges = sorted({s.shared for s in sequences if s.shared[1]} | {(s.start, s.reserved) for s in sequences})
+        assert all(a + n <= b for (a, n), (b, _) in zip(ranges, ranges[1:], strict=False)) and sum(ranges[-1]) <= 500
+        used.append(500 - small._decoder.pool.rows.free_rows)
+        return step(sequences)
+
+    small._decoder.step = watched
+    assert [a.tokens for a in small.answers(requests)] == [a.tokens for a in engine.answers(requests)]
+    assert max(used) > 350 and spans.size == 500 and small.kv_cache_bytes == 500 * row
+    with pytest.raises(UserError, match="give one of them"):
+        make_engine(lmm, tokenizer, kv_cache_bytes=row)
+    with pytest.raises(UserError, match="a token takes 576; the K/V pool needs room"):
+        make_engine(lmm, tokenizer, batch_tokens=None, kv_cache_bytes=row)
+
+
+def test_sequences_that_outgrow_the_pool_start_anew(lmm, tokenizer, engine):
+    requests = [ask(q, new=90 + i, eos_token_id=(), temperature=i % 2, seed=i) for i, q in enumerate(QUESTIONS)]
+    tight = make_engine(lmm, tokenizer, batch_tokens=520)
+    assert [a.tokens for a in tight.answers(requests)] == [a.tokens for a in engine.answers(requests)]
+    assert tight.counters.computed_tokens > engine.counters.computed_tokens  # some were computed twice
+    assert tight._decoder.pool.rows.free_rows == 520
+
+
+def test_a_long_queue_takes_no_more_memory_than_a_short_one(lmm, tokenizer):
+    """Peak of Python's own objects while the queue is read and grouped; the model's part does not depend on it."""
+    engine = make_engine(lmm, tokenizer, lookahead=64)
+
+    def peak(number: int) -> int:
+        queue = (ask(f"question {i}", new=1, id=str(i)) for i in range(number))
+        tracemalloc.start()
+        for _ in engine._prompts.sequences(queue):
+            pass
+        answered = sum(1 for _ in engine.run(ask(f"question {i}", new=1, id=str(i)) for i in range(number // 20)))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert answered == number // 20
+        return size
+
+    peak(100)  # what is cached once
+    assert peak(10_000) < 1.1 * peak(2000)
+
+
+def test_occupancy_of_the_pool_on_a_realistic_mix():
+    """Of the rows of a pool too full to admit more, how many are in use: what blocks could still gain."""
+    rng, numbers = random.Random(0), count()
+    pool = KVPool(16384, [1], 1, dtype=torch.float32, device=torch.device("cpu"))
+    left: dict[int, int] = {}
+
+    def group() -> Group:
+        # 10 questions an image behind 230 shared tokens; most answers are words, some are paragraphs; 512 are allowed
+        prompt = list(range(230))
+        members = []
+        for _ in range(10):
+            member = running([*prompt, *(1000 + next(numbers) for _ in range(rng.randint(20, 60)))], "x", new=512)
+            left[id(member)] = rng.randint(1, 8) if rng.random() < 0.7 else rng.randint(30, 400)
+            members.append(member)
+        return Group("x", members, 230)
+
+    waiting, flight, shares = [group()], [], []
+    for step in range(1500):
+        while taken := admit(waiting, pool.rows, room=10**9):
+            for member in (m for g in taken for m in g.members):
+                member.length = len(member.prompt) - 230
+                flight.append(member)
+            waiting.append(group())
+        groups = {id(m.group): m.group for m in flight}
+        if step > 200:
+            shares.append((sum(m.length for m in flight) + sum(g.prefix for g in groups.values())) / 16384)
+        for member in list(flight):
+            if member not in flight:
+                continue
+            left[id(member)] -= 1
+            if not left[id(member)]:
+                flight.remove(member)
+                release(member, pool.rows)
+                continue
+            member.tokens.append(0)
+            member.length += 1
+            while member.length >= member.reserved and member in flight and not grow(member, pool):
+                last = flight.pop()
+                waiting[:0] = requeue([last], pool.rows)
+    mean = sum(shares) / len(shares)
+    assert mean > 0.8, mean
+
+
+class Failing:
+    """Raises an out-of-memory error where more than ``most`` tokens or sequences are asked for."""
+
+    def __init__(self, inner, most: int, error: Exception) -> None:
+        self.inner, self.most, self.error, self.raised = inner, most, error, 0
+
+    def __call__(self, spans):
+        size = sum(len(s.ids) if hasattr(s, "ids") else 1 for s in spans)
+        if size > self.most:
+            self.raised += 1
+            raise self.error
+        return self.inner(spans)
+
+
+CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+
+@pytest.fixture
+def warnings(caplog):
+    log.addHandler(caplog.handler)
+    yield caplog
+    log.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("error", [CPU_ERROR, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_out_of_memory_in_a_prefill(lmm, tokenizer, engine, images, warnings, monkeypatch, error):
+    requests = [*mixed_requests(images), ask("say", temperature=1.0, seed=4)]
+    small = make_engine(lmm, tokenizer)
+    failing = Failing(type(small._decoder).__call__.__get__(small._decoder), 330, error)
+    monkeypatch.setattr(type(small._decoder), "__call__", lambda self, spans: failing(spans))
+    answers = small.answers(requests)
+    monkeypatch.undo()
+    assert [a.tokens for a in answers] == [a.tokens for a in engine.answers(requests)]
+    assert failing.raised > 1 and small._decoder.pool.rows.free_rows == small.batch_tokens
+    lines = [r.message for r in warnings.records if r.levelno == logging.WARNING]
+    assert len(lines) == failing.raised and "prefill_tokens is now" in lines[0]
+
+
+def test_out_of_memory_in_a_step(lmm, tokenizer, engine, images, warnings):
+    requests = [*mixed_requests(images), ask("say", new=40, temperature=1.0, seed=4)]
+    small = make_engine(lmm, tokenizer)
+    failing = Failing(small._decoder.step, 5, CPU_ERROR)
+    small._decoder.step = failing
+    assert [a.tokens for a in small.answers(requests)] == [a.tokens for a in engine.answers(requests)]
+    assert failing.raised >= 2 and small._decoder.pool.rows.free_rows == small.batch_tokens
+    lines = [r.message for r in warnings.records if r.levelno == logging.WARNING]
+    assert len(lines) == failing.raised and "run together now" in lines[-1]
+
+
+def test_out_of_memory_of_one_request_names_it(lmm, tokenizer):
+    small = make_engine(lmm, tokenizer)
+    small._decoder.step = Failing(small._decoder.step, 0, CPU_ERROR)
+    with pytest.raises(UserError, match=r"'q1'.*out of memory in a step of one sequence"):
+        small.answers([]) or list(small.run([ask("what?", id="q1", eos_token_id=())]))
+    assert small._decoder.pool.rows.free_rows == small.batch_tokens
+    assert not is_out_of_memory(RuntimeError("shape mismatch")) and is_out_of_memory(MemoryError())
+
+
+def test_compiled_steps_say_the_same(lmm, tokenizer, engine, images):
+    requests = mixed_requests(images)[:7]
+    compiled = make_engine(lmm, tokenizer, compile=True)
+    assert [a.tokens for a in compiled.answers(requests)] == [a.tokens for a in engine.answers(requests)]
+    assert [a.tokens for a in compiled.answers(requests[:1])] == [a.tokens for a in engine.answers(requests[:1])]
+    assert set(compiled._decoder._run_step._graphs) == {True, False}
+    never = make_engine(lmm, tokenizer, compile=False)
+    assert never.answers(requests[:1])[0].tokens and not never._decoder._run_step._graphs
