@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,20 +79,14 @@ class TinyLLaVAFast(lmms):
         for answer in self.assistant.engine.run(queue):
             number = int(answer.id)
             context, options = requests[number].args[:2]
-            text = _until(answer.text, options.get("until"))
-            self.cache_hook.add_partial("generate_until", (context, options), text)
+            self.cache_hook.add_partial("generate_until", (context, options), answer.text)
             counts = TokenCounts(input_tokens=answer.prompt_tokens, output_tokens=len(answer.tokens))
-            results[number] = GenerationResult(text=text, token_counts=counts)
+            results[number] = GenerationResult(text=answer.text, token_counts=counts)
         return [r for r in results if r is not None]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding gives it; the options of a question share
         its prompt."""
-        engine: Any = self.assistant.engine
-        if not hasattr(engine, "score"):
-            raise NotImplementedError(
-                "this engine doesn't score given texts; choose a task with output_type generate_until"
-            )
         groups: dict[tuple[Any, ...], list[int]] = {}
         for number, request in enumerate(requests):
             context, _, _, doc_id, task, split = request.args
@@ -101,7 +95,9 @@ class TinyLLaVAFast(lmms):
         prompts = [(requests[one].args[0], self._opener(*requests[one].args[2:6])) for one, *_ in members]
         options = [tuple(dict.fromkeys(self._continuation(requests[n]) for n in numbers)) for numbers in members]
         results: dict[int, tuple[float, bool]] = {}
-        for scores in engine.score((request, options[int(request.id)]) for request in _by_images(prompts)):
+        for scores in self.assistant.engine.score(
+            (request, options[int(request.id)]) for request in _by_images(prompts)
+        ):
             found = dict(zip(scores.options, zip(scores.sums, scores.greedy, strict=True), strict=True))
             for number in members[int(scores.id)]:
                 results[number] = found[self._continuation(requests[number])]
@@ -165,21 +161,11 @@ def _sampling(options: dict[str, Any], task: str) -> Sampling:
     if (options.get("num_beams") or 1) > 1:
         raise UserError(f"task {task}: num_beams={options['num_beams']}; tinyllava_fast decodes without beams")
     temperature = float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0
-    chosen: dict[str, Any] = {
-        "max_new_tokens": int(options.get("max_new_tokens") or MAX_NEW_TOKENS),
-        "temperature": temperature,
-    }
-    for name in ("top_p", "top_k"):
-        value = options.get(name)
-        if temperature and value not in (None, 0, 1):
-            if name not in {f.name for f in fields(Sampling)}:
-                raise UserError(f"task {task}: {name}={value}; this engine samples from all tokens")
-            chosen[name] = value
-    return Sampling(**chosen)
-
-
-def _until(text: str, until: str | Sequence[str] | None) -> str:
-    for stop in [until] if isinstance(until, str) else until or ():
-        if stop:
-            text = text.split(stop)[0]
-    return text
+    until = options.get("until") or ()
+    return Sampling(
+        max_new_tokens=int(options.get("max_new_tokens") or MAX_NEW_TOKENS),
+        temperature=temperature,
+        top_p=float(options.get("top_p") or 1.0),
+        top_k=int(options.get("top_k") or 0),
+        stop=[stop for stop in ([until] if isinstance(until, str) else until) if stop],
+    )
