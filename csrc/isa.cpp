@@ -46,8 +46,8 @@ const char* const kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512b
 // Tile registers are 8 KiB of state, which Linux saves only for a process that has asked for it.
 bool may_use_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // cpuid leaf 7, edx
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // cpuid leaf 7, edx: amx-bf16, amx-tile, amx-int8
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kNeeded) != kNeeded) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return true;
   std::fprintf(stderr, "tinyllava_fast: Linux refuses AMX tiles to this process (%s); its kernels run as avx512bf16\n",

@@ -190,36 +190,35 @@ const int8_t* byte_rows(const int8_t* from, int64_t columns, int64_t count, int6
   return buffer;
 }
 
-TLF_TILE_CODE void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, const bf16* bias,
-                            float* scratch, bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
+void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, const bf16* bias, float* scratch,
+              bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
   int8_t* high = reinterpret_cast<int8_t*>(scratch);
   int8_t* low = high + round_up(columns, kByteDepth) * kTileRows;
   alignas(64) float step[kTileRows] = {};
   split_rows(x, ldx, rows, columns, high, low, step);
 #pragma omp parallel
   {
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    const TileScope scope;
     alignas(64) int8_t buffer[kTileRows * kByteDepth];
     alignas(64) int32_t tops[kTileRows * kTileRows], lows[kTileRows * kTileRows];
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < outputs; first += kTileRows) {
       const int64_t count = least(kTileRows, outputs - first);
-      _tile_zero(0);
-      _tile_zero(3);
+      tile_clear<0>();
+      tile_clear<3>();
       for (int64_t k = 0; k < columns; k += kByteDepth) {
         ask_ahead(w + first * columns + k * kTileRows);
         int64_t stride = 0;
         const int8_t* a =
             byte_rows(w + first * columns + k, columns, count, least(kByteDepth, columns - k), buffer, &stride);
-        _tile_loadd(1, a, stride);
-        _tile_loadd(2, high + k * kTileRows, 64);
-        _tile_dpbssd(0, 1, 2);
-        _tile_loadd(4, low + k * kTileRows, 64);
-        _tile_dpbssd(3, 1, 4);
+        tile_load<1>(a, stride);
+        tile_load<2>(high + k * kTileRows, 64);
+        tile_multiply_bytes<0, 1, 2>();
+        tile_load<4>(low + k * kTileRows, 64);
+        tile_multiply_bytes<3, 1, 4>();
       }
-      _tile_stored(0, tops, 64);
-      _tile_stored(3, lows, 64);
+      tile_store<0>(tops, 64);
+      tile_store<3>(lows, 64);
       for (int64_t n = 0; n < rows; ++n) {
         for (int64_t o = 0; o < count; ++o) {
           const float sum =
@@ -229,7 +228,6 @@ TLF_TILE_CODE void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const f
         }
       }
     }
-    _tile_release();
   }
 }
 #endif
@@ -239,7 +237,7 @@ void few(const T* x, int64_t ldx, const W* w, const float* scale, const T* bias,
          int64_t outputs, int64_t columns) {
 #if defined(TLF_TILES)
   if constexpr (sizeof(T) == 2) {
-    if (rows > kFewRows<W> && tiles_allowed()) {
+    if (rows > kFewRows<W>) {
       tiles_of(x, ldx, w, scale, bias, scratch, y, rows, outputs, columns);
       return;
     }

@@ -234,7 +234,7 @@ void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, in
          float* scratch, T* y, int64_t rows, int64_t outputs, int64_t columns) {
 #if defined(TLF_TILES)
   if constexpr (sizeof(T) == 2) {
-    if (rows > kFewRows && tiles_allowed()) {
+    if (rows > kFewRows) {
       bf16* tiles = reinterpret_cast<bf16*>(scratch);
       pack_rows(x, ldx, rows, columns, tiles);
       product_in_tiles(CodedRows{packed, absmax, blocksize, columns}, tiles, bias, y, rows, outputs, columns);

@@ -44,6 +44,10 @@ template <int C, int A, int B>
 TLF_INLINE void tile_multiply() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+template <int C, int A, int B>
+TLF_INLINE void tile_multiply_bytes() {  // signed bytes into int32, four neighbouring rows of the right factor a lane
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 template <int To>
 TLF_INLINE void tile_clear() {
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(To));
