@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--mode",
         default="finetune",
-        help="finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached",
+        help="finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached, "
+        "lora (against peft's), qlora (nf4; against our lora and peft's)",
+    )
+    train.add_argument(
+        "--lora-rank", type=int, default=128, help="rank in lora and qlora (default 128; alpha twice it)"
     )
     train.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
@@ -146,6 +150,7 @@ def _train(args: argparse.Namespace) -> int:
         peers=tuple(args.peer or train.Settings.peers),
         mode=args.mode,
         peer_checkpointing=args.peer_checkpointing,
+        lora_rank=args.lora_rank,
         reference=args.reference,
         quick=args.quick,
     )
