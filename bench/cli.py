@@ -14,7 +14,7 @@ from tinyllava_fast.log import log, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``tlf-bench train|infer|ops|machine|triton``; returns the exit code, 2 for a user's mistake."""
+    """Entry point of ``tlf-bench COMMAND``; returns the exit code, 2 for a user's mistake."""
     args = _parser().parse_args(argv)
     setup_logging()
     # SIGTERM unwinds like an exception: worker processes and temporary folders must not outlive the command
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tlf-bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="train|infer|ops|machine|triton")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -112,6 +112,17 @@ def _parser() -> argparse.ArgumentParser:
         "--compare-anyway", action="store_true", help="even if that file is of another machine, dtype or format"
     )
     ops.add_argument("--tune", action="store_true", help="on a GPU: measure and store launch settings")
+
+    packing = command(
+        "packing", _packing, "How full packs get, on lengths in the shape of LLaVA-1.5's instruction mix."
+    )
+    packing.add_argument("--records", type=int, default=665_000, help="records of an epoch (default 665,000)")
+    packing.add_argument("--text-only", type=float, default=0.06, help="share of records without image (default 0.06)")
+    packing.add_argument("--longest", type=int, default=2048, help="tokens that a record is cut at (default 2048)")
+    packing.add_argument("--tokens", type=int, action="append", help="budget of a pack; repeat (4096, 8448, 16384)")
+    packing.add_argument("--image-tokens", type=int, action="append", help="of an image; repeat (196, 576, 729)")
+    packing.add_argument("--lookahead", type=int, default=512, help="records the planner looks at (default 512)")
+    packing.add_argument("--seed", type=int, default=0, help="of the lengths and their order (default 0)")
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = commands.add_parser("triton", help=text, description=text)
@@ -206,6 +217,24 @@ def _ops(args: argparse.Namespace) -> int:
     entries = compare.compare(result, baseline)
     compare.show(entries, args.compare)
     return int(any(entry.get("slower") for entry in entries))
+
+
+def _packing(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import packing, report
+
+    settings = packing.Settings(
+        records=args.records,
+        text_only=args.text_only,
+        longest=args.longest,
+        budgets=tuple(args.tokens or packing.BUDGETS),
+        image_tokens=tuple(args.image_tokens or packing.IMAGE_TOKENS),
+        lookahead=args.lookahead,
+        seed=args.seed,
+    )
+    result = packing.benchmark(packing.quick(settings) if args.quick else settings)
+    packing.show(result)
+    report.write_json(result, args.json)
+    return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
