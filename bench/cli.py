@@ -73,6 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
 
+    scaling = command("scaling", _scaling, "Time and memory of our training step at growing numbers of tokens.")
+    scaling.add_argument("--config", type=Path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
+    scaling.add_argument("--samples", type=int, default=4, help="samples of the smallest step (default 4)")
+    scaling.add_argument("--factor", type=int, action="append", help="size of a step in those; repeat (1, 2, 4)")
+    scaling.add_argument("--steps", type=int, default=4, help="timed steps of each size (default 4)")
+    scaling.add_argument("--warmup", type=int, default=2, help="untimed first steps of each size (default 2)")
+    scaling.add_argument("--mode", default="finetune", help="as of train (default finetune)")
+    scaling.add_argument("--lora-rank", type=int, default=128, help="rank in lora and qlora (default 128)")
+    scaling.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the step")
+    scaling.add_argument("--plot", metavar="DIR", type=Path, help="draw both against the tokens, as scaling.png")
+    scaling.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
+
     infer = command(
         "infer", _infer, "Answers a second and latency against transformers' generate, interleaved in one run."
     )
@@ -150,9 +162,6 @@ def _machine(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import report, train
 
-    overrides = list(args.overrides)
-    if args.compile is not None:
-        overrides.append(f"engine.compile={str(args.compile).lower()}")
     settings = train.Settings(
         rounds=args.rounds,
         steps=args.steps,
@@ -165,10 +174,35 @@ def _train(args: argparse.Namespace) -> int:
         reference=args.reference,
         quick=args.quick,
     )
-    result = train.benchmark(args.config or train.WORKLOAD, overrides, settings)
+    result = train.benchmark(args.config or train.WORKLOAD, _overrides(args), settings)
     train.show(result)
     report.write_json(result, args.json)
     return 0
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import plots, report, scaling, train
+
+    settings = scaling.Settings(
+        factors=tuple(args.factor or scaling.Settings.factors),
+        samples=1 if args.quick else args.samples,
+        steps=1 if args.quick else args.steps,
+        warmup=1 if args.quick else args.warmup,
+        mode=args.mode,
+        lora_rank=args.lora_rank,
+    )
+    result = scaling.benchmark(args.config or train.WORKLOAD, _overrides(args), settings)
+    scaling.show(result)
+    report.write_json(result, args.json)
+    if args.plot is not None:
+        log.info("wrote %s", plots.draw_scaling(result, args.plot))
+    return 0
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """The configuration's keys that the command line sets."""
+    chosen = [] if args.compile is None else [f"engine.compile={str(args.compile).lower()}"]
+    return [*args.overrides, *chosen]
 
 
 def _infer(args: argparse.Namespace) -> int:

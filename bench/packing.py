@@ -81,7 +81,8 @@ def benchmark(settings: Settings | None = None) -> dict[str, Any]:
     """
     settings = settings or Settings()
     rows = []
-    pack_plan(*(torch.ones(1, dtype=torch.int64) for _ in range(3)), 1, 1, 1, 1)  # loads the extension
+    one = torch.ones(1, dtype=torch.int64)
+    pack_plan(one, one, one, 1, 1, 1, 1)  # loads the extension
     for tokens_per_image in settings.image_tokens:
         lengths, images = draw_lengths(settings, tokens_per_image)
         for budget in settings.budgets:
@@ -91,9 +92,9 @@ def benchmark(settings: Settings | None = None) -> dict[str, Any]:
 
 def plan(lengths: np.ndarray, images: np.ndarray, budget: int, settings: Settings) -> dict[str, Any]:
     """Plan these samples into packs of ``budget`` tokens, which bound nothing but tokens; the facts of one row."""
-    columns = [torch.from_numpy(column) for column in (lengths, images, np.ones_like(lengths))]
+    need, shown, ones = (torch.from_numpy(column) for column in (lengths, images, np.ones_like(lengths)))
     began = time.perf_counter()
-    packs = pack_plan(*columns, budget, budget, budget, settings.lookahead)
+    packs = pack_plan(need, shown, ones, budget, budget, budget, settings.lookahead)
     seconds = time.perf_counter() - began
     count = int(packs.max()) + 1
     held = np.bincount(packs.numpy(), weights=lengths, minlength=count)

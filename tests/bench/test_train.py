@@ -11,30 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.bench.conftest import TINY_MODEL, RecordingGate
+from tests.bench.conftest import RecordingGate
 from tinyllava_fast.bench import cli, samples, sides, train, worker
-from tinyllava_fast.config.load import load_run, to_dict
+from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 
 pytest.importorskip("easy_vqa")
-TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizers" / "phi_bytebpe"
 SETTINGS = train.Settings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A workload like the real one: tiny model with random weights, easy-VQA records filled in by the benchmark."""
-    tree = yaml.safe_load(train.WORKLOAD.read_text())
-    tree["model"] = to_dict(TINY_MODEL)
-    llm = tree["model"]["llm"]
-    llm["config"] = {k: v for k, v in llm["config"].items() if k != "vocab_size"} | {"max_position_embeddings": 2048}
-    llm["tokenizer"] = str(TOKENIZER)
-    tree["stages"][0]["optim"]["lr"] = 1e-3
-    tree["engine"].update(dtype="float32", device="cpu", threads=1)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
 
 
 def test_records_are_conversations_about_one_image(tmp_path: Path) -> None:
