@@ -43,7 +43,8 @@ ROWS = {
 }
 _OPS = {"tlf::packed_attention": "attention", "tlf::linear_cross_entropy": "head"}
 _REGIONS = {"tlf.optimizer": "optimizer", "tlf.data": "data"}
-_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2)}  # positions of the two factors among the inputs
+_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "tlf::weight_gradient": (0, 1)}
+"""Positions of the two factors among the inputs."""
 
 
 @dataclass
@@ -215,7 +216,7 @@ def _product(event: Any) -> tuple[int, tuple[int, ...]]:
     if event.name not in _PRODUCTS:
         return 0, ()
     left, right = (shapes[i] for i in _PRODUCTS[event.name])
-    dims = (left[0], left[1], right[1])
+    dims = (*left, right[1])
     return 2 * dims[0] * dims[1] * dims[2], tuple(sorted(dims))
 
 
