@@ -79,7 +79,7 @@ def test_auto_compiles_when_the_steps_repay_it(monkeypatch, caplog):
 def test_auto_goes_by_what_was_measured(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("TLF_CACHE", str(tmp_path))
     monkeypatch.setattr(compiling, "gemm_flops_per_s", lambda dtype: 1e12)
-    kind = timings.kind_of_step(torch.device("cpu"), "float32", layers=10, tokens=64, flops=1e12)
+    kind = timings.kind_of_step(torch.device("cpu"), "float32", "full", layers=10, tokens=64, flops=1e12)
     assert timings.read(kind) == {}
     timings.write(kind, [9.0, 9.0, 2.0, 2.0], None)
     assert timings.read(kind) == {}  # two steps are no measurement

@@ -10,6 +10,7 @@ from tinyllava_fast.train import cpu_pool
 
 SCRIPT = """
 import resource, sys, torch
+from tinyllava_fast.hardware import rss_bytes
 from tinyllava_fast.train import cpu_pool
 before = torch.arange(100_000)  # torch's own, freed after the pool has come
 assert cpu_pool.stats() is None and cpu_pool.install() and cpu_pool.install()
@@ -37,6 +38,11 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 200
 assert cpu_pool.stats().peak <= peak
 del held, grown
 assert cpu_pool.stats().used - start == x.nbytes
+large = torch.ones(16 << 20)
+del large
+before = rss_bytes()
+cpu_pool.trim()
+assert before - rss_bytes() > 60 << 20 and float((x @ torch.eye(1024) - x).abs().max()) == 0
 """
 
 

@@ -89,6 +89,7 @@ class Stage:
         if checkpointing := run.config.engine.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True, every=2 if checkpointing == "selective" else 1)
         self.loader = self._loader()
+        self.kind = self._kind()
         self.compiled = CompiledForward(self.model) if self._compiles() else None
         self.micro_batches = self.config.batch.packs_per_step // run.process.world_size
         self.engine = build_engine(
@@ -138,11 +139,28 @@ class Stage:
             known[name] = repays(
                 self.loader.steps - self.state.stage_step,
                 flops=self._flops(),
-                layers=self._layers(),
+                layers=self.model.num_layers + self.model.vision.num_layers,
                 dtype=getattr(torch, self.run_.config.engine.dtype),
-                measured=timings.read(self._kind()),
+                measured=timings.read(self.kind),
             )
         return known[name]
+
+    def _kind(self) -> str:
+        """What the time of a step depends on, as a key of the record of times. Before ZeRO takes the weights apart."""
+        engine, recipe, model = self.run_.config.engine, self.config.recipe, self.model
+        words: list[str] = [tune.tune for tune in (recipe.llm, recipe.vision, recipe.connector)]
+        if self.config.data.feature_cache:
+            words.append("cached")
+        if engine.gradient_checkpointing:
+            words.append(f"checkpointing={engine.gradient_checkpointing}")
+        return timings.kind_of_step(
+            self.run_.process.device,
+            engine.dtype,
+            " ".join(words),
+            layers=model.num_layers + model.vision.num_layers,
+            tokens=self.config.batch.tokens,
+            flops=self._flops(),
+        )
 
     def _flops(self) -> float:
         """Of an average step of this process."""
@@ -155,15 +173,6 @@ class Stage:
         lengths = [tokens // samples] * samples
         flops = step_flops(costs_of(self.model), lengths, images, supervised, trains(self.config.recipe))
         return sum(flops.values()) / self.run_.process.world_size
-
-    def _layers(self) -> int:
-        return self.model.num_layers + self.model.vision.num_layers
-
-    def _kind(self) -> str:
-        """What the time of a step depends on, as a key of the record of times."""
-        engine, device = self.run_.config.engine, self.run_.process.device
-        tokens = self.config.batch.tokens
-        return timings.kind_of_step(device, engine.dtype, layers=self._layers(), tokens=tokens, flops=self._flops())
 
     def _load_weights(self, checkpoint: Path) -> None:
         """Weights by the names that the recipe gives them: wrapped by LoRA, quantised."""
@@ -221,7 +230,7 @@ class Stage:
         self._save_model()
         self.engine.close()
         if self.run_.main and not self.profiler:
-            timings.write(self._kind(), self.seconds, self.compiled.seconds if self.compiled else None)
+            timings.write(self.kind, self.seconds, self.compiled.seconds if self.compiled else None)
         if self.compiled:
             self.run_.compile_seconds += self.compiled.seconds
             self.run_.recompiles += self.compiled.recompiles

@@ -2,7 +2,7 @@
 
 compile.json in the user's cache folder, a few numbers for each kind of step:
 
-    {"Intel(R) Xeon(R) ..., 2 threads, torch 2.13.0+cpu, bfloat16, 41 layers, 3136 tokens, 2.3e+12 FLOPs":
+    {"Intel(R) Xeon(R), 2 threads, torch 2.13.0+cpu, bfloat16, full frozen full, 41 layers, 3136 tokens, 2.3e+12 FLOPs":
         {"eager_s": 2.9, "compiled_s": 2.4, "compile_s": 71.0}}
 
 The medians of the last run that had such steps; compile_s is what its compilation took, which is little where Inductor
@@ -20,16 +20,18 @@ from pathlib import Path
 import torch
 
 from tinyllava_fast import hardware
+from tinyllava_fast.log import log
 
 WARMUP = 2  # first steps of a stage that don't count: memory is touched, graphs are made
 FEWEST = 3  # steps that a median is taken of
 
 
-def kind_of_step(device: torch.device, dtype: str, *, layers: int, tokens: int, flops: float) -> str:
-    """The key of the file: steps of one kind take the same time."""
+def kind_of_step(device: torch.device, dtype: str, recipe: str, *, layers: int, tokens: int, flops: float) -> str:
+    """The key of the file: steps of one kind take the same time. recipe: what trains, and how, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware.processor()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    return f"{name}{threads}, torch {torch.__version__}, {dtype}, {layers} layers, {tokens} tokens, {flops:.1e} FLOPs"
+    machine = f"{name}{threads}, torch {torch.__version__}"
+    return f"{machine}, {dtype}, {recipe}, {layers} layers, {tokens} tokens, {flops:.1e} FLOPs"
 
 
 def read(kind: str) -> dict[str, float]:
@@ -50,10 +52,13 @@ def write(kind: str, seconds: Sequence[float], compile_s: float | None) -> None:
     path = _path()
     known = _read_all(path)
     known[kind] = known.get(kind, {}) | found
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:  # no reason to lose a finished stage
+        log.warning("the times of this stage are not kept for engine.compile: auto: %s", error)
 
 
 def _path() -> Path:
