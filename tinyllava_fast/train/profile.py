@@ -56,13 +56,17 @@ class _Share:
 
 @dataclass
 class StepProfiler:
-    """Records a few steps of a stage. folder: of the run; model: after its recipe is applied."""
+    """Records a few steps of a stage.
+
+    folder: of the run. model: after its recipe is applied. moments: bytes a weight that the optimiser keeps of them.
+    """
 
     folder: Path
     stage: str
     model: LMM
     recipe: RecipeConfig
     dtype: torch.dtype
+    moments: float = 8
     _done: int = 0
     _started: float = 0.0
     _batches: list[PackedBatch] = field(default_factory=list)
@@ -138,7 +142,7 @@ class StepProfiler:
             "gemm_flops_per_s": peak,
             "mfu": sum(useful.values()) / step / peak,
             "hfu": products / step / peak,
-            "state_bytes": state_bytes(self.model),
+            "state_bytes": state_bytes(self.model, self.moments),
             "activation_peak_bytes": pool.peak - pool.used if pool else None,
             "peak_rss_bytes": peak_rss_bytes(),
         }
@@ -149,13 +153,18 @@ def trains(recipe: RecipeConfig) -> Trains:
     return Trains(**{name: getattr(recipe, name).tune in ("full", "partial") for name in COMPONENTS})
 
 
-def state_bytes(model: LMM) -> dict[str, int]:
-    """Bytes of each component's weights, and of what training keeps for it: float32 master and two moments."""
+def state_bytes(model: LMM, moments: float = 8) -> dict[str, int]:
+    """Bytes of each component's weights, and of what training keeps for it: float32 master and moments.
+
+    moments: bytes a weight.
+    """
     sizes: dict[str, int] = {}
     for name, parameters in model.component_parameters().items():
         sizes[name] = sum(p.numel() * p.element_size() for _, p in parameters)
         learnt = [p for _, p in parameters if p.requires_grad]
-        sizes[f"{name}, optimiser"] = sum(4 * p.numel() * (2 if p.dtype == torch.float32 else 3) for p in learnt)
+        sizes[f"{name}, optimiser"] = sum(
+            round(p.numel() * (moments + (0 if p.dtype == torch.float32 else 4))) for p in learnt
+        )
     return sizes
 
 
