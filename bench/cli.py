@@ -85,6 +85,24 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--plot", metavar="DIR", type=Path, help="draw both against the tokens, as scaling.png")
     scaling.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
 
+    fit = command("fit", _fit, "Memory and time of a 1.1 B model's step by recipe, and what fits which GPU.")
+    fit.add_argument("--config", type=Path, help="workload YAML (default: TinyLlama's shapes + SigLIP-so400m)")
+    fit.add_argument("--recipe", action="append", help="only this row of the table; repeat for several")
+    fit.add_argument("--samples", type=int, action="append", help="samples of a step; repeat (1, 3)")
+    fit.add_argument("--steps", type=int, default=2, help="timed steps of each size (default 2)")
+    fit.add_argument("--lora-rank", type=int, default=128, help="rank in lora and qlora (default 128)")
+    fit.add_argument("--limit", type=float, default=0, help="GiB that a state may take (default: what is available)")
+    fit.add_argument("--table", metavar="FILE", type=Path, help="also write the table there, as Markdown")
+    fit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.gradient_checkpointing=true")
+
+    text = "Loss curves against a plain float32 loop, one sample at a time, and its noise from seed to seed."
+    parity = command("parity", _parity, text)
+    parity.add_argument("--config", type=Path, help="its last stage is trained (default: SmolLM2-135M)")
+    parity.add_argument("--steps", type=int, default=20, help="of each seed (default 20)")
+    parity.add_argument("--samples", type=int, default=4, help="samples a step (default 4)")
+    parity.add_argument("--seeds", type=int, default=3, help="seeds, from 0 on (default 3)")
+    parity.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
+
     infer = command(
         "infer", _infer, "Answers a second and latency against transformers' generate, interleaved in one run."
     )
@@ -196,6 +214,35 @@ def _scaling(args: argparse.Namespace) -> int:
     report.write_json(result, args.json)
     if args.plot is not None:
         log.info("wrote %s", plots.draw_scaling(result, args.plot))
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import fit, report
+
+    settings = fit.Settings(
+        recipes=tuple(args.recipe or fit.RECIPES),
+        samples=tuple(args.samples or fit.Settings.samples),
+        steps=1 if args.quick else args.steps,
+        lora_rank=args.lora_rank,
+        limit=int(args.limit * 2**30),
+    )
+    result = fit.benchmark(args.config or fit.WORKLOAD, args.overrides, settings)
+    fit.show(result)
+    report.write_json(result, args.json)
+    report.write_text(fit.table(result), args.table, "--table")
+    return 0
+
+
+def _parity(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import parity, report, train
+
+    given = {"steps": 2, "samples": 2, "seeds": 2} if args.quick else {}
+    names = [field.name for field in dataclasses.fields(parity.Settings)]
+    settings = parity.Settings(**{name: getattr(args, name) for name in names} | given)
+    result = parity.benchmark(args.config or train.WORKLOAD, args.overrides, settings)
+    parity.show(result)
+    report.write_json(result, args.json)
     return 0
 
 

@@ -15,15 +15,20 @@ from tinyllava_fast.errors import UserError
 
 def write_json(report: dict[str, Any], path: str | None) -> None:
     """Write a report to a file, or nothing if path is None. UserError if the file cannot be written."""
+    write_text(json.dumps(report, indent=2, allow_nan=True) + "\n", path, "--json")
+
+
+def write_text(text: str, path: str | Path | None, flag: str) -> None:
+    """Write a file, or nothing if path is None. UserError naming the flag if the file cannot be written."""
     if path is None:
         return
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(report, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"--json {path}: cannot write it ({error.strerror}); give a path in a folder of yours"
+            f"{flag} {path}: cannot write it ({error.strerror}); give a path in a folder of yours"
         ) from error
 
 

@@ -1,11 +1,12 @@
-"""The two sides of `tlf-bench train`, each inside its worker process.
+"""The sides of `tlf-bench train` and its kin, each inside its worker process.
 
-Both build the same model from the same seed and read the same packs; the peer then copies the weights into
-transformers' model and takes the packs apart into its own batches.
+All build the same model from the same seed and read the same packs; the peer and the reference then copy the weights
+into transformers' model and take the packs apart into their own batches.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,9 @@ from tinyllava_fast.models.flops import costs_of, pack_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes import lora
 from tinyllava_fast.recipes.base import apply_recipe
+from tinyllava_fast.train import cpu_pool
 from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train.engine.base import Engine
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
 from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.profile import trains
@@ -54,6 +57,12 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
     adapt_peer(peer, lmm, stage.recipe, seed=run.seed)
     del lmm, packs
     gate.ready(facts)
+    device = process.device.type
+    if side == "reference":
+        from tinyllava_fast.bench.reference import run_reference
+
+        run_reference(peer, samples, gate, per_step=per_step, recipe=stage.recipe, optim=stage.optim, device=device)
+        return
     run_peer(
         peer,
         samples,
@@ -63,7 +72,7 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
         optim=stage.optim,
         precision=precision,
         checkpointing=checkpointing,
-        device=process.device.type,
+        device=device,
         pad_token=tokenizer.pad_token_id or 0,
     )
 
@@ -85,13 +94,31 @@ def run_ours(
             features = FeatureCache(Path(folder), lmm.vision, limit=int(stage.data.feature_cache * 2**30))
             for pack in packs:
                 features.attach(pack)
-        gate.ready(facts)
+        cpu_pool.trim()
+        gate.ready(facts | {"state_bytes": state_bytes(lmm, engine)})
         for pack in packs:
             gate.begin()
             batch = features.attach(pack) if features else pack
             loss = engine.forward_backward(batch, 1.0 / pack.num_supervised)
             engine.step(lrs)
             gate.end(float(loss) / pack.num_supervised)
+
+
+def state_bytes(lmm: LMM, engine: Engine) -> dict[str, int]:
+    """What training keeps, in bytes: weights as they are stored, masters and moments; and gradients at their peak.
+
+    Gradients: of the weights' dtype and, below float32, their sums in float32.
+    """
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in lmm.state_dict().values()}
+    learnt = [p for p in lmm.parameters() if p.requires_grad]
+    low = [p for p in learnt if p.dtype != torch.float32]
+    sizes = {"masters": 0, "moments": 0}
+    for item in engine.optimizer_state():
+        kind = item.name.partition("/")[0]
+        if kind != "step":
+            sizes["masters" if kind == "master" else "moments"] += math.prod(item.shape) * item.dtype.itemsize
+    gradients = sum(p.numel() * p.element_size() for p in learnt) + sum(4 * p.numel() for p in low)
+    return {"weights": sum(stored.values()), **sizes, "gradients": gradients}
 
 
 def unpack_all(packs: list[PackedBatch], lmm: LMM, image_token: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""One competitor of `tlf-bench train` in its own process: ``python -m tinyllava_fast.bench.worker SIDE RUN.yaml ...``.
+"""One side of `tlf-bench train` and its kin in a process: ``python -m tinyllava_fast.bench.worker SIDE RUN.yaml``.
 
 Nothing heavy is imported before the memory settings of `tlf-train` are in place, which torch reads once. They are ours
 alone: the peer runs as transformers leaves it.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None, answers: IO[str] | None = None) -> i
     user's mistake, whose text goes to standard error.
     """
     parser = argparse.ArgumentParser(prog="tinyllava_fast.bench.worker")
-    parser.add_argument("side", choices=("ours", "peer"))
+    parser.add_argument("side", choices=("ours", "peer", "reference"))
     parser.add_argument("run")
     parser.add_argument("--per-step", type=int, required=True)
     parser.add_argument("--precision", default="bf16")

@@ -108,6 +108,15 @@ def total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def available_memory_bytes() -> int:
+    """Memory that a process could take now without swapping; all of the machine's where the kernel does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return total_memory_bytes()
+
+
 def rss_bytes() -> int:
     """Resident memory of this process."""
     try:

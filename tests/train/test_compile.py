@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tinyllava_fast.train import compile as compiling
+from tinyllava_fast.train import timings
 from tinyllava_fast.train.compile import CompiledForward, repays
 
 
@@ -71,4 +72,26 @@ def test_auto_compiles_when_the_steps_repay_it(monkeypatch, caplog):
     step = {"flops": 0.25e12, "layers": 10, "dtype": torch.float32}  # one second
     with caplog.at_level("INFO", logger="tinyllava_fast"):
         assert repays(80, **step) and not repays(79, **step)
-    assert "auto: compiling; it would save 20 s of 80 steps and cost about 20 s" in caplog.text
+    said = "auto: compiling; it would save 20 s of 80 steps (1 s each, compiled 0.75 s) and cost about 20 s (all estim"
+    assert said in caplog.text
+
+
+def test_auto_goes_by_what_was_measured(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("TLF_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiling, "gemm_flops_per_s", lambda dtype: 1e12)
+    kind = timings.kind_of_step(torch.device("cpu"), "float32", layers=10, tokens=64, flops=1e12)
+    assert timings.read(kind) == {}
+    timings.write(kind, [9.0, 9.0, 2.0, 2.0], None)
+    assert timings.read(kind) == {}  # two steps are no measurement
+    timings.write(kind, [9.0, 9.0, 2.0, 2.5, 2.0], None)
+    timings.write(kind, [9.0, 9.0, 1.5, 1.5, 1.7], 12.0)
+    timings.write("another", [1.0] * 9, None)
+    assert timings.read(kind) == {"eager_s": 2.0, "compiled_s": 1.5, "compile_s": 12.0}
+    step = {"flops": 1e12, "layers": 10, "dtype": torch.float32, "measured": timings.read(kind)}
+    with caplog.at_level("INFO", logger="tinyllava_fast"):
+        assert repays(24, **step) and not repays(23, **step)
+    assert "measured: eager_s, compiled_s, compile_s" in caplog.text
+    slower = {**step, "measured": {"eager_s": 1.0, "compiled_s": 1.1}}
+    assert not repays(10**6, **slower)
+    (tmp_path / "compile.json").write_text("{damaged")
+    assert timings.read(kind) == {}

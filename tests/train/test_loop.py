@@ -280,14 +280,18 @@ def test_label_smoothing_and_z_loss_reach_the_loss_of_their_stage(tiny_run, loss
     assert first["smooth"][1] != first["plain"][1] and first["z"][1] > first["plain"][1] + 10  # ln(400)² = 36
 
 
-def test_auto_is_decided_once_a_stage_and_kept_by_a_resumed_run(tiny_run, losses, monkeypatch):
+def test_auto_is_decided_once_a_stage_and_kept_by_a_resumed_run(tiny_run, losses, monkeypatch, tmp_path):
     answers = []
+    monkeypatch.setenv("TLF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(loop, "repays", lambda steps, **facts: answers.append((steps, facts)) or False)
     path = tiny_run(engine__compile="auto", checkpoint__keep=9)
     train(load_run(path))
     run = path.parent / "run"
     whole = losses(run)
     assert [steps for steps, _ in answers] == [4, 8] and all(facts["flops"] > 1e6 for _, facts in answers)
+    assert not any(facts["measured"] for _, facts in answers)
     shutil.rmtree(run / "checkpoints" / "finetune-00000012")
     train(load_run(path))
     assert losses(run) == whole and len(answers) == 2
+    train(load_run(path, [f"output_dir={path.parent / 'other'}"]))
+    assert answers[3][1]["measured"]["eager_s"] > 0  # of the 8 steps of that stage before

@@ -5,18 +5,22 @@
 
 ``engine.compile: auto`` compiles when the steps that are planned repay it:
 
-    steps * SAVED_SHARE * (FLOPs of a step / (EAGER_RATE * measured GEMM peak)) >= SECONDS_PER_LAYER * layers
+    steps * (eager step - compiled step) >= compilation
 
-SECONDS_PER_LAYER is measured: about 70 s for the 41 layers of SmolLM2-135M under SigLIP-B/16-224, from an empty cache
-on two cores. The other two are estimates, not measurements: the share of the GEMM peak that an eager step reaches, and
-what is saved of it. Inductor's results are kept in the user's cache folder, so the next run starts in seconds.
+All three are measurements of earlier runs on this machine where there are any (train/timings.py). Where there are none:
+
+    eager step = FLOPs of a step / (EAGER_RATE * measured GEMM peak)        saved of it: SAVED_SHARE
+    compilation = SECONDS_PER_LAYER * layers
+
+These three were measured once, on two cores with AMX, SmolLM2-135M under SigLIP-B/16-224, from an empty cache.
+Inductor's results are kept in the user's cache folder, so the next run starts in seconds.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +33,8 @@ from tinyllava_fast.log import log
 from tinyllava_fast.train import graph_passes
 
 SECONDS_PER_LAYER = 1.7
-EAGER_RATE = 0.2
-SAVED_SHARE = 0.2
+EAGER_RATE = 0.22
+SAVED_SHARE = 0.21
 
 
 class CompiledForward:
@@ -89,17 +93,30 @@ class CompiledForward:
         self._seen.add(shapes)
 
 
-def repays(steps: int, *, flops: float, layers: int, dtype: torch.dtype) -> bool:
+def repays(
+    steps: int, *, flops: float, layers: int, dtype: torch.dtype, measured: Mapping[str, float] | None = None
+) -> bool:
     """Whether compiling is worth it for so many steps of so many FLOPs (see above); says why, at info level.
 
-    layers: of decoder and tower. The answer may differ from machine to machine; a run keeps the one it began with.
+    layers: of decoder and tower. measured: what is known of such steps, see timings.read. The answer may differ from
+    machine to machine; a run keeps the one it began with.
     """
-    eager = flops / (EAGER_RATE * gemm_flops_per_s(dtype))
-    saved, cost = steps * SAVED_SHARE * eager, SECONDS_PER_LAYER * layers
+    known = measured or {}
+    eager = known["eager_s"] if "eager_s" in known else flops / (EAGER_RATE * gemm_flops_per_s(dtype))
+    compiled = known.get("compiled_s", eager * (1 - SAVED_SHARE))
+    cost = known.get("compile_s", SECONDS_PER_LAYER * layers)
+    saved = steps * (eager - compiled)
     answer = saved >= cost
-    verb = "compiling" if answer else "not compiling"
     log.info(
-        "engine.compile: auto: %s; it would save %.0f s of %d steps and cost about %.0f s", verb, saved, steps, cost
+        "engine.compile: auto: %s; it would save %.0f s of %d steps (%.3g s each, compiled %.3g s) and cost about "
+        "%.0f s (%s)",
+        "compiling" if answer else "not compiling",
+        saved,
+        steps,
+        eager,
+        compiled,
+        cost,
+        "measured: " + ", ".join(known) if known else "all estimated",
     )
     return answer
 

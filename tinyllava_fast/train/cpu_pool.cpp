@@ -56,6 +56,12 @@ class Pool final : public c10::Allocator {
     if (reset) peak_bytes_ = used_bytes_;
   }
 
+  // Pages of free blocks go back to the kernel; their addresses stay.
+  void trim() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [start, size] : free_) madvise(start, size, MADV_DONTNEED);
+  }
+
   static Pool& instance() {
     static Pool* pool = new Pool;  // never destroyed: tensors may outlive static objects
     return *pool;
@@ -139,3 +145,5 @@ extern "C" int tlf_pool_install(size_t bytes) {
 
 // out[0]: bytes in use; out[1]: their peak since the last call with reset.
 extern "C" void tlf_pool_stats(size_t* out, int reset) { Pool::instance().stats(out, reset != 0); }
+
+extern "C" void tlf_pool_trim() { Pool::instance().trim(); }

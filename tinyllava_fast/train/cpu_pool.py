@@ -57,6 +57,12 @@ def stats(*, reset: bool = False) -> PoolStats | None:
     return PoolStats(*out)
 
 
+def trim() -> None:
+    """Give the pages of freed tensors back: building a model in float32 needs more than the steps that follow."""
+    if _library.cache_info().currsize and (library := _library()) is not None:
+        library.tlf_pool_trim()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     if sys.platform != "linux":

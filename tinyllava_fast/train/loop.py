@@ -30,7 +30,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import apply_recipe, check_engine
-from tinyllava_fast.train import cpu_pool
+from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import CompiledForward, repays
 from tinyllava_fast.train.engine.launch import build_engine, start_process
@@ -99,10 +99,12 @@ class Stage:
             [dict(g) for g in groups],
             micro_batches=self.micro_batches,
         )
+        cpu_pool.trim()
         self.features: FeatureCache | None = None
         if gigabytes := self.config.data.feature_cache:
             folder = cache_folder() / "features"
             self.features = FeatureCache(folder, self.model.vision, limit=int(gigabytes * 2**30))
+        self.seconds: list[float] = []  # of each step since the start or a resumption
         self.profiler: StepProfiler | None = None
         if run.profile and run.main:
             dtype = getattr(torch, run.config.engine.dtype)
@@ -133,21 +135,35 @@ class Stage:
             return bool(chosen)
         known, name = self.state.compiled, self.config.name
         if name not in known:
-            data, batch = self.loader.dataset, self.config.batch
-            tokens = batch.packs_per_step * batch.tokens
-            samples = max(round(tokens * len(data) / max(self.report["tokens"], 1)), 1)
-            share = samples / len(data)
-            supervised = round(self.report["supervised_tokens"] * share)
-            lengths = [tokens // samples] * samples
-            images = round(float(data.images.sum()) * share)
-            flops = step_flops(costs_of(self.model), lengths, images, supervised, trains(self.config.recipe))
             known[name] = repays(
                 self.loader.steps - self.state.stage_step,
-                flops=sum(flops.values()) / self.run_.process.world_size,
-                layers=self.model.num_layers + self.model.vision.num_layers,
+                flops=self._flops(),
+                layers=self._layers(),
                 dtype=getattr(torch, self.run_.config.engine.dtype),
+                measured=timings.read(self._kind()),
             )
         return known[name]
+
+    def _flops(self) -> float:
+        """Of an average step of this process."""
+        data, batch = self.loader.dataset, self.config.batch
+        tokens = batch.packs_per_step * batch.tokens
+        samples = max(round(tokens * len(data) / max(self.report["tokens"], 1)), 1)
+        share = samples / len(data)
+        supervised = round(self.report["supervised_tokens"] * share)
+        images = round(float(data.images.sum()) * share)
+        lengths = [tokens // samples] * samples
+        flops = step_flops(costs_of(self.model), lengths, images, supervised, trains(self.config.recipe))
+        return sum(flops.values()) / self.run_.process.world_size
+
+    def _layers(self) -> int:
+        return self.model.num_layers + self.model.vision.num_layers
+
+    def _kind(self) -> str:
+        """What the time of a step depends on, as a key of the record of times."""
+        engine, device = self.run_.config.engine, self.run_.process.device
+        tokens = self.config.batch.tokens
+        return timings.kind_of_step(device, engine.dtype, layers=self._layers(), tokens=tokens, flops=self._flops())
 
     def _load_weights(self, checkpoint: Path) -> None:
         """Weights by the names that the recipe gives them: wrapped by LoRA, quantised."""
@@ -204,6 +220,8 @@ class Stage:
             log.info("feature cache: %d found, %d computed", self.features.hits, self.features.misses)
         self._save_model()
         self.engine.close()
+        if self.run_.main and not self.profiler:
+            timings.write(self._kind(), self.seconds, self.compiled.seconds if self.compiled else None)
         if self.compiled:
             self.run_.compile_seconds += self.compiled.seconds
             self.run_.recompiles += self.compiled.recompiles
@@ -229,7 +247,8 @@ class Stage:
             lrs = self._learning_rates(total)
             with torch.profiler.record_function("tlf.optimizer"):
                 grad_norm = engine.step(lrs)
-            self._advance(counts, time.perf_counter() - started)
+            self.seconds.append(time.perf_counter() - started)
+            self._advance(counts, self.seconds[-1])
             if self.profiler:
                 self.profiler.end(micro)
             window.add(counts, wait_s)
