@@ -38,7 +38,7 @@ struct Plan {
   Plan(int64_t rows, int64_t outputs, int64_t inputs, int64_t threads) {
     depth = even_piece(rows, kDepth, kRows);
     block = even_piece(inputs, most(kBlock / depth / kSide * kSide, kSide), kSide);
-    panels = round_up(depth * block * 2, kAlign);
+    panels = round_up(round_up(rows, kRows) * block * 2, kAlign);
     sums = panels + threads * panel();
     const int64_t lines = most(ceil_div(outputs, kSide), threads);
     size = sums + lines * (block / kSide) * kSquare * 4 + kAlign;
@@ -196,27 +196,35 @@ void weight_gradient_tiles(const void* grad, int64_t ldg, const void* x, int64_t
   bf16* packed = reinterpret_cast<bf16*>(memory);
   float* sums = reinterpret_cast<float*>(memory + plan.sums);
   const Matrix g{static_cast<const bf16*>(grad), ldg, rows, outputs}, v{static_cast<const bf16*>(x), ldx, rows, inputs};
-  const int64_t panels = ceil_div(outputs, kSide), line = plan.block / kSide * kSquare;
+  const int64_t pieces = ceil_div(rows, plan.depth), panels = ceil_div(outputs, kSide),
+                line = plan.block / kSide * kSquare;
 #pragma omp parallel num_threads(threads)
   {
     const TileScope scope;
     const int64_t thread = omp_get_thread_num();
     bf16* panel = reinterpret_cast<bf16*>(memory + plan.panels + thread * plan.panel());
     for (int64_t input = 0; input < inputs; input += plan.block) {
-      const int64_t width = least(plan.block, inputs - input);
+      const int64_t width = least(plan.block, inputs - input), columns = ceil_div(width, kSide);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < pieces * columns; ++i) {
+        const int64_t row = i / columns * plan.depth, p = i % columns;
+        const int64_t steps = ceil_div(least(plan.depth, rows - row), kRows);
+        pack_inputs(v, row, input + p * kSide, steps, packed + row * plan.block + p * steps * kStep);
+      }
+      // no thread waits for another from here on: equal static loops give it the same panels, and so its own sums
       for (int64_t row = 0; row < rows; row += plan.depth) {
         const int64_t steps = ceil_div(least(plan.depth, rows - row), kRows);
         const bool opens = row == 0, ends = row + plan.depth >= rows;
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < ceil_div(width, kSide); ++p) {
-          pack_inputs(v, row, input + p * kSide, steps, packed + p * steps * kStep);
-        }
-#pragma omp for schedule(static)
+        const bf16* from = packed + row * plan.block;
+#pragma omp for schedule(static) nowait
         for (int64_t q = 0; q < panels; ++q) {
           float* mine = sums + (opens && ends ? thread : q) * line;
-          multiply_panel({g, v, static_cast<bf16*>(out), packed, panel, mine, row, steps, input, width, opens, ends},
+          multiply_panel({g, v, static_cast<bf16*>(out), from, panel, mine, row, steps, input, width, opens, ends},
                          q * kSide);
         }
+      }
+      if (input + plan.block < inputs) {
+#pragma omp barrier
       }
     }
   }

@@ -14,7 +14,7 @@ from tinyllava_fast.train import graph_passes
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(graph_passes.WeightGradients, "uuid", lambda self: None)  # a cached graph has met its passes
+    monkeypatch.setattr(graph_passes.TrainingPasses, "uuid", lambda self: None)  # a cached graph has met its passes
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -48,3 +48,31 @@ def test_what_pays() -> None:
     assert not pays(3584, 1536, 576, torch.float32)
     assert not pays(3584, 1536, 16, torch.bfloat16)
     assert not pays(64, 128, 128, torch.bfloat16)
+
+
+def test_rotary_tables_are_kept_and_change_nothing() -> None:
+    class Rotated(nn.Module):
+        def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+            cos, sin = (f(angles).mul(1.0).to(x.dtype) for f in (torch.cos, torch.sin))
+            for _ in range(3):
+                x = torch.tanh(x * cos[:, None] + x.flip(-1) * sin[:, None])
+            return x
+
+    sines: list[int] = []
+    passes = graph_passes.TrainingPasses()
+
+    class Counted(graph_passes.TrainingPasses):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            passes(graph)
+            kept = graph.find_nodes(op="call_function", target=torch.ops.prims.inductor_force_stride_order.default)
+            sines.append(len(kept))
+
+    x, angles = torch.randn(5, 2, 8, requires_grad=True), torch.randn(5, 8)
+    want = Rotated()(x, angles)
+    (wanted,) = torch.autograd.grad(want.sum(), x)
+    compiled = torch.compile(Rotated(), fullgraph=True, options={"post_grad_custom_post_pass": Counted()})
+    got = compiled(x, angles)
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grad, wanted)
+    assert sines and sines[0] == 2

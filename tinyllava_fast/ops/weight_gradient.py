@@ -1,6 +1,7 @@
 """The gradient of a linear layer's weight, dW = dyᵀ x: the product that torch runs at half speed on a CPU with AMX.
 
-Its left factor lies transposed. The C++ kernel turns it on the way into tiles; without them a copy is turned ahead.
+Its left factor lies transposed. The C++ kernel turns it on the way into tiles; without them, and where there are fewer
+outputs than inputs, a copy is turned ahead.
 train/graph_passes.py puts the op into compiled graphs.
 Legend: N rows, O outputs, K inputs.
 """
@@ -47,10 +48,11 @@ def _samples() -> Iterator[Sample]:
         return Sample((rows(o), rows(k)), label, differentiable=False)
 
     yield case("one panel", 32, 32, 32)
-    yield case("ragged", 99, 41, 70)
+    yield case("ragged", 99, 70, 41)
+    yield case("more inputs than outputs", 99, 41, 70)
     yield case("several sums", 1300, 65, 40)
-    yield case("blocks of inputs", 600, 33, 1400)
-    yield case("one row", 1, 5, 64)
+    yield case("blocks of inputs", 300, 1300, 1300)
+    yield case("one row", 1, 64, 5)
     yield case("one column", 70, 1, 1)
     yield case("no row", 0, 8, 16)
 
@@ -60,7 +62,7 @@ def _run_cpp(grad: Tensor, x: Tensor) -> Tensor:
     out = x.new_empty((outputs, inputs))
     threads, extension = torch.get_num_threads(), _cpp.extension()
     needed = extension.weight_gradient_scratch(rows, outputs, inputs, threads) if rows * outputs * inputs else 0
-    if grad.dtype != torch.bfloat16 or not needed:
+    if grad.dtype != torch.bfloat16 or outputs < inputs or not needed:
         return torch.mm(_cpp.transposed(grad), x, out=out)
     grad, x = _cpp.unit_stride(grad), _cpp.unit_stride(x)
     extension.weight_gradient_tiles(

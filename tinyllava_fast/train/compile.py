@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo.callback import callback_handler
 
@@ -47,6 +48,9 @@ class CompiledForward:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         # Tracing starts afresh: graphs of an earlier stage guard on other frozen parameters.
         torch.compiler.reset()
+        # An element-wise result that a product reads is made again in the backward pass, not kept: a third of what a
+        # decoder layer keeps, for a pass over memory that is fused with others.
+        torch._functorch.config.ban_recompute_materialized_backward = False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.seconds, self.graphs, self.recompiles = 0.0, 0, 0
         self._began = 0.0

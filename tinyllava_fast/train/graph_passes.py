@@ -15,31 +15,16 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops.weight_gradient import pays, weight_gradient
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
-class WeightGradients(CustomGraphPass):
-    """Products dyᵀ x of large bfloat16 matrices on a CPU become ``weight_gradient``, wherever that is faster."""
+class TrainingPasses(CustomGraphPass):
+    """The passes of this file over one graph, forward or backward."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place."""
-        for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
-            left, x = node.args
-            if left.target is not aten.permute.default or list(left.args[1]) != [1, 0]:
-                continue
-            grad = left.args[0]
-            given, other = grad.meta["val"], x.meta["val"]
-            rows, outputs = given.shape
-            if given.device.type != "cpu" or not (given.is_contiguous() and other.is_contiguous()):
-                continue
-            if not pays(rows, outputs, other.shape[1], given.dtype):
-                continue
-            with graph.inserting_before(node):
-                new = graph.call_function(weight_gradient.op._opoverload, (grad, x))
-            new.meta.update(node.meta)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-        graph.eliminate_dead_code()
+        replace_weight_gradients(graph)
+        keep_rotary_tables(graph)
 
     def uuid(self) -> Any:
         """The key of Inductor's cache has this in it: what is replaced depends on the ISA too."""
@@ -47,6 +32,57 @@ class WeightGradients(CustomGraphPass):
         return get_hash_for_files((__file__,)), module.isa() if module else ""
 
 
+def replace_weight_gradients(graph: fx.Graph) -> None:
+    """Products dyᵀ x of large bfloat16 matrices on a CPU become ``weight_gradient``, wherever that is faster."""
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        left, x = node.args
+        if left.target is not aten.permute.default or list(left.args[1]) != [1, 0]:
+            continue
+        grad = left.args[0]
+        given, other = grad.meta["val"], x.meta["val"]
+        if given.device.type != "cpu" or not (given.is_contiguous() and other.is_contiguous()):
+            continue
+        rows, outputs = given.shape
+        if not pays(rows, outputs, other.shape[1], given.dtype):
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(weight_gradient.op._opoverload, (grad, x))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def keep_rotary_tables(graph: fx.Graph) -> None:
+    """Sines and cosines that several operators read are computed once, into memory.
+
+    Inductor counts them as cheap and repeats them in every kernel that reads them: each layer, each head.
+    """
+    for target in (aten.cos.default, aten.sin.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if node.meta["val"].device.type == "cpu":
+                _materialise(graph, _scaled(node))
+
+
+def _scaled(node: fx.Node) -> fx.Node:
+    """The last of the operators that only scale the node or change its dtype."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        scales = user.target is aten.mul.Tensor and len(user.all_input_nodes) == 1
+        if not scales and user.target is not prims.convert_element_type.default:
+            break
+        node = user
+    return node
+
+
+def _materialise(graph: fx.Graph, node: fx.Node) -> None:
+    value = node.meta["val"]
+    with graph.inserting_after(node):
+        kept = graph.call_function(prims.inductor_force_stride_order.default, (node, list(value.stride())))
+    kept.meta["val"] = value
+    node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+
+
 def options() -> dict[str, Any]:
     """Options of torch.compile's Inductor backend for a training step."""
-    return {"post_grad_custom_post_pass": WeightGradients()}
+    return {"post_grad_custom_post_pass": TrainingPasses()}
