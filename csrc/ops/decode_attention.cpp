@@ -101,6 +101,7 @@ TLF_INLINE void score_block(const Query* queries, const T* keys, int64_t k_row, 
     const int64_t some = least(kWidth, count - from);
     for (int64_t j = 0; j < some; ++j) {
       const T* key = keys + (from + j) * k_row;
+      prefetch_row(key + kAhead * k_row, size);
       for (int64_t h = 0; h < group; ++h) {
         const Query* query = queries + h * kSize;
         Vec sum = {};
@@ -160,6 +161,7 @@ TLF_INLINE void add_values(const T* values, int64_t v_row, int64_t count, int64_
     for (int c = 0; c < V; ++c) sums[i][c] = load(state.sums[h + i] + d + c * kWidth) * state.fade[h + i];
   }
   for (int64_t j = 0; j < count; ++j) {
+    if (h == 0) prefetch_row(values + (j + kAhead) * v_row + d, V * kWidth);
     Vec value[V];
 #pragma GCC unroll 4
     for (int c = 0; c < V; ++c) value[c] = widened(values + j * v_row + d + c * kWidth);

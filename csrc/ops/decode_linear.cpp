@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kParallelBytes = 1 << 16;  // below this a thread team costs more than it saves
 constexpr int64_t kChunk = 2 * kWidth;       // columns handled together
-constexpr int64_t kMostRows = 16;            // of x, together
 constexpr int64_t kBytesAhead = 4096;        // bytes of the weight that are asked for before they are needed
 
 typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
@@ -145,9 +144,7 @@ struct PlainRows {
 
 TLF_INLINE void tiles_of(const bf16* x, int64_t ldx, const bf16* w, const float*, const bf16* bias, float* scratch,
                          bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
-  bf16* packed = reinterpret_cast<bf16*>(scratch);
-  pack_rows_of_team(x, ldx, rows, columns, packed);
-  product_in_tiles(PlainRows{w, columns}, packed, bias, y, rows, outputs, columns);
+  multiply_in_tiles(PlainRows{w, columns}, x, ldx, reinterpret_cast<bf16*>(scratch), bias, y, rows, outputs, columns);
 }
 
 constexpr int64_t kByteDepth = 64;  // columns of an int8 tile
@@ -159,9 +156,10 @@ TLF_INLINE uint32_t float_bits(float x) {
 }
 
 // x = step (256 high + low), two signed bytes an element: a fixed point of 16 bits under the row's largest value, so
-// that int8 weights enter the tiles as they are. high and low: tiles of B, [k / 4][row][k % 4]; what rows there are not
-// holds anything, and ends in sums that nobody reads.
-void split_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int8_t* high, int8_t* low, float* step) {
+// that int8 weights enter the tiles as they are. At high the high bytes of 16 rows, their low ones, then those of the
+// next 16: tiles of B, [k / 4][row][k % 4]. What rows there are not holds anything, and ends in sums that nobody reads.
+void split_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int8_t* high, float* step) {
+  const int64_t bytes = round_up(columns, kByteDepth) * kTileRows;
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     const bf16* from = x + n * ldx;
@@ -175,6 +173,7 @@ void split_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int8_
     const bool finite = top < 0x7f80u;
     const float inverse = finite && largest > 1e-30f ? kMost / largest : 0.0f;
     step[n] = finite ? largest / kMost : __builtin_nanf("");
+    int8_t* to = high + n / kTileRows * 2 * bytes + 4 * (n % kTileRows);
     for (int64_t at = 0; at < columns; at += kByteDepth) {
       const int64_t width = least(kByteDepth, columns - at);
       int8_t tops[kByteDepth] = {}, lows[kByteDepth] = {};
@@ -185,8 +184,8 @@ void split_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int8_
         lows[k] = static_cast<int8_t>(bits);
       }
       for (int64_t k = 0; k < kByteDepth; k += 4) {
-        std::memcpy(high + (at + k) * kTileRows + 4 * n, tops + k, 4);
-        std::memcpy(low + (at + k) * kTileRows + 4 * n, lows + k, 4);
+        std::memcpy(to + (at + k) * kTileRows, tops + k, 4);
+        std::memcpy(to + bytes + (at + k) * kTileRows, lows + k, 4);
       }
     }
   }
@@ -202,12 +201,10 @@ const int8_t* byte_rows(const int8_t* from, int64_t columns, int64_t count, int6
   return buffer;
 }
 
-void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, const bf16* bias, float* scratch,
-              bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
-  int8_t* high = reinterpret_cast<int8_t*>(scratch);
-  int8_t* low = high + round_up(columns, kByteDepth) * kTileRows;
-  float* step = reinterpret_cast<float*>(low + round_up(columns, kByteDepth) * kTileRows);
-  split_rows(x, ldx, rows, columns, high, low, step);
+template <bool Wide>
+void byte_product(const int8_t* high, const float* step, const int8_t* w, const float* scale, const bf16* bias, bf16* y,
+                  int64_t rows, int64_t outputs, int64_t columns) {
+  const int64_t bytes = round_up(columns, kByteDepth) * kTileRows;
   const TileScope scope;
   alignas(64) int8_t buffer[kTileRows * kByteDepth];
   alignas(64) int32_t tops[kTileRows * kTileRows], lows[kTileRows * kTileRows];
@@ -215,28 +212,57 @@ void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, c
   for (int64_t first = 0; first < outputs; first += kTileRows) {
     const int64_t count = least(kTileRows, outputs - first);
     tile_clear<0>();
-    tile_clear<3>();
+    tile_clear<1>();
+    if constexpr (Wide) tile_clear<2>();
+    if constexpr (Wide) tile_clear<3>();
     for (int64_t k = 0; k < columns; k += kByteDepth) {
       ask_ahead(w + first * columns + k * kTileRows);
       int64_t stride = 0;
       const int8_t* a =
           byte_rows(w + first * columns + k, columns, count, least(kByteDepth, columns - k), buffer, &stride);
-      tile_load<1>(a, stride);
-      tile_load<2>(high + k * kTileRows, 64);
-      tile_multiply_bytes<0, 1, 2>();
-      tile_load<4>(low + k * kTileRows, 64);
-      tile_multiply_bytes<3, 1, 4>();
-    }
-    tile_store<0>(tops, 64);
-    tile_store<3>(lows, 64);
-    for (int64_t n = 0; n < rows; ++n) {
-      for (int64_t o = 0; o < count; ++o) {
-        const float sum =
-            256.0f * static_cast<float>(tops[o * kTileRows + n]) + static_cast<float>(lows[o * kTileRows + n]);
-        const float shift = bias == nullptr ? 0.0f : widen(bias[first + o]);
-        narrow(sum * (step[n] * scale[first + o]) + shift, y + n * outputs + first + o);
+      const int8_t* b = high + k * kTileRows;
+      tile_load<4>(a, stride);
+      tile_load<5>(b, 64);
+      tile_multiply_bytes<0, 4, 5>();
+      tile_load<6>(b + bytes, 64);
+      tile_multiply_bytes<1, 4, 6>();
+      if constexpr (Wide) {
+        tile_load<5>(b + 2 * bytes, 64);
+        tile_multiply_bytes<2, 4, 5>();
+        tile_load<6>(b + 3 * bytes, 64);
+        tile_multiply_bytes<3, 4, 6>();
       }
     }
+    const auto put = [&](int64_t from, int64_t some) {
+      for (int64_t n = 0; n < some; ++n) {
+        for (int64_t o = 0; o < count; ++o) {
+          const float sum =
+              256.0f * static_cast<float>(tops[o * kTileRows + n]) + static_cast<float>(lows[o * kTileRows + n]);
+          const float shift = bias == nullptr ? 0.0f : widen(bias[first + o]);
+          narrow(sum * (step[from + n] * scale[first + o]) + shift, y + (from + n) * outputs + first + o);
+        }
+      }
+    };
+    tile_store<0>(tops, 64);
+    tile_store<1>(lows, 64);
+    put(0, least(rows, kTileRows));
+    if constexpr (Wide) {
+      tile_store<2>(tops, 64);
+      tile_store<3>(lows, 64);
+      put(kTileRows, rows - kTileRows);
+    }
+  }
+}
+
+void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, const bf16* bias, float* scratch,
+              bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
+  float* step = scratch;  // [kRowsTogether], before the tiles
+  int8_t* high = reinterpret_cast<int8_t*>(scratch + kRowsTogether);
+  split_rows(x, ldx, rows, columns, high, step);
+  if (rows > kTileRows) {
+    byte_product<true>(high, step, w, scale, bias, y, rows, outputs, columns);
+  } else {
+    byte_product<false>(high, step, w, scale, bias, y, rows, outputs, columns);
   }
 }
 #endif
@@ -273,10 +299,11 @@ void linear_of_team(const void* x, int64_t ldx, const void* w, const float* scal
   const auto run = [&](auto element) {
     using T = decltype(element);
     const T* shift = static_cast<const T*>(bias);
-    for (int64_t n = 0; n < rows; n += kMostRows) {
+    constexpr int64_t together = sizeof(T) == 2 ? kRowsTogether : 16;
+    for (int64_t n = 0; n < rows; n += together) {
       const T* from = static_cast<const T*>(x) + n * ldx;
       T* to = static_cast<T*>(y) + n * outputs;
-      const int64_t count = least(kMostRows, rows - n);
+      const int64_t count = least(together, rows - n);
       if (scale != nullptr) {
         few(from, ldx, static_cast<const int8_t*>(w), scale, shift, scratch, to, count, outputs, columns);
       } else {
@@ -291,8 +318,8 @@ void linear_of_team(const void* x, int64_t ldx, const void* w, const float* scal
   }
 }
 
-// x: [rows, columns], ldx elements a row, 16 at a time. w: [outputs, columns] of x's dtype, or int8 where scale
-// [outputs] is not null. bias: [outputs] of x's dtype or null. scratch: float [16 * (columns + 64)], aligned to 64
+// x: [rows, columns], ldx elements a row. w: [outputs, columns] of x's dtype, or int8 where scale
+// [outputs] is not null. bias: [outputs] of x's dtype or null. scratch: float [16 * (columns + 128)], aligned to 64
 // bytes.
 void decode_linear(const void* x, int64_t ldx, const void* w, const float* scale, const void* bias, float* scratch,
                    void* y, int64_t rows, int64_t outputs, int64_t columns, int64_t dtype) {

@@ -130,10 +130,11 @@ void run(const Model& m, const Layer* layers, const Token* tokens, T* out, int64
   const int64_t every = (m.heads + 2 * m.kv_heads) * m.size, width = m.heads * m.size;
   const int64_t deepest = most(most(m.hidden, width), m.inner);
   scratch.lay_out([&](Scratch& s) {
-    b = {s.take<T>(rows * m.hidden),        s.take<T>(rows * m.hidden), s.take<T>(rows * every),
-         s.take<T>(rows * width),           s.take<T>(rows * width),    s.take<T>(rows * m.hidden),
-         s.take<T>(rows * 2 * m.inner),     s.take<T>(rows * m.inner),  s.take<Sight>(rows),
-         s.take<float>(16 * (deepest + 64))};
+    b = {s.take<T>(rows * m.hidden),    s.take<T>(rows * m.hidden),
+         s.take<T>(rows * every),       s.take<T>(rows * width),
+         s.take<T>(rows * width),       s.take<T>(rows * m.hidden),
+         s.take<T>(rows * 2 * m.inner), s.take<T>(rows * m.inner),
+         s.take<Sight>(rows),           s.take<float>(16 * (deepest + 128))};
   });
   constexpr int64_t dtype = sizeof(T) == 2 ? kBFloat16 : kFloat32;
   const int64_t row = m.kv_heads * m.size;

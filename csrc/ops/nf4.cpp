@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kParallelWeights = 1 << 16;  // below this a thread team costs more than it saves
 constexpr int64_t kChunk = 2 * kWidth;         // weights of one vector of bytes
-constexpr int64_t kMostRows = 16;              // of x, together
 
 typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
 
@@ -236,9 +235,8 @@ void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, in
 #if defined(TLF_TILES)
   if constexpr (sizeof(T) == 2) {
     if (rows > kFewRows) {
-      bf16* tiles = reinterpret_cast<bf16*>(scratch);
-      pack_rows_of_team(x, ldx, rows, columns, tiles);
-      product_in_tiles(CodedRows{packed, absmax, blocksize, columns}, tiles, bias, y, rows, outputs, columns);
+      multiply_in_tiles(CodedRows{packed, absmax, blocksize, columns}, x, ldx, reinterpret_cast<bf16*>(scratch), bias,
+                        y, rows, outputs, columns);
       return;
     }
   }
@@ -280,9 +278,10 @@ void nf4_of_team(const void* x, int64_t ldx, const uint8_t* packed, const float*
                  int64_t dtype) {
   const auto run = [&](auto element) {
     using T = decltype(element);
-    for (int64_t n = 0; n < rows; n += kMostRows) {
+    constexpr int64_t together = sizeof(T) == 2 ? kRowsTogether : 16;
+    for (int64_t n = 0; n < rows; n += together) {
       few(static_cast<const T*>(x) + n * ldx, ldx, packed, absmax, blocksize, static_cast<const T*>(bias), scratch,
-          static_cast<T*>(y) + n * outputs, least(kMostRows, rows - n), outputs, columns);
+          static_cast<T*>(y) + n * outputs, least(together, rows - n), outputs, columns);
     }
   };
   if (dtype == kBFloat16) {
@@ -293,7 +292,7 @@ void nf4_of_team(const void* x, int64_t ldx, const uint8_t* packed, const float*
 }
 
 // x: [rows <= 16, columns], columns even. bias: [outputs] or null. y: [rows, outputs].
-// scratch: float [16 * (columns + 64)], aligned to 64 bytes.
+// scratch: float [16 * (columns + 128)], aligned to 64 bytes.
 void nf4_linear_few(const void* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize,
                     const void* bias, float* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns,
                     int64_t dtype) {

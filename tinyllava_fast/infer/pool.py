@@ -17,6 +17,8 @@ from bisect import insort
 import torch
 from torch import Tensor
 
+from tinyllava_fast.ops import _cpp
+
 
 class Spans:
     """First-fit allocator of contiguous row ranges in [0, size). Freed neighbours merge."""
@@ -69,6 +71,8 @@ class KVPool:
         self, rows: int, kv_heads: list[int], head_dim: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         def layers() -> list[Tensor]:
+            if device.type == "cpu":  # in huge pages, zeroed when first touched
+                return [_cpp.zeros(rows, heads, head_dim, dtype=dtype) for heads in kv_heads]
             return [torch.zeros(rows, heads, head_dim, dtype=dtype, device=device) for heads in kv_heads]
 
         self.k, self.v = layers(), layers()

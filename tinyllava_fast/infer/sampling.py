@@ -11,13 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from tinyllava_fast.infer.types import Sampling
+from tinyllava_fast.ops.row_argmax import row_argmax
 
 NUCLEUS_GUESS = 256  # most nuclei are smaller: taking so many is 10 times faster than sorting a vocabulary of 49k
 
 
 def next_tokens(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[int]:
     """One token id per row. logits: [R, V] float. places: how many tokens each sequence has generated before."""
-    chosen: list[int] = logits.argmax(-1).tolist()
+    largest = row_argmax.infer(logits) if logits.is_cpu else logits.argmax(-1)
+    chosen: list[int] = largest.tolist()
     for row, (sampling, place) in enumerate(zip(samplings, places, strict=True)):
         if sampling.temperature > 0:
             chosen[row] = draw(logits[row], sampling, place)

@@ -61,8 +61,8 @@ def row_bytes(tensor: Tensor) -> int:
 
 
 def row_scratch(columns: int) -> Tensor:
-    """What kernels of a few rows (at most 16) lay x of so many columns out in: float32, until the next call."""
-    return scratch(64 * (columns + 64)).view(torch.float32)
+    """What kernels of a few rows lay x of so many columns out in: float32, until the next call."""
+    return scratch(64 * (columns + 128)).view(torch.float32)
 
 
 def scratch(nbytes: int) -> Tensor:

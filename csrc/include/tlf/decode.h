@@ -10,7 +10,14 @@
 namespace tlf {
 namespace TLF_ISA {
 
-// y [rows, outputs] = x Wᵀ + bias as the op decode_linear defines it; any number of rows, 16 at a time.
+#if defined(TLF_ISA_IS_amx)
+constexpr int64_t kRowsTogether = 32;  // of x beside one reading of a weight
+#else
+constexpr int64_t kRowsTogether = 16;
+#endif
+
+// y [rows, outputs] = x Wᵀ + bias as the op decode_linear defines it; any number of rows,
+// kRowsTogether at a time. scratch: float [16 * (columns + 128)].
 void linear_of_team(const void* x, int64_t ldx, const void* w, const float* scale, const void* bias, float* scratch,
                     void* y, int64_t rows, int64_t outputs, int64_t columns, int64_t dtype);
 
