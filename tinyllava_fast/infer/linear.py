@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.ops import NF4, Int8, decode_linear, quantize_int8, quantize_nf4
 from tinyllava_fast.ops.decode_block import silu_gate
-from tinyllava_fast.ops.decode_linear import MOST_ROWS, in_huge_pages
+from tinyllava_fast.ops.decode_linear import MOST_ROWS, MOST_ROWS_INT8, in_huge_pages
 from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, pays, prefill_linear
 
 
@@ -43,14 +43,20 @@ class DecodeLinear(nn.Module):
             return NF4(values, scales, (self.out_features, self.in_features), self.blocksize)
         return Int8(values, scales)
 
+    @property
+    def shift(self) -> Tensor | None:
+        """The bias [out]."""
+        bias: Any = self.bias
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of the model's dtype -> [..., out]."""
-        bias: Any = self.bias
-        return decode_linear(x, self.held, bias)
+        return decode_linear(x, self.held, self.shift)
 
     def fused(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [T, in] -> activation(product), of ops.prefill_linear, + residual: one call where there are many rows."""
-        if len(x) <= MOST_ROWS or not pays(x) or self.blocksize:
+        most = MOST_ROWS if self.scales is None else MOST_ROWS_INT8
+        if len(x) <= most or not pays(x) or self.blocksize:
             y: Tensor = self(x)
             y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
             return y if residual is None else residual + y
