@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from tinyllava_fast.infer.linear import DecodeLinear
 from tinyllava_fast.models.attention import packed
-from tinyllava_fast.ops.decode_block import rms_norm, rotate, silu_gate
+from tinyllava_fast.ops.decode_block import rms_norm, rotate
 
 _KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
@@ -69,9 +69,9 @@ class DecodeLayer(nn.Module):
         kwargs.setdefault("attention_mask", None)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, qkv[:, rotated:]))
         out = packed(attention, q, k, v, scaling=attention.scaling, sliding_window=self.window, **kwargs)[0]
-        x = x + self.o(out.reshape(len(x), -1))
-        y = self.gate_up(_norm(x, self.post_attention_layernorm))
-        return (x + self.down(silu_gate.infer(y)))[None]
+        x = self.o.fused(out.reshape(len(x), -1), residual=x)
+        y = self.gate_up.fused(_norm(x, self.post_attention_layernorm), "silu_gate")
+        return self.down.fused(y, residual=x)[None]
 
 
 def _norm(x: Tensor, module: Any) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyllava_fast.ops import NF4, Int8, decode_linear, quantize_int8, quantize_nf4
-from tinyllava_fast.ops.decode_linear import in_huge_pages
+from tinyllava_fast.ops.decode_block import silu_gate
+from tinyllava_fast.ops.decode_linear import MOST_ROWS, MOST_ROWS_INT8, in_huge_pages
+from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, pays, prefill_linear
 
 
 class DecodeLinear(nn.Module):
@@ -50,6 +52,16 @@ class DecodeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of the model's dtype -> [..., out]."""
         return decode_linear(x, self.held, self.shift)
+
+    def fused(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """x [T, in] -> activation(product), of ops.prefill_linear, + residual: one call where there are many rows."""
+        most = MOST_ROWS if self.scales is None else MOST_ROWS_INT8
+        if len(x) <= most or not pays(x) or self.blocksize:
+            y: Tensor = self(x)
+            y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
+            return y if residual is None else residual + y
+        y = prefill_linear.infer(x, self.values, self.scales, self.bias, activation, residual)
+        return y
 
 
 def _side_by_side(layers: Sequence[Any]) -> Tensor | None:

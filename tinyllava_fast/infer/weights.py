@@ -15,6 +15,7 @@ from torch import nn
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.infer.block import DecodeLayer, takes
 from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.infer.tower import prepare_tower
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops import decode_linear
 from tinyllava_fast.ops.decode_linear import in_huge_pages
@@ -31,7 +32,7 @@ def check_weights(weights: str | None) -> None:
 
 
 def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
-    """Replace the language model's layers by those of infer/block.py where they fit, and its linear ones, in place.
+    """Replace the layers of infer/block.py's and infer/tower.py's kinds by those, and other linear ones, in place.
 
     weights: None or "bf16" (dense), "int8" (a scale for each output), "nf4" (layers; the projection, whose errors
     choose tokens, in int8). A tied projection that is quantised leaves the embedding as it is, for look-ups. The model
@@ -46,6 +47,7 @@ def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
                 f"{lmm.device} in {str(lmm.dtype).removeprefix('torch.')}; load it with device='cpu', dtype='bfloat16'"
             )
         return
+    prepare_tower(lmm.vision)
     dense = weights in (None, "bf16")
     layers = lmm.adapter.layers(lmm.llm)
     for i, layer in enumerate(layers):  # one by one: the old weights of a layer are free before the next copy is made

@@ -40,6 +40,13 @@ def extension() -> ModuleType:
     return module
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the kernels run on AMX tiles."""
+    module = load()[0]
+    return module is not None and module.isa() == "amx"
+
+
 def runs(*dtypes: torch.dtype, kernel: str = "C++") -> Callable[..., str | None]:
     """A ``cpp_supports`` or ``triton_supports`` for kernels of some dtypes only: looks at the first floating tensor."""
 

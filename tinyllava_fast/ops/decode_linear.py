@@ -23,6 +23,7 @@ from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
 from tinyllava_fast.ops.nf4 import NF4, dequantize_nf4, linear_nf4_fwd
+from tinyllava_fast.ops.prefill_linear import check_product, pays, prefill_linear
 
 MOST_ROWS = 16
 """Up to so many rows of x this kernel is at least as fast as torch's GEMM (measured, docs/LOG.md); beyond, GEMM is."""
@@ -58,7 +59,7 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def decode_linear(x: Tensor, weight: Tensor | Int8 | NF4, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias; for more than MOST_ROWS (MOST_ROWS_INT8) rows by torch's GEMM, a quantised W dequantised for it.
+    """x Wᵀ + bias; for more than MOST_ROWS (MOST_ROWS_INT8) rows by prefill_linear where it pays, else by torch.
 
     x: [..., K] float. weight: [O, K] of x's dtype, Int8 or NF4. bias: [O], x's dtype. Returns [..., O] of x's dtype.
     Raises ValueError for shapes and dtypes, and where a gradient is asked for: use functional.linear or linear_nf4.
@@ -67,10 +68,18 @@ def decode_linear(x: Tensor, weight: Tensor | Int8 | NF4, bias: Tensor | None = 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError("decode_linear: it has no backward; call it under torch.inference_mode() or no_grad()")
     rows = math.prod(x.shape[:-1])
+    outputs = weight.shape[0] if isinstance(weight, (NF4, Tensor)) else weight.values.shape[0]
+    few = rows <= (MOST_ROWS_INT8 if isinstance(weight, Int8) else MOST_ROWS)
+    if not few and pays(x):
+        held = dequantize_nf4(*weight, x.dtype) if isinstance(weight, NF4) else weight
+        values, scale = held if isinstance(held, Int8) else (held, None)
+        return prefill_linear.infer(x.reshape(rows, x.shape[-1]), values, scale, bias, "none", None).view(
+            *x.shape[:-1], outputs
+        )
     if isinstance(weight, NF4):
         args = (weight.packed, weight.absmax, *weight.shape, weight.blocksize, bias)
         return linear_nf4_fwd.infer(x.reshape(rows, x.shape[-1]), *args).view(*x.shape[:-1], weight.shape[0])
-    if rows > (MOST_ROWS_INT8 if isinstance(weight, Int8) else MOST_ROWS):
+    if not few:
         dense = dequantize_int8(*weight, x.dtype) if isinstance(weight, Int8) else weight
         return functional.linear(x, dense, bias)
     values, scale = weight if isinstance(weight, Int8) else (weight, None)
@@ -87,19 +96,10 @@ def dense_weight(weight: Tensor | Int8 | NF4, dtype: torch.dtype) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
-    expect("decode_linear", "x", x, "N K", FLOATS)
-    expect("decode_linear", "weight", weight, "O K", (x.dtype if scale is None else torch.int8,), like=x)
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"decode_linear: x has {x.shape[1]} columns, the weight has {weight.shape[1]}")
+    check_product("decode_linear", x, weight, scale, bias)
     most = MOST_ROWS if scale is None else MOST_ROWS_INT8
     if x.shape[0] > most:
         raise ValueError(f"decode_linear: {x.shape[0]} rows, the kernel takes at most {most}")
-    for name, tensor, dtype in (("scale", scale, torch.float32), ("bias", bias, x.dtype)):
-        if tensor is None:
-            continue
-        expect("decode_linear", name, tensor, "O", (dtype,), like=x)
-        if tensor.shape[0] != weight.shape[0]:
-            raise ValueError(f"decode_linear: {name} has {tensor.shape[0]} entries for {weight.shape[0]} outputs")
 
 
 def _cpp_forward(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
