@@ -1,7 +1,7 @@
 // The product of a few bfloat16 rows with a weight of NF4 codes, in the order in which the codes leave their registers.
 //
 // Vectors multiply 16-bit integers: exact to 3e-5 of a block's largest weight and 1e-5 of its largest x, and four times
-// as fast as bfloat16 on Sapphire Rapids. Tiles multiply bfloat16.
+// as fast as bfloat16 there (docs/LOG.md). Tiles multiply bfloat16.
 #pragma once
 
 #include <cstdint>
