@@ -14,7 +14,7 @@ from tinyllava_fast.log import log, setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``tlf-bench train|infer|ops|machine|triton``; returns the exit code, 2 for a user's mistake."""
+    """Entry point of ``tlf-bench COMMAND``; returns the exit code, 2 for a user's mistake."""
     args = _parser().parse_args(argv)
     setup_logging()
     # SIGTERM unwinds like an exception: worker processes and temporary folders must not outlive the command
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tlf-bench", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="train|infer|ops|machine|triton")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -64,10 +64,26 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--mode",
         default="finetune",
-        help="finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached",
+        help="finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached, "
+        "lora (against peft's), qlora (nf4; against our lora and peft's)",
+    )
+    train.add_argument(
+        "--lora-rank", type=int, default=128, help="rank in lora and qlora (default 128; alpha twice it)"
     )
     train.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
+
+    scaling = command("scaling", _scaling, "Time and memory of our training step at growing numbers of tokens.")
+    scaling.add_argument("--config", type=Path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
+    scaling.add_argument("--samples", type=int, default=4, help="samples of the smallest step (default 4)")
+    scaling.add_argument("--factor", type=int, action="append", help="size of a step in those; repeat (1, 2, 4)")
+    scaling.add_argument("--steps", type=int, default=4, help="timed steps of each size (default 4)")
+    scaling.add_argument("--warmup", type=int, default=2, help="untimed first steps of each size (default 2)")
+    scaling.add_argument("--mode", default="finetune", help="as of train (default finetune)")
+    scaling.add_argument("--lora-rank", type=int, default=128, help="rank in lora and qlora (default 128)")
+    scaling.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the step")
+    scaling.add_argument("--plot", metavar="DIR", type=Path, help="draw both against the tokens, as scaling.png")
+    scaling.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
 
     infer = command(
         "infer", _infer, "Answers a second and latency against transformers' generate, interleaved in one run."
@@ -109,6 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     ops.add_argument("--tune", action="store_true", help="on a GPU: measure and store launch settings")
 
+    packing = command(
+        "packing", _packing, "How full packs get, on lengths in the shape of LLaVA-1.5's instruction mix."
+    )
+    packing.add_argument("--records", type=int, default=665_000, help="records of an epoch (default 665,000)")
+    packing.add_argument("--text-only", type=float, default=0.06, help="share of records without image (default 0.06)")
+    packing.add_argument("--longest", type=int, default=2048, help="tokens that a record is cut at (default 2048)")
+    packing.add_argument("--tokens", type=int, action="append", help="budget of a pack; repeat (4096, 8448, 16384)")
+    packing.add_argument("--image-tokens", type=int, action="append", help="of an image; repeat (196, 576, 729)")
+    packing.add_argument("--lookahead", type=int, default=512, help="records the planner looks at (default 512)")
+    packing.add_argument("--seed", type=int, default=0, help="of the lengths and their order (default 0)")
+
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = commands.add_parser("triton", help=text, description=text)
     triton.set_defaults(run=_triton)
@@ -135,9 +162,6 @@ def _machine(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import report, train
 
-    overrides = list(args.overrides)
-    if args.compile is not None:
-        overrides.append(f"engine.compile={str(args.compile).lower()}")
     settings = train.Settings(
         rounds=args.rounds,
         steps=args.steps,
@@ -146,13 +170,39 @@ def _train(args: argparse.Namespace) -> int:
         peers=tuple(args.peer or train.Settings.peers),
         mode=args.mode,
         peer_checkpointing=args.peer_checkpointing,
+        lora_rank=args.lora_rank,
         reference=args.reference,
         quick=args.quick,
     )
-    result = train.benchmark(args.config or train.WORKLOAD, overrides, settings)
+    result = train.benchmark(args.config or train.WORKLOAD, _overrides(args), settings)
     train.show(result)
     report.write_json(result, args.json)
     return 0
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import plots, report, scaling, train
+
+    settings = scaling.Settings(
+        factors=tuple(args.factor or scaling.Settings.factors),
+        samples=1 if args.quick else args.samples,
+        steps=1 if args.quick else args.steps,
+        warmup=1 if args.quick else args.warmup,
+        mode=args.mode,
+        lora_rank=args.lora_rank,
+    )
+    result = scaling.benchmark(args.config or train.WORKLOAD, _overrides(args), settings)
+    scaling.show(result)
+    report.write_json(result, args.json)
+    if args.plot is not None:
+        log.info("wrote %s", plots.draw_scaling(result, args.plot))
+    return 0
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """The configuration's keys that the command line sets."""
+    chosen = [] if args.compile is None else [f"engine.compile={str(args.compile).lower()}"]
+    return [*args.overrides, *chosen]
 
 
 def _infer(args: argparse.Namespace) -> int:
@@ -201,6 +251,24 @@ def _ops(args: argparse.Namespace) -> int:
     entries = compare.compare(result, baseline)
     compare.show(entries, args.compare)
     return int(any(entry.get("slower") for entry in entries))
+
+
+def _packing(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import packing, report
+
+    settings = packing.Settings(
+        records=args.records,
+        text_only=args.text_only,
+        longest=args.longest,
+        budgets=tuple(args.tokens or packing.BUDGETS),
+        image_tokens=tuple(args.image_tokens or packing.IMAGE_TOKENS),
+        lookahead=args.lookahead,
+        seed=args.seed,
+    )
+    result = packing.benchmark(packing.quick(settings) if args.quick else settings)
+    packing.show(result)
+    report.write_json(result, args.json)
+    return 0
 
 
 def _tune(args: argparse.Namespace) -> int:

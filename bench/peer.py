@@ -8,6 +8,8 @@ Choices, each in the peer's favour where there was one:
   mixed precision), "float32" is the equivalence test's;
 - Trainer's default optimiser, fused AdamW; no gradient checkpointing unless it is asked for; no logging, saving or
   evaluation between steps;
+- LoRA: peft's layers on every linear layer of the decoder, in the dtype of the weights. peft by itself would keep
+  adapters in float32 and cast each input, which is slower;
 - no pooling head on the SigLIP tower. Like every Llava it runs one tower layer more than is read.
 """
 
@@ -26,7 +28,9 @@ from tinyllava_fast.bench.gate import Gate
 from tinyllava_fast.bench.samples import PlainSample, pad
 from tinyllava_fast.config.schema import OptimConfig, RecipeConfig
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models import adapter
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.recipes import lora
 
 
 def build_peer(lmm: LMM, *, feature_layer: int, feature_select: str, image_token: int) -> LlavaForConditionalGeneration:
@@ -65,6 +69,29 @@ def _load_tower(stock: nn.Module, ours: nn.Module) -> None:
     """Every weight of ours must land; only what lies behind the selected layer may stay random."""
     report = stock.load_state_dict(ours.state_dict(), strict=False)
     assert not report.unexpected_keys, report.unexpected_keys  # noqa: S101 our towers carry stock names
+
+
+def adapt_peer(peer: LlavaForConditionalGeneration, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
+    """Give the peer's decoder peft's own LoRA layers, with the settings and the first values of ours.
+
+    lmm: gets the adapter too, which is how those values come about.
+    """
+    import peft
+
+    plan = lora.plan(lmm, recipe)
+    if plan is None:
+        return
+    lora.inject(lmm, plan, None, seed)
+    held = adapter.take(lmm)
+    assert held is not None  # noqa: S101 injected above
+    ours, theirs = f"llm.{lmm.llm.base_model_prefix}.", "model.language_model."
+    config = copy.deepcopy(held.config)
+    config.target_modules = {theirs + name.removeprefix(ours) for name in held.layers}
+    config.lora_dropout = plan.dropout["llm"]
+    peft.inject_adapter_in_model(config, peer)
+    tensors = {theirs + name.removeprefix(ours): tensor for name, tensor in held.tensors.items()}
+    outcome: Any = peft.set_peft_model_state_dict(peer, tensors)
+    assert not outcome.unexpected_keys, outcome.unexpected_keys  # noqa: S101 names are stock
 
 
 def free_token(vocabulary: int, samples: list[PlainSample]) -> int:
@@ -123,7 +150,8 @@ def run_peer(
         (peer.model.language_model, recipe.llm),
         (peer.lm_head, recipe.llm),
     ):
-        module.requires_grad_(tune.tune == "full")
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(tune.tune == "full" or (tune.tune == "lora" and "lora_" in name))
     if precision in ("bf16", "autocast"):
         peer.to(torch.bfloat16)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:

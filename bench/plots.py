@@ -1,4 +1,6 @@
-"""PNG plots of `tlf-bench ops --plot DIR`: time and memory of every candidate against size, one file an op."""
+"""PNG plots of `--plot DIR`: of `tlf-bench ops`, time and memory of every candidate against size, one file an op; of
+`tlf-bench scaling`, speed and memory of the training step against its tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
     UserError if matplotlib is not installed or the folder cannot be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib; run: pip install 'tinyllava-fast[eval]'") from error
+    matplotlib, Figure = _matplotlib()  # noqa: N806 a class
     written = []
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
         axes = curves(result, op)
@@ -36,15 +34,65 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
             figure = Figure(figsize=(6.2 * len(axes), 8.2), dpi=110, facecolor="white")
             _page(figure, op, axes, result)
         path = folder / f"ops_{op}.png"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
-        except OSError as error:
-            raise UserError(
-                f"--plot {folder}: cannot write there ({error.strerror}); give a folder of yours"
-            ) from error
+        _save(figure, path)
         written.append(path)
     return written
+
+
+def draw_scaling(result: dict[str, Any], folder: Path) -> Path:
+    """Write scaling.png of a report of bench.scaling and return its path. Errors as of draw()."""
+    matplotlib, Figure = _matplotlib()  # noqa: N806 a class
+    places = [row["tokens"] for row in result["rows"]]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 4.6), dpi=110, facecolor="white")
+        settings = result["settings"]
+        figure.text(0.05, 0.93, f"A training step against its tokens ({settings['mode']})", fontsize=15, weight="bold")
+        figure.text(0.05, 0.875, _device(result["machine"]), fontsize=9.5, color=SOFT)
+        left, right = figure.subplots(1, 2)
+        rates = [row["samples_per_s"] for row in result["rows"]]
+        sizes = [row["peak_rss_bytes"] / 2**30 for row in result["rows"]]
+        for panel, title, values in ((left, "samples/s", rates), (right, "peak memory (GiB)", sizes)):
+            panel.plot(places, values, color=OURS, marker="o", linewidth=2.4)
+            panel.set_title(title, fontsize=11.5, loc="left", pad=8, weight="bold")
+            panel.set_xlabel("tokens a step", fontsize=9.5, color=SOFT)
+            panel.set_xlim(0, 1.08 * max(places))
+            panel.set_ylim(0, 1.25 * max(values))
+            panel.set_xticks(places, [f"{place:,.0f}" for place in places])
+            _plain(panel)
+        memory = result["memory"]
+        ends = [0.0, 1.05 * max(places)]
+        fitted = [(memory["fixed"] + memory["per_token"] * x) / 2**30 for x in ends]
+        label = f"{memory['fixed'] / 2**30:.2f} GiB + {memory['per_token'] / 2**10:.0f} KiB a token"
+        right.plot(ends, fitted, color=SOFT, linewidth=1, linestyle="--", label=label)
+        right.legend(loc="lower right", frameon=False, fontsize=9.5)
+        figure.subplots_adjust(left=0.07, right=0.97, top=0.74, bottom=0.14, wspace=0.2)
+    path = folder / "scaling.png"
+    _save(figure, path)
+    return path
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib; run: pip install 'tinyllava-fast[eval]'") from error
+    return matplotlib, Figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(
+            f"--plot {path.parent}: cannot write there ({error.strerror}); give a folder of yours"
+        ) from error
+
+
+def _device(machine: dict[str, Any]) -> str:
+    cpu = f"{machine['cpu']} ({machine['threads']} threads)"
+    return f"{machine['gpu'] if machine['device'].startswith('cuda') else cpu}, torch {machine['torch']}"
 
 
 Curves = dict[str, dict[str, list[tuple[float, dict[str, Any]]]]]
@@ -73,12 +121,8 @@ def _page(figure: Figure, op: str, axes: Curves, result: dict[str, Any]) -> None
     rivals = [name for name in names if name != "ours"]
     looks = {name: (RIVALS[i % len(RIVALS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(rivals)}
     looks["ours"] = (OURS, "o")
-    machine = result["machine"]
-    device = (
-        machine["gpu"] if machine["device"].startswith("cuda") else f"{machine['cpu']} ({machine['threads']} threads)"
-    )
     figure.text(0.03, 0.965, f"{op}, forward and backward", fontsize=16, weight="bold", color=INK)
-    figure.text(0.03, 0.94, f"{result['dtype']}, {device}, torch {machine['torch']}", fontsize=9.5, color=SOFT)
+    figure.text(0.03, 0.94, f"{result['dtype']}, {_device(result['machine'])}", fontsize=9.5, color=SOFT)
     grid = figure.subplots(2, len(axes), squeeze=False)
     for column, (axis, lines) in enumerate(axes.items()):
         for line, (title, unit, value) in enumerate(
@@ -114,10 +158,14 @@ def _frame(panel: Any, title: str, axis: str, places: list[float]) -> None:
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    panel.margins(y=0.12)
+    _plain(panel)
+
+
+def _plain(panel: Any) -> None:
     panel.tick_params(length=0, colors=SOFT, labelsize=9)
     panel.grid(axis="y", color=LINE, linewidth=0.8)
     panel.set_axisbelow(True)
-    panel.margins(y=0.12)
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)
 

@@ -15,11 +15,12 @@ import torch
 
 from tinyllava_fast.bench.gate import Gate
 from tinyllava_fast.bench.samples import build_packs, unpack
-from tinyllava_fast.config.schema import RunConfig
+from tinyllava_fast.config.schema import RecipeConfig, RunConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
 from tinyllava_fast.models.flops import costs_of, pack_flops
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.recipes import lora
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
@@ -40,7 +41,7 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
         run_ours(lmm, run, packs, gate, facts, process)
         return
     # Trainer brings accelerate and more with it: neither time nor memory of ours
-    from tinyllava_fast.bench.peer import build_peer, free_token, run_peer
+    from tinyllava_fast.bench.peer import adapt_peer, build_peer, free_token, run_peer
 
     samples = unpack_all(packs, lmm, image_token=0)
     image_token = free_token(lmm.vocab_size, samples)
@@ -49,8 +50,9 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
     peer = build_peer(
         lmm, feature_layer=vision.feature_layer, feature_select=lmm.vision.feature_select, image_token=image_token
     )
-    del lmm, packs
     stage = run.stages[0]
+    adapt_peer(peer, lmm, stage.recipe, seed=run.seed)
+    del lmm, packs
     gate.ready(facts)
     run_peer(
         peer,
@@ -110,11 +112,22 @@ def facts_of(lmm: LMM, run: RunConfig, packs: list[PackedBatch], per_step: int) 
         parts = pack_flops(costs, pack, learns, cached=bool(run.stages[0].data.feature_cache))
         for name, value in parts.items():
             flops[name] = flops.get(name, 0.0) + value / len(packs)
+    tokens = sum(p.num_tokens for p in packs) / len(packs)
+    if weights := _adapter_weights(lmm, recipe):
+        flops["adapters"] = 2 * 3 * tokens * weights  # forward, and gradients of inputs and weights
     return {
         "flops": flops,
         "budget": len(packs[0].input_ids),
-        "tokens_per_step": sum(p.num_tokens for p in packs) / len(packs),
+        "tokens_per_step": tokens,
         "supervised_per_step": sum(p.num_supervised for p in packs) / len(packs),
         "padded_tokens_per_step": padded / len(packs),
         "parameters": sum(p.numel() for p in lmm.parameters()),
     }
+
+
+def _adapter_weights(lmm: LMM, recipe: RecipeConfig) -> int:
+    """Elements of the decoder's LoRA matrices that the recipe will add."""
+    plan = lora.plan(lmm, recipe)
+    layers = plan.layers.items() if plan else ()
+    linears: list[tuple[Any, int]] = [(lmm.get_submodule(n), layer.r) for n, layer in layers if n.startswith("llm.")]
+    return sum(rank * (linear.in_features + linear.out_features) for linear, rank in linears)

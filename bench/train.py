@@ -28,12 +28,16 @@ WORKLOAD = Path(__file__).parent / "workloads" / "smollm2.yaml"
 PRECISIONS = ("bf16", "autocast", "master", "float32")  # how the peer keeps its weights, see peer.py
 _CACHED = "stages.0.data.feature_cache=1"
 _FROZEN = "stages.0.recipe.llm.tune=frozen"
+_LORA = "stages.0.recipe.llm.tune=lora"
 MODES: dict[str, tuple[str, ...]] = {  # what is added to the workload; the peer has no features to keep
     "finetune": (),
     "finetune-cached": (_CACHED,),
     "pretrain": (_FROZEN,),
     "pretrain-cached": (_FROZEN, _CACHED),
+    "lora": (_LORA,),
+    "qlora": ("stages.0.recipe.llm.tune=qlora",),
 }
+BESIDE = {"qlora": "lora"}  # another mode of ours that races too, and which the peer is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class Settings:
     peers: tuple[str, ...] = ("bf16",)  # one process each, by how it keeps its weights: of PRECISIONS
     mode: str = "finetune"  # of MODES
     peer_checkpointing: bool = False  # whether the peer recomputes its activations, as TinyLLaVA Factory's scripts set
+    lora_rank: int = 128  # of modes lora and qlora; alpha is twice the rank
     reference: bool = True  # whether the losses of a peer with float32 weights are taken after the race
     quick: bool = False  # GEMM peaks of tiny shapes: for tests, MFU then means nothing
 
@@ -58,9 +63,9 @@ class Settings:
                 raise UserError(f"--peer {precision!r}; {nearest(precision, PRECISIONS)}")
         if not self.peers or len(set(self.peers)) < len(self.peers):
             raise UserError(f"--peer {' '.join(self.peers)}: name each peer once")
-        for name in ("rounds", "steps", "warmup", "samples"):
+        for name in ("rounds", "steps", "warmup", "samples", "lora_rank"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: at least 1")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
 
 
 @dataclass
@@ -79,18 +84,27 @@ class Measured:
         return Series(tuple(self.seconds))
 
 
-def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Settings) -> Path:
-    """The run that all workers read: the workload with the samples filled in. Returns its YAML file in ``folder``.
+def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Settings, mode: str | None = None) -> Path:
+    """The run that a worker reads: the workload with the samples filled in. Returns its YAML file in ``folder``.
 
-    A workload that names its own records is taken as it is; it must hold (warmup + rounds * steps) * samples of them.
+    mode: another than the settings'. A workload that names its own records is taken as it is; it must hold
+    (warmup + rounds * steps) * samples of them.
     """
-    run = load_run(config, [*overrides, *MODES[settings.mode]])
+    mode = mode or settings.mode
+    added = list(MODES[mode])
+    if mode in ("lora", "qlora"):
+        r = settings.lora_rank
+        added += [f"stages.0.recipe.llm.lora.r={r}", f"stages.0.recipe.llm.lora.alpha={2 * r}"]
+    run = load_run(config, [*overrides, *added])
     if len(run.stages) != 1:
         raise UserError(f"{config}: stages: a benchmark run has exactly one stage, this has {len(run.stages)}")
     stage = run.stages[0]
     for name in ("llm", "vision", "connector"):
-        if (kind := getattr(stage.recipe, name).tune) not in ("frozen", "full"):
-            raise UserError(f"{config}: recipe.{name}.tune: {kind!r}; the peer knows frozen and full components only")
+        known = ("frozen", "full", "lora", "qlora") if name == "llm" else ("frozen", "full")
+        if (kind := getattr(stage.recipe, name).tune) not in known or (kind == "qlora" and mode != "qlora"):
+            raise UserError(
+                f"{config}: recipe.{name}.tune: {kind!r}; the peer knows frozen and full components, and an llm of lora"
+            )
     if stage.optim.label_smoothing or stage.optim.z_loss:
         raise UserError(f"{config}: optim: the peer knows neither label_smoothing nor z_loss; leave both at 0")
     stage = replace(stage, data=stage.data.under(run.data_root))
@@ -98,7 +112,7 @@ def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Sett
         count = (settings.warmup + settings.rounds * settings.steps) * settings.samples
         records, images = write_easy_vqa(folder, count)
         stage = replace(stage, data=replace(stage.data, records=str(records), image_folder=str(images)))
-    path = folder / "run.yaml"
+    path = folder / f"{mode}.yaml"
     path.write_text(dump(replace(run, stages=[stage], data_root=".")), encoding="utf-8")
     return path
 
@@ -111,22 +125,27 @@ def benchmark(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = compose(config, overrides, folder, settings)
+        beside = BESIDE.get(settings.mode)
+        other = compose(config, overrides, folder, settings, beside) if beside else path
         run = load_run(path)
         device = machine.pick_device(run.engine.device)
         before = machine.measure(device, quick=settings.quick)
-        measured = _race(path, folder, settings)
+        measured = _race(path, other, folder, settings)
         exact = "master" if run.engine.dtype == "bfloat16" else "float32"
         if settings.reference and exact not in settings.peers:
-            measured["reference"] = _follow(path, folder, exact, settings)
+            measured["reference"] = _follow(other, folder, exact, settings)
         after = machine.measure(device, quick=settings.quick)
     return compose_report(measured, [before, after], run, settings)
 
 
-def _race(path: Path, folder: Path, settings: Settings) -> dict[str, Measured]:
-    arguments = [str(path), "--per-step", str(settings.samples)]
-    sides = {"ours": ["ours", *arguments]}
+def _race(path: Path, other: Path, folder: Path, settings: Settings) -> dict[str, Measured]:
+    """other: the run of the peers, and of ours beside, where the mode has such a one."""
+    samples = ["--per-step", str(settings.samples)]
+    sides = {"ours": ["ours", str(path), *samples]}
+    if beside := BESIDE.get(settings.mode):
+        sides[f"ours-{beside}"] = ["ours", str(other), *samples]
     options = ["--checkpointing"] if settings.peer_checkpointing else []
-    sides |= {f"peer-{p}": ["peer", *arguments, "--precision", p, *options] for p in settings.peers}
+    sides |= {f"peer-{p}": ["peer", str(other), *samples, "--precision", p, *options] for p in settings.peers}
     workers: dict[str, Worker] = {}
     measured: dict[str, Measured] = {}
     try:
@@ -169,7 +188,7 @@ def compose_report(
 
     "peer" is the fastest of the peers, and ratio and rss_ratio compare with it. losses.gap says for each peer how far
     apart the losses are at most, relative to the peer's. mfu divides by the best GEMM rate of the run's dtype measured
-    before or after, whichever is higher.
+    before or after, whichever is higher. "beside", if the mode has one: the other mode of ours, and how ours compares.
     """
     ours, reference = measured["ours"], measured.get("reference")
     peers = {p: measured[f"peer-{p}"] for p in settings.peers}
@@ -180,6 +199,7 @@ def compose_report(
 
     def entry(one: Measured) -> dict[str, Any]:
         median = one.series.median
+        flops = sum(one.facts["flops"].values())
         return {
             "samples_per_s": settings.samples / median,
             "tokens_per_s": one.facts["tokens_per_step"] / median,
@@ -192,6 +212,15 @@ def compose_report(
             "losses": one.losses,
         }
 
+    beside = None
+    if mode := BESIDE.get(settings.mode):
+        one = measured[f"ours-{mode}"]
+        beside = {
+            "mode": mode,
+            **entry(one),
+            "ratio": speedup(one.series, ours.series),
+            "rss_ratio": ours.peak_rss_bytes / one.peak_rss_bytes,
+        }
     return {
         "ratio": ratio["ratio"],
         "mfu": flops / ours.series.median / peak,
@@ -207,6 +236,7 @@ def compose_report(
             },
         },
         "ours": entry(ours),
+        "beside": beside,
         "peer": {"weights": fastest, **entry(peers[fastest])},
         "peers": {p: {**entry(one), "ratio": speedup(one.series, ours.series)} for p, one in peers.items()},
         "workload": {k: v for k, v in ours.facts.items() if k != "setup_seconds"},
@@ -235,6 +265,9 @@ def largest_gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def show(result: dict[str, Any]) -> None:
     """The report as two tables: speed and memory, and the losses side by side."""
     sides = {"tinyllava_fast": result["ours"]}
+    beside = result["beside"]
+    if beside:
+        sides[f"tinyllava_fast, {beside['mode']}"] = beside
     sides |= {f"transformers + Trainer, {p}": one for p, one in result["peers"].items()}
     rows = [
         [
@@ -256,6 +289,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['rss_ratio']:.2f}x its memory; GEMM peak "
         f"{report.quantity(result['gemm_peak_flops_per_s'], 'FLOP/s')} ({result['settings']['dtype']})"
     )
+    if beside:
+        title += f"; {beside['ratio']['ratio']:.2f}x and {beside['rss_ratio']:.2f}x of our own {beside['mode']}"
     report.show(title, columns, rows)
     mine = result["losses"]["ours"]
     others = {name: one["losses"] for name, one in sides.items() if one is not result["ours"]}

@@ -14,10 +14,14 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+# (M, K, N): a large square, and a decoder's own widths (SmolLM2-135M: 3072 tokens through up and down)
+GEMM_SHAPES = ((2048, 2048, 2048), (3072, 576, 1536), (3072, 1536, 576))
+CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096))
 _NEVER = 2**31 - 1  # mallopt takes an int
 _OLD_LIMIT = 32 * 2**20  # the largest mmap threshold that older glibc accepts
 
@@ -36,22 +40,45 @@ def prepare_memory() -> bool:
     return bool(kept and mallopt(M_TRIM_THRESHOLD, _NEVER))
 
 
-def gemm_flops_per_s(dtype: Any, *, size: int = 2048, rounds: int = 7) -> float:
-    """FLOP/s of torch's own product of two square matrices on the CPU, the median of the rounds.
+def gemm_flops_per_s(dtype: Any, device: str = "cpu") -> float:
+    """The peak that MFU divides by: the best of ``gemm_rates``. dtype: a torch.dtype."""
+    return max(gemm_rates(dtype, device).values())
 
-    dtype: a torch.dtype.
+
+def gemm_rates(
+    dtype: Any,
+    device: str = "cpu",
+    *,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+    rounds: int = 7,
+    min_seconds: float = 0.1,
+) -> dict[str, float]:
+    """{"MxKxN": FLOP/s} of torch's own product of [M, K] and the transpose of [N, K], the layout of a linear layer.
+
+    Measured, not read from a data sheet: a peak must be what torch reaches here today. dtype: a torch.dtype. shapes:
+    (M, K, N); by default a large square and a small decoder's widths. min_seconds: a round repeats the product about so
+    long; the rate is the median round's.
     """
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    seconds = []
-    for _ in range(rounds + 2):
-        started = time.perf_counter()
-        torch.mm(left, right.t(), out=out)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(seconds[2:])
+    rates = {}
+    for m, k, n in shapes or (CUDA_GEMM_SHAPES if device.startswith("cuda") else GEMM_SHAPES):
+        left, right = (torch.randn(r, k, generator=generator).to(device, dtype) for r in (m, n))
+        out = torch.empty(m, n, device=device, dtype=dtype)
+
+        def seconds(calls: int, left: Any = left, right: Any = right, out: Any = out) -> float:
+            started = time.perf_counter()
+            for _ in range(calls):
+                torch.mm(left, right.t(), out=out)
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            return (time.perf_counter() - started) / calls
+
+        once = min(seconds(1), seconds(1))
+        calls = max(1, round(min_seconds / once))
+        rates[f"{m}x{k}x{n}"] = 2 * m * k * n / statistics.median(seconds(calls) for _ in range(rounds))
+    return rates
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,7 @@
 // decode_linear: a few rows times a weight that is read once, as fast as memory gives it.
 #include <cstdint>
 
-#include "tlf/attention_simd.h"
+#include "tlf/decode.h"
 #include "tlf/kernel.h"
 #include "tlf/tiles.h"
 
@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kParallelBytes = 1 << 16;  // below this a thread team costs more than it saves
 constexpr int64_t kChunk = 2 * kWidth;       // columns handled together
-constexpr int64_t kAhead = 4096;             // bytes of the weight that are asked for before they are needed
+constexpr int64_t kMostRows = 16;            // of x, together
+constexpr int64_t kBytesAhead = 4096;        // bytes of the weight that are asked for before they are needed
 
 typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
 typedef uint32_t UVecU __attribute__((vector_size(kWidth * 4), may_alias, aligned(1)));
@@ -48,14 +49,26 @@ constexpr bool kEvenOdd<bf16> = true;
 
 // x as float in chunks of the order of weights(), zeros up to a whole chunk.
 template <typename W, typename T>
-void spread(const T* x, int64_t ldx, int64_t rows, int64_t columns, float* out) {
-  const int64_t padded = round_up(columns, kChunk);
-  for (int64_t n = 0; n < rows; ++n, x += ldx, out += padded) {
-    for (int64_t k = columns / kChunk * kChunk; k < padded; ++k) out[k] = 0.0f;
-    for (int64_t k = 0; k < columns; ++k) {
-      const int64_t at = k % kChunk;
-      out[k - at + (kEvenOdd<W> ? at % 2 * kWidth + at / 2 : at)] = widen(x[k]);
-    }
+void spread(const T* x, int64_t ldx, int64_t rows, int64_t columns, float* scratch) {
+  const int64_t padded = round_up(columns, kChunk), whole = columns / kChunk * kChunk;
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < rows; ++n) {
+    const T* from = x + n * ldx;
+    float* to = scratch + n * padded;
+    const auto lay = [&](const T* values, float* out) {
+      if constexpr (kEvenOdd<W>) {
+        const Pair pair = weights(values);
+        store(out, pair.first);
+        store(out + kWidth, pair.second);
+      } else {
+        for (int i = 0; i < kChunk; ++i) out[i] = widen(values[i]);
+      }
+    };
+    for (int64_t k = 0; k < whole; k += kChunk) lay(from + k, to + k);
+    if (whole == columns) continue;
+    T rest[kChunk] = {};
+    std::memcpy(rest, from + whole, (columns - whole) * sizeof(T));
+    lay(rest, to + whole);
   }
 }
 
@@ -77,7 +90,7 @@ TLF_INLINE void dot(const W* w, const float* x, int64_t columns, float* total) {
   constexpr int64_t kLine = 64 / sizeof(W) < kChunk ? kChunk : 64 / sizeof(W);
   int64_t k = 0;
   for (; k + kLine <= whole; k += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kAhead, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kBytesAhead, 0, 2);
 #pragma GCC unroll 8
     for (int64_t at = 0; at < kLine; at += kChunk) add(w + k + at, x + k + at);
   }
@@ -96,7 +109,7 @@ TLF_INLINE void dot(const W* w, const float* x, int64_t columns, float* total) {
 
 template <int N, typename W, typename T>
 void multiply(const W* w, const float* scale, const T* bias, const float* x, T* y, int64_t outputs, int64_t columns) {
-#pragma omp parallel for schedule(static) if (outputs * columns * int64_t(sizeof(W)) > kParallelBytes)
+#pragma omp for schedule(static)
   for (int64_t o = 0; o < outputs; ++o) {
     float total[N];
     dot<N>(w + o * columns, x, columns, total);
@@ -107,7 +120,7 @@ void multiply(const W* w, const float* scale, const T* bias, const float* x, T* 
 
 #if defined(TLF_TILES)
 TLF_INLINE void ask_ahead(const void* tile) {
-  const char* at = static_cast<const char*>(tile) + 4 * kAhead;
+  const char* at = static_cast<const char*>(tile) + 4 * kBytesAhead;
 #pragma GCC unroll 16
   for (int line = 0; line < 16; ++line) __builtin_prefetch(at + 64 * line, 0, 2);
 }
@@ -133,7 +146,7 @@ struct PlainRows {
 TLF_INLINE void tiles_of(const bf16* x, int64_t ldx, const bf16* w, const float*, const bf16* bias, float* scratch,
                          bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
   bf16* packed = reinterpret_cast<bf16*>(scratch);
-  pack_rows(x, ldx, rows, columns, packed);
+  pack_rows_of_team(x, ldx, rows, columns, packed);
   product_in_tiles(PlainRows{w, columns}, packed, bias, y, rows, outputs, columns);
 }
 
@@ -146,11 +159,10 @@ TLF_INLINE uint32_t float_bits(float x) {
 }
 
 // x = step (256 high + low), two signed bytes an element: a fixed point of 16 bits under the row's largest value, so
-// that int8 weights enter the tiles as they are. high and low: tiles of B, [k / 4][row][k % 4].
+// that int8 weights enter the tiles as they are. high and low: tiles of B, [k / 4][row][k % 4]; what rows there are not
+// holds anything, and ends in sums that nobody reads.
 void split_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int8_t* high, int8_t* low, float* step) {
-  const int64_t bytes = round_up(columns, kByteDepth) * kTileRows;
-  std::memset(high, 0, bytes);
-  std::memset(low, 0, bytes);
+#pragma omp for schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     const bf16* from = x + n * ldx;
     uint16_t top = 0;  // magnitudes of bf16 are ordered as integers, infinities and nan at the end
@@ -194,38 +206,35 @@ void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, c
               bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
   int8_t* high = reinterpret_cast<int8_t*>(scratch);
   int8_t* low = high + round_up(columns, kByteDepth) * kTileRows;
-  alignas(64) float step[kTileRows] = {};
+  float* step = reinterpret_cast<float*>(low + round_up(columns, kByteDepth) * kTileRows);
   split_rows(x, ldx, rows, columns, high, low, step);
-#pragma omp parallel
-  {
-    const TileScope scope;
-    alignas(64) int8_t buffer[kTileRows * kByteDepth];
-    alignas(64) int32_t tops[kTileRows * kTileRows], lows[kTileRows * kTileRows];
+  const TileScope scope;
+  alignas(64) int8_t buffer[kTileRows * kByteDepth];
+  alignas(64) int32_t tops[kTileRows * kTileRows], lows[kTileRows * kTileRows];
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < outputs; first += kTileRows) {
-      const int64_t count = least(kTileRows, outputs - first);
-      tile_clear<0>();
-      tile_clear<3>();
-      for (int64_t k = 0; k < columns; k += kByteDepth) {
-        ask_ahead(w + first * columns + k * kTileRows);
-        int64_t stride = 0;
-        const int8_t* a =
-            byte_rows(w + first * columns + k, columns, count, least(kByteDepth, columns - k), buffer, &stride);
-        tile_load<1>(a, stride);
-        tile_load<2>(high + k * kTileRows, 64);
-        tile_multiply_bytes<0, 1, 2>();
-        tile_load<4>(low + k * kTileRows, 64);
-        tile_multiply_bytes<3, 1, 4>();
-      }
-      tile_store<0>(tops, 64);
-      tile_store<3>(lows, 64);
-      for (int64_t n = 0; n < rows; ++n) {
-        for (int64_t o = 0; o < count; ++o) {
-          const float sum =
-              256.0f * static_cast<float>(tops[o * kTileRows + n]) + static_cast<float>(lows[o * kTileRows + n]);
-          const float shift = bias == nullptr ? 0.0f : widen(bias[first + o]);
-          narrow(sum * (step[n] * scale[first + o]) + shift, y + n * outputs + first + o);
-        }
+  for (int64_t first = 0; first < outputs; first += kTileRows) {
+    const int64_t count = least(kTileRows, outputs - first);
+    tile_clear<0>();
+    tile_clear<3>();
+    for (int64_t k = 0; k < columns; k += kByteDepth) {
+      ask_ahead(w + first * columns + k * kTileRows);
+      int64_t stride = 0;
+      const int8_t* a =
+          byte_rows(w + first * columns + k, columns, count, least(kByteDepth, columns - k), buffer, &stride);
+      tile_load<1>(a, stride);
+      tile_load<2>(high + k * kTileRows, 64);
+      tile_multiply_bytes<0, 1, 2>();
+      tile_load<4>(low + k * kTileRows, 64);
+      tile_multiply_bytes<3, 1, 4>();
+    }
+    tile_store<0>(tops, 64);
+    tile_store<3>(lows, 64);
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t o = 0; o < count; ++o) {
+        const float sum =
+            256.0f * static_cast<float>(tops[o * kTileRows + n]) + static_cast<float>(lows[o * kTileRows + n]);
+        const float shift = bias == nullptr ? 0.0f : widen(bias[first + o]);
+        narrow(sum * (step[n] * scale[first + o]) + shift, y + n * outputs + first + o);
       }
     }
   }
@@ -259,18 +268,20 @@ void few(const T* x, int64_t ldx, const W* w, const float* scale, const T* bias,
 
 }  // namespace
 
-// x: [rows <= 16, columns], ldx elements a row. w: [outputs, columns] of x's dtype, or int8 where scale [outputs] is
-// not null. bias: [outputs] of x's dtype or null. scratch: float [16 * (columns + 64)], aligned to 64 bytes.
-void decode_linear(const void* x, int64_t ldx, const void* w, const float* scale, const void* bias, float* scratch,
-                   void* y, int64_t rows, int64_t outputs, int64_t columns, int64_t dtype) {
+void linear_of_team(const void* x, int64_t ldx, const void* w, const float* scale, const void* bias, float* scratch,
+                    void* y, int64_t rows, int64_t outputs, int64_t columns, int64_t dtype) {
   const auto run = [&](auto element) {
     using T = decltype(element);
-    const T *from = static_cast<const T*>(x), *shift = static_cast<const T*>(bias);
-    T* to = static_cast<T*>(y);
-    if (scale != nullptr) {
-      few(from, ldx, static_cast<const int8_t*>(w), scale, shift, scratch, to, rows, outputs, columns);
-    } else {
-      few(from, ldx, static_cast<const T*>(w), scale, shift, scratch, to, rows, outputs, columns);
+    const T* shift = static_cast<const T*>(bias);
+    for (int64_t n = 0; n < rows; n += kMostRows) {
+      const T* from = static_cast<const T*>(x) + n * ldx;
+      T* to = static_cast<T*>(y) + n * outputs;
+      const int64_t count = least(kMostRows, rows - n);
+      if (scale != nullptr) {
+        few(from, ldx, static_cast<const int8_t*>(w), scale, shift, scratch, to, count, outputs, columns);
+      } else {
+        few(from, ldx, static_cast<const T*>(w), scale, shift, scratch, to, count, outputs, columns);
+      }
     }
   };
   if (dtype == kBFloat16) {
@@ -278,6 +289,16 @@ void decode_linear(const void* x, int64_t ldx, const void* w, const float* scale
   } else {
     run(0.0f);
   }
+}
+
+// x: [rows, columns], ldx elements a row, 16 at a time. w: [outputs, columns] of x's dtype, or int8 where scale
+// [outputs] is not null. bias: [outputs] of x's dtype or null. scratch: float [16 * (columns + 64)], aligned to 64
+// bytes.
+void decode_linear(const void* x, int64_t ldx, const void* w, const float* scale, const void* bias, float* scratch,
+                   void* y, int64_t rows, int64_t outputs, int64_t columns, int64_t dtype) {
+  const int64_t bytes = outputs * columns * (scale != nullptr ? 1 : dtype == kBFloat16 ? 2 : 4);
+#pragma omp parallel if (bytes > kParallelBytes)
+  linear_of_team(x, ldx, w, scale, bias, scratch, y, rows, outputs, columns, dtype);
 }
 
 }  // namespace TLF_ISA

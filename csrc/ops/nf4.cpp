@@ -1,7 +1,7 @@
 // nf4: pieces of a 4-bit weight dequantised, and the product of a few rows with the packed weight itself.
 #include <cstdint>
 
-#include "tlf/attention_simd.h"
+#include "tlf/decode.h"
 #include "tlf/kernel.h"
 #include "tlf/nf4_codes.h"
 #include "tlf/tiles.h"
@@ -11,6 +11,7 @@ namespace TLF_ISA {
 namespace {
 
 constexpr int64_t kChunk = 2 * kWidth;  // weights of one vector of bytes
+constexpr int64_t kMostRows = 16;       // of x, together
 
 typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
 
@@ -178,7 +179,7 @@ TLF_INLINE void dot(const uint8_t* packed, const float* absmax, int64_t blocksiz
 template <typename T, int N>
 void multiply(const uint8_t* packed, const float* absmax, int64_t blocksize, const T* bias, const float* x, T* y,
               int64_t outputs, int64_t columns) {
-#pragma omp parallel for schedule(static) if (outputs * columns > kParallelWeights)
+#pragma omp for schedule(static)
   for (int64_t o = 0; o < outputs; ++o) {
     float total[N];
     dot<N>(packed, absmax, blocksize, o * columns, columns, x, total);
@@ -223,7 +224,7 @@ void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, in
     }
     if (rows > kFewRows) {
       bf16* tiles = reinterpret_cast<bf16*>(scratch);
-      pack_rows(x, ldx, rows, columns, tiles);
+      pack_rows_of_team(x, ldx, rows, columns, tiles);
       product_in_tiles(CodedRows{packed, absmax, blocksize, columns}, tiles, bias, y, rows, outputs, columns);
       return;
     }
@@ -234,6 +235,7 @@ void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, in
     }
   }
 #endif
+#pragma omp for schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     float* to = scratch + n * columns;
     for (int64_t i = 0; i < columns / 2; ++i) {
@@ -265,18 +267,30 @@ void nf4_tile(const uint8_t* packed, const float* absmax, int64_t blocksize, int
   }
 }
 
+void nf4_of_team(const void* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize,
+                 const void* bias, float* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns,
+                 int64_t dtype) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    for (int64_t n = 0; n < rows; n += kMostRows) {
+      few(static_cast<const T*>(x) + n * ldx, ldx, packed, absmax, blocksize, static_cast<const T*>(bias), scratch,
+          static_cast<T*>(y) + n * outputs, least(kMostRows, rows - n), outputs, columns);
+    }
+  };
+  if (dtype == kBFloat16) {
+    run(bf16{});
+  } else {
+    run(0.0f);
+  }
+}
+
 // x: [rows <= 16, columns], columns even. bias: [outputs] or null. y: [rows, outputs].
 // scratch: float [16 * (columns + 64)], aligned to 64 bytes.
 void nf4_linear_few(const void* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize,
                     const void* bias, float* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns,
                     int64_t dtype) {
-  if (dtype == kBFloat16) {
-    few(static_cast<const bf16*>(x), ldx, packed, absmax, blocksize, static_cast<const bf16*>(bias), scratch,
-        static_cast<bf16*>(y), rows, outputs, columns);
-  } else {
-    few(static_cast<const float*>(x), ldx, packed, absmax, blocksize, static_cast<const float*>(bias), scratch,
-        static_cast<float*>(y), rows, outputs, columns);
-  }
+#pragma omp parallel if (outputs * columns > kParallelWeights)
+  nf4_of_team(x, ldx, packed, absmax, blocksize, bias, scratch, y, rows, outputs, columns, dtype);
 }
 
 }  // namespace TLF_ISA

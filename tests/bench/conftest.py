@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
+from tinyllava_fast.bench import train
+from tinyllava_fast.config.load import to_dict
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 
+TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizers" / "phi_bytebpe"
 VOCABULARY = 97
 TINY_MODEL = ModelConfig(
     llm=LLMConfig(
@@ -96,3 +102,18 @@ def packs() -> list[PackedBatch]:
     """Three steps of eight samples of different lengths (budget 256, tail of different size)."""
     lengths = [[20, 31, 9, 14, 40, 12, 27, 33], [11, 8, 50, 22, 19, 36, 15, 29], [30, 30, 30, 30, 30, 30, 30, 30]]
     return [make_pack(row, 256, 4, seed) for seed, row in enumerate(lengths)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A workload like the real one: tiny model with random weights, easy-VQA records filled in by the benchmark."""
+    tree = yaml.safe_load(train.WORKLOAD.read_text())
+    tree["model"] = to_dict(TINY_MODEL)
+    llm = tree["model"]["llm"]
+    llm["config"] = {k: v for k, v in llm["config"].items() if k != "vocab_size"} | {"max_position_embeddings": 2048}
+    llm["tokenizer"] = str(TOKENIZER)
+    tree["stages"][0]["optim"]["lr"] = 1e-3
+    tree["engine"].update(dtype="float32", device="cpu", threads=1)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path

@@ -10,11 +10,12 @@ import torch
 
 from tests.bench.conftest import TINY_MODEL, RecordingGate
 from tinyllava_fast.bench import sides
-from tinyllava_fast.bench.peer import build_peer, free_token, run_peer
+from tinyllava_fast.bench.peer import adapt_peer, build_peer, free_token, run_peer
 from tinyllava_fast.bench.samples import pad, unpack
 from tinyllava_fast.config.schema import (
     DataConfig,
     EngineConfig,
+    LoRAConfig,
     OptimConfig,
     RecipeConfig,
     RunConfig,
@@ -39,6 +40,7 @@ def losses_of_both(lmm: LMM, packs: list[PackedBatch], recipe: RecipeConfig) -> 
     ours, theirs = RecordingGate(), RecordingGate()
     samples = sides.unpack_all(packs, lmm, image_token=96)
     peer = build_peer(lmm, feature_layer=-2, feature_select="cls_patch", image_token=96)
+    adapt_peer(peer, lmm, recipe, seed=0)
     run_peer(
         peer,
         samples,
@@ -68,9 +70,13 @@ def test_same_losses_in_fp32(lmm: LMM, packs: list[PackedBatch], llm: str) -> No
     assert len(set(ours)) == 3
 
 
-def test_the_optimiser_moves_the_peer_as_it_moves_us(lmm: LMM, packs: list[PackedBatch]) -> None:
-    """The same pack three times: the loss falls, in both alike."""
-    ours, theirs = losses_of_both(lmm, [packs[0]] * 3, RecipeConfig())
+ADAPTER = TuneConfig(tune="lora", lora=LoRAConfig(r=8, alpha=64, dropout=0.0))
+
+
+@pytest.mark.parametrize("recipe", [RecipeConfig(), RecipeConfig(llm=ADAPTER, connector=TuneConfig(tune="frozen"))])
+def test_the_optimiser_moves_the_peer_as_it_moves_us(lmm: LMM, packs: list[PackedBatch], recipe: RecipeConfig) -> None:
+    """The same pack three times: the loss falls, in both alike; with LoRA too, where nothing else trains."""
+    ours, theirs = losses_of_both(lmm, [packs[0]] * 3, recipe)
     assert ours[2] < ours[0] - 0.01
     assert ours == pytest.approx(theirs, abs=1e-4)
 

@@ -11,30 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.bench.conftest import TINY_MODEL, RecordingGate
+from tests.bench.conftest import RecordingGate
 from tinyllava_fast.bench import cli, samples, sides, train, worker
-from tinyllava_fast.config.load import load_run, to_dict
+from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 
 pytest.importorskip("easy_vqa")
-TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizers" / "phi_bytebpe"
 SETTINGS = train.Settings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A workload like the real one: tiny model with random weights, easy-VQA records filled in by the benchmark."""
-    tree = yaml.safe_load(train.WORKLOAD.read_text())
-    tree["model"] = to_dict(TINY_MODEL)
-    llm = tree["model"]["llm"]
-    llm["config"] = {k: v for k, v in llm["config"].items() if k != "vocab_size"} | {"max_position_embeddings": 2048}
-    llm["tokenizer"] = str(TOKENIZER)
-    tree["stages"][0]["optim"]["lr"] = 1e-3
-    tree["engine"].update(dtype="float32", device="cpu", threads=1)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
 
 
 def test_records_are_conversations_about_one_image(tmp_path: Path) -> None:
@@ -48,10 +32,11 @@ def test_records_are_conversations_about_one_image(tmp_path: Path) -> None:
         samples.write_easy_vqa(tmp_path, 10**6)
 
 
-@pytest.mark.parametrize("mode", ["finetune", "pretrain-cached"])
+@pytest.mark.parametrize("mode", ["finetune", "pretrain-cached", "lora"])
 def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path, mode: str) -> None:
     """Without processes: packs from real records, real template and pixels, equal losses in float32."""
-    run = load_run(train.compose(config, [], tmp_path, replace(SETTINGS, mode=mode)))
+    overrides = ["stages.0.recipe.llm.lora.dropout=0"] if mode == "lora" else []
+    run = load_run(train.compose(config, overrides, tmp_path, replace(SETTINGS, mode=mode, lora_rank=4)))
     gates = {side: RecordingGate() for side in ("ours", "peer")}
     for side, gate in gates.items():
         checkpointing = mode != "finetune"
@@ -59,6 +44,7 @@ def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path,
     ours, peer = gates["ours"].losses, gates["peer"].losses
     assert len(ours) == 2 and ours == pytest.approx(peer, abs=1e-3) and ours[0] == pytest.approx(peer[0], abs=1e-4)
     facts = gates["ours"].facts
+    assert ("adapters" in facts["flops"]) == (mode == "lora")  # type: ignore[operator]
     assert (facts["flops"]["tower"] == 0) == mode.endswith("cached")  # type: ignore[index]
     assert facts["budget"] % 64 == 0  # type: ignore[operator]
     assert facts["tokens_per_step"] <= facts["padded_tokens_per_step"]  # type: ignore[operator]
@@ -83,6 +69,28 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["run"]["seed"] == 3 and set(report["peers"]) == {"bf16"}
     out = capsys.readouterr().out
     assert "transformers + Trainer, bf16" in out and "same samples" in out
+
+
+def test_qlora_is_compared_with_our_lora_and_with_pefts(config: Path, tmp_path: Path) -> None:
+    """Without processes: what each side of the race runs, and the report made of it."""
+    settings = replace(SETTINGS, mode="qlora", lora_rank=4, peers=("bf16",))
+    shapes = [f"model.llm.config.{k}" for k in ("hidden_size=64", "intermediate_size=128", "num_attention_heads=4")]
+    shapes += ["engine.dtype=bfloat16"]
+    runs = {mode: load_run(train.compose(config, shapes, tmp_path, settings, mode)) for mode in ("qlora", "lora")}
+    measured = {}
+    for name, side, mode in (("ours", "ours", "qlora"), ("ours-lora", "ours", "lora"), ("peer-bf16", "peer", "lora")):
+        gate = RecordingGate()
+        sides.serve(side, runs[mode], gate, per_step=2, precision="bf16")  # type: ignore[arg-type]
+        measured[name] = train.Measured(dict(gate.facts), [1.0], gate.losses, [1.0], 2**20 * (1 + len(measured)))
+    gemm = [{"gemm": {"bfloat16": {"flops_per_s": 1e12}}}] * 2
+    report = train.compose_report(measured, gemm, runs["qlora"], settings)
+    llm = report["run"]["stages"][0]["recipe"]["llm"]
+    assert (llm["tune"], llm["lora"]["r"], llm["lora"]["alpha"]) == ("qlora", 4, 8)
+    assert (report["beside"]["mode"], report["beside"]["rss_ratio"], report["rss_ratio"]) == ("lora", 0.5, 1 / 3)
+    # the dropout masks are others, and the weights of ours are rounded to 4 bits; the model is the same
+    assert report["beside"]["losses"] == pytest.approx(report["peer"]["losses"], rel=0.03)
+    assert report["ours"]["losses"] == pytest.approx(report["beside"]["losses"], rel=0.1)
+    train.show(report)
 
 
 def test_a_worker_says_what_is_wrong_and_exits_with_2(
@@ -126,7 +134,9 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 def test_what_the_peer_cannot_train_is_refused(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe\.llm\.tune: 'lora'; the peer knows frozen and full"):
-        train.compose(config, ["stages.0.recipe.llm.tune=lora"], tmp_path, SETTINGS)
+    with pytest.raises(UserError, match=r"recipe\.vision\.tune: 'lora'; the peer knows frozen and full"):
+        train.compose(config, ["stages.0.recipe.vision.tune=lora"], tmp_path, SETTINGS)
+    with pytest.raises(UserError, match=r"recipe\.llm\.tune: 'qlora'; the peer knows"):
+        train.compose(config, ["stages.0.recipe.llm.tune=qlora"], tmp_path, SETTINGS)
     with pytest.raises(UserError, match="optim: the peer knows neither label_smoothing nor z_loss"):
         train.compose(config, ["stages.0.optim.z_loss=1e-4"], tmp_path, SETTINGS)

@@ -21,6 +21,13 @@ def test_one_question(folder, images, tmp_path, capsys):
     assert capsys.readouterr().out == expected.text + "\n"
 
 
+def test_quantised_weights(folder, capsys):
+    words = [str(folder), "--max-new-tokens", "3", "--device", "cpu", "--question", "why?", "--weights", "int8"]
+    assert main(words) == 0
+    assistant = tinyllava_fast.load(folder, device="cpu", weights="int8")
+    assert capsys.readouterr().out == assistant.answer(None, "why?", max_new_tokens=3) + "\n"
+
+
 def test_a_conversation(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("why?\n\nand then?\n"))
     assert main([str(folder), "--max-new-tokens", "5", "--device", "cpu"]) == 0

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
-from tinyllava_fast.train import checkpoint, cli, loop, resume
+from tinyllava_fast.train import checkpoint, cli, loop, resume, rules
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.loop import train
 
@@ -118,11 +119,16 @@ def test_data_root_holds_every_file_and_may_move(tiny_run, losses, whole):
     assert losses(other) == lines
 
 
-def test_bf16_masters_resume_bit_for_bit(tiny_run, losses):
-    path = tiny_run(engine__dtype="bfloat16")
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit"])
+def test_bf16_masters_resume_bit_for_bit(tiny_run, losses, monkeypatch, rule):
+    monkeypatch.setattr(rules, "SMALLEST", 1024)  # bitsandbytes' own is larger than any weight of this model
+    path = tiny_run(engine__dtype="bfloat16", stages__finetune__optim={"lr": 3e-3, "type": rule})
     train(load_run(path))
     run = path.parent / "run"
     lines = losses(run)
+    with safe_open(run / "checkpoints" / "finetune-00000012" / "optimizer.safetensors", "pt") as tensors:
+        kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    assert ("U8" in kinds) == (rule == "adamw8bit")
     shutil.rmtree(run / "checkpoints" / "finetune-00000012")
     train(load_run(path))
     assert losses(run) == lines

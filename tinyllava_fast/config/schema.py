@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tinyllava_fast.errors import UserError
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
+OptimizerType = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion", "lion8bit", "paged_lion8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +221,12 @@ class RecipeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, its schedule and the loss it minimises."""
+    """The update rule, its schedule and the loss it minimises."""
 
+    type: OptimizerType = "adamw"
+    """adamw: torch's. The others are bitsandbytes': adamw8bit, lion, lion8bit keep moments in 8 bits or keep one alone;
+    paged_adamw, paged_adamw8bit, paged_lion8bit let CUDA move them to the host when the GPU is full. Lion wants a third
+    to a tenth of AdamW's lr, and betas of (0.9, 0.99)."""
     lr: float = 1e-3
     """Peak learning rate of components without their own."""
     betas: tuple[float, float] = (0.9, 0.999)

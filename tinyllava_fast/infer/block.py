@@ -38,6 +38,10 @@ class DecodeLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.heads = attention.q_proj.out_features // attention.head_dim
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
+        # Mistral's attention asks its config for it
+        self.window = getattr(attention, "sliding_window", None)
+        if isinstance(layer, MistralDecoderLayer):
+            self.window = getattr(attention.config, "sliding_window", None)
         self.qkv = DecodeLinear([attention.q_proj, attention.k_proj, attention.v_proj], weights)
         self.o = DecodeLinear([attention.o_proj], weights)
         self.gate_up = DecodeLinear([mlp.gate_proj, mlp.up_proj], weights)
@@ -62,10 +66,9 @@ class DecodeLayer(nn.Module):
         else:
             qk = rotate.infer(qkv, rotated, cosine, sine)
             q, k = qk[:, :heads], qk[:, heads:]
-        window = getattr(attention, "sliding_window", None)
         kwargs.setdefault("attention_mask", None)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, qkv[:, rotated:]))
-        out = packed(attention, q, k, v, scaling=attention.scaling, sliding_window=window, **kwargs)[0]
+        out = packed(attention, q, k, v, scaling=attention.scaling, sliding_window=self.window, **kwargs)[0]
         x = x + self.o(out.reshape(len(x), -1))
         y = self.gate_up(_norm(x, self.post_attention_layernorm))
         return (x + self.down(silu_gate.infer(y)))[None]

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
+    p.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours")
     return p
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         load_plugins(args.plugin)
-        assistant = Assistant.from_pretrained(args.model, dtype=args.dtype, device=args.device)
+        assistant = Assistant.from_pretrained(args.model, dtype=args.dtype, device=args.device, weights=args.weights)
         questions = iter([args.question]) if args.question is not None else _typed()
         converse(assistant, questions, args)
     except (UserError, ValueError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyllava_fast.infer.fused import FusedStep
 from tinyllava_fast.infer.pool import KVPool
 from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
 from tinyllava_fast.infer.step import CompiledStep, StepTokens
@@ -45,6 +46,7 @@ class PackedDecoder:
         self.computed_tokens = self.steps = 0
         self._share_prefix = share_prefix
         self._run_step = CompiledStep(lmm, self.pool, compile)
+        self._fused = None if compile else FusedStep(lmm, self.pool, share_prefix=share_prefix)
 
     def __call__(self, spans: list[Span]) -> Tensor:
         """Hidden states [T, D] of the spans' tokens, laid end to end. Spans must ascend by start."""
@@ -66,13 +68,22 @@ class PackedDecoder:
             prefix=self._tensor(prefix, torch.int32) if prefix.any() else None,
         )
         self.computed_tokens += len(ids)
+        if self._fused is not None:
+            self._fused.look_again()
         embeds = self._embed(ids, [f for s in spans for f in s.features])
         return self.lmm.decode(embeds, self._tensor(steps + np.repeat(prefix[:, 1], lengths)), kv=view)
 
     def step(self, sequences: Sequence[Running]) -> Tensor:
         """Hidden states [R, D] of the last token of each sequence, which is at least one. They must ascend by start."""
-        count = len(sequences)
         rows = np.array([(s.tokens[-1], s.start, s.length, *s.shared) for s in sequences], dtype=np.int64)
+        self.computed_tokens += len(rows)
+        self.steps += 1
+        hidden = None if self._fused is None else self._fused(rows)
+        return self._run_step(self._step_tokens(rows)) if hidden is None else hidden
+
+    def _step_tokens(self, rows: np.ndarray) -> StepTokens:
+        """What StepPlan takes, as attention takes it."""
+        count = len(rows)
         last, start, length, shared, prefix = rows.T
         wide = self._tensor(np.stack([last, length + prefix, start + length]))
         bounds = np.arange(count + 1)
@@ -81,11 +92,9 @@ class PackedDecoder:
             torch.int32,
         )
         cu_q, cu_k, used, spans = short.split([count + 1, count + 1, count, 2 * count])
-        self.computed_tokens += count
-        self.steps += 1
         shares = spans.view(count, 2) if self._share_prefix else None
         ids, positions, slots = wide.unbind()
-        return self._run_step(StepTokens(ids, positions, slots, cu_q, cu_k, used, shares))
+        return StepTokens(ids, positions, slots, cu_q, cu_k, used, shares)
 
     def _embed(self, ids: np.ndarray, features: list[Tensor]) -> Tensor:
         lmm = self.lmm

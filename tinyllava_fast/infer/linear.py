@@ -41,10 +41,15 @@ class DecodeLinear(nn.Module):
             return NF4(values, scales, (self.out_features, self.in_features), self.blocksize)
         return Int8(values, scales)
 
+    @property
+    def shift(self) -> Tensor | None:
+        """The bias [out]."""
+        bias: Any = self.bias
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of the model's dtype -> [..., out]."""
-        bias: Any = self.bias
-        return decode_linear(x, self.held, bias)
+        return decode_linear(x, self.held, self.shift)
 
 
 def _side_by_side(layers: Sequence[Any]) -> Tensor | None:

@@ -95,7 +95,7 @@ class Op:
 
     def pick(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """Forced backend, else the accelerated one of the device, else the reference; says once if it falls back."""
-        wanted = _forced[-1] if _forced else _env_backend()
+        wanted = backend_wanted()
         if wanted is None:
             wanted = "triton" if _device_of(args) == "cuda" else "cpp"
         reason = self.why_not(wanted, args)
@@ -185,7 +185,10 @@ def unchecked() -> Iterator[None]:
         _unchecked.pop()
 
 
-def _env_backend() -> str | None:
+def backend_wanted() -> str | None:
+    """The backend that force_backend() or TLF_BACKEND names; None: the fastest."""
+    if _forced:
+        return _forced[-1]
     name = os.environ.get("TLF_BACKEND", "auto")
     if name == "auto":
         return None

@@ -26,6 +26,8 @@ from tinyllava_fast.ops.nf4 import NF4, dequantize_nf4, linear_nf4_fwd
 
 MOST_ROWS = 16
 """Up to so many rows of x this kernel is at least as fast as torch's GEMM (measured, docs/LOG.md); beyond, GEMM is."""
+MOST_ROWS_INT8 = 64
+"""The same of int8 weights, which a GEMM would have to dequantise first: the kernel reads them once per 16 rows."""
 
 
 class Int8(NamedTuple):
@@ -56,7 +58,7 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def decode_linear(x: Tensor, weight: Tensor | Int8 | NF4, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias; for more than MOST_ROWS rows by torch's GEMM, a quantised W dequantised to x's dtype for it.
+    """x Wᵀ + bias; for more than MOST_ROWS (MOST_ROWS_INT8) rows by torch's GEMM, a quantised W dequantised for it.
 
     x: [..., K] float. weight: [O, K] of x's dtype, Int8 or NF4. bias: [O], x's dtype. Returns [..., O] of x's dtype.
     Raises ValueError for shapes and dtypes, and where a gradient is asked for: use functional.linear or linear_nf4.
@@ -68,7 +70,7 @@ def decode_linear(x: Tensor, weight: Tensor | Int8 | NF4, bias: Tensor | None = 
     if isinstance(weight, NF4):
         args = (weight.packed, weight.absmax, *weight.shape, weight.blocksize, bias)
         return linear_nf4_fwd.infer(x.reshape(rows, x.shape[-1]), *args).view(*x.shape[:-1], weight.shape[0])
-    if rows > MOST_ROWS:
+    if rows > (MOST_ROWS_INT8 if isinstance(weight, Int8) else MOST_ROWS):
         dense = dequantize_int8(*weight, x.dtype) if isinstance(weight, Int8) else weight
         return functional.linear(x, dense, bias)
     values, scale = weight if isinstance(weight, Int8) else (weight, None)
@@ -89,8 +91,9 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
     expect("decode_linear", "weight", weight, "O K", (x.dtype if scale is None else torch.int8,), like=x)
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"decode_linear: x has {x.shape[1]} columns, the weight has {weight.shape[1]}")
-    if x.shape[0] > MOST_ROWS:
-        raise ValueError(f"decode_linear: {x.shape[0]} rows, the kernel takes at most {MOST_ROWS}")
+    most = MOST_ROWS if scale is None else MOST_ROWS_INT8
+    if x.shape[0] > most:
+        raise ValueError(f"decode_linear: {x.shape[0]} rows, the kernel takes at most {most}")
     for name, tensor, dtype in (("scale", scale, torch.float32), ("bias", bias, x.dtype)):
         if tensor is None:
             continue
@@ -138,7 +141,7 @@ def _samples() -> Iterator[Sample]:
     samples=_samples,
 )
 def decode_linear_fwd(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """[N, O]; see decode_linear(). N is at most MOST_ROWS."""
+    """[N, O]; see decode_linear(). N is at most MOST_ROWS or MOST_ROWS_INT8."""
     if scale is None:
         return functional.linear(x, weight, bias)
     sums = x.double() @ weight.double().t() if x.dtype == torch.float64 else x.float() @ weight.float().t()

@@ -25,6 +25,7 @@ from torch._dynamo.callback import callback_handler
 
 from tinyllava_fast.hardware import cache_folder, gemm_flops_per_s
 from tinyllava_fast.log import log
+from tinyllava_fast.train import graph_passes
 
 SECONDS_PER_LAYER = 1.7
 EAGER_RATE = 0.2
@@ -48,7 +49,8 @@ class CompiledForward:
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
-        self._compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+        options = graph_passes.options() if backend == "inductor" else None
+        self._compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend, options=options)
         model.forward = self._call
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ from tinyllava_fast.train.features import FeatureCache, check_feature_cache
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
 from tinyllava_fast.train.profile import StepProfiler, trains
 from tinyllava_fast.train.progress import Progress
+from tinyllava_fast.train.rules import check_rule, moment_bytes
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
 from tinyllava_fast.train.schedule import lr_factor
 
@@ -53,6 +54,8 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> 
         check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
     load_plugins(config.plugins)
     process = start_process(config.engine)
+    for stage in config.stages:
+        check_rule(stage.optim, config.engine, process.device, f"stages.{stage.name}")
     if process.device.type == "cpu":
         cpu_pool.install()
     run = Run(config, process)
@@ -103,7 +106,8 @@ class Stage:
         self.profiler: StepProfiler | None = None
         if run.profile and run.main:
             dtype = getattr(torch, run.config.engine.dtype)
-            self.profiler = StepProfiler(run.folder, self.config.name, self.model, self.config.recipe, dtype)
+            moments = moment_bytes(self.config.optim.type)
+            self.profiler = StepProfiler(run.folder, self.config.name, self.model, self.config.recipe, dtype, moments)
         if resumed is not None and self.state.stage_step > 0:
             with open_tensors(resumed / "optimizer.safetensors") as tensors:
                 self.engine.load_optimizer_state(tensors)

@@ -1,14 +1,14 @@
-"""AdamW on float32 values, whatever the dtype of the weights.
+"""Updates of float32 values, whatever the dtype of the weights.
 
 A weight below float32 gets a float32 master and, from the first micro-batch of a step to its update, a float32 sum of
 gradients: an update of 1e-5 is less than half a unit in the last place of a typical bf16 weight and would be rounded
 away; sums over micro-batches lose bits likewise. float32 weights are updated in place and cost nothing extra. The
-arithmetic is torch's foreach and fused kernels.
+arithmetic is torch's foreach kernels and the update rule's (train/rules.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.hf import cast_parameters
 from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups
+from tinyllava_fast.train.rules import build_rule
 
 Masters = Mapping[nn.Parameter, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class MasterAdamW:
-    """torch's fused AdamW with masters, float32 accumulation and clipping folded into the update.
+class MasterOptimizer:
+    """An update rule with masters, float32 accumulation and clipping.
 
     groups: as apply_recipe returns them. names: weight -> stock name, for the saved state. clip_norm: 0 = no clipping.
     masters: float32 values of weights below float32; one that is missing starts at its rounded weight.
+    kind: optim.type. exact: weights whose moments stay float32 in the 8-bit rules.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class MasterAdamW:
         eps: float,
         clip_norm: float,
         masters: Masters | None = None,
+        kind: str = "adamw",
+        exact: Set[Tensor] = frozenset(),
     ) -> None:
         self._names = dict(names)
         self._clip_norm = clip_norm
@@ -47,13 +51,10 @@ class MasterAdamW:
         self._sums: list[Tensor] = []  # gradients of this step: there from its first micro-batch to the update
         self._plain = [p for p in names if p.dtype == torch.float32]
         master_of = dict(zip(self._low, self._masters, strict=True))
-        self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor AdamW updates
-        torch_groups = [
-            {**g, "params": [self._updated[p] for p in g["params"]], "betas": betas, "eps": eps}
-            for g in groups
-            if g["params"]
-        ]
-        self._adamw = torch.optim.AdamW(torch_groups, fused=True)
+        self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor that the rule updates
+        own = [{**g, "params": [self._updated[p] for p in g["params"]]} for g in groups if g["params"]]
+        kept = frozenset(updated for p, updated in self._updated.items() if p in exact)
+        self._rule = build_rule(kind, own, betas=betas, eps=eps, exact=kept)
 
     def accumulate(self) -> None:
         """Fold the gradients of one micro-batch into the float32 sums. float32 weights accumulate by themselves."""
@@ -69,12 +70,9 @@ class MasterAdamW:
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """One update; lrs: learning rate of each group name. Returns the gradient norm before clipping, [] float32."""
         norm = torch.nn.utils.get_total_norm(self.gradients(), foreach=True)
-        for group in self._adamw.param_groups:
+        for group in self._rule.param_groups:
             group["lr"] = lrs[group["name"]]
-        if self._clip_norm > 0:
-            # The fused kernel divides gradients by grad_scale on the way: clipping without a pass over memory.
-            self._adamw.grad_scale = torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0)  # type: ignore[attr-defined]
-        self._adamw.step()
+        self._rule.step(norm, self._clip_norm)
         with torch.no_grad():
             if self._low:
                 torch._foreach_copy_(self._low, self._masters)
@@ -104,30 +102,23 @@ class MasterAdamW:
 
     def state(self) -> list[LazyTensor]:
         """Step count, moments and masters by weight name (see Engine.optimizer_state)."""
-        states = self._adamw.state
-        first = next(iter(self._updated.values()))
-        step = states[first]["step"].detach().cpu().float() if states else torch.zeros(())
-        items = [LazyTensor.of("step", step)]
+        items = [LazyTensor.of("step", torch.tensor(float(self._rule.steps)))]
         for p, updated in self._updated.items():
-            for kind in MOMENTS:
-                moment = states[updated][kind] if states else torch.zeros_like(updated)
-                items.append(LazyTensor.of(f"{kind}/{self._names[p]}", moment))
+            for kind, tensor in self._rule.state(updated).items():
+                items.append(LazyTensor.of(f"{kind}/{self._names[p]}", tensor))
             if updated is not p:
                 items.append(LazyTensor.of(f"master/{self._names[p]}", updated))
         return items
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore ``state()``; a master that the file lacks (a float32 run's) keeps the loaded weight's value."""
-        step = tensors["step"] if "step" in tensors else None
         for p, updated in self._updated.items():
             name = self._names[p]
-            state: dict[str, Tensor] = {}
-            for kind in MOMENTS:
-                state[kind] = checked(tensors, f"{kind}/{name}", p).to(p.device, torch.float32)
-            if step is None:
+            kept = self._rule.state(updated).items()
+            state = {kind: checked(tensors, f"{kind}/{name}", like, like.dtype) for kind, like in kept}
+            if "step" not in tensors:
                 raise CheckpointError("optimizer state: 'step' is missing; the checkpoint is not one of this toolkit")
-            state["step"] = step.float().clone().to(p.device)
-            self._adamw.state[updated] = state
+            self._rule.load(updated, state, int(tensors["step"]))
             if updated is not p and f"master/{name}" in tensors:
                 updated.copy_(checked(tensors, f"master/{name}", p))
         with torch.no_grad():
@@ -148,11 +139,13 @@ def lower(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
     return precise
 
 
-def checked(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """tensors[name], whose shape must be that of ``like``. Raises CheckpointError naming it."""
+def checked(tensors: Mapping[str, Tensor], name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """tensors[name], whose shape must be that of ``like``, and its dtype as given. Raises CheckpointError naming it."""
     if name not in tensors:
         raise CheckpointError(f"optimizer state: {name!r} is missing; the checkpoint trained other components")
     found = tensors[name]
     if found.shape != like.shape:
         raise CheckpointError(f"optimizer state: {name!r} has shape {list(found.shape)}, expected {list(like.shape)}")
+    if dtype is not None and found.dtype != dtype:
+        raise CheckpointError(f"optimizer state: {name!r} is {found.dtype}, expected {dtype}: optim.type was another")
     return found

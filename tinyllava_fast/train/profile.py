@@ -43,7 +43,8 @@ ROWS = {
 }
 _OPS = {"tlf::packed_attention": "attention", "tlf::linear_cross_entropy": "head"}
 _REGIONS = {"tlf.optimizer": "optimizer", "tlf.data": "data"}
-_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2)}  # positions of the two factors among the inputs
+_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "tlf::weight_gradient": (0, 1)}
+"""Positions of the two factors among the inputs."""
 
 
 @dataclass
@@ -55,13 +56,17 @@ class _Share:
 
 @dataclass
 class StepProfiler:
-    """Records a few steps of a stage. folder: of the run; model: after its recipe is applied."""
+    """Records a few steps of a stage.
+
+    folder: of the run. model: after its recipe is applied. moments: bytes a weight that the optimiser keeps of them.
+    """
 
     folder: Path
     stage: str
     model: LMM
     recipe: RecipeConfig
     dtype: torch.dtype
+    moments: float = 8
     _done: int = 0
     _started: float = 0.0
     _batches: list[PackedBatch] = field(default_factory=list)
@@ -137,7 +142,7 @@ class StepProfiler:
             "gemm_flops_per_s": peak,
             "mfu": sum(useful.values()) / step / peak,
             "hfu": products / step / peak,
-            "state_bytes": state_bytes(self.model),
+            "state_bytes": state_bytes(self.model, self.moments),
             "activation_peak_bytes": pool.peak - pool.used if pool else None,
             "peak_rss_bytes": peak_rss_bytes(),
         }
@@ -148,13 +153,18 @@ def trains(recipe: RecipeConfig) -> Trains:
     return Trains(**{name: getattr(recipe, name).tune in ("full", "partial") for name in COMPONENTS})
 
 
-def state_bytes(model: LMM) -> dict[str, int]:
-    """Bytes of each component's weights, and of what training keeps for it: float32 master and two moments."""
+def state_bytes(model: LMM, moments: float = 8) -> dict[str, int]:
+    """Bytes of each component's weights, and of what training keeps for it: float32 master and moments.
+
+    moments: bytes a weight.
+    """
     sizes: dict[str, int] = {}
     for name, parameters in model.component_parameters().items():
         sizes[name] = sum(p.numel() * p.element_size() for _, p in parameters)
         learnt = [p for _, p in parameters if p.requires_grad]
-        sizes[f"{name}, optimiser"] = sum(4 * p.numel() * (2 if p.dtype == torch.float32 else 3) for p in learnt)
+        sizes[f"{name}, optimiser"] = sum(
+            round(p.numel() * (moments + (0 if p.dtype == torch.float32 else 4))) for p in learnt
+        )
     return sizes
 
 
@@ -206,7 +216,7 @@ def _product(event: Any) -> tuple[int, tuple[int, ...]]:
     if event.name not in _PRODUCTS:
         return 0, ()
     left, right = (shapes[i] for i in _PRODUCTS[event.name])
-    dims = (left[0], left[1], right[1])
+    dims = (*left, right[1])
     return 2 * dims[0] * dims[1] * dims[2], tuple(sorted(dims))
 
 

@@ -1,7 +1,7 @@
 // The product of a few bfloat16 rows with a weight of NF4 codes, in the order in which the codes leave their registers.
 //
-// Vectors multiply 16-bit integers: exact to 3e-5 of a block's largest weight and 1e-5 of its largest x, and four times
-// as fast as bfloat16 there (docs/LOG.md). Tiles multiply bfloat16.
+// By a team of threads. Vectors multiply 16-bit integers: exact to 3e-5 of a block's largest weight and 1e-5 of its
+// largest x, and four times as fast as bfloat16 there (docs/LOG.md). Tiles multiply bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -141,7 +141,7 @@ inline void multiply_codes(const uint8_t* packed, const float* absmax, const bf1
                            const float* step, bf16* y, int64_t outputs, int64_t columns) {
   const __m512i codes = _mm512_cvtps_epi32(_mm512_load_ps(kCodes) * kCodeSize);
   const __m512i table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(codes));
-#pragma omp parallel for schedule(static) if (outputs * columns > kParallelWeights)
+#pragma omp for schedule(static)
   for (int64_t o = 0; o < outputs; ++o) {
     float total[N];
     dot_codes<N>(packed + o * columns / 2, absmax + o * columns / kScaled, columns, table, x, step, total);
@@ -155,6 +155,7 @@ inline void few_codes(const bf16* x, int64_t ldx, const uint8_t* packed, const f
   const int64_t padded = round_up(columns, kCoded), steps = padded / kCoded * kWidth;
   int16_t* laid = reinterpret_cast<int16_t*>(scratch);
   float* step = scratch + rows * padded / 2;
+#pragma omp for schedule(static)
   for (int64_t n = 0; n < rows; ++n) as_integers(x + n * ldx, columns, laid + n * padded, step + n * steps);
   while (rows > 0) {
     const int64_t n = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
@@ -188,6 +189,7 @@ inline void few_in_tiles(const bf16* x, int64_t ldx, const uint8_t* packed, cons
   const int64_t padded = round_up(columns, kCoded);
   char* tiles = reinterpret_cast<char*>(scratch);
   bf16* laid = reinterpret_cast<bf16*>(scratch) + kTileRows * padded;
+#pragma omp for schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t at = 0; at < columns; at += kCoded) {
       __m512i words[4];
@@ -195,43 +197,41 @@ inline void few_in_tiles(const bf16* x, int64_t ldx, const uint8_t* packed, cons
       store_in_order(words, laid + n * padded + at);
     }
   }
+#pragma omp single
   transpose(laid, padded / 2, rows, padded / 2, tiles, kTileRows);
-#pragma omp parallel
-  {
-    const TileScope scope;
-    alignas(64) bf16 w[kTall * kCoded] = {};
-    alignas(64) float sums[2 * kTall * kTileRows];
+  const TileScope scope;
+  alignas(64) bf16 w[kTall * kCoded] = {};
+  alignas(64) float sums[2 * kTall * kTileRows];
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < outputs; first += kTall) {
-      const int64_t count = least(kTall, outputs - first);
-      tile_clear<0>(), tile_clear<1>(), tile_clear<2>(), tile_clear<3>();
-      for (int64_t at = 0; at < columns; at += kCoded) {
-        for (int64_t o = 0; o < count; ++o) {
-          const int64_t start = (first + o) * columns + at;
-          __builtin_prefetch(packed + (start + kTall * columns) / 2, 0, 2);
-          decode(packed + start / 2, absmax + start / kScaled, columns - at, w + o * kCoded);
-        }
-        const char* b = tiles + at * kTileRows * sizeof(bf16);
-        constexpr int64_t stride = kCoded * sizeof(bf16), down = kTileRows * kCoded;
-        // two sums each, as one product has to wait for the one before it
-        tile_load<6>(b, 64), tile_load<4>(w, stride), tile_multiply<0, 4, 6>();
-        tile_load<5>(w + down, stride), tile_multiply<1, 5, 6>();
-        tile_load<7>(b + 1024, 64), tile_load<4>(w + 32, stride), tile_multiply<2, 4, 7>();
-        tile_load<5>(w + down + 32, stride), tile_multiply<3, 5, 7>();
-        tile_load<6>(b + 2048, 64), tile_load<4>(w + 64, stride), tile_multiply<0, 4, 6>();
-        tile_load<5>(w + down + 64, stride), tile_multiply<1, 5, 6>();
-        tile_load<7>(b + 3072, 64), tile_load<4>(w + 96, stride), tile_multiply<2, 4, 7>();
-        tile_load<5>(w + down + 96, stride), tile_multiply<3, 5, 7>();
+  for (int64_t first = 0; first < outputs; first += kTall) {
+    const int64_t count = least(kTall, outputs - first);
+    tile_clear<0>(), tile_clear<1>(), tile_clear<2>(), tile_clear<3>();
+    for (int64_t at = 0; at < columns; at += kCoded) {
+      for (int64_t o = 0; o < count; ++o) {
+        const int64_t start = (first + o) * columns + at;
+        __builtin_prefetch(packed + (start + kTall * columns) / 2, 0, 2);
+        decode(packed + start / 2, absmax + start / kScaled, columns - at, w + o * kCoded);
       }
-      constexpr int64_t tile = kTileRows * kTileRows;
-      tile_store<0>(sums, 64), tile_store<1>(sums + tile, 64);
-      tile_store<2>(sums + 2 * tile, 64), tile_store<3>(sums + 3 * tile, 64);
-      for (int64_t n = 0; n < rows; ++n) {
-        for (int64_t o = 0; o < count; ++o) {
-          const float shift = bias == nullptr ? 0.0f : widen(bias[first + o]);
-          const float* from = sums + o * kTileRows + n;
-          narrow(from[0] + from[2 * tile] + shift, y + n * outputs + first + o);
-        }
+      const char* b = tiles + at * kTileRows * sizeof(bf16);
+      constexpr int64_t stride = kCoded * sizeof(bf16), down = kTileRows * kCoded;
+      // two sums each, as one product has to wait for the one before it
+      tile_load<6>(b, 64), tile_load<4>(w, stride), tile_multiply<0, 4, 6>();
+      tile_load<5>(w + down, stride), tile_multiply<1, 5, 6>();
+      tile_load<7>(b + 1024, 64), tile_load<4>(w + 32, stride), tile_multiply<2, 4, 7>();
+      tile_load<5>(w + down + 32, stride), tile_multiply<3, 5, 7>();
+      tile_load<6>(b + 2048, 64), tile_load<4>(w + 64, stride), tile_multiply<0, 4, 6>();
+      tile_load<5>(w + down + 64, stride), tile_multiply<1, 5, 6>();
+      tile_load<7>(b + 3072, 64), tile_load<4>(w + 96, stride), tile_multiply<2, 4, 7>();
+      tile_load<5>(w + down + 96, stride), tile_multiply<3, 5, 7>();
+    }
+    constexpr int64_t tile = kTileRows * kTileRows;
+    tile_store<0>(sums, 64), tile_store<1>(sums + tile, 64);
+    tile_store<2>(sums + 2 * tile, 64), tile_store<3>(sums + 3 * tile, 64);
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t o = 0; o < count; ++o) {
+        const float shift = bias == nullptr ? 0.0f : widen(bias[first + o]);
+        const float* from = sums + o * kTileRows + n;
+        narrow(from[0] + from[2 * tile] + shift, y + n * outputs + first + o);
       }
     }
   }

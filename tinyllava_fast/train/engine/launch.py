@@ -69,7 +69,7 @@ def build_engine(
 ) -> Engine:
     """The engine of engine.type around a model in float32 whose recipe is applied; its weights become engine.dtype.
 
-    optim: betas, eps and clip_norm are read.
+    optim: type, betas, eps and clip_norm are read.
 
     micro_batches: packs that one process takes in one optimiser step.
     """
@@ -81,9 +81,9 @@ def build_engine(
         "masters": lower(model, getattr(torch, config.dtype)),
     }
     if config.type == "torch":
-        return TorchEngine(model, groups, **settings)
+        return TorchEngine(model, groups, **settings, kind=optim.type)
     if config.zero_stage == 0:
-        return DataParallelEngine(model, groups, **settings)
+        return DataParallelEngine(model, groups, **settings, kind=optim.type)
     from tinyllava_fast.train.engine.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups, plain_state, trainable_names
-from tinyllava_fast.train.optim import MasterAdamW, Masters
+from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
 class TorchEngine:
@@ -29,11 +29,15 @@ class TorchEngine:
         eps: float,
         clip_norm: float,
         masters: Masters | None = None,
+        kind: str = "adamw",
     ) -> None:
         self.device = device
         self.model = model
         names = trainable_names(model, groups)
-        self._optimizer = MasterAdamW(groups, names, betas=betas, eps=eps, clip_norm=clip_norm, masters=masters)
+        exact = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        self._optimizer = MasterOptimizer(
+            groups, names, betas=betas, eps=eps, clip_norm=clip_norm, masters=masters, kind=kind, exact=exact
+        )
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
         """See Engine."""
