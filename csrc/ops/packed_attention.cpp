@@ -188,8 +188,7 @@ void forward(const Forward<T>& f, const Plan& plan, int64_t threads) {
 template <typename T>
 void clear_rows(const Forward<T>& f, int64_t first, int64_t last) {
   if (first >= last) return;
-  std::memset(static_cast<void*>(f.out + first * f.heads * f.size), 0,
-              static_cast<size_t>((last - first) * f.heads * f.size) * sizeof(T));
+  clear(f.out + first * f.heads * f.size, (last - first) * f.heads * f.size);
   for (int64_t i = first * f.heads; i < last * f.heads; ++i) f.lse[i] = -INFINITY;
 }
 

@@ -224,9 +224,8 @@ void backward(Backward<T> f, const Plan& plan, int64_t threads) {
   if (f.splits > 1) sum_partials(f, plan);
   for (int64_t i = 0; i < plan.gaps.size; ++i) {
     const int64_t width = f.kv_heads * f.size, at = plan.gaps[i].k0 * width;
-    const size_t bytes = static_cast<size_t>(plan.gaps[i].k1 * width - at) * sizeof(T);
-    std::memset(static_cast<void*>(f.dk + at), 0, bytes);
-    std::memset(static_cast<void*>(f.dv + at), 0, bytes);
+    clear(f.dk + at, plan.gaps[i].k1 * width - at);
+    clear(f.dv + at, plan.gaps[i].k1 * width - at);
   }
 }
 
@@ -271,8 +270,8 @@ void packed_attention_bwd(const void* dout, const float* dlse, const void* q, co
                         static_cast<float>(softcap)};
     const int64_t row = heads * size, head = segments > 0 ? cu_q[0] : tokens,
                   tail = segments > 0 ? cu_q[segments] : tokens;
-    std::memset(static_cast<void*>(f.dq), 0, static_cast<size_t>(head * row) * sizeof(T));
-    std::memset(static_cast<void*>(f.dq + tail * row), 0, static_cast<size_t>((tokens - tail) * row) * sizeof(T));
+    clear(f.dq, head * row);
+    clear(f.dq + tail * row, (tokens - tail) * row);
 #if defined(TLF_AVX512BF16)
     backward<T, T>(f, plan, threads);
 #else

@@ -62,6 +62,7 @@ void splice_fwd(const int64_t* ids, const char* weight, int64_t weight_stride, c
                 int64_t features_stride, const int64_t* slots, int32_t* scratch, char* out, int64_t tokens,
                 int64_t rows, int64_t row_bytes) {
   find_owners(slots, scratch, tokens, rows);
+  if (row_bytes == 0) return;
 #pragma omp parallel for schedule(static) if (tokens * row_bytes > kParallelBytes)
   for (int64_t t = 0; t < tokens; ++t) {
     const char* source = scratch[t] >= 0 ? features + scratch[t] * features_stride : weight + ids[t] * weight_stride;
@@ -89,6 +90,7 @@ void splice_bwd_weight(const void* grad, int64_t grad_stride, const int64_t* ids
 // Stride and row_bytes in bytes.
 void splice_bwd_features(const char* grad, int64_t grad_stride, const int64_t* slots, char* d_features, int64_t tokens,
                          int64_t rows, int64_t row_bytes) {
+  if (row_bytes == 0) return;
 #pragma omp parallel for schedule(static) if (rows * row_bytes > kParallelBytes)
   for (int64_t r = 0; r < rows; ++r) {
     char* target = d_features + r * row_bytes;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +54,10 @@ def check(
             raise ValueError(f"{OP}: {name} must be {shape} for {segments} segments, got {list(tensor.shape)}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"{OP}: scale must be positive, got {scale}")
-    if window < 0 or softcap < 0:
-        raise ValueError(f"{OP}: window and softcap must not be negative, got {window} and {softcap}")
+    if window < 0 or not 0 <= softcap < float("inf"):
+        raise ValueError(
+            f"{OP}: window and softcap must not be negative, softcap not infinite, got {window} and {softcap}"
+        )
     if window and prefix is not None:
         raise ValueError(f"{OP}: window hides keys by distance, which a shared prefix has none of; give one of them")
 
@@ -71,9 +74,9 @@ def check_values(
 ) -> None:
     """Bounds within q and k, no prefix over own keys; raises ValueError naming the segment."""
     tokens, keys = q.shape[0], k.shape[0]
-    bounds_q = cu_q.numpy()
-    bounds_k = bounds_q if cu_k is None else cu_k.numpy()
-    starts, counts = bounds_k[:-1], used.numpy() if used is not None else bounds_k[1:] - bounds_k[:-1]
+    bounds_q = _wide(cu_q)
+    bounds_k = bounds_q if cu_k is None else _wide(cu_k)
+    starts, counts = bounds_k[:-1], _wide(used) if used is not None else bounds_k[1:] - bounds_k[:-1]
     if bounds_q[0] < 0 or bounds_q[-1] > tokens or (bounds_q[1:] < bounds_q[:-1]).any():
         raise ValueError(f"{OP}: cu_seqlens_q must ascend within 0..{tokens}, got {bounds_q.tolist()}")
     bad = (starts < 0) | (counts < 0) | (starts + counts > keys)
@@ -81,7 +84,7 @@ def check_values(
         s = int(bad.argmax())
         raise ValueError(f"{OP}: segment {s} has keys {starts[s]} + {counts[s]}, outside the {keys} rows of k")
     if prefix is not None:
-        first, length = prefix.numpy().T
+        first, length = _wide(prefix).T
         bad = (first < 0) | (length < 0) | (first + length > keys)
         if bad.any():
             s = int(bad.argmax())
@@ -90,6 +93,11 @@ def check_values(
         if bad.any():
             s = int(bad.argmax())
             raise ValueError(f"{OP}: the prefix {first[s]} + {length[s]} of segment {s} overlaps its own keys")
+
+
+def _wide(bounds: Tensor) -> np.ndarray:
+    """In 64 bits: sums of two bounds of 32 bits overflow."""
+    return bounds.numpy().astype(np.int64)
 
 
 def visible(

@@ -23,6 +23,7 @@ from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
 
 OP = "merge_states"
+_CPP_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,23 @@ def _cpp_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tupl
     return out, lse
 
 
+def _cpp_bwd(
+    dout: Tensor, dlse: Tensor | None, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_out_a, d_out_b = out_a.new_empty(out_a.shape), out_a.new_empty(out_a.shape)
+    d_lse_a, d_lse_b = (torch.empty(lse_a.shape, dtype=torch.float32) for _ in range(2))
+    given = [
+        dout.contiguous(),
+        None if dlse is None else dlse.contiguous(),
+        *(out_a.contiguous(), lse_a.float().contiguous(), out_b.contiguous(), lse_b.float().contiguous()),
+    ]
+    _cpp.extension().merge_states_bwd(
+        *(0 if t is None else t.data_ptr() for t in (*given, d_out_a, d_lse_a, d_out_b, d_lse_b)),
+        *(lse_a.numel(), out_a.shape[2], _cpp.DTYPE_CODES[out_a.dtype]),
+    )
+    return d_out_a, d_lse_a.to(lse_a.dtype), d_out_b, d_lse_b.to(lse_a.dtype)
+
+
 def _triton_supports(*args: Any) -> str | None:
     doubles = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
     return "its Triton kernel computes in float32, got torch.float64" if doubles else None
@@ -102,7 +120,7 @@ def _triton_supports(*args: Any) -> str | None:
     check=_check,
     fake=_fake,
     cpp=_cpp_fwd,
-    cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    cpp_supports=_cpp.runs(*_CPP_TYPES),
     triton_supports=_triton_supports,
     samples=_samples,
 )
@@ -130,7 +148,14 @@ def _fake_bwd(
     return out_a_grad, lse_a_grad, torch.empty_like(out_a_grad), torch.empty_like(lse_a_grad)
 
 
-@define_op(module=OP, check=_check_bwd, fake=_fake_bwd, triton_supports=_triton_supports)
+@define_op(
+    module=OP,
+    check=_check_bwd,
+    fake=_fake_bwd,
+    cpp=_cpp_bwd,
+    cpp_supports=_cpp.runs(*_CPP_TYPES),
+    triton_supports=_triton_supports,
+)
 def merge_states_bwd(
     dout: Tensor, dlse: Tensor | None, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

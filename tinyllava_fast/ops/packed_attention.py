@@ -55,9 +55,12 @@ def packed_attention(
     and queries that see no key have out 0 and lse -inf. Differentiable in q, k, v, through both outputs.
     Raises ValueError for shapes, dtypes and, on a CPU, bounds out of range.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:  # what has no head size is refused by the check
+        scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     call = packed_attention_fwd.op if torch.is_grad_enabled() else packed_attention_fwd.infer
-    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k, causal, scale, int(window), float(softcap))
+    return call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k, causal, float(scale), int(window), float(softcap)
+    )
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

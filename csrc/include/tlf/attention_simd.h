@@ -27,6 +27,13 @@
 #pragma GCC diagnostic pop
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(from, size) ((void)(from), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(from, size) ((void)(from), (void)(size))
+#endif
+
 #define TLF_NOINLINE __attribute__((noinline))  // where inlining into a task measurably spoilt its inner loops
 #define TLF_INLINE inline __attribute__((always_inline))
 
@@ -45,6 +52,7 @@ constexpr int kPanel = kPanelVecs * kWidth;  // query rows that are processed si
 
 typedef float Vec __attribute__((vector_size(kWidth * 4), may_alias));
 typedef float VecU __attribute__((vector_size(kWidth * 4), may_alias, aligned(4)));
+typedef uint32_t BitVec __attribute__((vector_size(kWidth * 4), may_alias));
 typedef int32_t IVec __attribute__((vector_size(kWidth * 4), may_alias));
 
 constexpr float kLog2e = 1.44269504f;
@@ -98,7 +106,7 @@ TLF_INLINE Vec exp2v(Vec x) {
   y = y * f + 2.402212024e-1f;
   y = y * f + 6.931469440e-1f;
   y = y * f + 1.000000119f;
-  return (Vec)((IVec)y + ((IVec)shifted << 23));
+  return (Vec)((BitVec)y + ((BitVec)shifted << 23));  // unsigned: beyond 2^127 it may wrap
 }
 
 TLF_INLINE Vec tanhv(Vec x) {
@@ -123,6 +131,12 @@ TLF_INLINE void narrow(float x, bf16* out) {  // round to nearest even; nan stay
 
 // stops the compiler from turning a short loop into a call of memcpy or memset
 TLF_INLINE void keep_loop() { __asm__ volatile("" ::: "memory"); }
+
+// memset takes no null pointer, not even for no bytes: an empty tensor has one
+template <typename T>
+TLF_INLINE void clear(T* out, int64_t count) {
+  if (count > 0) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(T));
+}
 
 // dst[0, size) = src, dst[size, padded) = 0
 template <typename E, typename T>
@@ -362,7 +376,9 @@ struct Scratch {
   T* take(int64_t count) {
     T* p = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
     // buffers whose sizes are powers of two would all start in the same cache set: nine lines apart instead
-    used += ((static_cast<size_t>(count) * sizeof(T) + 63) & ~size_t{63}) + 9 * 64;
+    const size_t size = static_cast<size_t>(count) * sizeof(T), step = ((size + 63) & ~size_t{63}) + 9 * 64;
+    if (base != nullptr) ASAN_POISON_MEMORY_REGION(base + used + size, step - size);
+    used += step;
     return p;
   }
 
@@ -377,6 +393,7 @@ struct Scratch {
       if (base == nullptr) std::abort();  // inside a parallel region: nothing could be thrown
     }
     used = 0;
+    ASAN_UNPOISON_MEMORY_REGION(base, capacity);
     carve(*this);
   }
 };
