@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.test_train import config  # noqa: F401 a fixture
 from tinyllava_fast.bench import cli, infer
 from tinyllava_fast.errors import UserError
 
 pytest.importorskip("easy_vqa")
 
 
-def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "i.json"
     words = ["infer", "--config", str(config), "--quick", "--dtype", "float32", "--json", str(target)]
     assert cli.main(words) == 0
@@ -27,7 +26,7 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "transformers, batches of 8" in capsys.readouterr().out
 
 
-def test_answers_agree_in_float32(config: Path) -> None:  # noqa: F811
+def test_answers_agree_in_float32(config: Path) -> None:
     settings = infer.Settings(peer_questions=9, new_tokens=6)
     sides = infer.build(config, "float32")
     assert infer.agreement(sides, infer.easy_vqa(18, 3), settings) == {"ours": 1.0, "batched_peer": 1.0, "questions": 9}

@@ -26,7 +26,7 @@ HEADLINE = {
 
 def test_every_public_op_is_benchmarked() -> None:
     plain = {"NF4", "Int8", "unpack_nf4", "quantize_nf4", "quantize_int8"}  # tuples, and changes of layout
-    assert set(SUITE) == {case.op for case in CASES} == set(public_ops) - plain
+    assert set(SUITE) == {case.op for case in CASES} >= set(public_ops) - plain
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op} {c.label}")

