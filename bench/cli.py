@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument(
         "--agreement", action=argparse.BooleanOptionalAction, default=True, help="compare float32 answers too"
     )
+    infer.add_argument("--plot", metavar="DIR", type=Path, help="draw rates and latencies, as infer.png")
     infer.add_argument("--threads", type=int, help="CPU threads of both sides (default: all cores)")
 
     text = "Each op on real shapes: torch eager and compiled, the libraries that install, ours."
@@ -255,7 +256,7 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _infer(args: argparse.Namespace) -> int:
     import torch
 
-    from tinyllava_fast.bench import infer, report
+    from tinyllava_fast.bench import infer, plots, report
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -264,6 +265,8 @@ def _infer(args: argparse.Namespace) -> int:
     settings = infer.Settings(**given)
     result = infer.benchmark(args.config or infer.WORKLOAD, infer.quick(settings) if args.quick else settings)
     infer.show(result)
+    if args.plot is not None:
+        log.info("wrote %s", plots.draw_infer(result, args.plot))
     report.write_json(result, args.json)
     return 0
 

@@ -1,5 +1,7 @@
-"""PNG plots of `--plot DIR`: of `tlf-bench ops`, time and memory of every candidate against size, one file an op; of
-`tlf-bench scaling`, speed and memory of the training step against its tokens.
+"""PNG plots of `--plot DIR`.
+
+`tlf-bench ops`: time and memory of every candidate against size, one file an op. `tlf-bench scaling`: speed and memory
+of the training step against its tokens. `tlf-bench infer`: answers a second and latency.
 """
 
 from __future__ import annotations
@@ -67,6 +69,39 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> Path:
         right.legend(loc="lower right", frameon=False, fontsize=9.5)
         figure.subplots_adjust(left=0.07, right=0.97, top=0.74, bottom=0.14, wspace=0.2)
     path = folder / "scaling.png"
+    _save(figure, path)
+    return path
+
+
+def draw_infer(result: dict[str, Any], folder: Path) -> Path:
+    """Write infer.png of a report of bench.infer and return its path. Errors as of draw()."""
+    matplotlib, Figure = _matplotlib()  # noqa: N806 a class
+    settings, rates, waits = result["settings"], result["questions_per_s"], result["latency"]
+    peers = {"ours": "tinyllava_fast", "batched": "transformers, 8 a batch", "batch1": "transformers, 1 a batch"}
+    panels: list[tuple[str, dict[str, float], str]] = []
+    for case, text in (("many_per_image", f"{settings['per_image']} an image"), ("one_per_image", "1 an image")):
+        panels.append((f"questions/s, {text}", {peers[side]: rate for side, rate in rates[case].items()}, "{:.1f}"))
+    for kind, text in (("first", "ms to the first token"), ("next", "ms a token")):
+        medians = {peers[s]: 1e3 * waits[o][kind]["p50_s"] for s, o in (("ours", "ours"), ("batch1", "peer"))}
+        panels.append((text, medians, "{:.1f}"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.6, 6.2), dpi=110, facecolor="white")
+        weights = f", weights {settings['weights']}" if settings["weights"] else ""
+        title = f"Answers of {settings['new_tokens']} tokens, {settings['dtype']}{weights}"
+        figure.text(0.04, 0.945, title, fontsize=15, weight="bold")
+        figure.text(0.04, 0.905, _device(result["machine"]), fontsize=9.5, color=SOFT)
+        for panel, (heading, values, shown) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            names = list(values)[::-1]
+            colours = [OURS if name == peers["ours"] else SOFT for name in names]
+            bars = panel.barh(names, [values[name] for name in names], color=colours, height=0.62)
+            panel.bar_label(bars, [shown.format(values[name]) for name in names], padding=4, fontsize=10)
+            panel.set_title(heading, fontsize=11.5, loc="left", pad=8, weight="bold")
+            panel.margins(x=0.14)
+            _plain(panel)
+            panel.grid(visible=False)
+            panel.set_xticks([])
+        figure.subplots_adjust(left=0.17, right=0.97, top=0.82, bottom=0.04, hspace=0.42, wspace=0.5)
+    path = folder / "infer.png"
     _save(figure, path)
     return path
 

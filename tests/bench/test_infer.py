@@ -16,6 +16,7 @@ pytest.importorskip("easy_vqa")
 def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "i.json"
     words = ["infer", "--config", str(config), "--quick", "--dtype", "float32", "--json", str(target)]
+    words += ["--plot", str(tmp_path)]
     assert cli.main(words) == 0
     report = json.loads(target.read_text())
     for key in ("ratio_batched_peer", "ratio_batch1_peer", "ratio_one_question_per_image", "ttft_ratio"):
@@ -23,6 +24,7 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["per_token_ratio"] > 0 and set(report["latency"]["ours"]["next"]) == {"p50_s", "p95_s", "p99_s"}
     assert report["greedy_agreement_fp32"] == 1.0 and report["agreement_bf16"] is None
     assert set(report["spread"]) == {"many_batched", "many_batch1", "one_batched", "one_batch1"}
+    assert (tmp_path / "infer.png").stat().st_size > 10_000
     assert "transformers, batches of 8" in capsys.readouterr().out
 
 
