@@ -4,9 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# A test process takes about 1.5 GB and one core.
 FUZZ_SECONDS ?= 600
 SANITIZED := build/sanitize
+# A test process takes about 1.5 GB and one core.
 WORKERS := -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: help demo test quick sanitize fuzz lint format setup clean

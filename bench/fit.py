@@ -20,7 +20,6 @@ from typing import Any
 
 from tinyllava_fast import hardware
 from tinyllava_fast.bench import machine, report, train
-from tinyllava_fast.bench.gate import Worker
 from tinyllava_fast.bench.scaling import line
 from tinyllava_fast.bench.timing import Series
 from tinyllava_fast.config.load import load_run
@@ -93,9 +92,7 @@ def _measure(config: Path, overrides: Sequence[str], settings: Settings, recipe:
         with tempfile.TemporaryDirectory() as name:
             folder, chosen = Path(name), settings.of(recipe, samples)
             path = train.compose(config, [*overrides, *RECIPES[recipe][1]], folder, chosen)
-            words = ["ours", str(path), "--per-step", str(samples)]
-            worker = Worker(recipe, "tinyllava_fast.bench.worker", words, folder / "log")
-            try:
+            with train.start(recipe, "ours", path, folder, samples) as worker:
                 facts = worker.ready()
                 state = facts["state_bytes"]
                 need, limit = sum(state.values()), settings.limit or hardware.available_memory_bytes()
@@ -104,8 +101,6 @@ def _measure(config: Path, overrides: Sequence[str], settings: Settings, recipe:
                     break
                 worker.steps(settings.warmup)
                 answer = worker.steps(settings.steps)
-            finally:
-                worker.close()
         series, tokens = Series(tuple(answer["seconds"])), facts["tokens_per_step"]
         peak = answer["peak_rss_bytes"]
         sizes.append({"samples": samples, "tokens": tokens, "step": series.as_dict(), "peak_rss_bytes": peak})

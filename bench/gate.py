@@ -90,6 +90,12 @@ class Worker:
             self._fail()
         return self._listen()
 
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the worker and close the pipes."""
         for stream in (self._process.stdin, self._process.stdout):

@@ -20,7 +20,7 @@ import torch
 
 from tinyllava_fast.bench import machine, report
 from tinyllava_fast.bench.infer_peer import Peer
-from tinyllava_fast.bench.timing import Series, speedup, turns
+from tinyllava_fast.bench.timing import Series, at_least_one, speedup, turns
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError, nearest
@@ -58,9 +58,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
-        for name in ("questions", "peer_questions", "single_questions", "rounds", "requests"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        at_least_one(self, "questions", "peer_questions", "single_questions", "rounds", "requests")
 
 
 @dataclass

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from tinyllava_fast.bench import report
+from tinyllava_fast.bench.timing import at_least_one
 from tinyllava_fast.config.schema import BatchConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.ops import pack_plan
@@ -46,12 +47,9 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.records < 1:
-            raise UserError(f"--records {self.records}: at least 1")
+        at_least_one(self, "records", "lookahead")
         if not 0 <= self.text_only <= 1:
             raise UserError(f"--text-only {self.text_only}: a share, from 0 to 1")
-        if self.lookahead < 1:
-            raise UserError(f"--lookahead {self.lookahead}: at least 1")
         if min(self.budgets) < self.longest:
             raise UserError(f"--tokens {min(self.budgets)}: less than the longest sample of {self.longest} tokens")
         if max(self.image_tokens) + SYSTEM_TOKENS >= self.longest or min(self.image_tokens) < 1:

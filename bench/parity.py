@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_fast.bench import machine, report, train
-from tinyllava_fast.bench.gate import Worker
 from tinyllava_fast.bench.samples import write_easy_vqa
+from tinyllava_fast.bench.timing import at_least_one
 from tinyllava_fast.config.load import dump, load_run
 from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.errors import UserError
@@ -45,9 +45,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.seeds < 2:
             raise UserError(f"--seeds {self.seeds}: noise from seed to seed needs at least 2")
-        for name in ("steps", "samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: at least 1")
+        at_least_one(self, "steps", "samples")
 
 
 def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Settings, seed: int) -> Path:
@@ -102,13 +100,9 @@ def benchmark(
 
 
 def _losses(side: str, path: Path, folder: Path, settings: Settings) -> list[float]:
-    words = [side, str(path), "--per-step", str(settings.samples), "--precision", "float32"]
-    worker = Worker(side, "tinyllava_fast.bench.worker", words, folder / f"{side}.log")
-    try:
+    with train.start(side, side, path, folder, settings.samples, "--precision", "float32") as worker:
         worker.ready()
         return worker.steps(settings.steps)["losses"]
-    finally:
-        worker.close()
 
 
 def judge(ours: Curves, reference: Curves) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_fast.bench import machine, report, train
-from tinyllava_fast.bench.gate import Worker
 from tinyllava_fast.bench.timing import Series
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
@@ -76,14 +75,10 @@ def _measure(config: Path, overrides: Sequence[str], settings: Settings, factor:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = train.compose(config, overrides, folder, chosen)
-        words = ["ours", str(path), "--per-step", str(chosen.samples)]
-        worker = Worker("ours", "tinyllava_fast.bench.worker", words, folder / "ours.log")
-        try:
+        with train.start("ours", "ours", path, folder, chosen.samples) as worker:
             facts = worker.ready()
             worker.steps(settings.warmup)
             answer = worker.steps(settings.steps)
-        finally:
-            worker.close()
     series = Series(tuple(answer["seconds"]))
     return {
         "factor": factor,

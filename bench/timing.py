@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinyllava_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class Series:
@@ -64,6 +66,13 @@ def speedup(base: Series, other: Series) -> dict[str, float]:
         "min": min(per_round),
         "max": max(per_round),
     }
+
+
+def at_least_one(settings: object, *names: str) -> None:
+    """Raise UserError naming the flag of the first of these counts that is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1")
 
 
 def turns(names: Sequence[str], round_index: int) -> list[str]:

@@ -10,6 +10,7 @@ untimed, and its losses are the ones that ours must follow.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any
 from tinyllava_fast.bench import machine, report
 from tinyllava_fast.bench.gate import Worker
 from tinyllava_fast.bench.samples import write_easy_vqa
-from tinyllava_fast.bench.timing import Series, speedup, turns
+from tinyllava_fast.bench.timing import Series, at_least_one, speedup, turns
 from tinyllava_fast.config.load import dump, load_run, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import UserError, nearest
@@ -63,9 +64,7 @@ class Settings:
                 raise UserError(f"--peer {precision!r}; {nearest(precision, PRECISIONS)}")
         if not self.peers or len(set(self.peers)) < len(self.peers):
             raise UserError(f"--peer {' '.join(self.peers)}: name each peer once")
-        for name in ("rounds", "steps", "warmup", "samples", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        at_least_one(self, "rounds", "steps", "warmup", "samples", "lora_rank")
 
 
 @dataclass
@@ -138,19 +137,24 @@ def benchmark(
     return compose_report(measured, [before, after], run, settings)
 
 
+def start(name: str, side: str, path: Path, folder: Path, samples: int, *options: str) -> Worker:
+    """A process of bench/worker.py for one side of a run, ``samples`` a step; its log is in the folder."""
+    words = [side, str(path), "--per-step", str(samples), *options]
+    return Worker(name, "tinyllava_fast.bench.worker", words, folder / f"{name}.log")
+
+
 def _race(path: Path, other: Path, folder: Path, settings: Settings) -> dict[str, Measured]:
     """other: the run of the peers, and of ours beside, where the mode has such a one."""
-    samples = ["--per-step", str(settings.samples)]
-    sides = {"ours": ["ours", str(path), *samples]}
+    sides: dict[str, tuple[Any, ...]] = {"ours": ("ours", path)}  # name: side, run, options
     if beside := BESIDE.get(settings.mode):
-        sides[f"ours-{beside}"] = ["ours", str(other), *samples]
+        sides[f"ours-{beside}"] = ("ours", other)
     options = ["--checkpointing"] if settings.peer_checkpointing else []
-    sides |= {f"peer-{p}": ["peer", str(other), *samples, "--precision", p, *options] for p in settings.peers}
-    workers: dict[str, Worker] = {}
+    sides |= {f"peer-{p}": ("peer", other, "--precision", p, *options) for p in settings.peers}
     measured: dict[str, Measured] = {}
-    try:
-        for side, words in sides.items():
-            workers[side] = Worker(side, "tinyllava_fast.bench.worker", words, folder / f"{side}.log")
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name, (side, run, *words) in sides.items():
+            workers[name] = stack.enter_context(start(name, side, run, folder, settings.samples, *words))
         for side in sides:
             measured[side] = Measured(workers[side].ready(), [], [], [])
         for side in sides:
@@ -163,21 +167,14 @@ def _race(path: Path, other: Path, folder: Path, settings: Settings) -> dict[str
                 measured[side].seconds += answer["seconds"]
                 measured[side].losses += answer["losses"]
                 measured[side].peak_rss_bytes = answer["peak_rss_bytes"]
-    finally:
-        for worker in workers.values():
-            worker.close()
     return measured
 
 
 def _follow(path: Path, folder: Path, precision: str, settings: Settings) -> Measured:
     """The peer alone, over float32 weights: after the race, so that its memory is not needed beside theirs."""
-    words = ["peer", str(path), "--per-step", str(settings.samples), "--precision", precision]
-    worker = Worker("reference", "tinyllava_fast.bench.worker", words, folder / "reference.log")
-    try:
+    with start("reference", "peer", path, folder, settings.samples, "--precision", precision) as worker:
         facts = worker.ready()
         answer = worker.steps(settings.warmup + settings.rounds * settings.steps)
-    finally:
-        worker.close()
     return Measured(facts, answer["seconds"], answer["losses"], [], answer["peak_rss_bytes"])
 
 

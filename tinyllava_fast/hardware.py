@@ -110,11 +110,8 @@ def total_memory_bytes() -> int:
 
 def available_memory_bytes() -> int:
     """Memory that a process could take now without swapping; all of the machine's where the kernel does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return total_memory_bytes()
+    found = _bytes_in("/proc/meminfo", "MemAvailable")
+    return total_memory_bytes() if found is None else found
 
 
 def rss_bytes() -> int:
@@ -128,14 +125,22 @@ def rss_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process since it began or since ``reset_peak_rss``."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
+    found = _bytes_in("/proc/self/status", "VmHWM")
+    if found is not None:
+        return found
+    import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _bytes_in(file: str, name: str) -> int | None:
+    """A line "name: 123 kB" of one of the kernel's files; None where there is none."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def reset_peak_rss() -> None:

@@ -7,6 +7,7 @@ that came with it.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -15,6 +16,13 @@ from pathlib import Path
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """``--plugin``, which may be repeated; its values are for ``load_plugins``."""
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours"
+    )
 
 
 def load_plugins(names: Iterable[str]) -> None:

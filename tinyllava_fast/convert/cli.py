@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
-from tinyllava_fast.plugins import load_plugins
+from tinyllava_fast.plugins import add_flag, load_plugins
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
     for part, what in (("llm", "language model"), ("tokenizer", "tokenizer"), ("vision", "vision tower")):
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
     for command in (into, out):
-        command.add_argument(
-            "--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours"
-        )
+        add_flag(command)
         command.add_argument("--llm", metavar="DIR", help="language model that a projector or adapter alone needs")
         command.add_argument("--vision", metavar="DIR", help="vision tower that the checkpoint only names")
         command.add_argument("--vision2", metavar="DIR", help="the second tower of a mixture of features (its config)")

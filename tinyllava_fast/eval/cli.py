@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.flags import add_model_flags
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.plugins import load_plugins
 
@@ -48,11 +49,8 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two results folders or answer files of one benchmark, paired"
     )
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
-    p.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add_model_flags(p)
     p.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in flight (memory)")
-    p.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours")
     p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
     return p
 

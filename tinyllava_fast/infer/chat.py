@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.flags import add_model_flags
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.plugins import load_plugins
 
@@ -26,10 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the nucleus of this probability (default: 1)")
     p.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
-    p.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    p.add_argument("--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours")
+    add_model_flags(p)
     return p
 
 

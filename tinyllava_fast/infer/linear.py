@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.ops import NF4, Int8, decode_linear, quantize_int8, quantize_nf4
 from tinyllava_fast.ops.decode_block import silu_gate
-from tinyllava_fast.ops.decode_linear import MOST_ROWS, MOST_ROWS_INT8, in_huge_pages
+from tinyllava_fast.ops.decode_linear import in_huge_pages, most_rows
 from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, pays, prefill_linear
 
 
@@ -55,8 +55,7 @@ class DecodeLinear(nn.Module):
 
     def fused(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [T, in] -> activation(product), of ops.prefill_linear, + residual: one call where there are many rows."""
-        most = MOST_ROWS if self.scales is None else MOST_ROWS_INT8
-        if len(x) <= most or not pays(x) or self.blocksize:
+        if self.blocksize or len(x) <= most_rows(self.scales is not None) or not pays(x):
             y: Tensor = self(x)
             y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
             return y if residual is None else residual + y

@@ -1,8 +1,8 @@
 """A loaded model's language model made ready for decoding: weights dense or quantised, products at memory speed.
 
 A step of decoding reads every weight once and does little else, so its time is bytes over bandwidth: huge pages raise
-the bandwidth, int8 halves the bytes, nf4 quarters them. Layers with more rows than ops.decode_linear takes (prompts)
-run torch's GEMM, on a weight dequantised for that one product.
+the bandwidth, int8 halves the bytes, nf4 quarters them. More rows than ops.decode_linear takes (prompts, images) run
+through ops.prefill_linear on AMX and torch's GEMM elsewhere; nf4, and int8 for a GEMM, is dequantised for that product.
 """
 
 from __future__ import annotations

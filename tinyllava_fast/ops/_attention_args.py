@@ -14,6 +14,29 @@ OP = "packed_attention"
 MAX_HEAD_DIM = 256
 
 
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, queries: str, keys: str) -> None:
+    """Raise ValueError unless q [queries, H, Dh] and k, v [keys, Hkv, Dh] belong together."""
+    expect(op, "q", q, f"{queries} H Dh", FLOATS)
+    expect(op, "k", k, f"{keys} Hkv Dh", (q.dtype,), like=q)
+    expect(op, "v", v, f"{keys} Hkv Dh", (q.dtype,), like=q)
+    heads, size = q.shape[1:]
+    if k.shape != v.shape:
+        raise ValueError(f"{op}: k is {list(k.shape)}, v is {list(v.shape)}; they must have one shape")
+    if k.shape[2] != size or not 1 <= size <= MAX_HEAD_DIM:
+        raise ValueError(f"{op}: head size must be the same in q and k and 1..{MAX_HEAD_DIM}, got {size}, {k.shape[2]}")
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(f"{op}: {heads} query heads are not a multiple of {k.shape[1]} key heads")
+
+
+def check_int32(op: str, name: str, tensor: Tensor | None, dims: str, shape: list[int], of: str, like: Tensor) -> None:
+    """Raise ValueError unless the tensor is None, or int32 of this shape where ``like`` is. of: what it counts."""
+    if tensor is None:
+        return
+    expect(op, name, tensor, dims, (torch.int32,), like=like)
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {shape} for {of}, got {list(tensor.shape)}")
+
+
 def check(
     q: Tensor,
     k: Tensor,
@@ -28,16 +51,7 @@ def check(
     softcap: float,
 ) -> None:
     """Shapes, dtypes and numbers of packed_attention_fwd; raises ValueError."""
-    expect(OP, "q", q, "Tq H Dh", FLOATS)
-    expect(OP, "k", k, "Tk Hkv Dh", (q.dtype,), like=q)
-    expect(OP, "v", v, "Tk Hkv Dh", (q.dtype,), like=q)
-    heads, size = q.shape[1:]
-    if k.shape != v.shape:
-        raise ValueError(f"{OP}: k is {list(k.shape)}, v is {list(v.shape)}; they must have one shape")
-    if k.shape[2] != size or not 1 <= size <= MAX_HEAD_DIM:
-        raise ValueError(f"{OP}: head size must be the same in q and k and 1..{MAX_HEAD_DIM}, got {size}, {k.shape[2]}")
-    if k.shape[1] < 1 or heads % k.shape[1]:
-        raise ValueError(f"{OP}: {heads} query heads are not a multiple of {k.shape[1]} key heads")
+    check_heads(OP, q, k, v, "Tq", "Tk")
     expect(OP, "cu_seqlens_q", cu_q, "S+1", (torch.int32,), like=q)
     if cu_q.shape[0] < 1:
         raise ValueError(f"{OP}: cu_seqlens_q is empty; S segments have S + 1 bounds")
@@ -47,11 +61,7 @@ def check(
         ("prefix", prefix, "S 2", [segments, 2]),
         ("seqused_k", used, "S", [segments]),
     ):
-        if tensor is None:
-            continue
-        expect(OP, name, tensor, dims, (torch.int32,), like=q)
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{OP}: {name} must be {shape} for {segments} segments, got {list(tensor.shape)}")
+        check_int32(OP, name, tensor, dims, shape, f"{segments} segments", q)
     if not 0 < scale < float("inf"):
         raise ValueError(f"{OP}: scale must be positive, got {scale}")
     if window < 0 or not 0 <= softcap < float("inf"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch  # before _C: the extension then shares the OpenMP pool of the libgomp that torch carries
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 _kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

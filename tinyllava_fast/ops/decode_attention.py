@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.ops import _cpp
-from tinyllava_fast.ops._attention_args import MAX_HEAD_DIM
-from tinyllava_fast.ops._check import FLOATS, expect
+from tinyllava_fast.ops._attention_args import MAX_HEAD_DIM, check_heads, check_int32
+from tinyllava_fast.ops._check import FLOATS
 from tinyllava_fast.ops._op import Sample, define_op
 
 OP = "decode_attention"
@@ -50,26 +50,13 @@ def _check(
 ) -> None:
     if _plainly_right(q, k, v, start, used, prefix) and 0 < scale < float("inf") and softcap >= 0:
         return  # it is called for every layer of every token: no sentence is made unless one is needed
-    expect(OP, "q", q, "S H Dh", FLOATS)
-    expect(OP, "k", k, "P Hkv Dh", (q.dtype,), like=q)
-    expect(OP, "v", v, "P Hkv Dh", (q.dtype,), like=q)
-    heads, size = q.shape[1:]
-    if k.shape != v.shape:
-        raise ValueError(f"{OP}: k is {list(k.shape)}, v is {list(v.shape)}; they must have one shape")
-    if k.shape[2] != size or not 1 <= size <= MAX_HEAD_DIM:
-        raise ValueError(f"{OP}: head size must be the same in q and k and 1..{MAX_HEAD_DIM}, got {size}, {k.shape[2]}")
-    if k.shape[1] < 1 or heads % k.shape[1]:
-        raise ValueError(f"{OP}: {heads} query heads are not a multiple of {k.shape[1]} key heads")
+    check_heads(OP, q, k, v, "S", "P")
     for name, tensor, dims, shape in (
         ("start", start, "S", [len(q)]),
         ("used", used, "S", [len(q)]),
         ("prefix", prefix, "S 2", [len(q), 2]),
     ):
-        if tensor is None:
-            continue
-        expect(OP, name, tensor, dims, (torch.int32,), like=q)
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{OP}: {name} must be {shape} for {len(q)} queries, got {list(tensor.shape)}")
+        check_int32(OP, name, tensor, dims, shape, f"{len(q)} queries", q)
     raise ValueError(f"{OP}: scale must be positive and softcap not negative, got {scale} and {softcap}")
 
 

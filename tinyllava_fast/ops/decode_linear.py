@@ -23,12 +23,17 @@ from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
 from tinyllava_fast.ops.nf4 import NF4, dequantize_nf4, linear_nf4_fwd
-from tinyllava_fast.ops.prefill_linear import check_product, pays, prefill_linear
+from tinyllava_fast.ops.prefill_linear import check_product, pays, prefill_linear, reference_product
 
 MOST_ROWS = 16
 """Up to so many rows of x this kernel is at least as fast as torch's GEMM (measured, docs/LOG.md); beyond, GEMM is."""
 MOST_ROWS_INT8 = 64
 """The same of int8 weights, which a GEMM would have to dequantise first: the kernel reads them once per 16 rows."""
+
+
+def most_rows(int8: bool) -> int:
+    """Rows of x up to which the kernel runs. int8: whether the weight is Int8."""
+    return MOST_ROWS_INT8 if int8 else MOST_ROWS
 
 
 class Int8(NamedTuple):
@@ -69,23 +74,19 @@ def decode_linear(x: Tensor, weight: Tensor | Int8 | NF4, bias: Tensor | None = 
         raise ValueError("decode_linear: it has no backward; call it under torch.inference_mode() or no_grad()")
     rows = math.prod(x.shape[:-1])
     outputs = weight.shape[0] if isinstance(weight, (NF4, Tensor)) else weight.values.shape[0]
-    few = rows <= (MOST_ROWS_INT8 if isinstance(weight, Int8) else MOST_ROWS)
+    flat, few = x.reshape(rows, x.shape[-1]), rows <= most_rows(isinstance(weight, Int8))
     if not few and pays(x):
         held = dequantize_nf4(*weight, x.dtype) if isinstance(weight, NF4) else weight
         values, scale = held if isinstance(held, Int8) else (held, None)
-        return prefill_linear.infer(x.reshape(rows, x.shape[-1]), values, scale, bias, "none", None).view(
-            *x.shape[:-1], outputs
-        )
-    if isinstance(weight, NF4):
-        args = (weight.packed, weight.absmax, *weight.shape, weight.blocksize, bias)
-        return linear_nf4_fwd.infer(x.reshape(rows, x.shape[-1]), *args).view(*x.shape[:-1], weight.shape[0])
-    if not few:
-        dense = dequantize_int8(*weight, x.dtype) if isinstance(weight, Int8) else weight
-        return functional.linear(x, dense, bias)
-    values, scale = weight if isinstance(weight, Int8) else (weight, None)
-    return decode_linear_fwd.infer(x.reshape(rows, x.shape[-1]), values, scale, bias).view(
-        *x.shape[:-1], values.shape[0]
-    )
+        y = prefill_linear.infer(flat, values, scale, bias, "none", None)
+    elif isinstance(weight, NF4):
+        y = linear_nf4_fwd.infer(flat, weight.packed, weight.absmax, *weight.shape, weight.blocksize, bias)
+    elif few:
+        values, scale = weight if isinstance(weight, Int8) else (weight, None)
+        y = decode_linear_fwd.infer(flat, values, scale, bias)
+    else:
+        y = functional.linear(flat, dense_weight(weight, x.dtype), bias)
+    return y.view(*x.shape[:-1], outputs)
 
 
 def dense_weight(weight: Tensor | Int8 | NF4, dtype: torch.dtype) -> Tensor:
@@ -97,7 +98,7 @@ def dense_weight(weight: Tensor | Int8 | NF4, dtype: torch.dtype) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
     check_product("decode_linear", x, weight, scale, bias)
-    most = MOST_ROWS if scale is None else MOST_ROWS_INT8
+    most = most_rows(scale is not None)
     if x.shape[0] > most:
         raise ValueError(f"decode_linear: {x.shape[0]} rows, the kernel takes at most {most}")
 
@@ -142,8 +143,4 @@ def _samples() -> Iterator[Sample]:
 )
 def decode_linear_fwd(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """[N, O]; see decode_linear(). N is at most MOST_ROWS or MOST_ROWS_INT8."""
-    if scale is None:
-        return functional.linear(x, weight, bias)
-    sums = x.double() @ weight.double().t() if x.dtype == torch.float64 else x.float() @ weight.float().t()
-    scaled = sums * scale.to(sums.dtype)
-    return (scaled if bias is None else scaled + bias.to(sums.dtype)).to(x.dtype)
+    return reference_product(x, weight, scale, bias)

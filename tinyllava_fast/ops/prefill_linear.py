@@ -28,20 +28,16 @@ from tinyllava_fast.errors import nearest
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops.decode_block import silu_gate
 
 _BLOCK = 32  # rows and columns of packed pieces
-
-
-def _silu_gate(y: Tensor) -> Tensor:
-    gate, up = y.chunk(2, dim=-1)
-    return functional.silu(gate) * up
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
-    "silu_gate": _silu_gate,
+    "silu_gate": silu_gate.reference,
 }
 """By name, in the order of their numbers in C++."""
 
@@ -63,6 +59,15 @@ def check_product(op: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias
         expect(op, name, tensor, "O", (dtype,), like=x)
         if tensor.shape[0] != weight.shape[0]:
             raise ValueError(f"{op}: {name} has {tensor.shape[0]} entries for {weight.shape[0]} outputs")
+
+
+def reference_product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias in plain torch, int8 weights by exact sums."""
+    if scale is None:
+        return functional.linear(x, weight, bias)
+    sums = x.double() @ weight.double().t() if x.dtype == torch.float64 else x.float() @ weight.float().t()
+    scaled = sums * scale.to(sums.dtype)
+    return (scaled if bias is None else scaled + bias.to(sums.dtype)).to(x.dtype)
 
 
 def _width(outputs: int, activation: str) -> int:
@@ -150,11 +155,5 @@ def prefill_linear(
 
     x: [N, K] float. weight: [O, K] of x's dtype, or int8 with scale [O] float32. bias: [O]. activation: of ACTIVATIONS.
     """
-    if scale is None:
-        y = functional.linear(x, weight, bias)
-    else:
-        sums = x.double() @ weight.double().t() if x.dtype == torch.float64 else x.float() @ weight.float().t()
-        scaled = sums * scale.to(sums.dtype)
-        y = (scaled if bias is None else scaled + bias.to(sums.dtype)).to(x.dtype)
-    y = ACTIVATIONS[activation](y) if activation != "none" else y
+    y = ACTIVATIONS[activation](reference_product(x, weight, scale, bias))
     return y if residual is None else residual + y

@@ -65,9 +65,10 @@ def _run_cpp(grad: Tensor, x: Tensor) -> Tensor:
     if grad.dtype != torch.bfloat16 or outputs < inputs or not needed:
         return torch.mm(_cpp.transposed(grad), x, out=out)
     grad, x = _cpp.unit_stride(grad), _cpp.unit_stride(x)
+    scratch = _cpp.scratch(needed)  # held: a pointer alone keeps nothing
     extension.weight_gradient_tiles(
         *(grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), out.data_ptr()),
-        *(_cpp.scratch(needed).data_ptr(), rows, outputs, inputs, threads),
+        *(scratch.data_ptr(), rows, outputs, inputs, threads),
     )
     return out
 

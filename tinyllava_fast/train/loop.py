@@ -89,6 +89,7 @@ class Stage:
         if checkpointing := run.config.engine.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True, every=2 if checkpointing == "selective" else 1)
         self.loader = self._loader()
+        self.flops = self._flops()
         self.kind = self._kind()
         self.compiled = CompiledForward(self.model) if self._compiles() else None
         self.micro_batches = self.config.batch.packs_per_step // run.process.world_size
@@ -138,7 +139,7 @@ class Stage:
         if name not in known:
             known[name] = repays(
                 self.loader.steps - self.state.stage_step,
-                flops=self._flops(),
+                flops=self.flops,
                 layers=self.model.num_layers + self.model.vision.num_layers,
                 dtype=getattr(torch, self.run_.config.engine.dtype),
                 measured=timings.read(self.kind),
@@ -159,7 +160,7 @@ class Stage:
             " ".join(words),
             layers=model.num_layers + model.vision.num_layers,
             tokens=self.config.batch.tokens,
-            flops=self._flops(),
+            flops=self.flops,
         )
 
     def _flops(self) -> float:

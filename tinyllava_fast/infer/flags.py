@@ -1,0 +1,18 @@
+"""Flags of the commands that open a model: how its weights are held, and where they run."""
+
+from __future__ import annotations
+
+import argparse
+
+from tinyllava_fast import plugins
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """``--dtype``, ``--weights``, ``--device`` and ``--plugin``, as from_pretrained and load_plugins take them.
+
+    Nothing heavy is imported: a command answers ``--help`` before torch is there.
+    """
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
+    parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    plugins.add_flag(parser)
