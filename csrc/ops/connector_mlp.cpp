@@ -1,6 +1,5 @@
-// connector_mlp: bias, activation and its gradient in one pass that writes the gradient transposed as well. The
-// products around it are torch's, which multiply by a transposed left side at half their speed; so is the forward
-// activation.
+// connector_mlp: an activation and its gradient in one pass, and transposed copies for products by a transposed left
+// side. The products are torch's and those of other ops; so is the forward activation.
 #include <cstdint>
 
 #ifdef __SSE2__
@@ -54,11 +53,6 @@ inline Slope activate(float x) {
   }
 }
 
-template <typename T>
-inline void load_bias(const T* bias, int64_t first, int64_t n, float* target) {
-  for (int64_t c = 0; c < n; ++c) target[c] = bias ? to_float(bias[first + c]) : 0.0f;
-}
-
 #ifdef __SSE2__
 inline void turn8(const BFloat16* from, int64_t lds, BFloat16* to, int64_t ldt) {
   __m128i a[8], b[8];
@@ -106,29 +100,13 @@ inline void write_turned(const BFloat16 (*tile)[kTile], BFloat16* target, int64_
 }
 
 template <typename T, int64_t A>
-void backward(void* hidden_, const void* bias, void* grad_, void* turned_, int64_t rows, int64_t columns) {
-  const int64_t row_tiles = (rows + kTile - 1) / kTile, column_tiles = (columns + kTile - 1) / kTile;
-#pragma omp parallel for schedule(static) if (rows * columns > kParallelElements)
-  for (int64_t i = 0; i < row_tiles * column_tiles; ++i) {
-    const int64_t r0 = i / column_tiles * kTile, c0 = i % column_tiles * kTile;
-    const int64_t m = rows - r0 < kTile ? rows - r0 : kTile, n = columns - c0 < kTile ? columns - c0 : kTile;
-    T tile[kTile][kTile];
-    float shift[kTile];
-    load_bias(static_cast<const T*>(bias), c0, n, shift);
-    for (int64_t r = 0; r < m; ++r) {
-      T* h = static_cast<T*>(hidden_) + (r0 + r) * columns + c0;
-      T* g = static_cast<T*>(grad_) + (r0 + r) * columns + c0;
-      T* line = tile[r];
-#pragma omp simd
-      for (int64_t c = 0; c < n; ++c) {
-        const Slope f = activate<A>(to_float(h[c]) + shift[c]);
-        const float d = to_float(g[c]) * f.slope;
-        store(h + c, f.value);
-        store(g + c, d);
-        store(line + c, d);
-      }
-    }
-    if (turned_) write_turned(tile, static_cast<T*>(turned_) + c0 * rows + r0, rows, m, n);
+void backward(void* hidden_, void* grad_, int64_t size) {
+  T *hidden = static_cast<T*>(hidden_), *grad = static_cast<T*>(grad_);
+#pragma omp parallel for simd schedule(static) if (size > kParallelElements)
+  for (int64_t i = 0; i < size; ++i) {
+    const Slope f = activate<A>(to_float(hidden[i]));
+    store(grad + i, to_float(grad[i]) * f.slope);
+    store(hidden + i, f.value);
   }
 }
 
@@ -149,21 +127,19 @@ void turn(const void* source, int64_t lds, void* target, int64_t rows, int64_t c
 }
 
 template <typename T>
-void backward_of(int64_t activation, void* hidden, const void* bias, void* grad, void* turned, int64_t rows,
-                 int64_t columns) {
-  if (activation == kGelu) return backward<T, kGelu>(hidden, bias, grad, turned, rows, columns);
-  if (activation == kGeluTanh) return backward<T, kGeluTanh>(hidden, bias, grad, turned, rows, columns);
-  if (activation == kRelu) return backward<T, kRelu>(hidden, bias, grad, turned, rows, columns);
-  backward<T, kSilu>(hidden, bias, grad, turned, rows, columns);
+void backward_of(int64_t activation, void* hidden, void* grad, int64_t size) {
+  if (activation == kGelu) return backward<T, kGelu>(hidden, grad, size);
+  if (activation == kGeluTanh) return backward<T, kGeluTanh>(hidden, grad, size);
+  if (activation == kRelu) return backward<T, kRelu>(hidden, grad, size);
+  backward<T, kSilu>(hidden, grad, size);
 }
 
 }  // namespace
 
-// grad *= f'(hidden + bias), hidden = f(hidden + bias), in place; turned [columns, rows] = grad transposed, or null.
-void bias_activation_bwd(void* hidden, const void* bias, void* grad, void* turned, int64_t rows, int64_t columns,
-                         int64_t activation, int64_t dtype) {
+// grad *= f'(hidden), hidden = f(hidden), in place; size: elements of each.
+void activation_bwd(void* hidden, void* grad, int64_t size, int64_t activation, int64_t dtype) {
   auto* run = dtype == kBFloat16 ? backward_of<BFloat16> : backward_of<float>;
-  run(activation, hidden, bias, grad, turned, rows, columns);
+  run(activation, hidden, grad, size);
 }
 
 // target [columns, rows], contiguous, = source [rows, columns] transposed; lds: elements from row to row.
@@ -175,5 +151,5 @@ void transpose(const void* source, int64_t lds, void* target, int64_t rows, int6
 }  // namespace TLF_ISA
 }  // namespace tlf
 
-TLF_KERNEL(bias_activation_bwd);
+TLF_KERNEL(activation_bwd);
 TLF_KERNEL(transpose);

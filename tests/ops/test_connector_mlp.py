@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.ops.agreement import distance, saved_bytes
+from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._cpp import transposed
 from tinyllava_fast.ops._op import force_backend
 from tinyllava_fast.ops.connector_mlp import ACTIVATIONS, connector_mlp
@@ -75,6 +77,30 @@ def test_only_the_input_is_kept() -> None:
     ours = saved_bytes(lambda: connector_mlp(x, w1, b1, w2, b2)) - weights
     eager = saved_bytes(lambda: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)) - w1.nbytes - w2.nbytes
     assert ours <= x.nbytes and ours <= eager / 2 and eager > x.nbytes + w1.shape[0] * 512 * 4
+
+
+def test_trains_after_it_has_been_asked_in_inference_mode() -> None:
+    """Its scratch memory outlives the mode in which it was first taken."""
+    leaves = problem(400, d=90)
+    _cpp._kept.__dict__.pop("connector_mlp", None)
+    with torch.inference_mode():
+        asked = connector_mlp(*leaves)
+    y = connector_mlp(*leaves)
+    y.sum().backward()
+    assert torch.equal(y, asked) and all(leaf.grad is not None for leaf in leaves)
+
+
+@pytest.mark.skipif(not _cpp.has_tiles(), reason="this CPU or TLF_ISA has no AMX tiles")
+def test_takes_tiles_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of both weights, in bfloat16 and at a size that pays."""
+    taken = []
+    real = _cpp.extension()
+    spied = SimpleNamespace(**{name: getattr(real, name) for name in dir(real)})
+    spied.weight_gradient_tiles = lambda *args: (taken.append(args[-4:-1]), real.weight_gradient_tiles(*args))[1]
+    monkeypatch.setattr(_cpp, "extension", lambda: spied)
+    x, w1, b1, w2, b2 = problem(512, 192, 256, 256, torch.bfloat16)
+    connector_mlp(x.detach(), w1, b1, w2, b2).sum().backward()
+    assert sorted(taken) == [(512, 256, 192), (512, 256, 256)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

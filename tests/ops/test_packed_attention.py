@@ -247,6 +247,22 @@ def test_transposed_inputs_are_copied() -> None:
     assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_window_wider_than_any_segment_hides_nothing(backend: str, dtype: torch.dtype) -> None:
+    """The widest number overflowed where a position was added to it, and gradients went missing."""
+    leaves = [rand(50, heads, 16, seed=heads).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+
+    def results(window: int) -> list[Tensor]:
+        out, lse = packed_attention(*leaves, bounds([30, 20]), bounds([20, 30]), causal=False, window=window)
+        return [out, lse, *torch.autograd.grad([out.float().square().sum() + lse.sum()], leaves)]
+
+    with force_backend(backend):
+        wide, widest, all_seen = results(1000), results(2**63 - 1), results(0)
+    assert all(torch.equal(a, b) for a, b in zip(widest, wide, strict=True))
+    assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(widest, all_seen, strict=True))
+
+
 def test_isa_is_known() -> None:
     assert _cpp.extension().isa() in ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
@@ -270,6 +286,7 @@ def ints(*values: Any) -> Tensor:
         ({"seqused_k": ints(1, 2)}, r"seqused_k must be \[1\]"),
         ({"scale": -1.0}, "scale must be positive"),
         ({"window": -1}, "must not be negative"),
+        ({"softcap": float("inf")}, "softcap not infinite, got 0 and inf"),
         ({"window": 3, "prefix": ints([0, 0])}, "window hides keys by distance"),
         ({"cu_seqlens_q": ints(0, 9)}, r"cu_seqlens_q must ascend within 0\.\.8"),
         ({"cu_seqlens_q": ints(0, 5, 3)}, "cu_seqlens_q must ascend"),

@@ -12,6 +12,8 @@ from tinyllava_fast.ops._check import FLOATS, expect
 
 OP = "packed_attention"
 MAX_HEAD_DIM = 256
+MAX_WINDOW = 2**31
+"""Bounds are int32, so a wider window hides no more keys; sums of positions and this one do not overflow."""
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, queries: str, keys: str) -> None:
@@ -35,6 +37,16 @@ def check_int32(op: str, name: str, tensor: Tensor | None, dims: str, shape: lis
     expect(op, name, tensor, dims, (torch.int32,), like=like)
     if list(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} must be {shape} for {of}, got {list(tensor.shape)}")
+
+
+def check_numbers(op: str, scale: float, window: int, softcap: float) -> None:
+    """Raise ValueError unless the scale is positive, window and softcap are not negative, and none is infinite."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{op}: scale must be positive, got {scale}")
+    if window < 0 or not 0 <= softcap < float("inf"):
+        raise ValueError(
+            f"{op}: window and softcap must not be negative, softcap not infinite, got {window} and {softcap}"
+        )
 
 
 def check(
@@ -62,12 +74,7 @@ def check(
         ("seqused_k", used, "S", [segments]),
     ):
         check_int32(OP, name, tensor, dims, shape, f"{segments} segments", q)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"{OP}: scale must be positive, got {scale}")
-    if window < 0 or not 0 <= softcap < float("inf"):
-        raise ValueError(
-            f"{OP}: window and softcap must not be negative, softcap not infinite, got {window} and {softcap}"
-        )
+    check_numbers(OP, scale, window, softcap)
     if window and prefix is not None:
         raise ValueError(f"{OP}: window hides keys by distance, which a shared prefix has none of; give one of them")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 ABI = 3
 _kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
+_LARGE = 4 << 20  # bytes from which numpy asks for huge pages
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -72,14 +73,17 @@ def row_scratch(columns: int) -> Tensor:
     return scratch(64 * (columns + 128)).view(torch.float32)
 
 
-def scratch(nbytes: int) -> Tensor:
+def scratch(nbytes: int, owner: str = "buffer") -> Tensor:
     """The first bytes of the buffer that this thread keeps; it belongs to the caller until anyone asks again.
 
-    It grows to the largest request. Fresh memory costs more than filling it.
+    It grows to the largest request. Fresh memory costs more than filling it. owner: an op that calls others while it
+    needs its scratch has a buffer of its own.
     """
-    kept: Tensor | None = getattr(_kept, "buffer", None)
+    kept: Tensor | None = getattr(_kept, owner, None)
     if kept is None or kept.numel() < nbytes:
-        _kept.buffer = kept = empty(nbytes, dtype=torch.uint8)
+        with torch.inference_mode(False):  # or it could not be written to by torch outside of that mode
+            kept = empty(nbytes, dtype=torch.uint8)
+        setattr(_kept, owner, kept)
     return kept[:nbytes]
 
 
@@ -104,18 +108,20 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     Page faults cost more than the work on a fresh gradient of 50 MB: 26 ms against 8 ms for zero filling it
     (2-core EPYC; docs/LOG.md). numpy asks the kernel for huge pages, torch does not.
     """
-    return _buffer(np.empty, shape, dtype)
+    return _buffer(np.empty, torch.empty, shape, dtype)
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
     """torch.zeros on the CPU; pages of a large one are zeroed by the kernel when first touched, or never."""
-    return _buffer(np.zeros, shape, dtype)
+    return _buffer(np.zeros, torch.zeros, shape, dtype)
 
 
-def _buffer(allocate: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _buffer(
+    allocate: Callable[..., Any], small: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
+    if nbytes < _LARGE:
+        return small(shape, dtype=dtype)
     raw = allocate(nbytes + _ALIGN, np.uint8)
     start = -raw.ctypes.data % _ALIGN
     return torch.from_numpy(raw[start : start + nbytes]).view(dtype).view(shape)

@@ -4,9 +4,7 @@
     dh = (dy W2) f'(h)          dx = dh W1          dW1 = dhᵀ x     dW2 = dyᵀ a     db1, db2 = column sums of dh, dy
 
 h and a are made anew in the backward pass: one product more, and of what autograd would keep, [N, K] for x and [N, D]
-for each of h and a, only x is left. Products by a transposed left side run at half speed in torch on a CPU with AMX, so
-the C++ pass that makes dh writes it transposed, and dy is transposed ahead. At widths of 2,048 that pays for
-the product more, at 576 not quite (docs/LOG.md).
+for each of h and a, only x is left. On a CPU with AMX weight_gradient earns that product back.
 Legend: N rows, K inputs, D hidden, O outputs.
 """
 
@@ -25,6 +23,7 @@ from tinyllava_fast.errors import nearest
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops.weight_gradient import weight_gradient
 
 OP = "connector_mlp"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,7 +58,8 @@ def connector_mlp(
     required. Raises ValueError for shapes, dtypes and an unknown activation.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return connector_mlp_fwd.op(flat, w1, b1, w2, b2, activation).view(*x.shape[:-1], w2.shape[0])
+    call = connector_mlp_fwd.op if torch.is_grad_enabled() else connector_mlp_fwd.infer
+    return call(flat, w1, b1, w2, b2, activation).view(*x.shape[:-1], w2.shape[0])
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> None:
@@ -96,17 +96,20 @@ def _samples() -> Iterator[Sample]:
     yield case("no row", 0, 8, 16, 8, "gelu_tanh")
 
 
-def _activated(x: Tensor, w1: Tensor, b1: Tensor | None, activation: str) -> Tensor:
-    """f(x W1ᵀ + b1) [N, D], in place. Whole, not in blocks of rows: each product of a block would pack W1 anew."""
-    h = _cpp.empty(len(x), len(w1), dtype=x.dtype)
-    torch.mm(x, w1.t(), out=h) if b1 is None else torch.addmm(b1, x, w1.t(), out=h)
-    return _IN_PLACE[activation](h)
+def _hidden(x: Tensor, w1: Tensor, b1: Tensor | None, room: Tensor) -> Tensor:
+    """x W1ᵀ + b1 [N, D] in the room. Whole, not in blocks of rows: each product of a block would pack W1 anew."""
+    return torch.mm(x, w1.t(), out=room) if b1 is None else torch.addmm(b1, x, w1.t(), out=room)
+
+
+def _rooms(count: int, x: Tensor, w1: Tensor) -> list[Tensor]:
+    """[N, D] each, until the next call: faults of fresh pages cost as much as a quarter of a product (docs/LOG.md)."""
+    rows, hidden = len(x), len(w1)
+    return list(_cpp.scratch(count * rows * hidden * x.itemsize, OP).view(x.dtype).view(count, rows, hidden))
 
 
 def _cpp_fwd(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
-    hidden = _activated(x, w1, b1, activation)
-    y = _cpp.empty(len(x), len(w2), dtype=x.dtype)
-    return torch.mm(hidden, w2.t(), out=y) if b2 is None else torch.addmm(b2, hidden, w2.t(), out=y)
+    a = _IN_PLACE[activation](functional.linear(x, w1, b1))
+    return functional.linear(a, w2, b2)
 
 
 @define_op(
@@ -146,34 +149,28 @@ def fake_bwd(
 def _cpp_bwd(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, want: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, w1, b1, w2, activation, want)
-    if want[3] or want[4]:
-        grad_t = _cpp.transposed(grad)
+    dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, w1, b1, w2, activation, [False] * 5)
     if want[4]:
-        torch.sum(grad_t, 1, out=db2)
+        db2 = grad.sum(0)
     if not any(want[:4]):
         return dx, dw1, db1, dw2, db2
-    rows, hidden = len(x), len(w1)
-    if not any(want[:3]):
-        a = _activated(x, w1, b1, activation)
-    else:
-        a = torch.mm(x, w1.t(), out=_cpp.empty(rows, hidden, dtype=x.dtype))  # h, until the pass below
-        dh = torch.mm(grad, w2, out=_cpp.empty(rows, hidden, dtype=x.dtype))
-        dh_t = _cpp.empty(hidden, rows, dtype=x.dtype) if want[1] or want[2] else None
-        bias = None if b1 is None else b1.contiguous()
-        _cpp.extension().bias_activation_bwd(
-            *(a.data_ptr(), 0 if bias is None else bias.data_ptr(), dh.data_ptr()),
-            *(0 if dh_t is None else dh_t.data_ptr(), rows, hidden),
-            *(list(ACTIVATIONS).index(activation), _cpp.DTYPE_CODES[x.dtype]),
+    if any(want[:3]):
+        a, dh = _rooms(2, x, w1)  # h and da, until the pass below
+        _hidden(x, w1, b1, a)
+        torch.mm(grad, w2, out=dh)
+        _cpp.extension().activation_bwd(
+            *(a.data_ptr(), dh.data_ptr(), a.numel(), list(ACTIVATIONS).index(activation), _cpp.DTYPE_CODES[x.dtype])
         )
         if want[0]:
-            torch.mm(dh, w1, out=dx)
-        if dh_t is not None and want[1]:
-            torch.mm(dh_t, x, out=dw1)
-        if dh_t is not None and want[2]:
-            torch.sum(dh_t, 1, out=db1)
+            dx = dh @ w1
+        if want[1]:
+            dw1 = weight_gradient.infer(dh, x)
+        if want[2]:
+            db1 = dh.sum(0)
+    else:
+        a = _IN_PLACE[activation](_hidden(x, w1, b1, *_rooms(1, x, w1)))
     if want[3]:
-        torch.mm(grad_t, a, out=dw2)
+        dw2 = weight_gradient.infer(grad, a)
     return dx, dw1, db1, dw2, db2
 
 

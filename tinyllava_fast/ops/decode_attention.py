@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.ops import _cpp
-from tinyllava_fast.ops._attention_args import MAX_HEAD_DIM, check_heads, check_int32
+from tinyllava_fast.ops._attention_args import MAX_HEAD_DIM, check_heads, check_int32, check_numbers
 from tinyllava_fast.ops._check import FLOATS
 from tinyllava_fast.ops._op import Sample, define_op
 
@@ -48,7 +48,7 @@ def decode_attention(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, used: Tensor, prefix: Tensor | None, scale: float, softcap: float
 ) -> None:
-    if _plainly_right(q, k, v, start, used, prefix) and 0 < scale < float("inf") and softcap >= 0:
+    if _plainly_right(q, k, v, start, used, prefix) and 0 < scale < float("inf") and 0 <= softcap < float("inf"):
         return  # it is called for every layer of every token: no sentence is made unless one is needed
     check_heads(OP, q, k, v, "S", "P")
     for name, tensor, dims, shape in (
@@ -57,7 +57,7 @@ def _check(
         ("prefix", prefix, "S 2", [len(q), 2]),
     ):
         check_int32(OP, name, tensor, dims, shape, f"{len(q)} queries", q)
-    raise ValueError(f"{OP}: scale must be positive and softcap not negative, got {scale} and {softcap}")
+    check_numbers(OP, scale, 0, softcap)
 
 
 def _plainly_right(q: Tensor, k: Tensor, v: Tensor, start: Tensor, used: Tensor, prefix: Tensor | None) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect, expect_range
 from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops.weight_gradient import pays, weight_gradient
 
 CHUNK_BYTES = 128 << 20
 """Most memory for logits at a time: 1,365 rows of a 49,152-word vocabulary in bf16, so one chunk for most packs."""
@@ -217,9 +218,11 @@ def _cpp_fwd(
     (count, dim), vocab, dtype = x.shape, weight.shape[0], weight.dtype
     loss = torch.empty(count, dtype=torch.float64)
     dx = x.new_empty((count if want_hidden else 0, dim))
-    chunk = max(1, min(count, CHUNK_BYTES // (vocab * weight.element_size())))
-    logits = _cpp.empty(chunk, vocab, dtype=dtype)
-    d_weight = _Sum(vocab if want_weight else 0, dim, dtype=dtype, parts=-(-count // chunk))
+    most = max(1, CHUNK_BYTES // (vocab * weight.element_size()))
+    parts = -(-count // most)
+    chunk = max(1, -(-count // max(1, parts)))  # of one size: not a last one of few rows
+    z = logits = _cpp.empty(chunk, vocab, dtype=dtype)
+    d_weight = _Sum(vocab if want_weight else 0, dim, dtype=dtype, parts=parts)
     d_bias = torch.zeros(vocab if want_bias else 0, dtype=torch.float32)
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
@@ -236,10 +239,15 @@ def _cpp_fwd(
             d_weight.add_product(z, x[part])
         if want_bias:
             d_bias += z.sum(0, dtype=torch.float32)
+    del logits, z  # before d_weight is rounded into memory of its own
     d_hidden = x.new_zeros(hidden.shape if want_hidden else (0, dim))
     if want_hidden:
         d_hidden.index_copy_(0, rows, dx)
     return loss.sum().float(), d_hidden, d_weight.result(), d_bias.to(dtype)
+
+
+def _gradient(z: Tensor, x: Tensor) -> Tensor:
+    return weight_gradient.infer(z, x) if pays(len(z), z.shape[1], x.shape[1], z.dtype) else z.t() @ x
 
 
 class _Sum:
@@ -258,7 +266,7 @@ class _Sum:
             return
         for start in range(0, len(self.total), VOCAB_BLOCK):
             block = slice(start, start + VOCAB_BLOCK)
-            self.total[block] += z[:, block].t() @ x
+            self.total[block] += _gradient(z[:, block], x)
 
     def result(self) -> Tensor:
         """The sum in its dtype."""

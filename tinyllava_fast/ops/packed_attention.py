@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.ops import _cpp
-from tinyllava_fast.ops._attention_args import OP, check, check_values, dense_rows, visible
+from tinyllava_fast.ops._attention_args import MAX_WINDOW, OP, check, check_values, dense_rows, visible
 from tinyllava_fast.ops._attention_samples import samples
 from tinyllava_fast.ops._op import define_op
 
@@ -59,7 +59,8 @@ def packed_attention(
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     call = packed_attention_fwd.op if torch.is_grad_enabled() else packed_attention_fwd.infer
     return call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k, causal, float(scale), int(window), float(softcap)
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k),
+        *(causal, float(scale), min(int(window), MAX_WINDOW), float(softcap)),
     )
 
 
