@@ -6,6 +6,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "tlf/denormals.h"
 #include "tlf/kernel.h"
 #include "tlf/numeric.h"
 
@@ -102,11 +103,15 @@ inline void write_turned(const BFloat16 (*tile)[kTile], BFloat16* target, int64_
 template <typename T, int64_t A>
 void backward(void* hidden_, void* grad_, int64_t size) {
   T *hidden = static_cast<T*>(hidden_), *grad = static_cast<T*>(grad_);
-#pragma omp parallel for simd schedule(static) if (size > kParallelElements)
-  for (int64_t i = 0; i < size; ++i) {
-    const Slope f = activate<A>(to_float(hidden[i]));
-    store(grad + i, to_float(grad[i]) * f.slope);
-    store(hidden + i, f.value);
+#pragma omp parallel if (size > kParallelElements)
+  {
+    const DenormalsAreZero scope;  // the tails of an activation are such numbers
+#pragma omp for simd schedule(static)
+    for (int64_t i = 0; i < size; ++i) {
+      const Slope f = activate<A>(to_float(hidden[i]));
+      store(grad + i, to_float(grad[i]) * f.slope);
+      store(hidden + i, f.value);
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "tlf/denormals.h"
 #include "tlf/kernel.h"
 #include "tlf/numeric.h"
 
@@ -77,32 +78,36 @@ double sum_values(const T* z, int64_t n, float top, Cap cap) {
 template <typename T, typename Cap>
 void cross_entropy(T* logits, const int64_t* labels, double* loss, int64_t rows, int64_t vocab, bool write_grad,
                    Cap cap, double smoothing, double z_loss) {
-#pragma omp parallel for schedule(static) if (rows * vocab > 1 << 15)
-  for (int64_t row = 0; row < rows; ++row) {
-    T* z = logits + row * vocab;
-    const int64_t y = labels[row];
-    const float top = cap.value(row_max(z, vocab));  // a cap keeps the order
-    const double total = sum_exp(z, vocab, top, cap);
-    const float answer = cap.value(to_float(z[y]));
-    const double target = static_cast<double>(answer) - top;
-    const double lse = std::log(total) + top;
-    loss[row] = std::log(total) - target;
-    if (smoothing > 0.0) {
-      loss[row] += smoothing * (target - sum_values(z, vocab, top, cap) / static_cast<double>(vocab));
+#pragma omp parallel if (rows * vocab > 1 << 15)
+  {
+    const DenormalsAreZero scope;  // most gradients of a confident row are such numbers
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      T* z = logits + row * vocab;
+      const int64_t y = labels[row];
+      const float top = cap.value(row_max(z, vocab));  // a cap keeps the order
+      const double total = sum_exp(z, vocab, top, cap);
+      const float answer = cap.value(to_float(z[y]));
+      const double target = static_cast<double>(answer) - top;
+      const double lse = std::log(total) + top;
+      loss[row] = std::log(total) - target;
+      if (smoothing > 0.0) {
+        loss[row] += smoothing * (target - sum_values(z, vocab, top, cap) / static_cast<double>(vocab));
+      }
+      if (z_loss > 0.0) loss[row] += z_loss * lse * lse;
+      if (!write_grad) continue;
+      const double growth = 2.0 * z_loss * lse;
+      const double spread = smoothing / static_cast<double>(vocab);
+      const float scale = static_cast<float>((1.0 + growth) / total), shift = static_cast<float>(spread);
+      const double hit = exp_fast(static_cast<float>(target));
+      for (int64_t i = 0; i < vocab; ++i) {
+        const float value = cap.value(to_float(z[i]));
+        store(z + i, (exp_fast(value - top) * scale - shift) * cap.slope(value));
+      }
+      // in double: softmax - 1 cancels where the model is confident
+      const double slope = (hit - total) / total + growth * hit / total + (smoothing - spread);
+      store(z + y, static_cast<float>(slope) * cap.slope(answer));
     }
-    if (z_loss > 0.0) loss[row] += z_loss * lse * lse;
-    if (!write_grad) continue;
-    const double growth = 2.0 * z_loss * lse;
-    const double spread = smoothing / static_cast<double>(vocab);
-    const float scale = static_cast<float>((1.0 + growth) / total), shift = static_cast<float>(spread);
-    const double hit = exp_fast(static_cast<float>(target));
-    for (int64_t i = 0; i < vocab; ++i) {
-      const float value = cap.value(to_float(z[i]));
-      store(z + i, (exp_fast(value - top) * scale - shift) * cap.slope(value));
-    }
-    // in double: softmax - 1 cancels where the model is confident
-    const double slope = (hit - total) / total + growth * hit / total + (smoothing - spread);
-    store(z + y, static_cast<float>(slope) * cap.slope(answer));
   }
 }
 
