@@ -106,9 +106,14 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     (2-core EPYC; docs/LOG.md). numpy asks the kernel for huge pages, torch only where hardware.prepare_memory told it
     to; there its own allocator finds the memory of other tensors again.
     """
-    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+    if keeps_memory():
         return torch.empty(shape, dtype=dtype)
     return _buffer(np.empty, shape, dtype)
+
+
+def keeps_memory() -> bool:
+    """Whether hardware.prepare_memory has told this process to find freed memory again, so that little is fresh."""
+    return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -141,10 +141,13 @@ def _cpp_bwd(
     tokens, dim = grad.shape
     rows = len(slots)
     grad, input_ids, slots = _cpp.unit_stride(grad), input_ids.contiguous(), slots.contiguous()
-    d_weight = _cpp.empty(vocab if want_weight else 0, dim, dtype=grad.dtype)
+    # Fresh memory is zero already: only rows of text are touched. Memory that was in use is cleared on the way.
+    used = _cpp.keeps_memory()
+    d_weight = (_cpp.empty if used else _cpp.zeros)(vocab if want_weight else 0, dim, dtype=grad.dtype)
     d_features = grad.new_empty((rows if want_features else 0, dim))
     if want_weight:
-        _weight_kernel(_cpp.extension().splice_bwd_weight, d_weight, grad, input_ids, slots)
+        kernel = _cpp.extension().splice_bwd_weight if used else _cpp.extension().splice_bwd_add
+        _weight_kernel(kernel, d_weight, grad, input_ids, slots)
     if want_features:
         _cpp.extension().splice_bwd_features(
             grad.data_ptr(),
