@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tlf/attention_simd.h"
 #include "tlf/kernel.h"
 #include "tlf/numeric.h"
 
@@ -10,6 +11,7 @@ namespace TLF_ISA {
 namespace {
 
 constexpr int64_t kParallelBytes = 1 << 17;  // below this a thread team costs more than it saves
+constexpr int64_t kRows = 256;               // of the embedding: a task
 constexpr int64_t kTile = 512;               // columns summed at a time, in a float buffer on the stack
 
 // owner[t] = the feature row that covers position t, or -1 for text
@@ -20,11 +22,15 @@ void find_owners(const int64_t* slots, int32_t* owner, int64_t tokens, int64_t r
   }
 }
 
-template <typename T>
+// out = (Add: out +) the sum of the rows of grad in a list, rounded once
+template <bool Add, typename T>
 void sum_rows(const T* grad, int64_t grad_stride, const int32_t* next, int32_t first, T* out, int64_t dim) {
   for (int64_t start = 0; start < dim; start += kTile) {
     const int64_t width = dim - start < kTile ? dim - start : kTile;
     float total[kTile] = {};
+    if constexpr (Add) {
+      for (int64_t j = 0; j < width; ++j) total[j] = to_float(out[start + j]);
+    }
     for (int32_t t = first; t >= 0; t = next[t]) {
       const T* row = grad + t * grad_stride + start;
       for (int64_t j = 0; j < width; ++j) total[j] += to_float(row[j]);
@@ -33,25 +39,56 @@ void sum_rows(const T* grad, int64_t grad_stride, const int32_t* next, int32_t f
   }
 }
 
-// Text positions of one id form a list in ascending order, so each embedding row is written by one thread, once, and
-// the sum does not depend on the number of threads.
-template <typename T>
-void scatter_text(const T* grad, int64_t grad_stride, const int64_t* ids, const int32_t* owner, int32_t* next,
-                  int32_t* unique, int32_t* head, T* d_weight, int64_t tokens, int64_t dim) {
-  for (int64_t t = 0; t < tokens; ++t) head[ids[t]] = -1;
+// head[id] = the first text position of an id, -1: none; next[t] = the one after t.
+void link_positions(const int64_t* ids, const int32_t* owner, int32_t* next, int32_t* head, int64_t tokens,
+                    int64_t vocab) {
+  for (int64_t v = 0; v < vocab; ++v) head[v] = -1;
   for (int64_t t = tokens - 1; t >= 0; --t) {
     if (owner[t] >= 0) continue;
     next[t] = head[ids[t]];
     head[ids[t]] = static_cast<int32_t>(t);
   }
-  int64_t count = 0;
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (owner[t] < 0 && head[ids[t]] == t) unique[count++] = static_cast<int32_t>(t);
+}
+
+// Zeros past the caches where rows allow it: 57 MB of them would only push out what is needed next.
+TLF_INLINE void clear_row(char* row, int64_t bytes) {
+#if defined(TLF_AVX512)
+  if (reinterpret_cast<uintptr_t>(row) % 64 == 0 && bytes % 64 == 0) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(row + i), _mm512_setzero_si512());
+    }
+    return;
   }
-  // dynamic: the most frequent ids collect hundreds of rows, most collect one
-#pragma omp parallel for schedule(dynamic, 8) if (count * dim * static_cast<int64_t>(sizeof(T)) > kParallelBytes)
-  for (int64_t i = 0; i < count; ++i) {
-    sum_rows(grad, grad_stride, next, unique[i], d_weight + ids[unique[i]] * dim, dim);
+#endif
+  std::memset(row, 0, static_cast<size_t>(bytes));
+}
+
+// Text positions of one id form a list in ascending order, so each row is written by one thread, once, and the sum
+// does not depend on the number of threads.
+template <typename T>
+void scatter_text(const T* grad, int64_t grad_stride, const int32_t* next, const int32_t* head, T* d_weight,
+                  int64_t vocab, int64_t dim) {
+  const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+  if (row_bytes == 0) return;
+  // dynamic: the most frequent ids collect hundreds of rows, most none
+#pragma omp parallel for schedule(dynamic, kRows) if (vocab * row_bytes > kParallelBytes)
+  for (int64_t v = 0; v < vocab; ++v) {
+    T* row = d_weight + v * dim;
+    if (head[v] < 0) {
+      clear_row(reinterpret_cast<char*>(row), row_bytes);
+    } else {
+      sum_rows<false>(grad, grad_stride, next, head[v], row, dim);
+    }
+  }
+}
+
+template <typename T>
+void add_text(const T* grad, int64_t grad_stride, const int64_t* ids, const int32_t* owner, const int32_t* next,
+              const int32_t* head, T* base, int64_t tokens, int64_t dim) {
+#pragma omp parallel for schedule(dynamic, 8) if (tokens * dim * static_cast<int64_t>(sizeof(T)) > kParallelBytes)
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (owner[t] >= 0 || head[ids[t]] != t) continue;
+    sum_rows<true>(grad, grad_stride, next, static_cast<int32_t>(t), base + ids[t] * dim, dim);
   }
 }
 
@@ -70,20 +107,37 @@ void splice_fwd(const int64_t* ids, const char* weight, int64_t weight_stride, c
   }
 }
 
-// d_weight: [vocab, dim], already zero. grad_stride in elements. scratch: int32 [3 * tokens + vocab].
+// d_weight: [vocab, dim]. grad_stride in elements. scratch: int32 [2 * tokens + vocab].
 void splice_bwd_weight(const void* grad, int64_t grad_stride, const int64_t* ids, const int64_t* slots,
-                       int32_t* scratch, void* d_weight, int64_t tokens, int64_t rows, int64_t dim, int64_t dtype) {
+                       int32_t* scratch, void* d_weight, int64_t tokens, int64_t rows, int64_t vocab, int64_t dim,
+                       int64_t dtype) {
   int32_t* owner = scratch;
   int32_t* next = owner + tokens;
-  int32_t* unique = next + tokens;
-  int32_t* head = unique + tokens;
+  int32_t* head = next + tokens;
   find_owners(slots, owner, tokens, rows);
+  link_positions(ids, owner, next, head, tokens, vocab);
   if (dtype == kBFloat16) {
-    scatter_text(static_cast<const BFloat16*>(grad), grad_stride, ids, owner, next, unique, head,
-                 static_cast<BFloat16*>(d_weight), tokens, dim);
+    scatter_text(static_cast<const BFloat16*>(grad), grad_stride, next, head, static_cast<BFloat16*>(d_weight), vocab,
+                 dim);
   } else {
-    scatter_text(static_cast<const float*>(grad), grad_stride, ids, owner, next, unique, head,
-                 static_cast<float*>(d_weight), tokens, dim);
+    scatter_text(static_cast<const float*>(grad), grad_stride, next, head, static_cast<float*>(d_weight), vocab, dim);
+  }
+}
+
+// base: [vocab, dim]; the rest as above.
+void splice_bwd_add(const void* grad, int64_t grad_stride, const int64_t* ids, const int64_t* slots, int32_t* scratch,
+                    void* base, int64_t tokens, int64_t rows, int64_t vocab, int64_t dim, int64_t dtype) {
+  int32_t* owner = scratch;
+  int32_t* next = owner + tokens;
+  int32_t* head = next + tokens;
+  find_owners(slots, owner, tokens, rows);
+  link_positions(ids, owner, next, head, tokens, vocab);
+  if (dtype == kBFloat16) {
+    add_text(static_cast<const BFloat16*>(grad), grad_stride, ids, owner, next, head, static_cast<BFloat16*>(base),
+             tokens, dim);
+  } else {
+    add_text(static_cast<const float*>(grad), grad_stride, ids, owner, next, head, static_cast<float*>(base), tokens,
+             dim);
   }
 }
 
@@ -107,4 +161,5 @@ void splice_bwd_features(const char* grad, int64_t grad_stride, const int64_t* s
 
 TLF_KERNEL(splice_fwd);
 TLF_KERNEL(splice_bwd_weight);
+TLF_KERNEL(splice_bwd_add);
 TLF_KERNEL(splice_bwd_features);

@@ -56,9 +56,11 @@ def on_device(sample: Sample, backend: str) -> Sample:
 
 
 def outputs(op: Op, args: tuple[Any, ...], *, grad: bool) -> list[Tensor]:
-    """The op's outputs, and with grad the gradients of its float arguments for a fixed seeded gradient."""
-    result = op.op(*args)
-    result = list(result) if isinstance(result, tuple | list) else [result]
+    """The op's outputs, what it wrote to, and with grad the gradients of its float arguments for a seeded gradient."""
+    own = [arg.clone() if at in op.mutates and arg is not None else arg for at, arg in enumerate(args)]
+    result = op.op(*own)
+    result = list(result) if isinstance(result, tuple | list) else [] if result is None else [result]
+    result += [own[at] for at in op.mutates if own[at] is not None]
     if not grad:
         return result
     heads = [r for r in result if r.requires_grad]

@@ -37,8 +37,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_equals_the_loop(case: str, backend: str, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "kept"), [(1, "0"), (2, "1")])
+def test_equals_the_loop(case: str, backend: str, threads: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", kept)
     ids, weight, features, slots = CASES[case]
     torch.set_num_threads(threads)
     leaves = [weight.clone().requires_grad_(), features.clone().requires_grad_()]

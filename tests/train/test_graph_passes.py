@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.ops import linear_cross_entropy, splice
+from tinyllava_fast.ops.splice import splice_bwd_add
 from tinyllava_fast.ops.weight_gradient import pays, weight_gradient
 from tinyllava_fast.train import graph_passes
 
@@ -76,3 +78,37 @@ def test_rotary_tables_are_kept_and_change_nothing() -> None:
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(grad, wanted)
     assert sines and sines[0] == 2
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well, around one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(50, 16))
+
+    def forward(self, ids: Tensor, features: Tensor, slots: Tensor) -> Tensor:
+        hidden = torch.tanh(splice(ids, self.table, features, slots))
+        return linear_cross_entropy(hidden, self.table, ids.flip(0), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_tied_embedding_gets_one_gradient(monkeypatch, dtype, learns) -> None:
+    torch.manual_seed(0)
+    net, features = Tied().to(dtype), torch.randn(3, 16, dtype=dtype, requires_grad=learns)
+    pack = (torch.randint(50, (20,)), features, torch.tensor([4, 5, 20]))
+    ran: list[Tensor] = []
+    kernel = splice_bwd_add.cpp
+    monkeypatch.setattr(splice_bwd_add, "cpp", lambda *args: ran.append(args[0]) or kernel(*args))
+    found = []
+    for compiled in (False, True):
+        twin = copy.deepcopy(net)
+        call = torch.compile(twin, fullgraph=True, options=graph_passes.options()) if compiled else twin
+        for _ in range(2):  # sums in place must not reach what autograd keeps
+            twin.table.grad = features.grad = None
+            (call(*pack) * 0.25).backward()
+        found.append([twin.table.grad, *([features.grad] if learns else [])])
+    assert len(ran) == 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -145,6 +145,30 @@ def test_another_configuration_is_refused_by_its_keys(whole):
     assert "log_every" not in text and "threads" not in text and "--resume never" in text
 
 
+def test_a_configuration_from_before_a_key_existed_resumes_with_its_default(tiny_run, losses):
+    path = tiny_run(engine__dtype="bfloat16")
+    short = ["stages.pretrain.max_steps=1", "stages.finetune.max_steps=3", "checkpoint.every_steps=1"]
+    train(load_run(path, short))
+    run = path.parent / "run"
+    lines = losses(run)
+    newest = max(p for p in (run / "checkpoints").iterdir() if p.is_dir())
+    shutil.rmtree(newest)
+    for folder in (p for p in (run / "checkpoints").iterdir() if p.is_dir()):
+        state = json.loads((folder / "state.json").read_text())
+        for stage in state["config"]["stages"]:
+            del stage["optim"]["type"], stage["optim"]["z_loss"]
+        (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"stages\.finetune\.optim\.type: checkpoint 'adamw', now 'adamw8bit'"):
+        train(load_run(path, [*short, "stages.finetune.optim.type=adamw8bit"]))
+    train(load_run(path, short))
+    assert losses(run) == lines
+
+
+def test_a_configuration_with_a_key_that_is_gone_is_refused_by_that_key():
+    old = resume._completed({"output_dir": "x", "gone": 1})
+    assert ("gone", 1, None) in resume.differences(old, {"output_dir": "x"})
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(whole, monkeypatch):
     path, run, _, _ = whole
     shutil.rmtree(run / "checkpoints" / "finetune-00000012")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable
 from types import ModuleType
@@ -13,7 +14,7 @@ import numpy as np
 import torch  # before _C: the extension then shares the OpenMP pool of the libgomp that torch carries
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 _kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 _LARGE = 4 << 20  # bytes from which numpy asks for huge pages
@@ -106,9 +107,17 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU in huge pages if it is large.
 
     Page faults cost more than the work on a fresh gradient of 50 MB: 26 ms against 8 ms for zero filling it
-    (2-core EPYC; docs/LOG.md). numpy asks the kernel for huge pages, torch does not.
+    (2-core EPYC; docs/LOG.md). numpy asks the kernel for huge pages, torch only where hardware.prepare_memory told it
+    to; there its own allocator finds the memory of other tensors again.
     """
+    if keeps_memory():
+        return torch.empty(shape, dtype=dtype)
     return _buffer(np.empty, torch.empty, shape, dtype)
+
+
+def keeps_memory() -> bool:
+    """Whether hardware.prepare_memory has told this process to find freed memory again, so that little is fresh."""
+    return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,7 @@ class Op:
     cpp_supports: Callable[..., str | None]  # None if it can run, else the reason why not
     triton_supports: Callable[..., str | None]
     samples: Callable[..., Iterator[Sample]] | None
+    mutates: tuple[int, ...] = ()  # places of the arguments that are written to
     op: Any = field(default=None)
     direct: Callable[..., Any] = field(default=lambda *_: None)  # what op runs; takes no gradient
     chosen: Callable[..., Any] | None = None  # what the checked calls ran, as long as all ran the same
@@ -118,6 +119,7 @@ def define_op(
     cpp_supports: Callable[..., str | None] = lambda *_: None,
     triton_supports: Callable[..., str | None] = lambda *_: None,
     samples: Callable[..., Iterator[Sample]] | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
     """Register the decorated reference as ``tlf::<name>`` (default: the reference's own name).
 
@@ -125,7 +127,7 @@ def define_op(
     dispatcher drops arguments that equal a default), and may not return an alias of an input. check(*args) raises
     ValueError from shapes and dtypes alone; check_values(*args) does so from the values and runs on CPU tensors only,
     because reading values would stall a GPU. fake(*args) returns empty outputs; cpp takes the same arguments and
-    returns the same outputs as the reference.
+    returns the same outputs as the reference. mutates: names of the arguments that the op writes to.
     """
 
     def wrap(reference: Callable[..., Any]) -> Op:
@@ -135,7 +137,8 @@ def define_op(
             raise TypeError(f"op {op_name}: give no defaults in the reference, only in the public function: {defaults}")
         if op_name in OPS:
             raise ValueError(f"op {op_name} is defined twice: {OPS[op_name].module} and {module}")
-        entry = Op(op_name, module, reference, check, check_values, cpp, cpp_supports, triton_supports, samples)
+        places = tuple(list(inspect.signature(reference).parameters).index(argument) for argument in mutates)
+        entry = Op(op_name, module, reference, check, check_values, cpp, cpp_supports, triton_supports, samples, places)
 
         def run(*args: Any) -> Any:
             check(*args)
@@ -150,8 +153,8 @@ def define_op(
             return fake(*args)
 
         # from the reference, not from run: string annotations are resolved in the globals of the function's own file
-        schema = torch.library.infer_schema(reference, mutates_args=())
-        entry.op = torch.library.custom_op(f"tlf::{op_name}", run, mutates_args=(), schema=schema)
+        schema = torch.library.infer_schema(reference, mutates_args=mutates)
+        entry.op = torch.library.custom_op(f"tlf::{op_name}", run, mutates_args=mutates, schema=schema)
         entry.op.register_fake(run_fake)
         entry.direct = run
         OPS[op_name] = entry

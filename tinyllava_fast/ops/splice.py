@@ -8,7 +8,7 @@ Legend: T tokens of the pack, V vocabulary, D hidden size, R image rows (images 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -126,28 +126,28 @@ def _fake_bwd(
     return grad.new_empty((rows_w, grad.shape[1])), grad.new_empty((rows_f, grad.shape[1]))
 
 
+def _weight_kernel(kernel: Callable[..., None], target: Tensor, grad: Tensor, input_ids: Tensor, slots: Tensor) -> None:
+    (tokens, dim), vocab = grad.shape, target.shape[0]
+    scratch = torch.empty(2 * tokens + vocab, dtype=torch.int32)  # held: a pointer alone keeps nothing
+    kernel(
+        *(grad.data_ptr(), grad.stride(0), input_ids.data_ptr(), slots.data_ptr(), scratch.data_ptr()),
+        *(target.data_ptr(), tokens, len(slots), vocab, dim, _cpp.DTYPE_CODES[grad.dtype]),
+    )
+
+
 def _cpp_bwd(
     grad: Tensor, input_ids: Tensor, slots: Tensor, vocab: int, want_weight: bool, want_features: bool
 ) -> tuple[Tensor, Tensor]:
     tokens, dim = grad.shape
     rows = len(slots)
     grad, input_ids, slots = _cpp.unit_stride(grad), input_ids.contiguous(), slots.contiguous()
-    d_weight = _cpp.zeros(vocab if want_weight else 0, dim, dtype=grad.dtype)
+    # Fresh memory is zero already: only rows of text are touched. Memory that was in use is cleared on the way.
+    used = _cpp.keeps_memory()
+    d_weight = (_cpp.empty if used else _cpp.zeros)(vocab if want_weight else 0, dim, dtype=grad.dtype)
     d_features = grad.new_empty((rows if want_features else 0, dim))
     if want_weight:
-        scratch = torch.empty(3 * tokens + vocab, dtype=torch.int32)
-        _cpp.extension().splice_bwd_weight(
-            grad.data_ptr(),
-            grad.stride(0),
-            input_ids.data_ptr(),
-            slots.data_ptr(),
-            scratch.data_ptr(),
-            d_weight.data_ptr(),
-            tokens,
-            rows,
-            dim,
-            _cpp.DTYPE_CODES[grad.dtype],
-        )
+        kernel = _cpp.extension().splice_bwd_weight if used else _cpp.extension().splice_bwd_add
+        _weight_kernel(kernel, d_weight, grad, input_ids, slots)
     if want_features:
         _cpp.extension().splice_bwd_features(
             grad.data_ptr(),
@@ -186,6 +186,55 @@ def splice_bwd(
     if want_features:
         d_features = torch.cat([grad, grad.new_zeros((1, dim))]).index_select(0, slots)
     return d_weight, d_features
+
+
+def _check_add(base: Tensor, grad: Tensor, input_ids: Tensor, slots: Tensor) -> None:
+    _check_bwd(grad, input_ids, slots, base.shape[0], True, False)
+    expect("splice_bwd_add", "base", base, "V D", (grad.dtype,), like=grad)
+    if base.shape[1] != grad.shape[1]:
+        raise ValueError(f"splice_bwd_add: base has {base.shape[1]} columns, grad has {grad.shape[1]}")
+
+
+def _samples_add() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(2)
+    for sample in _samples():
+        input_ids, weight, _, slots = sample.args
+        grad = torch.randn(len(input_ids), weight.shape[1], generator=g)
+        base = torch.randn(weight.shape, generator=g)
+        yield Sample((base, grad, input_ids, slots), sample.label, differentiable=False)
+
+
+def _cpp_add(base: Tensor, grad: Tensor, input_ids: Tensor, slots: Tensor) -> None:
+    _weight_kernel(
+        _cpp.extension().splice_bwd_add, base, _cpp.unit_stride(grad), input_ids.contiguous(), slots.contiguous()
+    )
+
+
+def _add_supports(base: Tensor, *rest: Tensor) -> str | None:
+    return splice_bwd.cpp_supports(base) or (
+        None if base.is_contiguous() else "its C++ kernel adds to a contiguous gradient"
+    )
+
+
+@define_op(
+    module="splice",
+    check=_check_add,
+    fake=lambda *_: None,
+    cpp=_cpp_add,
+    cpp_supports=_add_supports,
+    samples=_samples_add,
+    mutates=("base",),
+)
+def splice_bwd_add(base: Tensor, grad: Tensor, input_ids: Tensor, slots: Tensor) -> None:
+    """base [V, D] += the gradient of weight, rounded once: rows that no text token has are not touched.
+
+    For a head that is tied to the embedding, whose gradient is there already (train/graph_passes.py).
+    """
+    exact = torch.promote_types(grad.dtype, torch.float32)
+    covered = torch.zeros(len(grad) + 1, dtype=torch.bool, device=grad.device)
+    covered[slots] = True
+    text = grad.to(exact).masked_fill(covered[:-1, None], 0)
+    base.copy_(base.to(exact).index_add_(0, input_ids, text))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

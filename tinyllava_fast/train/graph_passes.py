@@ -6,13 +6,16 @@ change, and what is not compiled runs as before.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops.splice import splice_bwd, splice_bwd_add
 from tinyllava_fast.ops.weight_gradient import pays, weight_gradient
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -24,6 +27,7 @@ class TrainingPasses(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place."""
         replace_weight_gradients(graph)
+        add_to_tied_gradients(graph)
         keep_rotary_tables(graph)
 
     def uuid(self) -> Any:
@@ -51,6 +55,39 @@ def replace_weight_gradients(graph: fx.Graph) -> None:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def add_to_tied_gradients(graph: fx.Graph) -> None:
+    """The gradient of a tied embedding is added to the head's row by row, not as a second tensor of its size.
+
+    splice's rows are few and the rest of its gradient is zeros: to be filled, read again and added to nothing.
+    """
+    for node in graph.find_nodes(op="call_function", target=splice_bwd.op._opoverload):
+        parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        grad, ids, slots, vocab, want_weight, want_features = node.args
+        if not want_weight or node.meta["val"][0].device.type != "cpu" or 0 not in parts:
+            continue
+        total = next(iter(parts[0].users))
+        if len(parts[0].users) > 1 or total.target is not aten.add.Tensor or total.kwargs or len(total.args) != 2:
+            continue
+        (base,) = [arg for arg in total.args if arg is not parts[0]] or [None]
+        if not isinstance(base, fx.Node) or not _alike(base, total):
+            continue
+        with graph.inserting_before(total):
+            arguments = {"base": base, "grad": grad, "input_ids": ids, "slots": slots}
+            both = graph.call_function(auto_functionalized, (splice_bwd_add.op._opoverload,), arguments)
+            summed = graph.call_function(operator.getitem, (both, 1))
+        both.meta["val"], summed.meta["val"] = (None, total.meta["val"]), total.meta["val"]
+        total.replace_all_uses_with(summed)
+        graph.erase_node(total)
+        node.args = (grad, ids, slots, vocab, False, want_features)
+        node.meta["val"] = (node.meta["val"][0][:0], node.meta["val"][1])
+    graph.eliminate_dead_code()
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    a, b = one.meta["val"], other.meta["val"]
+    return bool(a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous())
 
 
 def keep_rotary_tables(graph: fx.Graph) -> None:

@@ -1,9 +1,9 @@
 """Updates of float32 values, whatever the dtype of the weights.
 
-A weight below float32 gets a float32 master and, from the first micro-batch of a step to its update, a float32 sum of
-gradients: an update of 1e-5 is less than half a unit in the last place of a typical bf16 weight and would be rounded
-away; sums over micro-batches lose bits likewise. float32 weights are updated in place and cost nothing extra. The
-arithmetic is torch's foreach kernels and the update rule's (train/rules.py).
+A weight below float32 gets a float32 master: an update of 1e-5 is less than half a unit in the last place of a typical
+bf16 weight and would be rounded away. Sums over micro-batches lose bits likewise, so the second micro-batch of a step
+makes float32 sums; the gradient of a single one stays as it came, which is the same number in half the memory. float32
+weights are updated in place and cost nothing extra. The arithmetic is the update rule's (train/rules.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.hf import cast_parameters
+from tinyllava_fast.ops.adamw import square_sum
 from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups
 from tinyllava_fast.train.rules import build_rule
 
@@ -48,57 +49,66 @@ class MasterOptimizer:
         known = masters or {}
         self._low: list[Tensor] = list(low)
         self._masters = [known[p] if p in known else p.detach().float() for p in low]
-        self._sums: list[Tensor] = []  # gradients of this step: there from its first micro-batch to the update
+        # Gradients of this step: as its only micro-batch so far left them, or float32 sums.
+        self._found: dict[Tensor, Tensor] = {}
         self._plain = [p for p in names if p.dtype == torch.float32]
         master_of = dict(zip(self._low, self._masters, strict=True))
         self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor that the rule updates
         own = [{**g, "params": [self._updated[p] for p in g["params"]]} for g in groups if g["params"]]
         kept = frozenset(updated for p, updated in self._updated.items() if p in exact)
-        self._rule = build_rule(kind, own, betas=betas, eps=eps, exact=kept)
+        weights = dict(zip(self._masters, self._low, strict=True))
+        self._rule = build_rule(kind, own, betas=betas, eps=eps, exact=kept, weights=weights)
 
     def accumulate(self) -> None:
-        """Fold the gradients of one micro-batch into the float32 sums. float32 weights accumulate by themselves."""
-        grads = [p.grad for p in self._low]
-        first = self._start_sums(zero=any(g is None for g in grads))
-        found = [(s, g) for s, g in zip(self._sums, grads, strict=True) if g is not None]
-        if found:
-            combine = torch._foreach_copy_ if first and len(found) == len(grads) else torch._foreach_add_
-            combine([s for s, _ in found], [g for _, g in found])
-        for p in self._low:
+        """Take in the gradients of one micro-batch. float32 weights accumulate by themselves."""
+        fresh = {p: p.grad for p in self._low if p.grad is not None}
+        again = [p for p in fresh if p in self._found]
+        for p in again:
+            self._found[p] = self._found[p].float()
+        if again:
+            torch._foreach_add_([self._found[p] for p in again], [fresh[p] for p in again])
+        self._found = {**fresh, **self._found}
+        for p in fresh:
             p.grad = None
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """One update; lrs: learning rate of each group name. Returns the gradient norm before clipping, [] float32."""
-        norm = torch.nn.utils.get_total_norm(self.gradients(), foreach=True)
+        if not self._rule.fused:
+            self.gradients()
+        found = {updated: self._found.get(p, p.grad) for p, updated in self._updated.items()}
+        norm = self._norm([gradient for gradient in found.values() if gradient is not None])
         for group in self._rule.param_groups:
             group["lr"] = lrs[group["name"]]
-        self._rule.step(norm, self._clip_norm)
-        with torch.no_grad():
-            if self._low:
-                torch._foreach_copy_(self._low, self._masters)
+        self._rule.step(found, norm, self._clip_norm)
+        if not self._rule.fused:
+            self._round()
         for p in self._plain:
             p.grad = None
-        self._sums = []
-        for master in self._masters:
-            master.grad = None
+        self._found = {}
         return norm
 
     def gradients(self) -> list[Tensor]:
-        """The float32 gradients summed so far, in the order of the weights' dtypes; zero where there is none."""
-        self._start_sums(zero=True)
-        for p in self._plain:
-            if p.grad is None:  # no image in the whole step: zero, as a padded blank image would give
-                p.grad = torch.zeros_like(p)
-        return self._sums + [p.grad for p in self._plain if p.grad is not None]
+        """The float32 gradients summed so far, in the order of the weights' dtypes; zero where there is none.
 
-    def _start_sums(self, *, zero: bool) -> bool:
-        """Make the sums if this step has none yet, and say so. Activations lie where they lay during the passes."""
-        if self._sums or not self._masters:
-            return False
-        self._sums = [torch.zeros_like(m) if zero else torch.empty_like(m) for m in self._masters]
-        for master, total in zip(self._masters, self._sums, strict=True):
-            master.grad = total
-        return True
+        No image in the whole step: zero, as a padded blank image would give.
+        """
+        for p, master in zip(self._low, self._masters, strict=True):
+            self._found[p] = self._found[p].float() if p in self._found else torch.zeros_like(master)
+        for p in self._plain:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [self._found[p] for p in self._low] + [p.grad for p in self._plain if p.grad is not None]
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not self._rule.fused:
+            return torch.nn.utils.get_total_norm(gradients, foreach=True)
+        squares = [square_sum.infer(gradient) for gradient in gradients]
+        return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        if self._low:
+            torch._foreach_copy_(self._low, self._masters)
 
     def state(self) -> list[LazyTensor]:
         """Step count, moments and masters by weight name (see Engine.optimizer_state)."""
@@ -121,9 +131,7 @@ class MasterOptimizer:
             self._rule.load(updated, state, int(tensors["step"]))
             if updated is not p and f"master/{name}" in tensors:
                 updated.copy_(checked(tensors, f"master/{name}", p))
-        with torch.no_grad():
-            if self._low:
-                torch._foreach_copy_(self._low, self._masters)
+        self._round()
 
 
 def lower(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tinyllava_fast.config.load import to_dict
+from tinyllava_fast.config.load import parse_into, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_state
@@ -44,7 +44,7 @@ def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> t
             inner = folder if folder.name == "checkpoints" else folder / "checkpoints"
             folder = CheckpointStore(inner, 1).latest() or folder
     state = load_state(folder)
-    differing = differences(state.config, to_dict(config))
+    differing = differences(_completed(state.config), to_dict(config))
     if differing:
         lines = "\n".join(f"  {key}: checkpoint {old!r}, now {new!r}" for key, old, new in differing)
         raise CheckpointError(
@@ -54,6 +54,14 @@ def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> t
     if state.stage_index >= len(config.stages):
         raise UserError(f"{folder}: belongs to stage {state.stage_index}, the configuration has {len(config.stages)}")
     return folder, state
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with today's defaults for the keys that are younger than it: they change nothing."""
+    try:
+        return to_dict(parse_into(RunConfig, old, "state.json"))
+    except UserError:  # a key that no longer exists: as it is, so that the comparison names it
+        return old
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

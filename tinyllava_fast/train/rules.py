@@ -1,6 +1,8 @@
-"""The update rules behind ``optim.type``: torch's fused AdamW, and what bitsandbytes has.
+"""The update rules behind ``optim.type``: AdamW, torch's or in one pass of our own, and what bitsandbytes has.
 
-Both see float32 weights with float32 gradients (train/optim.py). bitsandbytes' 8-bit rules keep each moment as one byte
+All update float32 tensors: weights, or the masters of weights below float32 (train/optim.py). Masters on a CPU are
+updated from gradients as they come and rounded into their weights in the same pass over memory (ops/adamw.py); float32
+weights, which have neither, stay with torch's kernel. bitsandbytes' 8-bit rules keep each moment as one byte
 a weight and a float32 scale for every 256 of them (arXiv 2110.02861); weights of fewer than 4,096 elements, and
 embeddings, whose rows move at very different rates, keep float32 moments. Its paged rules keep moments in memory that
 CUDA moves to the host when the GPU is full. On a CPU bitsandbytes 0.50 has the 8-bit rules (it widens one weight's
@@ -17,24 +19,32 @@ from torch import Tensor
 
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig, OptimizerType
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.ops.adamw import adamw
 
 Groups = list[dict[str, Any]]
+Gradients = Mapping[Tensor, Tensor | None]
+"""Tensor that a rule updates -> its gradient, None: zero."""
 BLOCK = 256  # weights that share a scale
 SMALLEST = 4096  # elements of a weight whose moments are kept in 8 bits
 _SAVED = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scale": "absmax1", "exp_avg_sq_scale": "absmax2"}
 
 
 class Rule(Protocol):
-    """Updates float32 tensors from their ``grad``."""
+    """Updates float32 tensors.
+
+    fused: takes gradients of any dtype, absent ones too, and rounds masters into their weights. The others need a
+    float32 gradient of every tensor.
+    """
 
     param_groups: list[dict[str, Any]]
+    fused: bool
 
     @property
     def steps(self) -> int:
         """Updates done so far."""
         ...
 
-    def step(self, norm: Tensor, clip_norm: float) -> None:
+    def step(self, gradients: Gradients, norm: Tensor, clip_norm: float) -> None:
         """One update with gradients scaled so that their norm is at most clip_norm (0: as they are)."""
         ...
 
@@ -67,10 +77,21 @@ def check_rule(optim: OptimConfig, engine: EngineConfig, device: torch.device, w
 
 
 def build_rule(
-    kind: str, groups: Groups, *, betas: tuple[float, float], eps: float, exact: Set[Tensor] = frozenset()
+    kind: str,
+    groups: Groups,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    exact: Set[Tensor] = frozenset(),
+    weights: Mapping[Tensor, Tensor] | None = None,
 ) -> Rule:
-    """The rule of optim.type over float32 tensors. exact: those whose moments stay float32 in the 8-bit rules."""
+    """The rule of optim.type over float32 tensors.
+
+    exact: those whose moments stay float32 in the 8-bit rules. weights: master -> the weight that it is rounded into.
+    """
     if kind == "adamw":
+        if weights and all(p.is_cpu for p in weights):
+            return FusedAdamW(groups, weights, betas=betas, eps=eps)
         return TorchAdamW(groups, betas=betas, eps=eps)
     return BitsAndBytes(kind, groups, betas=betas, eps=eps, exact=exact)
 
@@ -85,6 +106,7 @@ class TorchAdamW:
     """torch.optim.AdamW's fused kernel. Clipping costs no pass over memory: the kernel divides by grad_scale."""
 
     kinds = ("exp_avg", "exp_avg_sq")
+    fused = False
 
     def __init__(self, groups: Groups, *, betas: tuple[float, float], eps: float) -> None:
         self._adamw = torch.optim.AdamW([{**g, "betas": betas, "eps": eps} for g in groups], fused=True)
@@ -95,11 +117,15 @@ class TorchAdamW:
         """See Rule."""
         return int(next(iter(self._adamw.state.values()))["step"]) if self._adamw.state else 0
 
-    def step(self, norm: Tensor, clip_norm: float) -> None:
+    def step(self, gradients: Gradients, norm: Tensor, clip_norm: float) -> None:
         """See Rule."""
+        for p, gradient in gradients.items():
+            p.grad = gradient
         if clip_norm > 0:
             self._adamw.grad_scale = torch.clamp((norm + 1e-6) / clip_norm, min=1.0)  # type: ignore[attr-defined]
         self._adamw.step()
+        for p in gradients:
+            p.grad = None
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """See Rule."""
@@ -112,8 +138,45 @@ class TorchAdamW:
         self._adamw.state[parameter] = {"step": step, **{k: t.to(parameter) for k, t in tensors.items()}}
 
 
+class FusedAdamW:
+    """AdamW in one pass over memory: gradient, clipping, moments, master, weight. weights: see build_rule."""
+
+    fused = True
+
+    def __init__(
+        self, groups: Groups, weights: Mapping[Tensor, Tensor], *, betas: tuple[float, float], eps: float
+    ) -> None:
+        self.param_groups = [dict(g) for g in groups]
+        self.steps = 0
+        self._weights, self._betas, self._eps = dict(weights), betas, eps
+        self._moments: dict[Tensor, dict[str, Tensor]] = {}  # there from the first step on
+
+    @torch.no_grad()
+    def step(self, gradients: Gradients, norm: Tensor, clip_norm: float) -> None:
+        """See Rule."""
+        factor = 1.0 / float(torch.clamp((norm + 1e-6) / clip_norm, min=1.0)) if clip_norm > 0 else 1.0
+        self.steps += 1
+        for group in self.param_groups:
+            settings = (factor, group["lr"], group["weight_decay"], *self._betas, self._eps, self.steps)
+            for p in group["params"]:
+                if p not in self._moments:
+                    self._moments[p] = self.state(p)
+                adamw.infer(p, *self._moments[p].values(), self._weights.get(p), gradients[p], *settings)
+
+    def state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """See Rule."""
+        return self._moments.get(parameter) or {kind: torch.zeros_like(parameter) for kind in TorchAdamW.kinds}
+
+    def load(self, parameter: Tensor, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """See Rule."""
+        self._moments[parameter] = {kind: tensors[kind].to(parameter) for kind in TorchAdamW.kinds}
+        self.steps = steps
+
+
 class BitsAndBytes:
     """AdamW and Lion (arXiv 2302.06675) of bitsandbytes."""
+
+    fused = False
 
     def __init__(
         self, kind: str, groups: Groups, *, betas: tuple[float, float], eps: float, exact: Set[Tensor]
@@ -139,12 +202,16 @@ class BitsAndBytes:
         """See Rule."""
         return int(next(iter(self._rule.state.values()))["step"])
 
-    def step(self, norm: Tensor, clip_norm: float) -> None:
+    def step(self, gradients: Gradients, norm: Tensor, clip_norm: float) -> None:
         """See Rule."""
+        for p, gradient in gradients.items():
+            p.grad = gradient
         if clip_norm > 0:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            grads = [gradient for gradient in gradients.values() if gradient is not None]
             torch._foreach_mul_(grads, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
         self._rule.step()
+        for p in gradients:
+            p.grad = None
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """See Rule."""

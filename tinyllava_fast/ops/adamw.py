@@ -1,0 +1,170 @@
+"""A step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) for one weight, in one pass over memory.
+
+    g  = factor grad                                 factor: what clipping leaves of the gradient
+    m  = b1 m + (1 - b1) g                           v = b2 v + (1 - b2) g²
+    p  = (1 - lr decay) p  -  lr / (1 - b1ⁿ)  m / (sqrt(v / (1 - b2ⁿ)) + eps)
+    weight = p, rounded
+
+p, m and v are float32; the gradient has the dtype that it came in, the weight is what the model computes with. In four
+passes (a float32 gradient, clipping, the update, the rounding) the same step moves twice the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops._check import FLOATS
+from tinyllava_fast.ops._op import Sample, define_op
+
+CHUNK = 1 << 14
+"""Elements whose squares the C++ kernel sums together."""
+
+
+def _check(
+    p: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor | None,
+    grad: Tensor | None,
+    factor: float,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> None:
+    for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("weight", weight), ("grad", grad)):
+        if tensor is not None and (tensor.shape != p.shape or tensor.dtype not in FLOATS):
+            raise ValueError(
+                f"adamw: {name} must be float of p's shape {list(p.shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if not p.dtype == exp_avg.dtype == exp_avg_sq.dtype:
+        raise ValueError(f"adamw: p is {p.dtype}, its moments are {exp_avg.dtype} and {exp_avg_sq.dtype}")
+    if step < 1:
+        raise ValueError(f"adamw: step counts from 1, got {step}")
+
+
+def _supports(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None, *rest: object) -> str | None:
+    kinds = (p.dtype, torch.bfloat16 if weight is None else weight.dtype)
+    if kinds != (torch.float32, torch.bfloat16):
+        return f"its C++ kernel takes float32 masters of bfloat16 weights, got {kinds[0]} and {kinds[1]}"
+    if not all(t.is_contiguous() for t in (p, exp_avg, exp_avg_sq, weight) if t is not None):
+        return "its C++ kernel takes contiguous weights"
+    return None
+
+
+def _samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+
+    def case(label: str, *shape: int, rounds: bool = True, grad: bool = True, factor: float = 1.0) -> Sample:
+        p, m, slope = (torch.randn(shape, generator=g) for _ in range(3))
+        v = torch.rand(shape, generator=g)
+        weight = p.bfloat16() if rounds else None
+        if len(shape) == 2 and grad:
+            slope = slope.t().contiguous().t()
+        args = (p, m, v, weight, slope if grad else None, factor, 1e-2, 0.1, 0.9, 0.95, 1e-8, 3)
+        return Sample(args, label, differentiable=False, kept=(0, 1, 2, 3))
+
+    yield case("ragged, clipped", 37, 61, factor=0.3)
+    yield case("several chunks", 3 * CHUNK + 5)
+    yield case("float32 weight", 1030, rounds=False, factor=0.5)
+    yield case("no gradient", 7, 9, grad=False)
+    yield case("one element", 1)
+    yield case("no element", 0, 4)
+
+
+def _run_cpp(
+    p: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor | None,
+    grad: Tensor | None,
+    factor: float,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> None:
+    if grad is not None:
+        grad = (grad if grad.dtype in (torch.float32, torch.bfloat16) else grad.float()).contiguous()
+    _cpp.extension().adamw(
+        *(t.data_ptr() if t is not None else 0 for t in (p, exp_avg, exp_avg_sq, weight, grad)),
+        *(p.numel(), _cpp.DTYPE_CODES[grad.dtype if grad is not None else torch.float32]),
+        *(factor, lr, 1.0 - lr * weight_decay, beta1, beta2, eps, 1.0 - beta1**step, 1.0 - beta2**step),
+    )
+
+
+@define_op(
+    module="adamw",
+    check=_check,
+    fake=lambda *_: None,
+    cpp=_run_cpp,
+    cpp_supports=_supports,
+    samples=_samples,
+    mutates=("p", "exp_avg", "exp_avg_sq", "weight"),
+)
+def adamw(
+    p: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor | None,
+    grad: Tensor | None,
+    factor: float,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> None:
+    """One step in place: p and its moments, float32 of one shape, and weight, p in the model's dtype, unless None.
+
+    grad: of any float dtype; None counts as zero. factor: the gradient is multiplied by it. step: from 1 on.
+    """
+    g = torch.zeros_like(p) if grad is None else grad.to(p.dtype) * factor
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    divisor = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    p.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, divisor, value=-lr / (1 - beta1**step))
+    if weight is not None:
+        weight.copy_(p)
+
+
+def _check_sum(x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"square_sum: x must be float, got {x.dtype}")
+
+
+def _sum_samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+    for shape in ((5, 7), (CHUNK + 1,), (3, CHUNK + 130), (1,), (0, 3)):
+        yield Sample((torch.randn(shape, generator=g) / 100,), f"{list(shape)}", differentiable=False)
+    yield Sample((torch.randn(6, 10, generator=g)[:, ::2],), "strided", differentiable=False)
+
+
+def _sum_cpp(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    parts = torch.empty(-(-x.numel() // CHUNK), dtype=torch.float64)
+    _cpp.extension().square_sum(x.data_ptr(), parts.data_ptr(), x.numel(), _cpp.DTYPE_CODES[x.dtype])
+    return parts.sum()
+
+
+@define_op(
+    module="adamw",
+    check=_check_sum,
+    fake=lambda x: x.new_empty((), dtype=torch.float64),
+    cpp=_sum_cpp,
+    cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    samples=_sum_samples,
+)
+def square_sum(x: Tensor) -> Tensor:
+    """The sum of the squares of x, any shape, as a float64 scalar; the same for every number of threads in C++."""
+    return x.double().square().sum()
