@@ -84,6 +84,7 @@ def run_ours(
     stage = run.stages[0]
     lmm.to(process.device)
     groups: list[dict[str, Any]] = [{**group} for group in apply_recipe(lmm, stage.recipe, stage.optim, seed=run.seed)]
+    lmm.set_gradient_checkpointing(run.engine.gradient_checkpointing)
     if run.engine.compile:
         CompiledForward(lmm)
     engine = build_engine(process, run.engine, stage.optim, lmm, groups, micro_batches=1)

@@ -16,6 +16,7 @@ from tinyllava_fast.bench import cli, samples, sides, train, worker
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
+from tinyllava_fast.models.lmm import LMM
 
 pytest.importorskip("easy_vqa")
 SETTINGS = train.Settings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
@@ -49,6 +50,17 @@ def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path,
     assert facts["budget"] % 64 == 0  # type: ignore[operator]
     assert facts["tokens_per_step"] <= facts["padded_tokens_per_step"]  # type: ignore[operator]
     assert 0 < facts["supervised_per_step"] < facts["tokens_per_step"]  # type: ignore[operator]
+
+
+def test_our_side_recomputes_what_the_config_says(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["engine.gradient_checkpointing=selective", "engine.compile=true"]
+    run = load_run(train.compose(config, overrides, tmp_path, SETTINGS))
+    built: list[LMM] = []
+    monkeypatch.setattr(sides, "CompiledForward", built.append)  # sees the model as it is about to train
+    sides.serve("ours", run, RecordingGate(), per_step=2, precision="float32")  # type: ignore[arg-type]
+    assert [layer.gradient_checkpointing for layer in built[0].llm.model.layers] == [True, False]  # type: ignore[operator, union-attr]
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ def test_selective_checkpointing_recomputes_every_second_layer(
     layers = list(lmm.adapter.layers(lmm.llm))
     for index, layer in enumerate(layers):
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
-    lmm.set_gradient_checkpointing(True, every=2)
+    lmm.set_gradient_checkpointing("selective")
     assert_same(grads_of(lmm, lmm(**batch.tensors())), want)
     assert [runs.count(i) for i in range(len(layers))] == [2 - i % 2 for i in range(len(layers))]
 

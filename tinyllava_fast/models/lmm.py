@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,24 +160,28 @@ class LMM(nn.Module):
             logits = nn.functional.linear(hidden, *self.adapter.head(self.llm))
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
-    def set_gradient_checkpointing(self, enable: bool, *, every: int = 1) -> None:
-        """Recompute decoder layers in the backward pass instead of keeping their activations: each ``every``-th one."""
+    def set_gradient_checkpointing(self, which: bool | Literal["selective"]) -> None:
+        """Recompute decoder layers in the backward pass instead of keeping their activations: all, or every other one.
+
+        Raises UserError for "selective" where transformers checkpoints the layers of an architecture together.
+        """
         # transformers renamed the two methods on its way to version 6
         name = "activation" if hasattr(self.llm, "activation_checkpointing_enable") else "gradient"
-        if not enable:
+        if not which:
             getattr(self.llm, f"{name}_checkpointing_disable")()
             return
         options = {f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
         getattr(self.llm, f"{name}_checkpointing_enable")(**options)
+        if which != "selective":
+            return
         layers: list[Any] = list(self.adapter.layers(self.llm))
-        if every > 1 and not hasattr(layers[0], "gradient_checkpointing"):
+        if not hasattr(layers[0], "gradient_checkpointing"):
             raise UserError(
                 f"engine.gradient_checkpointing: selective, but the layers of {type(self.llm).__name__} are "
                 "checkpointed together; set true or false"
             )
-        for index, layer in enumerate(layers):
-            if index % every:
-                layer.gradient_checkpointing = False
+        for layer in layers[1::2]:
+            layer.gradient_checkpointing = False
 
     def component_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Named parameters of each component; a tied weight is listed once."""

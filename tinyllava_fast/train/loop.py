@@ -86,8 +86,7 @@ class Stage:
             self._load_weights(resumed)
         self.model.label_smoothing, self.model.z_loss = self.config.optim.label_smoothing, self.config.optim.z_loss
         self.peak_lrs = {g["name"]: g["lr"] for g in groups}
-        if checkpointing := run.config.engine.gradient_checkpointing:
-            self.model.set_gradient_checkpointing(True, every=2 if checkpointing == "selective" else 1)
+        self.model.set_gradient_checkpointing(run.config.engine.gradient_checkpointing)
         self.loader = self._loader()
         self.flops = self._flops()
         self.kind = self._kind()
