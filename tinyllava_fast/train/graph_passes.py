@@ -34,6 +34,9 @@ class TrainingPasses(CustomGraphPass):
 
 def replace_products(graph: fx.Graph) -> None:
     """Products of large bfloat16 matrices on a CPU become ``gemm``, wherever that is faster: x Wᵀ, dy W and dyᵀ x."""
+    left: Any
+    right: Any
+    bias: Any
     for target, places in ((aten.mm.default, (0, 1, None)), (aten.addmm.default, (1, 2, 0))):
         for node in graph.find_nodes(op="call_function", target=target):
             left, right, bias = (None if place is None else node.args[place] for place in places)
