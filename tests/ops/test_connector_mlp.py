@@ -92,15 +92,15 @@ def test_trains_after_it_has_been_asked_in_inference_mode() -> None:
 
 @pytest.mark.skipif(not _cpp.has_tiles(), reason="this CPU or TLF_ISA has no AMX tiles")
 def test_takes_tiles_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradients of both weights, in bfloat16 and at a size that pays."""
+    """The gradients of both weights, in bfloat16 and at a size that pays: rows, columns, depth."""
     taken = []
     real = _cpp.extension()
     spied = SimpleNamespace(**{name: getattr(real, name) for name in dir(real)})
-    spied.weight_gradient_tiles = lambda *args: (taken.append(args[-4:-1]), real.weight_gradient_tiles(*args))[1]
+    spied.gemm_tiles = lambda *args: (taken.append(args[-4:-1]), real.gemm_tiles(*args))[1]
     monkeypatch.setattr(_cpp, "extension", lambda: spied)
     x, w1, b1, w2, b2 = problem(512, 192, 256, 256, torch.bfloat16)
     connector_mlp(x.detach(), w1, b1, w2, b2).sum().backward()
-    assert sorted(taken) == [(512, 256, 192), (512, 256, 256)]
+    assert sorted(taken) == [(256, 192, 512), (256, 256, 512)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

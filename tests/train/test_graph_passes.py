@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.ops import linear_cross_entropy, splice
 from tinyllava_fast.ops.splice import splice_bwd_add
-from tinyllava_fast.ops.weight_gradient import pays, weight_gradient
+from tinyllava_fast.ops.gemm import gemm
 from tinyllava_fast.train import graph_passes
 
 
@@ -29,27 +29,52 @@ def gradients(layer: nn.Module, x: Tensor, *, compiled: bool) -> list[Tensor]:
     return [p.grad for p in layer.parameters() if p.grad is not None]
 
 
-def test_weight_gradients_are_replaced_where_it_pays(monkeypatch) -> None:
-    calls: list[tuple[int, ...]] = []
-    monkeypatch.setattr(graph_passes, "pays", lambda *shape: calls.append(shape[:3]) or shape[1] == 48)
+def test_products_are_replaced_where_it_pays(monkeypatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def pays(left: Tensor, right: Tensor) -> bool:
+        seen.append((*left.shape, right.shape[1]))
+        return 48 in left.shape
+
+    monkeypatch.setattr(graph_passes, "pays", pays)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 24, bias=False)).bfloat16()
+    net = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 24, bias=False), nn.Linear(24, 24)).bfloat16()
     x = torch.randn(70, 32, dtype=torch.bfloat16)
     want = gradients(net, x, compiled=False)
     ran: list[tuple[int, ...]] = []
-    kernel = weight_gradient.cpp
-    monkeypatch.setattr(weight_gradient, "cpp", lambda *args: ran.append(args[0].shape) or kernel(*args))
+    kernel = gemm.cpp
+
+    def run(*args: Tensor) -> Tensor:
+        ran.append((*args[0].shape, args[1].shape[1], args[2] is not None))
+        return kernel(*args)
+
+    monkeypatch.setattr(gemm, "cpp", run)
     got = gradients(net, x, compiled=True)
-    assert sorted(calls) == [(70, 24, 48), (70, 48, 32)]
-    assert ran == [(70, 48)]
+    forward, inputs, weights = [(70, 32, 48), (70, 48, 24), (70, 24, 24)], [(70, 24, 48), (70, 24, 24)], [(48, 70, 32)]
+    assert sorted(seen) == sorted(forward + inputs + weights + [(24, 70, 48), (24, 70, 24)])
+    assert sorted(ran) == [(48, 70, 32, False), (70, 48, 24, False)]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=0.05 * float(b.abs().max()), rtol=0)
 
 
-def test_what_pays() -> None:
-    assert not pays(3584, 1536, 576, torch.float32)
-    assert not pays(3584, 1536, 16, torch.bfloat16)
-    assert not pays(64, 128, 128, torch.bfloat16)
+def test_a_bias_is_taken_along(monkeypatch) -> None:
+    monkeypatch.setattr(graph_passes, "pays", lambda *_: True)
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 80).bfloat16().requires_grad_(False)
+    ran: list[bool] = []
+    kernel = gemm.cpp
+    monkeypatch.setattr(gemm, "cpp", lambda *args: ran.append(args[2] is not None) or kernel(*args))
+    x = torch.randn(70, 64, dtype=torch.bfloat16)
+    got = torch.compile(layer, fullgraph=True, options=graph_passes.options())(x)
+    assert ran == [True]
+    torch.testing.assert_close(got, layer(x), atol=0.05, rtol=0)
+
+
+def test_float32_products_stay_torchs(monkeypatch) -> None:
+    monkeypatch.setattr(gemm, "cpp", lambda *_: pytest.fail("replaced"))
+    layer, x = nn.Linear(128, 512), torch.randn(512, 128)
+    for a, b in zip(gradients(layer, x, compiled=True), gradients(layer, x, compiled=False), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()), rtol=0)
 
 
 def test_rotary_tables_are_kept_and_change_nothing() -> None:

@@ -4,7 +4,7 @@
     dh = (dy W2) f'(h)          dx = dh W1          dW1 = dhᵀ x     dW2 = dyᵀ a     db1, db2 = column sums of dh, dy
 
 h and a are made anew in the backward pass: one product more, and of what autograd would keep, [N, K] for x and [N, D]
-for each of h and a, only x is left. On a CPU with AMX weight_gradient earns that product back.
+for each of h and a, only x is left. On a CPU with AMX gemm earns that product back.
 Legend: N rows, K inputs, D hidden, O outputs.
 """
 
@@ -23,7 +23,7 @@ from tinyllava_fast.errors import nearest
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
-from tinyllava_fast.ops.weight_gradient import weight_gradient
+from tinyllava_fast.ops.gemm import product
 
 OP = "connector_mlp"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -162,15 +162,15 @@ def _cpp_bwd(
             *(a.data_ptr(), dh.data_ptr(), a.numel(), list(ACTIVATIONS).index(activation), _cpp.DTYPE_CODES[x.dtype])
         )
         if want[0]:
-            dx = dh @ w1
+            dx = product(dh, w1)
         if want[1]:
-            dw1 = weight_gradient.infer(dh, x)
+            dw1 = product(dh.t(), x)
         if want[2]:
             db1 = dh.sum(0)
     else:
         a = _IN_PLACE[activation](_hidden(x, w1, b1, *_rooms(1, x, w1)))
     if want[3]:
-        dw2 = weight_gradient.infer(grad, a)
+        dw2 = product(grad.t(), a)
     return dx, dw1, db1, dw2, db2
 
 
@@ -190,7 +190,7 @@ def connector_mlp_bwd(
     h = functional.linear(x, w1, b1)
     dh = _SLOPES[activation](grad @ w2, h)
     if want[0]:
-        dx = dh @ w1
+        dx = product(dh, w1)
     if want[1]:
         dw1 = dh.t() @ x
     if want[2]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect, expect_range
 from tinyllava_fast.ops._op import Sample, define_op
-from tinyllava_fast.ops.weight_gradient import pays, weight_gradient
+from tinyllava_fast.ops.gemm import product
 
 CHUNK_BYTES = 128 << 20
 """Most memory for logits at a time: 1,365 rows of a 49,152-word vocabulary in bf16, so one chunk for most packs."""
@@ -246,10 +246,6 @@ def _cpp_fwd(
     return loss.sum().float(), d_hidden, d_weight.result(), d_bias.to(dtype)
 
 
-def _gradient(z: Tensor, x: Tensor) -> Tensor:
-    return weight_gradient.infer(z, x) if pays(len(z), z.shape[1], x.shape[1], z.dtype) else z.t() @ x
-
-
 class _Sum:
     """d_weight [V, D] as a sum of products over the chunks, rounded to its dtype once."""
 
@@ -266,7 +262,7 @@ class _Sum:
             return
         for start in range(0, len(self.total), VOCAB_BLOCK):
             block = slice(start, start + VOCAB_BLOCK)
-            self.total[block] += _gradient(z[:, block], x)
+            self.total[block] += product(z[:, block].t(), x)
 
     def result(self) -> Tensor:
         """The sum in its dtype."""

@@ -15,8 +15,8 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops.gemm import gemm, pays
 from tinyllava_fast.ops.splice import splice_bwd, splice_bwd_add
-from tinyllava_fast.ops.weight_gradient import pays, weight_gradient
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -26,7 +26,7 @@ class TrainingPasses(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Change the graph in place."""
-        replace_weight_gradients(graph)
+        replace_products(graph)
         add_to_tied_gradients(graph)
         keep_rotary_tables(graph)
 
@@ -36,25 +36,22 @@ class TrainingPasses(CustomGraphPass):
         return get_hash_for_files((__file__,)), module.isa() if module else ""
 
 
-def replace_weight_gradients(graph: fx.Graph) -> None:
-    """Products dyᵀ x of large bfloat16 matrices on a CPU become ``weight_gradient``, wherever that is faster."""
-    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-        left, x = node.args
-        if left.target is not aten.permute.default or list(left.args[1]) != [1, 0]:
-            continue
-        grad = left.args[0]
-        given, other = grad.meta["val"], x.meta["val"]
-        if given.device.type != "cpu" or not (given.is_contiguous() and other.is_contiguous()):
-            continue
-        rows, outputs = given.shape
-        if not pays(rows, outputs, other.shape[1], given.dtype):
-            continue
-        with graph.inserting_before(node):
-            new = graph.call_function(weight_gradient.op._opoverload, (grad, x))
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
+def replace_products(graph: fx.Graph) -> None:
+    """Products of large bfloat16 matrices on a CPU become ``gemm``, wherever that is faster: x Wᵀ, dy W and dyᵀ x."""
+    left: Any
+    right: Any
+    bias: Any
+    for target, places in ((aten.mm.default, (0, 1, None)), (aten.addmm.default, (1, 2, 0))):
+        for node in graph.find_nodes(op="call_function", target=target):
+            left, right, bias = (None if place is None else node.args[place] for place in places)
+            shifted = bias is not None and (bias.meta["val"].dim() != 1 or node.kwargs)
+            if shifted or not pays(left.meta["val"], right.meta["val"]):
+                continue
+            with graph.inserting_before(node):
+                new = graph.call_function(gemm.op._opoverload, (left, right, bias))
+            new.meta.update(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
 
 
 def add_to_tied_gradients(graph: fx.Graph) -> None:

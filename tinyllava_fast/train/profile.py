@@ -43,7 +43,7 @@ ROWS = {
 }
 _OPS = {"tlf::packed_attention": "attention", "tlf::linear_cross_entropy": "head"}
 _REGIONS = {"tlf.optimizer": "optimizer", "tlf.data": "data"}
-_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "tlf::weight_gradient": (0, 1)}
+_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "tlf::gemm": (0, 1)}
 """Positions of the two factors among the inputs."""
 
 
