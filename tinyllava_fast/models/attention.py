@@ -69,7 +69,8 @@ def packed(
     """
     owner = type(module).__name__
     _refuse(owner, query, attention_mask, dropout, s_aux)
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H | Hkv, Dh]
+    # squeeze, because the gradient of x[0] is a copy into zeros
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H | Hkv, Dh]
     causal = bool(getattr(module, "is_causal", True))
     if kv is not None:
         pool_k, pool_v = kv.k[module.layer_idx], kv.v[module.layer_idx]  # type: ignore[index]
