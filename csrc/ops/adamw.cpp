@@ -3,6 +3,7 @@
 
 #include "tlf/attention_simd.h"
 #include "tlf/kernel.h"
+#include "tlf/numeric.h"
 #include "tlf/rows.h"
 
 namespace tlf {
@@ -47,18 +48,25 @@ TLF_INLINE void update(float* p, float* m, float* v, const G* grad, int64_t n, c
   update_some(p + i, m + i, v + i, grad + i, n - i, s);
 }
 
-TLF_INLINE void round_weights(const float* __restrict p, bf16* __restrict weight, int64_t n) {
-  int64_t i = 0;
+// The upper half of p's bits after adding a threshold to them: see ops/adamw.py. first: index of p[0] in the weight.
+TLF_INLINE void round_weights(const float* __restrict p, bf16* __restrict weight, int64_t n, int64_t first) {
+  alignas(64) uint16_t rounded[kRun];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t hashed = static_cast<uint32_t>(first + i) * 0x9E3779B1u;
+    hashed = (hashed ^ (hashed >> 15)) * 0x85EBCA77u;
+    rounded[i] = static_cast<uint16_t>((float_to_bits(p[i]) + (hashed >> 16)) >> 16);
+  }
+  int64_t done = 0;
 #if defined(TLF_AVX512BF16)
   // past the caches: the lines would be read only to be overwritten
   if (reinterpret_cast<uintptr_t>(weight) % 64 == 0) {
-    for (; i + 32 <= n; i += 32) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(weight + i), narrow_rows(load(p + i), load(p + i + 16)));
+    for (; done + 32 <= n; done += 32) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(weight + done), _mm512_load_si512(rounded + done));
     }
   }
 #endif
-#pragma omp simd
-  for (int64_t k = i; k < n; ++k) narrow(p[k], weight + k);
+  if (done < n) __builtin_memcpy(weight + done, rounded + done, sizeof(uint16_t) * static_cast<size_t>(n - done));
 }
 
 template <typename G>
@@ -70,7 +78,7 @@ void update_all(float* p, float* m, float* v, bf16* weight, const G* grad, int64
     for (int64_t i = at; i < stop; i += kRun) {
       const int64_t size = least(kRun, stop - i);
       update(p + i, m + i, v + i, grad == nullptr ? none : grad + i, size, s);
-      if (weight != nullptr) round_weights(p + i, weight + i, size);
+      if (weight != nullptr) round_weights(p + i, weight + i, size, i);
     }
   }
 }

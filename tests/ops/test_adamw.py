@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.ops._op import force_backend
-from tinyllava_fast.ops.adamw import CHUNK, adamw, square_sum
+from tinyllava_fast.ops.adamw import CHUNK, adamw, dither, square_sum
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 SIZE = 3 * CHUNK + 77
@@ -44,7 +44,29 @@ def test_equals_torchs_adamw_in_float64(backend: str, factor: float, decay: floa
     torch.testing.assert_close(p.double(), exact.detach(), rtol=0, atol=3e-6)
     for moment, name in ((m, "exp_avg"), (v, "exp_avg_sq")):
         torch.testing.assert_close(moment.double(), optimizer.state[exact][name], rtol=1e-6, atol=1e-7)
-    assert torch.equal(weight, p.bfloat16())
+    rounded = torch.empty_like(weight)
+    dither(p, rounded)
+    assert torch.equal(weight, rounded)
+
+
+def test_small_updates_move_their_share_of_the_weights() -> None:
+    """Rounding to the nearest would leave all of these where they are."""
+    grid = torch.linspace(-2, 2, SIZE).bfloat16().float()
+    above = torch.where(grid < 0, -1, 1) * torch.full_like(grid, float("inf"))
+    step = (torch.nextafter(grid.bfloat16(), above.bfloat16()).float() - grid).abs()
+    weight = torch.empty(SIZE, dtype=torch.bfloat16)
+    for share in (0.0, 0.1, 0.5, 0.9):
+        dither(grid + share * above.sign() * step, weight)
+        moved = weight.float() != grid
+        assert abs(float(moved.float().mean()) - share) < 0.01
+        assert torch.equal(weight.float()[moved], (grid + above.sign() * step)[moved])
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 0.0])
+def test_rounding_keeps_what_is_no_number_of_the_grid(value: float) -> None:
+    p, weight = torch.full((SIZE,), value), torch.empty(SIZE, dtype=torch.bfloat16)
+    dither(p, weight)
+    assert torch.equal(weight, p.bfloat16()) or weight.isnan().all()
 
 
 def test_a_gradient_may_come_in_either_dtype_and_layout() -> None:

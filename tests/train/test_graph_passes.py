@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyllava_fast.ops import linear_cross_entropy, splice
-from tinyllava_fast.ops.splice import splice_bwd_add
 from tinyllava_fast.ops.gemm import gemm
+from tinyllava_fast.ops.splice import splice_bwd_add
 from tinyllava_fast.train import graph_passes
 
 

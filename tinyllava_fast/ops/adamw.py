@@ -3,10 +3,16 @@
     g  = factor grad                                 factor: what clipping leaves of the gradient
     m  = b1 m + (1 - b1) g                           v = b2 v + (1 - b2) g²
     p  = (1 - lr decay) p  -  lr / (1 - b1ⁿ)  m / (sqrt(v / (1 - b2ⁿ)) + eps)
-    weight = p, rounded
+    weight = p, rounded by dither
 
 p, m and v are float32; the gradient has the dtype that it came in, the weight is what the model computes with. In four
 passes (a float32 gradient, clipping, the update, the rounding) the same step moves twice the bytes.
+
+Dither: a bfloat16 weight is p rounded up where the fraction that does not fit exceeds a threshold of the element's own,
+a hash of its index, and down elsewhere. Rounding to the nearest instead would swallow an update of less than half a
+step of the grid until many of them have added up, for every weight that starts on it, as a checkpoint's bfloat16
+weights all do. So a tenth of a step moves a tenth of the weights, nothing flickers, no random state is kept, and a p on
+the grid is its own weight.
 """
 
 from __future__ import annotations
@@ -23,6 +29,23 @@ from tinyllava_fast.ops._op import Sample, define_op
 
 CHUNK = 1 << 14
 """Elements whose squares the C++ kernel sums together."""
+_PIECE = 1 << 22  # elements whose thresholds are made at once
+_WORD = 0xFFFFFFFF
+
+
+def dither(p: Tensor, weight: Tensor) -> None:
+    """Write p, float32, into weight, of its shape; into bfloat16 as above, into another dtype as torch rounds."""
+    if (p.dtype, weight.dtype) != (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+        weight.copy_(p)
+        return
+    source, target = p.detach().reshape(-1), weight.detach().view(-1)
+    for at in range(0, p.numel(), _PIECE):
+        part = source[at : at + _PIECE]
+        index = torch.arange(at, at + part.numel(), device=p.device)
+        hashed = index * 0x9E3779B1 & _WORD
+        hashed = (hashed ^ hashed >> 15) * 0x85EBCA77 & _WORD
+        bits = part.view(torch.int32) + (hashed >> 16).to(torch.int32) & -0x10000
+        target[at : at + _PIECE] = bits.view(torch.float32)
 
 
 def _check(
@@ -135,7 +158,7 @@ def adamw(
     divisor = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
     p.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, divisor, value=-lr / (1 - beta1**step))
     if weight is not None:
-        weight.copy_(p)
+        dither(p, weight)
 
 
 def _check_sum(x: Tensor) -> None:

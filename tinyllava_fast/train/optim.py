@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.hf import cast_parameters
-from tinyllava_fast.ops.adamw import square_sum
+from tinyllava_fast.ops.adamw import dither, square_sum
 from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups
 from tinyllava_fast.train.rules import build_rule
 
@@ -107,8 +107,8 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def _round(self) -> None:
-        if self._low:
-            torch._foreach_copy_(self._low, self._masters)
+        for p, master in zip(self._low, self._masters, strict=True):
+            dither(master, p)
 
     def state(self) -> list[LazyTensor]:
         """Step count, moments and masters by weight name (see Engine.optimizer_state)."""
