@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="after the race, take the losses of the peer over float32 weights (default yes)",
+        help="after the race, take the losses of the peer in float32 (default yes)",
     )
     train.add_argument(
         "--mode",
