@@ -45,7 +45,7 @@ def pytest_configure() -> None:
         return (torch.zeros if allocate.__name__ == "zeros" else torch.empty)(shape, dtype=dtype)
 
     _cpp._buffer = exact
-    _cpp.scratch = lambda nbytes: torch.empty(nbytes, dtype=torch.uint8)
+    _cpp.scratch = lambda nbytes, owner="": torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _environment(folder: str, isa: str) -> dict[str, str]:
