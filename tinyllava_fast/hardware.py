@@ -22,6 +22,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # (M, K, N): a large square, and a decoder's own widths (SmolLM2-135M: 3072 tokens through up and down)
 GEMM_SHAPES = ((2048, 2048, 2048), (3072, 576, 1536), (3072, 1536, 576))
 CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096))
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _NEVER = 2**31 - 1  # mallopt takes an int
 _OLD_LIMIT = 32 * 2**20  # the largest mmap threshold that older glibc accepts
 
@@ -31,13 +32,18 @@ def prepare_memory() -> bool:
 
     Call it before torch allocates: torch reads THP_MEM_ALLOC_ENABLE once. A value that the user has set stays.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault(_HUGE_PAGES, "1")
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
     kept = mallopt(M_MMAP_THRESHOLD, _NEVER) or mallopt(M_MMAP_THRESHOLD, _OLD_LIMIT)
     return bool(kept and mallopt(M_TRIM_THRESHOLD, _NEVER))
+
+
+def keeps_memory() -> bool:
+    """Whether prepare_memory has told this process to find freed memory again, so that little is fresh."""
+    return os.environ.get(_HUGE_PAGES) == "1"
 
 
 def gemm_flops_per_s(dtype: Any, device: str = "cpu") -> float:

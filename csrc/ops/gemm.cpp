@@ -162,12 +162,6 @@ struct Panel {
   int64_t ld, half, step;
 };
 
-// What is read next, fetched a line a step while the tiles are busy.
-struct Ahead {
-  const char* line;
-  int64_t stride;
-};
-
 // A tile that leaves the first-level cache to others.
 template <int To>
 TLF_INLINE void tile_stream(const void* from) {
@@ -176,12 +170,11 @@ TLF_INLINE void tile_stream(const void* from) {
 }
 
 // Everything is copied into registers: what the loop stored would hold up tiles that lie 4 KiB further.
-TLF_INLINE void multiply_steps(int64_t steps, const Panel& panel, int64_t first, const bf16* b, Ahead& ahead) {
+TLF_INLINE void multiply_steps(int64_t steps, const Panel& panel, int64_t first, const bf16* b) {
   const bf16 *a = panel.at + first * panel.step, *other = a + panel.half;
-  const int64_t ld = panel.ld, step = panel.step, stride = ahead.stride;
-  const char* line = ahead.line;
+  const int64_t ld = panel.ld, step = panel.step;
   b += first * kStep;
-  for (int64_t i = 0; i < steps; ++i, a += step, other += step, b += kStep, line += stride) {
+  for (int64_t i = 0; i < steps; ++i, a += step, other += step, b += kStep) {
     tile_stream<6>(b);
     tile_load<4>(a, ld);
     tile_multiply<0, 4, 6>();
@@ -190,9 +183,7 @@ TLF_INLINE void multiply_steps(int64_t steps, const Panel& panel, int64_t first,
     tile_load<5>(other, ld);
     tile_multiply<2, 5, 6>();
     tile_multiply<3, 5, 7>();
-    __builtin_prefetch(line, 0, 2);
   }
-  ahead.line = line;
 }
 
 // A square of sums on its way into the result.
@@ -238,19 +229,12 @@ struct Task {
     return {panel, 64, kHalf, kStep};
   }
 
-  Ahead ahead(int64_t row, int64_t at) const {
-    if (row >= plan.rows) return {reinterpret_cast<const char*>(left.data), 0};
-    const bf16* from = left.data + (left.turned ? at * left.ld + row : row * left.ld + at);
-    return {reinterpret_cast<const char*>(from), left.turned ? left.ld * 2 : 64};
-  }
-
   // 32 rows times what is laid out of the block.
   void multiply(int64_t row, int64_t at, int64_t deep, float* total) const {
     alignas(64) float squares[2][kSquare];
     const int64_t all = ceil_div(deep, kDeep), panels = ceil_div(columns, kSide);
     const int64_t piece = plan.piece / kDeep, group = all > piece ? kGroup : panels;
     const Panel a = panel_of(row, at, deep);
-    Ahead next = ahead(row + kSide, at);
     Square square{nullptr, nullptr, nullptr, plan.columns, least(kSide, plan.rows - row), 0};
     for (int64_t from = 0; from < panels; from += group) {
       const int64_t to = least(panels, from + group);
@@ -268,13 +252,13 @@ struct Task {
               tile_load<0>(sofar, 64), tile_load<1>(sofar + 256, 64);
               tile_load<2>(sofar + 512, 64), tile_load<3>(sofar + 768, 64);
             }
-            multiply_steps(third, a, first, b, next);
+            multiply_steps(third, a, first, b);
           }
           if (finish) square.write(0);
-          if (more) multiply_steps(third, a, first + third, b, next);
+          if (more) multiply_steps(third, a, first + third, b);
           if (finish) square.write(1);
           if (!more) break;
-          multiply_steps(steps - 2 * third, a, first + 2 * third, b, next);
+          multiply_steps(steps - 2 * third, a, first + 2 * third, b);
           if (ends) sofar = squares[p % 2];
           tile_store<0>(sofar, 64), tile_store<1>(sofar + 256, 64);
           tile_store<2>(sofar + 512, 64), tile_store<3>(sofar + 768, 64);

@@ -39,16 +39,23 @@ void sum_rows(const T* grad, int64_t grad_stride, const int32_t* next, int32_t f
   }
 }
 
-// head[id] = the first text position of an id, -1: none; next[t] = the one after t.
-void link_positions(const int64_t* ids, const int32_t* owner, int32_t* next, int32_t* head, int64_t tokens,
-                    int64_t vocab) {
-  for (int64_t v = 0; v < vocab; ++v) head[v] = -1;
-  for (int64_t t = tokens - 1; t >= 0; --t) {
-    if (owner[t] >= 0) continue;
-    next[t] = head[ids[t]];
-    head[ids[t]] = static_cast<int32_t>(t);
+// The text positions of each id in ascending order, in scratch memory of int32 [2 * tokens + vocab].
+struct Positions {
+  int32_t* owner;
+  int32_t* next;  // the position of the same id after t, or -1
+  int32_t* head;  // [vocab] the first one, or -1
+
+  Positions(const int64_t* ids, const int64_t* slots, int32_t* scratch, int64_t tokens, int64_t rows, int64_t vocab)
+      : owner(scratch), next(owner + tokens), head(next + tokens) {
+    find_owners(slots, owner, tokens, rows);
+    for (int64_t v = 0; v < vocab; ++v) head[v] = -1;
+    for (int64_t t = tokens - 1; t >= 0; --t) {
+      if (owner[t] >= 0) continue;
+      next[t] = head[ids[t]];
+      head[ids[t]] = static_cast<int32_t>(t);
+    }
   }
-}
+};
 
 // Zeros past the caches where rows allow it: 57 MB of them would only push out what is needed next.
 TLF_INLINE void clear_row(char* row, int64_t bytes) {
@@ -63,32 +70,30 @@ TLF_INLINE void clear_row(char* row, int64_t bytes) {
   std::memset(row, 0, static_cast<size_t>(bytes));
 }
 
-// Text positions of one id form a list in ascending order, so each row is written by one thread, once, and the sum
-// does not depend on the number of threads.
+// Each row is written by one thread, once, so the sum does not depend on the number of threads.
 template <typename T>
-void scatter_text(const T* grad, int64_t grad_stride, const int32_t* next, const int32_t* head, T* d_weight,
-                  int64_t vocab, int64_t dim) {
+void scatter_text(const T* grad, int64_t grad_stride, const Positions& text, T* d_weight, int64_t vocab, int64_t dim) {
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
   if (row_bytes == 0) return;
   // dynamic: the most frequent ids collect hundreds of rows, most none
 #pragma omp parallel for schedule(dynamic, kRows) if (vocab * row_bytes > kParallelBytes)
   for (int64_t v = 0; v < vocab; ++v) {
     T* row = d_weight + v * dim;
-    if (head[v] < 0) {
+    if (text.head[v] < 0) {
       clear_row(reinterpret_cast<char*>(row), row_bytes);
     } else {
-      sum_rows<false>(grad, grad_stride, next, head[v], row, dim);
+      sum_rows<false>(grad, grad_stride, text.next, text.head[v], row, dim);
     }
   }
 }
 
 template <typename T>
-void add_text(const T* grad, int64_t grad_stride, const int64_t* ids, const int32_t* owner, const int32_t* next,
-              const int32_t* head, T* base, int64_t tokens, int64_t dim) {
+void add_text(const T* grad, int64_t grad_stride, const int64_t* ids, const Positions& text, T* base, int64_t tokens,
+              int64_t dim) {
 #pragma omp parallel for schedule(dynamic, 8) if (tokens * dim * static_cast<int64_t>(sizeof(T)) > kParallelBytes)
   for (int64_t t = 0; t < tokens; ++t) {
-    if (owner[t] >= 0 || head[ids[t]] != t) continue;
-    sum_rows<true>(grad, grad_stride, next, static_cast<int32_t>(t), base + ids[t] * dim, dim);
+    if (text.owner[t] >= 0 || text.head[ids[t]] != t) continue;
+    sum_rows<true>(grad, grad_stride, text.next, static_cast<int32_t>(t), base + ids[t] * dim, dim);
   }
 }
 
@@ -111,33 +116,22 @@ void splice_fwd(const int64_t* ids, const char* weight, int64_t weight_stride, c
 void splice_bwd_weight(const void* grad, int64_t grad_stride, const int64_t* ids, const int64_t* slots,
                        int32_t* scratch, void* d_weight, int64_t tokens, int64_t rows, int64_t vocab, int64_t dim,
                        int64_t dtype) {
-  int32_t* owner = scratch;
-  int32_t* next = owner + tokens;
-  int32_t* head = next + tokens;
-  find_owners(slots, owner, tokens, rows);
-  link_positions(ids, owner, next, head, tokens, vocab);
+  const Positions text(ids, slots, scratch, tokens, rows, vocab);
   if (dtype == kBFloat16) {
-    scatter_text(static_cast<const BFloat16*>(grad), grad_stride, next, head, static_cast<BFloat16*>(d_weight), vocab,
-                 dim);
+    scatter_text(static_cast<const BFloat16*>(grad), grad_stride, text, static_cast<BFloat16*>(d_weight), vocab, dim);
   } else {
-    scatter_text(static_cast<const float*>(grad), grad_stride, next, head, static_cast<float*>(d_weight), vocab, dim);
+    scatter_text(static_cast<const float*>(grad), grad_stride, text, static_cast<float*>(d_weight), vocab, dim);
   }
 }
 
 // base: [vocab, dim]; the rest as above.
 void splice_bwd_add(const void* grad, int64_t grad_stride, const int64_t* ids, const int64_t* slots, int32_t* scratch,
                     void* base, int64_t tokens, int64_t rows, int64_t vocab, int64_t dim, int64_t dtype) {
-  int32_t* owner = scratch;
-  int32_t* next = owner + tokens;
-  int32_t* head = next + tokens;
-  find_owners(slots, owner, tokens, rows);
-  link_positions(ids, owner, next, head, tokens, vocab);
+  const Positions text(ids, slots, scratch, tokens, rows, vocab);
   if (dtype == kBFloat16) {
-    add_text(static_cast<const BFloat16*>(grad), grad_stride, ids, owner, next, head, static_cast<BFloat16*>(base),
-             tokens, dim);
+    add_text(static_cast<const BFloat16*>(grad), grad_stride, ids, text, static_cast<BFloat16*>(base), tokens, dim);
   } else {
-    add_text(static_cast<const float*>(grad), grad_stride, ids, owner, next, head, static_cast<float*>(base), tokens,
-             dim);
+    add_text(static_cast<const float*>(grad), grad_stride, ids, text, static_cast<float*>(base), tokens, dim);
   }
 }
 

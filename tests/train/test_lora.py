@@ -72,10 +72,7 @@ WEIGHTS = ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/ad
 
 @pytest.mark.parametrize(("name", "dtype"), [*CASES, ("int8", "bfloat16")])
 def test_the_folder_computes_what_was_trained(tiny_run, monkeypatch, name, dtype):
-    """The live reload equals the model at the end of training; float32 merging is as close as rounding allows.
-
-    In bfloat16 the live reload too: adapters are saved as their masters, and loading rounds these to the nearest.
-    """
+    """The live reload equals the model at the end of training; float32 merging is as close as rounding allows."""
     from tinyllava_fast.train import loop
 
     trained = []
@@ -94,7 +91,7 @@ def test_the_folder_computes_what_was_trained(tiny_run, monkeypatch, name, dtype
     with torch.no_grad():
         loss = without_dropout(trained[-1])(**batch)
         live, merged = (io.load_model(final, merge_adapter=flag)[0](**batch) for flag in (False, True))
-    if name == "int8" or dtype == "bfloat16":  # int8 trains by peft's forward and reloads into lora_linear
+    if name == "int8":  # trained by peft's forward, reloaded into lora_linear: another order of sums
         assert math.isclose(live, loss, rel_tol=1e-6 if dtype == "float32" else 2e-2)
     else:
         assert torch.equal(live, loss)

@@ -26,6 +26,7 @@ from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import adapter_forward
 from tinyllava_fast.models.hf import cast_parameters, seeded
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.ops.adamw import dither
 
 FOLDER = "adapter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -139,6 +140,15 @@ def fill(lmm: LMM, tensors: Mapping[str, Tensor], where: str) -> None:
     if missing or outcome.unexpected_keys:
         lines = [f"  missing: {k}" for k in missing] + [f"  unexpected: {k}" for k in outcome.unexpected_keys]
         raise CheckpointError(f"{where}: the adapter is of another architecture:\n" + "\n".join(lines))
+
+
+def lower(lmm: LMM, dtype: torch.dtype) -> None:
+    """Cast the adapter from float32 as an optimiser rounds its masters, so that it is what was trained, bit for bit."""
+    for _, layer in layers(lmm):
+        for parameter in parameters_of(layer):
+            rounded = torch.empty_like(parameter, dtype=dtype)
+            dither(parameter.data, rounded)
+            parameter.data = rounded
 
 
 def take(lmm: LMM) -> Adapter | None:

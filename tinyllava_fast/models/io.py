@@ -119,7 +119,10 @@ def load_model(
     load_weights(lmm, folder)
     if adapted:
         path = folder / adapter.FOLDER
-        adapter.attach(lmm, adapter.read(path), str(path), dtype=torch.float32 if merging else None)
+        live = lmm.dtype
+        adapter.attach(lmm, adapter.read(path), str(path), dtype=torch.float32)
+        if not merging:
+            adapter.lower(lmm, live)
     if merging:
         adapter.merge(lmm, dtype)
         cast_parameters(lmm, dtype or stored_dtype)

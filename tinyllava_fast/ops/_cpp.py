@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import threading
 from collections.abc import Callable
 from types import ModuleType
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch  # before _C: the extension then shares the OpenMP pool of the libgomp that torch carries
 from torch import Tensor
+
+from tinyllava_fast.hardware import keeps_memory
 
 ABI = 4
 _kept = threading.local()
@@ -113,11 +114,6 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     if keeps_memory():
         return torch.empty(shape, dtype=dtype)
     return _buffer(np.empty, torch.empty, shape, dtype)
-
-
-def keeps_memory() -> bool:
-    """Whether hardware.prepare_memory has told this process to find freed memory again, so that little is fresh."""
-    return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -70,6 +70,10 @@ class Op:
             return self.chosen(*args)
         return self.direct(*args)
 
+    def call(self, *args: Any) -> Any:
+        """The op through the dispatcher where gradients are recorded, else as ``infer``."""
+        return self.op(*args) if torch.is_grad_enabled() else self.infer(*args)
+
     @functools.cached_property
     def triton(self) -> Callable[..., Any] | None:
         """The Triton launcher, or None where the kernel file or triton itself is missing."""

@@ -49,18 +49,7 @@ def dither(p: Tensor, weight: Tensor) -> None:
 
 
 def _check(
-    p: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor | None,
-    grad: Tensor | None,
-    factor: float,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
+    p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None, grad: Tensor | None, *numbers: float
 ) -> None:
     for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("weight", weight), ("grad", grad)):
         if tensor is not None and (tensor.shape != p.shape or tensor.dtype not in FLOATS):
@@ -69,8 +58,8 @@ def _check(
             )
     if not p.dtype == exp_avg.dtype == exp_avg_sq.dtype:
         raise ValueError(f"adamw: p is {p.dtype}, its moments are {exp_avg.dtype} and {exp_avg_sq.dtype}")
-    if step < 1:
-        raise ValueError(f"adamw: step counts from 1, got {step}")
+    if numbers[-1] < 1:
+        raise ValueError(f"adamw: step counts from 1, got {numbers[-1]}")
 
 
 def _supports(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None, *rest: object) -> str | None:

@@ -58,8 +58,7 @@ def connector_mlp(
     required. Raises ValueError for shapes, dtypes and an unknown activation.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    call = connector_mlp_fwd.op if torch.is_grad_enabled() else connector_mlp_fwd.infer
-    return call(flat, w1, b1, w2, b2, activation).view(*x.shape[:-1], w2.shape[0])
+    return connector_mlp_fwd.call(flat, w1, b1, w2, b2, activation).view(*x.shape[:-1], w2.shape[0])
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> None:
@@ -190,7 +189,7 @@ def connector_mlp_bwd(
     h = functional.linear(x, w1, b1)
     dh = _SLOPES[activation](grad @ w2, h)
     if want[0]:
-        dx = product(dh, w1)
+        dx = dh @ w1
     if want[1]:
         dw1 = dh.t() @ x
     if want[2]:

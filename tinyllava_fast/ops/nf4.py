@@ -112,8 +112,7 @@ def linear_nf4(
     x's dtype. Differentiable in x and bias; W is frozen. Raises ValueError for shapes and dtypes.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    call = linear_nf4_fwd.op if torch.is_grad_enabled() else linear_nf4_fwd.infer
-    return call(flat, packed, absmax, *shape, blocksize, bias).view(*x.shape[:-1], shape[0])
+    return linear_nf4_fwd.call(flat, packed, absmax, *shape, blocksize, bias).view(*x.shape[:-1], shape[0])
 
 
 def check_nf4(op: str, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> None:

@@ -57,8 +57,7 @@ def packed_attention(
     """
     if scale is None:  # what has no head size is refused by the check
         scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
-    call = packed_attention_fwd.op if torch.is_grad_enabled() else packed_attention_fwd.infer
-    return call(
+    return packed_attention_fwd.call(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, prefix, seqused_k),
         *(causal, float(scale), min(int(window), MAX_WINDOW), float(softcap)),
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllava_fast.hardware import keeps_memory
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect, expect_range
 from tinyllava_fast.ops._op import Sample, define_op
@@ -142,7 +143,7 @@ def _cpp_bwd(
     rows = len(slots)
     grad, input_ids, slots = _cpp.unit_stride(grad), input_ids.contiguous(), slots.contiguous()
     # Fresh memory is zero already: only rows of text are touched. Memory that was in use is cleared on the way.
-    used = _cpp.keeps_memory()
+    used = keeps_memory()
     d_weight = (_cpp.empty if used else _cpp.zeros)(vocab if want_weight else 0, dim, dtype=grad.dtype)
     d_features = grad.new_empty((rows if want_features else 0, dim))
     if want_weight:
