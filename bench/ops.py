@@ -22,10 +22,10 @@ from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.log import log
 
 FORMAT = "tlf-bench ops 2"
-ROW_SECONDS, SIZE_SECONDS = 6.0, 2.0
+ROW_SECONDS, SIZE_SECONDS = 5.0, 1.5
 """About how long the rounds of a row may take together: of a main row, of one of many sizes."""
-LEAST_ROUNDS = 3
-"""One less where a round takes many seconds."""
+LEAST_ROUNDS, LEAST_SECONDS = 3, 12.0
+"""Fewer, but one at least, where so many take longer than this."""
 CALL_SECONDS, SLOW_SECONDS = 0.05, 2.0
 """A candidate is called so often in a round that it takes the former; a call that takes the latter is slow."""
 
@@ -42,7 +42,7 @@ def benchmark(
 ) -> dict[str, Any]:
     """Time the named ops (None: all).
 
-    rounds: at most, of each row; slow rows take fewer, LEAST_ROUNDS at least. quick: tiny shapes, for tests. sweep:
+    rounds: at most, of each row; slow rows take fewer. quick: tiny shapes, for tests. sweep:
     further sizes, for plots. compile: include candidates under Inductor, which cost minutes of compilation.
     Returns {"format", "machine", "roof", "dtype", "rows", "absent", "headline"}. A row has op, shape, pass, flops,
     bytes and, by candidate, medians and spread (quartiles) in seconds, ratio (how many times faster ours is),
@@ -145,7 +145,7 @@ def _measure(
         warmup=0,  # the first calls were that
         min_seconds=0.0 if quick or quickest > CALL_SECONDS else CALL_SECONDS,
         budget=ROW_SECONDS if case.main else SIZE_SECONDS,
-        least=min(rounds, LEAST_ROUNDS if together < 4 * SLOW_SECONDS else LEAST_ROUNDS - 1),
+        least=max(1, min(rounds, LEAST_ROUNDS, round(LEAST_SECONDS / together))),
         sync=machine.device_sync(device),
     )
     work, medians = case.work[direction], {name: s.median for name, s in series.items()}

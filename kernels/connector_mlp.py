@@ -1,8 +1,8 @@
 """connector_mlp on a GPU: what lies between its products is done where their tiles are made.
 
-Forward, the first product's tiles leave as f(h + b1); the second product is cuBLAS's. Backward, one kernel makes the
-same tile of h = x W1ᵀ + b1 and of dy W2, and leaves a = f(h) and dh = (dy W2) f'(h); h is never written, and cuBLAS
-multiplies what is left. Legend: N rows, K inputs, D hidden, O outputs.
+Forward, the first product's tiles leave as h = x W1ᵀ + b1 and as f(h); the second product is cuBLAS's. Backward, the
+tiles of dy W2 leave as dh = (dy W2) f'(h), beside a = f(h), and cuBLAS multiplies what is left.
+Legend: N rows, K inputs, D hidden, O outputs.
 """
 
 from __future__ import annotations
@@ -69,37 +69,36 @@ def product(left, right, row, column, rows, columns, depth, DOWN: tl.constexpr,
 
 @triton.jit
 def hidden_tiles(
-    x, w1, b1, a, n, k, d, KIND: tl.constexpr, BIAS: tl.constexpr,
+    x, w1, b1, h, a, n, k, d, KIND: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a [N, D] = f(x W1ᵀ + b1)."""
+    """h [N, D] = x W1ᵀ + b1 and a [N, D] = f(h)."""
     i, j = tile_of(n, d, BLOCK_M, BLOCK_N)
     row = i * BLOCK_M + tl.arange(0, BLOCK_M)
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    h = product(x, w1, row, column, n, d, k, True, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    sums = product(x, w1, row, column, n, d, k, True, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     if BIAS:
-        h += tl.load(b1 + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
-    value, _ = value_and_slope(h, KIND)
+        sums += tl.load(b1 + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
+    value, _ = value_and_slope(sums, KIND)
     inside = (row < n)[:, None] & (column < d)[None, :]
-    tl.store(a + row.to(tl.int64)[:, None] * d + column[None, :], value.to(a.dtype.element_ty), mask=inside)
+    at = row.to(tl.int64)[:, None] * d + column[None, :]
+    tl.store(h + at, sums.to(h.dtype.element_ty), mask=inside)
+    tl.store(a + at, value.to(a.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gradient_tiles(
-    x, w1, b1, grad, w2, a, dh, n, k, d, o, KIND: tl.constexpr, BIAS: tl.constexpr,
+    grad, w2, h, a, dh, n, d, o, KIND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a [N, D] = f(h) and dh [N, D] = (grad W2) f'(h), h = x W1ᵀ + b1."""
+    """a [N, D] = f(h) and dh [N, D] = (grad W2) f'(h)."""
     i, j = tile_of(n, d, BLOCK_M, BLOCK_N)
     row = i * BLOCK_M + tl.arange(0, BLOCK_M)
     column = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    h = product(x, w1, row, column, n, d, k, True, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     da = product(grad, w2, row, column, n, d, o, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    if BIAS:
-        h += tl.load(b1 + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
-    value, slope = value_and_slope(h, KIND)
     inside = (row < n)[:, None] & (column < d)[None, :]
     at = row.to(tl.int64)[:, None] * d + column[None, :]
+    value, slope = value_and_slope(tl.load(h + at, mask=inside, other=0.0).to(tl.float32), KIND)
     tl.store(a + at, value.to(a.dtype.element_ty), mask=inside)
     tl.store(dh + at, (da * slope).to(dh.dtype.element_ty), mask=inside)
 
@@ -109,43 +108,39 @@ def _settings(direction: str, dtype: torch.dtype, device: str) -> dict[str, Any]
     return tiles(*shape, device=device, dtype=dtype)
 
 
-def _hidden(x: Tensor, w1: Tensor, b1: Tensor | None, activation: str) -> Tensor:
-    n, k, d = len(x), x.shape[1], len(w1)
-    a = x.new_empty((n, d))
-    options = _settings("forward", x.dtype, x.device.type)
-    grid = (triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(d, options["BLOCK_N"]),)
-    if a.numel():
-        with torch.cuda.device_of(x):
-            hidden_tiles[grid](
-                x.contiguous(), w1.contiguous(), b1, a, n, k, d, KIND=KINDS.index(activation), BIAS=b1 is not None,
-                **options,
-            )  # fmt: skip
-    return a
-
-
 def connector_mlp_fwd(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
-) -> Tensor:
-    """[N, O]; see ops/connector_mlp.py."""
-    return torch.nn.functional.linear(_hidden(x, w1, b1, activation), w2, b2)
+) -> tuple[Tensor, Tensor]:
+    """y [N, O] and h [N, D]; see ops/connector_mlp.py."""
+    n, k, d = len(x), x.shape[1], len(w1)
+    h, a = x.new_empty((n, d)), x.new_empty((n, d))
+    options = _settings("forward", x.dtype, x.device.type)
+    grid = (triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(d, options["BLOCK_N"]),)
+    if h.numel():
+        with torch.cuda.device_of(x):
+            hidden_tiles[grid](
+                x.contiguous(), w1.contiguous(), b1, h, a, n, k, d, KIND=KINDS.index(activation), BIAS=b1 is not None,
+                **options,
+            )  # fmt: skip
+    return torch.nn.functional.linear(a, w2, b2), h
 
 
 def connector_mlp_bwd(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, want: list[bool]
+    grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2 and b2; the unwanted have no rows."""
-    n, k, d, o = len(x), x.shape[1], len(w1), len(w2)
+    n, d, o = len(x), len(w1), len(w2)
     shapes = (x.shape, w1.shape, (d,), w2.shape, (o,))
     made = [x.new_empty(shape if wanted else (0, *shape[1:])) for shape, wanted in zip(shapes, want, strict=True)]
-    if any(want[:3]):
+    if any(want[:4]):
         a, dh = x.new_empty((n, d)), x.new_empty((n, d))
         options = _settings("backward", x.dtype, x.device.type)
         grid = (triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(d, options["BLOCK_N"]),)
         if a.numel():
             with torch.cuda.device_of(x):
                 gradient_tiles[grid](
-                    x.contiguous(), w1.contiguous(), b1, grad.contiguous(), w2.contiguous(), a, dh, n, k, d, o,
-                    KIND=KINDS.index(activation), BIAS=b1 is not None, **options,
+                    grad.contiguous(), w2.contiguous(), h.contiguous(), a, dh, n, d, o, KIND=KINDS.index(activation),
+                    **options,
                 )  # fmt: skip
         if want[0]:
             made[0] = dh @ w1
@@ -153,10 +148,8 @@ def connector_mlp_bwd(
             made[1] = dh.t() @ x
         if want[2]:
             made[2] = dh.sum(0)
-    elif want[3]:
-        a = _hidden(x, w1, b1, activation)
-    if want[3]:
-        made[3] = grad.t() @ a
+        if want[3]:
+            made[3] = grad.t() @ a
     if want[4]:
         made[4] = grad.sum(0)
     return made[0], made[1], made[2], made[3], made[4]
@@ -175,14 +168,14 @@ def compile_cases() -> Iterator[CompileCase]:
     for model, width, dtype, activation in launches:
         kind, half = TRITON_TYPES[dtype], dtype != torch.float32
         label = f"SigLIP-so400m to {model}, {width}, {activation}, {kind}"
-        for direction, kernel, names, sizes in (
-            ("forward", hidden_tiles, ("x", "w1", "b1", "a"), ("k", "d")),
-            ("backward", gradient_tiles, ("x", "w1", "b1", "grad", "w2", "a", "dh"), ("k", "d", "o")),
+        for direction, kernel, names, sizes, bias in (
+            ("forward", hidden_tiles, ("x", "w1", "b1", "h", "a"), ("k", "d"), {"BIAS": True}),
+            ("backward", gradient_tiles, ("grad", "w2", "h", "a", "dh"), ("d", "o"), {}),
         ):
             options = _settings(direction, dtype, "cuda")
             signature = {name: f"*{kind}" for name in names} | {"n": "i32"} | {size: "i32:16" for size in sizes}
             constants = {k: v for k, v in options.items() if k.isupper()}
-            constants |= {"KIND": KINDS.index(activation), "BIAS": True}
+            constants |= {"KIND": KINDS.index(activation), **bias}
             yield CompileCase(
                 kernel.fn.__name__,
                 label,

@@ -1,5 +1,6 @@
 // prefill_linear: some hundred rows times a weight in its stock layout. A GEMM library packs the weight in every call,
-// which takes longer than so few rows; here x is packed, once, and the weight enters the tiles as it lies.
+// which takes longer than so few rows; here x is packed, once, and the weight enters the AMX tiles as it lies. The
+// other ISAs have nothing that beats torch.
 #include <omp.h>
 
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include "tlf/kernel.h"
 #include "tlf/tiles.h"
 
+#if defined(TLF_TILES)
 namespace tlf {
 namespace TLF_ISA {
 namespace {
@@ -21,16 +23,11 @@ TLF_INLINE Vec activate(Vec x, int64_t activation) {
                 : activation == kQuickGelu ? 1.702f * x
                                            : x;
   const Vec arg = -kLog2e * p, limit = splat(120.0f);
-#if defined(TLF_TILES)
   const Vec e = 1.0f + exp2_short(arg < limit ? arg : limit);
   const Vec r = (Vec)_mm512_rcp14_ps((__m512)e);
   return x * (r * (2.0f - e * r));
-#else
-  return x / (1.0f + exp2v(arg < limit ? arg : limit));
-#endif
 }
 
-#if defined(TLF_TILES)
 constexpr int64_t kBlock = 32;                     // rows and outputs of four accumulators
 constexpr int64_t kTile = kTileRows * kTileDepth;  // elements of a packed tile, 1 KiB
 constexpr int64_t kPackedBytes = 1 << 20;          // of packed x beside a block of the weight in the second-level cache
@@ -256,86 +253,37 @@ void in_tiles(const bf16* x, int64_t ldx, const W* w, const float* scale, const 
     }
   }
 }
-#endif
-
-inline float as_float(float x) { return x; }
-inline float as_float(bf16 x) { return widen(x); }
-inline float as_float(int8_t x) { return x; }
-
-// Right, not fast: where there are no tiles, ops/prefill_linear.py leaves the product to torch.
-template <typename W, typename T>
-void in_vectors(const T* x, int64_t ldx, const W* w, const float* scale, const T* bias, int64_t activation,
-                const T* residual, T* y, int64_t rows, int64_t outputs, int64_t columns) {
-  const auto value = [&](int64_t n, int64_t o) {
-    float strands[kWidth] = {};
-    for (int64_t k = 0; k < columns; ++k) {
-      strands[k % kWidth] += as_float(x[n * ldx + k]) * as_float(w[o * columns + k]);
-    }
-    float total = 0.0f;
-    for (int i = 0; i < kWidth; ++i) total += strands[i];
-    T rounded;
-    narrow(total * (scale == nullptr ? 1.0f : scale[o]) + (bias == nullptr ? 0.0f : widen(bias[o])), &rounded);
-    return widen(rounded);
-  };
-  const int64_t ldy = activation == kSiluGate ? outputs / 2 : outputs;
-#pragma omp parallel for schedule(static)
-  for (int64_t o = 0; o < ldy; ++o) {
-    for (int64_t n = 0; n < rows; ++n) {
-      T rounded;
-      float result = value(n, o);
-      if (activation != kNone) {
-        narrow(activate(splat(result), activation)[0], &rounded);
-        result = widen(rounded) * (activation == kSiluGate ? value(n, ldy + o) : 1.0f);
-      }
-      if (residual != nullptr) result += widen(residual[n * ldy + o]);
-      narrow(result, y + n * ldy + o);
-    }
-  }
-}
-
-template <typename W, typename T>
-void product(const T* x, int64_t ldx, const W* w, const float* scale, const T* bias, int64_t activation,
-             const T* residual, [[maybe_unused]] void* scratch, T* y, int64_t rows, int64_t outputs, int64_t columns) {
-#if defined(TLF_TILES)
-  if constexpr (sizeof(T) == 2) {
-    if (columns > 0) {
-      in_tiles(x, ldx, w, scale, bias, activation, residual, scratch, y, rows, outputs, columns);
-      return;
-    }
-  }
-#endif
-  in_vectors(x, ldx, w, scale, bias, activation, residual, y, rows, outputs, columns);
-}
 
 }  // namespace
 
-// x: [rows, columns], ldx elements a row. w: [outputs, columns] of x's dtype, or int8 where scale [outputs] is not
-// null. bias: [outputs] of x's dtype or null. y: [rows, outputs]. scratch, aligned to 64 bytes: bfloat16 [(rows up to a
-// multiple of 32) + 32 * threads, columns up to a multiple of 32].
+// All bfloat16. x: [rows, columns > 0], ldx elements a row. w: [outputs, columns], or int8 where scale [outputs] is not
+// null. bias: [outputs] or null. residual: of y's shape or null. y: [rows, outputs], or half as many behind a gate.
+// scratch, aligned to 64 bytes: [(rows up to a multiple of 32) + 32 * threads, columns up to a multiple of 32].
 void prefill_linear(const void* x, int64_t ldx, const void* w, const float* scale, const void* bias, int64_t activation,
-                    const void* residual, void* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns,
-                    int64_t dtype) {
-  const auto run = [&](auto element) {
-    using T = decltype(element);
-    const T *from = static_cast<const T*>(x), *shift = static_cast<const T*>(bias);
-    const T* other = static_cast<const T*>(residual);
-    T* to = static_cast<T*>(y);
-    if (scale != nullptr) {
-      product(from, ldx, static_cast<const int8_t*>(w), scale, shift, activation, other, scratch, to, rows, outputs,
-              columns);
-    } else {
-      product(from, ldx, static_cast<const T*>(w), scale, shift, activation, other, scratch, to, rows, outputs,
-              columns);
-    }
-  };
-  if (dtype == kBFloat16) {
-    run(bf16{});
+                    const void* residual, void* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns) {
+  const bf16 *from = static_cast<const bf16*>(x), *shift = static_cast<const bf16*>(bias);
+  const bf16* other = static_cast<const bf16*>(residual);
+  bf16* to = static_cast<bf16*>(y);
+  if (scale != nullptr) {
+    in_tiles(from, ldx, static_cast<const int8_t*>(w), scale, shift, activation, other, scratch, to, rows, outputs,
+             columns);
   } else {
-    run(0.0f);
+    in_tiles(from, ldx, static_cast<const bf16*>(w), scale, shift, activation, other, scratch, to, rows, outputs,
+             columns);
   }
 }
 
 }  // namespace TLF_ISA
 }  // namespace tlf
+#else
+namespace tlf {
+namespace TLF_ISA {
+
+void prefill_linear(const void*, int64_t, const void*, const float*, const void*, int64_t, const void*, void*, void*,
+                    int64_t, int64_t, int64_t) {}
+
+}  // namespace TLF_ISA
+}  // namespace tlf
+#endif
 
 TLF_KERNEL(prefill_linear);

@@ -46,10 +46,9 @@ def test_ragged(n: int, k: int, d: int, o: int, activation: str, biases: tuple[b
 
 @pytest.mark.parametrize("want", [(False, False, False, True, False), (True, False, False, False, False)])
 def test_only_what_is_wanted(want: tuple[bool, ...]) -> None:
-    """Without a gradient of the first layer the hidden rows are made by the forward kernel."""
     g = torch.Generator().manual_seed(0)
-    x, w1, b1, w2, grad = (torch.randn(*s, generator=g) for s in ((19, 8), (33, 8), (33,), (5, 33), (19, 5)))
-    every = kernels.connector_mlp_bwd(grad, x, w1, b1, w2, "silu", [True] * 5)
-    some = kernels.connector_mlp_bwd(grad, x, w1, b1, w2, "silu", list(want))
+    x, h, w1, w2, grad = (torch.randn(*s, generator=g) for s in ((19, 8), (19, 33), (33, 8), (5, 33), (19, 5)))
+    every = kernels.connector_mlp_bwd(grad, x, h, w1, w2, "silu", [True] * 5)
+    some = kernels.connector_mlp_bwd(grad, x, h, w1, w2, "silu", list(want))
     for got, full, wanted in zip(some, every, want, strict=True):
         assert torch.equal(got, full) if wanted else len(got) == 0

@@ -5,7 +5,7 @@ import torch
 
 from tests.ops.agreement import distance
 from tinyllava_fast.ops import _cpp
-from tinyllava_fast.ops.gemm import gemm, pays
+from tinyllava_fast.ops.gemm import gemm, pays, product, transposed
 
 SHAPES = (
     (300, 96, 70),
@@ -71,3 +71,19 @@ def test_refusals() -> None:
         gemm.op(left, right, right[0, :4])
     with pytest.raises(ValueError, match="right must be bfloat16"):
         gemm.op(left, right.float(), None)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (64, 64), (65, 130), (300, 700)])
+def test_transposed(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape[0], shape[1] + 3).bfloat16()[:, 3:]
+    for given in (matrix, matrix.contiguous().t(), matrix[::2]):
+        got = transposed(given)
+        assert got.is_contiguous() and torch.equal(got, given.t())
+
+
+@pytest.mark.parametrize("rows", [16, 200])
+def test_product_of_a_transposed_left_factor(rows: int) -> None:
+    """Whatever it is made by on this machine."""
+    left, right = factors(900, rows, 96)[0], factors(900, 96, 130)[0][:, :96]
+    exact = left.t().double() @ right.double()
+    assert distance(product(left.t(), right), exact) <= 2 * distance(left.t() @ right, exact) + 1e-3

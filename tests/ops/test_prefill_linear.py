@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.agreement import distance
-from tinyllava_fast.ops import decode_linear, quantize_int8, quantize_nf4
+from tinyllava_fast.ops import _cpp, decode_linear, quantize_int8, quantize_nf4
 from tinyllava_fast.ops.decode_linear import dense_weight
 from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, prefill_linear
 
@@ -52,6 +52,7 @@ def test_extremes_pass_through_the_activations() -> None:
         assert bool((y[[0, 3]].abs() < 1e-30).all() and (y[1] == 300).all() and y[2].isnan().all())
 
 
+@pytest.mark.skipif(not _cpp.has_tiles(), reason="this CPU or TLF_ISA has no AMX tiles")
 def test_a_row_depends_on_no_other() -> None:
     x, w, bias = made(200, 96, 576)
     together = prefill_linear.op(x, w, None, bias, "none", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyllava_fast.hardware import keeps_memory
 
-ABI = 4
+ABI = 5
 _kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 _LARGE = 4 << 20  # bytes from which numpy asks for huge pages
@@ -87,21 +87,6 @@ def scratch(nbytes: int, owner: str = "buffer") -> Tensor:
             kept = empty(nbytes, dtype=torch.uint8)
         setattr(_kept, owner, kept)
     return kept[:nbytes]
-
-
-def transposed(matrix: Tensor) -> Tensor:
-    """A contiguous copy of matrix.t(); float32 or bfloat16.
-
-    Worth it before a product by a transposed left side, which torch runs at half speed on a CPU with AMX (docs/LOG.md).
-    """
-    if matrix.stride(0) == 1:
-        return matrix.t().contiguous()
-    matrix = unit_stride(matrix)
-    out = empty(matrix.shape[1], matrix.shape[0], dtype=matrix.dtype)
-    extension().transpose(
-        *(matrix.data_ptr(), matrix.stride(0), out.data_ptr(), *matrix.shape, DTYPE_CODES[matrix.dtype])
-    )
-    return out
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,10 @@
-"""Two linear layers with an activation between them, LLaVA's connector, as one op that keeps only its input.
+"""Two linear layers with an activation between them, LLaVA's connector, as one op that keeps half as much.
 
     h = x W1ᵀ + b1              a = f(h)            y = a W2ᵀ + b2
     dh = (dy W2) f'(h)          dx = dh W1          dW1 = dhᵀ x     dW2 = dyᵀ a     db1, db2 = column sums of dh, dy
 
-h and a are made anew in the backward pass: one product more, and of what autograd would keep, [N, K] for x and [N, D]
-for each of h and a, only x is left. On a CPU with AMX gemm earns that product back.
+Autograd would keep h and a, [N, D] each. Here a is made anew by the pass over h that its gradient needs anyway. h is
+kept: without it the backward pass has a product more, a fifth of its time where products are all that takes any.
 Legend: N rows, K inputs, D hidden, O outputs.
 """
 
@@ -33,12 +33,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 """By name, in the order of their numbers in C++."""
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": torch.ops.aten.gelu_,
-    "gelu_tanh": partial(torch.ops.aten.gelu_, approximate="tanh"),
-    "relu": torch.relu_,
-    "silu": torch.ops.aten.silu_,
+_INTO: dict[str, Callable[..., Tensor]] = {
+    "gelu": torch.ops.aten.gelu.out,
+    "gelu_tanh": partial(torch.ops.aten.gelu.out, approximate="tanh"),
+    "relu": torch.ops.aten.relu.out,
+    "silu": torch.ops.aten.silu.out,
 }
+"""h and out= to f(h)."""
 _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
@@ -58,7 +59,7 @@ def connector_mlp(
     required. Raises ValueError for shapes, dtypes and an unknown activation.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return connector_mlp_fwd.call(flat, w1, b1, w2, b2, activation).view(*x.shape[:-1], w2.shape[0])
+    return connector_mlp_fwd.call(flat, w1, b1, w2, b2, activation)[0].view(*x.shape[:-1], w2.shape[0])
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> None:
@@ -95,26 +96,22 @@ def _samples() -> Iterator[Sample]:
     yield case("no row", 0, 8, 16, 8, "gelu_tanh")
 
 
-def _hidden(x: Tensor, w1: Tensor, b1: Tensor | None, room: Tensor) -> Tensor:
-    """x W1ᵀ + b1 [N, D] in the room. Whole, not in blocks of rows: each product of a block would pack W1 anew."""
-    return torch.mm(x, w1.t(), out=room) if b1 is None else torch.addmm(b1, x, w1.t(), out=room)
+def _rooms(count: int, h: Tensor) -> list[Tensor]:
+    """Of h's shape each, until the next call: faults of fresh pages cost as much as a quarter of a product."""
+    return list(_cpp.scratch(count * h.nbytes, OP).view(h.dtype).view(count, *h.shape))
 
 
-def _rooms(count: int, x: Tensor, w1: Tensor) -> list[Tensor]:
-    """[N, D] each, until the next call: faults of fresh pages cost as much as a quarter of a product (docs/LOG.md)."""
-    rows, hidden = len(x), len(w1)
-    return list(_cpp.scratch(count * rows * hidden * x.itemsize, OP).view(x.dtype).view(count, rows, hidden))
-
-
-def _cpp_fwd(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
-    a = _IN_PLACE[activation](functional.linear(x, w1, b1))
-    return functional.linear(a, w2, b2)
+def _cpp_fwd(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    h = functional.linear(x, w1, b1)  # whole, not in blocks of rows: each product of a block would pack W1 anew
+    return functional.linear(_INTO[activation](h, out=_rooms(1, h)[0]), w2, b2), h
 
 
 @define_op(
     module=OP,
     check=_check,
-    fake=lambda x, w1, b1, w2, b2, activation: x.new_empty((x.shape[0], w2.shape[0])),
+    fake=lambda x, w1, b1, w2, b2, activation: (x.new_empty((len(x), len(w2))), x.new_empty((len(x), len(w1)))),
     cpp=_cpp_fwd,
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
     triton_supports=_cpp.runs(torch.float32, torch.bfloat16, torch.float16, kernel="Triton"),
@@ -122,22 +119,22 @@ def _cpp_fwd(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
 )
 def connector_mlp_fwd(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
-) -> Tensor:
-    """[N, O]; see connector_mlp()."""
-    return functional.linear(ACTIVATIONS[activation](functional.linear(x, w1, b1)), w2, b2)
+) -> tuple[Tensor, Tensor]:
+    """y [N, O] and h [N, D]; see connector_mlp()."""
+    h = functional.linear(x, w1, b1)
+    return functional.linear(ACTIVATIONS[activation](h), w2, b2), h
 
 
-def _check_bwd(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, want: list[bool]
-) -> None:
-    _check(x, w1, b1, w2, None, activation)
-    expect(OP, "grad", grad, "N O", (x.dtype,), like=x)
-    if grad.shape[0] != x.shape[0] or grad.shape[1] != w2.shape[0]:
-        raise ValueError(f"{OP}: grad is {list(grad.shape)}, expected {[x.shape[0], w2.shape[0]]}")
+def _check_bwd(grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]) -> None:
+    _check(x, w1, None, w2, None, activation)
+    for name, tensor, columns in (("grad", grad, len(w2)), ("h", h, len(w1))):
+        expect(OP, name, tensor, "N O", (x.dtype,), like=x)
+        if tensor.shape != (len(x), columns):
+            raise ValueError(f"{OP}: {name} is {list(tensor.shape)}, expected {[len(x), columns]}")
 
 
 def fake_bwd(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, want: list[bool]
+    grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty gradients of x, w1, b1, w2, b2; the unwanted have no rows."""
     shapes = (x.shape, w1.shape, (w1.shape[0],), w2.shape, (w2.shape[0],))
@@ -146,19 +143,18 @@ def fake_bwd(
 
 
 def _cpp_bwd(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, want: list[bool]
+    grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, w1, b1, w2, activation, [False] * 5)
+    dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, h, w1, w2, activation, [False] * 5)
+    h = h.contiguous()
     if want[4]:
         db2 = grad.sum(0)
-    if not any(want[:4]):
-        return dx, dw1, db1, dw2, db2
     if any(want[:3]):
-        a, dh = _rooms(2, x, w1)  # h and da, until the pass below
-        _hidden(x, w1, b1, a)
+        a, dh = _rooms(2, h)
         torch.mm(grad, w2, out=dh)
         _cpp.extension().activation_bwd(
-            *(a.data_ptr(), dh.data_ptr(), a.numel(), list(ACTIVATIONS).index(activation), _cpp.DTYPE_CODES[x.dtype])
+            *(h.data_ptr(), a.data_ptr(), dh.data_ptr(), h.numel()),
+            *(list(ACTIVATIONS).index(activation), _cpp.DTYPE_CODES[h.dtype]),
         )
         if want[0]:
             dx = product(dh, w1)
@@ -166,8 +162,8 @@ def _cpp_bwd(
             dw1 = product(dh.t(), x)
         if want[2]:
             db1 = dh.sum(0)
-    else:
-        a = _IN_PLACE[activation](_hidden(x, w1, b1, *_rooms(1, x, w1)))
+    elif want[3]:
+        a = _INTO[activation](h, out=_rooms(1, h)[0])
     if want[3]:
         dw2 = product(grad.t(), a)
     return dx, dw1, db1, dw2, db2
@@ -182,11 +178,10 @@ def _cpp_bwd(
     triton_supports=_cpp.runs(torch.float32, torch.bfloat16, torch.float16, kernel="Triton"),
 )
 def connector_mlp_bwd(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, want: list[bool]
+    grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2 and b2; the unwanted of these five have no rows."""
-    dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, w1, b1, w2, activation, want)
-    h = functional.linear(x, w1, b1)
+    dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, h, w1, w2, activation, want)
     dh = _SLOPES[activation](grad @ w2, h)
     if want[0]:
         dx = dh @ w1
@@ -201,12 +196,16 @@ def connector_mlp_bwd(
     return dx, dw1, db1, dw2, db2
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.activation = inputs[5]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, _, w2, _, ctx.activation = inputs
+    ctx.save_for_backward(x, output[1], w1, w2)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     want = list(ctx.needs_input_grad[:5])
     made = connector_mlp_bwd.op(grad, *ctx.saved_tensors, ctx.activation, want)
     return *(d if wanted else None for d, wanted in zip(made, want, strict=True)), None

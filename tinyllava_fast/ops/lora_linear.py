@@ -22,6 +22,7 @@ from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._lora_samples import samples
 from tinyllava_fast.ops._op import define_op
+from tinyllava_fast.ops.gemm import product
 from tinyllava_fast.ops.nf4 import NF4, check_nf4, dense, multiply, multiply_transposed
 
 ROWS = 512
@@ -304,7 +305,7 @@ def _cpp_bwd(
             dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
         _add_adapter(dx, v, a, p, seed)
     if want[1]:
-        torch.mm(_cpp.transposed(grad), x, out=dw)
+        dw = product(grad.t(), x)
     if want[2]:
         torch.sum(grad, 0, out=dbias)
     if want[3]:
@@ -312,9 +313,9 @@ def _cpp_bwd(
         if seed is not None and p > 0:
             kept = _cpp.empty(*x.shape, dtype=x.dtype)
             _drop("dropout_copy", x, kept, 0, p, seed)
-        torch.mm(_cpp.transposed(v), kept, out=da)
+        da = product(v.t(), kept)
     if want[4]:
-        turned = torch.mm(_cpp.transposed(u), grad)  # [R, O]: it is u, the narrow one, that is transposed
+        turned = product(u.t(), grad)  # [R, O]: it is u, the narrow one, that is transposed
         torch.mul(turned.t(), factor, out=db)
     return dx, dw, dbias, da, db
 

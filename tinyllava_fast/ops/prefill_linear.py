@@ -95,6 +95,8 @@ def _check(
 def _cpp_forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor:
+    if not pays(x) or x.shape[1] == 0:
+        return prefill_linear.reference(x, weight, scale, bias, activation, residual)
     x, weight = _cpp.unit_stride(x), weight.contiguous()
     scale, bias, residual = (None if t is None else t.contiguous() for t in (scale, bias, residual))
     (rows, columns), outputs = x.shape, weight.shape[0]
@@ -107,7 +109,7 @@ def _cpp_forward(
     _cpp.extension().prefill_linear(
         *(x.data_ptr(), x.stride(0), weight.data_ptr(), *pointers, _NUMBERS[activation]),
         *(0 if residual is None else residual.data_ptr(), scratch.data_ptr(), y.data_ptr()),
-        *(rows, outputs, columns, _cpp.DTYPE_CODES[x.dtype]),
+        *(rows, outputs, columns),
     )
     return y
 
