@@ -45,8 +45,9 @@ void each_row(const void* source, int64_t lds, void* target, int64_t ldt, int64_
 #pragma omp parallel for schedule(static) if (rows * columns > kParallelElements)
   for (int64_t i = 0; i < rows; ++i) {
     const RowKeys keys(seed, row + i);
-    const T* __restrict from = static_cast<const T*>(source) + i * lds;
-    T* __restrict to = static_cast<T*>(target) + i * ldt;
+    const T* from = static_cast<const T*>(source) + i * lds;
+    T* to = static_cast<T*>(target) + i * ldt;
+#pragma GCC ivdep
     for (int64_t c = 0; c < columns; ++c) {
       const bool keep = keys.hash(static_cast<uint32_t>(c)) >= least;
       if constexpr (Add) {
@@ -60,7 +61,8 @@ void each_row(const void* source, int64_t lds, void* target, int64_t ldt, int64_
 
 }  // namespace
 
-// target = mask * source. The rows are row, row + 1, ... of the matrix that the mask is for; strides in elements.
+// target = mask * source, which may be the target. The rows are row, row + 1, ... of the matrix that the mask is for;
+// strides in elements.
 void dropout_copy(const void* source, int64_t lds, void* target, int64_t ldt, int64_t rows, int64_t columns,
                   int64_t row, int64_t seed, int64_t threshold, int64_t dtype) {
   auto* run = dtype == kBFloat16 ? each_row<BFloat16, false> : each_row<float, false>;

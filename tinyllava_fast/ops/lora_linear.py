@@ -4,8 +4,8 @@
     u = (m x) Aᵀ          y = x Wᵀ + bias + s u Bᵀ
     v = s dy B            dx = dy W + m (v A)        dA = vᵀ (m x)        dB = s dyᵀ u        dW = dyᵀ x
 
-The mask is a hash of (seed, row, column), made anew in the backward pass, never stored. The adapter's share is added
-into y and dx by the product itself, so neither is written twice. W is dense or NF4.
+The mask is a hash of (seed, row, column), made anew in the backward pass, never stored. The adapter's share of y and W's
+share of dx are added by the product itself. W is dense or NF4.
 Legend: N rows, K inputs, O outputs, R rank.
 """
 
@@ -301,9 +301,12 @@ def _cpp_bwd(
         if weight is None:
             assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
             dx = multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize)
+            _add_adapter(dx, v, a, p, seed)
         else:
-            dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
-        _add_adapter(dx, v, a, p, seed)
+            dx = torch.mm(v, a, out=_cpp.empty(*x.shape, dtype=x.dtype))
+            if seed is not None and p > 0:
+                _drop("dropout_copy", dx, dx, 0, p, seed)
+            dx.addmm_(grad, weight)
     if want[1]:
         dw = product(grad.t(), x)
     if want[2]:
@@ -321,7 +324,7 @@ def _cpp_bwd(
 
 
 def _add_adapter(dx: Tensor, v: Tensor, a: Tensor, p: float, seed: Tensor | None) -> None:
-    """dx += mask (v A), a part at a time where there is a mask."""
+    """dx += mask (v A), a part at a time where there is a mask: for a dx that no product adds to."""
     if seed is None or p == 0:
         dx.addmm_(v, a)
         return
