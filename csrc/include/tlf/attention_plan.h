@@ -169,12 +169,23 @@ struct Task {
   int64_t unit, head, part, parts, cost;  // a group or component, its key head, which part of it
 };
 
-// dearest first, so that the last tasks to start are small
+// Dearest first, so that the last tasks to start are small. Then by head: threads that write neighbouring heads of the
+// same tokens at a time would fight for the cache lines of lse.
 inline int by_cost(const void* x, const void* y) {
   const Task &a = *static_cast<const Task*>(x), &b = *static_cast<const Task*>(y);
   if (a.cost != b.cost) return compare(b.cost, a.cost);
-  if (a.unit != b.unit) return compare(a.unit, b.unit);
-  return a.head != b.head ? compare(a.head, b.head) : compare(a.part, b.part);
+  if (a.head != b.head) return compare(a.head, b.head);
+  return a.unit != b.unit ? compare(a.unit, b.unit) : compare(a.part, b.part);
+}
+
+// Splits the last count tasks in four, so that threads end together; a task may come out empty.
+inline void quarter_last(Buffer<Task>* tasks, int64_t count) {
+  const int64_t size = tasks->size;
+  for (int64_t i = most(0, size - count); i < size; ++i) {
+    const Task t = (*tasks)[i];
+    (*tasks)[i] = {t.unit, t.head, 4 * t.part, 4 * t.parts, t.cost / 4};
+    for (int64_t j = 1; j < 4; ++j) tasks->push({t.unit, t.head, 4 * t.part + j, 4 * t.parts, t.cost / 4});
+  }
 }
 
 // Calls f(lane, token, head within the group) for each row of a panel of the segments [first, last), in order.
@@ -195,6 +206,18 @@ inline void each_row(const Plan& plan, int64_t first, int64_t last, int64_t pane
     }
   }
 }
+
+// Lines that the next panel will touch, fetched a few at a time while this one is computed.
+struct Ahead {
+  const void* lines[2 * kPanel * 2];
+  int64_t count = 0, at = 0;
+  TLF_INLINE void add(const void* line) {
+    if (count < 4 * kPanel) lines[count++] = line;
+  }
+  TLF_INLINE void some(int64_t n = 16) {
+    for (const int64_t end = least(count, at + n); at < end; ++at) __builtin_prefetch(lines[at], 1, 2);
+  }
+};
 
 // The keys that each lane of a panel sees in a span, and the bounds over each vector of lanes.
 struct Limits {
