@@ -191,7 +191,7 @@ void forward(const Forward<T>& f, const Plan& plan, int64_t threads) {
       }
     }
   }
-  std::qsort(tasks.data, static_cast<size_t>(tasks.size), sizeof(Task), by_cost);
+  std::qsort(tasks.data, static_cast<size_t>(tasks.size), sizeof(Task), by_cost_and_head);
   if (threads > 1) quarter_last(&tasks, 2 * threads);
 #pragma omp parallel
   {

@@ -169,13 +169,20 @@ struct Task {
   int64_t unit, head, part, parts, cost;  // a group or component, its key head, which part of it
 };
 
-// Dearest first, so that the last tasks to start are small. Then by head: threads that write neighbouring heads of the
-// same tokens at a time would fight for the cache lines of lse.
+// dearest first, so that the last tasks to start are small
 inline int by_cost(const void* x, const void* y) {
   const Task &a = *static_cast<const Task*>(x), &b = *static_cast<const Task*>(y);
   if (a.cost != b.cost) return compare(b.cost, a.cost);
-  if (a.head != b.head) return compare(a.head, b.head);
-  return a.unit != b.unit ? compare(a.unit, b.unit) : compare(a.part, b.part);
+  if (a.unit != b.unit) return compare(a.unit, b.unit);
+  return a.head != b.head ? compare(a.head, b.head) : compare(a.part, b.part);
+}
+
+// The same, but units within a head: threads that write neighbouring heads of the same tokens at a time fight for the
+// cache lines of lse. The backward pass only reads it. Tiny tasks stay beside those that touch the same pages.
+inline int by_cost_and_head(const void* x, const void* y) {
+  const Task &a = *static_cast<const Task*>(x), &b = *static_cast<const Task*>(y);
+  const bool tiny = a.cost < kPanel;
+  return a.cost == b.cost && a.head != b.head && !tiny ? compare(a.head, b.head) : by_cost(x, y);
 }
 
 // Splits the last count tasks in four, so that threads end together; a task may come out empty.
