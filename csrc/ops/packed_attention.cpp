@@ -1,7 +1,8 @@
 // Forward of packed attention: one task is some panels of query rows of one group and key head.
 //
 // Scores are made transposed, keys down and query rows across the lanes: S^T = K Q^T takes K as it lies in memory, the
-// softmax runs down the columns without any horizontal reduction, and O^T += V^T P^T needs only V transposed.
+// softmax runs down the columns without any horizontal reduction, and O += P V takes P in columns and V in rows. AMX
+// tiles take neither: there O^T += V^T P^T, with V transposed.
 // Masks are a range of visible keys per lane (attention_plan.h); tiles that no lane sees are skipped.
 #include <cmath>
 #include <type_traits>
@@ -26,33 +27,32 @@ struct Forward {
   int64_t group() const { return heads / kv_heads; }
 };
 
+// zero: O will be added to, not written
 template <typename T, typename E>
 void load_queries(const Forward<T>& f, const Plan& plan, const ForwardWork<E>& w, int64_t first, int64_t last,
-                  const Task& task, int64_t rows, int64_t panel0, int64_t panel1) {
+                  const Task& task, int64_t rows, int64_t panel0, int64_t panel1, bool zero) {
   const int64_t group = f.group(), width = w.kd * ForwardWork<E>::kp;
   const int64_t ahead = ceil_div(kAhead, group) * f.q_row;
   for (int64_t p = panel0; p < panel1; ++p) {
     const int64_t slot = p - panel0;
     const int64_t lanes = round_up(least(kPanel, rows - p * kPanel), kWidth);
-    std::memset(static_cast<void*>(w.rows), 0, static_cast<size_t>(lanes * width) * sizeof(E));
+    const int64_t filled = least(lanes, rows - p * kPanel);
+    clear(w.rows + filled * width, (lanes - filled) * width);
     each_row(plan, first, last, p, group, [&](int64_t lane, int64_t token, int64_t part) {
       const T* from = f.q + token * f.q_row + (task.head * group + part) * f.q_head;
       prefetch_row(from + ahead, f.size);
       copy_row(w.rows + lane * width, from, f.size, width);
     });
     transpose(w.rows, w.kd, lanes, w.kd, w.q_t + slot * w.kd * kPanel, kPanel);
-    float* o_t = w.o_t + slot * w.padded * kPanel;
-    for (int64_t d = 0; d < w.padded; ++d) {
-      for (int64_t i = 0; i < lanes; i += kWidth) {
-        store(o_t + d * kPanel + i, Vec{});
-        keep_loop();  // as rep stos, it took a twelfth of the forward
-      }
+    float* o = w.o + slot * w.padded * kPanel;
+    for (int64_t i = 0; zero && i < w.padded * kPanel; i += kWidth) {
+      store(o + i, Vec{});
+      keep_loop();  // as rep stos, it took a twelfth of the forward
     }
     for (int64_t i = 0; i < kPanel; ++i) w.top[slot * kPanel + i] = -INFINITY, w.sum[slot * kPanel + i] = 0.0f;
   }
 }
 
-#if defined(TLF_ISA_IS_amx)
 // The rows of q and out that a panel will touch.
 template <typename T>
 void look_ahead(const Forward<T>& f, const Plan& plan, int64_t first, int64_t last, const Task& task, int64_t panel,
@@ -64,7 +64,6 @@ void look_ahead(const Forward<T>& f, const Plan& plan, int64_t first, int64_t la
     for (int64_t i = 0; i < f.size; i += 64 / static_cast<int64_t>(sizeof(T))) ahead->add(from + i), ahead->add(to + i);
   });
 }
-#endif
 
 template <typename T, typename E>
 void store_outputs(const Forward<T>& f, const Plan& plan, const ForwardWork<E>& w, int64_t first, int64_t last,
@@ -72,13 +71,35 @@ void store_outputs(const Forward<T>& f, const Plan& plan, const ForwardWork<E>& 
   const float natural = f.softcap > 0 ? 1.0f : f.scale;
   for (int64_t p = panel0; p < panel1; ++p) {
     const int64_t slot = p - panel0;
-    transpose(w.o_t + slot * w.padded * kPanel, kPanel, w.padded, least(kPanel, rows - p * kPanel), w.o_rows, w.padded);
+    float* o = w.o + slot * w.padded * kPanel;
+    if constexpr (ForwardWork<E>::kTiles) {
+      transpose(o, kPanel, w.padded, least(kPanel, rows - p * kPanel), w.o_rows, w.padded);
+      o = w.o_rows;
+    }
     each_row(plan, first, last, p, f.group(), [&](int64_t lane, int64_t token, int64_t part) {
       const float total = w.sum[slot * kPanel + lane];
       const int64_t row = token * f.heads + task.head * f.group() + part;
-      store_row(f.out + row * f.size, w.o_rows + lane * w.padded, f.size, total > 0 ? 1.0f / total : 0.0f);
+      if (total == 0) {  // O was not written
+        clear(f.out + row * f.size, f.size);
+      } else {
+        store_row(f.out + row * f.size, o + lane * w.padded, f.size, 1.0f / total);
+      }
       f.lse[row] = total > 0 ? w.top[slot * kPanel + lane] * natural + std::log(total) : -INFINITY;
     });
+  }
+}
+
+template <typename T, typename E>
+void pack_values(const Forward<T>& f, const ForwardWork<E>& w, const T* from, int64_t n) {
+  if constexpr (ForwardWork<E>::kTiles) {
+    transpose_elements(from, f.v_row, n, f.size, w.v_t, w.ldv, w.lanes);
+  } else if constexpr (ForwardWork<E>::kp == 2) {
+    interleave(from, f.v_row, n, f.size, reinterpret_cast<uint32_t*>(w.lanes), w.padded);
+  } else {
+    for (int64_t j = 0; j < n; ++j) {
+      prefetch_row(from + (j + kAhead) * f.v_row, f.size);
+      copy_row(w.lanes + j * w.padded, from + j * f.v_row, f.size, w.padded);
+    }
   }
 }
 
@@ -89,10 +110,8 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
   const TileScope tiles;
 #endif
   ForwardWork<E> w;
-#if defined(TLF_ISA_IS_amx)
   Ahead ahead;
   w.ahead = &ahead;
-#endif
   const int64_t first = plan.groups[task.unit], last = plan.groups[task.unit + 1], group = f.group();
   const int64_t rows = plan.queries(first, last) * group, panels = ceil_div(rows, kPanel);
   const int64_t panel0 = panels * task.part / task.parts, panel1 = panels * (task.part + 1) / task.parts;
@@ -104,7 +123,7 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
   // where all keys are one chunk, each panel comes and goes while it is in L1
   const bool once = spans->size == 1 && (*spans)[0].nk <= w.chunk &&
                     last_key((*spans)[0], least((*spans)[0].q1, ceil_div(panel1 * kPanel, group))) > 0;
-  if (!once) load_queries(f, plan, w, first, last, task, rows, panel0, panel1);
+  if (!once) load_queries(f, plan, w, first, last, task, rows, panel0, panel1, true);
   Limits limits;
   for (int64_t i = 0; i < spans->size; ++i) {
     const Span& span = (*spans)[i];
@@ -122,14 +141,11 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
           least(chunk, span.nk - j0) < 16;  // not worth a tile; asked of the span, so the same for all tasks
       const T* from_k = f.k + (span.k0 + j0) * f.k_row + task.head * f.k_head;
       const T* from_v = f.v + (span.k0 + j0) * f.v_row + task.head * f.v_head;
-      const E *keys = w.keys, *values = w.rows;
-      int64_t ldk = w.kd * ForwardWork<E>::kp, ldv = ldk;
+      const E* keys = w.keys;
+      int64_t ldk = w.kd * ForwardWork<E>::kp;
       if constexpr (sizeof(T) == sizeof(E)) {  // read in place, unless several panels profit from a dense copy
-        values = reinterpret_cast<const E*>(from_v), ldv = f.v_row;
         if (!ForwardWork<E>::kTiles && p1 - p0 == 1 && f.size % ForwardWork<E>::kp == 0)
           keys = reinterpret_cast<const E*>(from_k), ldk = f.k_row;
-      } else {
-        for (int64_t j = 0; j < n; ++j) copy_row(w.rows + j * ldv, from_v + j * f.v_row, f.size, ldv);
       }
       if (keys == w.keys) {
         for (int64_t j = 0; j < n; ++j) {
@@ -137,20 +153,16 @@ void run_task(const Forward<T>& f, const Plan& plan, const Task& task, Buffer<Sp
           copy_row(w.keys + j * ldk, from_k + j * f.k_row, f.size, ldk);
         }
       }
-      transpose_elements(values, ldv, n, f.size, w.v_t, w.ldv, w.lanes);
+      pack_values(f, w, from_v, n);
       for (int64_t p = p0; p < p1; ++p) {
-        if (once) load_queries(f, plan, w, first, last, task, rows, p, p + 1);
-#if defined(TLF_ISA_IS_amx)
-        if constexpr (ForwardWork<E>::kTiles) {
-          if (once) look_ahead(f, plan, first, last, task, p + 1, w.ahead);
-        }
-#endif
+        if (once) load_queries(f, plan, w, first, last, task, rows, p, p + 1, ForwardWork<E>::kTiles);
+        if (once) look_ahead(f, plan, first, last, task, p + 1, w.ahead);
         const int64_t slot = once ? 0 : p - panel0;
         limits.set(span, p, group, plan.window);
         if (few) {
-          attend<E>(w, limits, keys, ldk, j0, n, f.size, slot, f.scale, f.softcap);
+          attend<E>(w, limits, keys, ldk, w.lanes, w.padded, j0, n, f.size, slot, f.scale, f.softcap, once);
         } else {
-          attend(w, limits, keys, ldk, j0, n, f.size, slot, f.scale, f.softcap);
+          attend(w, limits, keys, ldk, w.lanes, w.padded, j0, n, f.size, slot, f.scale, f.softcap, once);
         }
         if (once) store_outputs(f, plan, w, first, last, task, rows, p, p + 1);
       }
@@ -167,7 +179,7 @@ void forward(const Forward<T>& f, const Plan& plan, int64_t threads) {
     panels += ceil_div(plan.queries(plan.groups[g], plan.groups[g + 1]) * group, kPanel);
   }
   const int64_t largest = clamp(panels * f.kv_heads / (8 * threads), 1, kMaxPanels);
-  Buffer<Task> tasks(panels * f.kv_heads);
+  Buffer<Task> tasks(panels * f.kv_heads + 8 * threads);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t queries = plan.queries(plan.groups[g], plan.groups[g + 1]);
     const int64_t count = ceil_div(queries * group, kPanel), parts = ceil_div(count, largest);
@@ -179,7 +191,8 @@ void forward(const Forward<T>& f, const Plan& plan, int64_t threads) {
       }
     }
   }
-  std::qsort(tasks.data, static_cast<size_t>(tasks.size), sizeof(Task), by_cost);
+  std::qsort(tasks.data, static_cast<size_t>(tasks.size), sizeof(Task), by_cost_and_head);
+  if (threads > 1) quarter_last(&tasks, 2 * threads);
 #pragma omp parallel
   {
     Buffer<Span> spans(2 * plan.segments.size);

@@ -68,17 +68,6 @@ TLF_INLINE void tile_clear() {
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(To));
 }
 
-// 2^x to 3e-6 relative, flushed to 0 below -149: half the instructions of exp2v, for results that become bfloat16
-TLF_INLINE Vec exp2_short(Vec x) {
-  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
-  Vec y = splat(1.353383115e-2f);
-  y = y * f + 5.201121076e-2f;
-  y = y * f + 2.414436325e-1f;
-  y = y * f + 6.930034359e-1f;
-  y = y * f + 1.000002629f;
-  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
-}
-
 // C[16 m, 16 n] = A[16 m, 32 k] B (m, n = 1 or 2), or C += AB; strides in bytes, to the next tile of a along a row of A
 // 64, of b down 16 of its rows.
 template <int M, int N, bool Add>

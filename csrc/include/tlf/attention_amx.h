@@ -17,18 +17,6 @@ constexpr int64_t kBlock = 32;  // keys of a block, and rows of half a panel
 constexpr int64_t kNear = 128;  // keys
 constexpr int kMostTiles = 6;   // of O^T at a time; two more for its factors
 
-// Lines that the next panel will touch, fetched a few at a time while this one is computed.
-struct Ahead {
-  const void* lines[2 * kPanel * 2];
-  int64_t count = 0, at = 0;
-  TLF_INLINE void add(const void* line) {
-    if (count < 4 * kPanel) lines[count++] = line;
-  }
-  TLF_INLINE void some() {
-    for (const int64_t end = least(count, at + 16); at < end; ++at) __builtin_prefetch(lines[at], 1, 2);
-  }
-};
-
 struct Meeting {
   const bf16* keys;        // [chunk, padded], rows past n to the next whole block finite
   const bf16* v_t;         // [padded, ldv], columns past n to the next whole block zero

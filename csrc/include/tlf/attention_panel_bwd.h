@@ -84,11 +84,11 @@ void differentiate(const BackwardWork<E>& w, const Limits& limits, int v, int64_
     const Vec s = load(w.scores + j * kPanel + v * kWidth), dp = load(w.dprobs + j * kPanel + v * kWidth);
     if constexpr (Capped) {
       const Vec t = tanhv(s * (scale / softcap));
-      const Vec p = exp2v(t * (softcap * kLog2e) - lse);
+      const Vec p = exp2_for<E>(t * (softcap * kLog2e) - lse);
       *ds = p * (dp - delta) * (1.0f - t * t);
       return p;
     }
-    const Vec p = exp2v(s * factor - lse);
+    const Vec p = exp2_for<E>(s * factor - lse);
     *ds = p * (dp - delta);
     return p;
   };

@@ -177,6 +177,24 @@ inline int by_cost(const void* x, const void* y) {
   return a.head != b.head ? compare(a.head, b.head) : compare(a.part, b.part);
 }
 
+// The same, but units within a head: threads that write neighbouring heads of the same tokens at a time fight for the
+// cache lines of lse. The backward pass only reads it. Tiny tasks stay beside those that touch the same pages.
+inline int by_cost_and_head(const void* x, const void* y) {
+  const Task &a = *static_cast<const Task*>(x), &b = *static_cast<const Task*>(y);
+  const bool tiny = a.cost < kPanel;
+  return a.cost == b.cost && a.head != b.head && !tiny ? compare(a.head, b.head) : by_cost(x, y);
+}
+
+// Splits the last count tasks in four, so that threads end together; a task may come out empty.
+inline void quarter_last(Buffer<Task>* tasks, int64_t count) {
+  const int64_t size = tasks->size;
+  for (int64_t i = most(0, size - count); i < size; ++i) {
+    const Task t = (*tasks)[i];
+    (*tasks)[i] = {t.unit, t.head, 4 * t.part, 4 * t.parts, t.cost / 4};
+    for (int64_t j = 1; j < 4; ++j) tasks->push({t.unit, t.head, 4 * t.part + j, 4 * t.parts, t.cost / 4});
+  }
+}
+
 // Calls f(lane, token, head within the group) for each row of a panel of the segments [first, last), in order.
 template <typename F>
 inline void each_row(const Plan& plan, int64_t first, int64_t last, int64_t panel, int64_t group, const F& f) {
@@ -195,6 +213,18 @@ inline void each_row(const Plan& plan, int64_t first, int64_t last, int64_t pane
     }
   }
 }
+
+// Lines that the next panel will touch, fetched a few at a time while this one is computed.
+struct Ahead {
+  const void* lines[2 * kPanel * 2];
+  int64_t count = 0, at = 0;
+  TLF_INLINE void add(const void* line) {
+    if (count < 4 * kPanel) lines[count++] = line;
+  }
+  TLF_INLINE void some(int64_t n = 16) {
+    for (const int64_t end = least(count, at + n); at < end; ++at) __builtin_prefetch(lines[at], 1, 2);
+  }
+};
 
 // The keys that each lane of a panel sees in a span, and the bounds over each vector of lanes.
 struct Limits {

@@ -109,6 +109,26 @@ TLF_INLINE Vec exp2v(Vec x) {
   return (Vec)((BitVec)y + ((BitVec)shifted << 23));  // unsigned: beyond 2^127 it may wrap
 }
 
+#if defined(TLF_AVX512)
+// 2^x to 3e-6 relative, flushed to 0 below -149: half the instructions of exp2v, for results that become bfloat16
+TLF_INLINE Vec exp2_short(Vec x) {
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+  Vec y = splat(1.353383115e-2f);
+  y = y * f + 5.201121076e-2f;
+  y = y * f + 2.414436325e-1f;
+  y = y * f + 6.930034359e-1f;
+  y = y * f + 1.000002629f;
+  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)x);  // y * 2^floor(x)
+}
+#endif
+template <typename E>
+TLF_INLINE Vec exp2_for(Vec x) {  // 2^x, to be stored as E
+#if defined(TLF_AVX512)
+  if constexpr (Pack<E>::kp == 2) return exp2_short(x);
+#endif
+  return exp2v(x);
+}
+
 TLF_INLINE Vec tanhv(Vec x) {
   const Vec e = exp2v(2.885390082f * (x < 15.0f ? x : splat(15.0f)));
   return 1.0f - 2.0f / (e + 1.0f);
@@ -294,12 +314,15 @@ TLF_INLINE void store_rows(bf16* lo, bf16* hi, __m512i rows) {
 }
 #endif
 
-// C = AB; the same, and extra = max(extra, C) a column; C += AB; C = extra C + AB with one extra a column
-enum class Write { store, store_max, add, scale_add };
+// C = AB; the same, and extra = max(extra, C) a column; C += AB; C = extra C + AB with one extra a column, or a row
+enum class Write { store, store_max, add, scale_add, scale_rows };
+// how A lies: a row's lanes side by side, or a column's
+enum class Lie { rows, columns };
 
-template <typename E, Write W, int MR, int NV>
+template <typename E, Write W, Lie L, int MR, int NV>
 TLF_INLINE void tile(int64_t lanes, const E* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                      float* extra) {
+  const int64_t a_row = L == Lie::rows ? lda : Pack<E>::kp, a_lane = L == Lie::rows ? Pack<E>::kp : lda;
   Vec acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
@@ -313,7 +336,7 @@ TLF_INLINE void tile(int64_t lanes, const E* a, int64_t lda, const float* b, int
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(acc[r][v], a + r * lda + k * Pack<E>::kp, col[v]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(acc[r][v], a + r * a_row + k * a_lane, col[v]);
     }
   }
 #pragma GCC unroll 16
@@ -324,6 +347,7 @@ TLF_INLINE void tile(int64_t lanes, const E* a, int64_t lda, const float* b, int
       if constexpr (W == Write::store || W == Write::store_max) store(to, acc[r][v]);
       if constexpr (W == Write::add) store(to, load(to) + acc[r][v]);
       if constexpr (W == Write::scale_add) store(to, load(to) * load(extra + v * kWidth) + acc[r][v]);
+      if constexpr (W == Write::scale_rows) store(to, load(to) * extra[r] + acc[r][v]);
     }
   }
   if constexpr (W == Write::store_max) {
@@ -337,29 +361,32 @@ TLF_INLINE void tile(int64_t lanes, const E* a, int64_t lda, const float* b, int
   }
 }
 
-template <typename E, Write W, int NV, int MR>
+template <typename E, Write W, Lie L, int NV, int MR>
 inline void tile_rows(int64_t m, int64_t lanes, const E* a, int64_t lda, const float* b, int64_t ldb, float* c,
                       int64_t ldc, float* extra) {
-  for (; m >= MR; m -= MR, a += MR * lda, c += MR * ldc) tile<E, W, MR, NV>(lanes, a, lda, b, ldb, c, ldc, extra);
+  for (; m >= MR; m -= MR, a += MR * (L == Lie::rows ? lda : Pack<E>::kp), c += MR * ldc) {
+    tile<E, W, L, MR, NV>(lanes, a, lda, b, ldb, c, ldc, extra);
+    if (W == Write::scale_rows) extra += MR;
+  }
   if constexpr (MR > 1) {
     constexpr int next = MR > 8 ? 8 : MR > 4 ? 4 : MR / 2;
-    if (m > 0) tile_rows<E, W, NV, next>(m, lanes, a, lda, b, ldb, c, ldc, extra);
+    if (m > 0) tile_rows<E, W, L, NV, next>(m, lanes, a, lda, b, ldb, c, ldc, extra);
   }
 }
 
 // C[m, nv vectors] from A[m, lanes * KP], B[lanes, nv vectors]; ldb and ldc in floats, lda in elements
-template <typename E, Write W>
+template <typename E, Write W, Lie L = Lie::rows>
 inline void gemm(int64_t m, int64_t nv, int64_t lanes, const E* a, int64_t lda, const float* b, int64_t ldb, float* c,
                  int64_t ldc, float* extra = nullptr) {
   while (nv > 0) {
     // 5 and 6 vectors: 3 + 2 and 3 + 3 rather than 4 + 1 and 4 + 2
     const int64_t n = kTileVecs == 4 && (nv == 5 || nv == 6) ? 3 : least(nv, kTileVecs);
     if constexpr (kTileVecs == 4) {
-      if (n == 4) tile_rows<E, W, 4, 6>(m, lanes, a, lda, b, ldb, c, ldc, extra);
-      if (n == 3) tile_rows<E, W, 3, 8>(m, lanes, a, lda, b, ldb, c, ldc, extra);
+      if (n == 4) tile_rows<E, W, L, 4, 6>(m, lanes, a, lda, b, ldb, c, ldc, extra);
+      if (n == 3) tile_rows<E, W, L, 3, 8>(m, lanes, a, lda, b, ldb, c, ldc, extra);
     }
-    if (n == 2) tile_rows<E, W, 2, (kTileVecs == 4 ? 12 : 6)>(m, lanes, a, lda, b, ldb, c, ldc, extra);
-    if (n == 1) tile_rows<E, W, 1, (kTileVecs == 4 ? 12 : 8)>(m, lanes, a, lda, b, ldb, c, ldc, extra);
+    if (n == 2) tile_rows<E, W, L, 2, (kTileVecs == 4 ? 12 : 6)>(m, lanes, a, lda, b, ldb, c, ldc, extra);
+    if (n == 1) tile_rows<E, W, L, 1, (kTileVecs == 4 ? 12 : 8)>(m, lanes, a, lda, b, ldb, c, ldc, extra);
     nv -= n, b += n * kWidth, c += n * kWidth;
     if (W == Write::store_max || W == Write::scale_add) extra += n * kWidth;
   }
