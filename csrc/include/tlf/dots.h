@@ -98,9 +98,10 @@ TLF_INLINE void store_square(__m512 sums, const float* scale, const bf16* bias, 
   }
 }
 
-// x [rows <= kMostDotRows, ldx], zeros from columns to whole vectors. weight.rows_of(piece, &stride) is where its rows
-// are, as whole vectors with zeros beyond. weight.step(piece, k, square, squares) comes before that square of the piece
-// reads columns k..: other formats are decoded for the first one, beside its products; plain rows only asked for ahead.
+// x [rows <= kMostDotRows, ldx], zeros from columns to whole units of the weight's kUnit columns. weight.rows_of(piece,
+// &stride) is where its rows are, as whole units with zeros beyond. weight.step(piece, k, square, squares) comes before
+// that square of the piece reads columns k..: other formats are decoded for the first one, beside its products; plain
+// rows only asked for ahead.
 template <typename Weight>
 inline void multiply_in_dots(const Weight& weight, const bf16* x, int64_t ldx, const float* scale, const bf16* bias,
                              bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
@@ -112,7 +113,7 @@ inline void multiply_in_dots(const Weight& weight, const bf16* x, int64_t ldx, c
     __m512 total[kMostDotRows / kSide] = {};
     for (int64_t at = 0; at < columns; at += kDeep) {
       const Piece piece{first, count, at, least(kDeep, columns - at), buffer};
-      const int64_t whole = round_up(piece.width, kDotDepth);
+      const int64_t whole = round_up(piece.width, Weight::kUnit);
       int64_t stride = kDeep;
       const bf16* w = weight.rows_of(piece, &stride);
       for (int64_t s = 0; s < squares; ++s) {
@@ -129,6 +130,7 @@ inline void multiply_in_dots(const Weight& weight, const bf16* x, int64_t ldx, c
 
 // weights [outputs, columns] as they lie in memory
 struct PlainDots {
+  static constexpr int64_t kUnit = kDotDepth;
   const bf16* w;
   int64_t columns;
   TLF_INLINE const bf16* rows_of(const Piece& piece, int64_t* stride) const {
@@ -156,6 +158,7 @@ struct PlainDots {
 };
 
 struct ByteDots {
+  static constexpr int64_t kUnit = kDotDepth;
   const int8_t* w;
   int64_t columns;
   TLF_INLINE const bf16* rows_of(const Piece& piece, int64_t*) const { return piece.buffer; }

@@ -200,6 +200,7 @@ inline void lay_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, 
 static_assert(kDotStep == kCoded && kDeep % kCoded == 0);
 
 struct CodedDots {
+  static constexpr int64_t kUnit = kCoded;  // whose weights come in an order of their own
   const uint8_t* packed;
   const float* absmax;
   int64_t columns;
