@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "tlf/decode.h"
+#include "tlf/dots.h"
 #include "tlf/kernel.h"
 #include "tlf/tiles.h"
 
@@ -37,7 +38,7 @@ TLF_INLINE Vec to_floats(const int8_t* w) {
 TLF_INLINE Pair weights(const int8_t* w) { return {to_floats(w), to_floats(w + kWidth)}; }
 
 template <typename W>
-constexpr int64_t kFewRows = 4;  // so many rows keep up with memory without tiles
+constexpr int64_t kFewRows = 4;  // so many rows are as fast with neither tiles nor dots
 template <>
 constexpr int64_t kFewRows<int8_t> = 1;
 
@@ -265,6 +266,16 @@ void tiles_of(const bf16* x, int64_t ldx, const int8_t* w, const float* scale, c
     byte_product<false>(high, step, w, scale, bias, y, rows, outputs, columns);
   }
 }
+#elif defined(TLF_DOTS)
+template <typename W>
+void dots_of(const bf16* x, int64_t ldx, const W* w, const float* scale, const bf16* bias, float* scratch, bf16* y,
+             int64_t rows, int64_t outputs, int64_t columns) {
+  bf16* laid = reinterpret_cast<bf16*>(scratch);
+  const int64_t padded = round_up(columns, kDotDepth);
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < rows; ++n) copy_row(laid + n * padded, x + n * ldx, columns, padded);
+  multiply_in_dots(dots_from(w, columns), laid, padded, scale, bias, y, rows, outputs, columns);
+}
 #endif
 
 template <typename W, typename T>
@@ -274,6 +285,13 @@ void few(const T* x, int64_t ldx, const W* w, const float* scale, const T* bias,
   if constexpr (sizeof(T) == 2) {
     if (rows > kFewRows<W>) {
       tiles_of(x, ldx, w, scale, bias, scratch, y, rows, outputs, columns);
+      return;
+    }
+  }
+#elif defined(TLF_DOTS)
+  if constexpr (sizeof(T) == 2) {
+    if (rows > kFewRows<W>) {
+      dots_of(x, ldx, w, scale, bias, scratch, y, rows, outputs, columns);
       return;
     }
   }

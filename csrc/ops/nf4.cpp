@@ -187,9 +187,9 @@ void multiply(const uint8_t* packed, const float* absmax, int64_t blocksize, con
   }
 }
 
-#if defined(TLF_TILES)
-constexpr int64_t kFewRows = 4;  // so many rows are faster in vectors
+constexpr int64_t kFewRows = 4;  // so many rows are faster in vectors of integers
 
+#if defined(TLF_TILES)
 struct CodedRows {
   const uint8_t* packed;
   const float* absmax;
@@ -224,6 +224,11 @@ void few(const T* x, int64_t ldx, const uint8_t* packed, const float* absmax, in
     if (rows > kFewRows) {
       multiply_in_tiles(CodedRows{packed, absmax, blocksize, columns}, x, ldx, reinterpret_cast<bf16*>(scratch), bias,
                         y, rows, outputs, columns);
+      return;
+    }
+#elif defined(TLF_DOTS)
+    if (whole && rows > kFewRows) {
+      few_in_dots(x, ldx, packed, absmax, bias, scratch, y, rows, outputs, columns);
       return;
     }
 #endif
@@ -283,7 +288,7 @@ void nf4_of_team(const void* x, int64_t ldx, const uint8_t* packed, const float*
   }
 }
 
-// x: [rows <= 16, columns], columns even. bias: [outputs] or null. y: [rows, outputs].
+// x: [rows, columns], columns even. bias: [outputs] or null. y: [rows, outputs].
 // scratch: float [16 * (columns + 128)], aligned to 64 bytes.
 void nf4_linear_few(const void* x, int64_t ldx, const uint8_t* packed, const float* absmax, int64_t blocksize,
                     const void* bias, float* scratch, void* y, int64_t rows, int64_t outputs, int64_t columns,

@@ -11,30 +11,58 @@ namespace {
 constexpr int64_t kBlock = 1024;                // elements among which the largest is then looked for one by one
 constexpr int64_t kParallelElements = 1 << 15;  // below this a thread team costs more than it saves
 
+// 2 kWidth elements as float, in any order
+TLF_INLINE void read(const float* x, Vec* a, Vec* b) { *a = load(x), *b = load(x + kWidth); }
+TLF_INLINE void read(const bf16* x, Vec* a, Vec* b) {
+  const BitVec bits = (BitVec)load(reinterpret_cast<const float*>(x));
+  *a = (Vec)(bits << 16), *b = (Vec)(bits & 0xffff0000u);
+}
+
+TLF_INLINE bool any(IVec mask) {
+  int32_t all = 0;
+  for (int i = 0; i < kWidth; ++i) all |= mask[i];
+  return all != 0;
+}
+
+// The largest of count elements that are numbers; *odd: whether some are not.
+template <typename T>
+float largest_of(const T* x, int64_t count, bool* odd) {
+  constexpr int64_t kStep = 4 * kWidth;
+  Vec tops[4];
+  IVec nans = {};
+  for (Vec& top : tops) top = splat(-__builtin_inff());
+  int64_t k = 0;
+  for (; k + kStep <= count; k += kStep) {
+    Vec values[4];
+    read(x + k, values, values + 1);
+    read(x + k + 2 * kWidth, values + 2, values + 3);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      nans |= values[i] != values[i];
+      tops[i] = larger(values[i], tops[i]);
+    }
+  }
+  const Vec top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
+  float largest = -__builtin_inff();
+  for (int i = 0; i < kWidth; ++i) largest = top[i] > largest ? top[i] : largest;
+  *odd = any(nans);
+  for (; k < count; ++k) {
+    const float value = widen(x[k]);
+    *odd |= value != value;
+    largest = value > largest ? value : largest;
+  }
+  return largest;
+}
+
 template <typename T>
 int64_t first_of_largest(const T* x, int64_t columns) {
   float top = 0.0f;
   int64_t place = -1;
   for (int64_t at = 0; at < columns; at += kBlock) {
-    const int64_t stop = least(columns, at + kBlock), whole = at + (stop - at) / kWidth * kWidth;
-    float tops[kWidth];
-    int32_t odd = 0;  // whether something is not a number
-    for (int i = 0; i < kWidth; ++i) tops[i] = -__builtin_inff();
-    for (int64_t k = at; k < whole; k += kWidth) {
-      for (int i = 0; i < kWidth; ++i) {
-        const float value = widen(x[k + i]);
-        odd |= value != value;
-        tops[i] = value > tops[i] ? value : tops[i];
-      }
-    }
-    float largest = -__builtin_inff();
-    for (int i = 0; i < kWidth; ++i) largest = tops[i] > largest ? tops[i] : largest;
-    for (int64_t k = whole; k < stop; ++k) {
-      const float value = widen(x[k]);
-      odd |= value != value;
-      largest = value > largest ? value : largest;
-    }
-    if (odd != 0) {
+    const int64_t stop = least(columns, at + kBlock);
+    bool odd = false;
+    const float largest = largest_of(x + at, stop - at, &odd);
+    if (odd) {
       for (int64_t k = at; k < stop; ++k) {
         if (widen(x[k]) != widen(x[k])) return k;
       }

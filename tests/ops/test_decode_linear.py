@@ -9,7 +9,7 @@ from tinyllava_fast.ops import NF4, Int8, decode_linear, quantize_int8, quantize
 from tinyllava_fast.ops.decode_linear import MOST_ROWS, decode_linear_fwd, dense_weight, dequantize_int8, in_huge_pages
 
 FORMATS = {"dense": lambda w: w, "int8": quantize_int8, "nf4": quantize_nf4}
-SHAPES = ((48, 576), (37, 128), (130, 70), (16, 34), (3, 2))  # outputs, columns
+SHAPES = ((48, 576), (37, 128), (130, 70), (16, 34), (3, 2), (7, 2140))  # outputs, columns
 
 
 def made(outputs: int, columns: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

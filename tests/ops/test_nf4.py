@@ -76,7 +76,7 @@ def test_storage_of_another_dtype_is_the_same_weight() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 16, 40])
-@pytest.mark.parametrize("shape", [(40, 320), (6, 48), (5, 37), (700, 576)])
+@pytest.mark.parametrize("shape", [(40, 320), (6, 48), (5, 37), (700, 576), (9, 2112)])
 def test_linear_equals_the_dense_product(n: int, shape: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
     """Forward and backward, with several tiles for the largest shape in float32."""
     nf4 = unpack_nf4(*quantised(*shape))

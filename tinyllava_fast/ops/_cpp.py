@@ -50,6 +50,13 @@ def has_tiles() -> bool:
     return module is not None and module.isa() == "amx"
 
 
+@functools.cache
+def has_dots() -> bool:
+    """Whether the kernels multiply bfloat16 in vectors, for want of tiles."""
+    module = load()[0]
+    return module is not None and module.isa() == "avx512bf16"
+
+
 def runs(*dtypes: torch.dtype, kernel: str = "C++") -> Callable[..., str | None]:
     """A ``cpp_supports`` or ``triton_supports`` for kernels of some dtypes only: looks at the first floating tensor."""
 

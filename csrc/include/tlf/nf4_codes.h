@@ -1,13 +1,15 @@
 // The product of a few bfloat16 rows with a weight of NF4 codes, in the order in which the codes leave their registers.
 //
-// By a team of threads. Vectors multiply 16-bit integers: exact to 3e-5 of a block's largest weight and 1e-5 of its
-// largest x, and four times as fast as bfloat16 there (docs/LOG.md). Tiles multiply bfloat16.
+// By a team of threads. One to four rows are multiplied in vectors of 16-bit integers: exact to 3e-5 of a block's
+// largest weight and 1e-5 of its largest x, and up to four times as fast as bfloat16 (docs/LOG.md). More rows, for
+// which decoding weighs less, are multiplied in bfloat16: by tiles, or by the vectors of dots.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "tlf/attention_simd.h"
+#include "tlf/dots.h"
 #include "tlf/tiles.h"
 
 namespace tlf {
@@ -165,10 +167,6 @@ inline void few_codes(const bf16* x, int64_t ldx, const uint8_t* packed, const f
     rows -= n, laid += n * padded, step += n * steps, y += n * outputs;
   }
 }
-#endif
-
-#if defined(TLF_TILES)
-constexpr int64_t kTall = 2 * kTileRows;  // outputs side by side, so that a tile of x is read once for two of weights
 
 // kCoded weights as bfloat16 in the order of their codes
 TLF_INLINE void decode(const uint8_t* codes, const float* absmax, int64_t count, bf16* out) {
@@ -184,11 +182,9 @@ TLF_INLINE void decode(const uint8_t* codes, const float* absmax, int64_t count,
   }
 }
 
-inline void few_in_tiles(const bf16* x, int64_t ldx, const uint8_t* packed, const float* absmax, const bf16* bias,
-                         float* scratch, bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
+// x as bfloat16 in the order of the codes, zeros to a whole kCoded
+inline void lay_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, bf16* laid) {
   const int64_t padded = round_up(columns, kCoded);
-  char* tiles = reinterpret_cast<char*>(scratch);
-  bf16* laid = reinterpret_cast<bf16*>(scratch) + kTileRows * padded;
 #pragma omp for schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t at = 0; at < columns; at += kCoded) {
@@ -197,6 +193,49 @@ inline void few_in_tiles(const bf16* x, int64_t ldx, const uint8_t* packed, cons
       store_in_order(words, laid + n * padded + at);
     }
   }
+}
+#endif
+
+#if defined(TLF_DOTS)
+static_assert(kDotStep == kCoded && kDeep % kCoded == 0);
+
+struct CodedDots {
+  static constexpr int64_t kUnit = kCoded;  // whose weights come in an order of their own
+  const uint8_t* packed;
+  const float* absmax;
+  int64_t columns;
+  TLF_INLINE const bf16* rows_of(const Piece& piece, int64_t*) const {
+    if (piece.count < kSide) std::memset(static_cast<void*>(piece.buffer), 0, kSide * kDeep * sizeof(bf16));
+    return piece.buffer;
+  }
+  TLF_INLINE void step(const Piece& piece, int64_t k, int64_t square, int64_t) const {
+    if (square > 0) return;
+    for (int64_t o = 0; o < piece.count; ++o) {
+      const int64_t start = (piece.first + o) * columns + piece.at + k;
+      __builtin_prefetch(packed + (start + kSide * columns) / 2, 0, 2);
+      decode(packed + start / 2, absmax + start / kScaled, piece.width - k, piece.buffer + o * kDeep + k);
+    }
+  }
+};
+
+inline void few_in_dots(const bf16* x, int64_t ldx, const uint8_t* packed, const float* absmax, const bf16* bias,
+                        float* scratch, bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
+  bf16* laid = reinterpret_cast<bf16*>(scratch);
+  lay_rows(x, ldx, rows, columns, laid);
+  multiply_in_dots(CodedDots{packed, absmax, columns}, laid, round_up(columns, kCoded), nullptr, bias, y, rows, outputs,
+                   columns);
+}
+#endif
+
+#if defined(TLF_TILES)
+constexpr int64_t kTall = 2 * kTileRows;  // outputs side by side, so that a tile of x is read once for two of weights
+
+inline void few_in_tiles(const bf16* x, int64_t ldx, const uint8_t* packed, const float* absmax, const bf16* bias,
+                         float* scratch, bf16* y, int64_t rows, int64_t outputs, int64_t columns) {
+  const int64_t padded = round_up(columns, kCoded);
+  char* tiles = reinterpret_cast<char*>(scratch);
+  bf16* laid = reinterpret_cast<bf16*>(scratch) + kTileRows * padded;
+  lay_rows(x, ldx, rows, columns, laid);
 #pragma omp single
   transpose(laid, padded / 2, rows, padded / 2, tiles, kTileRows);
   const TileScope scope;
