@@ -59,7 +59,7 @@ def test_our_side_recomputes_what_the_config_says(
     run = load_run(train.compose(config, overrides, tmp_path, SETTINGS))
     built: list[LMM] = []
 
-    def compiles(lmm: LMM, layers: list[Any]) -> None:
+    def compiles(lmm: LMM, layers: list[object]) -> None:
         assert layers == lmm.layers
         built.append(lmm)
 

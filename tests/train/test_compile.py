@@ -164,7 +164,8 @@ def test_regions_of_every_recipe(recipe, graphs):
 @pytest.mark.parametrize(
     ("family", "kinds"), [("gemma2", 2), ("qwen2", 2), ("auto", 2), ("phi", 1), ("stablelm", 1), ("openelm", 4)]
 )
-def test_layers_that_differ_are_kinds_of_their_own(family, kinds):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_differ_are_kinds_of_their_own(family, kinds, checkpointing):
     """Windows of every second layer, layers without rotation, and a width for each layer."""
     config = CONFIGS[family]
     model_type = config.get("model_type", family)
@@ -173,6 +174,7 @@ def test_layers_that_differ_are_kinds_of_their_own(family, kinds):
     if family == "auto":
         llm.config["no_rope_layers"] = [1, 0, 1, 0]
     lmm = build_model(ModelConfig(llm=llm, vision=VisionConfig(config=SIGLIP)), seed=0)
+    lmm.set_gradient_checkpointing(checkpointing)
     assert check_regions(lmm) == 1 + kinds
 
 

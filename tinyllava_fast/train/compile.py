@@ -46,8 +46,8 @@ SAVED_SHARE = 0.21
 class CompiledForward:
     """Replaces ``model.forward`` by its compiled self; state-dict names and module hooks are untouched.
 
-    layers: compile these, which ``model.forward`` calls, instead of the whole (regional). Called by others, such as the
-    feature cache, they run eagerly.
+    layers: compile these, which ``model.forward`` calls, instead of the whole (regional). Called by others without
+    gradients, as by the feature cache, they run eagerly.
 
     seconds: spent compiling, backward graphs (made at the first backward pass) included. graphs: number of forward
     graphs, of layers if these are compiled. recompiles: graphs made in a step whose shapes had been seen, each
@@ -75,6 +75,7 @@ class CompiledForward:
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
         self._seen: set[tuple[Any, ...]] = set()
+        self._known = _graphs()
         self._model = model
         options = graph_passes.options() if backend == "inductor" else None
         how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend, "options": options}
@@ -97,20 +98,21 @@ class CompiledForward:
         self.seconds += time.perf_counter() - self._began
 
     def _call(self, **tensors: Tensor) -> Tensor:
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         seconds = self.seconds
         self._running = True
         try:
             loss: Tensor = self._forward(**tensors)
         finally:
             self._running = False
-        made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        made, self._known = _graphs() - self._known, _graphs()
         if made:
             self._report(made, self.seconds - seconds, tensors)
         return loss
 
     def _call_layer(self, region: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (region if self._running else _forward_layer)(layer, *args, **kwargs)
+        # A checkpoint around a layer, not in it, calls it again in the backward pass: as the first time, then.
+        compiles = self._running or torch.is_grad_enabled()
+        return (region if compiles else _forward_layer)(layer, *args, **kwargs)
 
     def _report(self, made: int, seconds: float, tensors: dict[str, Tensor]) -> None:
         self.graphs += made
@@ -123,6 +125,11 @@ class CompiledForward:
             what = f"{made} kinds of {self._layers} layers" if self._layers else f"forward graph {self.graphs}"
             log.info("compiled %s (%s images) in %.1f s", what, images, seconds)
         self._seen.add(kind)
+
+
+def _graphs() -> int:
+    """Graphs that this process has made."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _forward_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
