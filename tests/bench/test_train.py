@@ -55,10 +55,15 @@ def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path,
 def test_our_side_recomputes_what_the_config_says(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = ["engine.gradient_checkpointing=selective", "engine.compile=true"]
+    overrides = ["engine.gradient_checkpointing=selective", "engine.compile=regional"]
     run = load_run(train.compose(config, overrides, tmp_path, SETTINGS))
     built: list[LMM] = []
-    monkeypatch.setattr(sides, "CompiledForward", built.append)  # sees the model as it is about to train
+
+    def compiles(lmm: LMM, layers: list[object]) -> None:
+        assert layers == lmm.layers
+        built.append(lmm)
+
+    monkeypatch.setattr(sides, "CompiledForward", compiles)  # sees the model as it is about to train
     sides.serve("ours", run, RecordingGate(), per_step=2, precision="float32")  # type: ignore[arg-type]
     assert [layer.gradient_checkpointing for layer in built[0].llm.model.layers] == [True, False]  # type: ignore[operator, union-attr]
 

@@ -68,7 +68,7 @@ def test_overrides(config: Path, override: str, read, value) -> None:
         ("engine.dtype=fp8", ["engine.dtype", "one of 'bfloat16', 'float32'", "'fp8'"]),
         ("seed=abc", ["run.yaml", "seed", "expected int", "'abc'"]),
         ("seed=true", ["seed", "expected int"]),
-        ("engine.compile=3", ["engine.compile", "expected bool or 'auto'"]),
+        ("engine.compile=3", ["engine.compile", "expected bool or 'auto', 'regional'"]),
         ("engine=7", ["engine", "expected a mapping of EngineConfig"]),
         ("stages={}", ["stages", "expected a list of StageConfig"]),
         ("stages=[]", ["stages", "at least one stage"]),

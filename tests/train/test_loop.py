@@ -226,14 +226,20 @@ def test_loss_does_not_depend_on_packing_or_accumulation(tiny_run, losses):
         assert math.isclose(loss, means[0][0], rel_tol=1e-5) and math.isclose(norm, means[0][1], rel_tol=1e-4)
 
 
-def test_compiled_training_equals_eager(tiny_run, losses, whole, monkeypatch):
+@pytest.mark.parametrize("how", ["true", "regional"])
+def test_compiled_training_equals_eager(tiny_run, losses, whole, monkeypatch, how):
     """One graph for each number of images, none twice, over both stages; aot_eager spares Inductor's minutes."""
     path, _, lines, _ = whole
     monkeypatch.setattr(loop, "CompiledForward", functools.partial(CompiledForward, backend="aot_eager"))
-    summary = train(load_run(path, ["engine.compile=true", f"output_dir={path.parent / 'compiled'}"]))
-    assert summary["recompiles"] == 0 and summary["compile_seconds"] > 0
-    for (*_, loss), (*_, eager) in zip(losses(path.parent / "compiled"), lines, strict=True):
+    overrides = [f"engine.compile={how}", f"output_dir={path.parent / 'compiled'}"]
+    summary = train(load_run(path, overrides))
+    assert summary["recompiles"] == 0 and summary["compile_seconds"] > 0 and summary["compiled_graphs"] >= 2
+    compiled = losses(path.parent / "compiled")
+    for (*_, loss), (*_, eager) in zip(compiled, lines, strict=True):
         assert math.isclose(loss, eager, rel_tol=1e-4)
+    shutil.rmtree(path.parent / "compiled" / "checkpoints" / "finetune-00000012")
+    assert train(load_run(path, overrides))["recompiles"] == 0
+    assert losses(path.parent / "compiled") == compiled
 
 
 def test_a_stage_without_supervision_is_refused(tiny_run, monkeypatch):

@@ -275,8 +275,9 @@ class EngineConfig:
     """auto (CUDA when there is one), cpu, cuda."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Parameters and activations; master weights and reductions are float32."""
-    compile: bool | Literal["auto"] = False
-    """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it (train/compile.py)."""
+    compile: bool | Literal["auto", "regional"] = False
+    """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it; regional: one layer of
+    each kind instead, in less time (train/compile.py)."""
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute decoder layers in the backward pass: all of them, or every second one (selective)."""
     zero_stage: Literal[0, 1, 2, 3] = 2

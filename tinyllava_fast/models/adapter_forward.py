@@ -7,8 +7,8 @@ that nobody asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def bind(layer: Any, name: str) -> None:
     if reason is not None:
         log_once(f"LoRA: layers of this model keep peft's own forward: {reason}")
         return
-    layer.forward = partial(_forward, layer, name, layer.forward)
+    layer.forward = MethodType(_forward, layer)  # not a partial, which torch.compile takes for another one each time
     layer.external_parameters = partial(_reads, layer, name)
 
 
@@ -45,16 +45,22 @@ def _why_not(layer: Any, name: str) -> str | None:
     return None
 
 
-def _forward(layer: Any, name: str, pefts: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    (name,) = layer.lora_A
     a, b, base = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.base_layer
     if layer.disable_adapters or layer.merged or not x.dtype == a.dtype == b.dtype:
-        return pefts(x)  # peft casts; the op does not
+        return _pefts(layer, x)  # peft casts; the op does not
     weight = _weight(base, x.dtype)
     if weight is None:
-        return pefts(x)
+        return _pefts(layer, x)
     drop = layer.lora_dropout[name]
     p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
     return lora_linear(x, weight, base.bias, a, b, layer.scaling[name], p)
+
+
+def _pefts(layer: Any, x: Tensor) -> Tensor:
+    out: Tensor = type(layer).forward(layer, x)
+    return out
 
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor | NF4 | None:

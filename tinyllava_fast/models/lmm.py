@@ -79,6 +79,11 @@ class LMM(nn.Module):
         return self.adapter.embedding(self.llm).num_embeddings
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The repeated layers of tower and decoder, in the order they run."""
+        return [*self.vision.layers, *self.adapter.layers(self.llm)]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of parameters and activations."""
         return self.adapter.embedding(self.llm).weight.dtype

@@ -1,7 +1,12 @@
-"""Optional torch.compile of the whole training graph, and an eye on what it costs.
+"""Optional torch.compile of the whole training graph or of its repeated layers, and an eye on what it costs.
 
 ``dynamic=False``: one graph per shape. The shapes of a run are fixed but for the number of images in a pack
 (batch.image_multiple), so a few graphs are expected; any further compilation is a bug worth an error-level line.
+
+``engine.compile: regional`` compiles one layer of each kind, not the model: layers that differ in their weights alone
+share its code. What lies between the layers (embedding, norm, loss) runs eagerly. A layer that differs in anything
+that its code read, such as the window of its attention, or in what learns, is another kind. torch has
+``nested_compile_region`` for the same within one graph; in 2.13 its results were wrong (docs/LOG.md).
 
 ``engine.compile: auto`` compiles when the steps that are planned repay it:
 
@@ -18,9 +23,10 @@ Inductor's results are kept in the user's cache folder, so the next run starts i
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,26 +46,45 @@ SAVED_SHARE = 0.21
 class CompiledForward:
     """Replaces ``model.forward`` by its compiled self; state-dict names and module hooks are untouched.
 
+    layers: compile these, which ``model.forward`` calls, instead of the whole (regional). Called by others without
+    gradients, as by the feature cache, they run eagerly.
+
     seconds: spent compiling, backward graphs (made at the first backward pass) included. graphs: number of forward
-    graphs. recompiles: graphs for a shape that had one already, each reported with torch's reason.
+    graphs, of layers if these are compiled. recompiles: graphs made in a step whose shapes had been seen, each
+    reported with torch's reason.
     """
 
-    def __init__(self, model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Sequence[nn.Module] = (),
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         # Tracing starts afresh: graphs of an earlier stage guard on other frozen parameters.
         torch.compiler.reset()
         # An element-wise result that a product reads is made again in the backward pass, not kept: a third of what a
         # decoder layer keeps, for a pass over memory that is fused with others.
         torch._functorch.config.ban_recompute_materialized_backward = False
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for name in ("recompile_limit", "accumulated_recompile_limit"):
+            limit = max(getattr(torch._dynamo.config, name), 64 * max(len(layers), 1))
+            setattr(torch._dynamo.config, name, limit)
         self.seconds, self.graphs, self.recompiles = 0.0, 0, 0
         self._began = 0.0
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
-        self._seen: set[tuple[tuple[int, ...], ...]] = set()
+        self._seen: set[tuple[Any, ...]] = set()
+        self._known = _graphs()
+        self._model = model
         options = graph_passes.options() if backend == "inductor" else None
-        self._compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend, options=options)
+        how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend, "options": options}
+        self._layers, self._running = len(layers), False
+        self._forward = model.forward if layers else torch.compile(model.forward, **how)
         model.forward = self._call
+        region = torch.compile(_forward_layer, **how)
+        for layer in layers:
+            layer.forward = functools.partial(self._call_layer, region, layer)
 
     def close(self) -> None:
         """Stop counting."""
@@ -73,24 +98,43 @@ class CompiledForward:
         self.seconds += time.perf_counter() - self._began
 
     def _call(self, **tensors: Tensor) -> Tensor:
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         seconds = self.seconds
-        loss: Tensor = self._compiled(**tensors)
-        made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        self._running = True
+        try:
+            loss: Tensor = self._forward(**tensors)
+        finally:
+            self._running = False
+        made, self._known = _graphs() - self._known, _graphs()
         if made:
             self._report(made, self.seconds - seconds, tensors)
         return loss
 
+    def _call_layer(self, region: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint around a layer, not in it, calls it again in the backward pass: as the first time, then.
+        compiles = self._running or torch.is_grad_enabled()
+        return (region if compiles else _forward_layer)(layer, *args, **kwargs)
+
     def _report(self, made: int, seconds: float, tensors: dict[str, Tensor]) -> None:
         self.graphs += made
-        shapes = tuple(tuple(t.shape) for t in tensors.values())
-        if shapes in self._seen:
+        kind = self._model.training, torch.is_grad_enabled(), *(tuple(t.shape) for t in tensors.values())
+        if kind in self._seen:
             self.recompiles += made
             log.error("recompiled a known shape in %.1f s, because: %s", seconds, _last_reason())
         else:
             images = tensors["pixel_values"].shape[0] if "pixel_values" in tensors else "?"
-            log.info("compiled forward graph %d (%s images) in %.1f s", self.graphs, images, seconds)
-        self._seen.add(shapes)
+            what = f"{made} kinds of {self._layers} layers" if self._layers else f"forward graph {self.graphs}"
+            log.info("compiled %s (%s images) in %.1f s", what, images, seconds)
+        self._seen.add(kind)
+
+
+def _graphs() -> int:
+    """Graphs that this process has made."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _forward_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The one code object whose compiled versions all layers share."""
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 def repays(

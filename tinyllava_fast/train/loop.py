@@ -90,7 +90,7 @@ class Stage:
         self.loader = self._loader()
         self.flops = self._flops()
         self.kind = self._kind()
-        self.compiled = CompiledForward(self.model) if self._compiles() else None
+        self.compiled = self._compile()
         self.micro_batches = self.config.batch.packs_per_step // run.process.world_size
         self.engine = build_engine(
             run.process,
@@ -128,6 +128,10 @@ class Stage:
         data = self.config.data
         model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
         return model.to(self.run_.process.device)
+
+    def _compile(self) -> CompiledForward | None:
+        regional = self.run_.config.engine.compile == "regional"
+        return CompiledForward(self.model, layers=self.model.layers if regional else ()) if self._compiles() else None
 
     def _compiles(self) -> bool:
         """engine.compile, with auto resolved."""
@@ -229,10 +233,11 @@ class Stage:
             log.info("feature cache: %d found, %d computed", self.features.hits, self.features.misses)
         self._save_model()
         self.engine.close()
-        if self.run_.main and not self.profiler:
+        if self.run_.main and not self.profiler and self.run_.config.engine.compile != "regional":
             timings.write(self.kind, self.seconds, self.compiled.seconds if self.compiled else None)
         if self.compiled:
             self.run_.compile_seconds += self.compiled.seconds
+            self.run_.graphs += self.compiled.graphs
             self.run_.recompiles += self.compiled.recompiles
             self.compiled.close()
         gc.collect()  # the model and its hooks refer to each other; the next stage brings its own

@@ -51,7 +51,7 @@ class Run:
         self.checkpoint: Path | None = None
         self.stop_signal = 0
         self.profile = False
-        self.compile_seconds, self.recompiles = 0.0, 0
+        self.compile_seconds, self.graphs, self.recompiles = 0.0, 0, 0
         self.metrics: MetricsWriter | None = None
         self._lock_file: TextIO | None = None
 
@@ -122,6 +122,7 @@ class Run:
             "train_seconds": totals["wall_seconds"],
             "step_seconds": totals["step_seconds"],
             "compile_seconds": self.compile_seconds,
+            "compiled_graphs": self.graphs,
             "recompiles": self.recompiles,
             "steps": self.state.step,
             "samples": int(totals["samples"]),

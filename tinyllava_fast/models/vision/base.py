@@ -6,7 +6,7 @@ Legend: N images, K tokens an image after selection, V tower width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,6 +39,11 @@ class VisionTower(nn.Module, ABC):
     def widths(self) -> tuple[int, ...]:
         """Widths of the towers whose channels are concatenated; their sum is V."""
         return (self.hidden_size,)
+
+    @property
+    def layers(self) -> Sequence[nn.Module] | nn.ModuleList:
+        """The repeated layers that are built; none, for a tower that does not name them."""
+        return ()
 
     @abstractmethod
     def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:

@@ -146,6 +146,11 @@ class MoFTower(VisionTower):
         """CLIP's, DINOv2's."""
         return self.clip.hidden_size, self.dinov2.hidden_size
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Of both halves."""
+        return [*self.clip.layers, *self.dinov2.layers]
+
     def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:
         """Of both halves."""
         return [*self.clip.layer_parameters(from_layer), *self.dinov2.layer_parameters(from_layer)]
