@@ -24,7 +24,7 @@ from tinyllava_fast.log import log
 FORMAT = "tlf-bench ops 2"
 ROW_SECONDS, SIZE_SECONDS = 5.0, 1.5
 """About how long the rounds of a row may take together: of a main row, of one of many sizes."""
-LEAST_ROUNDS, LEAST_SECONDS = 3, 12.0
+LEAST_ROUNDS, LEAST_SECONDS = 3, 16.0
 """Fewer, but one at least, where so many take longer than this."""
 CALL_SECONDS, SLOW_SECONDS = 0.05, 2.0
 """A candidate is called so often in a round that it takes the former; a call that takes the latter is slow."""

@@ -86,7 +86,8 @@ def run_ours(
     groups: list[dict[str, Any]] = [{**group} for group in apply_recipe(lmm, stage.recipe, stage.optim, seed=run.seed)]
     lmm.set_gradient_checkpointing(run.engine.gradient_checkpointing)
     if run.engine.compile:
-        CompiledForward(lmm, layers=lmm.layers if run.engine.compile == "regional" else ())
+        layers = lmm.layers if run.engine.compile == "regional" else ()
+        CompiledForward(lmm, layers=layers, cuda_graphs=run.engine.cuda_graphs)
     engine = build_engine(process, run.engine, stage.optim, lmm, groups, micro_batches=1)
     lrs = {group["name"]: group["lr"] for group in groups}
     with tempfile.TemporaryDirectory() as folder:

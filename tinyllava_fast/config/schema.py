@@ -278,6 +278,9 @@ class EngineConfig:
     compile: bool | Literal["auto", "regional"] = False
     """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it; regional: one layer of
     each kind instead, in less time (train/compile.py)."""
+    cuda_graphs: bool = False
+    """On a GPU with compile true or auto: record a compiled step once and replay it without launching its kernels one
+    by one. Keeps the memory of every shape's step."""
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute decoder layers in the backward pass: all of them, or every second one (selective)."""
     zero_stage: Literal[0, 1, 2, 3] = 2

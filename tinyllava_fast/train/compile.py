@@ -47,7 +47,8 @@ class CompiledForward:
     """Replaces ``model.forward`` by its compiled self; state-dict names and module hooks are untouched.
 
     layers: compile these, which ``model.forward`` calls, instead of the whole (regional). Called by others without
-    gradients, as by the feature cache, they run eagerly.
+    gradients, as by the feature cache, they run eagerly. cuda_graphs: replay the whole model's graphs on a GPU; what a
+    call returned, and its gradients, are overwritten by the next one.
 
     seconds: spent compiling, backward graphs (made at the first backward pass) included. graphs: number of forward
     graphs, of layers if these are compiled. recompiles: graphs made in a step whose shapes had been seen, each
@@ -59,6 +60,7 @@ class CompiledForward:
         model: nn.Module,
         *,
         layers: Sequence[nn.Module] = (),
+        cuda_graphs: bool = False,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
@@ -77,7 +79,8 @@ class CompiledForward:
         self._seen: set[tuple[Any, ...]] = set()
         self._known = _graphs()
         self._model = model
-        options = graph_passes.options() if backend == "inductor" else None
+        self._cuda_graphs = cuda_graphs
+        options = graph_passes.options(cuda_graphs=cuda_graphs) if backend == "inductor" else None
         how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend, "options": options}
         self._layers, self._running = len(layers), False
         self._forward = model.forward if layers else torch.compile(model.forward, **how)
@@ -99,6 +102,8 @@ class CompiledForward:
 
     def _call(self, **tensors: Tensor) -> Tensor:
         seconds = self.seconds
+        if self._cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         self._running = True
         try:
             loss: Tensor = self._forward(**tensors)

@@ -117,6 +117,6 @@ def _materialise(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
 
 
-def options() -> dict[str, Any]:
+def options(*, cuda_graphs: bool = False) -> dict[str, Any]:
     """Options of torch.compile's Inductor backend for a training step."""
-    return {"post_grad_custom_post_pass": TrainingPasses()}
+    return {"post_grad_custom_post_pass": TrainingPasses(), "triton.cudagraphs": cuda_graphs}

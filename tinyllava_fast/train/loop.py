@@ -130,8 +130,11 @@ class Stage:
         return model.to(self.run_.process.device)
 
     def _compile(self) -> CompiledForward | None:
-        regional = self.run_.config.engine.compile == "regional"
-        return CompiledForward(self.model, layers=self.model.layers if regional else ()) if self._compiles() else None
+        if not self._compiles():
+            return None
+        engine = self.run_.config.engine
+        layers = self.model.layers if engine.compile == "regional" else ()
+        return CompiledForward(self.model, layers=layers, cuda_graphs=engine.cuda_graphs)
 
     def _compiles(self) -> bool:
         """engine.compile, with auto resolved."""

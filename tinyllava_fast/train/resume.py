@@ -17,10 +17,7 @@ FREE = frozenset(
         "plugins",  # files that may have moved; what they register is named by the model's own keys
         "checkpoint",
         "log_every",
-        *(
-            f"engine.{k}"
-            for k in ("type", "device", "compile", "zero_stage", "offload", "threads", "workers", "prefetch")
-        ),
+        *(f"engine.{k}" for k in "type device compile cuda_graphs zero_stage offload threads workers prefetch".split()),
     }
 )
 """Keys that may change between a checkpoint and its continuation: they move work around, not the mathematics."""

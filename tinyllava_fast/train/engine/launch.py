@@ -44,6 +44,8 @@ def start_process(config: EngineConfig) -> Process:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: cuda, but torch sees no CUDA device; set engine.device=cpu or auto")
     device = torch.device("cuda", env["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
+    if config.cuda_graphs:
+        _check_cuda_graphs(config, kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0))
@@ -56,6 +58,15 @@ def start_process(config: EngineConfig) -> Process:
             f"engine.type: torch runs one process, but torchrun started {process.world_size}; set engine.type=deepspeed"
         )
     return process
+
+
+def _check_cuda_graphs(config: EngineConfig, kind: str) -> None:
+    if kind != "cuda":
+        raise UserError("engine.cuda_graphs: the device is a CPU, which has none; set it to false")
+    if config.compile not in (True, "auto"):
+        raise UserError(f"engine.cuda_graphs with engine.compile: {config.compile}; set compile to true or auto")
+    if config.type == "deepspeed" and config.zero_stage > 0:
+        raise UserError("engine.cuda_graphs: ZeRO moves weights and gradients in memory; set engine.zero_stage: 0")
 
 
 def build_engine(
@@ -81,9 +92,9 @@ def build_engine(
         "masters": lower(model, getattr(torch, config.dtype)),
     }
     if config.type == "torch":
-        return TorchEngine(model, groups, **settings, kind=optim.type)
+        return TorchEngine(model, groups, **settings, kind=optim.type, cuda_graphs=config.cuda_graphs)
     if config.zero_stage == 0:
-        return DataParallelEngine(model, groups, **settings, kind=optim.type)
+        return DataParallelEngine(model, groups, **settings, kind=optim.type, cuda_graphs=config.cuda_graphs)
     from tinyllava_fast.train.engine.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(

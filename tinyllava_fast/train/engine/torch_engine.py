@@ -14,7 +14,10 @@ from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
 class TorchEngine:
-    """Engine of a single process. model: already on ``device`` and of its training dtype."""
+    """Engine of a single process. model: already on ``device`` and of its training dtype.
+
+    cuda_graphs: gradients come out of memory that the next replay writes to, so they are copied.
+    """
 
     rank = 0
     world_size = 1
@@ -30,8 +33,9 @@ class TorchEngine:
         clip_norm: float,
         masters: Masters | None = None,
         kind: str = "adamw",
+        cuda_graphs: bool = False,
     ) -> None:
-        self.device = device
+        self.device, self._cuda_graphs = device, cuda_graphs
         self.model = model
         names = trainable_names(model, groups)
         exact = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -44,6 +48,9 @@ class TorchEngine:
         loss = self.model(**batch.to(self.device).tensors())
         if loss.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
             (loss * scale).backward()
+            if self._cuda_graphs:
+                for p in self.model.parameters():
+                    p.grad = None if p.grad is None else p.grad.clone()
             with torch.profiler.record_function("tlf.optimizer"):
                 self._optimizer.accumulate()
         return loss.detach()
