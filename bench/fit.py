@@ -3,7 +3,8 @@
 Each recipe and size of step runs in a process of its own. What training keeps between steps is counted from the tensors
 that are there: weights as they are stored, float32 masters and moments, and at the end of a backward pass the
 gradients, in the weights' dtype and summed in float32. What a token adds is measured: the slope of the peak of memory
-between the sizes. A GPU then holds
+between the sizes, the steepest of all recipes; where the update needs more than the activations do, a recipe's own
+slope hides them. A GPU then holds
 
     tokens a step = (USABLE of its memory - CONTEXT - state) / bytes a token
 
@@ -36,8 +37,6 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: mode of train, what
 }
 OFFLOADED = "full, AdamW"
 """Also reckoned with masters and moments in the host's memory (engine.offload), which a CPU gains nothing from."""
-ALIKE = {"full, AdamW": "full, 8-bit AdamW"}
-"""What a token adds does not depend on the moments: a recipe too large for this machine takes it from the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +67,27 @@ class Settings:
 def benchmark(
     config: Path = WORKLOAD, overrides: Sequence[str] = (), settings: Settings | None = None
 ) -> dict[str, Any]:
-    """Measure every recipe; returns recipes {name: {state_bytes, sizes, bytes_per_token, fits, ...}} and the settings.
+    """Measure every recipe; returns {recipes: {name: {state_bytes, sizes, slope, fits}}, bytes_per_token, settings, ...}.
 
     sizes: for each number of samples tokens, seconds and peak_rss_bytes; empty if the state alone is beyond the limit.
+    slope: of its peak, in bytes a token; None without two sizes. bytes_per_token: the steepest of them, or None.
     fits: {GiB of a GPU: tokens a step}, 0 where the state alone is too large, None without bytes_per_token.
     """
     settings = settings or Settings()
     recipes = {name: _measure(config, overrides, settings, name) for name in settings.recipes}
-    for name, one in recipes.items():
-        if one["bytes_per_token"] is None and ALIKE.get(name) in recipes:
-            one["bytes_per_token"] = recipes[ALIKE[name]]["bytes_per_token"]
-        one["fits"] = _fits(sum(one["state_bytes"].values()), one["bytes_per_token"])
-        if name == OFFLOADED:
-            state = one["state_bytes"]
-            one["fits_offloaded"] = _fits(state["weights"] + state["gradients"], one["bytes_per_token"])
     device = machine.pick_device(load_run(config, overrides).engine.device)
-    return {"recipes": recipes, "settings": asdict(settings), "machine": machine.describe(device)}
+    return reckon(recipes) | {"settings": asdict(settings), "machine": machine.describe(device)}
+
+
+def reckon(recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The measured recipes and what follows from them: bytes_per_token, and what fits."""
+    token = max((one["slope"] for one in recipes.values() if one["slope"] is not None), default=None)
+    for name, one in recipes.items():
+        state = one["state_bytes"]
+        one["fits"] = _fits(sum(state.values()), token)
+        if name == OFFLOADED:
+            one["fits_offloaded"] = _fits(state["weights"] + state["gradients"], token)
+    return {"recipes": recipes, "bytes_per_token": token}
 
 
 def _measure(config: Path, overrides: Sequence[str], settings: Settings, recipe: str) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _measure(config: Path, overrides: Sequence[str], settings: Settings, recipe:
     slope = None
     if len(sizes) > 1:
         slope = line([s["tokens"] for s in sizes], [s["peak_rss_bytes"] for s in sizes])["per_token"]
-    return {"state_bytes": state, "sizes": sizes, "bytes_per_token": slope, "parameters": facts["parameters"]}
+    return {"state_bytes": state, "sizes": sizes, "slope": slope, "parameters": facts["parameters"]}
 
 
 def _fits(state: float, per_token: float | None) -> dict[str, int] | None:
@@ -128,7 +132,8 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"Written by `tlf-bench fit` on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}; LoRA "
             f"of rank {settings['lora_rank']}. State: weights, masters, moments and gradients, counted. Peak and "
-            "seconds: measured, a process each. The GPU columns are computed: tokens a step (bench/fit.py).",
+            "seconds: measured, a process each. The GPU columns are computed: tokens a step (bench/fit.py), of "
+            f"{_mebibytes(result['bytes_per_token'])} each.",
             "",
             *rows,
             "",
@@ -137,7 +142,11 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _columns() -> list[str]:
-    return ["state", "peak (tokens a step)", "step", "a token adds", *(f"{gib} GiB GPU" for gib in GPUS)]
+    return ["state", "peak (tokens a step)", "step", "a token more", *(f"{gib} GiB GPU" for gib in GPUS)]
+
+
+def _mebibytes(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.2f} MiB"
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
@@ -145,7 +154,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     for name, one in result["recipes"].items():
         peaks = ", ".join(f"{s['peak_rss_bytes'] / 2**30:.2f} GiB ({s['tokens']:.0f})" for s in one["sizes"])
         steps = ", ".join(report.seconds(s["step"]["median_s"]) for s in one["sizes"])
-        token = "-" if one["bytes_per_token"] is None else f"{one['bytes_per_token'] / 2**20:.2f} MiB"
+        token = _mebibytes(one["slope"])
         state = f"{sum(one['state_bytes'].values()) / 2**30:.2f} GiB"
         rows.append([name, state, peaks or "too large here", steps or "-", token, *_gpus(one["fits"])])
         if "fits_offloaded" in one:

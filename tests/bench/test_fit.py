@@ -42,6 +42,17 @@ def test_what_fits_is_computed() -> None:
     assert fit._fits(1.0, None) is None
 
 
+def test_the_steepest_slope_counts_for_every_recipe() -> None:
+    state = {"weights": 2**30, "masters": 0, "moments": 0, "gradients": 0}
+    recipes = {
+        n: {"state_bytes": dict(state), "slope": slope} for n, slope in (("lora", 2.0**20), ("full, AdamW", None))
+    }
+    result = fit.reckon(recipes | {"full, 8-bit AdamW": {"state_bytes": dict(state), "slope": 2.0**10}})
+    assert result["bytes_per_token"] == 2**20
+    assert {one["fits"]["24"] for one in result["recipes"].values()} == {int((0.95 * 24 - 2) * 1024)}
+    assert result["recipes"]["full, AdamW"]["fits_offloaded"]["24"] == int((0.95 * 24 - 2) * 1024)
+
+
 @pytest.mark.slow
 def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One recipe is measured; the other's state is beyond the limit, so that it is reckoned only."""
