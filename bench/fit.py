@@ -67,7 +67,7 @@ class Settings:
 def benchmark(
     config: Path = WORKLOAD, overrides: Sequence[str] = (), settings: Settings | None = None
 ) -> dict[str, Any]:
-    """Measure every recipe; returns {recipes: {name: {state_bytes, sizes, slope, fits}}, bytes_per_token, settings, ...}.
+    """Measure every recipe; returns {recipes: {name: {state_bytes, sizes, slope, fits}}, bytes_per_token, ...}.
 
     sizes: for each number of samples tokens, seconds and peak_rss_bytes; empty if the state alone is beyond the limit.
     slope: of its peak, in bytes a token; None without two sizes. bytes_per_token: the steepest of them, or None.
