@@ -1,5 +1,6 @@
 // row_argmax: where each row of logits is largest.
 #include <cstdint>
+#include <cstring>
 
 #include "tlf/attention_simd.h"
 #include "tlf/kernel.h"
@@ -14,7 +15,8 @@ constexpr int64_t kParallelElements = 1 << 15;  // below this a thread team cost
 // 2 kWidth elements as float, in any order
 TLF_INLINE void read(const float* x, Vec* a, Vec* b) { *a = load(x), *b = load(x + kWidth); }
 TLF_INLINE void read(const bf16* x, Vec* a, Vec* b) {
-  const BitVec bits = (BitVec)load(reinterpret_cast<const float*>(x));
+  BitVec bits;
+  std::memcpy(&bits, x, sizeof(bits));  // x need not be aligned to a float
   *a = (Vec)(bits << 16), *b = (Vec)(bits & 0xffff0000u);
 }
 
