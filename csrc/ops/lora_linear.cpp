@@ -1,4 +1,4 @@
-// lora_linear: dropout whose mask is a hash of (seed, row, column), applied while copying or adding. The products
+// lora_linear: dropout whose mask is a hash of (seed, row, column), applied while copying. The products
 // around it are torch's. The same hash is in ops/lora_linear.py.
 #include <cstdint>
 
@@ -33,12 +33,8 @@ struct RowKeys {
 
 inline void copy_if(bool keep, BFloat16 from, BFloat16* to) { to->bits = static_cast<uint16_t>(keep ? from.bits : 0); }
 inline void copy_if(bool keep, float from, float* to) { *to = keep ? from : 0.0f; }
-template <typename T>
-inline void add_if(bool keep, T from, T* to) {
-  store(to, to_float(*to) + (keep ? to_float(from) : 0.0f));
-}
 
-template <typename T, bool Add>
+template <typename T>
 void each_row(const void* source, int64_t lds, void* target, int64_t ldt, int64_t rows, int64_t columns, int64_t row,
               int64_t seed, int64_t threshold) {
   const uint32_t least = static_cast<uint32_t>(threshold);
@@ -49,12 +45,7 @@ void each_row(const void* source, int64_t lds, void* target, int64_t ldt, int64_
     T* to = static_cast<T*>(target) + i * ldt;
 #pragma GCC ivdep
     for (int64_t c = 0; c < columns; ++c) {
-      const bool keep = keys.hash(static_cast<uint32_t>(c)) >= least;
-      if constexpr (Add) {
-        add_if(keep, from[c], to + c);
-      } else {
-        copy_if(keep, from[c], to + c);
-      }
+      copy_if(keys.hash(static_cast<uint32_t>(c)) >= least, from[c], to + c);
     }
   }
 }
@@ -65,14 +56,7 @@ void each_row(const void* source, int64_t lds, void* target, int64_t ldt, int64_
 // strides in elements.
 void dropout_copy(const void* source, int64_t lds, void* target, int64_t ldt, int64_t rows, int64_t columns,
                   int64_t row, int64_t seed, int64_t threshold, int64_t dtype) {
-  auto* run = dtype == kBFloat16 ? each_row<BFloat16, false> : each_row<float, false>;
-  run(source, lds, target, ldt, rows, columns, row, seed, threshold);
-}
-
-// target += mask * source
-void dropout_add(const void* source, int64_t lds, void* target, int64_t ldt, int64_t rows, int64_t columns, int64_t row,
-                 int64_t seed, int64_t threshold, int64_t dtype) {
-  auto* run = dtype == kBFloat16 ? each_row<BFloat16, true> : each_row<float, true>;
+  auto* run = dtype == kBFloat16 ? each_row<BFloat16> : each_row<float>;
   run(source, lds, target, ldt, rows, columns, row, seed, threshold);
 }
 
@@ -80,4 +64,3 @@ void dropout_add(const void* source, int64_t lds, void* target, int64_t ldt, int
 }  // namespace tlf
 
 TLF_KERNEL(dropout_copy);
-TLF_KERNEL(dropout_add);

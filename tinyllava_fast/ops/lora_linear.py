@@ -157,9 +157,9 @@ def _fake(
     return x.new_empty((x.shape[0], b.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
 
 
-def _drop(name: str, source: Tensor, target: Tensor, row: int, p: float, seed: Tensor) -> None:
-    """One of the C++ loops over the masked elements of source [n, K], which begins at this row of x."""
-    getattr(_cpp.extension(), name)(
+def _drop(source: Tensor, target: Tensor, row: int, p: float, seed: Tensor) -> None:
+    """target = mask * source [n, K], which begins at this row of x and may be the target."""
+    _cpp.extension().dropout_copy(
         *(source.data_ptr(), source.stride(0), target.data_ptr(), target.stride(0), *source.shape, row),
         *(int(seed), dropout_threshold(p), _cpp.DTYPE_CODES[source.dtype]),
     )
@@ -192,7 +192,7 @@ def _cpp_fwd(
         buffer = x.new_empty((min(ROWS, len(x)), x.shape[1]))
         for start in range(0, len(x), ROWS):
             part = x[start : start + ROWS]
-            _drop("dropout_copy", part, buffer, start, p, seed)
+            _drop(part, buffer, start, p, seed)
             torch.mm(buffer[: len(part)], a.t(), out=u[start : start + ROWS])
     y.addmm_(u, b.t(), alpha=scale / (1 - p))
     return y, u
@@ -292,47 +292,33 @@ def _cpp_bwd(
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, factor = _cpp.unit_stride(x), scale / (1 - p)
-    made = _fake_bwd(x, x, None, None, None, 0, a, b, u, scale, p, None, want)
-    dx, dw, dbias, da, db = made
+    dx, dw, dbias, da, db = _fake_bwd(x, x, None, None, None, 0, a, b, u, scale, p, None, [False] * 5)
     v = x.new_empty(u.shape)
     if want[0] or want[3]:
         torch.addmm(v, grad, b, beta=0, alpha=factor, out=v)
     if want[0]:
+        dx = torch.mm(v, a, out=_cpp.empty(*x.shape, dtype=x.dtype))
+        if seed is not None and p > 0:
+            _drop(dx, dx, 0, p, seed)
         if weight is None:
             assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
-            dx = multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize)
-            _add_adapter(dx, v, a, p, seed)
+            multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize, into=dx)
         else:
-            dx = torch.mm(v, a, out=_cpp.empty(*x.shape, dtype=x.dtype))
-            if seed is not None and p > 0:
-                _drop("dropout_copy", dx, dx, 0, p, seed)
             dx.addmm_(grad, weight)
     if want[1]:
         dw = product(grad.t(), x)
     if want[2]:
-        torch.sum(grad, 0, out=dbias)
+        dbias = grad.sum(0)
     if want[3]:
         kept = x
         if seed is not None and p > 0:
             kept = _cpp.empty(*x.shape, dtype=x.dtype)
-            _drop("dropout_copy", x, kept, 0, p, seed)
+            _drop(x, kept, 0, p, seed)
         da = product(v.t(), kept)
     if want[4]:
         turned = product(u.t(), grad)  # [R, O]: it is u, the narrow one, that is transposed
-        torch.mul(turned.t(), factor, out=db)
+        db = torch.mul(turned.t(), factor, out=b.new_empty(b.shape))
     return dx, dw, dbias, da, db
-
-
-def _add_adapter(dx: Tensor, v: Tensor, a: Tensor, p: float, seed: Tensor | None) -> None:
-    """dx += mask (v A), a part at a time where there is a mask: for a dx that no product adds to."""
-    if seed is None or p == 0:
-        dx.addmm_(v, a)
-        return
-    buffer = dx.new_empty((min(ROWS, len(dx)), dx.shape[1]))
-    for start in range(0, len(dx), ROWS):
-        part = buffer[: min(ROWS, len(dx) - start)]
-        torch.mm(v[start : start + ROWS], a, out=part)
-        _drop("dropout_add", part, dx[start:], start, p, seed)
 
 
 @define_op(

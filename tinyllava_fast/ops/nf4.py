@@ -179,15 +179,21 @@ def multiply(
 
 
 def multiply_transposed(
-    grad: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """grad W in C++ and torch's GEMM; grad [N, O] float32 or bfloat16."""
-    dx = _cpp.empty(len(grad), columns, dtype=grad.dtype)
+    """grad W in C++ and torch's GEMM; grad [N, O] float32 or bfloat16. into: [N, K] to add to, and return."""
+    dx = _cpp.empty(len(grad), columns, dtype=grad.dtype) if into is None else into
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if rows == 0:
-        return dx.zero_()
+        return dx.zero_() if into is None else dx
     for start, stop, w in _tiles(packed, absmax, rows, columns, blocksize, grad.dtype):
-        if start == 0:
+        if start == 0 and into is None:
             torch.mm(grad[:, :stop], w, out=dx)
         else:  # a weight beyond TILE_BYTES: partial sums are rounded in between
             dx.addmm_(grad[:, start:stop], w)
