@@ -24,7 +24,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes import lora
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import cpu_pool
-from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train.compile import compile_forward
 from tinyllava_fast.train.engine.base import Engine
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
 from tinyllava_fast.train.features import FeatureCache
@@ -86,8 +86,7 @@ def run_ours(
     groups: list[dict[str, Any]] = [{**group} for group in apply_recipe(lmm, stage.recipe, stage.optim, seed=run.seed)]
     lmm.set_gradient_checkpointing(run.engine.gradient_checkpointing)
     if run.engine.compile:
-        layers = lmm.layers if run.engine.compile == "regional" else ()
-        CompiledForward(lmm, layers=layers, cuda_graphs=run.engine.cuda_graphs)
+        compile_forward(lmm, run.engine)
     engine = build_engine(process, run.engine, stage.optim, lmm, groups, micro_batches=1)
     lrs = {group["name"]: group["lr"] for group in groups}
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.train import compile as compiling
 
 pytest.importorskip("easy_vqa")
 SETTINGS = train.Settings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
@@ -63,7 +64,7 @@ def test_our_side_recomputes_what_the_config_says(
         assert layers == lmm.layers and not cuda_graphs
         built.append(lmm)
 
-    monkeypatch.setattr(sides, "CompiledForward", compiles)  # sees the model as it is about to train
+    monkeypatch.setattr(compiling, "CompiledForward", compiles)  # sees the model as it is about to train
     sides.serve("ours", run, RecordingGate(), per_step=2, precision="float32")  # type: ignore[arg-type]
     assert [layer.gradient_checkpointing for layer in built[0].llm.model.layers] == [True, False]  # type: ignore[operator, union-attr]
 

@@ -13,6 +13,7 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.train import checkpoint, cli, loop, resume, rules
+from tinyllava_fast.train import compile as compiling
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.loop import train
 
@@ -230,7 +231,7 @@ def test_loss_does_not_depend_on_packing_or_accumulation(tiny_run, losses):
 def test_compiled_training_equals_eager(tiny_run, losses, whole, monkeypatch, how):
     """One graph for each number of images, none twice, over both stages; aot_eager spares Inductor's minutes."""
     path, _, lines, _ = whole
-    monkeypatch.setattr(loop, "CompiledForward", functools.partial(CompiledForward, backend="aot_eager"))
+    monkeypatch.setattr(compiling, "CompiledForward", functools.partial(CompiledForward, backend="aot_eager"))
     overrides = [f"engine.compile={how}", f"output_dir={path.parent / 'compiled'}"]
     summary = train(load_run(path, overrides))
     assert summary["recompiles"] == 0 and summary["compile_seconds"] > 0 and summary["compiled_graphs"] >= 2

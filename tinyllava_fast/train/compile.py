@@ -34,8 +34,10 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo.callback import callback_handler
 
+from tinyllava_fast.config.schema import EngineConfig
 from tinyllava_fast.hardware import cache_folder, gemm_flops_per_s
 from tinyllava_fast.log import log
+from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.train import graph_passes
 
 SECONDS_PER_LAYER = 1.7
@@ -130,6 +132,12 @@ class CompiledForward:
             what = f"{made} kinds of {self._layers} layers" if self._layers else f"forward graph {self.graphs}"
             log.info("compiled %s (%s images) in %.1f s", what, images, seconds)
         self._seen.add(kind)
+
+
+def compile_forward(lmm: LMM, engine: EngineConfig) -> CompiledForward:
+    """The model compiled as engine.compile (whole, or regional) and engine.cuda_graphs say."""
+    layers = lmm.layers if engine.compile == "regional" else ()
+    return CompiledForward(lmm, layers=layers, cuda_graphs=engine.cuda_graphs)
 
 
 def _graphs() -> int:

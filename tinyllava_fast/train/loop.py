@@ -32,7 +32,7 @@ from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import apply_recipe, check_engine
 from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
-from tinyllava_fast.train.compile import CompiledForward, repays
+from tinyllava_fast.train.compile import compile_forward, repays
 from tinyllava_fast.train.engine.launch import build_engine, start_process
 from tinyllava_fast.train.features import FeatureCache, check_feature_cache
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
@@ -90,7 +90,7 @@ class Stage:
         self.loader = self._loader()
         self.flops = self._flops()
         self.kind = self._kind()
-        self.compiled = self._compile()
+        self.compiled = compile_forward(self.model, run.config.engine) if self._compiles() else None
         self.micro_batches = self.config.batch.packs_per_step // run.process.world_size
         self.engine = build_engine(
             run.process,
@@ -128,13 +128,6 @@ class Stage:
         data = self.config.data
         model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
         return model.to(self.run_.process.device)
-
-    def _compile(self) -> CompiledForward | None:
-        if not self._compiles():
-            return None
-        engine = self.run_.config.engine
-        layers = self.model.layers if engine.compile == "regional" else ()
-        return CompiledForward(self.model, layers=layers, cuda_graphs=engine.cuda_graphs)
 
     def _compiles(self) -> bool:
         """engine.compile, with auto resolved."""
