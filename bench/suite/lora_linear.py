@@ -11,21 +11,22 @@ from torch.nn import functional
 from tinyllava_fast.bench.case import SUITE, Case, Run, Setting, add_peer, lacking, nbytes, pack_of, works
 from tinyllava_fast.ops import lora_linear
 
-RANK, DROPOUT = 128, 0.05
+RANKS, DROPOUT = (128, 16), 0.05
 
 
 @SUITE.register("lora_linear")
 def cases(setting: Setting) -> Iterator[Case]:
     """The first projection of SmolLM2-135M's MLP over a pack, without and with dropout."""
-    yield _case(setting, 0.0)
-    yield _case(setting, DROPOUT)
+    for rank in RANKS:
+        yield _case(setting, rank, 0.0)
+        yield _case(setting, rank, DROPOUT)
 
 
-def _case(setting: Setting, p: float) -> Case:
+def _case(setting: Setting, rank: int, p: float) -> Case:
     pack = pack_of(setting)
     rows, width, outputs = pack.tokens, pack.width, pack.width * 8 // 3
     x, w = setting.randn(rows, width), setting.randn(outputs, width, grad=False)
-    a, b = setting.randn(RANK, width), setting.randn(outputs, RANK)
+    a, b = setting.randn(rank, width), setting.randn(outputs, rank)
     seed = setting.randint(1 << 62)
 
     def plain() -> Tensor:
@@ -36,12 +37,12 @@ def _case(setting: Setting, p: float) -> Case:
     run: dict[str, Run] = {"torch": plain, **setting.compiled("torch compiled", plain)}
     add_peer(run, absent, "peft", lacking("peft"), lambda: _peft(x, w, a, b, p))
     run["ours"] = lambda: lora_linear(x, w, None, a, b, 2.0, p, seed)
-    base, adapter = 2.0 * rows * width * outputs, 2.0 * rows * RANK * (width + outputs)
+    base, adapter = 2.0 * rows * width * outputs, 2.0 * rows * rank * (width + outputs)
     written = rows * outputs * x.element_size()
     backward = (base + 2 * adapter) / (base + adapter)  # W is frozen: only its share of dx
     work = works(base + adapter, nbytes(x, w, a, b), written, nbytes(x, a, b), backward=backward)
-    headline = {} if p else {"lora_linear_vs_peft": "peft"}
-    label = f"N={rows} K={width} O={outputs} R={RANK} p={p}"
+    headline = {} if p or rank != RANKS[0] else {"lora_linear_vs_peft": "peft"}
+    label = f"N={rows} K={width} O={outputs} R={rank} p={p}"
     return Case("lora_linear", label, run, work, (x, a, b), (w,), absent, headline, masks=p > 0)
 
 
@@ -50,8 +51,9 @@ def _peft(x: Tensor, w: Tensor, a: Tensor, b: Tensor, p: float) -> Run:
 
     base = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(w, requires_grad=False)
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=p)
-    layer: Any = Linear(base, "default", config, r=RANK, lora_alpha=2 * RANK)
+    rank = len(a)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p)
+    layer: Any = Linear(base, "default", config, r=rank, lora_alpha=2 * rank)
     for module, tensor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
         del module.weight
         module.weight = tensor  # the very leaf that the others use

@@ -20,13 +20,13 @@ from torch.nn import functional
 
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
+from tinyllava_fast.ops._lora_products import WHOLE, Mask, add_up, down, pays, up
+from tinyllava_fast.ops._lora_products import grad as narrow_grad
 from tinyllava_fast.ops._lora_samples import samples
 from tinyllava_fast.ops._op import define_op
 from tinyllava_fast.ops.gemm import product
 from tinyllava_fast.ops.nf4 import NF4, check_nf4, dense, multiply, multiply_transposed
 
-ROWS = 512
-"""Rows of x that are masked at a time: the copy stays in the cache."""
 _LOW = 0xFFFFFFFF
 
 
@@ -81,6 +81,10 @@ def _mix(h: Tensor) -> Tensor:
 def dropout_threshold(p: float) -> int:
     """What an element's 32-bit hash must reach for it to stay."""
     return min(_LOW, round(p * (1 << 32)))
+
+
+def _mask(p: float, seed: Tensor | None) -> Mask:
+    return WHOLE if seed is None or p == 0 else Mask(seed, dropout_threshold(p))
 
 
 def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -157,14 +161,6 @@ def _fake(
     return x.new_empty((x.shape[0], b.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
 
 
-def _drop(source: Tensor, target: Tensor, row: int, p: float, seed: Tensor) -> None:
-    """target = mask * source [n, K], which begins at this row of x and may be the target."""
-    _cpp.extension().dropout_copy(
-        *(source.data_ptr(), source.stride(0), target.data_ptr(), target.stride(0), *source.shape, row),
-        *(int(seed), dropout_threshold(p), _cpp.DTYPE_CODES[source.dtype]),
-    )
-
-
 def _cpp_fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -178,23 +174,15 @@ def _cpp_fwd(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    x = _cpp.unit_stride(x)
-    u = x.new_empty((len(x), len(a)))
+    x, factor, mask = _cpp.unit_stride(x), scale / (1 - p), _mask(p, seed)
+    u = down(x, a.t(), 1.0, mask)
     if weight is None:
         assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
         y = multiply(x, packed, absmax, len(b), x.shape[1], blocksize, bias)
     else:
         y = _cpp.empty(len(x), len(b), dtype=x.dtype)
         torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
-    if seed is None or p == 0:
-        torch.mm(x, a.t(), out=u)
-    else:
-        buffer = x.new_empty((min(ROWS, len(x)), x.shape[1]))
-        for start in range(0, len(x), ROWS):
-            part = x[start : start + ROWS]
-            _drop(part, buffer, start, p, seed)
-            torch.mm(buffer[: len(part)], a.t(), out=u[start : start + ROWS])
-    y.addmm_(u, b.t(), alpha=scale / (1 - p))
+    add_up(u, b.t(), factor, y)
     return y, u
 
 
@@ -291,33 +279,29 @@ def _cpp_bwd(
     seed: Tensor | None,
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, factor = _cpp.unit_stride(x), scale / (1 - p)
+    x, grad, factor, mask = _cpp.unit_stride(x), _cpp.unit_stride(grad), scale / (1 - p), _mask(p, seed)
     dx, dw, dbias, da, db = _fake_bwd(x, x, None, None, None, 0, a, b, u, scale, p, None, [False] * 5)
-    v = x.new_empty(u.shape)
-    if want[0] or want[3]:
-        torch.addmm(v, grad, b, beta=0, alpha=factor, out=v)
+    v = down(grad, b, factor) if want[0] or want[3] else u
     if want[0]:
-        dx = torch.mm(v, a, out=_cpp.empty(*x.shape, dtype=x.dtype))
-        if seed is not None and p > 0:
-            _drop(dx, dx, 0, p, seed)
+        # torch's product adds to the adapter's share, which has to be masked first; the kernel masks while it adds
+        share = None if pays(len(a), x) else up(v, a, 1.0, mask)
         if weight is None:
             assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
-            multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize, into=dx)
+            dx = multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize, into=share)
+        elif share is None:
+            dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
         else:
-            dx.addmm_(grad, weight)
+            dx = share.addmm_(grad, weight)
+        if share is None:
+            add_up(v, a, 1.0, dx, mask)
     if want[1]:
         dw = product(grad.t(), x)
     if want[2]:
         dbias = grad.sum(0)
     if want[3]:
-        kept = x
-        if seed is not None and p > 0:
-            kept = _cpp.empty(*x.shape, dtype=x.dtype)
-            _drop(x, kept, 0, p, seed)
-        da = product(v.t(), kept)
+        da = narrow_grad(v, x, 1.0, mask)
     if want[4]:
-        turned = product(u.t(), grad)  # [R, O]: it is u, the narrow one, that is transposed
-        db = torch.mul(turned.t(), factor, out=b.new_empty(b.shape))
+        db = narrow_grad(u, grad, factor, turned=True)
     return dx, dw, dbias, da, db
 
 

@@ -1,0 +1,128 @@
+"""The products of a LoRA layer with its adapter on a CPU, dropout applied on the way.
+
+Each has one wide factor, [N, K] or [N, O], whose reading takes longer than multiplying it by a few columns. Where
+vectors multiply bfloat16 (``_cpp.has_dots``) a C++ kernel reads it once; elsewhere the products are torch's.
+
+Legend: N rows, C columns of the wide matrix, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops.gemm import product
+
+ROWS = 512
+"""Rows that are masked at a time for torch's product: the copy stays in the cache."""
+RANK = 512
+"""Rank up to which the kernels were measured to win."""
+
+
+class Mask(NamedTuple):
+    """What of the wide matrix is kept. seed: None keeps all. threshold: that an element's hash must reach."""
+
+    seed: Tensor | None
+    threshold: int
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """(seed, threshold) for C++; a threshold of 0 keeps all."""
+        return (0, 0) if self.seed is None else (int(self.seed), self.threshold)
+
+
+WHOLE = Mask(None, 0)
+
+
+def pays(rank: int, *wide: Tensor) -> bool:
+    """Whether the kernels take products of this rank with these wide matrices."""
+    return (
+        _cpp.has_dots()
+        and rank % 2 == 0
+        and 0 < rank <= RANK
+        and all(w.dtype == torch.bfloat16 and w.shape[1] % 2 == 0 for w in wide)
+    )
+
+
+def down(x: Tensor, factor: Tensor, scale: float, mask: Mask = WHOLE) -> Tensor:
+    """scale (mask x) factor: x [N, C], factor [C, R] -> [N, R]."""
+    (rows, columns), rank = x.shape, factor.shape[1]
+    out = x.new_empty((rows, rank))
+    if pays(rank, x):
+        lies, turned = _lies(factor)
+        _cpp.extension().lora_down(
+            *(x.data_ptr(), x.stride(0), lies.data_ptr(), turned, out.data_ptr()),
+            *(_scratch(rows, columns, rank).data_ptr(), rows, columns, rank, scale, *mask.numbers),
+        )
+        return out
+    if mask.seed is None:
+        return torch.addmm(out, x, factor, beta=0, alpha=scale, out=out)
+    buffer = x.new_empty((min(ROWS, rows), columns))
+    for start in range(0, rows, ROWS):
+        part = x[start : start + ROWS]
+        _drop(part, buffer, start, mask)
+        into = out[start : start + ROWS]
+        torch.addmm(into, buffer[: len(part)], factor, beta=0, alpha=scale, out=into)
+    return out
+
+
+def up(u: Tensor, factor: Tensor, scale: float, mask: Mask = WHOLE) -> Tensor:
+    """mask (scale u factor): u [N, R], factor [R, C] -> [N, C]. torch's product: it is for something to be added to."""
+    out = _cpp.empty(u.shape[0], factor.shape[1], dtype=u.dtype)
+    torch.addmm(out, u, factor, beta=0, alpha=scale, out=out)
+    if mask.seed is not None:
+        _drop(out, out, 0, mask)
+    return out
+
+
+def add_up(u: Tensor, factor: Tensor, scale: float, into: Tensor, mask: Mask = WHOLE) -> None:
+    """into [N, C] += mask (scale u factor): u [N, R], factor [R, C]; into is contiguous."""
+    (rows, rank), columns = u.shape, factor.shape[1]
+    if pays(rank, into):
+        lies, turned = _lies(factor)
+        _cpp.extension().lora_up(
+            *(u.data_ptr(), lies.data_ptr(), turned, into.data_ptr(), _scratch(rows, columns, rank).data_ptr()),
+            *(rows, columns, rank, scale, *mask.numbers),
+        )
+    elif mask.seed is None:
+        into.addmm_(u, factor, alpha=scale)
+    else:
+        into += up(u, factor, scale, mask)
+
+
+def grad(left: Tensor, right: Tensor, scale: float, mask: Mask = WHOLE, *, turned: bool = False) -> Tensor:
+    """scale leftᵀ (mask right): left [N, R], right [N, C] -> [R, C], or turned [C, R], which is contiguous too."""
+    (rows, rank), columns = left.shape, right.shape[1]
+    out = right.new_empty((columns, rank) if turned else (rank, columns))
+    if pays(rank, right):
+        _cpp.extension().lora_grad(
+            *(left.data_ptr(), right.data_ptr(), right.stride(0), out.data_ptr(), int(turned)),
+            *(_scratch(rows, columns, rank).data_ptr(), rows, columns, rank, scale, *mask.numbers),
+        )
+        return out
+    kept = right
+    if mask.seed is not None:
+        kept = _cpp.empty(*right.shape, dtype=right.dtype)
+        _drop(right, kept, 0, mask)
+    made = product(left.t(), kept)  # the narrow one is transposed
+    return torch.mul(made.t() if turned else made, scale, out=out)
+
+
+def _lies(factor: Tensor) -> tuple[Tensor, int]:
+    """The contiguous factor or its transpose, and whether it is the latter."""
+    return (factor.t().contiguous(), 1) if factor.stride(0) == 1 else (factor.contiguous(), 0)
+
+
+def _scratch(rows: int, columns: int, rank: int) -> Tensor:
+    return _cpp.scratch(_cpp.extension().lora_scratch(rows, columns, rank))
+
+
+def _drop(source: Tensor, target: Tensor, row: int, mask: Mask) -> None:
+    """target = mask * source [n, C], which begins at this row of the wide matrix and may be the target."""
+    _cpp.extension().dropout_copy(
+        *(source.data_ptr(), source.stride(0), target.data_ptr(), target.stride(0), *source.shape, row),
+        *(*mask.numbers, _cpp.DTYPE_CODES[source.dtype]),
+    )
