@@ -52,7 +52,7 @@ def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
 
     packed: what ``quantize_4bit`` returns, of any storage dtype (not copied). quant_state: its QuantState of type nf4;
     scales that are themselves quantised (``compress_statistics``) are restored to float32, bit for bit as bitsandbytes
-    does it. Raises ValueError for another type or a weight that is no matrix.
+    does it. Raises ValueError for another type, a weight that is no matrix, or blocks of scales of no power of two.
     """
     if quant_state.quant_type != "nf4":
         raise ValueError(f"nf4: the weight is of type {quant_state.quant_type!r}, expected 'nf4'")
@@ -61,8 +61,14 @@ def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
     absmax = quant_state.absmax
     nested = quant_state.state2
     if nested is not None:
-        scale = nested.absmax.repeat_interleave(nested.blocksize)[: absmax.numel()]
-        absmax = nested.code[absmax.flatten().long()] * scale + quant_state.offset
+        absmax = absmax.flatten()
+        # A shift: where a number of scales that nested.blocksize does not divide is divided by it, or repeated and cut,
+        # Inductor 2.13 leaves those of the last block unwritten.
+        shift = nested.blocksize.bit_length() - 1
+        if nested.blocksize != 1 << shift:
+            raise ValueError(f"nf4: scales quantised in blocks of {nested.blocksize}, expected a power of two")
+        scale = nested.absmax[torch.arange(len(absmax), device=absmax.device) >> shift]
+        absmax = nested.code[absmax.long()] * scale + quant_state.offset
     shape = (int(quant_state.shape[0]), int(quant_state.shape[1]))
     return NF4(packed.flatten().view(torch.uint8), absmax.float(), shape, quant_state.blocksize)
 
