@@ -52,10 +52,10 @@ def down(x: Tensor, factor: Tensor, scale: float, mask: Mask = WHOLE) -> Tensor:
     (rows, columns), rank = x.shape, factor.shape[1]
     out = x.new_empty((rows, rank))
     if pays(rank, x):
-        lies, turned = _lies(factor)
+        (lies, turned), scratch = _lies(factor), _scratch(rows, columns, rank)  # held: a pointer alone keeps nothing
         _cpp.extension().lora_down(
-            *(x.data_ptr(), x.stride(0), lies.data_ptr(), turned, out.data_ptr()),
-            *(_scratch(rows, columns, rank).data_ptr(), rows, columns, rank, scale, *mask.numbers),
+            *(x.data_ptr(), x.stride(0), lies.data_ptr(), turned, out.data_ptr(), scratch.data_ptr()),
+            *(rows, columns, rank, scale, *mask.numbers),
         )
         return out
     if mask.seed is None:
@@ -82,9 +82,9 @@ def add_up(u: Tensor, factor: Tensor, scale: float, into: Tensor, mask: Mask = W
     """into [N, C] += mask (scale u factor): u [N, R], factor [R, C]; into is contiguous."""
     (rows, rank), columns = u.shape, factor.shape[1]
     if pays(rank, into):
-        lies, turned = _lies(factor)
+        (lies, turned), scratch = _lies(factor), _scratch(rows, columns, rank)
         _cpp.extension().lora_up(
-            *(u.data_ptr(), lies.data_ptr(), turned, into.data_ptr(), _scratch(rows, columns, rank).data_ptr()),
+            *(u.data_ptr(), lies.data_ptr(), turned, into.data_ptr(), scratch.data_ptr()),
             *(rows, columns, rank, scale, *mask.numbers),
         )
     elif mask.seed is None:
@@ -98,9 +98,10 @@ def grad(left: Tensor, right: Tensor, scale: float, mask: Mask = WHOLE, *, turne
     (rows, rank), columns = left.shape, right.shape[1]
     out = right.new_empty((columns, rank) if turned else (rank, columns))
     if pays(rank, right):
+        scratch = _scratch(rows, columns, rank)
         _cpp.extension().lora_grad(
-            *(left.data_ptr(), right.data_ptr(), right.stride(0), out.data_ptr(), int(turned)),
-            *(_scratch(rows, columns, rank).data_ptr(), rows, columns, rank, scale, *mask.numbers),
+            *(left.data_ptr(), right.data_ptr(), right.stride(0), out.data_ptr(), int(turned), scratch.data_ptr()),
+            *(rows, columns, rank, scale, *mask.numbers),
         )
         return out
     kept = right
