@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyllava_fast.hardware import keeps_memory
 
-ABI = 5
+ABI = 6
 _kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 _LARGE = 4 << 20  # bytes from which numpy asks for huge pages

@@ -1,7 +1,8 @@
 """The products of a LoRA layer with its adapter on a CPU, dropout applied on the way.
 
 Each has one wide factor, [N, K] or [N, O], whose reading takes longer than multiplying it by a few columns. Where
-vectors multiply bfloat16 (``_cpp.has_dots``) a C++ kernel reads it once; elsewhere the products are torch's.
+vectors multiply bfloat16 (``_cpp.has_dots``) a C++ kernel reads it once; elsewhere the products are torch's. Elements
+of a row are adjacent in the wide matrix, the narrow one [N, R] is contiguous, a factor may lie either way.
 
 Legend: N rows, C columns of the wide matrix, R rank.
 """
@@ -37,13 +38,14 @@ class Mask(NamedTuple):
 WHOLE = Mask(None, 0)
 
 
-def pays(rank: int, *wide: Tensor) -> bool:
-    """Whether the kernels take products of this rank with these wide matrices."""
+def pays(rank: int, wide: Tensor) -> bool:
+    """Whether the kernels take products of this rank with this wide matrix."""
     return (
         _cpp.has_dots()
         and rank % 2 == 0
         and 0 < rank <= RANK
-        and all(w.dtype == torch.bfloat16 and w.shape[1] % 2 == 0 for w in wide)
+        and wide.dtype == torch.bfloat16
+        and wide.shape[1] % 2 == 0
     )
 
 

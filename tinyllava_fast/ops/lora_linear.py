@@ -4,8 +4,7 @@
     u = (m x) Aᵀ          y = x Wᵀ + bias + s u Bᵀ
     v = s dy B            dx = dy W + m (v A)        dA = vᵀ (m x)        dB = s dyᵀ u        dW = dyᵀ x
 
-The mask is a hash of (seed, row, column), made anew in the backward pass, never stored. The adapter's share of y and
-that of W in dx are added by the product itself. W is dense or NF4.
+The mask is a hash of (seed, row, column), made anew in the backward pass, never stored. W is dense or NF4.
 Legend: N rows, K inputs, O outputs, R rank.
 """
 
