@@ -14,7 +14,6 @@
 
 #include "tlf/attention_simd.h"
 #include "tlf/kernel.h"
-#include "tlf/numeric.h"
 
 namespace tlf {
 namespace TLF_ISA {
@@ -34,15 +33,17 @@ struct RowKeys {
   RowKeys(int64_t seed, int64_t row)
       : first(mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed))),
         second(mix(first + static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32) + 0x9e3779b9u)) {}
-  uint32_t hash(uint32_t column) const {
-    uint32_t h = column ^ first;
+  // of a column, or of each lane's
+  template <typename U>
+  TLF_INLINE U hash(U column) const {
+    U h = column ^ first;
     h = (h ^ (h >> 16)) * 0x7feb352du;
     h = ((h ^ (h >> 15)) + second) * 0x846ca68bu;
     return h ^ (h >> 16);
   }
 };
 
-inline void copy_if(bool keep, BFloat16 from, BFloat16* to) { to->bits = static_cast<uint16_t>(keep ? from.bits : 0); }
+inline void copy_if(bool keep, bf16 from, bf16* to) { to->bits = static_cast<uint16_t>(keep ? from.bits : 0); }
 inline void copy_if(bool keep, float from, float* to) { *to = keep ? from : 0.0f; }
 
 template <typename T>
@@ -69,7 +70,7 @@ void each_row(const void* source, int64_t lds, void* target, int64_t ldt, int64_
 // strides in elements.
 void dropout_copy(const void* source, int64_t lds, void* target, int64_t ldt, int64_t rows, int64_t columns,
                   int64_t row, int64_t seed, int64_t threshold, int64_t dtype) {
-  auto* run = dtype == kBFloat16 ? each_row<BFloat16> : each_row<float>;
+  auto* run = dtype == kBFloat16 ? each_row<bf16> : each_row<float>;
   run(source, lds, target, ldt, rows, columns, row, seed, threshold);
 }
 
@@ -84,14 +85,9 @@ constexpr int64_t kDepth = 128;  // rows whose pairs are laid out at a time for 
 
 // bit i: whether column + i stays
 TLF_INLINE __mmask16 kept(const RowKeys& keys, int64_t column, uint32_t threshold) {
-  const auto fold = [](__m512i h, int shift) { return _mm512_xor_si512(h, _mm512_srli_epi32(h, shift)); };
-  const auto all = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); };
-  const __m512i columns = _mm512_add_epi32(all(static_cast<uint32_t>(column)),
-                                           _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-  __m512i h = _mm512_xor_si512(columns, all(keys.first));
-  h = _mm512_mullo_epi32(fold(h, 16), all(0x7feb352du));
-  h = _mm512_mullo_epi32(_mm512_add_epi32(fold(h, 15), all(keys.second)), all(0x846ca68bu));
-  return _mm512_cmpge_epu32_mask(fold(h, 16), all(threshold));
+  const BitVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const BitVec h = keys.hash(lanes + static_cast<uint32_t>(column));
+  return _mm512_cmpge_epu32_mask((__m512i)h, _mm512_set1_epi32(static_cast<int32_t>(threshold)));
 }
 
 TLF_INLINE __mmask16 first_lanes(int64_t count) {
@@ -197,9 +193,8 @@ void lora_down(const void* x, int64_t ldx, const void* factor, int64_t turned, v
       if (threshold > 0) {
         for (int64_t r = 0; r < m; ++r) {
           prefetch_row(from + (r + kAhead) * ldx, columns);
-          copy_kept(RowKeys(seed, at + r), static_cast<uint32_t>(threshold),
-                    reinterpret_cast<const BFloat16*>(from + r * ldx),
-                    reinterpret_cast<BFloat16*>(masked + r * columns), columns);
+          copy_kept(RowKeys(seed, at + r), static_cast<uint32_t>(threshold), from + r * ldx, masked + r * columns,
+                    columns);
         }
         from = masked, stride = columns;
       }

@@ -35,7 +35,7 @@ def masks(rows: int, columns: int) -> Iterator[tuple[products.Mask, Tensor]]:
     """No mask and one, as the products take it and as numbers."""
     yield products.WHOLE, torch.ones(rows, columns).double()
     seed = torch.tensor(-(9 << 33) + 5)
-    yield products.Mask(seed, dropout_threshold(P)), dropout_mask(seed, rows, columns, P).double()
+    yield products.Mask(int(seed), dropout_threshold(P)), dropout_mask(seed, rows, columns, P).double()
 
 
 def holds(got: Tensor, exact: Tensor, size: Tensor) -> None:

@@ -24,18 +24,13 @@ RANK = 512
 
 
 class Mask(NamedTuple):
-    """What of the wide matrix is kept. seed: None keeps all. threshold: that an element's hash must reach."""
+    """What of the wide matrix is kept: elements whose hash of this seed reaches the threshold; 0 keeps all."""
 
-    seed: Tensor | None
-    threshold: int
-
-    @property
-    def numbers(self) -> tuple[int, int]:
-        """(seed, threshold) for C++; a threshold of 0 keeps all."""
-        return (0, 0) if self.seed is None else (int(self.seed), self.threshold)
+    seed: int = 0
+    threshold: int = 0
 
 
-WHOLE = Mask(None, 0)
+WHOLE = Mask()
 
 
 def pays(rank: int, wide: Tensor) -> bool:
@@ -57,10 +52,10 @@ def down(x: Tensor, factor: Tensor, scale: float, mask: Mask = WHOLE) -> Tensor:
         (lies, turned), scratch = _lies(factor), _scratch(rows, columns, rank)  # held: a pointer alone keeps nothing
         _cpp.extension().lora_down(
             *(x.data_ptr(), x.stride(0), lies.data_ptr(), turned, out.data_ptr(), scratch.data_ptr()),
-            *(rows, columns, rank, scale, *mask.numbers),
+            *(rows, columns, rank, scale, *mask),
         )
         return out
-    if mask.seed is None:
+    if mask.threshold == 0:
         return torch.addmm(out, x, factor, beta=0, alpha=scale, out=out)
     buffer = x.new_empty((min(ROWS, rows), columns))
     for start in range(0, rows, ROWS):
@@ -75,7 +70,7 @@ def up(u: Tensor, factor: Tensor, scale: float, mask: Mask = WHOLE) -> Tensor:
     """mask (scale u factor): u [N, R], factor [R, C] -> [N, C]. torch's product: it is for something to be added to."""
     out = _cpp.empty(u.shape[0], factor.shape[1], dtype=u.dtype)
     torch.addmm(out, u, factor, beta=0, alpha=scale, out=out)
-    if mask.seed is not None:
+    if mask.threshold > 0:
         _drop(out, out, 0, mask)
     return out
 
@@ -87,9 +82,9 @@ def add_up(u: Tensor, factor: Tensor, scale: float, into: Tensor, mask: Mask = W
         (lies, turned), scratch = _lies(factor), _scratch(rows, columns, rank)
         _cpp.extension().lora_up(
             *(u.data_ptr(), lies.data_ptr(), turned, into.data_ptr(), scratch.data_ptr()),
-            *(rows, columns, rank, scale, *mask.numbers),
+            *(rows, columns, rank, scale, *mask),
         )
-    elif mask.seed is None:
+    elif mask.threshold == 0:
         into.addmm_(u, factor, alpha=scale)
     else:
         into += up(u, factor, scale, mask)
@@ -103,11 +98,11 @@ def grad(left: Tensor, right: Tensor, scale: float, mask: Mask = WHOLE, *, turne
         scratch = _scratch(rows, columns, rank)
         _cpp.extension().lora_grad(
             *(left.data_ptr(), right.data_ptr(), right.stride(0), out.data_ptr(), int(turned), scratch.data_ptr()),
-            *(rows, columns, rank, scale, *mask.numbers),
+            *(rows, columns, rank, scale, *mask),
         )
         return out
     kept = right
-    if mask.seed is not None:
+    if mask.threshold > 0:
         kept = _cpp.empty(*right.shape, dtype=right.dtype)
         _drop(right, kept, 0, mask)
     made = product(left.t(), kept)  # the narrow one is transposed
@@ -127,5 +122,5 @@ def _drop(source: Tensor, target: Tensor, row: int, mask: Mask) -> None:
     """target = mask * source [n, C], which begins at this row of the wide matrix and may be the target."""
     _cpp.extension().dropout_copy(
         *(source.data_ptr(), source.stride(0), target.data_ptr(), target.stride(0), *source.shape, row),
-        *(*mask.numbers, _cpp.DTYPE_CODES[source.dtype]),
+        *(*mask, _cpp.DTYPE_CODES[source.dtype]),
     )

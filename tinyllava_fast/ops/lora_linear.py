@@ -83,7 +83,7 @@ def dropout_threshold(p: float) -> int:
 
 
 def _mask(p: float, seed: Tensor | None) -> Mask:
-    return WHOLE if seed is None or p == 0 else Mask(seed, dropout_threshold(p))
+    return WHOLE if seed is None or p == 0 else Mask(int(seed), dropout_threshold(p))
 
 
 def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
