@@ -177,9 +177,8 @@ def test_files_that_are_no_pictures_are_named_together_at_the_start(make, talk, 
         "data.on_bad_image=skip"
     )
     assert len(lines) == 10
-    for line, number, what in zip(
-        lines[:4], range(4), ("the file is empty", r"a web page \(HTML\)", "git lfs pull", "a PDF document"), strict=True
-    ):
+    for number, what in enumerate(("the file is empty", r"a web page \(HTML\)", "git lfs pull", "a PDF document")):
+        line = lines[number]
         assert re.search(rf"record {number} \(id 'x{number}', line 1\): image: .*images/{number}.png: .*{what}", line)
     dataset = make(rows, on_bad_image="skip")
     assert len(dataset.skipped) == 12 and "git lfs pull" in dataset.skipped[2]

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from tinyllava_fast.config.schema import AugmentConfig
-from tinyllava_fast.data.augment import augment
 from tinyllava_fast.data import images
+from tinyllava_fast.data.augment import augment
 from tinyllava_fast.data.images import check_shape, load_image, pixel_shape, to_pixels
 from tinyllava_fast.data.pictures import REFERENCE
 from tinyllava_fast.errors import DataError

@@ -184,6 +184,7 @@ class PackedDataset:
             except DataError as error:
                 self.skipped.append(self._bad_image(self.store.name(index), error))
                 continue
+            self.skipped = list(dict.fromkeys(self.skipped))
             return
         if self.skipped:
             raise self._nothing_left()  # but perhaps some without an answer to learn

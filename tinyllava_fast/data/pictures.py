@@ -29,7 +29,7 @@ from tinyllava_fast.log import log
 
 FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "QOI", "ICO", "ICNS", "CUR", "DIB",
-    "DDS", "PSD", "SGI", "PCX", "DCX", "SUN", "XBM", "XPM", "MSP", "BLP", "FTEX", "GBR", "IM", "SPIDER", "PIXAR", "TGA",
+    "DDS", "PSD", "SGI", "PCX", "DCX", "SUN", "XBM", "XPM", "MSP", "BLP", "FTEX", "GBR", "PIXAR", "TGA",
 )  # fmt: skip
 """In the order in which they are tried; TGA has no signature. HEIF is there if a plugin of Pillow brings it."""
 
@@ -46,8 +46,10 @@ _PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a
 _WHITE_IS_ZERO = 0  # TIFF: PhotometricInterpretation
 _LEAST_TOP = 4096  # 16-bit values that stay below are 10- or 12-bit ones: scaled as 16 bits they would be black
 
-# Between Pillow's limit and twice the limit it warns; the user can do nothing about it. Above, it refuses.
+# Warnings of Pillow that name no file and that nobody can act on: a picture between its limit and twice the limit (it
+# refuses larger ones); transparency that PictureReading says to drop; EXIF data that is damaged, beside whole pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Palette images with Transparency|(Possibly )?[Cc]orrupt EXIF data")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ def to_rgb(image: Image.Image, reading: PictureReading) -> Image.Image:
     """
     check_header(image)
     raw = _raw_mode(image)
+    _mend_tiff(image)
     image.load()
+    check_header(image)  # again: of an ICNS file the mode is known now
     turn = _TURNS.get(_orientation(image)) if reading.orientation == "upright" else None
     if image.mode == "I" or image.mode.startswith("I;"):
         image = _eight_bits(image)
@@ -131,9 +135,11 @@ def object_size(image: Image.Image, reading: PictureReading) -> tuple[int, int]:
 
 def size_of(image: Image.Image, reading: PictureReading) -> tuple[int, int]:
     """(width, height) of ``to_rgb``'s result, from the header as far as that tells it."""
-    width, height = image.size
-    turned = reading.orientation == "upright" and image.format != "TIFF" and not _plain_png(image)
-    return (height, width) if turned and _orientation(image) >= 5 else (width, height)
+    if image.format == "TIFF":
+        width, height, orientation = _tiff_layout(image)
+        return (height, width) if orientation >= 5 else (width, height)
+    turned = reading.orientation == "upright" and not _plain_png(image) and _orientation(image) >= 5
+    return (image.height, image.width) if turned else image.size
 
 
 def check_header(image: Image.Image) -> None:
@@ -216,6 +222,24 @@ def _raw_mode(image: Image.Image) -> str:
     return ""
 
 
+def _tiff_layout(image: Image.Image) -> tuple[int, int, int]:
+    """(width, height) of the pixels that a TIFF stores and its orientation; once it is decoded, of what it became."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None or not getattr(image, "tile", None):
+        return *image.size, 1
+    return tags.get(256, image.width), tags.get(257, image.height), tags.get(ExifTags.Base.Orientation, 1)
+
+
+def _mend_tiff(image: Image.Image) -> None:
+    """Have an uncompressed TIFF that lies on its side decoded in the shape it is stored in.
+
+    Pillow takes the turned shape for it, and scrambles its pixels.
+    """
+    width, height, orientation = _tiff_layout(image)
+    if orientation in _TURNS and image.size == (height, width) and image.tile[0][0] == "raw":  # type: ignore[attr-defined]
+        image._size = (width, height)
+
+
 def _orientation(image: Image.Image) -> int:
     """The orientation of the EXIF data, 1 to 8; 1 for none, one out of range, or data that cannot be read."""
     try:
@@ -259,11 +283,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
+def _may_be_clear(image: Image.Image) -> bool:
+    """Whether an image knows transparency; has_transparency_data of Pillow fails for palettes that an ICNS holds."""
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    return image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info or palette.endswith("A")
+
+
 def _flat(image: Image.Image, raw: str, background: str) -> Image.Image:
     """An 8-bit image of any mode as RGB."""
     if image.mode in ("La", "RGBa"):  # colours multiplied by their alpha
         image = image.convert(image.mode.upper())
-    if background == "drop" or not image.has_transparency_data:
+    if background == "drop" or not _may_be_clear(image):
         return image.convert("RGB")
     clear = image.info.get("transparency")
     if isinstance(clear, tuple) and (raw.startswith("RGB;16") or max(clear) > 255):
