@@ -172,7 +172,7 @@ def check_orientation(mode, kind, orientation, folder):
 @pytest.mark.parametrize("background", ["white", "drop"])
 def test_image_objects_of_every_mode(mode, background):
     image = sample(mode)
-    expected = composed(image, background)
+    expected = composed(image, "drop" if mode == "L+level" else background)
     if expected is None:
         with pytest.raises(DataError, match=rf"the image object: its pixels are .*mode {mode}"):
             of_object(image, PictureReading("upright", background))
@@ -181,6 +181,19 @@ def test_image_objects_of_every_mode(mode, background):
     assert np.abs(found - expected).max() <= 1
     if background == "white" and mode in ("LA", "PA", "RGBA", "La", "RGBa"):
         assert (found[HEIGHT // 2 :] == 255).all() and (found[: HEIGHT // 2, 0] == 0).all()
+
+
+def test_what_was_converted_to_rgb_stays_as_it_is(tmp_path):
+    """Pillow notes the clear colour in the result, also where opaque pixels have it."""
+    image = Image.new("P", (3, 1))
+    image.putpalette([0, 0, 0, 0, 0, 0, 90, 90, 90])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "a.png", transparency=0)
+    with Image.open(tmp_path / "a.png") as file:
+        converted = file.convert("RGB")
+        assert np.asarray(of_object(file, UPRIGHT))[0, :, 0].tolist() == [255, 0, 90]
+    assert converted.info["transparency"] == (0, 0, 0)
+    assert np.asarray(of_object(converted, UPRIGHT))[0, :, 0].tolist() == [0, 0, 90]
 
 
 def test_the_reference_reading_is_convert_rgb():

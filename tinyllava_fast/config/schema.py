@@ -137,7 +137,8 @@ class DataConfig:
     """GiB of disk for the features of a frozen tower, shared by all runs of a user (TLF_CACHE names another folder): an
     image that was seen before needs no tower. 0: none."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """A truncated or non-image file: stop, or drop the record and count it. A missing file always stops."""
+    """A truncated or non-image file: stop, or drop the record and count it; what a file's header tells is found before
+    the first step. A missing file always stops."""
     overlong: Literal["fail", "truncate"] = "fail"
     """A sample longer than ``max_tokens``: stop, or cut its end and count it."""
     max_tokens: int | None = None

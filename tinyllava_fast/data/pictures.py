@@ -284,9 +284,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _may_be_clear(image: Image.Image) -> bool:
-    """Whether an image knows transparency; has_transparency_data of Pillow fails for palettes that an ICNS holds."""
-    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
-    return image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info or palette.endswith("A")
+    """Whether an image knows transparency. (Pillow's has_transparency_data fails for palettes that an ICNS holds.)"""
+    if image.mode == "P":
+        palette = image.palette.mode if image.palette is not None else ""
+        return "transparency" in image.info or palette.endswith("A")
+    # What was converted to RGB keeps a colour that may be that of opaque pixels as well; only a file's own is exact.
+    keyed = image.mode in ("1", "L", "RGB") and "transparency" in image.info and image.format is not None
+    return image.mode in ("LA", "PA", "RGBA") or keyed
 
 
 def _flat(image: Image.Image, raw: str, background: str) -> Image.Image:
