@@ -22,6 +22,7 @@ from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.log import log
 from tinyllava_fast.ops import pack_plan
 
 _CHUNK = 512  # records tokenised in one call
@@ -90,6 +91,11 @@ class PackedDataset:
         table = np.array(sizes, np.int64)
         self.lengths, self.images, self.segments = (table[:, column].copy() for column in range(3))
         self._check_learnable(table[:, 3])
+        if self.skipped:
+            count = len(self.skipped)
+            log.warning(
+                "%s: %d records are skipped from the start; the first: %s", data.records, count, self.skipped[0]
+            )
         self._plans: dict[int, list[np.ndarray]] = {}
         limits = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
         self.fingerprint: int = crc32(repr((self.store.fingerprint(), seed, tokens_per_image, limits)).encode())
