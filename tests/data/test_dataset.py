@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.data.images import load_image, to_pixels
@@ -147,14 +149,81 @@ def test_the_wrong_template_for_a_tokenizer(make):
 def test_bad_images_fail_or_are_skipped(make, folder, content):
     path = folder / "images" / "1.png"
     path.write_bytes(path.read_bytes()[:60] if content == "half" else content)
-    with pytest.raises(DataError, match=r"data.json: record id 'r1': image: .*1.png: truncated or not an image"):
+    with pytest.raises(DataError, match=r"(?s)data.json: .*id 'r1'.*: image: .*1.png: .*on_bad_image=skip|skip.*1.png"):
         make().pack(0, [0, 1, 2])
     dataset = make(on_bad_image="skip")
+    assert len(dataset.skipped) == (content != "half") and len(dataset) == 24
     batch = dataset.pack(0, [0, 1, 2])
     rest = dataset.pack(0, [0, 2])
     assert batch.sample_ids == ["r0", "r2"] and rest.skipped == []
     assert len(batch.skipped) == 1 and "record id 'r1': image: " in batch.skipped[0]
     assert all(torch.equal(v, rest.tensors()[k]) for k, v in batch.tensors().items())
+
+
+BAD = {"0": b"", "1": b"<html>403</html>", "2": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}
+
+
+def test_files_that_are_no_pictures_are_named_together_at_the_start(make, talk, folder):
+    rows = [talk("<image>q", "a", image=f"{i}.png", id=f"x{i}") for i in range(16)]
+    for number in range(12):
+        (folder / "images" / f"{number}.png").write_bytes(BAD.get(str(number), b"%PDF-1.7"))
+    for number in (12, 15):
+        Image.new("RGB", (8, 8)).save(folder / "images" / f"{number}.png")
+    with pytest.raises(DataError) as error:
+        make(rows)
+    first, *lines = str(error.value).splitlines()
+    assert first == (
+        f"{folder / 'data.json'}: 12 records name an image that cannot be read; replace it, remove its record, or set "
+        "data.on_bad_image=skip"
+    )
+    assert len(lines) == 10
+    for number, what in enumerate(("the file is empty", r"a web page \(HTML\)", "git lfs pull", "a PDF document")):
+        line = lines[number]
+        assert re.search(rf"record {number} \(id 'x{number}', line 1\): image: .*images/{number}.png: .*{what}", line)
+    dataset = make(rows, on_bad_image="skip")
+    assert len(dataset.skipped) == 12 and "git lfs pull" in dataset.skipped[2]
+    batch = dataset.pack(0, range(16))
+    assert batch.sample_ids == ["x12", "x13", "x14", "x15"] and batch.skipped == dataset.skipped
+
+
+def test_missing_and_damaged_files_are_named_together(make, talk, folder):
+    (folder / "images" / "1.png").write_bytes(b"")
+    rows = [talk("<image>q", "a", image=name) for name in ("1.png", "gone.png", "https://host/cat.png", "2.png")]
+    with pytest.raises(DataError) as error:
+        make(rows)
+    for words in ("2 records name a missing image file", "gone.png does not exist", "1 records name an image that"):
+        assert words in str(error.value)
+    assert "https://host/cat.png is a URL; pictures are not downloaded" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["empty", "half"])
+def test_nothing_left_after_skipping_is_refused(make, talk, folder, content):
+    for number in (1, 2):
+        path = folder / "images" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:60] if content == "half" else b"")
+    rows = [talk("<image>q", "a", image=f"{i}.png", id=f"x{i}") for i in (1, 2)]
+    with pytest.raises(DataError, match=r"data.json: every record was skipped; the first: .*record id 'x1'"):
+        make(rows, on_bad_image="skip")
+    assert len(make([*rows, talk("q", "a")], on_bad_image="skip").pack(0, [0, 1, 2]).skipped) == 2
+
+
+def test_orientation_and_background_reach_the_pixels(make, talk, folder):
+    picture = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(folder / "images" / "1.png", exif=exif)
+    rows = [talk("<image>q", "a", image="1.png")]
+
+    def corners(**keys):
+        pixels = make(rows, **keys).pack(0, [0]).pixel_values[0]
+        return [[round(v) for v in pixels[:, y, x].tolist()] for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1))]
+
+    red, white, black = [1, -1, -1], [1, 1, 1], [-1, -1, -1]
+    assert corners() == corners(orientation="upright", background="white") == [red, red, white, white]
+    assert corners(orientation="stored") == [red, white, red, white]
+    assert corners(background="drop") == [red, red, black, black]
+    assert corners(orientation="stored", background="drop") == [red, black, red, black]
 
 
 def test_fingerprint(make, folder, talk):

@@ -138,6 +138,15 @@ def test_a_second_epoch_and_a_second_run_call_no_tower(tiny_run, losses, monkeyp
     train(load_run(path, [*cached, "output_dir=" + str(tmp_path / "changed")]))
     assert calls and losses(tmp_path / "changed") != ours
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 12
+    calls.clear()  # the key is of the pixels, and so of how pictures are read
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(tmp_path / "images" / "0.png").save(tmp_path / "images" / "0.png", exif=exif)
+    turned = [f"stages.{s}.data.orientation=stored" for s in ("pretrain", "finetune")]
+    train(load_run(path, [*cached, *turned, "output_dir=" + str(tmp_path / "stored")]))
+    assert not calls and losses(tmp_path / "stored") == losses(tmp_path / "changed")
+    train(load_run(path, [*cached, "output_dir=" + str(tmp_path / "upright")]))
+    assert calls and losses(tmp_path / "upright") != losses(tmp_path / "changed")
 
 
 @pytest.mark.parametrize(

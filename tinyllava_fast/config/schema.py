@@ -126,12 +126,19 @@ class DataConfig:
     image_grid: list[tuple[int, int]] = field(default_factory=list)
     """anyres only: resolutions [width, height] that images may be enlarged to, in multiples of the tower's size; empty:
     1x2, 2x1, 2x2, 1x3 and 3x1 tiles."""
+    orientation: Literal["upright", "stored"] | None = None
+    """upright: pictures are turned as their EXIF entry says; stored: they stay as LLaVA and TinyLLaVA Factory see them.
+    None: as the model that training begins with saw them, upright for a new one. The model folder keeps it."""
+    background: Literal["white", "drop"] | None = None
+    """white: transparent pictures are put on white; drop: transparency is ignored, as LLaVA and TinyLLaVA Factory do.
+    None: as for orientation, white for a new model. The model folder keeps it."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     feature_cache: float = 0.0
     """GiB of disk for the features of a frozen tower, shared by all runs of a user (TLF_CACHE names another folder): an
     image that was seen before needs no tower. 0: none."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """A truncated or non-image file: stop, or drop the record and count it. A missing file always stops."""
+    """A truncated or non-image file: stop, or drop the record and count it; what a file's header tells is found before
+    the first step. A missing file always stops."""
     overlong: Literal["fail", "truncate"] = "fail"
     """A sample longer than ``max_tokens``: stop, or cut its end and count it."""
     max_tokens: int | None = None

@@ -22,6 +22,7 @@ from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.log import log
 from tinyllava_fast.ops import pack_plan
 
 _CHUNK = 512  # records tokenised in one call
@@ -72,11 +73,12 @@ class PackedDataset:
         self.files = ImageFiles(data, processor, seed)
         self.skipped: list[str] = []
         """Records left out from the start (data.on_bad_image: skip), with reasons."""
-        sizes: list[tuple[int, int, int]] = []
+        sizes: list[tuple[int, int, int, int]] = []
         template = TEMPLATES.get(data.template, "data.template")
         template.check(tokenizer, data.masks)
         with _no_garbage_collection():
             for records in _chunks(read_records(data.records), _CHUNK):
+                self.files.look(records)
                 looked_at = [(record, self._look(record, template)) for record in records]
                 usable = [(record, inputs) for record, inputs in looked_at if inputs is not None]
                 pieces = [(piece, inputs) for record, inputs in usable for piece in self._pieces(record)]
@@ -85,9 +87,15 @@ class PackedDataset:
                     sizes.append(self._add(piece, sample, inputs))
         self.files.stop()
         if not sizes:
-            raise DataError(f"{data.records}: every record was skipped; the first: {self.skipped[0]}")
+            raise self._nothing_left()
         table = np.array(sizes, np.int64)
         self.lengths, self.images, self.segments = (table[:, column].copy() for column in range(3))
+        self._check_learnable(table[:, 3])
+        if self.skipped:
+            count = len(self.skipped)
+            log.warning(
+                "%s: %d records are skipped from the start; the first: %s", data.records, count, self.skipped[0]
+            )
         self._plans: dict[int, list[np.ndarray]] = {}
         limits = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
         self.fingerprint: int = crc32(repr((self.store.fingerprint(), seed, tokens_per_image, limits)).encode())
@@ -157,15 +165,38 @@ class PackedDataset:
         try:
             return self.files.inputs(record)
         except DataError as error:
+            if self.data.on_bad_image == "fail":
+                self.files.note(record, error)
+                return None
             self.skipped.append(self._bad_image(record.id, error))
-            return None
+            # It keeps its place in the plan, so that a run goes on where it stood; anyres cannot tell how large it is.
+            return None if self.files.grid else [1] * len(record.images)
 
     def _bad_image(self, name: str, error: DataError) -> str:
         """Why a record is skipped; DataError where that is not wanted."""
         reason = f"{self.data.records}: record id {name!r}: image: {error}"
         if self.data.on_bad_image == "fail":
-            raise DataError(reason) from error
+            remedy = "replace it, remove its record, or set data.on_bad_image=skip"
+            raise DataError(f"{reason}; {remedy}") from error
         return reason
+
+    def _check_learnable(self, supervised: np.ndarray) -> None:
+        """Raise DataError if every sample with a supervised token (their numbers by sample) would be skipped."""
+        if self.data.on_bad_image == "fail":
+            return
+        for index in np.flatnonzero(supervised).tolist():
+            try:
+                self.files.load(self.store.images(index), self.store.shown(index), 0, index)
+            except DataError as error:
+                self.skipped.append(self._bad_image(self.store.name(index), error))
+                continue
+            self.skipped = list(dict.fromkeys(self.skipped))
+            return
+        if self.skipped:
+            raise self._nothing_left()  # but perhaps some without an answer to learn
+
+    def _nothing_left(self) -> DataError:
+        return DataError(f"{self.data.records}: every record was skipped; the first: {self.skipped[0]}")
 
     def _encode(self, records: list[Record], template: Template, tokenizer: Any) -> list[list[Segment]]:
         """The records tokenised together. What the template refuses is named by its record."""
@@ -184,8 +215,8 @@ class PackedDataset:
                     raise self._error(record, "conversations", str(error)) from error
             raise
 
-    def _add(self, record: Record, encoded: list[Segment], inputs: list[int]) -> tuple[int, int, int]:
-        """Store a sample and count it; (positions, images, segments) that it needs in a pack.
+    def _add(self, record: Record, encoded: list[Segment], inputs: list[int]) -> tuple[int, int, int, int]:
+        """Store a sample and count it; (positions, images, segments) that it needs in a pack, and supervised tokens.
 
         inputs: how many inputs of the tower each image of the record is.
         """
@@ -222,7 +253,7 @@ class PackedDataset:
         self.report.supervised_tokens += learnt
         self.report.unsupervised += learnt == 0
         self.store.append(sample, record.id, record.images, shown)
-        return length, images, len(sample)
+        return length, images, len(sample), learnt
 
     def _pieces(self, record: Record) -> list[Record]:
         """The record, or one for each ``data.turns_per_sample`` of its turns, beginning with the images so far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
@@ -11,11 +12,14 @@ from PIL import Image
 from tinyllava_fast.config.schema import DataConfig
 from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, tiles
 from tinyllava_fast.data.augment import augment
-from tinyllava_fast.data.images import image_size, load_image
+from tinyllava_fast.data.images import check_shape, image_size, load_image
+from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading, is_url, naming
 from tinyllava_fast.data.records import Record
 from tinyllava_fast.errors import DataError, UserError
 
 _SHOWN = 5  # missing images named in an error
+_SHOWN_BAD = 10  # and files that are no pictures
+_LOOKERS = 8  # threads that read headers: on a disk far away each waits for an answer
 
 
 class ImageFiles:
@@ -33,36 +37,64 @@ class ImageFiles:
                 f"data.image_grid is for data.image_mode=anyres only; got image_mode={data.image_mode!r}, "
                 f"image_grid={[list(size) for size in data.image_grid]}"
             )
+        self.reading = PictureReading(data.orientation or UPRIGHT.orientation, data.background or UPRIGHT.background)
         self.grid = resolve_grid(data.image_grid, processor) if data.image_mode == "anyres" else []
         self._counts: dict[str, int] = {}  # inputs of each file looked at; 0: it does not exist
+        self._refused: dict[str, str] = {}  # why a file is no picture that can be shown
         self._missing: list[str] = []
+        self._bad: list[str] = []
+
+    def look(self, records: Iterable[Record]) -> None:
+        """Read the headers of the records' image files, several at a time; ``inputs`` then knows them."""
+        names = dict.fromkeys(name for record in records for name in record.images if name not in self._counts)
+        if names:
+            with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="tlf-look") as pool:
+                self._counts.update(zip(names, pool.map(self._measure, names), strict=True))
 
     def inputs(self, record: Record) -> list[int]:
         """How many inputs of the tower each image of the record is.
 
-        A missing file is noted for ``stop``. DataError if anyres cannot read the size of an image from its header.
+        A missing file is noted for ``stop``. DataError if the header of a file says that it is no picture.
         """
-        return [self._count(record, name) for name in record.images]
+        self.look([record])
+        for name in record.images:
+            if name in self._refused:
+                raise DataError(self._refused[name])
+            if not self._counts[name]:
+                self._missing.append(f"{record.where}: image: {self._absent(name)}")
+        return [self._counts[name] for name in record.images]
 
-    def _count(self, record: Record, name: str) -> int:
-        path = self._path(name)
-        if name not in self._counts:
-            self._counts[name] = int(os.path.isfile(path))
-            if self._counts[name] and self.grid:
-                self._counts[name] = count_inputs(image_size(path), self.grid, tile_size(self.processor))
-        if not self._counts[name]:
-            self._missing.append(f"{record.where}: image: {path} does not exist")
-        return self._counts[name]
+    def note(self, record: Record, error: DataError) -> None:
+        """Keep for ``stop`` what is wrong with an image of the record."""
+        self._bad.append(f"{record.where}: image: {error}")
 
     def stop(self) -> None:
-        """DataError if any file is missing, naming them together; what was measured is forgotten."""
+        """DataError if any file is missing or no picture, naming them together; what was measured is forgotten."""
+        found = []
         if self._missing:
-            lines = "\n  ".join(self._missing[:_SHOWN])
-            raise DataError(
-                f"{self.data.records}: {len(self._missing)} records name a missing image file; check data.image_folder"
-                f"\n  {lines}"
+            found.append(f"{len(self._missing)} records name a missing image file; check data.image_folder")
+            found += [f"  {line}" for line in self._missing[:_SHOWN]]
+        if self._bad:
+            found.append(
+                f"{len(self._bad)} records name an image that cannot be read; replace it, remove its record, or set "
+                "data.on_bad_image=skip"
             )
+            found += [f"  {line}" for line in self._bad[:_SHOWN_BAD]]
+        if found:
+            raise DataError(f"{self.data.records}: " + "\n".join(found))
         self._counts.clear()
+
+    def _measure(self, name: str) -> int:
+        """Inputs of the tower that a file is, by its header; 0 if it does not exist, 1 if it is refused."""
+        path = self._path(name)
+        if not os.path.exists(path):
+            return 0
+        try:
+            size = image_size(path, self.reading if self.grid else REFERENCE)  # turned or not matters to tiles alone
+        except DataError as error:
+            self._refused[name] = str(error)
+            return 1
+        return count_inputs(size, self.grid, tile_size(self.processor)) if self.grid else 1
 
     def load(
         self, images: Sequence[str], shown: Iterable[tuple[int, int]], epoch: int, index: int
@@ -84,8 +116,20 @@ class ImageFiles:
         return pictures
 
     def _inputs(self, name: str, seed: Sequence[int]) -> list[Image.Image]:
-        image = augment(load_image(self._path(name)), self.data.augment, seed)
+        if name in self._refused:
+            raise DataError(self._refused[name])
+        image = load_image(self._path(name), self.reading)
+        try:
+            check_shape(image, self.processor, self.data.image_mode)
+        except DataError as error:
+            raise DataError(f"{naming(self._path(name))}: {error}") from error
+        image = augment(image, self.data.augment, seed)
         return tiles(image, self.grid, self.processor) if self.grid else [image]
+
+    def _absent(self, name: str) -> str:
+        if is_url(name):
+            return f"{naming(name)} is a URL; pictures are not downloaded"
+        return f"{naming(self._path(name))} does not exist"
 
     def _path(self, name: str) -> str:
         return os.path.join(self.data.image_folder, name)

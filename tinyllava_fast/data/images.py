@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,34 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tinyllava_fast.data.pictures import UPRIGHT, PictureReading, check_header, opened, size_of, to_rgb
 from tinyllava_fast.errors import DataError
 
 ImageMode = Literal["square", "pad", "anyres"]
+MOST_PIXELS = 2**27  # of an image made on the way: 512 MiB; longer ones come out at most one level of 255 apart
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """The file as an RGB image, decoded in full. DataError for a missing, truncated or non-image file."""
-    with _opened(path) as image:
-        return image.convert("RGB")
+def load_image(path: str | Path, reading: PictureReading = UPRIGHT) -> Image.Image:
+    """The file as an RGB image, decoded in full. DataError naming the file and what is wrong with it."""
+    with opened(path) as image:
+        return to_rgb(image, reading)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) in pixels, from the file's header alone. DataError for a missing or non-image file."""
-    with _opened(path) as image:
-        return image.size
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: image file is missing; check the record's 'image' and data.image_folder") from error
-    except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
-        raise DataError(
-            f"{path}: truncated or not an image ({error}); replace it, remove its record, or set data.on_bad_image=skip"
-        ) from error
+def image_size(path: str | Path, reading: PictureReading = UPRIGHT) -> tuple[int, int]:
+    """(width, height) in pixels of what ``load_image`` gives, from the file's header. DataError as there."""
+    with opened(path) as image:
+        check_header(image)
+        return size_of(image, reading)
 
 
 def to_pixels(images: Sequence[Image.Image], processor: Any, mode: ImageMode = "square") -> Tensor:
@@ -51,19 +41,31 @@ def to_pixels(images: Sequence[Image.Image], processor: Any, mode: ImageMode = "
     """
     if not images:
         return torch.zeros(0, *pixel_shape(processor))
-    if mode == "pad":
-        fill = tuple(int(channel * 255) for channel in processor.image_mean)
-        images = [_pad(image, fill) for image in images]
     if not _is_standard(processor):
+        images = [_pad(image, _fill(processor)) if mode == "pad" else image for image in images]
         # As PIL images: arrays one or three pixels high would be taken for channel-first ones.
         return processor(list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
     table = _levels(processor)
     pixels = np.empty((len(images), *pixel_shape(processor)), np.float32)
     for image, row in zip(images, pixels, strict=True):
-        array = np.asarray(_resized(image, processor))  # [H, W, 3] uint8
+        array = np.asarray(_padded(image, processor) if mode == "pad" else _resized(image, processor))  # [H, W, 3]
         for channel in range(3):
             np.take(table[channel], array[:, :, channel], out=row[channel], mode="clip")
     return torch.from_numpy(pixels)
+
+
+def check_shape(image: Image.Image, processor: Any, mode: ImageMode) -> None:
+    """Raise DataError for a picture so much like a line that this processor would need gigabytes for it."""
+    if _is_standard(processor):
+        return
+    sides = sorted(image.size)
+    edge = _size(processor).get("shortest_edge", 1)
+    most = sides[1] ** 2 if mode == "pad" else edge * max(edge, edge * sides[1] // sides[0])
+    if most > max(MOST_PIXELS, sides[0] * sides[1]):
+        raise DataError(
+            f"a picture of {image.width} x {image.height} pixels is too much like a line: resized for this model it "
+            f"would have {most:,} pixels; crop it"
+        )
 
 
 def pixel_shape(processor: Any) -> tuple[int, int, int]:
@@ -107,10 +109,35 @@ def _resized(image: Image.Image, processor: Any) -> Image.Image:
     edge = size["shortest_edge"]
     short = min(image.size)
     wide, high = (edge if side == short else int(edge * side / short) for side in image.size)
-    image = image.resize((wide, high), processor.resample)
     _, height, width = pixel_shape(processor)
     left, top = (wide - width) // 2, (high - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    corners = (left, top, left + width, top + height)
+    if wide * high > MOST_PIXELS:  # like a line: only what the crop keeps is made, first its columns, then its rows
+        across, down = image.width / wide, image.height / high
+        first, last = corners[1] * down, corners[3] * down
+        margin = 8 * math.ceil(max(down, 1))  # of rows that the filter looks at
+        upper, lower = max(0, math.floor(first) - margin), min(image.height, math.ceil(last) + margin)
+        columns = (corners[0] * across, upper, corners[2] * across, lower)
+        image = image.resize((width, lower - upper), processor.resample, columns)
+        return image.resize((width, height), processor.resample, (0, first - upper, width, last - upper))
+    return image.resize((wide, high), processor.resample).crop(corners)
+
+
+def _padded(image: Image.Image, processor: Any) -> Image.Image:
+    """The image padded to a square, then resized and cropped as the processor does."""
+    side = max(image.size)
+    if side * side <= MOST_PIXELS or image.width == image.height:
+        return _resized(_pad(image, _fill(processor)), processor)
+    size = _size(processor)
+    width, height = size.get("width") or size["shortest_edge"], size.get("height") or size["shortest_edge"]
+    # Like a line: its long side is resized before it is padded, the other one afterwards.
+    if image.width > image.height:
+        squeezed, canvas = image.resize((width, image.height), processor.resample), (width, side)
+    else:
+        squeezed, canvas = image.resize((image.width, height), processor.resample), (side, height)
+    square = Image.new("RGB", canvas, _fill(processor))
+    square.paste(squeezed, ((canvas[0] - squeezed.width) // 2, (canvas[1] - squeezed.height) // 2))
+    return _resized(square.resize((width, height), processor.resample), processor)
 
 
 def _levels(processor: Any) -> np.ndarray:
@@ -118,6 +145,11 @@ def _levels(processor: Any) -> np.ndarray:
     level = (np.arange(256) * processor.rescale_factor).astype(np.float32)[None]
     mean, std = (np.array(v, np.float32)[:, None] for v in (processor.image_mean, processor.image_std))
     return (level - mean) / std
+
+
+def _fill(processor: Any) -> tuple[int, ...]:
+    """The mean colour, in levels."""
+    return tuple(int(channel * 255) for channel in processor.image_mean)
 
 
 def _pad(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:

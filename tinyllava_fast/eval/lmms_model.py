@@ -18,6 +18,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from tinyllava_fast.data.pictures import PictureReading, of_object
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.infer.assistant import Assistant
@@ -70,12 +71,18 @@ class TinyLLaVAFast(lmms):
         """Where the model is; lmms-eval gathers counts there."""
         return next(self.assistant.engine.lmm.parameters()).device
 
+    @property
+    def _reading(self) -> PictureReading:
+        return self.assistant.engine.lmm.config.reading
+
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests, with the numbers of their tokens."""
         samplings = [_sampling(r.args[1], r.args[4]) for r in requests]
         prompts = [(r.args[0], self._opener(*r.args[2:6])) for r in requests]
         results: list[GenerationResult | None] = [None] * len(requests)
-        queue = (replace(request, sampling=samplings[int(request.id)]) for request in _by_images(prompts))
+        queue = (
+            replace(request, sampling=samplings[int(request.id)]) for request in _by_images(prompts, self._reading)
+        )
         for answer in self.assistant.engine.run(queue):
             number = int(answer.id)
             context, options = requests[number].args[:2]
@@ -96,7 +103,7 @@ class TinyLLaVAFast(lmms):
         options = [tuple(dict.fromkeys(self._continuation(requests[n]) for n in numbers)) for numbers in members]
         results: dict[int, tuple[float, bool]] = {}
         for scores in self.assistant.engine.score(
-            (request, options[int(request.id)]) for request in _by_images(prompts)
+            (request, options[int(request.id)]) for request in _by_images(prompts, self._reading)
         ):
             found = dict(zip(scores.options, zip(scores.sums, scores.greedy, strict=True), strict=True))
             for number in members[int(scores.id)]:
@@ -128,9 +135,9 @@ def _images(visuals: Any, task: str) -> Images:
     return found
 
 
-def _by_images(prompts: Sequence[tuple[str, Callable[[], Images]]]) -> Iterator[Request]:
+def _by_images(prompts: Sequence[tuple[str, Callable[[], Images]]], reading: PictureReading) -> Iterator[Request]:
     """Requests of (text, opener of the images), those about the same images together; the id is the number."""
-    keys = [_digest(opened()) for _, opened in prompts]
+    keys = [_digest(opened(), reading) for _, opened in prompts]
     shown: Images = ()
     last: bytes | None = None
     for number in sorted(range(len(prompts)), key=lambda n: (keys[n], n)):
@@ -140,10 +147,12 @@ def _by_images(prompts: Sequence[tuple[str, Callable[[], Images]]]) -> Iterator[
         yield _request(text, shown, str(number))
 
 
-def _digest(images: Images) -> bytes:
+def _digest(images: Images, reading: PictureReading) -> bytes:
+    """Of what the model sees of the images: the bytes of their own modes leave out palettes and turns."""
     digest = hashlib.sha256()
     for image in images:
-        digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
+        seen = of_object(image, reading)
+        digest.update(repr(seen.size).encode() + seen.tobytes())
     return digest.digest()
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, tiles
-from tinyllava_fast.data.images import ImageMode, image_size, load_image, to_pixels
+from tinyllava_fast.data.images import ImageMode, check_shape, image_size, load_image, to_pixels
+from tinyllava_fast.data.pictures import naming, object_size, of_object
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.schedule import image_key
 from tinyllava_fast.infer.types import ImageLike, Request
@@ -22,9 +23,9 @@ IMAGES_PER_PASS = 32
 class ImageEncoder:
     """Features of images, kept for the images of the last call.
 
-    lmm: has encode_images. processor: image processor of the tower. mode: "square", "pad" or "anyres". grid: the
-    resolutions (width, height) of anyres, empty for the default ones. threads: decoders. UserError for a grid that the
-    mode does not use or that is not made of whole tiles.
+    lmm: has encode_images, and config.reading: how it reads pictures. processor: image processor of the tower. mode:
+    "square", "pad" or "anyres". grid: the resolutions (width, height) of anyres, empty for the default ones. threads:
+    decoders. UserError for a grid that the mode does not use or that is not made of whole tiles.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class ImageEncoder:
         self.lmm = lmm
         self.processor = processor
         self.mode = mode
+        self.reading = lmm.config.reading
         if grid and mode != "anyres":
             raise UserError(
                 f"image_grid is for image_mode anyres only; got image_mode={mode!r}, image_grid={list(grid)}"
@@ -50,10 +52,11 @@ class ImageEncoder:
         if not self.grid:
             return count
         if isinstance(image, Image.Image):
-            return count * count_inputs(image.size, self.grid, tile_size(self.processor))
+            return count * count_inputs(object_size(image, self.reading), self.grid, tile_size(self.processor))
         name = str(image)
         if name not in self._rows:
-            self._rows[name] = count * count_inputs(image_size(image), self.grid, tile_size(self.processor))
+            size = image_size(image, self.reading)
+            self._rows[name] = count * count_inputs(size, self.grid, tile_size(self.processor))
         return self._rows[name]
 
     def encode(self, requests: Iterable[Request]) -> dict[object, Tensor]:
@@ -82,10 +85,19 @@ class ImageEncoder:
 
     def _inputs(self, image: ImageLike, request: str) -> list[Image.Image]:
         try:
-            loaded = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
+            loaded = self._load(image)
             inputs = tiles(loaded, self.grid, self.processor) if self.grid else [loaded]
             if self.grid and len(inputs) * self.lmm.tokens_per_image != self.rows(image):
                 raise DataError(f"{image}: the size of the image has changed since it was first looked at; ask again")
         except DataError as error:
             raise DataError(f"request {request!r}: {error}") from error
         return inputs
+
+    def _load(self, image: ImageLike) -> Image.Image:
+        name = "the image object" if isinstance(image, Image.Image) else naming(image)
+        loaded = of_object(image, self.reading) if isinstance(image, Image.Image) else load_image(image, self.reading)
+        try:
+            check_shape(loaded, self.processor, self.mode)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        return loaded

@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image
 
+from tinyllava_fast.data.objects import ImageInput, ImageLike, image_objects
 from tinyllava_fast.data.types import IMAGE_TOKEN
+from tinyllava_fast.errors import UserError
 
-ImageLike = str | Path | Image.Image
-Images = ImageLike | Sequence[ImageLike]
+Images = ImageInput | Sequence[ImageInput]
 Message = dict[str, Any]  # {"from": "human" | "gpt", "value": str}
 
 
@@ -63,8 +64,9 @@ class Sampling:
 class Request:
     """One question, or one conversation to be continued.
 
-    image: path, PIL image, or None for text only: then every image marker of the messages stands for this image. Or a
-        list of them: then the i-th marker is the i-th image, wherever it stands, and their numbers must agree.
+    image: path, PIL image, NumPy array (uint8, [H, W, 3]), bytes of an image file or an open one; None for text only.
+        Every image marker of the messages stands for this image. Or a list of them: then the i-th marker is the i-th
+        image, wherever it stands, and their numbers must agree. DataError for anything else.
     messages: LLaVA turns, human first, the last one human. If there are images and no message holds the marker
         ``<image>``, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
@@ -75,9 +77,14 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     id: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", image_objects(self.image))
+
     @staticmethod
     def ask(question: str, image: Images | None = None, *, sampling: Sampling | None = None, id: str = "") -> Request:
-        """A single-turn request."""
+        """A single-turn request. UserError if the question is no text."""
+        if not isinstance(question, str):
+            raise UserError(f"the question: expected a text, got {type(question).__name__}")
         messages = [{"from": "human", "value": question}]
         return Request(messages=messages, image=image, sampling=sampling or Sampling(), id=id)
 

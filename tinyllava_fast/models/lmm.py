@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.llm.base import LLMAdapter
@@ -40,6 +41,7 @@ class LMMConfig:
     template: str = "llama"
     image_mode: str = "square"
     image_grid: list[tuple[int, int]] = field(default_factory=list)  # resolutions (width, height) of anyres
+    reading: PictureReading = REFERENCE  # of pictures; folders that say nothing were trained the reference's way
     turns: str = "conversation"
     origin: dict[str, str] = field(default_factory=dict)  # names of an imported model's parts: {llm, vision, ...}
     adapter: bool = False  # LoRA layers in the model, and in a folder beside its weights (models/adapter.py)

@@ -63,6 +63,8 @@ class TrainState:
     """Data report of each stage so far."""
     compiled: dict[str, bool] = field(default_factory=dict)
     """What engine.compile: auto chose for each stage: rounding differs, so a resumed run chooses the same."""
+    readings: dict[str, Any] = field(default_factory=dict)
+    """How each stage so far reads pictures: orientation and background (train/reading.py)."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     format: int = FORMAT

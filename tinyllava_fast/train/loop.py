@@ -11,6 +11,7 @@ import gc
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tinyllava_fast.train.features import FeatureCache, check_feature_cache
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
 from tinyllava_fast.train.profile import StepProfiler, trains
 from tinyllava_fast.train.progress import Progress
+from tinyllava_fast.train.reading import settle_reading
 from tinyllava_fast.train.rules import check_rule, moment_bytes
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
 from tinyllava_fast.train.schedule import lr_factor
@@ -127,6 +129,9 @@ class Stage:
         check_vocabulary(model, self.run_.tokenizer)
         data = self.config.data
         model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
+        new = index == 0 and config.model.path is None
+        inherited = None if new else model.config.reading
+        model.config.reading = settle_reading(self.state, data, inherited, resumed is not None)
         return model.to(self.run_.process.device)
 
     def _compiles(self) -> bool:
@@ -182,7 +187,7 @@ class Stage:
 
     def _loader(self) -> Loader:
         run, config, process = self.run_, self.config, self.run_.process
-        data = config.data.under(run.config.data_root)
+        data = replace(config.data.under(run.config.data_root), **asdict(self.model.config.reading))
         dataset = build_dataset(
             data,
             config.batch,

@@ -32,7 +32,7 @@ def test_one_prompt(name: str) -> None:
         wanted["eos_token_id"],
         wanted["pad_token_id"],
     )
-    image = load_image(GOLDEN / infer["image"])
+    image = load_image(GOLDEN / infer["image"], lmm.config.reading)
     pixels = to_pixels([image], model.processor, lmm.config.image_mode)
     torch.testing.assert_close(pixels, golden["infer_pixel_values"], atol=1e-6, rtol=0)
     with torch.inference_mode():

@@ -1,0 +1,50 @@
+"""Images of every kind through the assistant: the same answer, or a sentence."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.assistant import Assistant
+
+
+@pytest.fixture(scope="module")
+def assistant(folder):
+    return Assistant.from_pretrained(folder, device="cpu", batch_tokens=2048)
+
+
+def test_one_picture_in_every_form_gives_one_answer(assistant, images, tmp_path):
+    path = tmp_path / "a.png"
+    images[1].save(path)
+    expected = assistant.answer(path, "what is it?", max_new_tokens=8)
+    for form in (str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), np.asarray(images[1]), images[1]):
+        assert assistant.answer(form, "what is it?", max_new_tokens=8) == expected
+    with path.open("rb") as file:
+        assert assistant.answer([file], "what is it?", max_new_tokens=8) == expected
+    sums = assistant.score(path, "what?", ["red", "blue"]).sums
+    assert assistant.score(np.asarray(images[1]), "what?", ["red", "blue"]).sums == pytest.approx(sums)
+    assert len(assistant.answer_many([(path.read_bytes(), "what?"), (None, "and?")], max_new_tokens=3)) == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "question", "message"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), "q", r"\[3, 8, 8\] is no picture"),
+        (b"nothing", "q", "the image of 7 bytes: truncated or not an image"),
+        ("https://host/cat.png", "q", "https://host/cat.png: a URL; pictures are not downloaded"),
+        (Image.new("RGB", (0, 0)), "q", "a picture of 0 x 0 pixels shows nothing"),
+        (Image.new("F", (8, 8)), "q", "floating-point numbers"),
+        (3.5, "q", "the image: got float"),
+        (None, None, "the question: expected a text, got NoneType"),
+        (None, 7, "the question: expected a text, got int"),
+    ],
+)
+def test_a_short_sentence_for_each(assistant, image, question, message):
+    with pytest.raises(UserError, match=message) as error:
+        assistant.answer(image, question, max_new_tokens=2)
+    assert len(str(error.value)) < 250
+    assert assistant.answer(None, "still there?", max_new_tokens=1) is not None

@@ -1,0 +1,26 @@
+"""How a stage reads pictures: what its keys say, else as the model did that it begins with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from tinyllava_fast.config.schema import DataConfig
+from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading
+from tinyllava_fast.train.checkpoint import TrainState
+
+
+def settle_reading(state: TrainState, data: DataConfig, before: PictureReading | None, resumed: bool) -> PictureReading:
+    """The reading of the state's stage, noted in the state so that a resumed run keeps it.
+
+    before: of the model that the stage begins with; None: a new one, for which pictures are upright and on white.
+    resumed: whether the stage goes on from a checkpoint. One that notes no reading is of a version that read pictures
+    the reference's way, and goes on that way: they must not change in the middle of a run.
+    """
+    if resumed:
+        noted = state.readings.get(state.stage)
+        reading = PictureReading(**noted) if noted is not None else REFERENCE
+    else:
+        base = before if before is not None else UPRIGHT
+        reading = PictureReading(data.orientation or base.orientation, data.background or base.background)
+    state.readings[state.stage] = asdict(reading)
+    return reading
