@@ -36,9 +36,9 @@ def test_overrides_reach_into_a_section_that_is_a_file(write: Callable[..., Path
         parts__model="llm: llm/big.yaml\nconnector: {options: {depth: 3}}\n",
         parts__llm__big="path: big\nconfig: {a: 1, b: {c: 2}}\n",
     )
-    run = load_run(path, ["model.llm.path=small", "model.llm.config.b.d=4", "model.connector.type=linear"])
+    run = load_run(path, ["model.llm.path=small", "model.llm.config.b.d=4", "model.connector.options.activation=relu"])
     assert run.model.llm.path == "small" and run.model.llm.config == {"a": 1, "b": {"c": 2, "d": 4}}
-    assert run.model.connector.type == "linear" and run.model.connector.options == {"depth": 3}
+    assert run.model.connector.options == {"depth": 3, "activation": "relu"}
 
 
 def test_an_override_may_name_a_file_and_the_next_reach_into_it(write: Callable[..., Path]) -> None:

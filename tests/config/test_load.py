@@ -63,8 +63,11 @@ def test_overrides(config: Path, override: str, read, value) -> None:
         ),
         ("stages.finetun.optim.lr=1", ["no item 'finetun'", "did you mean 'finetune'"]),
         ("stages.9.optim.lr=1", ["no item '9'"]),
-        ("stages.0.optim.label_smoothing=2", ["run.yaml", "stages[0].optim: label_smoothing: 2.0 is no share"]),
-        ("stages.0.optim.z_loss=-1", ["run.yaml", "stages[0].optim: z_loss: -1.0 is negative"]),
+        (
+            "stages.0.optim.label_smoothing=2",
+            ["run.yaml", "stages[0].optim.label_smoothing: expected a number from 0 to 1, got 2"],
+        ),
+        ("stages.0.optim.z_loss=-1", ["run.yaml", "stages[0].optim.z_loss: expected a number of at least 0, got -1"]),
         ("engine.dtype=fp8", ["engine.dtype", "one of 'bfloat16', 'float32'", "'fp8'"]),
         ("seed=abc", ["run.yaml", "seed", "expected int", "'abc'"]),
         ("seed=true", ["seed", "expected int"]),

@@ -61,7 +61,7 @@ def build_image_processor(model: ModelConfig) -> Any:
 
 def _image_processor(config: VisionConfig) -> Any:
     cls = VISION.get(config.type, "model.vision.type")
-    options = parse_into(cls.Options, config.options, "model.vision.options")
+    options = parse_into(cls.Options, config.options, "", key="model.vision.options")
     stored = None
     if config.path is not None:
         try:
@@ -113,7 +113,7 @@ def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAda
 
 def _adapter(config: LLMConfig) -> LLMAdapter:
     cls = LLMS.get(config.type, "model.llm.type")
-    return cls(parse_into(cls.Options, config.options, "model.llm.options"))
+    return cls(parse_into(cls.Options, config.options, "", key="model.llm.options"))
 
 
 def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> VisionTower:
@@ -121,7 +121,7 @@ def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> Vision
     common: dict[str, Any] = {
         "feature_layer": config.feature_layer,
         "feature_select": config.feature_select,
-        "options": parse_into(cls.Options, config.options, "model.vision.options"),
+        "options": parse_into(cls.Options, config.options, "", key="model.vision.options"),
         "where": "model.vision",
     }
     if config.path is not None:
@@ -131,7 +131,7 @@ def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> Vision
 
 def _build_connector(config: ConnectorConfig, vision_size: int, llm_size: int, seed: int) -> Connector:
     cls = CONNECTORS.get(config.type, "model.connector.type")
-    connector = cls(vision_size, llm_size, parse_into(cls.Options, config.options, "model.connector.options"))
+    connector = cls(vision_size, llm_size, parse_into(cls.Options, config.options, "", key="model.connector.options"))
     connector.reset(torch.Generator().manual_seed(seed))
     if config.path is not None:
         io.load_component(connector, config.path, "connector")
