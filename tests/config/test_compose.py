@@ -75,6 +75,45 @@ def test_a_section_with_a_file_of_its_own_takes_nothing_from_the_outer_base(writ
     assert (run.model.llm.path, run.model.llm.tokenizer) == ("new", "old")
 
 
+@pytest.mark.parametrize(
+    ("over", "overrides", "options"),
+    [
+        ("{type: pixel_shuffle}", [], {}),
+        ("{type: pixel_shuffle, options: {factor: 3}}", [], {"factor": 3}),
+        ("{type: mlp}", [], {"depth": 3}),
+        ("{options: {activation: relu}}", [], {"depth": 3, "activation": "relu"}),
+        ("{}", ["model.connector.type=pixel_shuffle"], {}),
+        ("{}", ["model.connector.type=mlp"], {"depth": 3}),
+        ("{}", ["model.connector.type=pixel_shuffle", "model.connector.options.factor=3"], {"factor": 3}),
+        ("{}", ["model.connector.options.factor=3", "model.connector.type=pixel_shuffle"], {"factor": 3}),
+        ("{}", ["model.connector.options={factor: 3}", "model.connector.type=pixel_shuffle"], {"factor": 3}),
+        ("{}", ["model.connector.options.depth=4", "model.connector.type=mlp"], {"depth": 4}),
+        ("{}", ["model.connector={type: linear}"], {}),
+    ],
+)
+def test_another_type_leaves_the_options_of_the_former_behind(
+    over: str, overrides: list[str], options: dict[str, Any], write: Callable[..., Path]
+) -> None:
+    path = write(
+        run=f"base: base.yaml\nmodel: {{connector: {over}}}\n",
+        base="model: {connector: {type: mlp, options: {depth: 3}}}\n" + STAGE,
+    )
+    assert load_run(path, overrides).model.connector.options == options
+
+
+def test_config_goes_on_with_another_type(write: Callable[..., Path]) -> None:
+    path = write(run="model: {vision: {config: {hidden_size: 8}}}\n" + STAGE)
+    assert load_run(path, ["model.vision.type=clip"]).model.vision.config == {"hidden_size": 8}
+
+
+def test_a_model_folder_replaces_the_components_of_the_base(write: Callable[..., Path]) -> None:
+    path = write(run="base: base.yaml\nmodel: {path: runs/x/final}\n", base="model: {llm: {path: a}}\n" + STAGE)
+    assert load_run(path).model.llm.path is None
+    path = write(run="base: base.yaml\nmodel: {path: runs/x/final, llm: {path: b}}\n")
+    with pytest.raises(UserError, match=r"model\.llm\.path: set, but model\.path"):
+        load_run(path)
+
+
 def test_stages_replace_those_of_the_base(write: Callable[..., Path]) -> None:
     path = write(run="base: base.yaml\nstages: [{name: z, data: {}}]\n", base="log_every: 3\n" + STAGE)
     assert [s.name for s in load_run(path).stages] == ["z"]

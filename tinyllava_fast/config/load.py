@@ -69,7 +69,8 @@ def parse_into(cls: type[T], mapping: Any, where: str, *, key: str = "") -> T:
     try:
         return cls(**values)
     except UserError as error:
-        raise UserError(f"{place(where, key or cls.__name__)}: {error}") from None
+        full = _join(key, error) if str(error).partition(":")[0] in fields else f"{key or cls.__name__}: {error}"
+        raise UserError(place(where, full)) from None
 
 
 def dump(config: Any) -> str:

@@ -59,11 +59,11 @@ Settings = Annotated[dict[str, Any], FINITE]
 """Free-form settings; nan and infinity are refused at any depth."""
 
 
-def fault(kind: Literal["int", "float"], number: float, allowed: Range) -> str:
+def fault(kind: Literal["int", "float"], number: int | float, allowed: Range) -> str:
     """What a number was expected to be, if it is not in its range; "" if it is."""
     noun = "a whole number" if kind == "int" else "a number"
     largest = LARGEST_INT if kind == "int" else LARGEST_FLOAT
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         return f"{noun} {allowed}" if str(allowed) else f"{noun} that is finite"
     if not allowed.holds(number):
         return f"{noun} {allowed}"

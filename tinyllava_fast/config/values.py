@@ -20,12 +20,13 @@ Marks = tuple[object, ...]
 
 
 class _MismatchError(UserError):
-    """A value that is not of its type, or out of its range. key, expected: as the message says them."""
+    """A value that is not of its type, or out of its range. key, expected, why: as the message says them."""
 
-    def __init__(self, text: str, key: str, expected: str) -> None:
+    def __init__(self, text: str, key: str, expected: str, why: str) -> None:
         super().__init__(text)
         self.key = key
         self.expected = expected
+        self.why = why
 
 
 def read_value(hint: Any, value: Any, where: str, key: str, marks: Marks = ()) -> Any:
@@ -107,7 +108,7 @@ def _read_union(hint: Any, value: Any, where: str, key: str, marks: Marks) -> An
             return read_value(options[0], value, where, key, marks)
         except _MismatchError as error:
             if (error.key, error.expected) == (key, type_name(options[0])):  # say that null may stand there, too
-                _fail(where, key, type_name(hint), value)
+                _fail(where, key, type_name(hint), value, error.why)
             raise
     for part in options:
         try:
@@ -158,10 +159,10 @@ def _read_number(kind: type, value: Any, where: str, key: str, marks: Marks) -> 
             _fail(where, key, kind.__name__, value)
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         _fail(where, key, kind.__name__, value)
-    if kind is int and isinstance(number, float):
-        if math.isfinite(number) and not number.is_integer():
+    if kind is int and isinstance(number, float) and math.isfinite(number):
+        if not number.is_integer():
             _fail(where, key, kind.__name__, value)
-        number = int(number) if math.isfinite(number) else number
+        number = int(number)
     ranges = [mark for mark in marks if isinstance(mark, Range)]
     for allowed in ranges or [FINITE]:
         expected = fault("int" if kind is int else "float", number, allowed)
@@ -185,4 +186,4 @@ def _read_text(value: Any, where: str, key: str, marks: Marks) -> str:
 
 def _fail(where: str, key: str, expected: str, value: Any, why: str = "") -> NoReturn:
     text = f"{place(where, key)}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else "")
-    raise _MismatchError(text, key, expected)
+    raise _MismatchError(text, key, expected, why)
