@@ -45,7 +45,7 @@ def test_version(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     [
         ("tlf-eval", ["--benchmrks", "x"], "unrecognized arguments: --benchmrks; did you mean --benchmarks?"),
         ("tlf-chat", ["m", "--plugn=x"], "did you mean --plugin?"),
-        ("tlf-convert", ["export", "a", "b", "--format", "llava", "--llm-nam", "x"], "did you mean --llm-name?"),
+        ("tlf-convert", ["export", "a", "b", "--format", "llava", "--lm-name", "x"], "did you mean --llm-name?"),
     ],
 )
 def test_nearest_flag(

@@ -125,7 +125,7 @@ def test_files_that_are_fine(content: bytes, tmp_path: Path) -> None:
         (b"base: ''\n" + RUN, "run.yaml: base: expected the path of a YAML file, got ''"),
         (b'base: "a\\0b"\n' + RUN, "run.yaml: base: expected the path of a YAML file"),
         (b"base: .\n" + RUN, "a folder; name a YAML file in it"),
-        (b"model: ''\n" + RUN, "run.yaml: model: a section: expected the path of a YAML file, got ''"),
+        (b"model: ''\n" + RUN, "run.yaml: model: a section that is text: expected the path of a YAML file, got ''"),
         (b"base: " + b"x" * 400 + b"\n" + RUN, "no such config file"),
     ],
 )

@@ -51,8 +51,11 @@ def read_section(cls: type, path: Path, chain: tuple[Path, ...] = ()) -> Section
     return expand(cls, read_yaml(path), path, (*chain, path))
 
 
-def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ...]) -> Section:
-    """``mapping``, written in ``path``, with every section that is a path or has a ``base`` replaced by its content."""
+def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ...], key: str = "") -> Section:
+    """``mapping``, written in ``path``, with every section that is a path or has a ``base`` replaced by its content.
+
+    key: dotted key of the mapping in the file, for messages.
+    """
     known = mapping.written if isinstance(mapping, Section) else {}
     values = dict(mapping)
     base = values.pop(BASE, None)
@@ -61,11 +64,11 @@ def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ..
         section = section_of(hints.get(name))
         if section is None:
             continue
-        where = f"{path}: {name}"
+        full = f"{key}.{name}" if key else name
         if isinstance(value, list):
-            values[name] = [_expand_value(section, v, path, chain, f"{where}[{i}]") for i, v in enumerate(value)]
+            values[name] = [_expand_value(section, v, path, chain, f"{full}[{i}]") for i, v in enumerate(value)]
         elif get_origin(hints[name]) is not list:
-            values[name] = _expand_value(section, value, path, chain, where)
+            values[name] = _expand_value(section, value, path, chain, full)
     written = {name: known.get(name, str(path)) for name in values}
     own = Section(cls, values, written, whole=getattr(mapping, "whole", False))
     if BASE not in mapping:
@@ -120,15 +123,16 @@ def _beside(path: Path, value: Any, where: str) -> Path:
     return path.parent / value
 
 
-def _expand_value(cls: type, value: Any, path: Path, chain: tuple[Path, ...], where: str) -> Any:
+def _expand_value(cls: type, value: Any, path: Path, chain: tuple[Path, ...], key: str) -> Any:
     if isinstance(value, str):
+        where = f"{path}: {key}"
         try:
-            section = read_section(cls, _beside(path, value, "a section"), chain)
+            section = read_section(cls, _beside(path, value, "a section that is text"), chain)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         section.whole = True
         return section
-    return expand(cls, value, path, chain) if isinstance(value, dict) else value
+    return expand(cls, value, path, chain, key) if isinstance(value, dict) else value
 
 
 def _merge(under: Section, over: Section) -> Section:

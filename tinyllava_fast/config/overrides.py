@@ -7,7 +7,6 @@ a script's defaults may stand first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ def _parse(override: str) -> tuple[list[str], Any]:
     try:
         return parts, parse_yaml(text, f"override {override!r}")
     except UserError as error:
-        if re.search(r":\s", text):
+        if "mapping values are not allowed" in str(error):
             raise UserError(f"{error}; a text that holds a colon needs quotes: {dotted}='\"...\"'") from None
         raise
 

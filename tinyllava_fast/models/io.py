@@ -159,7 +159,7 @@ def _folders(path: Path) -> list[str]:
     """Names of the folders in a folder, sorted; none, of what is no readable folder."""
     try:
         return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    except OSError:
+    except (OSError, ValueError):  # a NUL in the name
         return []
 
 
