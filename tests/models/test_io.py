@@ -135,7 +135,7 @@ def test_a_folder_that_is_none_hints_at_the_one_meant(saved: Saved, tmp_path: Pa
         (run, f"one lies in it: give {run / 'final'}"),
         (tmp_path / "runs" / "pre", f"one lies in it: give {tmp_path / 'runs' / 'pre' / 'pretrain'}"),
         (tmp_path / "runs" / "digit", f"it does not exist; did you mean {run}?"),
-        (run / "final" / "model.safetensors", "it is a file; give the folder that tlf-train wrote"),
+        (run / "final" / "model.safetensors", "it is a file; give a folder that tlf-train wrote"),
         (run / "final" / "nope" / "deep", "it does not exist; give a folder that tlf-train wrote"),
         (tmp_path / "runs", "it has no config.json"),
         ("a\0b", "it does not exist"),

@@ -69,8 +69,14 @@ def test_print_config_is_the_resolved_run(tiny_run, capsys):
         (["--profile"], "no configuration file given"),
         (["{}", "log_every=0"], "run.yaml: log_every: expected a whole number of at least 1, got 0"),
         (["{}", "model={{path: nowhere}}"], "model.path: nowhere: not a model folder: it does not exist"),
-        (["{}", "model.vision.config.patch_size=0"], "model.vision.config.patch_size: expected int"),
-        (["{}", "model.llm.config.num_attention_heads=0"], "model.llm.config.num_attention_heads: expected"),
+        (
+            ["{}", "model.vision.config.patch_size=0"],
+            "model.vision.config.patch_size: expected a whole number of at least 1",
+        ),
+        (
+            ["{}", "model.llm.config.num_attention_heads=0"],
+            "model.llm.config.num_attention_heads: expected a whole number of at least 1",
+        ),
         (["{}", "stages.finetune.recipe.options.x=1"], "stages.finetune.recipe.options.x: unknown key"),
         (["{}", "stages.finetune.recipe.type=x"], "stages.finetune.recipe.type: unknown recipe 'x'"),
         (

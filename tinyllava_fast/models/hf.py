@@ -175,8 +175,8 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
     cls = CONFIG_MAPPING[model_type]
     if strict:
         check_keys(cls, given, where)
-    else:
-        check_numbers(cls, given, where)
+    else:  # a tower that ends before its first layer is stored with none
+        check_numbers(cls, {k: v for k, v in given.items() if k != "num_hidden_layers"}, where)
     try:
         return cls(**given)
     except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
@@ -190,7 +190,7 @@ def building(refusal: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise UserError(f"{refusal}: {type(error).__name__}: {error}") from None
 
 
@@ -208,7 +208,7 @@ def check_numbers(cls: type, values: dict[str, Any], where: str) -> None:
 
     A class's own default passes.
     """
-    names = getattr(cls, "attribute_map", {})
+    names = {own: common for common, own in getattr(cls, "attribute_map", {}).items()}  # GPT-2's n_head, and the like
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     for key, value in values.items():
         name = names.get(key, key)
