@@ -186,7 +186,7 @@ VERDICTS: dict[str, tuple[list[Any], list[Any]]] = {
     "stages[0].optim.label_smoothing": ([0, 1], [2, -0.1]),
     "stages[0].optim.z_loss": ([0, 1e-4], [-1]),
     "stages[0].batch.tokens": ([1, 2048], [0, -1]),
-    "stages[0].batch.max_segments": ([1], [0]),
+    "stages[0].batch.max_segments": ([1, 65536], [0, 65537]),
     "stages[0].batch.max_images": ([0, 8], [-1]),
     "stages[0].batch.image_multiple": ([1, 14], [0, -2]),
     "stages[0].batch.packs_per_step": ([1, 16], [0, -1]),

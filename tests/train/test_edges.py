@@ -31,7 +31,7 @@ HIGH = {
     "stages.finetune.max_steps": 1,
     "stages.finetune.data.max_tokens": 2**31 - 1,
     "stages.finetune.data.augment": "{hflip: 1, vflip: 1, shift: 1, scale: 0.999, rotate: 180}",
-    "stages.finetune.batch": "{tokens: 4096, max_segments: 2147483647, max_images: 2147483647, lookahead: 2147483647}",
+    "stages.finetune.batch": "{tokens: 4096, max_segments: 65536, max_images: 2147483647, lookahead: 2147483647}",
     "stages.finetune.optim": "{lr: 1, betas: [0.999, 0.9999], eps: 1, clip_norm: 1e30, weight_decay: 1, "
     "warmup_ratio: 1, min_lr_ratio: 1, label_smoothing: 1, z_loss: 1}",
     "stages.finetune.recipe.llm": "{tune: lora, lora: {r: 64, alpha: 1000, dropout: 0.99}}",

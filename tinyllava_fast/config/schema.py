@@ -165,7 +165,7 @@ class BatchConfig:
 
     tokens: Annotated[int, Range(least=1, most=2**24)] = 2048
     """Token budget T of a pack (the micro-batch)."""
-    max_segments: PositiveInt = 64
+    max_segments: Annotated[int, Range(least=1, most=65536)] = 64
     """Most segments in a pack."""
     max_images: NonNegativeInt = 8
     """Most images in a pack; with image_mode anyres each tile counts, and the whole image."""
