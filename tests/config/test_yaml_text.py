@@ -57,7 +57,7 @@ def test_places_of_an_alias_are_apart() -> None:
         ("1: x", "x, line 1: the key 1 is not text to YAML; put it in quotes"),
         ("null: x", "the key null is not text"),
         ("~: x", "the key ~ is not text"),
-        ("{: x}", "the key null is not text"),
+        ("?\n: x", "the key null is not text"),
         ("true: x", "the key true is not text"),
         ("on: x", "the key on is not text"),
         ("1.5: x", "the key 1.5 is not text"),
