@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tlf-bench", description=__doc__)
+    parser = Parser(prog="tlf-bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:

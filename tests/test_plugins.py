@@ -120,6 +120,71 @@ def test_plugins_that_fail_are_named(tmp_path: Path) -> None:
         load_plugins(["no_such_module_at_all"])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import sys\nsys.exit(0)\n", "called sys.exit while it was imported (exit code 0); guard it with if __name__"),
+        ("import sys\n\ndef main():\n    return 0\n\nsys.exit(main())\n", "called sys.exit"),
+        ("raise SystemExit\n", "called sys.exit while it was imported (exit code None)"),
+        ("quit('bye')\n", "called sys.exit while it was imported (exit code 'bye')"),
+        ("class Odd(BaseException): ...\nraise Odd('x')\n", "cannot be imported: Odd: x"),
+        ("raise GeneratorExit\n", "cannot be imported: GeneratorExit"),
+        ("import nothing_of_that_name\n", "cannot be imported: ModuleNotFoundError"),
+        ("def f(:\n", "cannot be imported: SyntaxError"),
+        ("x = '\\ud800'.encode()\n", "cannot be imported: UnicodeEncodeError"),
+        ("def f(): f()\nf()\n", "cannot be imported: RecursionError"),
+    ],
+)
+def test_plugins_that_end_while_they_are_imported(text: str, said: str, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(text)
+    for _ in range(2):  # a failed import is forgotten, not half remembered
+        with pytest.raises(UserError) as error:
+            load_plugins([str(plugin)])
+        assert "mine.py'" in str(error.value) and said in str(error.value)
+
+
+def test_ctrl_c_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_plugins([str(tmp_path / "mine.py")])
+
+
+def test_a_plugin_that_exits_is_no_success(outside: Path) -> None:
+    (outside.parent / "exits.py").write_text("import sys\nsys.exit()\n")
+    run = [sys.executable, "-m", "tinyllava_fast.train.cli", outside.name, "plugins=[exits.py]"]
+    done = subprocess.run(run, cwd=outside.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and "plugin 'exits.py' called sys.exit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "the name is empty"),
+        (" ", "the name is empty"),
+        ("{}", "a folder; name the Python file in it"),
+        ("{}/notes.txt", "a file whose name does not end in .py"),
+        (
+            "{}/absent",
+            "neither a Python file (ending in .py, relative to the working directory) nor the name of a module",
+        ),
+        ("./absent", "neither a Python file"),
+        (".relative", "neither a Python file"),
+        ("a..b", "neither a Python file"),
+        ("no-module", "neither a Python file"),
+        ("{}/absent.py", "does not exist"),
+        ("{}/folder.py", "does not exist"),
+        (".py", "does not exist"),
+    ],
+)
+def test_names_that_are_no_plugins(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(UserError) as error:
+        load_plugins([name.format(tmp_path)])
+    assert said in str(error.value) and "plugin '" in str(error.value)
+
+
 def test_a_file_is_imported_once(tmp_path: Path) -> None:
     path = tmp_path / "counting.py"
     path.write_text("import builtins\nbuiltins.tlf_counted = getattr(builtins, 'tlf_counted', 0) + 1\n")

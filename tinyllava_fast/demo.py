@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
 
@@ -29,7 +30,7 @@ NOTE = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the demo."""
-    p = argparse.ArgumentParser(prog="python -m tinyllava_fast.demo", description=__doc__)
+    p = Parser(prog="python -m tinyllava_fast.demo", description=__doc__)
     p.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="run configuration")
     p.add_argument("--data", default=str(DATA), metavar="DIR", help="where easy-VQA is, or is written to")
     p.add_argument("--fresh", action="store_true", help="train and evaluate again even if that is done")

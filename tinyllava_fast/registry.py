@@ -17,21 +17,28 @@ class Registry(Generic[T]):
 
     kind: what it holds, for messages ("connector").
     package: the package whose modules are imported, sorted, at the first look-up, e.g.
-        "tinyllava_fast.models.connectors". An import error there is raised, never swallowed.
+        "tinyllava_fast.models.connectors". An import error there is raised, never swallowed, and raised again at the
+        next look-up: a registry never serves a part of its components.
     """
 
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
         self.package = package
         self._entries: dict[str, T] = {}
-        self._discovered = False
+        self._discovered = self._discovering = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that registers a class or function under an exact name. A duplicate is an error."""
+        """Decorator that registers a class or function under an exact name. UserError if another one has the name.
+
+        A file that is imported again, since its first import failed, replaces what it had registered.
+        """
 
         def add(entry: T) -> T:
-            if name in self._entries and self._entries[name] is not entry:
-                raise ValueError(f"{self.kind} {name!r} is registered twice: {self._entries[name]} and {entry}")
+            held = self._entries.get(name)
+            if held is not None and held is not entry and _origin(held) != _origin(entry):
+                raise UserError(
+                    f"{self.kind} {name!r} is registered twice, by {_origin(held)} and by {_origin(entry)}; rename one"
+                )
             self._entries[name] = entry
             return entry
 
@@ -58,9 +65,19 @@ class Registry(Generic[T]):
         return name in self._entries
 
     def _discover(self) -> None:
-        if self._discovered:
+        if self._discovered or self._discovering:  # a module of the package may look something up
             return
-        self._discovered = True
-        package = importlib.import_module(self.package)
-        for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-            importlib.import_module(f"{self.package}.{module}")
+        self._discovering = True
+        try:
+            package = importlib.import_module(self.package)
+            for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+                importlib.import_module(f"{self.package}.{module}")
+            self._discovered = True
+        finally:
+            self._discovering = False
+
+
+def _origin(entry: object) -> str:
+    """Where a component is defined: module and name of a class or function; what an object says of itself."""
+    module, name = getattr(entry, "__module__", ""), getattr(entry, "__qualname__", "")
+    return f"{module}.{name}" if name else repr(entry)

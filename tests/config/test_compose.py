@@ -36,9 +36,9 @@ def test_overrides_reach_into_a_section_that_is_a_file(write: Callable[..., Path
         parts__model="llm: llm/big.yaml\nconnector: {options: {depth: 3}}\n",
         parts__llm__big="path: big\nconfig: {a: 1, b: {c: 2}}\n",
     )
-    run = load_run(path, ["model.llm.path=small", "model.llm.config.b.d=4", "model.connector.type=linear"])
+    run = load_run(path, ["model.llm.path=small", "model.llm.config.b.d=4", "model.connector.options.activation=relu"])
     assert run.model.llm.path == "small" and run.model.llm.config == {"a": 1, "b": {"c": 2, "d": 4}}
-    assert run.model.connector.type == "linear" and run.model.connector.options == {"depth": 3}
+    assert run.model.connector.options == {"depth": 3, "activation": "relu"}
 
 
 def test_an_override_may_name_a_file_and_the_next_reach_into_it(write: Callable[..., Path]) -> None:
@@ -73,6 +73,45 @@ def test_a_section_with_a_file_of_its_own_takes_nothing_from_the_outer_base(writ
         assert (run.model.llm.path, run.model.llm.tokenizer, run.model.vision.path) == ("new", None, "v")
     run = load_run(write(run="base: base.yaml\nmodel: {llm: {path: new}}\n", **files))
     assert (run.model.llm.path, run.model.llm.tokenizer) == ("new", "old")
+
+
+@pytest.mark.parametrize(
+    ("over", "overrides", "options"),
+    [
+        ("{type: pixel_shuffle}", [], {}),
+        ("{type: pixel_shuffle, options: {factor: 3}}", [], {"factor": 3}),
+        ("{type: mlp}", [], {"depth": 3}),
+        ("{options: {activation: relu}}", [], {"depth": 3, "activation": "relu"}),
+        ("{}", ["model.connector.type=pixel_shuffle"], {}),
+        ("{}", ["model.connector.type=mlp"], {"depth": 3}),
+        ("{}", ["model.connector.type=pixel_shuffle", "model.connector.options.factor=3"], {"factor": 3}),
+        ("{}", ["model.connector.options.factor=3", "model.connector.type=pixel_shuffle"], {"factor": 3}),
+        ("{}", ["model.connector.options={factor: 3}", "model.connector.type=pixel_shuffle"], {"factor": 3}),
+        ("{}", ["model.connector.options.depth=4", "model.connector.type=mlp"], {"depth": 4}),
+        ("{}", ["model.connector={type: linear}"], {}),
+    ],
+)
+def test_another_type_leaves_the_options_of_the_former_behind(
+    over: str, overrides: list[str], options: dict[str, Any], write: Callable[..., Path]
+) -> None:
+    path = write(
+        run=f"base: base.yaml\nmodel: {{connector: {over}}}\n",
+        base="model: {connector: {type: mlp, options: {depth: 3}}}\n" + STAGE,
+    )
+    assert load_run(path, overrides).model.connector.options == options
+
+
+def test_config_goes_on_with_another_type(write: Callable[..., Path]) -> None:
+    path = write(run="model: {vision: {config: {hidden_size: 8}}}\n" + STAGE)
+    assert load_run(path, ["model.vision.type=clip"]).model.vision.config == {"hidden_size": 8}
+
+
+def test_a_model_folder_replaces_the_components_of_the_base(write: Callable[..., Path]) -> None:
+    path = write(run="base: base.yaml\nmodel: {path: runs/x/final}\n", base="model: {llm: {path: a}}\n" + STAGE)
+    assert load_run(path).model.llm.path is None
+    path = write(run="base: base.yaml\nmodel: {path: runs/x/final, llm: {path: b}}\n")
+    with pytest.raises(UserError, match=r"model\.llm\.path: set, but model\.path"):
+        load_run(path)
 
 
 def test_stages_replace_those_of_the_base(write: Callable[..., Path]) -> None:

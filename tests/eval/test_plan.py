@@ -124,9 +124,9 @@ def test_names_and_options():
         ("", "", "one or more names"),
         ("gqa", "textvqa.ocr=true", "'textvqa' is not chosen"),
         ("textvqa", "textvqa.orc=true", "no option 'orc'; did you mean 'ocr'"),
-        ("textvqa", "textvqa.ocr=1", "true or false"),
-        ("pope", "pope.protocol=x", "none of tinyllava, llava"),
-        ("custom", "custom.max_new_tokens=x", "is not int"),
+        ("textvqa", "textvqa.ocr=1", "textvqa.ocr: expected bool, got '1'"),
+        ("pope", "pope.protocol=x", "pope.protocol: expected one of 'tinyllava', 'llava', got 'x'"),
+        ("custom", "custom.max_new_tokens=x", "custom.max_new_tokens: expected int, got 'x'"),
         ("gqa", "gqa", "write BENCHMARK.OPTION=VALUE"),
     ],
 )

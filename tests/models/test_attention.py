@@ -177,6 +177,27 @@ def test_refuses_a_batch() -> None:
         ({"model_type": "siglip_vision_model"}, "not usable as a language model"),
         ({"model_type": "mamba"}, "not a decoder of attention layers"),
         ({"model_type": "llama", **BASE, "hidden_size": 33}, "transformers refuses this llama config"),
+        ({"model_type": "llama", **BASE, "hidden_act": "nope"}, r"config: this llama is not usable .*KeyError: 'nope'"),
+        ({"model_type": "llama", **BASE, "pad_token_id": 1000}, "config: this llama is not usable .*Padding_idx"),
+        ({"model_type": "llama", **BASE, "num_key_value_heads": 3}, "num_key_value_heads: 3 do not divide"),
+        (
+            {"model_type": "llama", **BASE, "num_attention_heads": 0},
+            "config.num_attention_heads: expected a whole number",
+        ),
+        ({"model_type": "gpt2", "n_head": 0}, "config.n_head: expected a whole number of at least 1, got 0"),
+        ({"model_type": "gpt2", "n_embd": -8}, "config.n_embd: expected a whole number of at least 1, got -8"),
+        ({"model_type": "llama", **BASE, "hidden_size": "32"}, "hidden_size"),
+        ({"model_type": "llama", **BASE, "vocab_size": 10**12}, "config.vocab_size: expected .*at most 2147483647"),
+        (
+            {"model_type": "llama", **BASE, "attention_dropout": -1},
+            "attention_dropout: expected a number of at least 0",
+        ),
+        (
+            {"model_type": "llama", **BASE, "initializer_range": -1},
+            "initializer_range: expected a number of at least 0",
+        ),
+        ({"model_type": "llama", **BASE, "rms_norm_eps": -1}, "rms_norm_eps: expected a number of at least 0, got -1"),
+        ({"model_type": "llama", **BASE, "rope_theta": 0}, "rope_theta: expected a number above 0, got 0"),
     ],
 )
 def test_config_errors(config: dict[str, Any], message: str) -> None:

@@ -111,7 +111,7 @@ def test_image_processor_defaults() -> None:
     [
         (ModelConfig(), "model.llm: give path"),
         (ModelConfig(llm=LLMConfig(type="gpt")), "model.llm.type: unknown language model 'gpt'; Known: auto"),
-        (ModelConfig(llm=LLMConfig(options={"x": 1})), "model.llm.options: x: unknown key"),
+        (ModelConfig(llm=LLMConfig(options={"x": 1})), "model.llm.options.x: unknown key"),
         (ModelConfig(llm=LLMConfig(path="package:no-such-thing")), "run `pip install no-such-thing`"),
         (ModelConfig(llm=LLMConfig(path="package:pip")), "package pip holds neither"),
         (ModelConfig(llm=LLMConfig(path="no/such/llm")), "model.llm.path: cannot load 'no/such/llm'"),
@@ -127,9 +127,21 @@ def test_errors(config: ModelConfig, message: str, monkeypatch: pytest.MonkeyPat
     ("change", "message"),
     [
         ({"vision": VisionConfig(type="vit")}, "model.vision.type: unknown vision tower 'vit'"),
-        ({"vision": VisionConfig(options={"x": 1}, config=IMAGE)}, "model.vision.options: x"),
+        ({"vision": VisionConfig(options={"x": 1}, config=IMAGE)}, "model.vision.options.x: unknown key"),
+        (
+            {"vision": VisionConfig(config=IMAGE | {"patch_size": 0})},
+            "model.vision.config.patch_size: expected a whole",
+        ),
+        ({"vision": VisionConfig(config=IMAGE | {"image_size": [16, 16]})}, "config.image_size: expected"),
+        ({"vision": VisionConfig(config=IMAGE | {"patch_size": [8]})}, "config.patch_size: expected"),
+        ({"vision": VisionConfig(config=IMAGE | {"num_channels": 1})}, "config.num_channels: expected 3, since images"),
+        (
+            {"vision": VisionConfig(config=IMAGE | {"num_attention_heads": 5})},
+            "config: this siglip_vision_model is not us",
+        ),
+        ({"vision": VisionConfig(config=IMAGE | {"hidden_act": "nope"})}, "not usable as a siglip tower: KeyError"),
         ({"connector": ConnectorConfig(type="mpl")}, "model.connector.type: unknown connector 'mpl'; did you mean"),
-        ({"connector": ConnectorConfig(options={"depht": 1})}, "model.connector.options: depht: .* 'depth'"),
+        ({"connector": ConnectorConfig(options={"depht": 1})}, "model.connector.options.depht: .* 'depth'"),
     ],
 )
 def test_component_errors(change: dict[str, Any], message: str, tiny: Callable) -> None:

@@ -126,6 +126,26 @@ def test_another_architecture(saved: Saved, tiny: Callable) -> None:
     assert torch.equal(deeper.connector.layers[0].weight, before), "nothing was copied"
 
 
+def test_a_folder_that_is_none_hints_at_the_one_meant(saved: Saved, tmp_path: Path) -> None:
+    _, folder = saved
+    run = tmp_path / "runs" / "digits"
+    shutil.copytree(folder, run / "final")
+    shutil.copytree(folder, tmp_path / "runs" / "pre" / "pretrain")
+    for given, said in (
+        (run, f"one lies in it: give {run / 'final'}"),
+        (tmp_path / "runs" / "pre", f"one lies in it: give {tmp_path / 'runs' / 'pre' / 'pretrain'}"),
+        (tmp_path / "runs" / "digit", f"it does not exist; did you mean {run}?"),
+        (run / "final" / "model.safetensors", "it is a file; give a folder that tlf-train wrote"),
+        (run / "final" / "nope" / "deep", "it does not exist; give a folder that tlf-train wrote"),
+        (tmp_path / "runs", "it has no config.json"),
+        ("a\0b", "it does not exist"),
+    ):
+        for build in (build_model, build_tokenizer, build_image_processor):
+            with pytest.raises(CheckpointError) as error:
+                build(ModelConfig(path=str(given)))
+            assert said in str(error.value) and str(error.value).startswith("model.path: ")
+
+
 def test_connector_file(saved: Saved, tiny: Callable, tmp_path: Path) -> None:
     lmm, folder = saved
     weights = load_file(folder / "model.safetensors")

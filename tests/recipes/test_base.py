@@ -126,7 +126,7 @@ def test_counts_are_logged(lmm: LMM, caplog: pytest.LogCaptureFixture, monkeypat
     ("recipe", "message"),
     [
         (RecipeConfig(type="bass"), r"recipe\.type: unknown recipe 'bass'; did you mean 'base'"),
-        (RecipeConfig(options={"x": 1}), r"recipe\.options: x: unknown key"),
+        (RecipeConfig(options={"x": 1}), r"recipe\.options\.x: unknown key"),
         (RecipeConfig(llm=partial(3)), r"recipe\.llm\.from_layer: 3 .* the llm has 3 layers, use 0\.\.2"),
         (RecipeConfig(vision=partial(2)), r"recipe\.vision\.from_layer: 2 .* the vision has 2 layers"),
         (RecipeConfig(llm=partial(-1)), r"recipe\.llm\.from_layer: -1"),

@@ -253,10 +253,6 @@ def test_engines_that_dora_does_not_work_in() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (with_llm(r=0), r"recipe\.llm\.lora\.r: 0; a rank is at least 1"),
-        (with_llm(rank_pattern={"q_proj": -1}), r"recipe\.llm\.lora\.rank_pattern\.q_proj: -1"),
-        (with_llm(alpha=-1), r"recipe\.llm\.lora\.alpha: -1"),
-        (with_llm(dropout=1.0), r"recipe\.llm\.lora\.dropout: 1\.0"),
         (with_llm(target_modules=["q_prj"]), r"target_modules: no linear layer .* 'q_prj'; did you mean 'q_proj'"),
         (with_llm(target_modules=["lm_head"]), r"target_modules: 'lm_head' is llm\.lm_head, whose weight is read"),
         (with_llm(target_modules=["embed_tokens"]), r"'embed_tokens' is llm\.model\.embed_tokens, a Embedding"),

@@ -18,6 +18,8 @@ def test_arguments():
     assert overrides == ["seed=1", "optim.lr=1e-4", "log_every=5"]
     assert cli.parse(["--resume=/x/y", "a.yaml"])[:2] == ("a.yaml", "/x/y")
     assert cli.parse(["-h"])[3] == {"--help"}
+    assert cli.parse(["--print-config"])[3] == {"--print_config"}
+    assert cli.parse(["a.yaml", "--seed", "-1"])[2] == ["seed=-1"]
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,15 @@ def test_arguments():
         (["a.yaml", "--seed"], "--seed: expected a value"),
         (["a.yaml", "--resume"], "expected auto, never or a path"),
         (["a.yaml", "--resume="], "expected auto, never or a path"),
+        (["a.yaml", "--resume", "--profile"], "expected auto, never or a path"),
+        (["a.yaml", "--seed", "--profile"], "--seed: expected a value"),
+        (["a.yaml", "--dry-run"], "--dry-run: unknown flag; known: --help, --print-config, --profile, --resume, --ver"),
+        (["a.yaml", "--print-confg"], r"--print-confg: unknown flag; did you mean --print-config\?"),
+        (["a.yaml", "--resum=never"], r"unknown flag; did you mean --resume\?"),
+        (["a.yaml", "--sed", "3"], r"unknown flag; did you mean --seed\?"),
+        (["a.yaml", "--sed=3"], r"unknown flag; did you mean --seed\?"),
+        (["a.yaml", "-x"], "-x: unknown flag; .*a key of the configuration is set by key.path=value"),
+        (["a.yaml", "--"], "--: unknown flag"),
     ],
 )
 def test_arguments_it_cannot_place(arguments, message):
@@ -40,6 +51,7 @@ def test_help_lists_every_key(capsys):
     for part in ("usage: tlf-train CONFIG", "--resume never", "stages.<name>.optim.lr: float", "engine.zero_stage"):
         assert part in shown
     assert cli.main([]) == 2
+    assert len(capsys.readouterr().out.splitlines()) < 25, "without arguments: the usage, not every key"
 
 
 def test_print_config_is_the_resolved_run(tiny_run, capsys):
@@ -54,6 +66,23 @@ def test_print_config_is_the_resolved_run(tiny_run, capsys):
         (["{}", "stages.finetune.optim.lrr=1"], "did you mean 'lr'"),
         (["missing.yaml"], "missing.yaml: no such config file"),
         (["--print_config"], "no configuration file given"),
+        (["--profile"], "no configuration file given"),
+        (["{}", "log_every=0"], "run.yaml: log_every: expected a whole number of at least 1, got 0"),
+        (["{}", "model={{path: nowhere}}"], "model.path: nowhere: not a model folder: it does not exist"),
+        (
+            ["{}", "model.vision.config.patch_size=0"],
+            "model.vision.config.patch_size: expected a whole number of at least 1",
+        ),
+        (
+            ["{}", "model.llm.config.num_attention_heads=0"],
+            "model.llm.config.num_attention_heads: expected a whole number of at least 1",
+        ),
+        (["{}", "stages.finetune.recipe.options.x=1"], "stages.finetune.recipe.options.x: unknown key"),
+        (["{}", "stages.finetune.recipe.type=x"], "stages.finetune.recipe.type: unknown recipe 'x'"),
+        (
+            ["{}", "stages.finetune.recipe.vision.tune=frozen", "stages.finetune.recipe.vision.from_layer=1"],
+            "from_layer: set",
+        ),
         (["{}", "engine.device=tpu"], "engine.device: 'tpu'; known: auto, cpu, cuda"),
         (["{}", "stages.pretrain.data.records=nowhere.json"], "nowhere.json"),
         (["{}", "--resume", "nowhere"], "nowhere: not a checkpoint"),

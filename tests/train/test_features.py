@@ -155,7 +155,7 @@ def test_a_second_epoch_and_a_second_run_call_no_tower(tiny_run, losses, monkeyp
         ("stages.finetune.recipe.vision.tune=full", "the tower trains"),
         ("stages.finetune.data.augment={hflip: 0.5}", "changes images every epoch"),
         ("engine={type: deepspeed, zero_stage: 3}", "ZeRO 3"),
-        ("stages.finetune.data.feature_cache=-1", "negative"),
+        ("stages.finetune.data.feature_cache=-1", "feature_cache: expected a number of at least 0, got -1"),
     ],
 )
 def test_where_features_cannot_be_kept(tiny_run, override, message):

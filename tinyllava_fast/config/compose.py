@@ -8,26 +8,35 @@ A section (a mapping that the schema describes) may be written in three ways:
 
 Paths are relative to the file that names them. A section that names a file takes nothing from the ``base`` around it,
 so that naming another model leaves no key of the first one behind.
+
+Two keys replace what stands below them, in a ``base`` and in overrides alike (``outdated``); a line of the log says so:
+another component ``type`` drops the ``options`` of the former type, and ``model.path`` drops the components that would
+have been built. ``config``, whose keys most types share, goes on: a key that the new type lacks is refused by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
+from tinyllava_fast.config.schema import ModelConfig
+from tinyllava_fast.config.values import shown
+from tinyllava_fast.config.yaml_text import parse_yaml
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.fields import read_text
+from tinyllava_fast.log import log
 
 BASE = "base"
 
 
 class Section(dict[str, Any]):
-    """A mapping that remembers which file each key was written in, for messages."""
+    """A mapping of dataclass ``cls`` that remembers which file each key was written in, for messages."""
 
-    def __init__(self, values: dict[str, Any], written: dict[str, str], *, whole: bool = False) -> None:
+    def __init__(self, cls: type, values: dict[str, Any], written: dict[str, str], *, whole: bool = False) -> None:
         super().__init__(values)
+        self.cls = cls
         self.written = written
         self.whole = whole  # names a file of its own: nothing of an outer base shows through
 
@@ -37,13 +46,16 @@ def read_section(cls: type, path: Path, chain: tuple[Path, ...] = ()) -> Section
 
     chain: files that are being read. Raises UserError for a missing or malformed file, or one that leads to itself.
     """
-    if path.resolve() in (p.resolve() for p in chain):
+    if os.path.realpath(path) in map(os.path.realpath, chain):
         raise UserError("the config files name one another in a circle: " + " -> ".join(map(str, (*chain, path))))
     return expand(cls, read_yaml(path), path, (*chain, path))
 
 
-def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ...]) -> Section:
-    """``mapping``, written in ``path``, with every section that is a path or has a ``base`` replaced by its content."""
+def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ...], key: str = "") -> Section:
+    """``mapping``, written in ``path``, with every section that is a path or has a ``base`` replaced by its content.
+
+    key: dotted key of the mapping in the file, for messages.
+    """
     known = mapping.written if isinstance(mapping, Section) else {}
     values = dict(mapping)
     base = values.pop(BASE, None)
@@ -52,17 +64,16 @@ def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ..
         section = section_of(hints.get(name))
         if section is None:
             continue
-        where = f"{path}: {name}"
+        full = f"{key}.{name}" if key else name
         if isinstance(value, list):
-            values[name] = [_expand_value(section, v, path, chain, f"{where}[{i}]") for i, v in enumerate(value)]
+            values[name] = [_expand_value(section, v, path, chain, f"{full}[{i}]") for i, v in enumerate(value)]
         elif get_origin(hints[name]) is not list:
-            values[name] = _expand_value(section, value, path, chain, where)
-    own = Section(values, {name: known.get(name, str(path)) for name in values}, whole=getattr(mapping, "whole", False))
-    if base is None:
+            values[name] = _expand_value(section, value, path, chain, full)
+    written = {name: known.get(name, str(path)) for name in values}
+    own = Section(cls, values, written, whole=getattr(mapping, "whole", False))
+    if BASE not in mapping:
         return own
-    if not isinstance(base, str):
-        raise UserError(f"{path}: {BASE}: expected the path of a YAML file, got {base!r}")
-    merged = _merge(read_section(cls, path.parent / base, chain), own)
+    merged = _merge(read_section(cls, _beside(path, base, f"{path}: {BASE}"), chain), own)
     merged.whole = True
     return merged
 
@@ -75,30 +86,59 @@ def section_of(hint: Any) -> type | None:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError naming the file, and the nearest one if it does not exist."""
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    if not os.path.isfile(path):
+        if os.path.isdir(path):
+            raise UserError(f"{path}: a folder; name a YAML file in it")
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if os.path.isdir(path.parent) else []
         raise UserError(f"{path}: no such config file; {nearest(path.name, near)}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    tree = parse_yaml(read_text(path, UserError), str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of keys, got {type(tree).__name__}")
+        found = "nothing: the file is empty" if tree is None else shown(tree)
+        raise UserError(f"{path}: expected a mapping of keys, got {found}")
     return tree
 
 
-def _expand_value(cls: type, value: Any, path: Path, chain: tuple[Path, ...], where: str) -> Any:
+def outdated(section: Section, name: str, value: Any) -> tuple[str, ...]:
+    """Keys of a section that mean nothing once ``name`` has another value: see the head of this file."""
+    if section.cls is ModelConfig and name == "path" and value is not None:
+        return tuple(key for key in ("llm", "vision", "connector") if key in section)
+    fields = {f.name: f for f in dataclasses.fields(section.cls)}
+    if name == "type" in fields and section.get("options") and value != section.get("type", fields["type"].default):
+        return ("options",)
+    return ()
+
+
+def drop_outdated(section: Section, name: str, value: Any, by: str) -> None:
+    """Remove what is outdated from the section, and say so. by: the file or override that sets the value."""
+    for key in outdated(section, name, value):
+        source = section.written.pop(key, "")
+        log.info("%s: %s: %s replaces %s%s", by, name, value, key, f" of {source}" if source else "")
+        del section[key]
+
+
+def _beside(path: Path, value: Any, where: str) -> Path:
+    """The file that a section names, relative to the file ``path`` that names it."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise UserError(f"{where}: expected the path of a YAML file, got {shown(value)}")
+    return path.parent / value
+
+
+def _expand_value(cls: type, value: Any, path: Path, chain: tuple[Path, ...], key: str) -> Any:
     if isinstance(value, str):
+        where = f"{path}: {key}"
         try:
-            section = read_section(cls, path.parent / value, chain)
+            section = read_section(cls, _beside(path, value, "a section that is text"), chain)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         section.whole = True
         return section
-    return expand(cls, value, path, chain) if isinstance(value, dict) else value
+    return expand(cls, value, path, chain, key) if isinstance(value, dict) else value
 
 
 def _merge(under: Section, over: Section) -> Section:
+    for name in ("type", "path"):
+        if name in over:
+            drop_outdated(under, name, over[name], over.written[name])
     values, written = dict(under), dict(under.written)
     for name, value in over.items():
         below = values.get(name)
@@ -109,7 +149,7 @@ def _merge(under: Section, over: Section) -> Section:
         else:
             values[name] = value
         written[name] = over.written[name]
-    return Section(values, written)
+    return Section(under.cls, values, written)
 
 
 def _merge_plain(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

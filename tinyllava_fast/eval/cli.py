@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.flags import add_model_flags
 from tinyllava_fast.log import log, setup_logging
@@ -22,7 +23,7 @@ EXAMPLES = """
 
 def parser() -> argparse.ArgumentParser:
     """The command line of tlf-eval."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="tlf-eval",
         description=__doc__,
         epilog=f"examples:{EXAMPLES}",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from tinyllava_fast.config.load import parse_into
+from tinyllava_fast.config.values import read_value
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Benchmark
 
@@ -35,11 +37,11 @@ def build(names: Sequence[str], options: Sequence[str] = ()) -> list[Benchmark]:
             raise UserError(f"--option {option!r}: write BENCHMARK.OPTION=VALUE, e.g. textvqa.ocr=false")
         if name not in values:
             raise UserError(f"--option {option!r}: benchmark {name!r} is not chosen; {nearest(name, values)}")
-        hints = get_type_hints(BENCHMARKS.get(name).Options)
+        hints = get_type_hints(BENCHMARKS.get(name).Options, include_extras=True)
         if field not in hints:
             raise UserError(f"--option {option!r}: {name} has no option {field!r}; {nearest(field, hints)}")
-        values[name][field] = _value(text, hints[field], option)
-    return [BENCHMARKS.get(name)(BENCHMARKS.get(name).Options(**values[name])) for name in names]
+        values[name][field] = _value(text, hints[field], f"--option {option!r}", path)
+    return [_build(name, values[name]) for name in names]
 
 
 def describe(benchmark: Benchmark) -> dict[str, Any]:
@@ -47,16 +49,12 @@ def describe(benchmark: Benchmark) -> dict[str, Any]:
     return dataclasses.asdict(benchmark.options)
 
 
-def _value(text: str, kind: Any, option: str) -> Any:
-    if get_origin(kind) is Literal:
-        if text in get_args(kind):
-            return text
-        raise UserError(f"--option {option!r}: {text!r} is none of {', '.join(get_args(kind))}")
-    if kind is bool:
-        if text in ("true", "false"):
-            return text == "true"
-        raise UserError(f"--option {option!r}: true or false is expected")
-    try:
-        return kind(text)
-    except (TypeError, ValueError):
-        raise UserError(f"--option {option!r}: {text!r} is not {kind.__name__}") from None
+def _build(name: str, values: dict[str, Any]) -> Benchmark:
+    benchmark = BENCHMARKS.get(name)
+    return benchmark(parse_into(benchmark.Options, values, "--option", key=name))
+
+
+def _value(text: str, hint: Any, where: str, key: str) -> Any:
+    """The text as the type of the option says; a number may be written in any way that a YAML takes."""
+    switch = bool in (hint, *get_args(hint)) and text in ("true", "false")
+    return read_value(hint, text == "true" if switch else text, where, key)

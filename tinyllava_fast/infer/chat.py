@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.flags import add_model_flags
 from tinyllava_fast.log import log, setup_logging
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of tlf-chat."""
-    p = argparse.ArgumentParser(prog="tlf-chat", description=__doc__)
+    p = Parser(prog="tlf-chat", description=__doc__)
     p.add_argument("model", help="model folder, e.g. runs/demo/final")
     p.add_argument("--image", metavar="FILE", help="what the conversation is about (default: nothing)")
     p.add_argument("--question", metavar="TEXT", help="ask this, print the answer and leave")

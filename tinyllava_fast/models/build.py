@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.images import pixel_shape
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
@@ -29,7 +29,7 @@ def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch
     live: the recipe merges it or goes on with it. Raises UserError naming the config key.
     """
     if model.path is not None:
-        return io.load_model(model.path, dtype=dtype, merge_adapter=False)[0].train()
+        return io.load_model(_folder(model.path), dtype=dtype, merge_adapter=False)[0].train()
     adapter, llm = _build_llm(model.llm, seed, dtype)
     vision = _build_vision(model.vision, seed + 1, dtype)
     connector = _build_connector(model.connector, vision.hidden_size, llm.config.hidden_size, seed + 2)
@@ -43,14 +43,14 @@ def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch
 def build_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a run: of the model folder, of ``llm.tokenizer``, or of ``llm.path``."""
     if model.path is not None:
-        return io.load_tokenizer(model.path)
+        return io.load_tokenizer(_folder(model.path))
     return _tokenizer(model.llm)
 
 
 def build_image_processor(model: ModelConfig) -> Any:
     """The PIL image processor of the tower: its own files where the path has them, else made from image_size."""
     if model.path is not None:
-        return io.load_processor(model.path)
+        return io.load_processor(_folder(model.path))
     processor = _image_processor(model.vision)
     for name in ("image_mean", "image_std"):
         values = getattr(model.vision, name)
@@ -59,9 +59,18 @@ def build_image_processor(model: ModelConfig) -> Any:
     return processor
 
 
+def _folder(path: str) -> str:
+    """``model.path``, if it is a model folder: nothing else is asked of the network or of a tokenizer library."""
+    try:
+        io.check_folder(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.path: {error}") from None
+    return path
+
+
 def _image_processor(config: VisionConfig) -> Any:
     cls = VISION.get(config.type, "model.vision.type")
-    options = parse_into(cls.Options, config.options, "model.vision.options")
+    options = parse_into(cls.Options, config.options, "", key="model.vision.options")
     stored = None
     if config.path is not None:
         try:
@@ -113,7 +122,7 @@ def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAda
 
 def _adapter(config: LLMConfig) -> LLMAdapter:
     cls = LLMS.get(config.type, "model.llm.type")
-    return cls(parse_into(cls.Options, config.options, "model.llm.options"))
+    return cls(parse_into(cls.Options, config.options, "", key="model.llm.options"))
 
 
 def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> VisionTower:
@@ -121,7 +130,7 @@ def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> Vision
     common: dict[str, Any] = {
         "feature_layer": config.feature_layer,
         "feature_select": config.feature_select,
-        "options": parse_into(cls.Options, config.options, "model.vision.options"),
+        "options": parse_into(cls.Options, config.options, "", key="model.vision.options"),
         "where": "model.vision",
     }
     if config.path is not None:
@@ -131,7 +140,7 @@ def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> Vision
 
 def _build_connector(config: ConnectorConfig, vision_size: int, llm_size: int, seed: int) -> Connector:
     cls = CONNECTORS.get(config.type, "model.connector.type")
-    connector = cls(vision_size, llm_size, parse_into(cls.Options, config.options, "model.connector.options"))
+    connector = cls(vision_size, llm_size, parse_into(cls.Options, config.options, "", key="model.connector.options"))
     connector.reset(torch.Generator().manual_seed(seed))
     if config.path is not None:
         io.load_component(connector, config.path, "connector")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from tinyllava_fast.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ShareBelowOne
+from tinyllava_fast.config.values import read_value
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.models.llm.base import LLMS
 
@@ -21,6 +24,18 @@ from tinyllava_fast.models.llm.base import LLMS
 _VOLATILE = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "torch_dtype"}
 _VOLATILE |= {"transformers_version", "quantization_config"}
 _LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "model_type", "tie_word_embeddings"}
+
+# What keys of a transformers config may be, whatever the family. Not named: sizes that may be 0 or -1 by design, such
+# as num_register_tokens and window sizes.
+_SIZES = "hidden_size intermediate_size ffn_hidden_size embedding_size vocab_size image_size patch_size num_channels"
+_SIZES += " head_dim max_position_embeddings num_hidden_layers num_attention_heads num_key_value_heads projection_dim"
+_SIZES += " num_query_heads num_kv_heads num_transformer_layers model_dim num_patches"
+_NUMBERS: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(_SIZES.replace(" ", "|")), PositiveInt),
+    (re.compile(r".*(dropout|_pdrop|drop_path_rate)"), ShareBelowOne),
+    (re.compile(r".*_(eps|epsilon)|initializer_range"), NonNegativeFloat),
+    (re.compile(r"rope_theta|mlp_ratio"), PositiveFloat),
+]
 
 # The language models of TinyLLaVA Factory's checkpoints: transformers model type -> name of our adapter.
 LEGACY_ADAPTERS = {
@@ -160,18 +175,49 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
     cls = CONFIG_MAPPING[model_type]
     if strict:
         check_keys(cls, given, where)
+    else:  # a tower that ends before its first layer is stored with none
+        check_numbers(cls, {k: v for k, v in given.items() if k != "num_hidden_layers"}, where)
     try:
         return cls(**given)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"{where}: transformers refuses this {model_type} config: {error}") from None
 
 
+@contextlib.contextmanager
+def building(refusal: str) -> Iterator[None]:
+    """Run the block, which builds a model of a config; UserError of ``refusal`` and what transformers raises there."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{refusal}: {type(error).__name__}: {error}") from None
+
+
 def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
-    """Raise UserError for a key that the transformers config class does not know."""
+    """Raise UserError for a key that the transformers config class does not know, or a number that makes no sense."""
     known = known_keys(cls)
     for key in values:
         if key not in known:
             raise UserError(f"{where}.{key}: not a key of {cls.__name__}; {nearest(key, known)}")
+    check_numbers(cls, values, where)
+
+
+def check_numbers(cls: type, values: dict[str, Any], where: str) -> None:
+    """Raise UserError for a size that is not positive, a dropout that is no share, and the like, by whatever name.
+
+    A class's own default passes.
+    """
+    names = {own: common for common, own in getattr(cls, "attribute_map", {}).items()}  # GPT-2's n_head, and the like
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        name = names.get(key, key)
+        if name in defaults and defaults[name] is value:
+            continue
+        hint = next((hint for pattern, hint in _NUMBERS if pattern.fullmatch(name)), None)
+        if hint is not None:
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                read_value(hint | None, item, "", f"{where}.{key}")
 
 
 def known_keys(cls: type) -> set[str]:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,34 @@ def is_foreign(folder: str | Path) -> bool:
     return isinstance(values, dict) and values.get("model_type") not in (None, MODEL_TYPE)
 
 
+def check_folder(folder: str | Path) -> None:
+    """Raise CheckpointError if it is no model folder, with a hint at the one inside a run folder or of a like name."""
+    folder = Path(folder)
+    if os.path.isfile(folder / "config.json"):
+        return
+    inside = [name for name in ("final", *_folders(folder)) if os.path.isfile(folder / name / "config.json")]
+    if inside:
+        raise CheckpointError(f"{folder}: not a model folder, but one lies in it: give {folder / inside[0]}")
+    if os.path.exists(folder):
+        what = "is a file" if os.path.isfile(folder) else "has no config.json"
+        raise CheckpointError(f"{folder}: not a model folder: it {what}; give a folder that tlf-train wrote")
+    close = get_close_matches(folder.name, _folders(folder.parent), n=1)
+    hint = f"did you mean {folder.parent / close[0]}?" if close else "give a folder that tlf-train wrote"
+    raise CheckpointError(f"{folder}: not a model folder: it does not exist; {hint}")
+
+
+def _folders(path: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; none, of what is no readable folder."""
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    except (OSError, ValueError):  # a NUL in the name
+        return []
+
+
 def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     """The config.json of a model folder and the dtype that its weights are stored in."""
+    check_folder(folder)
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
-        raise CheckpointError(f"{folder}: not a model folder: it {what}; give a folder that tlf-train wrote")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

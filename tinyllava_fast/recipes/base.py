@@ -80,13 +80,24 @@ def apply_recipe(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig, *, seed: in
     Weight decay goes to matrices; biases, norms and embeddings have none. Raises UserError naming the config key if
     the recipe is unknown, does not fit the model, or trains nothing.
     """
-    cls = RECIPES.get(recipe.type, "recipe.type")
-    cls(parse_into(cls.Options, recipe.options, "recipe.options")).apply(lmm, recipe, seed=seed)
+    _recipe(recipe, "recipe").apply(lmm, recipe, seed=seed)
     groups = _groups(lmm, recipe, optim)
     if not groups:
         raise UserError("recipe: every component is frozen; set another tune for one of llm, vision, connector")
     _report(lmm)
     return groups
+
+
+def check_recipe(recipe: RecipeConfig, where: str) -> None:
+    """Raise UserError for what is wrong with a recipe whatever the model. where: key of the recipe, for the message."""
+    if isinstance(_recipe(recipe, where), BaseRecipe):
+        for name in COMPONENTS:
+            _check(getattr(recipe, name), f"{where}.{name}")
+
+
+def _recipe(recipe: RecipeConfig, where: str) -> Recipe:
+    cls = RECIPES.get(recipe.type, f"{where}.type")
+    return cls(parse_into(cls.Options, recipe.options, "", key=f"{where}.options"))
 
 
 def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:

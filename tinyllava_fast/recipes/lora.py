@@ -122,16 +122,6 @@ def set_trainable(lmm: LMM, recipe: RecipeConfig) -> None:
 
 
 def _check(lora: LoRAConfig, key: str) -> None:
-    ranks = {"r": lora.r} | {f"rank_pattern.{k}": v for k, v in lora.rank_pattern.items()}
-    for name, rank in ranks.items():
-        if rank < 1:
-            raise UserError(f"{key}.{name}: {rank}; a rank is at least 1")
-    alphas = {"alpha": lora.alpha} | {f"alpha_pattern.{k}": v for k, v in lora.alpha_pattern.items()}
-    for name, alpha in alphas.items():
-        if alpha <= 0:
-            raise UserError(f"{key}.{name}: {alpha}; must be positive")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"{key}.dropout: {lora.dropout}; a probability in [0, 1)")
     for field in ("rank_pattern", "alpha_pattern"):
         for entry in getattr(lora, field):
             try:

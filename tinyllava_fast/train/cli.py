@@ -1,18 +1,22 @@
-"""tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print_config] [--help]"""
+"""tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help] [--version]"""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from tinyllava_fast.commands import nearest_flag, version
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
 
 USAGE = """\
-usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print_config] [--help]
+usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help]
 
-Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name:
+Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name;
+of a key that is given twice the last value holds:
   tlf-train configs/demo.yaml seed=1 stages.finetune.optim.lr=3e-4
   torchrun --nproc_per_node 2 -m tinyllava_fast.train.cli configs/demo.yaml engine.type=deepspeed
 
@@ -20,8 +24,12 @@ Train the stages of a YAML run configuration. A key is overridden by its dotted 
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
   --resume PATH    continue from that checkpoint or run folder
   --profile        record two steps of each stage: profile-STAGE.md, .json and .trace.json in output_dir
-  --print_config   print the resolved configuration and exit
+  --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
+  --help           this, and every key of a configuration with its default, range and meaning
+  --version        print the version and exit
 """
+FLAGS = ("--help", "--print_config", "--profile", "--version")
+_ALIASES = {"-h": "--help", "--print-config": "--print_config"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     path, resume, overrides, flags = parse(argv)
-    if "--help" in flags or (path is None and flags <= {"--profile"}):
+    if "--version" in flags:
+        sys.stdout.write(f"{version()}\n")
+        return 0
+    if "--help" in flags:
         from tinyllava_fast.config.load import describe
 
         sys.stdout.write(f"{USAGE}\nConfiguration keys:\n{describe()}\n")
-        return 0 if "--help" in flags else 2
+        return 0
+    if not argv:
+        sys.stdout.write(f"{USAGE}\ntlf-train --help lists every key of a configuration\n")
+        return 2
     if path is None:
         raise UserError("no configuration file given; tlf-train CONFIG, e.g. tlf-train configs/demo.yaml")
     from tinyllava_fast.config.load import dump, load_run
@@ -70,29 +84,48 @@ def parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        if argument in ("-h", "--help", "--print_config", "--profile"):
-            flags.add("--help" if argument == "-h" else argument)
+        argument = _ALIASES.get(argument, argument)
+        if argument in FLAGS:
+            flags.add(argument)
         elif argument == "--resume" or argument.startswith("--resume="):
             _, given, value = argument.partition("=")
             if not given:
                 value = rest.pop(0) if rest else ""
-            if not value:
+            if not value or value.startswith("--"):
                 raise UserError("--resume: expected auto, never or a path")
             resume = value
         elif argument.startswith("--"):
-            key, given, value = argument[2:].partition("=")
-            if not given:
-                if not rest:
-                    raise UserError(f"{argument}: expected a value: {argument} VALUE or {key}=VALUE")
-                value = rest.pop(0)
-            overrides.append(f"{key}={value}")
+            overrides.append(_override(argument, rest))
         elif "=" in argument:
             overrides.append(argument)
+        elif argument.startswith("-") and not Path(argument).exists():
+            raise UserError(_unknown(argument))
         elif path is None:
             path = argument
         else:
             raise UserError(f"unexpected argument {argument!r}; overrides are key.path=value")
     return path, resume, overrides, flags
+
+
+def _override(argument: str, rest: list[str]) -> str:
+    """key=value of ``--key=value``, or of ``--key`` and the argument behind it, which is taken from ``rest``."""
+    from tinyllava_fast.config.schema import RunConfig
+
+    key, given, value = argument[2:].partition("=")
+    keys = [field.name for field in dataclasses.fields(RunConfig)]
+    if "." not in key and key not in keys:
+        raise UserError(_unknown(argument, keys))
+    if not given:
+        if not rest or rest[0].startswith("--"):
+            raise UserError(f"{argument}: expected a value: {argument} VALUE or {key}=VALUE")
+        value = rest.pop(0)
+    return f"{key}={value}"
+
+
+def _unknown(argument: str, keys: Sequence[str] = ()) -> str:
+    flags = ("--help", "--print-config", "--profile", "--resume", "--version")
+    hint = nearest_flag(argument, [*flags, *(f"--{key}" for key in keys)]) or f"known: {', '.join(flags)}"
+    return f"{argument}: unknown flag; {hint}; a key of the configuration is set by key.path=value"
 
 
 if __name__ == "__main__":

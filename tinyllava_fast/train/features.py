@@ -41,8 +41,6 @@ _KEEP = 0.9  # share of the limit that is left after an eviction
 def check_feature_cache(data: DataConfig, recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:
     """Raise UserError where features cannot be kept: the tower trains, images vary, or its weights are sharded."""
     key = f"{where}.data.feature_cache"
-    if data.feature_cache < 0:
-        raise UserError(f"{key}: {data.feature_cache} GiB is negative; give the disk space it may take, or 0 for none")
     if not data.feature_cache:
         return
     if recipe.vision.tune != "frozen":

@@ -30,7 +30,7 @@ from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
-from tinyllava_fast.recipes.base import apply_recipe, check_engine
+from tinyllava_fast.recipes.base import apply_recipe, check_engine, check_recipe
 from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import compile_forward, repays
@@ -55,6 +55,8 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> 
         check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
         check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
     load_plugins(config.plugins)
+    for stage in config.stages:
+        check_recipe(stage.recipe, f"stages.{stage.name}.recipe")
     process = start_process(config.engine)
     for stage in config.stages:
         check_rule(stage.optim, config.engine, process.device, f"stages.{stage.name}")

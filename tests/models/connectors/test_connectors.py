@@ -155,10 +155,10 @@ def test_mof_interleaves() -> None:
         (lambda: build("mpl"), "unknown connector 'mpl'; did you mean 'mlp'"),
         (lambda: build("mlp5x_gelu"), "unknown connector 'mlp5x_gelu'; did you mean 'mlp"),
         (lambda: build("identity", 12, 20), "they have 12 and 20 channels; use linear or mlp"),
-        (lambda: build("qformer", num_queries=0), "num_queries: 0; at least 1"),
+        (lambda: build("qformer", num_queries=0), "num_queries: expected a whole number of at least 1, got 0"),
         (lambda: build("qformer", hidden_size=10, num_heads=3), "hidden_size: 10 is not a multiple of num_heads 3"),
-        (lambda: build("resampler", num_layers=0), "num_layers: 0; at least 1"),
-        (lambda: build("pixel_shuffle", factor=0), "factor: 0; at least 1"),
+        (lambda: build("resampler", num_layers=0), "num_layers: expected a whole number of at least 1, got 0"),
+        (lambda: build("pixel_shuffle", factor=0), "factor: expected a whole number of at least 1, got 0"),
         (lambda: build("pixel_shuffle").num_tokens(728), "728 are one short of 729: .*feature_select: cls_patch"),
         (lambda: build("pixel_shuffle").num_tokens(577), "577 are 1 more than 576: .*feature_select: patch"),
         (

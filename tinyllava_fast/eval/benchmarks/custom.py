@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tinyllava_fast.config.ranges import PositiveInt, Text
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
@@ -34,14 +35,15 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Options:
     """Settings of custom."""
 
-    file: str = "questions.jsonl"
+    file: Text = "questions.jsonl"
     """The questions, below --data."""
-    images: str = "."
+    images: Text = "."
     """The image folder, below --data."""
     metric: Literal["exact", "contains", "vqa", "choice"] = "exact"
     """exact: an answer, but for case, articles and punctuation. contains: an answer stands in it as whole words.
     vqa: soft accuracy against ten answers. choice: the letter of the right option of "choices", or its text."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
+    """Longest answer."""
 
 
 @BENCHMARKS.register("custom")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyllava_fast.config.ranges import NonNegativeInt
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
@@ -62,7 +63,7 @@ NO_IMAGE = "INVALID GENERATION FOR MULTIPLE IMAGE INPUTS"
 class Options:
     """Settings of mmmu."""
 
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Of the random draws; 42 is the official one."""
 
 

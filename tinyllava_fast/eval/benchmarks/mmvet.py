@@ -14,10 +14,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Range, Text
+from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
@@ -58,24 +60,24 @@ What is this animal? | donkey <OR> mule | A mule in front of a barn. | 1.0
 class Options:
     """Settings of mmvet: how the answers are graded."""
 
-    judge: str = "gpt-4-0613"
+    judge: Text = "gpt-4-0613"
     """The judging model's name. Scores are comparable for one judge only."""
-    base_url: str = OPENAI
+    base_url: Text = OPENAI
     """Of an endpoint that speaks OpenAI's chat completions, up to /v1."""
-    key_env: str = "OPENAI_API_KEY"
+    key_env: Text = "OPENAI_API_KEY"
     """Environment variable that holds the key. With neither a key nor a base_url of your own, nothing is graded."""
-    runs: int = 1
+    runs: PositiveInt = 1
     """How often each answer is graded. The MM-Vet paper uses 5, LLaVA's released file 3."""
     prompt_file: str = ""
     """MM-Vet's mm-vet_evaluator.py, whose prompt makes scores comparable. Default: the one beside mm-vet.json, else
     wording of our own, marked unofficial."""
-    max_tokens: int = 3
+    max_tokens: NonNegativeInt = 3
     """Of a grade; raise it for a judge that thinks first, 0 leaves it to the server."""
-    timeout_s: float = 60.0
+    timeout_s: PositiveFloat = 60.0
     """Of one attempt."""
-    attempts: int = 6
+    attempts: PositiveInt = 6
     """How often a request is sent to a server that is busy, fails or stalls, at growing intervals."""
-    parallel: int = 4
+    parallel: Annotated[int, Range(least=1, most=1024)] = 4
     """Requests at a time."""
 
 
@@ -174,8 +176,6 @@ class MMVet(Benchmark):
 
     def _endpoint(self) -> Endpoint | None:
         o = self.options
-        if o.runs < 1 or o.parallel < 1 or o.attempts < 1:
-            raise UserError(f"{self.name}: runs, parallel and attempts must be at least 1: {o}")
         key = os.environ.get(o.key_env, "")
         if not key and o.base_url == OPENAI:
             return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tinyllava_fast.config.ranges import PositiveInt
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 
@@ -25,12 +26,8 @@ class PixelShuffleConnector(Connector):
     class Options:
         """Settings of the pixel shuffle."""
 
-        factor: int = 2
+        factor: PositiveInt = 2
         """Patches a side of the block that becomes one token."""
-
-        def __post_init__(self) -> None:
-            if self.factor < 1:
-                raise UserError(f"factor: {self.factor}; at least 1")
 
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
         super().__init__(vision_size, llm_size, options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
 
+from tinyllava_fast.config.ranges import PositiveInt, ShareBelowOne
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import CONNECTORS, INIT_STD, Connector
 
@@ -28,23 +29,20 @@ class QFormerConnector(Connector):
     class Options:
         """Settings of the Q-Former; the defaults are BERT-base's."""
 
-        num_queries: int = 128
+        num_queries: PositiveInt = 128
         """Rows that an image becomes."""
-        hidden_size: int = 768
+        hidden_size: PositiveInt = 768
         """Width of the queries."""
-        num_layers: int = 12
+        num_layers: PositiveInt = 12
         """Layers; those of even index have cross-attention to the image."""
-        num_heads: int = 12
+        num_heads: PositiveInt = 12
         """Attention heads."""
-        intermediate_size: int = 3072
+        intermediate_size: PositiveInt = 3072
         """Width inside the feed-forward layers."""
-        dropout: float = 0.1
+        dropout: ShareBelowOne = 0.1
         """Probability of dropout in training, of activations and attention."""
 
         def __post_init__(self) -> None:
-            for name in ("num_queries", "num_layers", "num_heads"):
-                if getattr(self, name) < 1:
-                    raise UserError(f"{name}: {getattr(self, name)}; at least 1")
             if self.hidden_size % self.num_heads:
                 raise UserError(f"hidden_size: {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.config.ranges import PositiveInt
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 
 
@@ -22,21 +22,16 @@ class ResamplerConnector(Connector):
     class Options:
         """Settings of the resampler."""
 
-        num_queries: int = 128
+        num_queries: PositiveInt = 128
         """Latents: rows that an image becomes."""
-        num_layers: int = 3
+        num_layers: PositiveInt = 3
         """Layers of attention and feed-forward."""
-        num_heads: int = 8
+        num_heads: PositiveInt = 8
         """Attention heads."""
-        head_size: int = 64
+        head_size: PositiveInt = 64
         """Width of an attention head."""
-        expansion: int = 4
+        expansion: PositiveInt = 4
         """Width inside the feed-forward layers, in multiples of D."""
-
-        def __post_init__(self) -> None:
-            for name in ("num_queries", "num_layers", "num_heads", "head_size", "expansion"):
-                if getattr(self, name) < 1:
-                    raise UserError(f"{name}: {getattr(self, name)}; at least 1")
 
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
         super().__init__(vision_size, llm_size, options)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.attention import PACKED
-from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
+from tinyllava_fast.models.hf import building, cast_parameters, check_keys, config_of, seeded
 from tinyllava_fast.models.llm.base import LLMS, LLMAdapter, adapters_for
 from tinyllava_fast.models.sources import resolve
 
@@ -33,11 +33,9 @@ class AutoLLM(LLMAdapter):
         """See the base class. seed None leaves the weights uninitialised."""
         self._check(config, where)
         config.use_cache = False
-        try:
-            with seeded(seed):
-                llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
-        except ValueError as error:
-            raise UserError(f"{where}: {config.model_type} is not usable as a language model: {error}") from None
+        refusal = f"{where}.config: this {config.model_type} is not usable as a language model"
+        with building(refusal), seeded(seed):
+            llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
         llm.tie_weights()  # construction without initialisation skips it
         self.adapt(llm)
         return llm
@@ -135,6 +133,9 @@ class AutoLLM(LLMAdapter):
             )
         if not hasattr(config, "num_attention_heads"):
             raise UserError(f"{where}: {config.model_type} is not a decoder of attention layers")
+        heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+        if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+            raise UserError(f"{where}.config.num_key_value_heads: {shared} do not divide num_attention_heads, {heads}")
 
 
 def _forget_quantization(llm: PreTrainedModel) -> None:

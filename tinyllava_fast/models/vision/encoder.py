@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.models.attention import FULL
-from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, seeded
+from tinyllava_fast.models.hf import building, cast_parameters, check_keys, config_of, config_to_dict, seeded
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 SELECTIONS = ("patch", "cls_patch")
@@ -97,7 +97,7 @@ class EncoderTower(VisionTower):
         built = cls._given(config, where, strict=strict)
         cls._check(built, options, where)
         cls._truncate(built, feature_layer, where)
-        with seeded(seed):
+        with building(f"{where}.config: this {built.model_type} is not usable as a {cls.name} tower"), seeded(seed):
             model = cls._model_class(built.model_type)._from_config(built, attn_implementation=FULL, dtype=dtype)
         return cls(model, feature_select, options, where).train()
 
@@ -156,6 +156,13 @@ class EncoderTower(VisionTower):
     @classmethod
     def _check_type(cls, config: PreTrainedConfig, where: str) -> None:
         if config.model_type in cls.model_types():
+            for name in ("image_size", "patch_size"):
+                if not isinstance(getattr(config, name, 1), int):
+                    raise UserError(f"{where}.config.{name}: expected one whole number, got {getattr(config, name)!r}")
+            if getattr(config, "num_channels", 3) != 3:
+                raise UserError(
+                    f"{where}.config.num_channels: expected 3, since images are RGB, got {config.num_channels}"
+                )
             return
         towers = {n: VISION.get(n) for n in VISION}
         fits = [n for n, t in towers.items() if issubclass(t, EncoderTower) and config.model_type in t.model_types()]

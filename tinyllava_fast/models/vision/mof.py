@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.config.ranges import Settings, Text
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 from tinyllava_fast.models.vision.clip import CLIPTower
@@ -23,9 +24,9 @@ from tinyllava_fast.models.vision.encoder import EncoderTower
 class Dinov2Half:
     """The second tower of a mixture of features."""
 
-    path: str | None = None
+    path: Text | None = None
     """Folder (or hub id) with pretrained weights; None: random weights from ``config``."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Settings = field(default_factory=dict)
     """transformers Dinov2Config of a tower with random weights. With ``path``: overrides."""
     interpolation: Interpolation = "transformers5"
     """How the position table is resized to CLIP's grid; see the option of the dinov2 tower."""

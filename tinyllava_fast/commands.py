@@ -1,0 +1,51 @@
+"""What all commands have in common: ``--version``, and the nearest flag for one that does not exist."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from tinyllava_fast import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with ``--version``. An unknown flag is answered with the nearest one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument("--version", action="version", version=version())
+
+    def error(self, message: str) -> NoReturn:
+        """See the base class."""
+        unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        hints = [hint for flag in unknown if (hint := nearest_flag(flag, _flags(self)))]
+        super().error("; ".join([message, *hints]))
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    """All flags of a parser and of its subcommands."""
+    flags = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for sub in action.choices.values() for flag in _flags(sub)]
+    return flags
+
+
+def version() -> str:
+    """What ``--version`` prints."""
+    return f"tinyllava_fast {__version__}"
+
+
+def nearest_flag(flag: str, known: Iterable[str]) -> str:
+    """A sentence fragment that names the known flag nearest to one that does not exist; "" if none is near.
+
+    >>> nearest_flag("--resum", ["--resume", "--profile"])
+    'did you mean --resume?'
+    """
+    if not flag.startswith("-"):
+        return ""
+    plain = {name.replace("_", "-"): name for name in known}
+    close: Sequence[str] = get_close_matches(flag.partition("=")[0].replace("_", "-"), list(plain), n=1, cutoff=0.6)
+    return f"did you mean {plain[close[0]]}?" if close else ""

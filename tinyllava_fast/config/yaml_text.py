@@ -1,0 +1,80 @@
+"""YAML as we read it: safe types only, each key once and a text, one document, nothing endless.
+
+PyYAML keeps the last of two equal keys in silence, takes ``on: 1`` for the key true, and shares one object between all
+aliases of an anchor. Merge keys (``<<: *base``) and anchors work as everywhere; a key beside ``<<`` wins over a merged
+one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from tinyllava_fast.errors import UserError
+
+_MOST_VALUES = 100_000  # of a file, with its aliases written out
+_ENDLESS = (
+    f"it holds more than {_MOST_VALUES:,} values, aliases (*name) written out, or too many lists and mappings inside "
+    "one another; does an alias stand inside what it stands for?"
+)
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
+class _RefusedError(yaml.MarkedYAMLError):
+    """YAML that is well formed, but not unambiguous."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Check the keys as they are written, before merge keys bring in others."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.tag == _MERGE:
+                continue
+            if key.tag != _TEXT:
+                name = (key.value or "null") if isinstance(key.value, str) else "that is a list or mapping"
+                raise _RefusedError(
+                    problem=f"the key {name} is not text to YAML; put it in quotes",
+                    problem_mark=key.start_mark,
+                )
+            if key.value in lines:
+                raise _RefusedError(
+                    problem=f"the key {key.value!r} stands twice, first in line {lines[key.value]}; keep one of them",
+                    problem_mark=key.start_mark,
+                )
+            lines[key.value] = line
+        return node
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The one document in a YAML text, None if it is empty. No object of it is shared between two places.
+
+    Raises UserError naming ``where`` and the line.
+    """
+    try:
+        return _unshared(yaml.load(text, Loader=_Loader), where, [0])
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f", line {mark.line + 1}" if mark is not None else ""
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        what = "" if isinstance(error, _RefusedError) else "not valid YAML: "
+        raise UserError(f"{where}{at}: {what}{said}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: {_ENDLESS}") from None
+    except (ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of a date or number that is none
+        raise UserError(f"{where}: not valid YAML: a value cannot be read ({error}); put it in quotes") from None
+
+
+def _unshared(value: Any, where: str, seen: list[int]) -> Any:
+    """A copy in which no two places share an object. seen: values so far. Ends for a value that contains itself."""
+    seen[0] += 1
+    if seen[0] > _MOST_VALUES:
+        raise UserError(f"{where}: not valid YAML: {_ENDLESS}")
+    if isinstance(value, dict):
+        return {key: _unshared(item, where, seen) for key, item in value.items()}
+    return [_unshared(item, where, seen) for item in value] if isinstance(value, list) else value
