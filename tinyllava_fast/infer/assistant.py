@@ -55,6 +55,7 @@ class Assistant:
         prepare_weights(lmm, weights)
         template = TEMPLATES.get(lmm.config.template, "config.json: template")
         engine_options.setdefault("image_mode", lmm.config.image_mode)
+        engine_options.setdefault("source", path)
         if engine_options["image_mode"] == "anyres":
             engine_options.setdefault("image_grid", lmm.config.image_grid)
         return cls(Engine(lmm.eval(), tokenizer, processor, template, **engine_options))
