@@ -47,10 +47,15 @@ class Pictures:
         self._threads = threads
         self._kept = dict(_kept(folder))
         self._seen: dict[Path, tuple[Stamp | None, str]] = {}
+        self._stale: set[Path] = set()  # changed since they were looked at
 
     def look(self, paths: Iterable[Path]) -> None:
-        """Find out the digest of every path that has not been looked at. Raises UserError if they cannot be kept."""
-        new = [path for path in dict.fromkeys(paths) if path not in self._seen]
+        """Find out the digest of every path that has not been looked at, or has changed since.
+
+        Raises UserError if digests cannot be kept, or a file never rests.
+        """
+        new = [path for path in dict.fromkeys(paths) if path not in self._seen or path in self._stale]
+        self._stale.difference_update(new)
         unread: list[Path] = []
         for path in new:
             stamp = stamp_of(path)
@@ -67,11 +72,9 @@ class Pictures:
         return self._seen[path][1]
 
     def changed(self, paths: Sequence[Path]) -> list[Path]:
-        """Those that are no longer as they were when they were looked at; they are forgotten."""
-        changed = [path for path in paths if stamp_of(path) != self._seen[path][0]]
-        for path in changed:
-            self._seen.pop(path, None)
-        return changed
+        """Those that are no longer as they were when they were looked at."""
+        self._stale.update(path for path in paths if stamp_of(path) != self._seen[path][0])
+        return [path for path in paths if path in self._stale]
 
     def _read(self, paths: Sequence[Path]) -> None:
         with writing(self._path), ThreadPoolExecutor(self._threads) as pool:

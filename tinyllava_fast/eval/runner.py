@@ -160,9 +160,8 @@ class _Evaluation:
                 self._answer(open_)
                 if not (open_ := self._open(self.mine)):
                     return
-                # Pictures of these were changed while they were asked about, so their answers belong to neither.
-                self.pictures.look(image for q in open_ for image in q.images)
-                self.answers.asked.update((q.key, self._asked(q)) for q in open_)
+                self._look_again()
+                open_ = self._open(self.mine)
         raise UserError(
             f"{self.plan.name}: the pictures of {len(open_):,} questions change while they are asked about, the first "
             f"is {open_[0].images[0]}; wait until they are complete and run the same command again"
@@ -206,6 +205,14 @@ class _Evaluation:
     def _asked(self, q: Question) -> str:
         return asked(q, ["blank" if self.facts["blind"] else self.pictures.digest(image) for image in q.images])
 
+    def _look_again(self) -> None:
+        """Pictures were changed while they were asked about: all that was asked about them before is open again."""
+        self.pictures.look(image for q in self.mine for image in q.images)
+        for q in self.mine:
+            if (now := self._asked(q)) != self.answers.asked[q.key]:
+                self.answers.asked[q.key] = now
+                self.answers.records.pop(q.key, None)
+
     def _reopen(self) -> None:
         """Ask again where a picture could not be read and now can, whatever it was that has been mended."""
         records = self.answers.records
@@ -226,7 +233,9 @@ class _Evaluation:
                 self.answers.add(q.key, q.canned, finish=CANNED)
             elif missing.intersection(q.images):
                 self.answers.add(q.key, "", finish=UNREADABLE)
-        answered = {self.answers.asked[q.key]: q for q in self.mine if q.key in self.answers.records}
+        records = self.answers.records
+        whole = (q for q in self.mine if q.key in records and records[q.key]["finish"] != UNREADABLE)
+        answered = {self.answers.asked[q.key]: q for q in whole}
         pairs: dict[str, list[Question]] = {}
         for q in self._open(questions):
             if twin := answered.get(self.answers.asked[q.key]):

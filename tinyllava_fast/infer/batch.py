@@ -230,7 +230,7 @@ def _without_failed(groups: list[Group], failed: dict[object, DataError]) -> lis
             whole.append(group)
             continue
         for member in group.members:
-            member.finish, member.why = UNREADABLE, str(error)
+            member.finish, member.why = UNREADABLE, f"request {member.request.id!r}: {error.__cause__ or error}"
     return whole
 
 

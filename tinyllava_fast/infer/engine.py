@@ -92,7 +92,7 @@ class Engine:
         config = lmm.llm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         self.eos = lmm.adapter.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
-        self.vocab = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.vocab = vocabulary(tokenizer)
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
         self.share_prefix = not _has_window(config)
         self._images = ImageEncoder(lmm, processor, mode=image_mode, grid=image_grid, threads=threads)
@@ -280,6 +280,11 @@ def _advance(sequence: Running, token: int) -> str:
         if text.stopped:
             sequence.finish = "stop"
     return piece
+
+
+def vocabulary(tokenizer: Any) -> int:
+    """How many rows of an embedding the tokenizer uses: its ids may have holes."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:
