@@ -13,9 +13,8 @@ import time
 import pytest
 
 from tests.eval import layouts
-from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval import cli, runner
-from tinyllava_fast.eval.answers import AnswerLog
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Question
 from tinyllava_fast.eval.benchmarks.easy_vqa import question_type
 from tinyllava_fast.eval.machine import machine, model_digest, versions
@@ -150,13 +149,6 @@ def test_missing_images_are_empty_if_wanted(folder, tmp_path):
     assert found["textvqa"]["counts"]["unreadable"] == 2 and found["textvqa"]["counts"]["answered"] == 4
 
 
-def test_a_prompt_beyond_the_context_is_named(folder, tmp_path):
-    rows = [{"id": id, "question": "a" * n, "answer": "b"} for id, n in (("short", 5), ("long", 2100))]
-    layouts.write_jsonl(tmp_path / "questions.jsonl", rows)
-    with pytest.raises(UserError, match=r"custom: request 'long': .* exceed the model's context of 2048"):
-        runner.evaluate(folder, ["custom"], tmp_path, tmp_path / "out", **OPTIONS)
-
-
 def test_canned_answers_and_text_questions(folder, tmp_path, monkeypatch):
     layouts.write_jsonl(tmp_path / "questions.jsonl", [{"question": q, "answer": "b"} for q in ("one?", "two?")])
     custom = BENCHMARKS.get("custom")
@@ -224,41 +216,6 @@ def test_torchrun(folder, suite, tmp_path):
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     for name in ("pope", "gqa"):
         assert (tmp_path / name / "results.json").read_bytes() == (whole / name / "results.json").read_bytes()
-
-
-def log_of(folder, run, *keys):
-    return AnswerLog(folder, run, [Question(key=k, id=k, prompt=f"question {k}") for k in keys])
-
-
-def test_answers_of_another_run_or_question_are_not_mixed_in(tmp_path):
-    with log_of(tmp_path, {"model": "a"}, "1", "2") as first:
-        first.add("1", "yes", finish="eos")
-        first.add("2", "no", finish="eos")
-    assert log_of(tmp_path, {"model": "a"}, "1", "2").texts == {"1": "yes", "2": "no"}
-    changed = [Question(key="1", id="1", prompt="another question")]
-    assert AnswerLog(tmp_path, {"model": "a"}, changed).texts == {"2": "no"}
-    with log_of(tmp_path, {"model": "b"}, "3") as other:
-        assert other.texts == {}
-        other.add("3", "yes", finish="eos")
-    assert log_of(tmp_path, {"model": "b"}, "3").texts == {"3": "yes"}
-
-
-def test_seconds_add_up_over_sessions(tmp_path):
-    spent = []
-    for number in range(3):
-        with log_of(tmp_path, {}, "0", "1", "2") as session:
-            time.sleep(0.002)
-            session.add(str(number), "x", finish="eos")
-            spent.append(session.seconds)
-    assert spent == sorted(spent) and spent[-1] >= 0.006
-    assert log_of(tmp_path, {}).seconds == pytest.approx(spent[-1], abs=1e-3)
-
-
-@pytest.mark.parametrize("line", ["{}", "[1]", "nonsense", '{"key": "1"}'])
-def test_a_foreign_answers_file_is_refused(tmp_path, line):
-    (tmp_path / "answers.jsonl").write_text(f'{{"run": {{}}}}\n{{"session": 0}}\n{line}\n')
-    with pytest.raises(DataError, match=r"answers\.jsonl, line 3: not a record of an evaluation"):
-        log_of(tmp_path, {})
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,28 @@
 """The answers of a run: one JSON object a line, keyed by question, so that a killed evaluation goes on where it was.
 
 A file begins with {"run": {...}}, which says what produced the answers below it; answers of another model, benchmark
-or setting are never mixed in, nor those to a question that has changed since. Each rank of torchrun appends to its own.
+or setting are never mixed in, nor those to a question that has changed since: its prompt, what its pictures show, or
+their order. Each rank of torchrun appends to its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.errors import DataError, writing
 from tinyllava_fast.eval.benchmarks.base import Question
+from tinyllava_fast.fields import Fields, decode, is_text
 from tinyllava_fast.log import log
 
-UNREADABLE = "unreadable image"
 CANNED = "canned"
 
 
@@ -26,21 +30,24 @@ class AnswerLog:
     """Appends answers to a JSONL file and knows those already in the folder, whichever rank gave them.
 
     folder: where answers.jsonl (rank 0), answers.1.jsonl, ... are. run: JSON-able facts that identify the evaluation.
-    questions: an answer to a question that is not among them, or that was asked otherwise, does not count.
-    records: question key -> record. seconds: time spent answering, over all sessions, of the slowest rank.
-    As a context manager it opens its rank's file and starts a session.
+    asked: question key -> what ``asked`` gives for it now; an answer to another question, or to one that was asked
+    otherwise, does not count. records: question key -> record. seconds: time spent answering, over all sessions, of the
+    slowest rank. As a context manager it opens its rank's file and starts a session.
+    Raises DataError for a file that holds anything else, UserError where answers cannot be written.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], questions: Iterable[Question], rank: int = 0) -> None:
+    def __init__(self, folder: Path, run: dict[str, Any], asked: Mapping[str, str], rank: int = 0) -> None:
         self.folder = folder
         self.path = folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         self.run = run
         self.records: dict[str, dict[str, Any]] = {}
+        self.asked = dict(asked)
         self.seconds = 0.0
-        self._asked = {q.key: asked(q) for q in questions}
-        self._fresh = True
+        self._fresh = True  # its own file is not there, or holds nothing of this run
+        self._headed = False  # its own file ends with answers of this run
         for path in sorted(folder.glob("answers*.jsonl")):
-            self._read(path)
+            if re.fullmatch(r"answers(\.\d+)?\.jsonl", path.name):
+                self._read(path)
 
     @property
     def texts(self) -> dict[str, str]:
@@ -48,24 +55,30 @@ class AnswerLog:
         return {key: record["answer"] for key, record in self.records.items()}
 
     def __enter__(self) -> AnswerLog:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w" if self._fresh else "a", encoding="utf-8")
         self._started = time.monotonic()
         self._before = self.seconds
-        if self._fresh:
-            self._write({"run": self.run})
-        self._write({"session": len(self.records)})
+        with writing(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._open("w" if self._fresh else "a")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if error is None:
+            with writing(self.path):
+                self._file.close()
+            return
+        with suppress(OSError):  # on a full disk closing fails, too; the first error is the one to tell
+            self._file.close()
 
-    def add(self, key: str, answer: str, *, finish: str, tokens: int = 0, latency: float | None = None) -> None:
+    def add(
+        self, key: str, answer: str, *, finish: str, tokens: int = 0, latency: float | None = None, why: str = ""
+    ) -> None:
         """Record one answer; it is on its way to disk when this returns.
 
-        finish: "eos", "length", UNREADABLE or CANNED. latency: seconds in the engine, None for a copied answer.
+        finish: as in infer.types.Answer, or CANNED. latency: seconds in the engine, None for a copied answer. why: what
+        was wrong with a question that could not be put to the model.
         """
         elapsed = time.monotonic() - self._started
         self.seconds = self._before + elapsed
@@ -76,49 +89,91 @@ class AnswerLog:
             "finish": finish,
             "latency": None if latency is None else round(latency, 6),
             "seconds": round(elapsed, 6),
-            "asked": self._asked[key],
+            "asked": self.asked[key],
         }
-        self.records[key] = record
-        self._write(record)
+        self.records[key] = record | ({"why": why} if why else {})
+        with writing(self.path):
+            if not os.fstat(self._file.fileno()).st_nlink:
+                self._write_anew()
+            self._write(self.records[key])
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def _open(self, mode: str) -> None:
+        self._file = self.path.open(mode, encoding="utf-8")
+        if mode == "w" or not self._headed:
+            self._write({"run": self.run})
+        self._fresh, self._headed = False, True
+        self._write({"session": len(self.records)})
+
+    def _write_anew(self) -> None:
+        """The file, or its folder, was removed while it was open: what is written to it now would be lost with it."""
+        log.warning("%s was removed during the run; the answers so far are written again", self.path)
+        self._file.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._open("w")
+        for record in list(self.records.values())[:-1]:
+            self._write(record)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(line_of(record))
         self._file.flush()
 
     def _read(self, path: Path) -> None:
         sessions: list[float] = []
-        changed = 0
+        changed: set[str] = set()
+        ours: bool | None = None  # whether the lines that follow are of this run
         for number, line in enumerate(_complete_lines(path, mend=path == self.path), 1):
+            where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
+                record = Fields.of(decode(line.decode(), where), where)
                 if "run" in record:
-                    if record["run"] != self.run:
-                        if path == self.path:
-                            log.info("%s holds answers of another run; starting over", path)
-                        return
-                    self._fresh = self._fresh and path != self.path
+                    ours = record.values["run"] == self.run
+                    if path == self.path:
+                        self._fresh, self._headed = self._fresh and not ours, ours
+                elif ours is None:
+                    raise DataError("the line that says what run it is of is missing")
+                elif not ours:
+                    continue
                 elif "session" in record:
                     sessions.append(0.0)
                 else:
-                    sessions[-1] = max(sessions[-1], record["seconds"])
-                    same = self._asked.get(record["key"], record["asked"]) == record["asked"]
-                    changed += not same
-                    if same and isinstance(record["answer"], str):
-                        self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                    sessions[-1] = max(sessions[-1], record.number("seconds"))
+                    self._take(record, changed)
+            except (DataError, UnicodeDecodeError, IndexError) as error:
                 raise DataError(
-                    f"{path}, line {number}: not a record of an evaluation ({error!r}); "
-                    "delete the file to evaluate from the start"
+                    f"{where}: not a record of an evaluation ({error}); delete the file to evaluate from the start"
                 ) from None
         self.seconds = max(self.seconds, sum(sessions))
-        if changed:
-            log.warning("%s: %d questions have changed since; they are asked again", path, changed)
+        if path == self.path and self._fresh and ours is not None:
+            log.info("%s holds answers of another run; starting over", path)
+        if changed := changed - self.records.keys():
+            log.warning(
+                "%s: %d of its answers are to another prompt or other pictures than now, or do not say to which; "
+                "these questions are asked again",
+                path,
+                len(changed),
+            )
+
+    def _take(self, record: Fields, changed: set[str]) -> None:
+        """Keep a record that answers what is asked now."""
+        key = record.text("key", empty=True)
+        record.text("answer", empty=True)
+        if self.asked.get(key) == record.text("asked"):
+            self.records[key] = dict(record.values)
+        elif key in self.asked:
+            changed.add(key)
 
 
-def asked(question: Question) -> str:
-    """Twelve digits that change with the prompt or the images' names."""
-    text = "\0".join((question.prompt, *(image.name for image in question.images)))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def asked(question: Question, pictures: Sequence[str]) -> str:
+    """Sixteen digits that change with the prompt and with its pictures. pictures: what stands for the content of each,
+    in their order."""
+    text = json.dumps([question.prompt, question.canned, *pictures])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A line of JSONL, readable where it can be, escaped where a text cannot be written as UTF-8."""
+    text = json.dumps(record, ensure_ascii=False)
+    return (text if is_text(text) else json.dumps(record)) + "\n"
 
 
 def _complete_lines(path: Path, *, mend: bool) -> list[bytes]:

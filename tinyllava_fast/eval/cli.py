@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_fast.commands import Parser
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.infer.flags import add_model_flags
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.plugins import load_plugins
@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument("--score-only", metavar="FILE", help="score an answers file, ours, LLaVA's or TinyLLaVA's")
     other.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two results folders or answer files of one benchmark, paired"
+    )
+    p.add_argument(
+        "--allow-different",
+        action="store_true",
+        help="with --compare: pair questions even where their prompts, pictures or right answers differ",
     )
     add_model_flags(p)
     p.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in flight (memory)")
@@ -105,10 +110,13 @@ def _evaluate(args: argparse.Namespace) -> str:
         device=args.device,
         batch_tokens=args.batch_tokens,
         threads=args.threads or torch.get_num_threads(),
+        plugins=args.plugin,
     )
     if not results:
         return ""
-    log.info("results: %s, %s", output / "results.json", write_scores(output, list(results)))
+    with writing(output):
+        report = write_scores(output, list(results))
+    log.info("results: %s, %s", output / "results.json", report)
     return table(results.values())
 
 
@@ -148,7 +156,8 @@ def _compare(args: argparse.Namespace) -> str:
         if len(plans) != 1:
             raise UserError("--compare takes one benchmark; give one name in --benchmarks")
         plan = plans[0]
-    return str(compare(Path(args.compare[0]), Path(args.compare[1]), plan))
+    a, b = map(Path, args.compare)
+    return str(compare(a, b, plan, allow_different=args.allow_different))
 
 
 def _need(args: argparse.Namespace, *names: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class Comparison:
     """B against A. a, b: mean credit 0..1 over the common questions. stderr: of b - a, clustered by image, None with
     fewer than two images. b_better, a_better: questions on which one earned more. p_sign: two-sided exact sign test on
     those, which is McNemar's exact test where credit is 0 or 1. only_a, only_b: questions that one of them lacks.
+    different: what differs between the two -> on how many of the common questions.
     """
 
     benchmark: str
@@ -33,6 +34,7 @@ class Comparison:
     a_better: int
     p_sign: float
     binary: bool
+    different: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def p_difference(self) -> float | None:
@@ -52,24 +54,44 @@ class Comparison:
             f"  B - A = {100 * (self.b - self.a):+.2f}{error}{chance}",
             f"  B better on {self.b_better:,}, A better on {self.a_better:,}: {name}, p = {self.p_sign:.3g}",
         ]
+        if self.different:
+            counts = ", ".join(f"{what} {count:,}" for what, count in self.different.items())
+            lines.append(f"  asked differently, on so many questions: {counts}")
         if self.only_a or self.only_b:
             lines.append(f"  left out: {self.only_a:,} questions of A alone, {self.only_b:,} of B alone")
         return "\n".join(lines)
 
 
-def compare(a: Path, b: Path, plan: Plan | None = None) -> Comparison:
+@dataclass(frozen=True)
+class _Row:
+    """One scored question. pictures: digests of what they show; None where no picture was looked at."""
+
+    credit: float
+    cluster: Any
+    prompt: str | None
+    truth: str | None
+    pictures: Sequence[str] | None
+
+
+def compare(a: Path, b: Path, plan: Plan | None = None, *, allow_different: bool = False) -> Comparison:
     """Compare two results folders of one benchmark, or answer files, which need the plan of their benchmark.
 
-    Raises UserError if they are of different benchmarks, have no common question, or earn no credit per question.
+    allow_different: pair questions by key even where their prompts, right answers or pictures differ, as for one model
+    on clean and on noisy pictures. Pictures are known only to folders that an evaluation wrote which saw them.
+    Raises UserError if they are of different benchmarks, have no common question, earn no credit per question, or were
+    asked about different data.
     """
-    name_a, rows_a = _credits(a, plan)
-    name_b, rows_b = _credits(b, plan)
+    name_a, rows_a = _rows(a, plan)
+    name_b, rows_b = _rows(b, plan)
     if name_a != name_b:
         raise UserError(f"{a} holds {name_a} and {b} holds {name_b}; only one benchmark can be compared")
     keys = [key for key in rows_a if key in rows_b]
     if not keys:
         raise UserError(f"{a} and {b} have no scored question in common; check that both are scored and of one split")
-    left, right = [rows_a[k][0] for k in keys], [rows_b[k][0] for k in keys]
+    different = {what: _differing(what, rows_a, rows_b, keys) for what in ("prompt", "truth", "pictures")}
+    if any(different.values()) and not allow_different:
+        raise UserError(_refusal(a, b, different, len(keys)))
+    left, right = [rows_a[k].credit for k in keys], [rows_b[k].credit for k in keys]
     differences = [y - x for x, y in zip(left, right, strict=True)]
     b_better, a_better = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return Comparison(
@@ -79,23 +101,44 @@ def compare(a: Path, b: Path, plan: Plan | None = None) -> Comparison:
         only_b=len(rows_b) - len(keys),
         a=mean(left),
         b=mean(right),
-        stderr=clustered_error(mean_influence(differences), [rows_a[k][1] for k in keys]),
+        stderr=clustered_error(mean_influence(differences), [rows_a[k].cluster for k in keys]),
         b_better=b_better,
         a_better=a_better,
         p_sign=exact_sign_test(b_better, a_better),
         binary={*left, *right} <= {0.0, 1.0},
+        different={NAMES[what]: len(found) for what, found in different.items() if found},
     )
 
 
-def _credits(path: Path, plan: Plan | None) -> tuple[str, dict[str, tuple[float, Any]]]:
-    """The benchmark, and (credit, cluster) of each scored question by key."""
+NAMES = {"prompt": "prompt", "truth": "right answer", "pictures": "pictures"}
+
+
+def _differing(what: str, a: dict[str, _Row], b: dict[str, _Row], keys: Sequence[str]) -> list[str]:
+    """Keys of the questions whose prompt, truth or pictures differ, as far as both sides know them."""
+    pairs = ((key, getattr(a[key], what), getattr(b[key], what)) for key in keys)
+    return [key for key, x, y in pairs if x is not None and y is not None and x != y]
+
+
+def _refusal(a: Path, b: Path, different: dict[str, list[str]], common: int) -> str:
+    every = dict.fromkeys(key for keys in different.values() for key in keys)
+    parts = [f"{len(keys):,} in their {NAMES[what]} (first: {keys[0]!r})" for what, keys in different.items() if keys]
+    return (
+        f"{a} and {b} are about different data: {len(every):,} of {common:,} common questions differ, "
+        f"{', '.join(parts)}; evaluate both on the same data, or pair them as they are with --allow-different"
+    )
+
+
+def _rows(path: Path, plan: Plan | None) -> tuple[str, dict[str, _Row]]:
+    """The benchmark, and the scored questions by key."""
     if path.is_dir():
         folders: Sequence[Path] = [path] if (path / VERDICTS).is_file() else sorted(path.glob(f"*/{VERDICTS}"))
         if len(folders) != 1:
             raise UserError(f"{path}: no results of one benchmark; give the folder that holds {VERDICTS}")
         folder = folders[0] if folders[0].is_dir() else folders[0].parent
         rows = {
-            v["key"]: (v["credit"], tuple(v["images"]) or v["key"])
+            v["key"]: _Row(
+                v["credit"], tuple(v["images"]) or v["key"], v.get("prompt"), v.get("truth"), v.get("pictures")
+            )
             for v in read_verdicts(folder)
             if v["credit"] is not None
         }
@@ -105,4 +148,8 @@ def _credits(path: Path, plan: Plan | None) -> tuple[str, dict[str, tuple[float,
     answers = read_answers(path, plan.benchmark, plan.everything)
     answered = [q for q in plan.everything if q.key in answers]
     credit = plan.benchmark.score(answered, answers).credit
-    return plan.name, {q.key: (credit[q.key], tuple(map(str, q.images)) or q.key) for q in answered if q.key in credit}
+    return plan.name, {
+        q.key: _Row(credit[q.key], tuple(map(str, q.images)) or q.key, q.prompt, q.truth, None)
+        for q in answered
+        if q.key in credit
+    }

@@ -19,7 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.errors import DataError, UserError, writing
 from tinyllava_fast.log import log
 
 RETRY = "Predict the correctness of the answer (digit): "
@@ -155,7 +155,7 @@ class GradeFile:
     def add(self, key: str, grade: Grade) -> None:
         """Append a grade; it is in the file when this returns."""
         self.grades[key] = grade
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, **asdict(grade)}) + "\n")
 
     def _read(self) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,16 @@ from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.hardware import cores, processor, total_memory_bytes
 
 PACKAGES = ("tinyllava-fast", "torch", "transformers", "tokenizers", "numpy", "pillow")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+OUTPUTS = ("results.json", "results.tmp", "report.html")
+PLACES = (
+    "mm_vision_tower",
+    "vision_model_name_or_path",
+    "vision_model_name_or_path2",
+    "llm_model_name_or_path",
+    "tokenizer_name_or_path",
+    "base_model_name_or_path",
+)
 
 
 def machine() -> dict[str, Any]:
@@ -41,17 +54,70 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_digest(folder: str | Path) -> str:
+def model_digest(folder: str | Path, besides: str | Path | None = None) -> str:
     """SHA-256 over names and contents of a model folder's files, in sorted order: the same model, the same digest.
 
-    Raises CheckpointError if there is no such folder.
+    Files: those in the folder, and in the folders in it that hold weights (an adapter, the parts of a checkpoint that
+    is stored in parts). Of folders elsewhere that the configs name (a tower, a base model) the sizes and times count.
+    besides: results that an evaluation writes into this folder do not count.
+    Raises CheckpointError if there is no such folder, or a file of it cannot be read.
     """
-    if not Path(folder).is_dir():
+    root = Path(folder)
+    if not root.is_dir():
         raise CheckpointError(f"{folder}: there is no such model folder")
+    inside = besides is not None and root.resolve() == Path(besides).resolve()
     digest = hashlib.sha256()
-    for file in sorted(p for p in Path(folder).iterdir() if p.is_file()):
-        digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
+    try:
+        for file in _files_of(root):
+            name = file.relative_to(root).as_posix()
+            if not (inside and name in OUTPUTS):
+                digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+                _add_content(digest, file)
+        for file in _named_elsewhere(root):
+            status = file.stat()
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def plugins_digest(names: Iterable[str]) -> str:
+    """Sixteen digits over the code of plugins, named as load_plugins takes them; of a package its own modules."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        found = None if name.endswith(".py") else find_spec(name)
+        file = Path(found.origin) if found is not None and found.origin else Path(name)
+        modules = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+        for module in modules:
+            if module.is_file():
+                _add_content(digest, module)
+    return digest.hexdigest()[:16]
+
+
+def _files_of(root: Path) -> list[Path]:
+    """The files of a folder and of the folders in it that hold weights."""
+    files = sorted(p for p in root.iterdir() if p.is_file())
+    for part in sorted(p for p in root.iterdir() if p.is_dir()):
+        inner = sorted(p for p in part.iterdir() if p.is_file())
+        files += inner if any(p.suffix in WEIGHTS for p in inner) else []
+    return files
+
+
+def _named_elsewhere(root: Path) -> list[Path]:
+    """Files of the folders that a model's configs name as the place of its parts."""
+    names: set[str] = set()
+    for config in ("config.json", "adapter_config.json"):
+        try:
+            values = json.loads((root / config).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # what is wrong with it is said when the model is opened
+        names |= {str(values[key]) for key in PLACES if isinstance(values, dict) and values.get(key)}
+    folders = (Path(name) for name in sorted(names))
+    return [file for place in folders if place.is_dir() for file in sorted(place.iterdir()) if file.is_file()]
+
+
+def _add_content(digest: hashlib._Hash, file: Path) -> None:
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,15 +11,20 @@ from typing import TypeVar
 from tinyllava_fast.log import log
 
 T = TypeVar("T")
-LINE_EVERY_S = 15.0
+LINE_EVERY_S = 30.0
 
 
-def progress(items: Iterable[T], *, total: int, done: int = 0, label: str = "questions") -> Iterator[T]:
+def progress(
+    items: Iterable[T], *, total: int, done: int = 0, label: str = "questions", last: bool = True
+) -> Iterator[T]:
     """Yield the items while showing how many of ``total`` are done, items/s and the time left.
 
-    done: how many had been finished before; they count as done but not in the rate.
+    done: how many had been finished before; they count as done but not in the rate. last: log a line at the end even if
+    that comes before the first one is due.
     """
-    return _bar(items, total, done, label) if sys.stderr.isatty() else _lines(items, total, done, label)
+    if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):  # one bar, not one of each rank
+        return _bar(items, total, done, label)
+    return _lines(items, total, done, label, last)
 
 
 def _bar(items: Iterable[T], total: int, done: int, label: str) -> Iterator[T]:
@@ -40,12 +46,12 @@ def _bar(items: Iterable[T], total: int, done: int, label: str) -> Iterator[T]:
             bar.update(task, advance=1, rate=f"{n / (time.monotonic() - start + 1e-9):.1f} {label}/s")
 
 
-def _lines(items: Iterable[T], total: int, done: int, label: str) -> Iterator[T]:
+def _lines(items: Iterable[T], total: int, done: int, label: str, last: bool) -> Iterator[T]:
     start = said = time.monotonic()
     for n, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - said >= LINE_EVERY_S or done + n == total:
+        if now - said >= LINE_EVERY_S or (last and done + n == total):
             said = now
             rate = n / (now - start + 1e-9)
             left = (total - done - n) / rate

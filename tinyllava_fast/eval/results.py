@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyllava_fast.errors import UserError
-from tinyllava_fast.eval.answers import UNREADABLE
+from tinyllava_fast.errors import UserError, writing
+from tinyllava_fast.eval.answers import line_of
 from tinyllava_fast.eval.benchmarks.base import Metric, Score
 from tinyllava_fast.eval.official import write_llava_answers
 from tinyllava_fast.eval.plan import Plan
+from tinyllava_fast.fields import is_text
+from tinyllava_fast.infer.finish import CONTEXT, REFUSED, TOO_LONG, UNREADABLE
 
 RESULTS = "results.json"
 RUN = "run.json"
@@ -25,22 +28,30 @@ Record = Mapping[str, Any]
 
 
 def conclude(
-    plan: Plan, records: Mapping[str, Record], facts: Mapping[str, Any], folder: Path, experiment: str
+    plan: Plan,
+    records: Mapping[str, Record],
+    facts: Mapping[str, Any],
+    folder: Path,
+    experiment: str,
+    shown: Callable[[Path], str] | None = None,
 ) -> dict[str, Any]:
     """Grade, score and write everything but run.json into folder; returns the content of results.json.
 
     records: question key -> {"answer", "finish", ...}, as an AnswerLog holds them. facts: what
-    identifies the run, put into the results. experiment: the name that official files carry.
+    identifies the run, put into the results. experiment: the name that official files carry. shown: the digest of what
+    a picture shows, None if no picture was looked at. Raises UserError where a file cannot be written.
     """
     bench, questions = plan.benchmark, plan.questions
     answers = {q.key: records[q.key]["answer"] for q in questions if q.key in records}
     official = folder / OFFICIAL
-    official.mkdir(parents=True, exist_ok=True)
+    with writing(official):
+        official.mkdir(parents=True, exist_ok=True)
     grades = bench.grade(questions, answers, official, experiment)
     score = bench.score(questions, answers, grades)
-    write_llava_answers(bench, questions, answers, official / "answers.jsonl", experiment)
-    bench.outputs(questions, answers, score, plan.files, official, experiment)
-    _write_verdicts(plan, records, score, folder / VERDICTS)
+    with writing(official):
+        write_llava_answers(bench, questions, answers, official / "answers.jsonl", experiment)
+        bench.outputs(questions, answers, score, plan.files, official, experiment)
+    _write_verdicts(plan, records, score, folder / VERDICTS, shown)
     results = describe(plan, records, score, facts)
     write_json(folder / RESULTS, results)
     return results
@@ -56,11 +67,15 @@ def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Map
     """The content of results.json: nothing in it depends on when or in which order questions were answered."""
     answered = [(q, records[q.key]) for q in plan.questions if q.key in records]
     unreadable = [q for q, r in answered if r.get("finish") == UNREADABLE]
+    ended = Counter(r.get("finish") for _, r in answered)
     counts = {
         "answered": len(answered),
         "empty": sum(not r["answer"].strip() for _, r in answered),
-        "truncated": sum(r.get("finish") == "length" for _, r in answered),
+        "truncated": ended["length"] + ended[CONTEXT],
+        "context full": ended[CONTEXT],
         "unreadable": len(unreadable),
+        "too long": ended[TOO_LONG],
+        "refused": ended[REFUSED],
         **score.counts,
     }
     identity = {**{k: v for k, v in facts.items() if k not in ("model", "versions")}, "limit": plan.limit}
@@ -74,6 +89,7 @@ def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Map
         "counts": counts,
         "notes": list(score.notes),
         "unreadable_images": sorted({str(image) for q in unreadable for image in q.images}),
+        "not_answered": {q.key: r["why"] for q, r in answered if r.get("why")},
         "count_differences": [str(c) for c in plan.counts if c.found != c.expected],
         "published": _published(plan, score),
         **facts,
@@ -120,11 +136,11 @@ def read_verdicts(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON so that a reader sees the old file or the new one, never half of it. UserError if it cannot be."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not is_text(text):
+        text = json.dumps(value, indent=2)
+    _replace(path, [text + "\n"])
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
@@ -165,9 +181,10 @@ def _published(plan: Plan, score: Score) -> list[dict[str, Any]]:
     ]
 
 
-def _write_verdicts(plan: Plan, records: Mapping[str, Record], score: Score, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+def _write_verdicts(
+    plan: Plan, records: Mapping[str, Record], score: Score, path: Path, shown: Callable[[Path], str] | None
+) -> None:
+    def verdicts() -> Iterator[str]:
         for q in plan.questions:
             record = records.get(q.key, {})
             verdict = {
@@ -176,10 +193,22 @@ def _write_verdicts(plan: Plan, records: Mapping[str, Record], score: Score, pat
                 "category": q.category,
                 "prompt": q.prompt,
                 "images": [str(image) for image in q.images],
+                "pictures": None if shown is None else [shown(image) for image in q.images],
                 "truth": q.truth,
                 "answer": record.get("answer"),
                 "credit": score.credit.get(q.key),
                 "finish": record.get("finish"),
             }
-            file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+            yield line_of(verdict)
+
+    _replace(path, verdicts())
+
+
+def _replace(path: Path, parts: Iterable[str]) -> None:
+    """Write a text file beside ``path``, then put it in its place."""
+    temporary = path.with_suffix(".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        os.replace(temporary, path)

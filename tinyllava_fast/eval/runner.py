@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,11 +15,12 @@ from PIL import Image
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import DataError, UserError
-from tinyllava_fast.eval.answers import CANNED, UNREADABLE, AnswerLog
+from tinyllava_fast.eval.answers import CANNED, AnswerLog, asked
 from tinyllava_fast.eval.benchmarks.base import Question
-from tinyllava_fast.eval.machine import machine, model_digest, versions
+from tinyllava_fast.eval.machine import machine, model_digest, plugins_digest, versions
 from tinyllava_fast.eval.options import build
 from tinyllava_fast.eval.options import describe as settings
+from tinyllava_fast.eval.pictures import Pictures
 from tinyllava_fast.eval.plan import Plan, make_plans
 from tinyllava_fast.eval.progress import progress
 from tinyllava_fast.eval.ranks import Ranks
@@ -27,8 +28,12 @@ from tinyllava_fast.eval.results import RUN, conclude, read_results, summarise, 
 from tinyllava_fast.eval.statistics import histogram
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.infer.assistant import Assistant
-from tinyllava_fast.infer.types import Request, Sampling
+from tinyllava_fast.infer.finish import UNREADABLE
+from tinyllava_fast.infer.types import Answer, Request, Sampling
 from tinyllava_fast.log import log
+
+ROUNDS = 3  # how often a question is asked whose pictures change meanwhile
+SHOWN = 5  # of the questions that were scored as empty answers, in the log
 
 
 def evaluate(
@@ -46,6 +51,7 @@ def evaluate(
     weights: str | None = None,
     batch_tokens: int = 16384,
     threads: int = 2,
+    plugins: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model folder; benchmark name -> the content of output/<name>/results.json, run.json under "run".
 
@@ -53,19 +59,26 @@ def evaluate(
     replaced by a blank one of the mean colour; what is still answered right comes from the text alone. limit: only
     the first questions of each. missing_images: "error", or "empty" to score their questions as empty answers. output:
     None puts it beside the model folder. A killed run goes on with the questions it has not answered. Under torchrun
-    every rank answers its share of the images; the others return {} once rank 0 can score.
-    Raises UserError for an unknown benchmark, missing files, a prompt that does not fit, or a folder that is no model.
+    every rank answers its share of the images; the others return {} once rank 0 can score. plugins: those that are
+    loaded, by the names that load_plugins takes; answers belong to their code, too.
+    An answer belongs to the model's files, dtype and weights, the prompt, and what its pictures show, in their order:
+    what has changed is asked again, and so is a question whose unreadable picture was mended.
+    What is wrong with one question (too long for the context, an unreadable picture) costs that one: it is scored as an
+    empty answer and counted. Raises UserError for an unknown benchmark, missing files, a folder that is no model or
+    whose numbers are not finite, and for output that cannot be written.
     """
     plans = make_plans(build(benchmarks, options), data, limit=limit, missing_images=missing_images)
     ranks = Ranks.of_torchrun()
     folder = Path(output) if output is not None else default_output(model, blind)
-    digest = model_digest(model)
+    digest = model_digest(model, besides=folder)
     lazy = _Model(
         model, dtype=dtype, device=ranks.device(device), weights=weights, batch_tokens=batch_tokens, threads=threads
     )
     facts = {"model": str(model), "model_digest": digest, "dtype": dtype or "as saved", "blind": blind}
     if weights:
         facts["weights"] = weights
+    if plugins:
+        facts["plugins"] = plugins_digest(plugins)
     results: dict[str, dict[str, Any]] = {}
     if ranks.world == 1:
         for plan in plans:
@@ -127,10 +140,10 @@ class _Evaluation:
             "options": settings(plan.benchmark),
             "max_new_tokens": plan.benchmark.max_new_tokens,
         }
-        # Where the model lies is no part of what it is; options that matter to an answer are seen in its prompt, and
-        # the others (a judge, a seed of the score) must not cost the answers.
-        run = {key: value for key, value in self.facts.items() if key not in ("model", "options")}
-        self.answers = AnswerLog(self.folder, {"benchmark": plan.name, **run}, plan.everything, ranks.rank)
+        self.mine = self.ranks.share(plan.questions)
+        self.pictures = Pictures(self.folder, ranks.rank)
+        self.answers = self._answers_to(self.mine)
+        self._reopen()
         self._known = len(self.answers.records)
 
     def run(self) -> dict[str, Any]:
@@ -140,101 +153,144 @@ class _Evaluation:
 
     def answer(self) -> None:
         """Answer this rank's open questions."""
-        mine = [q for q in self.ranks.share(self.plan.questions) if q.key not in self.answers.records]
-        if not mine:
+        if not (open_ := self._open(self.mine)):
             return
-        missing = set(self.plan.missing_images)
-        pairs: dict[tuple[Any, str], list[Question]] = {}
         with self.answers:
-            for q in mine:
-                if q.canned is not None:
-                    self.answers.add(q.key, q.canned, finish=CANNED)
-                elif missing.intersection(q.images):
-                    self.answers.add(q.key, "", finish=UNREADABLE)
-            answered = {self._pair(q): q for q in self.plan.everything if q.key in self.answers.records}
-            for q in mine:
-                if q.key in self.answers.records:
-                    continue
-                if twin := answered.get(self._pair(q)):
-                    self._copy(twin, q)
-                else:
-                    pairs.setdefault(self._pair(q), []).append(q)
-            self._ask(pairs)
+            for _ in range(ROUNDS):
+                self._answer(open_)
+                if not (open_ := self._open(self.mine)):
+                    return
+                self._look_again()
+                open_ = self._open(self.mine)
+        raise UserError(
+            f"{self.plan.name}: the pictures of {len(open_):,} questions change while they are asked about, the first "
+            f"is {open_[0].images[0]}; wait until they are complete and run the same command again"
+        )
 
     def merge(self) -> _Evaluation:
         """Read the answers of the other ranks, which have all finished."""
-        self.answers = AnswerLog(self.folder, self.answers.run, self.plan.everything, self.ranks.rank)
+        self.pictures = Pictures(self.folder, self.ranks.rank)
+        self.answers = self._answers_to(self.plan.questions)
         return self
 
     def conclude(self) -> dict[str, Any]:
         """Score the answers of all ranks and write the results."""
-        open_ = [q for q in self.plan.questions if q.key not in self.answers.records]
-        if open_:
+        if open_ := self._open(self.plan.questions):
             raise UserError(f"{self.folder}: {len(open_):,} questions are not answered yet; run the same command again")
         facts = {**self.facts, "versions": versions()}
-        results = conclude(self.plan, self.answers.records, facts, self.folder, _experiment(self.facts))
+        shown = None if self.facts["blind"] else self.pictures.digest
+        results = conclude(self.plan, self.answers.records, facts, self.folder, _experiment(self.facts), shown)
         if len(self.answers.records) > self._known or not (self.folder / RUN).exists():
             write_json(self.folder / RUN, self._timings())
-        for image in results["unreadable_images"][:5]:
+        for image in results["unreadable_images"][:SHOWN]:
             log.warning("%s: unreadable image, scored as an empty answer: %s", self.plan.name, image)
+        for why in list(results["not_answered"].values())[:SHOWN]:
+            log.warning("%s: scored as an empty answer: %s", self.plan.name, why)
         headline = next((m for m in results["metrics"] if m["name"] == results["headline"]), None)
-        shown = (
+        said = (
             "answers written" if headline is None else f"{headline['name']} {headline['value']:.{headline['digits']}f}"
         )
-        log.info(
-            "%s%s: %s, %d questions", self.plan.name, " (blind)" * self.facts["blind"], shown, results["questions"]
-        )
+        log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.facts["blind"], said, results["questions"])
         return read_results(self.folder)
 
-    def _ask(self, pairs: dict[tuple[Any, str], list[Question]]) -> None:
-        """Put one question of each (images, prompt) pair to the engine; unreadable images are set aside, not fatal."""
-        todo = dict(pairs)
-        total = len(self.ranks.share(self.plan.questions))
-        while todo:
-            try:
-                for key, finish, text, tokens, latency in self._engine_answers(todo, total):
-                    first, *rest = todo.pop(key)
-                    self.answers.add(first.key, text, finish=finish, tokens=tokens, latency=latency)
-                    for twin in rest:
-                        self._copy(first, twin)
-            except DataError:
-                bad = _unreadable(image for _, (q, *_) in todo.items() for image in q.images)
-                broken = [key for key, (q, *_) in todo.items() if bad.intersection(q.images)]
-                if not broken:
-                    raise
-                for key in broken:
-                    for q in todo.pop(key):
-                        self.answers.add(q.key, "", finish=UNREADABLE)
-            except UserError as error:
-                raise UserError(f"{self.plan.name}: {error}") from error
+    def _answers_to(self, questions: Sequence[Question]) -> AnswerLog:
+        # Where the model lies is no part of what it is; options that matter to an answer are seen in its prompt and
+        # pictures, and the others (a judge, a seed of the score) must not cost the answers.
+        run = {key: value for key, value in self.facts.items() if key not in ("model", "options")}
+        if not self.facts["blind"]:
+            self.pictures.look(image for q in questions for image in q.images)
+        asked = {q.key: self._asked(q) for q in questions}
+        return AnswerLog(self.folder, {"benchmark": self.plan.name, **run}, asked, self.ranks.rank)
 
-    def _engine_answers(
-        self, todo: dict[tuple[Any, str], list[Question]], total: int
-    ) -> Iterator[tuple[tuple[Any, str], str, str, int, float]]:
+    def _asked(self, q: Question) -> str:
+        return asked(q, ["blank" if self.facts["blind"] else self.pictures.digest(image) for image in q.images])
+
+    def _look_again(self) -> None:
+        """Pictures were changed while they were asked about: all that was asked about them before is open again."""
+        self.pictures.look(image for q in self.mine for image in q.images)
+        for q in self.mine:
+            if (now := self._asked(q)) != self.answers.asked[q.key]:
+                self.answers.asked[q.key] = now
+                self.answers.records.pop(q.key, None)
+
+    def _reopen(self) -> None:
+        """Ask again where a picture could not be read and now can, whatever it was that has been mended."""
+        records = self.answers.records
+        unread = [q for q in self.mine if q.key in records and records[q.key]["finish"] == UNREADABLE]
+        bad = _unreadable(image for q in unread for image in q.images)
+        for q in unread:
+            if not bad.intersection(q.images):
+                del records[q.key]
+
+    def _open(self, questions: Sequence[Question]) -> list[Question]:
+        return [q for q in questions if q.key not in self.answers.records]
+
+    def _answer(self, questions: Sequence[Question]) -> None:
+        """Put questions to the engine, one of each (images, prompt) pair; twins of answered ones are copied."""
+        missing = set(self.plan.missing_images)
+        for q in questions:
+            if q.canned is not None:
+                self.answers.add(q.key, q.canned, finish=CANNED)
+            elif missing.intersection(q.images):
+                self.answers.add(q.key, "", finish=UNREADABLE)
+        records = self.answers.records
+        whole = (q for q in self.mine if q.key in records and records[q.key]["finish"] != UNREADABLE)
+        answered = {self.answers.asked[q.key]: q for q in whole}
+        pairs: dict[str, list[Question]] = {}
+        for q in self._open(questions):
+            if twin := answered.get(self.answers.asked[q.key]):
+                self._copy(twin, q)
+            else:
+                pairs.setdefault(self.answers.asked[q.key], []).append(q)
+        if pairs:
+            self._ask({twins[0].key: twins for twins in pairs.values()})
+
+    def _ask(self, todo: dict[str, list[Question]]) -> None:
+        """Ask the first of each list of twins. What is wrong with one question costs that one: an empty answer."""
         engine = self.model.assistant.engine
-        sampling = Sampling(max_new_tokens=self.plan.benchmark.max_new_tokens)
-        entered: dict[str, tuple[tuple[Any, str], float]] = {}
+        total = len(self.mine)
+        entered: dict[str, float] = {}
 
         def requests() -> Iterator[Request]:
-            for key, (q, *_) in sorted(todo.items(), key=lambda item: (item[1][0].cluster, item[1][0].key)):
-                entered[q.key] = key, time.monotonic()
-                yield Request.ask(q.prompt, self._shown(q), sampling=sampling, id=q.key)
+            for q, *_ in sorted(todo.values(), key=lambda twins: (twins[0].cluster, twins[0].key)):
+                entered[q.key] = time.monotonic()
+                yield self._request(q)
 
-        for answer in progress(engine.run(requests()), total=total, done=total - len(todo)):
-            key, since = entered.pop(answer.id)
-            yield key, answer.finish, answer.text, len(answer.tokens), time.monotonic() - since
+        try:
+            for answer in engine.refusals(map(self._request, [q for q, *_ in todo.values()])):
+                self._add(answer, todo.pop(answer.id), latency=None)
+            for answer in progress(engine.run(requests(), keep_going=True), total=total, done=total - len(todo)):
+                self._add(answer, todo[answer.id], time.monotonic() - entered.pop(answer.id))
+        except UserError as error:
+            raise UserError(f"{self.plan.name}: {error}") from error
 
-    def _shown(self, q: Question) -> Any:
+    def _request(self, q: Question) -> Request:
         images: list[Any] = [self.model.blank for _ in q.images] if self.facts["blind"] else list(q.images)
-        return (images[0] if len(images) == 1 else images) if images else None
+        shown = (images[0] if len(images) == 1 else images) if images else None
+        return Request.ask(
+            q.prompt, shown, sampling=Sampling(max_new_tokens=self.plan.benchmark.max_new_tokens), id=q.key
+        )
 
-    def _pair(self, q: Question) -> tuple[Any, str]:
-        """What makes two questions the same one to the model."""
-        return (len(q.images) if self.facts["blind"] else q.images, q.prompt)
+    def _add(self, answer: Answer, twins: Sequence[Question], latency: float | None) -> None:
+        """Record an answer, unless its pictures are no longer those that were looked at."""
+        first, *rest = twins
+        if not self.facts["blind"] and (changed := self.pictures.changed(first.images)):
+            log.warning("%s: %s was changed while it was asked about; asking again", self.plan.name, changed[0])
+            return
+        why = {} if answer.finish == UNREADABLE else {"why": answer.why}
+        self.answers.add(
+            first.key, answer.text, finish=answer.finish, tokens=len(answer.tokens), latency=latency, **why
+        )
+        for twin in rest:
+            self._copy(first, twin)
 
     def _copy(self, source: Question, twin: Question) -> None:
+        """Record the answer to the same prompt about the same pictures."""
+        if not self.facts["blind"] and self.pictures.changed(twin.images):
+            return
         record = self.answers.records[source.key]
-        self.answers.add(twin.key, record["answer"], finish=record["finish"], tokens=record["tokens"])
+        why = record.get("why", "").replace(repr(source.key), repr(twin.key))
+        self.answers.add(twin.key, record["answer"], finish=record["finish"], tokens=record["tokens"], why=why)
 
     def _timings(self) -> dict[str, Any]:
         """How long it took and on what. Counters are of this process, over all benchmarks so far."""
@@ -260,7 +316,7 @@ def _experiment(facts: dict[str, Any]) -> str:
     return name + "-blind" * facts["blind"]
 
 
-def _unreadable(images: Iterator[Path]) -> set[Path]:
+def _unreadable(images: Iterable[Path]) -> set[Path]:
     """The images that cannot be decoded."""
 
     def bad(image: Path) -> bool:

@@ -10,9 +10,9 @@ import torch
 
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.engine import Engine, vocabulary
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
-from tinyllava_fast.infer.weights import check_weights, prepare_weights
+from tinyllava_fast.infer.weights import check_finite, check_weights, prepare_weights
 from tinyllava_fast.models.io import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,9 +52,11 @@ class Assistant:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
+        check_finite(lmm, vocabulary(tokenizer), str(path))
         prepare_weights(lmm, weights)
         template = TEMPLATES.get(lmm.config.template, "config.json: template")
         engine_options.setdefault("image_mode", lmm.config.image_mode)
+        engine_options.setdefault("source", path)
         if engine_options["image_mode"] == "anyres":
             engine_options.setdefault("image_grid", lmm.config.image_grid)
         return cls(Engine(lmm.eval(), tokenizer, processor, template, **engine_options))

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.decoder import PackedDecoder, Span
+from tinyllava_fast.infer.finish import UNREADABLE
 from tinyllava_fast.infer.images import ImageEncoder
 from tinyllava_fast.infer.pool import Spans
 from tinyllava_fast.infer.schedule import (
@@ -49,7 +50,8 @@ class Batch:
     """The sequences of one run on a pool.
 
     queue: groups, read lazily. handle(sequences, hidden [T, D], ends [R]) gets the hidden states of a pass and the row
-    of each sequence's last token; it appends tokens and sets ``finish`` where a sequence has ended.
+    of each sequence's last token; it appends tokens and sets ``finish`` where a sequence has ended. keep_going: a
+    sequence whose images cannot be read ends with UNREADABLE and ``why`` instead of ending the run with DataError.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class Batch:
         queue: Iterator[Group],
         handle: Handler,
         limits: Limits,
+        keep_going: bool = False,
     ) -> None:
         self.decoder = decoder
         self.images = images
         self.queue = queue
         self.handle = handle
         self.limits = limits
+        self.keep_going = keep_going
         self.running: list[Running] = []
         self._waiting: list[Group] = []
 
@@ -175,7 +179,12 @@ class Batch:
     @torch.inference_mode()
     def _prefill(self, groups: list[Group]) -> None:
         """Compute the K/V of all prompts of the groups and hand on the hidden states of what is not shared."""
-        features = self.images.encode(g.members[0].request for g in groups)
+        failed: dict[object, DataError] | None = {} if self.keep_going else None
+        features = self.images.encode((g.members[0].request for g in groups), failed)
+        if failed:
+            groups = _without_failed(groups, failed)
+            if not groups:
+                return
         shared = sorted((g for g in groups if g.prefix), key=lambda g: g.start)
         if shared:
             parts = [_shown(g.members[0], features, g.prefix)[0] for g in shared]
@@ -210,6 +219,19 @@ def _noticed_oom() -> Iterator[list[BaseException]]:
         seen.append(error.with_traceback(None))  # its frames hold the tensors of the failed pass
     if seen and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _without_failed(groups: list[Group], failed: dict[object, DataError]) -> list[Group]:
+    """The groups whose images could all be read; the sequences of the others have ended."""
+    whole = []
+    for group in groups:
+        error = next((failed[k] for i in group.members[0].request.images if (k := image_key(i)) in failed), None)
+        if error is None:
+            whole.append(group)
+            continue
+        for member in group.members:
+            member.finish, member.why = UNREADABLE, f"request {member.request.id!r}: {error.__cause__ or error}"
+    return whole
 
 
 def _shown(sequence: Running, features: dict[object, Tensor], cut: int) -> tuple[list[Tensor], list[Tensor]]:

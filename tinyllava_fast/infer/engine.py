@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.data.images import ImageMode
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.batch import Batch, Limits
 from tinyllava_fast.infer.decoder import PackedDecoder
+from tinyllava_fast.infer.finish import CONTEXT
 from tinyllava_fast.infer.images import ImageEncoder
 from tinyllava_fast.infer.pool import row_bytes
 from tinyllava_fast.infer.prompts import Prompts
-from tinyllava_fast.infer.sampling import next_tokens
+from tinyllava_fast.infer.sampling import all_finite, next_tokens
 from tinyllava_fast.infer.schedule import Running, group_requests
 from tinyllava_fast.infer.scoring import Collector, log_probabilities
 from tinyllava_fast.infer.types import Answer, Request, Scores
@@ -59,6 +61,7 @@ class Engine:
     prefill_tokens: most tokens of one prefill pass, which bounds activations (a single larger prompt still runs alone).
     lookahead: requests read ahead and grouped by image; those about one image should be no further apart.
     threads: image decoders. compile: the decode step; True, False, or None: when it pays (infer/step.py).
+    source: what the model is called in messages, its folder.
     UserError for a pool too small to hold anything.
     """
 
@@ -77,8 +80,10 @@ class Engine:
         lookahead: int = 256,
         threads: int = 2,
         compile: bool | None = None,
+        source: str | Path = "",
     ) -> None:
         self.lmm = lmm
+        self.source = str(source) or type(lmm.llm).__name__
         self.tokenizer = tokenizer
         self.processor = processor
         self.template = template
@@ -87,7 +92,7 @@ class Engine:
         config = lmm.llm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         self.eos = lmm.adapter.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
-        self.vocab = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.vocab = vocabulary(tokenizer)
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
         self.share_prefix = not _has_window(config)
         self._images = ImageEncoder(lmm, processor, mode=image_mode, grid=image_grid, threads=threads)
@@ -113,22 +118,41 @@ class Engine:
         """Bytes of the K/V pool."""
         return self._decoder.pool.nbytes
 
-    def run(self, requests: Iterable[Request], on_token: OnToken | None = None) -> Iterator[Answer]:
+    def run(
+        self, requests: Iterable[Request], on_token: OnToken | None = None, *, keep_going: bool = False
+    ) -> Iterator[Answer]:
         """Yield one answer per request as it finishes. The queue is read lazily, ``lookahead`` requests at a time.
 
         on_token: called with a request's id and the next piece of its text, whole characters only, as soon as it is
         certain; the pieces of a request add up to its answer's text.
         Raises UserError, naming the request, for image markers that do not match its images or a prompt that does not
-        fit the model's context or the pool, and DataError for an unreadable image. One run at a time per engine.
+        fit the model's context or the pool, and DataError for an unreadable image. keep_going: what is wrong with one
+        request costs that request alone: see Answer.finish. A prompt that the context has room for but the pool has not
+        still raises, and so does a model whose numbers are not finite (CheckpointError). One run at a time per engine.
         """
 
         def handle(sequences: list[Running], hidden: Tensor, ends: np.ndarray) -> None:
             self._generate(sequences, hidden, ends, on_token)
 
-        sequences = self._prompts.sequences(requests, streamed=on_token is not None)
-        for sequence in self._batch(sequences, handle).finished():
+        refused: list[Running] = []
+        refuse = refused.append if keep_going else None
+        sequences = self._prompts.sequences(requests, on_token is not None, refuse)
+        for sequence in self._batch(sequences, handle, keep_going).finished():
+            yield from self._drain(refused)
             self._count(sequence)
             yield self._answer(sequence)
+        yield from self._drain(refused)
+
+    def refusals(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """The empty answers of ``run`` with keep_going to prompts that cannot be put to the model, without running any.
+
+        Raises UserError for a prompt that does not fit the pool. Images are not decoded, so unreadable ones are found
+        here only where a prompt's length depends on their size.
+        """
+        refused: list[Running] = []
+        for _ in self._prompts.sequences(requests, refuse=refused.append):
+            yield from self._drain(refused)
+        yield from self._drain(refused)
 
     def answers(self, requests: Iterable[Request], on_token: OnToken | None = None) -> list[Answer]:
         """All answers, in the order of the requests. on_token: as for ``run``."""
@@ -166,11 +190,17 @@ class Engine:
                 self._count(sequence)
                 yield done
 
-    def _batch(self, sequences: Iterator[Running], handle: Any) -> Batch:
+    def _drain(self, refused: list[Running]) -> Iterator[Answer]:
+        while refused:
+            sequence = refused.pop(0)
+            self._count(sequence)
+            yield self._answer(sequence)
+
+    def _batch(self, sequences: Iterator[Running], handle: Any, keep_going: bool = False) -> Batch:
         queue = group_requests(
             sequences, window=self.lookahead, max_rows=self.batch_tokens // 2, share_prefix=self.share_prefix
         )
-        return Batch(self._decoder, self._images, queue, handle, self._limits)
+        return Batch(self._decoder, self._images, queue, handle, self._limits, keep_going)
 
     def _generate(self, sequences: list[Running], hidden: Tensor, ends: np.ndarray, on_token: OnToken | None) -> None:
         """Append one token to each sequence and note where it ends. hidden [T, D]; ends [R]: rows of last tokens."""
@@ -179,8 +209,10 @@ class Engine:
         chosen: list[int] = []
         for i in range(0, len(sequences), LOGIT_ROWS):
             # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
-            logits = self.lmm.logits(hidden[i : i + LOGIT_ROWS])[:, : self.vocab]  # [R, V]
+            rows = hidden[i : i + LOGIT_ROWS]
+            logits = self.lmm.logits(rows)[:, : self.vocab]  # [R, V]
             part = sequences[i : i + LOGIT_ROWS]
+            self._check_finite(part, rows, logits)
             chosen += next_tokens(logits, [s.request.sampling for s in part], [len(s.tokens) for s in part])
         self._counters.generated_tokens += len(sequences)
         for sequence, token in zip(sequences, chosen, strict=True):
@@ -193,8 +225,21 @@ class Engine:
         hidden = hidden[torch.from_numpy(rows).to(hidden.device)]
         targets = torch.tensor([t for s in sequences for t in s.scored], device=hidden.device)
         each, best = log_probabilities(self.lmm.logits, hidden, targets, rows=LOGIT_ROWS, vocab=self.vocab)
+        self._check_finite(sequences, hidden, each)
         counts = [len(s.scored) for s in sequences]
         return list(zip(each.split(counts), best.split(counts), strict=True))
+
+    def _check_finite(self, sequences: Sequence[Running], *numbers: Tensor) -> None:
+        """CheckpointError if some number is none, before any choice is made of them: a token, a score."""
+        if all(all_finite(some) for some in numbers):
+            return
+        dtype = str(self.lmm.dtype).removeprefix("torch.")
+        remedy = "; in float16 they may have overflowed: try dtype bfloat16" if dtype == "float16" else ""
+        names = ", ".join(repr(s.request.id) for s in sequences[:3]) + ", ..." * (len(sequences) > 3)
+        raise CheckpointError(
+            f"{self.source}: the model's numbers are not finite (nan or infinity) for request {names}: a weight is "
+            f"damaged or the training diverged; take an earlier checkpoint or copy the folder again{remedy}"
+        )
 
     def _count(self, sequence: Running) -> None:
         self._counters.requests += 1
@@ -208,12 +253,14 @@ class Engine:
             text = sequence.text.text
         else:
             text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+        finish = CONTEXT if sequence.cut and sequence.finish == "length" else sequence.finish
         return Answer(
             id=sequence.request.id,
             text=text,
             tokens=tokens,
-            finish=sequence.finish,
-            prompt_tokens=len(sequence.prompt),
+            finish=finish,
+            prompt_tokens=0 if sequence.why else len(sequence.prompt),
+            why=sequence.why,
         )
 
 
@@ -233,6 +280,11 @@ def _advance(sequence: Running, token: int) -> str:
         if text.stopped:
             sequence.finish = "stop"
     return piece
+
+
+def vocabulary(tokenizer: Any) -> int:
+    """How many rows of an embedding the tokenizer uses: its ids may have holes."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:

@@ -59,18 +59,30 @@ class ImageEncoder:
             self._rows[name] = count * count_inputs(size, self.grid, tile_size(self.processor))
         return self._rows[name]
 
-    def encode(self, requests: Iterable[Request]) -> dict[object, Tensor]:
-        """Features [rows, D] by image key. Raises DataError, naming the request, for an image that cannot be read."""
+    def encode(
+        self, requests: Iterable[Request], failed: dict[object, DataError] | None = None
+    ) -> dict[object, Tensor]:
+        """Features [rows, D] by image key. Raises DataError, naming the request, for an image that cannot be read.
+
+        failed: takes the errors of such images by their keys instead.
+        """
         wanted = {image_key(image): (image, request.id) for request in requests for image in request.images}
         self._kept = {k: v for k, v in self._kept.items() if k in wanted}
         missing = [(k, *v) for k, v in wanted.items() if k not in self._kept]
         parts = [missing[i : i + IMAGES_PER_PASS] for i in range(0, len(missing), IMAGES_PER_PASS)]
-        for part, (pixels, counts) in zip(parts, self._decoders.map(self._pixels, parts), strict=True):
+        for part, (pixels, counts, errors) in zip(parts, self._decoders.map(self._pixels, parts), strict=True):
+            if errors and failed is None:
+                raise next(iter(errors.values()))
+            if failed is not None:
+                failed.update(errors)
+            if not counts:
+                continue
             passes = pixels.to(self.lmm.device, self.lmm.dtype).split(IMAGES_PER_PASS)
             encoded = torch.cat([self.lmm.encode_images(some) for some in passes])  # [N, K, D]
             each = (features.flatten(0, 1) for features in encoded.split(counts))
-            self._kept.update({key: (image, one) for (key, image, _), one in zip(part, each, strict=True)})
-        self.encoded += len(missing)
+            read = ((key, image) for key, image, _ in part if key not in errors)
+            self._kept.update({key: (image, one) for (key, image), one in zip(read, each, strict=True)})
+            self.encoded += len(counts)
         return {key: features for key, (_, features) in self._kept.items()}
 
     def forget(self) -> None:
@@ -78,10 +90,18 @@ class ImageEncoder:
         self._kept.clear()
         self._rows.clear()
 
-    def _pixels(self, part: list[tuple[object, ImageLike, str]]) -> tuple[Tensor, list[int]]:
-        """[N, 3, H, W] and how many of the N inputs of the tower each image is; runs in a decoder thread."""
-        inputs = [self._inputs(image, request) for _, image, request in part]
-        return to_pixels([one for some in inputs for one in some], self.processor, self.mode), [len(i) for i in inputs]
+    def _pixels(self, part: list[tuple[object, ImageLike, str]]) -> tuple[Tensor, list[int], dict[object, DataError]]:
+        """[N, 3, H, W], how many of the N inputs of the tower each image is, and the errors of those that cannot be
+        read; runs in a decoder thread."""
+        inputs: list[list[Image.Image]] = []
+        errors: dict[object, DataError] = {}
+        for key, image, request in part:
+            try:
+                inputs.append(self._inputs(image, request))
+            except DataError as error:
+                errors[key] = error
+        pixels = to_pixels([one for some in inputs for one in some], self.processor, self.mode)
+        return pixels, [len(i) for i in inputs], errors
 
     def _inputs(self, image: ImageLike, request: str) -> list[Image.Image]:
         try:

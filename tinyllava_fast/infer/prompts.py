@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from typing import Any
 
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.fields import is_text, shown
+from tinyllava_fast.infer.finish import REFUSED, TOO_LONG, UNREADABLE
 from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
 from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import ImageLike, Message, Request
+
+Refuse = Callable[[Running], None]
+
+
+class TooLongError(UserError):
+    """A prompt that alone is longer than the model's context."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +39,66 @@ class Prompts:
     eos: frozenset[int]
     ahead: int
 
-    def sequences(self, requests: Iterable[Request], streamed: bool = False) -> Iterator[Running]:
+    def sequences(
+        self, requests: Iterable[Request], streamed: bool = False, refuse: Refuse | None = None
+    ) -> Iterator[Running]:
         """One sequence per request, in order, read lazily. streamed: text is needed while it is generated.
 
         Raises UserError naming the request for markers that do not match its images and for a prompt that does not fit,
-        DataError for an image whose size has to be known and cannot be read.
+        DataError for an image whose size has to be known and cannot be read. refuse: takes the sequences of such
+        requests, ``finish`` and ``why`` set, instead; a request whose prompt fits but not with all of its new tokens
+        then gets as many as fit. A prompt that fits the model but not the pool always raises.
         """
         source = iter(requests)
         while chunk := list(islice(source, self.ahead)):
-            for request, ids in zip(chunk, self._ids(chunk), strict=True):
-                sequence = self._sequence(request, ids)
-                sampling = request.sampling
-                self._check_fits(sequence, sampling.max_new_tokens, "lower max_new_tokens")
+            for request, ids in self._each(chunk, refuse):
+                try:
+                    sequence = self._fitting(request, ids, room=refuse is not None)
+                except UserError as error:
+                    if refuse is None:
+                        raise
+                    refuse(_refused(request, error))
+                    continue
+                self._check_pool(sequence, sequence.request.sampling.max_new_tokens)
+                sampling = sequence.request.sampling
                 sequence.ends = sampling.end_ids(self.eos)
                 if streamed or sampling.stop:
                     sequence.text = TextStream(self.tokenizer, sampling.stop_strings)
                 yield sequence
+
+    def _each(self, chunk: Sequence[Request], refuse: Refuse | None) -> Iterator[tuple[Request, list[int]]]:
+        """Requests and their ids, tokenised in one call; one by one where a request of the chunk is refused."""
+        try:
+            yield from zip(chunk, self._ids(chunk), strict=True)
+            return
+        except UserError:
+            if refuse is None:
+                raise
+        for request in chunk:
+            try:
+                (ids,) = self._ids([request])
+            except UserError as error:
+                refuse(_refused(request, error))
+            else:
+                yield request, ids
+
+    def _fitting(self, request: Request, ids: list[int], room: bool) -> Running:
+        """The sequence of a request, whose prompt and new tokens fit the context. room: fewer new tokens may do."""
+        sequence = self._sequence(request, ids)
+        wanted = request.sampling.max_new_tokens
+        if room and self.context is not None:
+            left = self.context - len(sequence.prompt)
+            if left < 1:
+                raise TooLongError(
+                    f"request {request.id!r}: {len(sequence.prompt)} prompt tokens leave no room for an answer in the "
+                    f"model's context of {self.context}; shorten the prompt"
+                )
+            if left < wanted:
+                sampling = replace(request.sampling, max_new_tokens=left)
+                sequence.request, sequence.cut = replace(request, sampling=sampling), True
+                return sequence
+        self._check_context(sequence, wanted, "lower max_new_tokens")
+        return sequence
 
     def scored(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[Running]:
         """One sequence per option of each question, in order, read lazily; errors as for ``sequences``.
@@ -68,7 +120,8 @@ class Prompts:
                             f"request {request.id!r}: option {option!r} is no token of its own; name another"
                         )
                     sequence = self._sequence(request, ids[:-1], scored=ids[first:])
-                    self._check_fits(sequence, 1, f"the option {option!r}")
+                    self._check_context(sequence, 1, f"the option {option!r}")
+                    self._check_pool(sequence, 1)
                     yield sequence
 
     def _option_ids(self, pairs: Sequence[tuple[Request, str]]) -> list[tuple[list[int], int]]:
@@ -101,16 +154,30 @@ class Prompts:
             raise DataError(f"request {request.id!r}: {error}") from error
         return Running(request, expand(ids, [rows[i] for i in shown]), shown, scored)
 
-    def _check_fits(self, sequence: Running, new: int, remedy: str) -> None:
-        request, length = sequence.request, len(sequence.prompt)
-        needs = f"request {request.id!r}: {length} prompt tokens and {new} new ones"
+    def _check_context(self, sequence: Running, new: int, remedy: str) -> None:
+        length = len(sequence.prompt)
         if self.context is not None and length + new > self.context:
-            raise UserError(f"{needs} exceed the model's context of {self.context}; shorten the prompt or {remedy}")
-        if length + new > self.most:
             raise UserError(
-                f"{needs} exceed the K/V pool; raise it to {length + new} or more "
+                f"{_needs(sequence, new)} exceed the model's context of {self.context}; shorten the prompt or {remedy}"
+            )
+
+    def _check_pool(self, sequence: Running, new: int) -> None:
+        needed = len(sequence.prompt) + new
+        if needed > self.most:
+            raise UserError(
+                f"{_needs(sequence, new)} exceed the K/V pool; raise it to {needed} or more "
                 "tokens (batch_tokens or kv_cache_bytes)"
             )
+
+
+def _needs(sequence: Running, new: int) -> str:
+    return f"request {sequence.request.id!r}: {len(sequence.prompt)} prompt tokens and {new} new ones"
+
+
+def _refused(request: Request, error: UserError) -> Running:
+    """The ended sequence of a request that cannot be put to the model."""
+    kinds: dict[type[UserError], str] = {TooLongError: TOO_LONG, DataError: UNREADABLE}
+    return Running(request, [], finish=kinds.get(type(error), REFUSED), why=str(error))
 
 
 def expand(ids: list[int], rows: int | Sequence[int]) -> list[int]:
@@ -128,6 +195,9 @@ def expand(ids: list[int], rows: int | Sequence[int]) -> list[int]:
 
 def _conversation(request: Request) -> list[Message]:
     messages = request.conversation()
+    for m in messages[:-1]:
+        if not isinstance(m["value"], str) or not is_text(m["value"]):
+            raise UserError(f"request {request.id!r}: {shown(m['value'])} is no text that a tokenizer takes; mend it")
     markers = sum(str(m["value"]).count(IMAGE_TOKEN) for m in messages)
     if markers and not request.images:
         raise UserError(f"request {request.id!r}: its text holds {IMAGE_TOKEN} but it has no image; give it one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tinyllava_fast.infer.types import Sampling
@@ -24,6 +25,11 @@ def next_tokens(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[
         if sampling.temperature > 0:
             chosen[row] = draw(logits[row], sampling, place)
     return chosen
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number [...] is nan or infinite. One sum tells; only if that overflows is every number looked at."""
+    return bool(numbers.sum(dtype=torch.float32).isfinite()) or bool(numbers.isfinite().all())
 
 
 def draw(logits: Tensor, sampling: Sampling, place: int) -> int:

@@ -38,6 +38,8 @@ class Running:
     reserved: int = 0  # own rows held
     tokens: list[int] = field(default_factory=list)
     finish: str = ""  # why it has ended; "" while it has not
+    why: str = ""  # what is wrong with a request that cannot be put to the model
+    cut: bool = False  # its request wanted more new tokens than the model's context has room for
     ends: frozenset[int] = frozenset()  # tokens that end it
     text: TextStream | None = None  # where text is needed before the end
     result: Any = None  # of a scored sequence

@@ -22,7 +22,8 @@ def log_probabilities(
     """(log p [N] float32, greedy [N] bool) of each target token, ``rows`` at a time.
 
     hidden: [N, D] of the position before each. targets: [N] int64. The probabilities are those the model was trained
-    with, over all V rows of its head; greedy: whether the target is the likeliest of the ``vocab`` ever chosen.
+    with, over all V rows of its head, so that a logit which is no number makes its row's log p none; greedy: whether
+    the target is the likeliest of the ``vocab`` ever chosen.
     """
     each, best = [], []
     for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):

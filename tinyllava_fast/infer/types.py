@@ -119,9 +119,15 @@ class Answer:
     tokens: list[int]
     """Generated ids; the end-of-sequence token, if reached, is the last."""
     finish: str
-    """"eos", "stop" (one of the stop texts) or "length"."""
+    """"eos", "stop" (one of the stop texts) or "length".
+
+    Of an engine that keeps going also those of infer/finish.py: CONTEXT, and TOO_LONG, UNREADABLE or REFUSED with an
+    empty answer to a request that could not be put to the model.
+    """
     prompt_tokens: int
-    """Length of the prompt, image tokens included."""
+    """Length of the prompt, image tokens included; 0 if it was not put to the model."""
+    why: str = ""
+    """What was wrong with a request that could not be put to the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.errors import CheckpointError, UserError, nearest
 from tinyllava_fast.infer.block import DecodeLayer, takes
 from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.infer.sampling import all_finite
 from tinyllava_fast.infer.tower import prepare_tower
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops import decode_linear
@@ -29,6 +30,21 @@ def check_weights(weights: str | None) -> None:
     """Raise UserError for an unknown storage of weights; None is dense, in the model's dtype."""
     if weights is not None and weights not in WEIGHTS:
         raise UserError(f"unknown weights {weights!r}; {nearest(weights, WEIGHTS)}")
+
+
+def check_finite(lmm: LMM, vocab: int, source: str) -> None:
+    """CheckpointError, naming the model ``source`` and the tensor, for a weight that is nan or infinite.
+
+    A softmax can hide one from the logits. vocab: rows of the embedding and the projection beyond it are padding, which
+    was never trained and is never used.
+    """
+    padded = {id(t) for t in (lmm.adapter.embedding(lmm.llm).weight, lmm.adapter.head(lmm.llm)[0])}
+    for name, weight in lmm.named_parameters():
+        if not all_finite(weight.detach()[:vocab] if id(weight) in padded else weight.detach()):
+            raise CheckpointError(
+                f"{source}: the weight {name} is not finite (nan or infinity): the file is damaged or the training "
+                "diverged; take an earlier checkpoint or copy the folder again"
+            )
 
 
 def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
