@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.data import families
 from tinyllava_fast.data.templates import _pieces
@@ -65,3 +67,29 @@ def test_what_can_be_lost_without_harm():
     text = "a \t\n\u200d\ufeff\u0301\u00adb"
     assert Offsets([(0, 1), (len(text) - 1, len(text))]).lost(text, 0, len(text)) == ""
     assert Offsets([(0, 1)]).lost("a,猫,+", 0, 5) == ",猫+"
+
+
+def wrapped(model, normalizer=None, **names):
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize(
+    "model", [models.WordLevel({"red": 0, "</s>": 1}), models.WordLevel({}), models.Unigram([("a", -1.0)])]
+)
+@pytest.mark.parametrize("name", ["llama", "pretrain"])
+def test_a_tokenizer_without_an_unknown_token(model, name):
+    tok = wrapped(model, eos_token="</s>")
+    with pytest.raises(DataError, match=r"cannot encode a text: .*or that has an unknown token"):
+        TEMPLATES.get(name).encode([[("<image>", "blue")]], tok)
+
+
+def test_an_end_token_that_a_normalizer_makes_of_an_answer():
+    words = {"<unk>": 0, "well": 1, "yes": 2}
+    tok = wrapped(models.WordLevel(words, unk_token="<unk>"), normalizers.Lowercase(), unk_token="<unk>")
+    tok.backend_tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=True)])
+    with pytest.raises(DataError, match="would not end in one end token"):
+        TEMPLATES.get("llama").encode([[("what?", "well </S> yes")]], tok)

@@ -96,3 +96,11 @@ def test_the_largest_id():
     tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama_spm")
     token, largest = largest_id(tokenizer)
     assert largest == len(tokenizer) - 1 and tokenizer.convert_ids_to_tokens(largest) == token
+
+
+def test_a_tokenizer_that_draws_its_tokens(tmp_path):
+    values = json.loads((GOLDEN / "tokenizers" / "phi_bytebpe" / "tokenizer.json").read_text(encoding="utf-8"))
+    values["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"dropout is 0\.1.* in its tokenizer.json.*set model.dropout to null"):
+        load_tokenizer(tmp_path)

@@ -51,6 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
             f"tokens, so answers could not be found in a prompt; {_ADVICE}"
         )
     backend = tokenizer.backend_tokenizer
+    _check_certain(path, backend.model)
     if not isinstance(backend.model, models.BPE):
         return tokenizer
     legacy = _settings(folder).get("legacy", tokenizer.init_kwargs.get("legacy"))
@@ -65,8 +66,13 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def largest_id(tokenizer: Any) -> tuple[str, int]:
-    """Return the token of the largest id, and that id. It may be more than the number of tokens: ids can have holes."""
+    """Return the token of the largest id, and that id. It may be more than the number of tokens: ids can have holes.
+
+    UserError if the tokenizer has no token at all.
+    """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if not vocabulary:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no tokens; give another one")
     return max(vocabulary.items(), key=lambda item: item[1])
 
 
@@ -76,6 +82,16 @@ def _check_path(path: str, folder: Path) -> None:
         raise UserError(f"tokenizer {path!r} is a file; give its folder, {str(folder.parent)!r}")
     if not path or not (folder.is_dir() or _HUB_ID.fullmatch(path)):
         raise UserError(f"tokenizer {path!r}: no such folder (looked for {str(folder.absolute())!r}); {_ADVICE}")
+
+
+def _check_certain(path: str | Path, model: Any) -> None:
+    """Raise UserError for a tokenizer that draws its tokens: processes would disagree on the length of a sample."""
+    for name in ("dropout", "alpha"):
+        if value := getattr(model, name, None):
+            raise UserError(
+                f"tokenizer {str(path)!r}: {name} is {value} in its tokenizer.json, so it gives other tokens for the "
+                f"same text each time; set model.{name} to null there"
+            )
 
 
 def _found(folder: Path) -> str:

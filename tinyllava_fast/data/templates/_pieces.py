@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from operator import gt
 from typing import Any
@@ -25,7 +26,7 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> dict[str, Encoding]:
 
     One parallel call. The offsets are of the text as it is given, and a token that holds a space covers it: the
     tokenizer's post-processor, which would leave it out where ``trim_offsets`` is set, does not run.
-    DataError for text that is half of a surrogate pair.
+    DataError for text that holds half of a surrogate pair, or that this tokenizer cannot encode.
     """
     distinct = list(dict.fromkeys(pieces))
     for piece in distinct:
@@ -36,7 +37,8 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> dict[str, Encoding]:
         post_processor = backend.post_processor
         backend.post_processor = None
         try:
-            return dict(zip(distinct, backend.encode_batch(distinct, add_special_tokens=False), strict=True))
+            with named_errors(tokenizer):
+                return dict(zip(distinct, backend.encode_batch(distinct, add_special_tokens=False), strict=True))
         finally:
             backend.post_processor = post_processor
 
@@ -45,11 +47,24 @@ def added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer puts before and behind every text. UserError if that cannot be told."""
     backend = _untrimmed(tokenizer)
     for probe in _PROBES:
-        whole = backend.encode(probe)
+        with named_errors(tokenizer):
+            whole = backend.encode(probe)
         own = [at for at, is_added in enumerate(whole.special_tokens_mask) if not is_added]
         if own:
             return whole.ids[: own[0]], whole.ids[own[-1] + 1 :]
     raise UserError(f"the tokenizer {tokenizer.name_or_path!r} makes no token of any of {_PROBES}; choose another one")
+
+
+@contextmanager
+def named_errors(tokenizer: Any) -> Iterator[None]:
+    """What a tokenizer says of a text, as a DataError: one without an unknown token raises a bare Exception."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} cannot encode a text: {error}; choose a tokenizer that knows "
+            "every character, or that has an unknown token"
+        ) from error
 
 
 class Offsets:

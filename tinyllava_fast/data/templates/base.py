@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 from tokenizers import Encoding
 
-from tinyllava_fast.data.templates._pieces import Offsets, added_ids, encode_pieces
+from tinyllava_fast.data.templates._pieces import Offsets, added_ids, encode_pieces, named_errors
 from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import shown
@@ -244,7 +244,8 @@ class Template:
     def stop_id(self, tokenizer: Any) -> int:
         """Id of the token that ends an answer. UserError if this tokenizer has no such token."""
         end = self.eos or tokenizer.eos_token or ""
-        ids = tokenizer.encode(end, add_special_tokens=False)
+        with named_errors(tokenizer):
+            ids = tokenizer.encode(end, add_special_tokens=False)
         unknown = ids == [tokenizer.unk_token_id] and end != tokenizer.unk_token
         if len(ids) != 1 or unknown:
             found = "unknown to" if unknown else f"{len(ids)} tokens of"
@@ -304,22 +305,25 @@ class Template:
     def _check_answers(self, unit: _Unit, item: Rendered, encoded: _Encoded, end: int | None) -> None:
         """Raise DataError if something of an answer would not be learnt: some of its characters, or its end token."""
         for number, (start, stop) in enumerate(item.spans):
-            text = item.text[start:stop].strip().removesuffix(self.eos)
-            name = f"answer {unit.first + number} ({shown(text)})"
-            if lost := encoded.lost.get(number):
+            text, lost = item.text[start:stop], encoded.lost.get(number)
+            if lost:
                 raise DataError(
-                    f"{name}: the tokenizer makes no token of {lost!r}, which would not be learnt; remove it, or use "
-                    "a tokenizer that knows it"
+                    f"{self._answer(unit, number, text)}: the tokenizer makes no token of {lost!r}, which would not be "
+                    "learnt; remove it, or use a tokenizer that knows it"
                 )
             if end is None:
                 continue
             learnt = encoded.learnt(number)
-            wanted = item.text[start:stop].count(self.eos) if self.eos else 1
+            wanted = text.count(self.eos) if self.eos else 1
             if learnt[-1:] != [end] or learnt.count(end) != wanted:
                 raise DataError(
-                    f"{name}: with this tokenizer it would not end in one end token (id {end}); make the end token a "
-                    "special token of the tokenizer, or choose another data.template"
+                    f"{self._answer(unit, number, text)}: with this tokenizer it would not end in one end token "
+                    f"(id {end}); make the end token a special token of the tokenizer, or choose another data.template"
                 )
+
+    def _answer(self, unit: _Unit, number: int, text: str) -> str:
+        """How an error names an answer."""
+        return f"answer {unit.first + number} ({shown(text.strip().removesuffix(self.eos))})"
 
 
 def _numbered(segment: Segment, images: tuple[int, ...]) -> Segment:
