@@ -184,3 +184,15 @@ def test_a_token_across_prompt_and_answer_is_warned_of(caplog):
         caplog.clear()
         TEMPLATES.get("llama").check(families.tokenizer(("bpe", pre, "none", "none")))
         assert ("joins the end of a prompt and the beginning of its answer" in caplog.text) == joined
+
+
+def test_a_record_that_loses_characters_is_named(make, talk, processor):
+    from tinyllava_fast.config.schema import BatchConfig, DataConfig
+    from tinyllava_fast.data.dataset import build_dataset
+
+    path = make([talk("q", "a"), talk("q", "a 猫", id="bad")]).data.records  # the golden tokenizer takes both
+    tok = families.tokenizer(("bpe_without_unk", "whitespace", "none", "none"))
+    with pytest.raises(DataError, match=r"data.json: record 1 \(id 'bad', line 1\): .* answer 0 \('a 猫'\): .* '猫'"):
+        build_dataset(
+            DataConfig(records=path), BatchConfig(), tokenizer=tok, processor=processor, tokens_per_image=4, seed=0
+        )
