@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllava_fast.data.tokenizer import has_tokenizer, load_tokenizer
+from tinyllava_fast.data.tokenizer import has_tokenizer, largest_id, load_tokenizer
 from tinyllava_fast.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -49,6 +49,58 @@ def test_without_tokenizer_json(tmp_path):
     assert tokenizer("hello").input_ids == row["input_ids"][row["texts"].index("hello")]
 
 
-def test_nothing_to_load(tmp_path):
-    with pytest.raises(UserError, match=r"(?s)cannot be loaded: .*give a folder with tokenizer.json"):
+@pytest.mark.parametrize(
+    "path", ["data/easy_vqa/tokenizer", "./nope", "/nope/x", "~/nope", "a\\b", "nope/", "a//b", ""]
+)
+def test_what_is_no_folder_and_no_hub_id(path):
+    with pytest.raises(UserError, match=r"no such folder \(looked for '/.*give a folder with tokenizer.json"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "the folder is empty: .*give a folder with tokenizer.json"),
+        ({"config.json": "{}", "model.safetensors": ""}, "the folder holds no tokenizer, only config.json, model.safe"),
+        ({"tokenizer.json": "{"}, "cannot be loaded: .*line 1 column 2"),
+        ({"tokenizer.json": '{"model": {"type": "BPE"}}'}, "cannot be loaded: KeyError: 'added_tokens'"),
+        ({"tokenizer.json": "[]"}, "cannot be loaded: "),
+        ({"tokenizer.json": "\xff\xfe"}, "cannot be loaded: "),
+        ({"vocab.json": '{"a": 0}', "tokenizer_config.json": "[1]"}, "cannot be loaded: "),
+        ({"vocab.json": "[]", "merges.txt": ""}, "cannot be loaded: "),
+        (
+            {"tokenizer.model": "junk", "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+            "cannot be loaded",
+        ),
+        (
+            {"vocab.json": "{}", "tokenizer_config.json": '{"tokenizer_class": "ByT5Tokenizer"}'},
+            "is a ByT5Tokenizer, which",
+        ),
+    ],
+)
+def test_folders_that_hold_no_tokenizer(files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_is_not_its_folder(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=f"is a file; give its folder, '{tmp_path}'"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_the_largest_id():
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama_spm")
+    token, largest = largest_id(tokenizer)
+    assert largest == len(tokenizer) - 1 and tokenizer.convert_ids_to_tokens(largest) == token
+
+
+def test_a_tokenizer_that_draws_its_tokens(tmp_path):
+    values = json.loads((GOLDEN / "tokenizers" / "phi_bytebpe" / "tokenizer.json").read_text(encoding="utf-8"))
+    values["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"dropout is 0\.1.* in its tokenizer.json.*set model.dropout to null"):
         load_tokenizer(tmp_path)

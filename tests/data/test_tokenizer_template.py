@@ -206,6 +206,15 @@ def test_a_template_that_alters_earlier_turns():
         ("{{ raise_exception('only one turn') }}", TURNS, "refuses the conversation: only one turn"),
         ("{% for m in messages %}{{ m.content", TURNS, "refuses the conversation: .*expected"),
         ("{{ messages.__class__.__mro__ }}", TURNS, "refuses the conversation: .*unsafe"),
+        (
+            "{% for i in range(10 ** 9) %}{% endfor %}",
+            TURNS,
+            "template of tokenizer .* refuses the conversation: .*too big",
+        ),
+        ("{{ 1 / 0 }}", TURNS, "refuses the conversation: division by zero"),
+        ("{{ messages[0].nothing.at.all }}", TURNS, "refuses the conversation: .*no attribute 'nothing'"),
+        ("{{ messages[0]['content'] + 1 }}", TURNS, "refuses the conversation: .*str"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", TURNS, "refuses the conversation: maximum recursion depth"),
     ],
 )
 def test_unusable_templates_say_why(source, turns, message):

@@ -97,8 +97,25 @@ def test_vocabulary_comes_from_the_tokenizer(tmp_path: Path, tiny: Callable) -> 
     lmm = build_model(config)
     assert lmm.vocab_size == 23 == len(build_tokenizer(config))
     check_vocabulary(lmm, build_tokenizer(config))
-    with pytest.raises(UserError, match="23 tokens, the language model only 11 embeddings"):
+    with pytest.raises(UserError, match=r"largest id .* is 22, of 'w22', but .* only 11 embeddings, for ids 0 to 10"):
         check_vocabulary(build_model(tiny(llm={"vocab_size": 11})), build_tokenizer(config))
+
+
+def test_ids_with_holes(tmp_path: Path, tiny: Callable) -> None:
+    """Not the number of tokens counts, but the largest id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"w0": 0, "w1": 1, "<box>": 40}, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path)
+    values = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"model_type": "llama"}
+    config = ModelConfig(llm=LLMConfig(config=values, tokenizer=str(tmp_path)), vision=VisionConfig(config=IMAGE))
+    tokenizer = build_tokenizer(config)
+    assert len(tokenizer) == 3 and build_model(config).vocab_size == 41
+    for rows in (41, 64):
+        check_vocabulary(build_model(tiny(llm={"vocab_size": rows})), tokenizer)
+    with pytest.raises(UserError, match=r"is 40, of '<box>', .* 40 embeddings, .*vocab_size to 41 "):
+        check_vocabulary(build_model(tiny(llm={"vocab_size": 40})), tokenizer)
 
 
 def test_image_processor_defaults() -> None:

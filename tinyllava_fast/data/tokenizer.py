@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ _WORD_START = "\u2581"  # SentencePiece's visible space
 
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_ADVICE = "give a folder with tokenizer.json, tokenizer.model, or vocab.json and merges.txt, or a hub id"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -27,20 +30,28 @@ def load_tokenizer(path: str | Path) -> Any:
     SentencePiece folders of the Llama kind get the rule of the slow tokenizer they stand for. ``legacy: false``: one
     word-start mark before the text of a call, none after a special token inside it; their tokenizer.json says
     otherwise, and transformers' own LlamaTokenizer leaves the mark out when the text begins with a space.
-    ``legacy: true``, the default of old: a mark before every piece. UserError if nothing can be loaded.
+    ``legacy: true``, the default of old: a mark before every piece. UserError if nothing can be loaded, at once where
+    the path cannot be a hub id.
     """
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(path)
+    _check_path(str(path), folder)
     whole = (folder / "tokenizer.json").is_file()
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if whole else _from_parts(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Whatever is wrong with a file: tokenizers raises a bare Exception, others KeyErrors.
+        what = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
         raise UserError(
-            f"tokenizer {str(path)!r} cannot be loaded: {error}; give a folder with tokenizer.json, tokenizer.model, "
-            "vocab.json and merges.txt, or a hub id"
+            f"tokenizer {str(path)!r} cannot be loaded: {_found(folder)}{' '.join(what.split()).rstrip('.')}; {_ADVICE}"
         ) from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(
+            f"tokenizer {str(path)!r} is a {type(tokenizer).__name__}, which says nothing about the characters of its "
+            f"tokens, so answers could not be found in a prompt; {_ADVICE}"
+        )
     backend = tokenizer.backend_tokenizer
+    _check_certain(path, backend.model)
     if not isinstance(backend.model, models.BPE):
         return tokenizer
     legacy = _settings(folder).get("legacy", tokenizer.init_kwargs.get("legacy"))
@@ -52,6 +63,45 @@ def load_tokenizer(path: str | Path) -> Any:
         )
         backend.pre_tokenizer = None
     return tokenizer
+
+
+def largest_id(tokenizer: Any) -> tuple[str, int]:
+    """Return the token of the largest id, and that id. It may be more than the number of tokens: ids can have holes.
+
+    UserError if the tokenizer has no token at all.
+    """
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if not vocabulary:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no tokens; give another one")
+    return max(vocabulary.items(), key=lambda item: item[1])
+
+
+def _check_path(path: str, folder: Path) -> None:
+    """Raise UserError for what is neither a folder nor a name that the hub could know."""
+    if folder.is_file():
+        raise UserError(f"tokenizer {path!r} is a file; give its folder, {str(folder.parent)!r}")
+    if not path or not (folder.is_dir() or _HUB_ID.fullmatch(path)):
+        raise UserError(f"tokenizer {path!r}: no such folder (looked for {str(folder.absolute())!r}); {_ADVICE}")
+
+
+def _check_certain(path: str | Path, model: Any) -> None:
+    """Raise UserError for a tokenizer that draws its tokens: processes would disagree on the length of a sample."""
+    for name in ("dropout", "alpha"):
+        if value := getattr(model, name, None):
+            raise UserError(
+                f"tokenizer {str(path)!r}: {name} is {value} in its tokenizer.json, so it gives other tokens for the "
+                f"same text each time; set model.{name} to null there"
+            )
+
+
+def _found(folder: Path) -> str:
+    """What an error says first about the place: that no folder is there, or what a folder without a tokenizer holds."""
+    if not folder.is_dir():
+        return "no such folder, and as a hub id: "
+    if has_tokenizer(folder):
+        return ""
+    names = sorted(item.name for item in folder.iterdir())
+    return f"the folder holds no tokenizer, only {', '.join(names[:8])}: " if names else "the folder is empty: "
 
 
 def _from_parts(path: str | Path) -> Any:
@@ -71,7 +121,7 @@ def _from_parts(path: str | Path) -> Any:
 def _settings(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.engine import Engine, vocabulary
+from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
 from tinyllava_fast.infer.weights import check_finite, check_weights, prepare_weights
 from tinyllava_fast.models.io import load_model
@@ -52,7 +53,7 @@ class Assistant:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
-        check_finite(lmm, vocabulary(tokenizer), str(path))
+        check_finite(lmm, largest_id(tokenizer)[1] + 1, str(path))
         prepare_weights(lmm, weights)
         template = TEMPLATES.get(lmm.config.template, "config.json: template")
         engine_options.setdefault("image_mode", lmm.config.image_mode)

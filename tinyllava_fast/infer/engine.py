@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.data.images import ImageMode
+from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.batch import Batch, Limits
 from tinyllava_fast.infer.decoder import PackedDecoder
@@ -31,6 +32,7 @@ from tinyllava_fast.infer.sampling import all_finite, next_tokens
 from tinyllava_fast.infer.schedule import Running, group_requests
 from tinyllava_fast.infer.scoring import Collector, log_probabilities
 from tinyllava_fast.infer.types import Answer, Request, Scores
+from tinyllava_fast.models.build import check_vocabulary
 
 LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
 BATCH_TOKENS = 16384
@@ -62,7 +64,7 @@ class Engine:
     lookahead: requests read ahead and grouped by image; those about one image should be no further apart.
     threads: image decoders. compile: the decode step; True, False, or None: when it pays (infer/step.py).
     source: what the model is called in messages, its folder.
-    UserError for a pool too small to hold anything.
+    UserError for a pool too small to hold anything, and for a tokenizer with ids that the model has no embedding for.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ class Engine:
         config = lmm.llm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         self.eos = lmm.adapter.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
-        self.vocab = vocabulary(tokenizer)
+        check_vocabulary(lmm, tokenizer)
+        self.vocab = largest_id(tokenizer)[1] + 1
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
         self.share_prefix = not _has_window(config)
         self._images = ImageEncoder(lmm, processor, mode=image_mode, grid=image_grid, threads=threads)
@@ -280,11 +283,6 @@ def _advance(sequence: Running, token: int) -> str:
         if text.stopped:
             sequence.finish = "stop"
     return piece
-
-
-def vocabulary(tokenizer: Any) -> int:
-    """How many rows of an embedding the tokenizer uses: its ids may have holes."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:

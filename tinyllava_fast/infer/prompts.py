@@ -131,7 +131,8 @@ class Prompts:
         end = self.template.stop_id(self.tokenizer)
         found = []
         for segments in self.template.encode(conversations, self.tokenizer, interleaved=flags):
-            ids, (start, stop) = segments[0].ids, segments[0].spans[-1]
+            ids, spans = segments[0].ids, segments[0].spans
+            start, stop = spans[-1] if spans else (len(ids), len(ids))
             while stop > start and ids[stop - 1] == end:
                 stop -= 1
             found.append((ids[:stop], start))

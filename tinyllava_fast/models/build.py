@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.images import pixel_shape
+from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
@@ -96,10 +97,12 @@ def _pixels(processor: Any) -> str:
 
 def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if the tokenizer makes ids that the model has no embedding for."""
-    if len(tokenizer) > lmm.vocab_size:
+    token, largest = largest_id(tokenizer)
+    if largest >= lmm.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the language model only {lmm.vocab_size} embeddings: "
-            "give model.llm.tokenizer the tokenizer of that model, or set model.llm.config.vocab_size"
+            f"the largest id of the tokenizer is {largest}, of {token!r}, but the language model has only "
+            f"{lmm.vocab_size} embeddings, for ids 0 to {lmm.vocab_size - 1}: give model.llm.tokenizer the tokenizer "
+            f"of that model, remove the token, or set model.llm.config.vocab_size to {largest + 1} or more"
         )
 
 
@@ -116,7 +119,7 @@ def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAda
             "model.llm: give path (pretrained) or config (random weights), e.g. config: {model_type: llama}"
         )
     if "vocab_size" not in values and config.tokenizer is not None:
-        values["vocab_size"] = len(_tokenizer(config))
+        values["vocab_size"] = largest_id(_tokenizer(config))[1] + 1
     return adapter, adapter.from_config(values, seed=seed, where="model.llm")
 
 

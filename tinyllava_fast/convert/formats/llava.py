@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats.llava_processor import build_processor
 from tinyllava_fast.convert.formats.towers import completed, resized_positions
+from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.lmm import LMM
@@ -147,7 +148,7 @@ def _set_generation(llava: Any, model: Model, image_token: int, rows: int) -> No
 
     template = TEMPLATES.get(model.lmm.config.template, "template")
     ends = {template.stop_id(model.tokenizer), *model.lmm.adapter.stop_ids(model.lmm.llm)}
-    known = max(len(model.tokenizer), max(model.tokenizer.get_vocab().values()) + 1)
+    known = largest_id(model.tokenizer)[1] + 1
     generation = llava.generation_config
     generation.eos_token_id = sorted(ends)
     generation.bos_token_id = model.tokenizer.bos_token_id

@@ -1,8 +1,9 @@
 """Chat templates: messages to token ids, with the positions that carry a label.
 
 A prompt is cut at ``<image>`` and every piece is tokenised by a call of its own, as the reference does, so the text
-after an image has the same ids whatever came before it. Which tokens are supervised follows from character offsets:
-those that reach into the space before an answer, the answer, or the end-of-answer string.
+after an image has the same ids whatever came before it. Of the tokens that a tokenizer adds to every text, a prompt has
+those that stand before it, once; an end token comes from the template alone. Which tokens are supervised follows from
+character offsets: those that reach into the space before an answer, the answer, or the end-of-answer string.
 
 A template is one file in this folder; the registry finds it.
 """
@@ -15,8 +16,11 @@ from typing import Any, Literal, cast
 
 from tokenizers import Encoding
 
+from tinyllava_fast.data.templates._pieces import Offsets, added_ids, encode_pieces, named_errors
 from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.fields import shown
+from tinyllava_fast.log import log
 from tinyllava_fast.registry import Registry
 
 Message = Mapping[str, Any]  # {"from": "human" | "gpt", "value": str | None}
@@ -80,6 +84,8 @@ class _Unit:
     turns: Turns
     interleaved: bool = False
     images: tuple[int, ...] = ()
+    first: int = 0
+    """Number of its first turn in the conversation."""
 
 
 def turns_of(conversation: Conversation) -> list[tuple[str, str | None]]:
@@ -110,7 +116,7 @@ class Template:
     needs_image: bool = False
     """Every sample gets an image slot, whether its question names one or not."""
     adds_special_tokens: bool = True
-    """The tokenizer adds its BOS; False: the rendered text carries its own."""
+    """A prompt begins with what the tokenizer puts before a text, its BOS; False: the rendered text carries its own."""
 
     def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
         """Prompt text of the turns; an answer of None ends the text where the model continues.
@@ -133,11 +139,25 @@ class Template:
         return Rendered(text, spans)
 
     def check(self, tokenizer: Any, masks: MaskMode = "offsets") -> None:
-        """UserError if the template cannot be used with this tokenizer or these masks."""
+        """UserError if the template cannot be used with this tokenizer or these masks; a warning if not quite."""
         if masks == "reference" and self.reference_masks == "none":
             raise UserError("data.masks: reference has no masks for this template; set data.masks=offsets")
+        front, end = added_ids(tokenizer)
+        if masks == "reference" and (end or front not in ([], [tokenizer.bos_token_id])):
+            names = tokenizer.convert_ids_to_tokens(front + end)
+            raise UserError(
+                f"data.masks: reference counts on a tokenizer that adds nothing but its BOS to a text; this one adds "
+                f"{', '.join(map(repr, names))}; set data.masks=offsets"
+            )
         if self.eos:
             self.stop_id(tokenizer)
+        if joined := self._joined(tokenizer):
+            log.warning(
+                "data.template: the tokenizer joins the end of a prompt and the beginning of its answer to one token, "
+                "%r, which a prompt alone does not end in, so answers will be worse than the loss says; use a "
+                "tokenizer that splits text at white space",
+                joined,
+            )
 
     def problem(self, turns: Turns, has_image: bool, listed: int | None = None) -> str | None:
         """What makes these turns unusable with this template, as a sentence; None if nothing does.
@@ -174,14 +194,23 @@ class Template:
         it, those of earlier turns at its front; several turns that begin with the same images become a prefix segment
         and one segment a turn that shares it, each with exactly the tokens of the single-turn sample.
         interleaved: for each conversation whether its images are a list (see ``render``); None: none of them is.
-        DataError for messages that do not pair up or that the template cannot show.
+        DataError for messages that do not pair up or that the template cannot show, and with masks "offsets" for an
+        answer that the tokenizer loses characters of, or that does not end in the one end token.
         """
         flags = interleaved if interleaved is not None else [False] * len(conversations)
         samples = [self._units(turns_of(c), turns, flag) for c, flag in zip(conversations, flags, strict=True)]
         units = [unit for sample in samples for unit in sample]
         rendered = [self.render(unit.turns, tokenizer, unit.interleaved) for unit in units]
-        encoded = iter(self._encode_rendered(rendered, tokenizer, masks))
-        return [_share([_numbered(next(encoded), unit.images) for unit in sample]) for sample in samples]
+        encoded = self._encode_rendered(rendered, tokenizer)
+        if masks == "reference":
+            segments = [self._as_reference(*pair, tokenizer) for pair in zip(rendered, encoded, strict=True)]
+        else:
+            end = self.end_id(tokenizer)
+            for unit, item, one in zip(units, rendered, encoded, strict=True):
+                self._check_answers(unit, item, one, end)
+            segments = [one.segment for one in encoded]
+        each = iter(segments)
+        return [_share([_numbered(next(each), unit.images) for unit in sample]) for sample in samples]
 
     def prompt_batch(
         self, conversations: Sequence[Conversation], tokenizer: Any, interleaved: Sequence[bool] | None = None
@@ -191,9 +220,10 @@ class Template:
         pairs = zip(conversations, flags, strict=True)
         rendered = [self.render(turns_of(c), tokenizer, flag) for c, flag in pairs]
         prompts = []
-        for segment in self._encode_rendered(rendered, tokenizer, "offsets"):
-            cut = max((i + 1 for i, token in enumerate(segment.ids) if token == IMAGE_INDEX), default=0)
-            prompts.append(Prompt(segment.ids[:cut], segment.ids[cut:]))
+        for encoded in self._encode_rendered(rendered, tokenizer):
+            ids = encoded.segment.ids
+            cut = max((i + 1 for i, token in enumerate(ids) if token == IMAGE_INDEX), default=0)
+            prompts.append(Prompt(ids[:cut], ids[cut:]))
         return prompts
 
     def prompt(self, conversation: Conversation, tokenizer: Any) -> Prompt:
@@ -213,13 +243,33 @@ class Template:
 
     def stop_id(self, tokenizer: Any) -> int:
         """Id of the token that ends an answer. UserError if this tokenizer has no such token."""
-        ids = tokenizer.encode(self.eos or tokenizer.eos_token or "", add_special_tokens=False)
-        if len(ids) != 1:
+        end = self.eos or tokenizer.eos_token or ""
+        with named_errors(tokenizer):
+            ids = tokenizer.encode(end, add_special_tokens=False)
+        unknown = ids == [tokenizer.unk_token_id] and end != tokenizer.unk_token
+        if len(ids) != 1 or unknown:
+            found = "unknown to" if unknown else f"{len(ids)} tokens of"
             raise UserError(
-                f"data.template: it ends answers with {self.eos!r}, which is {len(ids)} tokens of this tokenizer "
+                f"data.template: it ends answers with {end!r}, which is {found} this tokenizer "
                 f"(its own end token is {tokenizer.eos_token!r}); choose the template whose end token it is"
             )
         return int(ids[0])
+
+    def end_id(self, tokenizer: Any) -> int | None:
+        """Id of the token that every answer of a sample has to end in; None: this template learns no end."""
+        return self.stop_id(tokenizer) if self.eos else None
+
+    def _joined(self, tokenizer: Any) -> str | None:
+        """The token that a prompt ends in only where its answer follows; None: there is none, as it should be."""
+        question = f"{IMAGE_TOKEN}\nwhat is it"
+        try:
+            [[sample]] = self.encode([[(question, "red")]], tokenizer)
+            prompt = self.prompt([(question, None)], tokenizer).ids
+        except UserError:
+            return None  # said of the first record that it is true of
+        pairs = zip(prompt, sample.ids, strict=False)
+        other = next((theirs for ours, theirs in pairs if ours != theirs), None)
+        return None if other is None else str(tokenizer.convert_ids_to_tokens(other))
 
     def _units(self, turns: list[tuple[str, str | None]], mode: TurnMode, interleaved: bool) -> list[_Unit]:
         """What is rendered on its own: the whole conversation, or every turn with the images put before its question.
@@ -229,30 +279,51 @@ class Template:
         if mode == "conversation" or len(turns) == 1:
             count = sum(question.count(IMAGE_TOKEN) for question, _ in turns)
             return [_Unit(turns, interleaved, tuple(range(count)) if interleaved else ())]
-        marker, shown = f"{IMAGE_TOKEN}\n", 0
+        marker, seen = f"{IMAGE_TOKEN}\n", 0
         if not interleaved:
             marker = marker if any(IMAGE_TOKEN in question for question, _ in turns) else ""
-            return [_Unit([(marker + question, answer)]) for question, answer in turns]
+            return [_Unit([(marker + question, answer)], first=n) for n, (question, answer) in enumerate(turns)]
         units = []
-        for question, answer in turns:
-            before, shown = shown, shown + question.count(IMAGE_TOKEN)
-            units.append(_Unit([(marker * before + question, answer)], True, tuple(range(shown))))
+        for number, (question, answer) in enumerate(turns):
+            before, seen = seen, seen + question.count(IMAGE_TOKEN)
+            units.append(_Unit([(marker * before + question, answer)], True, tuple(range(seen)), number))
         return units
 
-    def _encode_rendered(self, rendered: list[Rendered], tokenizer: Any, masks: MaskMode) -> list[Segment]:
+    def _encode_rendered(self, rendered: list[Rendered], tokenizer: Any) -> list[_Encoded]:
         texts = [r.text.split(IMAGE_TOKEN) for r in rendered]
-        distinct = [piece for pieces in texts for piece in pieces]
-        encodings = encode_pieces(tokenizer, distinct, self.adds_special_tokens)
-        bos = tokenizer.bos_token_id if self.adds_special_tokens else None
-        segments = []
-        for item, pieces in zip(rendered, texts, strict=True):
-            segment = _join(item, pieces, [encodings[piece] for piece in pieces], bos)
-            if masks == "reference":
-                from tinyllava_fast.data.templates.reference import reference_spans
+        encodings = encode_pieces(tokenizer, [piece for pieces in texts for piece in pieces])
+        front = added_ids(tokenizer)[0] if self.adds_special_tokens else []
+        pairs = zip(rendered, texts, strict=True)
+        return [_join(item, pieces, [encodings[piece] for piece in pieces], front) for item, pieces in pairs]
 
-                segment = Segment(segment.ids, reference_spans(self, tokenizer, item.text, segment.ids))
-            segments.append(segment)
-        return segments
+    def _as_reference(self, item: Rendered, encoded: _Encoded, tokenizer: Any) -> Segment:
+        from tinyllava_fast.data.templates.reference import reference_spans
+
+        ids = encoded.segment.ids
+        return Segment(ids, reference_spans(self, tokenizer, item.text, ids))
+
+    def _check_answers(self, unit: _Unit, item: Rendered, encoded: _Encoded, end: int | None) -> None:
+        """Raise DataError if something of an answer would not be learnt: some of its characters, or its end token."""
+        for number, (start, stop) in enumerate(item.spans):
+            text, lost = item.text[start:stop], encoded.lost.get(number)
+            if lost:
+                raise DataError(
+                    f"{self._answer(unit, number, text)}: the tokenizer makes no token of {lost!r}, which would not be "
+                    "learnt; remove it, or use a tokenizer that knows it"
+                )
+            if end is None:
+                continue
+            learnt = encoded.learnt(number)
+            wanted = text.count(self.eos) if self.eos else 1
+            if learnt[-1:] != [end] or learnt.count(end) != wanted:
+                raise DataError(
+                    f"{self._answer(unit, number, text)}: with this tokenizer it would not end in one end token "
+                    f"(id {end}); make the end token a special token of the tokenizer, or choose another data.template"
+                )
+
+    def _answer(self, unit: _Unit, number: int, text: str) -> str:
+        """How an error names an answer."""
+        return f"answer {unit.first + number} ({shown(text.strip().removesuffix(self.eos))})"
 
 
 def _numbered(segment: Segment, images: tuple[int, ...]) -> Segment:
@@ -282,53 +353,43 @@ def _tail(unit: Segment, cut: int, images: int) -> Segment:
     return Segment(unit.ids[cut:], spans, on_prefix=True, images=unit.images[images:])
 
 
-def encode_pieces(tokenizer: Any, pieces: Sequence[str], add_special_tokens: bool = True) -> dict[str, Encoding]:
-    """Encoding of every distinct text, special tokens added as the tokenizer does; one parallel call."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    distinct = list(dict.fromkeys(pieces))
-    return dict(zip(distinct, backend.encode_batch(distinct, add_special_tokens=add_special_tokens), strict=True))
+@dataclass(frozen=True)
+class _Encoded:
+    """A rendered prompt as tokens, and what became of its ranges of characters."""
+
+    segment: Segment
+    ranges: list[int]
+    """Number of the range that each span of the segment belongs to: it has one for each piece that it reaches into."""
+    lost: dict[int, str]
+    """Characters of a range that no token shows, where there are any."""
+
+    def learnt(self, number: int) -> list[int]:
+        """Supervised ids of a range."""
+        pairs = zip(self.ranges, self.segment.spans, strict=True)
+        return [i for n, (start, stop) in pairs if n == number for i in self.segment.ids[start:stop]]
 
 
-def _join(item: Rendered, pieces: list[str], encodings: list[Encoding], bos: int | None) -> Segment:
-    """Concatenate the pieces with one marker an image between them; only the first keeps its BOS."""
-    first = encodings[0].ids
-    skip = 1 if bos is not None and first and first[0] == bos else 0
-    ids, spans = list(first[:skip]), []
+def _join(item: Rendered, pieces: list[str], encodings: list[Encoding], front: list[int]) -> _Encoded:
+    """Concatenate the pieces with one marker an image between them, behind the ids that stand before every text."""
+    ids, spans, numbers, lost = list(front), [], [], {}
     begin = 0
     for number, (piece, encoding) in enumerate(zip(pieces, encodings, strict=True)):
         if number:
             ids.append(IMAGE_INDEX)
-        for start, stop in item.spans:
-            low, high = max(start - begin, 0), min(stop - begin, len(piece))
-            if low < high:
-                shift = len(ids) - skip
-                spans.append((_token_at(encoding, low, skip) + shift, _token_end(encoding, high - 1) + shift))
-        ids += encoding.ids[skip:]
+        ranges = [
+            (n, max(start - begin, 0), min(stop - begin, len(piece))) for n, (start, stop) in enumerate(item.spans)
+        ]
+        ranges = [(n, start, stop) for n, start, stop in ranges if start < stop]
+        offsets = Offsets(encoding.offsets if ranges else [])
+        for n, start, stop in ranges:
+            if missing := offsets.lost(piece, start, stop):
+                lost[n] = missing
+            if (span := offsets.span(start, stop)) is not None:
+                spans.append((span[0] + len(ids), span[1] + len(ids)))
+                numbers.append(n)
+        ids += encoding.ids
         begin += len(piece) + len(IMAGE_TOKEN)
-    return Segment(ids, spans)
-
-
-def _token_at(encoding: Encoding, char: int, skip: int) -> int:
-    """First token that covers the character, or the next character that any token covers."""
-    if char == 0:
-        return skip  # a word-start mark that the tokenizer puts before the text covers no character
-    while (token := encoding.char_to_token(char)) is None and char < len(encoding.ids):
-        char += 1
-    return len(encoding.ids) if token is None else token
-
-
-def _token_end(encoding: Encoding, char: int) -> int:
-    """One past the last token that covers the character, or the nearest character before it that any token covers."""
-    while (token := encoding.char_to_token(char)) is None and char > 0:
-        char -= 1
-    if token is None:
-        return len(encoding.ids)
-    last = token + 1
-    while last < len(encoding.ids) and (chars := encoding.token_to_chars(last)) and chars[0] <= char < chars[1]:
-        last += 1  # a character of several byte tokens
-    return last
+    return _Encoded(Segment(ids, spans), numbers, lost)
 
 
 TEMPLATES: Registry[Template] = Registry("chat template", "tinyllava_fast.data.templates")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tinyllava_fast.data.templates._pieces import added_ids, encode_pieces
 from tinyllava_fast.data.types import IMAGE_TOKEN
 
 if TYPE_CHECKING:
@@ -49,15 +50,12 @@ class _Counter:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.front = len(added_ids(tokenizer)[0])
 
     def __call__(self, text: str) -> int:
-        from tinyllava_fast.data.templates.base import encode_pieces
-
         pieces = text.split(IMAGE_TOKEN)
         encodings = encode_pieces(self.tokenizer, pieces)
-        first = encodings[pieces[0]].ids
-        skip = 1 if first and first[0] == self.tokenizer.bos_token_id else 0
-        return skip + sum(len(encodings[p].ids) - skip for p in pieces) + len(pieces) - 1
+        return self.front + sum(len(encodings[p].ids) for p in pieces) + len(pieces) - 1
 
 
 def _runs(keep: list[bool]) -> list[tuple[int, int]]:

@@ -10,12 +10,11 @@ Format: https://huggingface.co/docs/transformers/chat_templating
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
-
-from jinja2 import TemplateError
 
 from tinyllava_fast.data.templates.base import TEMPLATES, MaskMode, Rendered, Template, Turns
 from tinyllava_fast.data.types import IMAGE_TOKEN
@@ -58,6 +57,10 @@ class TokenizerTemplate(Template):
     def stop_id(self, tokenizer: Any) -> int:
         """Id of the token that follows an answer."""
         return int(tokenizer.convert_tokens_to_ids(_frame(tokenizer).stop))
+
+    def end_id(self, tokenizer: Any) -> int | None:
+        """See the base class."""
+        return self.stop_id(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,15 @@ def _marked_starts(tokenizer: Any, messages: Sequence[dict[str, str]], text: str
     """Where the ``{% generation %}`` blocks begin, after the generation prompt if a block includes it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # ([text], [[(start, stop) of each block]]); its annotation says str
-    _, blocks = cast(
-        "tuple[list[str], list[list[tuple[int, int]]]]",
-        render_jinja_template(
+    with _named_errors(tokenizer):
+        rendered = render_jinja_template(
             [list(messages)],
             chat_template=_source(tokenizer),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
-        ),
-    )
+        )
+    # ([text], [[(start, stop) of each block]]); its annotation says str
+    _, blocks = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)
     starts = [b + len(frame.header) if text.startswith(frame.header, b) else b for b, _ in blocks[0]]
     return [start for start in starts if text.endswith(frame.header, 0, start)]
 
@@ -167,13 +169,24 @@ def _source(tokenizer: Any) -> str:
 
 def _text(tokenizer: Any, messages: Sequence[dict[str, str]], is_open: bool) -> str:
     source = _source(tokenizer)
-    try:
+    with _named_errors(tokenizer):
         rendered = tokenizer.apply_chat_template(
             list(messages), chat_template=source, tokenize=False, add_generation_prompt=is_open
         )
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UserError(f"{_WHERE}: the chat template refuses the conversation: {error}") from error
     return str(rendered)
+
+
+@contextmanager
+def _named_errors(tokenizer: Any) -> Iterator[None]:
+    """Any error of a chat template as a UserError: it is a program of whoever made the tokenizer, run in a sandbox."""
+    try:
+        yield
+    except Exception as error:
+        what = str(error) or type(error).__name__
+        raise UserError(
+            f"{_WHERE}: the chat template of tokenizer {tokenizer.name_or_path!r} refuses the conversation: {what}; "
+            "mend the template, or choose another data.template"
+        ) from error
 
 
 TEMPLATES.register("tokenizer")(
