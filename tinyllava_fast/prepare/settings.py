@@ -59,6 +59,7 @@ def prepare(
             raise UserError(f"{path}: exists; choose another name or remove it")
     seen = pictures(records, images)
     side, patch = geometry(seen.side if seen else LARGE)
+    tokenizer: Any
     if llm is None:
         tokenizer, name = train_tokenizer(texts_of([records]), vocabulary), "llama"
     else:
@@ -111,7 +112,8 @@ def filled(text: str, values: Mapping[str, Any]) -> str:
 def headed(text: str, facts: str) -> str:
     """The YAML text with a head that says what it was made from, in place of the comment that it begins with."""
     body = text[text.index("output_dir:") :]
-    return f"# Written by tlf-data init: {facts}.\n# What was chosen from the data is marked; change what you like.\n{body}"
+    head = f"# Written by tlf-data init: {facts}.\n# What was chosen from the data is marked; change what you like.\n"
+    return head + body
 
 
 def with_language_model(text: str, llm: str) -> str:
