@@ -63,6 +63,12 @@ def _init(args: argparse.Namespace) -> None:
     made = prepare(args.records, args.images, args.out, llm=args.llm, vocabulary=args.vocab)
     log.info("%s", made.facts)
     log.info("wrote %s%s", made.config, f" and {made.tokenizer}" if made.tokenizer else "")
+    if made.turns > 1:
+        log.info(
+            "records have up to %d questions: each is learnt after those before it. If yours will be asked alone, set "
+            "stages.train.data.turns=independent",
+            made.turns,
+        )
     log.info("next: tlf-train %s", made.config)
 
 

@@ -38,6 +38,8 @@ class Prepared:
     tokenizer: Path | None
     facts: str
     """What was found in the data, in one line."""
+    turns: int
+    """The most questions that one record has."""
 
 
 def prepare(
@@ -75,7 +77,7 @@ def prepare(
     if llm is None:
         tokenizer.save_pretrained(folder)
     config.write_text(headed(text, facts), encoding="utf-8")
-    return Prepared(config, None if llm else folder, facts)
+    return Prepared(config, None if llm else folder, facts, measured.turns)
 
 
 def template_text() -> str:

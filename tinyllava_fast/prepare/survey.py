@@ -34,12 +34,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the samples, those of their images included, and the most images that one sample has."""
+    """Tokens of the samples, those of their images included; the most images and the most turns that one has."""
 
     records: int
     longest: int
     mean: float
     images: int
+    turns: int
 
 
 def pictures(records: str | Path, folder: str | Path) -> Pictures | None:
@@ -78,14 +79,16 @@ def lengths(records: str | Path, template: Template, tokenizer: Any, rows: int) 
     """
     found: list[tuple[int, int]] = []
     part: list[Record] = []
+    turns = 0
     for record in read_records(records):
+        turns = max(turns, len(record.turns))
         part.append(record)
         if len(part) == _AT_ONCE:
             found += _measured(part, template, tokenizer)
             part = []
     found += _measured(part, template, tokenizer)
     counts = [tokens + images * (rows - 1) for tokens, images in found]
-    return Lengths(len(counts), max(counts), sum(counts) / len(counts), max(images for _, images in found))
+    return Lengths(len(counts), max(counts), sum(counts) / len(counts), max(images for _, images in found), turns)
 
 
 def _measured(part: Sequence[Record], template: Template, tokenizer: Any) -> Iterable[tuple[int, int]]:
