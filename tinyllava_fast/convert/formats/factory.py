@@ -78,8 +78,8 @@ def _config(model: Model) -> dict[str, Any]:
     if lacking:
         raise UserError(
             f"the reference fetches configs, tokenizer and image processor by hub id; give {', '.join(lacking)} ID. "
-            "For parts that were trained from scratch and have no id, name a folder that holds their config.json (of the "
-            "language model also the tokenizer, of the tower the preprocessor_config.json) where the reference will run"
+            "Parts that were trained from scratch have no id: name a folder with their config.json (of the language "
+            "model also the tokenizer, of the tower the preprocessor_config.json) on the machine of the reference"
         )
     if lmm.config.image_mode not in ("square", "pad"):
         raise UserError(f"image_mode: {lmm.config.image_mode}; the reference knows square and pad")
