@@ -89,10 +89,28 @@ def test_commands_in_a_pipe(folder, reply, images, tmp_path, monkeypatch, capsys
     paths = [str(tmp_path / name) for name in ("a b.png", "c.png")]
     for path, image in zip(paths, images, strict=False):
         image.save(path)
-    lines = ["/etc/hosts?", "/reset", "why?", f"/image {paths[0]}", "what?", f"/image '{paths[0]}' {paths[1]}", "both?"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in [*lines, "/image", "quit"])))
+    lines = [
+        "/etc/hosts?",
+        " /reset it",
+        "/reset",
+        "why?",
+        f"/image {paths[0]}",
+        "what?",
+        f"/image '{paths[0]}' {paths[1]}",
+        "both?",
+    ]
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("".join(f"{line}\n" for line in [*lines, "/image", "quit", "/quit", "x"]))
+    )
     assert main([str(folder), *FLAGS]) == 0
-    expected = [reply("/etc/hosts?"), reply("why?"), reply("what?", image=images[0]), reply("both?", image=images[:2])]
+    first = reply("/etc/hosts?")
+    expected = [
+        first,
+        reply("/etc/hosts?", first, "/reset it"),
+        reply("why?"),
+        reply("what?", image=images[0]),
+        reply("both?", image=images[:2]),
+    ]
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in [*expected, reply("quit")])
 
 
@@ -150,7 +168,11 @@ def test_control_c_stops_an_answer_and_the_next_one_is_right(folder, reply, type
 
 
 def test_mistakes_at_a_terminal_do_not_end_it(folder, reply, typed, said, tmp_path, capsys):
-    typed("/imgae x.png", "/image /no/cat.png", "/image 'a", "why?")
+    typed("/imgae x.png", "/image /no/cat.png", "/image 'a", " /imgae x.png", "/reset", "why?")
+    assert main([str(folder), *FLAGS]) == 0
+    assert f"{reply('/imgae x.png')}\n" in capsys.readouterr().out
+    assert said.text.count("did you mean /image?") in (1, 2) and "has the whole context" not in said.text
+    typed("why?")
     assert main([str(folder), *FLAGS]) == 0
     assert "did you mean /image?" in said.text and "/no/cat.png" in said.text and "close the quotes" in said.text
     assert capsys.readouterr().out.rstrip().endswith(reply("why?"))
@@ -175,6 +197,12 @@ def test_another_system_text(folder, capsys):
 def test_mistakes_exit_with_2(folder, said, words, message):
     assert main([str(folder), "--question", "what?", "--device", "cpu", *words]) == 2
     assert message in said.text
+
+
+def test_an_unknown_command_ends_a_pipe(folder, monkeypatch, said):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/nope\nwhy?\n"))
+    assert main([str(folder), *FLAGS]) == 2
+    assert "/nope: unknown command; /help lists them, a space in front makes it a question" in said.text
 
 
 @pytest.mark.slow

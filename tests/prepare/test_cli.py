@@ -33,6 +33,10 @@ def test_tokenizer_of_several_files(own: Path) -> None:
         (["tokenizer", "{own}/records.json", "{own}/new", "--vocab", "-1"], "a vocabulary of -1 is too small"),
         (["init", "{own}/records.json", "{own}", "{own}/new.yaml"], "8 of 8 images are not in"),
         (["init", "{own}/questions.jsonl", "{own}/images", "{own}/new.yaml"], "conversations"),
+        (
+            ["init", "{own}/records.json", "{own}/images", "{own}/new.yaml", "--llm", "x", "--vocab", "300"],
+            "--vocab: a",
+        ),
         (["init", "{own}/records.json", "{own}/images", "/proc/nope/new.yaml"], "cannot be written"),
     ],
 )

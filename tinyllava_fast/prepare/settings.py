@@ -27,7 +27,6 @@ MOST_EPOCHS = 60
 MOST_TOKENS = 8192  # of a pack: what activations of small models take a few GiB for
 LARGEST_SIDE = 224
 LARGE = 64  # from this side on patches are 16 pixels wide, below 8 or 4
-VOCABULARY = 2048
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Prepared:
 
 
 def prepare(
-    records: str | Path, images: str | Path, out: str | Path, *, llm: str | None = None, vocabulary: int = VOCABULARY
+    records: str | Path, images: str | Path, out: str | Path, *, llm: str | None = None, vocabulary: int = 2048
 ) -> Prepared:
     """Look at a data set and write a run configuration for it, and a tokenizer unless there is a language model.
 
