@@ -21,6 +21,7 @@ from typing import Any
 
 from tinyllava_fast import hardware
 from tinyllava_fast.bench import machine, report, train
+from tinyllava_fast.bench.progress import progress
 from tinyllava_fast.bench.scaling import line
 from tinyllava_fast.bench.timing import Series
 from tinyllava_fast.config.load import load_run
@@ -92,7 +93,7 @@ def reckon(recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _measure(config: Path, overrides: Sequence[str], settings: Settings, recipe: str) -> dict[str, Any]:
     sizes: list[dict[str, Any]] = []
-    for samples in sorted(settings.samples):
+    for samples in progress(sorted(settings.samples), f"{recipe}: sizes of a step"):
         with tempfile.TemporaryDirectory() as name:
             folder, chosen = Path(name), settings.of(recipe, samples)
             path = train.compose(config, [*overrides, *RECIPES[recipe][1]], folder, chosen)

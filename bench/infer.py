@@ -20,6 +20,7 @@ import torch
 
 from tinyllava_fast.bench import machine, report
 from tinyllava_fast.bench.infer_peer import Peer
+from tinyllava_fast.bench.progress import progress
 from tinyllava_fast.bench.timing import Series, at_least_one, speedup, turns
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.data.templates.base import TEMPLATES
@@ -142,12 +143,12 @@ def throughput(sides: Sides, questions: Sequence[Question], settings: Settings) 
     ours(few)  # compiles, and first touches memory
     sides.peer.answer(prepared[:PADDED_BATCH], PADDED_BATCH, 2)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(settings.rounds):
-        for name in turns(list(runs), index):
-            run, count = runs[name]
-            began = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - began) / count)
+    each = [name for index in range(settings.rounds) for name in turns(list(runs), index)]
+    for name in progress(each, f"turns, {len({image for image, _ in questions})} images"):
+        run, count = runs[name]
+        began = time.perf_counter()
+        run()
+        seconds[name].append((time.perf_counter() - began) / count)
     return {name: Series(tuple(values)) for name, values in seconds.items()}
 
 
@@ -174,7 +175,8 @@ def latency(sides: Sides, questions: Sequence[Question], settings: Settings) -> 
     sides.engine.lmm.logits = stamped
     try:
         ours(asked[0])
-        for index, (question, sample) in enumerate(zip(asked, prepared, strict=True)):
+        pairs = list(zip(asked, prepared, strict=True))
+        for index, (question, sample) in enumerate(progress(pairs, "single requests")):
             for side in turns(["ours", "peer"], index):
                 times = ours(question) if side == "ours" else sides.peer.stamps(sample, settings.latency_tokens)
                 gaps = [b - a for a, b in pairwise(times)]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_fast.bench import machine, report, train
+from tinyllava_fast.bench.progress import progress
 from tinyllava_fast.bench.samples import write_easy_vqa
 from tinyllava_fast.bench.timing import at_least_one
 from tinyllava_fast.config.load import dump, load_run
@@ -83,7 +84,7 @@ def benchmark(
     settings = settings or Settings()
     ours: Curves = []
     reference: Curves = []
-    for seed in range(settings.seeds):
+    for seed in progress(range(settings.seeds), "seeds"):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             path = compose(config, overrides, folder, settings, seed)

@@ -20,6 +20,7 @@ from typing import Any
 
 from tinyllava_fast.bench import machine, report
 from tinyllava_fast.bench.gate import Worker
+from tinyllava_fast.bench.progress import progress
 from tinyllava_fast.bench.samples import write_easy_vqa
 from tinyllava_fast.bench.timing import Series, at_least_one, speedup, turns
 from tinyllava_fast.config.load import dump, load_run, to_dict
@@ -155,18 +156,18 @@ def _race(path: Path, other: Path, folder: Path, settings: Settings) -> dict[str
         workers: dict[str, Worker] = {}
         for name, (side, run, *words) in sides.items():
             workers[name] = stack.enter_context(start(name, side, run, folder, settings.samples, *words))
-        for side in sides:
+        for side in progress(list(sides), "models to build"):
             measured[side] = Measured(workers[side].ready(), [], [], [])
-        for side in sides:
+        for side in progress(list(sides), "warm-ups (compilation included)"):
             answer = workers[side].steps(settings.warmup)
             measured[side].warmup_seconds = answer["seconds"]
             measured[side].losses += answer["losses"]
-        for index in range(settings.rounds):
-            for side in turns(list(sides), index):
-                answer = workers[side].steps(settings.steps)
-                measured[side].seconds += answer["seconds"]
-                measured[side].losses += answer["losses"]
-                measured[side].peak_rss_bytes = answer["peak_rss_bytes"]
+        each = [side for index in range(settings.rounds) for side in turns(list(sides), index)]
+        for side in progress(each, f"turns of {settings.steps} steps"):
+            answer = workers[side].steps(settings.steps)
+            measured[side].seconds += answer["seconds"]
+            measured[side].losses += answer["losses"]
+            measured[side].peak_rss_bytes = answer["peak_rss_bytes"]
     return measured
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
     from typing import Any
 
@@ -23,6 +24,8 @@ def load(
     dtype: str | None = None,
     device: str = "auto",
     weights: str | None = None,
+    plugins: Iterable[str] = (),
+    system: str | None = None,
     **engine_options: Any,
 ) -> Assistant:
     """Open a trained model folder and return an assistant that answers questions about images.
@@ -31,12 +34,16 @@ def load(
     dtype: "float32" or "bfloat16"; None keeps the dtype the weights were saved in.
     device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1", ...
     weights: of the language model: "bf16", or on CPUs quantised to "int8" or "nf4"; None: as dtype says.
+    plugins: Python files (ending in .py) or modules with components of yours that the model is made of.
+    system: system text of every prompt; None: the one that the model was trained with.
     engine_options: of infer.engine.Engine: batch_tokens or kv_cache_bytes, prefill_tokens, threads, compile.
-    Raises UserError if the folder is not a model of this toolkit.
+    Raises UserError if the folder is not a model of this toolkit, or the device is not there.
 
     >>> tlf = tinyllava_fast.load("runs/demo/final")
     >>> tlf.answer("cat.png", "What is this?")
     """
     from tinyllava_fast.infer.assistant import Assistant
+    from tinyllava_fast.plugins import load_plugins
 
-    return Assistant.from_pretrained(path, dtype=dtype, device=device, weights=weights, **engine_options)
+    load_plugins([plugins] if isinstance(plugins, str) else plugins)
+    return Assistant.from_pretrained(path, dtype=dtype, device=device, weights=weights, system=system, **engine_options)

@@ -49,7 +49,10 @@ class Registry(Generic[T]):
         self._discover()
         if name not in self._entries:
             prefix = f"{where}: " if where else ""
-            raise UserError(f"{prefix}unknown {self.kind} {name!r}; {nearest(name, self._entries)}")
+            raise UserError(
+                f"{prefix}unknown {self.kind} {name!r}; {nearest(name, self._entries)}. If it is one of your own, name "
+                "its file: --plugin FILE, plugins: [FILE] in a YAML, or load(..., plugins=[FILE])"
+            )
         return self._entries[name]
 
     def names(self) -> list[str]:

@@ -11,8 +11,10 @@ import pytest
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval import runner
 from tinyllava_fast.eval.report import write_report, write_scores
+from tinyllava_fast.eval.report.confusion import MOST, OTHER, confusions, section
 from tinyllava_fast.eval.report.data import Curve, gather, read_curves
 from tinyllava_fast.eval.report.html import duration, page, size
+from tinyllava_fast.eval.report.scores import model_name
 from tinyllava_fast.eval.report.svg import loss_chart
 
 SEEN = "seen/easy_vqa"
@@ -80,6 +82,7 @@ def test_scores_page(run_dir):
     (run_dir / SEEN / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in rows))
     html = write_scores(run_dir / "seen", ["easy_vqa"]).read_text()
     assert not re.search(r'(src|href)="(?!data:)', html) and "http" not in html and "<script" not in html
+    assert html.index("By type") < html.index("Samples") < html.index("Answer times")
     for text in ("By type", "yes/no shape", "Answer times", "p95", "right 1", "partly 1", "unscored 1", "wrong 17"):
         assert text in html, text
     assert html.count("data:image/jpeg;base64,") == 20
@@ -105,3 +108,39 @@ def test_duration(seconds, text):
 
 def test_size():
     assert size(3 * 2**20) == "3 MiB" and size(1.5 * 2**30) == "1.50 GiB"
+
+
+def _verdict(category: str, truth: str, answer: str | None) -> dict:
+    return {"category": category, "truth": truth, "answer": answer}
+
+
+def test_confusions_count_what_was_said_for_what():
+    rows = [
+        *[_verdict("digit", "One", "one.")] * 3,
+        _verdict("digit", "one", "Two"),
+        *[_verdict("digit", "two", "two")] * 2,
+        _verdict("digit", "two", "three"),
+        _verdict("digit", "two", None),
+        *[_verdict("open", str(n), "x") for n in range(30)],
+        *[_verdict("always", "yes", "no")] * 9,
+        _verdict("hidden", "", "a"),
+    ]
+    (table,) = confusions(rows)
+    assert (table.category, table.answers) == ("digit", ["one", "two"])
+    assert (table.row("one"), table.row("two")) == ([3, 1, 0], [0, 2, 2])
+    html = section(rows)
+    assert html.count("<table") == 1 and "75 %" in html and "50 %" in html and OTHER in html
+    assert section([_verdict("", "a", "b")]) == ""
+
+
+@pytest.mark.parametrize(("answers", "tables"), [(MOST, 1), (MOST + 1, 0)])
+def test_confusions_of_large_sets_are_left_out(answers, tables):
+    assert len(confusions([_verdict("", f"w{n}", "w0") for n in range(answers)] * 3)) == tables
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/runs/digits/final", "digits"), ("/runs/digits/pretrain", "digits/pretrain"), ("answers", "answers")],
+)
+def test_a_model_is_called_by_its_run(path, name):
+    assert model_name(path) == name

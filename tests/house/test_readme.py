@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import tinyllava_fast
 from tests.infer.tiny import make_model, make_tokenizer, tiny_config
+from tests.train.conftest import prepare
 from tinyllava_fast.convert.cli import main as tlf_convert
 from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.models.build import build_image_processor
@@ -46,7 +48,7 @@ def commands(program: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("words", commands("tlf-train"), ids=lambda w: Path(w[0]).stem)
 def test_training_commands_parse(words: list[str], tmp_path: Path) -> None:
-    shutil.copy(ROOT / "configs" / "demo.yaml", tmp_path / "my.yaml")
+    shutil.copy(ROOT / "configs" / "mine.yaml", tmp_path / "my.yaml")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     run = [sys.executable, "-m", "tinyllava_fast.train.cli", *words, "--print_config"]
     done = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -73,16 +75,62 @@ def test_convert_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_python_snippet_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(make_model(), make_tokenizer(), build_image_processor(tiny_config()), tmp_path / "runs/my/final")
-    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "cat.jpg")
+    for name in ("cat.jpg", "dog.jpg"):
+        Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     exec(re.sub(r"(?m)^   ", "", blocks("python")[0]), scope)
-    assert isinstance(scope["answer"], str)
+    assert isinstance(scope["answer"], str) and isinstance(scope["both"], str)
+    assert len(scope["answers"]) == 2 and scope["scores"].options == ("cat", "dog")  # type: ignore[arg-type, attr-defined]
+
+
+def test_own_data_from_records_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of the README on its own record and question; training is cut short."""
+    from tinyllava_fast.eval.cli import main as tlf_eval
+    from tinyllava_fast.prepare.cli import main as tlf_data
+    from tinyllava_fast.train.cli import main as tlf_train
+
+    monkeypatch.chdir(tmp_path)
+    record, question = blocks("json")[:2]
+    Path("data/images").mkdir(parents=True)
+    Path("data/records.json").write_text(record)
+    Path("data/questions.jsonl").write_text(question.strip())
+    Image.new("RGB", (40, 30), (200, 30, 30)).save("data/images/cat.jpg")
+    (init,) = commands("tlf-data")
+    assert tlf_data(init) == 0
+    train = next(words for words in commands("tlf-train") if words[0] == "my.yaml")
+    assert tlf_train([*train, "stages.train.max_steps=2", "engine.workers=0", "engine.threads=1"]) == 0
+    (evaluate,) = commands("tlf-eval")
+    assert tlf_eval([*evaluate, "--device", "cpu"]) == 0
+    assert "my" in Path("runs/my/eval/report.html").read_text(encoding="utf-8")
 
 
 def test_the_record_is_valid() -> None:
-    record = json.loads(blocks("json")[0])
+    (record,) = json.loads(blocks("json")[0])
     assert [m["from"] for m in record["conversations"]] == ["human", "gpt"]
+
+
+def test_the_worked_plugin_trains_and_answers(tmp_path: Path) -> None:
+    """The files that docs/plugins.md shows, in a run and in Python."""
+    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^```(python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    (tmp_path / "mine.py").write_text(shown["python"], encoding="utf-8")
+    path = prepare(tmp_path)
+    run, extra = (yaml.safe_load(t) for t in (path.read_text(encoding="utf-8"), shown["yaml"]))
+    run["plugins"], run["model"]["connector"] = extra["plugins"], extra["model"]["connector"]
+    run["stages"] = [run["stages"][1] | {"max_steps": 2}]
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    use = (
+        "import tinyllava_fast as t\n"
+        "try: t.load('run/final')\n"
+        "except ValueError as e: assert 'load(..., plugins=[FILE])' in str(e), e\n"
+        "model = t.load('run/final', plugins=['mine.py'])\n"
+        "assert type(model.engine.lmm.connector).__name__ == 'Gated'\n"
+        "assert model.engine.lmm.connector.value.bias is None\n"
+    )
+    for arguments in (["-m", "tinyllava_fast.train.cli", path.name], ["-c", use]):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_commands_in_configs_name_files_that_exist() -> None:

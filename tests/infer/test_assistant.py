@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tinyllava_fast
 from tests.infer.tiny import make_engine
@@ -35,3 +36,63 @@ def test_bad_input(folder, tmp_path):
         tinyllava_fast.load(folder, dtype="int3")
     with pytest.raises(CheckpointError, match="not a model folder"):
         tinyllava_fast.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("device", ["mps", "gpu", "cuda:x", "", "cpu:", None, 0])
+def test_unknown_devices(folder, device):
+    with pytest.raises(UserError, match=r"device: .*; known: auto, cpu, cuda"):
+        tinyllava_fast.load(folder, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there(folder, device):
+    with pytest.raises(UserError, match=f"device: {device}, but torch sees no CUDA device; use device='cpu' or 'auto'"):
+        tinyllava_fast.load(folder, device=device)
+
+
+def test_paths_near_a_model_folder(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").symlink_to(folder)
+    with pytest.raises(CheckpointError, match=r"is the folder of a run; its model is .*run/final"):
+        tinyllava_fast.load(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"is a file; give the model folder that holds it: "):
+        tinyllava_fast.load(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="None: expected the path of a model folder"):
+        tinyllava_fast.load(None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"max_new_tokens": None}, "max_new_tokens: expected a whole number, got None"),
+        ({"max_new_tokens": "5"}, "max_new_tokens: expected a whole number, got '5'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number, got 2.5"),
+        ({"temperature": "hot"}, "temperature: expected a number, got 'hot'"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": True}, "top_k: expected a whole number, got True"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"seed": 1.0}, "seed: expected a whole number, got 1.0"),
+    ],
+)
+def test_settings_out_of_range(folder, settings, message):
+    assistant = tinyllava_fast.load(folder, device="cpu")
+    with pytest.raises(UserError, match=message):
+        assistant.answer(None, "why?", **settings)
+
+
+@pytest.mark.parametrize("options", ["red", ["red", None], [1, 2], [["red"]]])
+def test_options_that_are_no_list_of_texts(folder, options):
+    with pytest.raises(UserError, match="options: expected a list of texts such as"):
+        tinyllava_fast.load(folder, device="cpu").score(None, "which?", options)
+    scores = tinyllava_fast.load(folder, device="cpu").score(None, "which?", ("red",))
+    assert scores.options == ("red",) and scores.best == 0
+
+
+def test_a_system_text_of_ones_own(folder):
+    plain, french = (tinyllava_fast.load(folder, device="cpu", system=s) for s in (None, "Answer in French."))
+    asked = [a.engine.template.prompt([("why?", None)], a.engine.tokenizer).ids for a in (plain, french)]
+    assert asked[0] != asked[1]
+    tokenizer = french.engine.tokenizer
+    assert tokenizer.decode(asked[1], skip_special_tokens=True) == "Answer in French. USER: why? ASSISTANT:"

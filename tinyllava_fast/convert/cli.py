@@ -19,9 +19,12 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="tlf-convert", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     into = commands.add_parser("import", help="write a model folder of ours from a checkpoint of another project")
-    into.add_argument("source", help="folder of TinyLLaVA Factory, TinyLLaVABench, LLaVA-1.5 or transformers' llava")
+    into.add_argument(
+        "source", help="folder of TinyLLaVA Factory, TinyLLaVABench, LLaVA-1.5, transformers' llava, or an adapter"
+    )
     into.add_argument("target", help="model folder to write; must not exist")
     into.add_argument("--template", metavar="NAME", help="chat template (default: the one that fits the tokenizer)")
+    into.add_argument("--base", metavar="DIR", help="model that an adapter alone was trained on")
     into.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     group = into.add_mutually_exclusive_group()
     group.add_argument("--merge", action="store_true", help="add a LoRA adapter to the weights, in float32 (default)")
@@ -31,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("target", help="folder to write; must not exist")
     out.add_argument("--format", required=True, metavar="NAME", help="llava, factory or adapter")
     out.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
+    out.add_argument(
+        "--keep-adapter", action="store_true", help="llava: write a LoRA adapter apart, to out/adapter, for peft"
+    )
     for part, what in (("llm", "language model"), ("tokenizer", "tokenizer"), ("vision", "vision tower")):
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
     for command in (into, out):
@@ -38,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--llm", metavar="DIR", help="language model that a projector or adapter alone needs")
         command.add_argument("--vision", metavar="DIR", help="vision tower that the checkpoint only names")
         command.add_argument("--vision2", metavar="DIR", help="the second tower of a mixture of features (its config)")
+    merge = commands.add_parser("merge", help="add a model folder's LoRA adapter to its weights")
+    merge.add_argument("source", help="model folder with an adapter, e.g. runs/lora/final")
+    merge.add_argument("target", help="model folder to write; must not exist")
+    merge.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
+    add_flag(merge)
     out.add_argument("--vision2-name", metavar="ID", help="factory: hub id of the second tower")
     return p
 
@@ -46,32 +57,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run tlf-convert. Returns 0, or 2 after printing what is wrong with the input."""
     args = parser().parse_args(argv)
     setup_logging()
-    import torch
-
-    from tinyllava_fast.convert.convert import export_model, import_checkpoint
-    from tinyllava_fast.models.checkpoints.base import Sources
-
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    sources = Sources(llm=args.llm, vision=args.vision, vision2=args.vision2)
     try:
         load_plugins(args.plugin)
-        if args.command == "import":
-            import_checkpoint(
-                args.source,
-                args.target,
-                template=args.template,
-                dtype=dtype,
-                keep_adapter=args.keep_adapter,
-                sources=sources,
-            )
-        else:
-            given = {part: getattr(args, f"{part}_name") for part in ("llm", "tokenizer", "vision", "vision2")}
-            names = {part: name for part, name in given.items() if name}
-            export_model(args.source, args.target, args.format, dtype=dtype, names=names, sources=sources)
+        _run(args)
     except UserError as error:
         log.error("%s", error)
         return 2
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    import torch
+
+    from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
+    from tinyllava_fast.models.checkpoints.base import Sources
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.command == "merge":
+        merge_adapter(args.source, args.target, dtype=dtype)
+        return
+    sources = Sources(llm=args.llm, vision=args.vision, vision2=args.vision2)
+    if args.command == "import":
+        import_checkpoint(
+            args.source,
+            args.target,
+            template=args.template,
+            dtype=dtype,
+            keep_adapter=args.keep_adapter,
+            sources=sources,
+            base=args.base,
+        )
+        return
+    given = {part: getattr(args, f"{part}_name") for part in ("llm", "tokenizer", "vision", "vision2")}
+    export_model(
+        args.source,
+        args.target,
+        args.format,
+        dtype=dtype,
+        names={part: name for part, name in given.items() if name},
+        sources=sources,
+        keep_adapter=args.keep_adapter,
+    )
 
 
 if __name__ == "__main__":

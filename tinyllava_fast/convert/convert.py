@@ -9,7 +9,7 @@ import torch
 from tinyllava_fast.convert.formats.base import FORMATS, Model
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
-from tinyllava_fast.models import io
+from tinyllava_fast.models import adapter, io
 from tinyllava_fast.models.build import check_vocabulary
 from tinyllava_fast.models.checkpoints.base import Sources
 from tinyllava_fast.models.checkpoints.load import open_checkpoint
@@ -23,17 +23,26 @@ def import_checkpoint(
     dtype: torch.dtype | None = None,
     keep_adapter: bool = False,
     sources: Sources | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Write a model folder of ours from a checkpoint of any known layout.
 
     template: chat template; None: the one that fits the tokenizer. dtype None: as stored. keep_adapter: leave a LoRA
-    adapter apart from the weights, to be trained further. sources: folders of parts that the checkpoint lacks.
+    adapter apart from the weights, to be trained further. sources: folders of parts that the checkpoint lacks. base:
+    the model that an adapter alone, as ``export_model`` writes it, was trained on.
     Raises UserError if nothing can be made of the folder, or the target exists.
     """
     _check_free(target)
+    if base is not None or _is_adapter(source):
+        if base is None:
+            raise UserError(f"{source}: holds an adapter alone; name the model that it was trained on: --base MODEL")
+        return _import_adapter(Path(source), Path(base), Path(target), dtype, keep_adapter)
     if not io.is_foreign(source):
         io.read_config(source)  # says what is wrong if it is no model folder either
-        raise UserError(f"{source}: is a model folder of this toolkit already; tlf-convert export makes others of it")
+        raise UserError(
+            f"{source}: is a model folder of this toolkit already; tlf-convert merge adds its adapter to the weights, "
+            "tlf-convert export writes other formats"
+        )
     opened = open_checkpoint(source, dtype=dtype, sources=sources, template=template, merge=not keep_adapter)
     if not opened.lmm.config.template:
         raise UserError(f"{source}: no chat template fits its tokenizer; name one: --template NAME")
@@ -53,25 +62,74 @@ def export_model(
     dtype: torch.dtype | None = None,
     names: dict[str, str] | None = None,
     sources: Sources | None = None,
+    keep_adapter: bool = False,
 ) -> Path:
     """Write a model, of ours or of any known layout, in another project's format.
 
     names: hub ids of its parts where the format refers to them: {llm, tokenizer, vision, vision2}.
-    sources: as for import, if the model is such a checkpoint.
+    sources: as for import, if the model is such a checkpoint. keep_adapter: write a LoRA adapter apart from the weights
+    instead of merging it, for a format that can hold one (llava).
     Raises UserError for a model that the format can't express, naming the field, and if the target exists.
     """
     _check_free(target)
     kind = FORMATS.get(format, "--format")()
+    if keep_adapter and not kind.keeps_adapter:
+        able = [name for name in FORMATS if FORMATS.get(name).keeps_adapter]
+        raise UserError(f"--keep-adapter: {format} has no place for one beside the weights; {', '.join(able)} has")
+    merge = kind.merge_adapter and not keep_adapter
     if io.is_foreign(source):
-        opened = open_checkpoint(source, dtype=dtype, sources=sources, merge=kind.merge_adapter)
+        opened = open_checkpoint(source, dtype=dtype, sources=sources, merge=merge)
         lmm, tokenizer, processor = opened.lmm, opened.tokenizer, opened.processor
     else:
-        lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=kind.merge_adapter)
+        lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=merge)
+    if keep_adapter and not lmm.config.adapter:
+        raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
     model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})})
     with io.atomic_folder(target) as folder, torch.no_grad():
         kind.write(model, folder)
     log.info("%s: exported from %s as %s", target, source, format)
     return Path(target)
+
+
+def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a model folder of ours with its LoRA adapter added to the weights, in float32, rounded once to dtype.
+
+    dtype None: as stored. Raises UserError if the model has no adapter, and if the target exists.
+    """
+    _check_free(target)
+    if io.is_foreign(source):
+        raise UserError(f"{source}: is of another project; tlf-convert import merges its adapter")
+    config, _ = io.read_config(source)
+    if not config.adapter:
+        raise UserError(f"{source}: holds no adapter; there is nothing to merge")
+    lmm, tokenizer, processor = io.load_model(source, dtype=dtype)
+    io.save_model(lmm, tokenizer, processor, target)
+    log.info("%s: merged from %s", target, source)
+    return Path(target)
+
+
+def _is_adapter(source: str | Path) -> bool:
+    """Whether a folder holds a peft adapter and no model."""
+    folder = Path(source)
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _import_adapter(source: Path, base: Path, target: Path, dtype: torch.dtype | None, keep: bool) -> Path:
+    """Write the model ``base`` with the adapter in ``source``, merged unless it is to be kept apart."""
+    if not _is_adapter(source):
+        raise UserError(f"{source}: --base is for a folder that holds an adapter alone (adapter_config.json)")
+    lmm, tokenizer, processor = io.load_model(base, dtype=dtype, merge_adapter=False)
+    if lmm.config.adapter:
+        raise UserError(
+            f"{base}: has an adapter already; give the model that it was trained on, or merge it first: "
+            f"tlf-convert merge {base} FOLDER"
+        )
+    live = lmm.dtype
+    adapter.attach(lmm, adapter.read(source), str(source), dtype=torch.float32)
+    adapter.lower(lmm, live) if keep else adapter.merge(lmm, live)
+    io.save_model(lmm, tokenizer, processor, target)
+    log.info("%s: %s with the adapter of %s", target, base, source)
+    return target
 
 
 def _check_free(target: str | Path) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.data.bpe import pieces, train_tokenizer
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.log import log, setup_logging
@@ -180,35 +180,8 @@ def _dump(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _tokenizer(conversations: Sequence[Sequence[Question]], captions: Sequence[str]) -> Any:
-    """Byte-level BPE over the train prompts, with <unk>, <s>, </s>, <pad> as ids 0 to 3; it adds <s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    render = TEMPLATES.get("llama").render
-    text = [piece for asked in conversations for piece in re.split("</s>|<image>", render(asked, None).text)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator([*text, *captions], trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
-    )
+    """The tokenizer of the train prompts and the captions."""
+    return train_tokenizer([*(p for asked in conversations for p in pieces(asked)), *captions], VOCABULARY)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from tinyllava_fast.plugins import load_plugins
 
 EXAMPLES = """
   tlf-eval runs/mine/final --benchmarks vqav2,gqa,textvqa,pope --data /path/to/eval
+  tlf-eval runs/mine/final --benchmarks custom --data data --option custom.images=images
   tlf-eval --benchmarks all --data /path/to/eval --dry-run
   tlf-eval --benchmarks pope --data /path/to/eval --score-only answers.jsonl
   tlf-eval --compare runs/a/eval/gqa runs/b/eval/gqa
@@ -86,8 +87,9 @@ def _evaluate(args: argparse.Namespace) -> str:
 
     if not args.model:
         raise UserError("give a model folder, or --dry-run, --score-only or --compare, which need none")
-    _need(args, "benchmarks", "data")
+    _need(args, "benchmarks")
     names = chosen(args.benchmarks)
+    _need(args, "data")
     import torch
 
     from tinyllava_fast.eval.report import write_scores
@@ -126,9 +128,11 @@ def _without_model(args: argparse.Namespace) -> str:
     from tinyllava_fast.eval.plan import make_plans
     from tinyllava_fast.eval.results import conclude, score_only, table
 
-    _need(args, "benchmarks", "data")
+    _need(args, "benchmarks")
+    benchmarks = build(chosen(args.benchmarks), args.option)
+    _need(args, "data")
     plans = make_plans(
-        build(chosen(args.benchmarks), args.option),
+        benchmarks,
         args.data,
         limit=args.limit,
         missing_images="ignore" if args.score_only else args.missing_images,
@@ -163,7 +167,7 @@ def _compare(args: argparse.Namespace) -> str:
 def _need(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if not getattr(args, name):
-            raise UserError(f"--{name} is missing")
+            raise UserError(f"--{name} is missing; tlf-eval --help shows examples")
 
 
 def _positive(text: str) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.tokenizer import largest_id
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.fields import shown
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
 from tinyllava_fast.infer.weights import check_finite, check_weights, prepare_weights
@@ -33,6 +35,7 @@ class Assistant:
         dtype: str | None = None,
         device: str = "auto",
         weights: str | None = None,
+        system: str | None = None,
         **engine_options: Any,
     ) -> Assistant:
         """Open a model folder.
@@ -40,8 +43,10 @@ class Assistant:
         dtype: "float32", "bfloat16", "float16"; None: as saved. device: "auto" (CUDA when there is
             one), "cpu", "cuda", ...
         weights: of the language model. "bf16" is dtype="bfloat16"; "int8", "nf4": quantised, on CPUs; None: dense.
+        system: system text of every prompt; None: the one that the model was trained with.
         engine_options: keyword arguments of Engine (batch_tokens or kv_cache_bytes, prefill_tokens, threads, compile).
-        Raises UserError for an unknown dtype or weights, CheckpointError if the folder is not a model of this toolkit.
+        Raises UserError for an unknown dtype or weights, a device that is not there, and a system text where the chat
+        template has no place for one, CheckpointError if the folder is not a model of this toolkit.
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}; have {', '.join(DTYPES)}")
@@ -50,12 +55,14 @@ class Assistant:
             if dtype not in (None, "bfloat16"):
                 raise UserError(f"weights='bf16' with dtype={dtype!r}; leave one of them out")
             dtype = "bfloat16"
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _device(device)
+        _check_folder(path)
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
         check_finite(lmm, largest_id(tokenizer)[1] + 1, str(path))
         prepare_weights(lmm, weights)
-        template = TEMPLATES.get(lmm.config.template, "config.json: template")
+        template = _with_system(
+            TEMPLATES.get(lmm.config.template, "config.json: template"), lmm.config.template, system
+        )
         engine_options.setdefault("image_mode", lmm.config.image_mode)
         engine_options.setdefault("source", path)
         if engine_options["image_mode"] == "anyres":
@@ -81,7 +88,7 @@ class Assistant:
             (none: they precede the question).
         on_text: called with each piece of the answer as soon as it is certain; the pieces add up to the answer.
         """
-        sampling = Sampling(
+        sampling = _sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
         )
 
@@ -94,14 +101,70 @@ class Assistant:
 
     def answer_many(self, questions: Iterable[tuple[Images | None, str]], *, max_new_tokens: int = 64) -> list[str]:
         """Answer (image, question) pairs together, greedily, in order; questions about one image share its work."""
-        sampling = Sampling(max_new_tokens=max_new_tokens)
+        sampling = _sampling(max_new_tokens=max_new_tokens)
         requests = [Request.ask(question, image, sampling=sampling) for image, question in questions]
         return [a.text for a in self.engine.answers(requests)]
 
     def score(self, image: Images | None, question: str, options: Sequence[str]) -> Scores:
         """How probable each option is as the answer, all in one pass; ``options[scores.best]`` is the likeliest.
 
-        Arguments as for ``answer``. UserError if there are no options.
+        Arguments as for ``answer``. UserError if there are no options, or they are not a list of texts.
         """
-        (scores,) = self.engine.score([(Request.ask(question, image), options)])
+        if isinstance(options, str) or not all(isinstance(option, str) for option in options):
+            raise UserError(f"options: expected a list of texts such as ['red', 'blue'], got {shown(options)}")
+        (scores,) = self.engine.score([(Request.ask(question, image), list(options))])
         return scores
+
+
+def _sampling(**settings: Any) -> Sampling:
+    """Sampling. Raises UserError for a setting out of range or of another kind."""
+    numbers: dict[str, Any] = {
+        "max_new_tokens": int,
+        "temperature": (int, float),
+        "top_k": int,
+        "top_p": (int, float),
+        "seed": int,
+    }
+    for name, kinds in numbers.items():
+        value = settings.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            what = "a whole number" if kinds is int else "a number"
+            raise UserError(f"{name}: expected {what}, got {shown(value)}")
+    try:
+        return Sampling(**settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _device(name: str) -> str:
+    """The device to run on. Raises UserError if it is not one that this package runs on, or is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdigit() or name == kind):
+        raise UserError(f"device: {name!r}; known: auto, cpu, cuda, cuda:1 (the second GPU)")
+    count = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
+    if kind == "cuda" and count <= int(number or 0):
+        seen = f"torch sees {count} CUDA devices" if count else "torch sees no CUDA device"
+        raise UserError(f"device: {name}, but {seen}; use device='cpu' or 'auto'")
+    return str(name)
+
+
+def _check_folder(path: str | Path) -> None:
+    """Raise CheckpointError for a path that is near a model folder, saying which one is meant."""
+    if not isinstance(path, (str, Path)):
+        raise CheckpointError(f"{shown(path)}: expected the path of a model folder, such as 'runs/demo/final'")
+    folder = Path(path)
+    if folder.is_file():
+        raise CheckpointError(f"{path}: is a file; give the model folder that holds it: {folder.parent}")
+    if not (folder / "config.json").is_file() and (folder / "final" / "config.json").is_file():
+        raise CheckpointError(f"{path}: is the folder of a run; its model is {folder / 'final'}")
+
+
+def _with_system(template: Template, name: str, system: str | None) -> Template:
+    """The template with another system text. Raises UserError if it has none of its own to replace."""
+    if system is None:
+        return template
+    if type(template) is not Template:
+        raise UserError(f"system: the chat template {name!r} of this model has no system text that could be replaced")
+    return replace(template, system=system)

@@ -1,62 +1,73 @@
-"""tlf-chat: talk to a model about an image in the terminal; answers appear as they are generated."""
+"""tlf-chat: talk to a model about images in the terminal; answers appear as they are generated.
+
+Standard input may also be a file or a pipe: each line is a question, and nothing but the answers is printed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.flags import add_model_flags
+from tinyllava_fast.infer.flags import add_model_flags, positive
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.plugins import load_plugins
 
 if TYPE_CHECKING:
-    from tinyllava_fast.infer.assistant import Assistant
+    from tinyllava_fast.infer.conversation import Conversation
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells count
+LEAVE = ("quit", "exit")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of tlf-chat."""
-    p = Parser(prog="tlf-chat", description=__doc__)
+    p = Parser(prog="tlf-chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", help="model folder, e.g. runs/demo/final")
-    p.add_argument("--image", metavar="FILE", help="what the conversation is about (default: nothing)")
+    p.add_argument(
+        "--image",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="what the conversation is about (default: nothing); may be given several times",
+    )
     p.add_argument("--question", metavar="TEXT", help="ask this, print the answer and leave")
+    p.add_argument("--system", metavar="TEXT", help="system text instead of the one that the model was trained with")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the nucleus of this probability (default: 1)")
     p.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     add_model_flags(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run tlf-chat. Returns 0, or 2 after saying what is wrong with the input."""
+    """Run tlf-chat. Returns 0, 2 after saying what is wrong with the input, 130 after Ctrl-C outside a prompt."""
     args = parser().parse_args(argv)
     setup_logging()
-    from tinyllava_fast.infer.assistant import Assistant
-
+    _accept_any_bytes()
     try:
         load_plugins(args.plugin)
-        assistant = Assistant.from_pretrained(args.model, dtype=args.dtype, device=args.device, weights=args.weights)
-        questions = iter([args.question]) if args.question is not None else _typed()
-        converse(assistant, questions, args)
+        return _run(args)
     except (UserError, ValueError) as error:
         log.error("%s", error)
         return 2
     except KeyboardInterrupt:
         sys.stdout.write("\n")
-    return 0
+        return INTERRUPTED
 
 
-def converse(assistant: Assistant, questions: Iterator[str], args: Any) -> None:
-    """Answer each question with all that was said before it, streaming to standard output.
-
-    A question that cannot be answered (the conversation no longer fits the context) is reported and forgotten.
-    """
-    from tinyllava_fast.infer.types import Message, Request, Sampling
+def _run(args: argparse.Namespace) -> int:
+    from tinyllava_fast.infer.assistant import Assistant
+    from tinyllava_fast.infer.conversation import Conversation
+    from tinyllava_fast.infer.types import Sampling
 
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
@@ -65,36 +76,116 @@ def converse(assistant: Assistant, questions: Iterator[str], args: Any) -> None:
         top_k=args.top_k,
         seed=args.seed,
     )
-    said: list[Message] = []
-    for question in questions:
-        messages = [*said, {"from": "human", "value": question}]
-        request = Request(messages=messages, image=args.image, sampling=sampling, id="question")
-        try:
-            (answer,) = assistant.engine.answers([request], on_token=lambda _, piece: _show(piece))
-        except UserError as error:
-            if args.question is not None or not said:
-                raise
-            log.error("%s", error)
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    assistant = Assistant.from_pretrained(
+        args.model, dtype=args.dtype, device=args.device, weights=args.weights, system=_text(args.system)
+    )
+    talk = Conversation(assistant, args.image, sampling, _show)
+    if args.question is not None:
+        talk.ask(_text(args.question) or "")
+        return 0
+    if not _at_terminal():
+        return _answer_lines(talk)
+    _show(f"{args.model}: {talk.about()}\nAsk a question. /help lists the commands, /quit or Ctrl-D leaves.\n")
+    return _answer_typed(talk)
+
+
+def _answer_lines(talk: Conversation) -> int:
+    """Answer the lines of a pipe. Returns 2 if any of them could not be answered, else 0."""
+    code = 0
+    for line in sys.stdin:
+        if not line.strip():
             continue
-        _show("\n")
-        said = [*messages, {"from": "gpt", "value": answer.text}]
+        if line.strip() == "/quit":
+            break
+        if (said := talk.command(line.rstrip())) is not None:
+            log.info("%s", said)
+            continue
+        try:
+            talk.ask(line.strip())
+        except UserError as error:
+            if not talk.said:  # nothing that a new conversation could mend
+                raise
+            log.error("%s", talk.explain(error))
+            code = 2
+    return code
+
+
+def _answer_typed(talk: Conversation) -> int:
+    """Answer what is typed, until the user leaves; Ctrl-C stops an answer, and leaves when pressed twice."""
+    pressed = False
+    for line in _typed():
+        if line is None:
+            if pressed:
+                return 0
+            pressed = True
+            _show("\nCtrl-C once more leaves.\n")
+            continue
+        pressed = False
+        if line in LEAVE or line.strip() == "/quit":
+            return 0
+        _answer(talk, line)
+    return 0
+
+
+def _answer(talk: Conversation, line: str) -> None:
+    """Carry out or answer a typed line; a mistake and Ctrl-C end that line alone."""
+    try:
+        if (said := talk.command(line)) is not None:
+            _show(f"{said}\n")
+            return
+    except UserError as error:
+        log.error("%s", error)
+        return
+    try:
+        talk.ask(line.strip())
+    except UserError as error:
+        log.error("%s", talk.explain(error))
+    except KeyboardInterrupt:
+        _show("\n(stopped; the question is forgotten)\n")
+
+
+def _typed() -> Iterator[str | None]:
+    """Lines typed at a prompt until the input ends, empty ones left out; None for Ctrl-C at the prompt."""
+    try:
+        import readline  # noqa: F401 gives input() its history and its arrow keys
+    except ImportError:
+        pass
+    while True:
+        try:
+            line = input("> ").rstrip()
+        except EOFError:
+            _show("\n")
+            return
+        except KeyboardInterrupt:
+            yield None
+            continue
+        if line:
+            yield line
+
+
+def _accept_any_bytes() -> None:
+    """Read bytes that are no text, and write characters that the terminal lacks, as replacement characters."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _text(argument: str | None) -> str | None:
+    """An argument of the command line with replacement characters for bytes that are no text."""
+    return None if argument is None else os.fsencode(argument).decode(errors="replace")
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _show(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-def _typed() -> Iterator[str]:
-    """Lines of standard input until it ends; empty ones are skipped."""
-    while True:
-        if sys.stdin.isatty():
-            _show("> ")
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 if __name__ == "__main__":

@@ -16,3 +16,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     plugins.add_flag(parser)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as argparse's ``type``."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value

@@ -206,8 +206,12 @@ def split(lmm: LMM, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
 
 def write(lmm: LMM, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write the adapter folder of a model that has one; tensors as ``split`` returns them."""
+    write_folder(_full_config(lmm), tensors, folder)
+
+
+def write_folder(config: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter folder. config: peft's LoraConfig. tensors: by peft's names, without its prefix."""
     folder.mkdir()
-    config = _full_config(lmm)
     config.inference_mode = True  # as peft itself stores it
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     (folder / _CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

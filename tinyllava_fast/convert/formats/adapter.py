@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.log import log
 
 
 @FORMATS.register("adapter")
@@ -23,6 +24,10 @@ class AdapterFormat(Format):
         lmm = model.lmm
         if not lmm.config.adapter:
             raise UserError("the model has no adapter; --format llava or factory export the whole model")
+        log.info(
+            "this is the low-rank part alone: what trained in full beside it (a connector, biases) is not in it. "
+            "tlf-convert import takes it back onto a model folder that has those weights: --base MODEL"
+        )
         _, tensors = adapter.split(lmm, lmm.state_dict())
         folder.rmdir()  # write makes it
         adapter.write(lmm, tensors, folder)

@@ -28,6 +28,8 @@ class Format(ABC):
     summary: ClassVar[str]
     merge_adapter: ClassVar[bool] = True
     """Whether a LoRA adapter is added to the weights first."""
+    keeps_adapter: ClassVar[bool] = False
+    """Whether it can hold an adapter apart from the weights, for --keep-adapter."""
 
     @abstractmethod
     def write(self, model: Model, folder: Path) -> None:

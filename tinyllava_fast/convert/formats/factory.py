@@ -35,6 +35,7 @@ _FIXED = {
     "resampler": {"num_heads": 8, "head_size": 64, "expansion": 4},
     "qformer": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "intermediate_size": 3072},
 }
+CONNECTORS = ("identity", "linear", "mlp", "mof_mlp", "qformer", "resampler")
 _NO_VISION_KEYS = {
     "vision_use_head",
     "use_mask_token",
@@ -76,7 +77,9 @@ def _config(model: Model) -> dict[str, Any]:
     lacking = [flag for key, flag in flags.items() if not names.get(key)]
     if lacking:
         raise UserError(
-            f"the reference fetches configs, tokenizer and image processor by hub id; give {', '.join(lacking)} ID"
+            f"the reference fetches configs, tokenizer and image processor by hub id; give {', '.join(lacking)} ID. "
+            "Parts that were trained from scratch have no id: name a folder with their config.json (of the language "
+            "model also the tokenizer, of the tower the preprocessor_config.json) on the machine of the reference"
         )
     if lmm.config.image_mode not in ("square", "pad"):
         raise UserError(f"image_mode: {lmm.config.image_mode}; the reference knows square and pad")
@@ -218,4 +221,7 @@ def _connector(lmm: LMM) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return keys | {"num_queries": options.num_queries}, state
     if kind in ("identity", "mof_mlp"):
         return keys, state
-    raise UserError(f"connector.type: the reference has no {kind}")
+    raise UserError(
+        f"connector.type: the reference has no {kind}; it has {', '.join(CONNECTORS)}. A model with this connector "
+        "stays in this toolkit's own folder, which needs no export"
+    )

@@ -7,10 +7,12 @@ Logits equal ours. What has to be said differently there:
 - Gemma's factor on image rows goes into the projector's last layer, since transformers scales text rows only.
 - DINOv2's position table is stored at the size that is used.
 - ``<image>`` becomes a token; it and the padding rows of the vocabulary are never generated.
+- An adapter that is kept apart goes to ``adapter/``, which peft loads onto the model (llava_adapter.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats.factory import CONNECTORS as FACTORY_CONNECTORS
+from tinyllava_fast.convert.formats.llava_adapter import write_adapter
 from tinyllava_fast.convert.formats.llava_processor import build_processor
 from tinyllava_fast.convert.formats.towers import completed, resized_positions
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models import adapter
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision.base import VisionTower
@@ -38,10 +43,12 @@ class LlavaFormat(Format):
 
     name = "llava"
     summary = "transformers' LlavaForConditionalGeneration, which needs nothing of ours to load"
+    keeps_adapter = True
 
     def write(self, model: Model, folder: Path) -> None:
         """See the base class."""
         lmm = model.lmm
+        apart = adapter.take(lmm)
         _check_llm(lmm)
         vision, tower = _tower(lmm.vision)
         act, projector = _projector(lmm)
@@ -69,6 +76,8 @@ class LlavaFormat(Format):
         _set_generation(llava, model, token, text["vocab_size"])
         llava.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if apart is not None:
+            write_adapter(apart, llava, lmm.embedding_scale, folder / adapter.FOLDER)
 
 
 def _check_llm(lmm: LMM) -> None:
@@ -127,9 +136,16 @@ def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
     elif kind == "identity":
         act, maps = "linear", [unit, zero, unit, zero]
     else:
+        settings = ", ".join(f"{name}: {value}" for name, value in asdict(options).items()) or "no options"
+        other = (
+            "--format factory keeps it"
+            if kind in FACTORY_CONNECTORS
+            else "nor has TinyLLaVA Factory: such a model stays in this toolkit's own folder, which needs no export. A "
+            "model that is to be exported needs model.connector: {type: mlp2x_gelu} or linear"
+        )
         raise UserError(
-            f"connector: {kind} {options} is not expressible: transformers' llava has two linear maps with an "
-            "activation between them; --format factory keeps it"
+            f"connector: transformers' llava has no {kind} ({settings}), only two linear maps with an activation "
+            f"between them; {other}"
         )
     first_weight, first_bias, weight, bias = maps
     scale = lmm.embedding_scale

@@ -1,4 +1,4 @@
-"""The scores of an evaluation as one HTML file: against published rows, by category, answer times, questions to browse.
+"""The scores of an evaluation as one HTML file: published rows, categories, confusions, samples, answer times.
 
 Everything is inside it and nothing is a script: the filters of the samples are style sheets.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Metric
+from tinyllava_fast.eval.report.confusion import section
 from tinyllava_fast.eval.report.html import card, facts_list, inline, size
 from tinyllava_fast.eval.report.svg import histogram
 from tinyllava_fast.eval.results import read_results, read_verdicts
@@ -27,7 +28,7 @@ def page(folders: Sequence[Path], *, seed: int = 0) -> str:
     """The whole page. folders: results of one benchmark each. The samples are a seeded random draw."""
     css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
     results = [read_results(folder) for folder in folders]
-    model = escape(Path(results[0].get("model", "answers")).name)
+    model = escape(model_name(results[0].get("model", "answers")))
     body = "\n".join(
         [
             f"<header>\n<h1>{model}</h1>\n<p class='note'>{_headnote(results[0])}</p>\n</header>",
@@ -46,6 +47,18 @@ def page(folders: Sequence[Path], *, seed: int = 0) -> str:
         f"<title>{model}: scores</title>\n<style>\n{css}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def model_name(path: str) -> str:
+    """What a model is called: the run of a ``final`` folder, the run and the stage of another folder of it.
+
+    >>> model_name("/runs/digits/final"), model_name("/runs/digits/pretrain"), model_name("answers")
+    ('digits', 'digits/pretrain', 'answers')
+    """
+    folder = Path(path)
+    if folder.name == "final":
+        return folder.resolve().parent.name or "final"
+    return "/".join(folder.parts[-2:]).strip("/")
 
 
 def _headnote(results: dict[str, Any]) -> str:
@@ -89,12 +102,12 @@ def _benchmark(results: dict[str, Any], folder: Path, seed: int) -> str:
     said = [f"{name}: {count:,}" for name, count in counts.items()]
     note = escape(" · ".join([*said, *results["notes"], *results["count_differences"]]))
     parts = [_breakdown(title, rows) for title, rows in results["tables"].items()]
+    parts += [section(verdicts), _samples(results["benchmark"], verdicts, seed)]
     if times := results.get("run", {}).get("latency"):
         parts.append(
             "<h3>Answer times</h3><p class='note'>Seconds from entering the engine's queue to the end of the answer, "
             f"{times['count']:,} answers.</p>{histogram(times)}"
         )
-    parts.append(_samples(results["benchmark"], verdicts, seed))
     return card(escape(results["title"]), note, "\n".join(parts))
 
 

