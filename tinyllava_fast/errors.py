@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there and run the same command again",
+    errno.EDQUOT: "free some space there and run the same command again",
+    errno.ENOENT: "a folder on the way to it has been removed; run the same command again",
+    errno.ENOTDIR: "a part of that path is a file; name another folder",
+    errno.EEXIST: "a file has the name of that folder; name another folder",
+    errno.EISDIR: "a folder has the name of that file; remove it or name another folder",
+    errno.ENAMETOOLONG: "shorten the name",
+}
 
 
 class UserError(ValueError):
@@ -16,6 +30,21 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """A record or image that cannot be used; names the file, the record and the field."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around code that writes ``path``, a file or folder: UserError, which says why and what to do, for an OSError.
+
+    The message names the file that the system complained about, if it named one, else ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        reason = os.strerror(number) if number else str(error) or type(error).__name__
+        remedy = _REMEDIES.get(number, "check the disk and the permissions, or name another folder")
+        raise UserError(f"{error.filename or path}: cannot be written: {reason}; {remedy}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
