@@ -89,8 +89,9 @@ class Loader:
         """Go to a saved position. CheckpointError if the data or the packing is not what it was."""
         if state["fingerprint"] != self.dataset.fingerprint:
             raise CheckpointError(
-                f"{self.dataset.data.records}: the records, the tokenizer, the seed or the batch settings differ from "
-                "those of the checkpoint, so its position in the data means nothing; restore them or start anew"
+                f"{self.dataset.data.records}: the records or the tokenizer's files differ from those of the "
+                "checkpoint, so its position in the data means nothing; put them back as they were (records left out "
+                f"here: {len(self.dataset.skipped)}), or start over with another output_dir or --resume never"
             )
         self.close()
         self._position = self._start(state["epoch"]) + state["pack"]
@@ -195,6 +196,7 @@ def _same(item: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which stops the workers; keep what was inherited out of garbage collection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the main process, which stops the workers; keep what was inherited out of garbage collection."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects

@@ -37,17 +37,40 @@ class Recipe(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
 
+    def check(self, lmm: LMM, recipe: RecipeConfig) -> None:
+        """Raise UserError for a setting that this model cannot satisfy, before an earlier stage trains for hours.
+
+        The model has no adapter and is left as it is. ``apply`` raises likewise; a recipe that leaves this out is found
+        wrong when its stage begins.
+        """
+        return
+
     @abstractmethod
     def apply(self, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
         """Set requires_grad of every parameter; layers may be wrapped or replaced. seed: of new weights."""
 
 
+_ALL_FROZEN = "recipe: every component is frozen; set another tune for one of llm, vision, connector"
 RECIPES: Registry[type[Recipe]] = Registry("recipe", "tinyllava_fast.recipes")
 
 
 @RECIPES.register("base")
 class BaseRecipe(Recipe):
     """Each component is frozen, full, trains its layers from ``from_layer`` on, or has LoRA layers (lora, qlora)."""
+
+    def check(self, lmm: LMM, recipe: RecipeConfig) -> None:
+        """See the base class."""
+        tunes: dict[str, TuneConfig] = {name: getattr(recipe, name) for name in COMPONENTS}
+        for name, tune in tunes.items():
+            _check(tune, f"recipe.{name}")
+        lora.plan(lmm, recipe)
+        for name, tune in tunes.items():
+            if tune.tune == "partial":
+                _layer_parameters(lmm, name, tune.from_layer)
+            if tune.tune == "qlora":
+                quantize.check(lmm, name, tune)
+        if all(tune.tune == "frozen" for tune in tunes.values()):
+            raise UserError(_ALL_FROZEN)
 
     def apply(self, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
         """See the base class. Raises UserError for a setting that this model cannot satisfy."""
@@ -80,13 +103,22 @@ def apply_recipe(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig, *, seed: in
     Weight decay goes to matrices; biases, norms and embeddings have none. Raises UserError naming the config key if
     the recipe is unknown, does not fit the model, or trains nothing.
     """
-    cls = RECIPES.get(recipe.type, "recipe.type")
-    cls(parse_into(cls.Options, recipe.options, "recipe.options")).apply(lmm, recipe, seed=seed)
+    _recipe(recipe).apply(lmm, recipe, seed=seed)
     groups = _groups(lmm, recipe, optim)
     if not groups:
-        raise UserError("recipe: every component is frozen; set another tune for one of llm, vision, connector")
+        raise UserError(_ALL_FROZEN)
     _report(lmm)
     return groups
+
+
+def check_recipe(lmm: LMM, recipe: RecipeConfig) -> None:
+    """Raise UserError for what ``apply_recipe`` would refuse. The model has no adapter and is left as it is."""
+    _recipe(recipe).check(lmm, recipe)
+
+
+def _recipe(recipe: RecipeConfig) -> Recipe:
+    cls = RECIPES.get(recipe.type, "recipe.type")
+    return cls(parse_into(cls.Options, recipe.options, "recipe.options"))
 
 
 def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:
