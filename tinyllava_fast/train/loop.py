@@ -335,8 +335,8 @@ class Stage:
             skipped = list(loader.skipped)
             reason = f"; {len(skipped)} records were skipped, the first: {skipped[0]}" if skipped else ""
             raise UserError(
-                f"stages.{self.config.name}.data: {state.barren} steps in a row, a whole pass over the data, had no "
-                f"supervised token{reason}. Mend the images or image_folder"
+                f"stages.{self.config.name}.data: {state.barren} steps in a row, a whole pass over the data or the "
+                f"whole stage, had no supervised token{reason}. Mend the images or image_folder"
             )
 
     def _entry(self, grad_norm: torch.Tensor, lrs: dict[str, float], window: Window) -> dict[str, Any]:
