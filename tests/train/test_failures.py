@@ -106,12 +106,14 @@ def break_pictures(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [None, 2, 30])
-def test_every_picture_damaged_and_skipped_is_refused(tiny_run, losses, caplog, steps):
+def test_every_picture_damaged_and_skipped_is_refused(tiny_run, losses, monkeypatch, caplog, steps):
+    """Damaged once the run has begun; what is damaged before is found by the data set."""
     skip = {f"stages__{name}__data__on_bad_image": "skip" for name in ("pretrain", "finetune")}
     path = tiny_run(stages__pretrain__max_steps=steps, records=12, **skip)
     rows = [row for row in json.loads((path.parent / "records.json").read_text()) if "image" in row]
     (path.parent / "records.json").write_text(json.dumps(rows))
-    break_pictures(path.parent)
+    begin = run.Run.open
+    monkeypatch.setattr(run.Run, "open", lambda self: (begin(self), break_pictures(path.parent)))
     assert cli.main([str(path)]) == 2
     said = errors(caplog)
     assert "had no supervised token" in said and ".png" in said and "records were skipped, the first:" in said

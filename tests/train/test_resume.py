@@ -84,6 +84,7 @@ def test_a_picture_damaged_in_the_middle_is_skipped_or_mended_on_resume(tiny_run
     assert 0 < step < 12
     assert f"set stages.{stage}.data.on_bad_image=skip" in said
     assert f"{stage}-{step:08d} is intact: the same command, with what is mended, goes on from there" in said
+    assert "No record may be removed or changed" in said
     shutil.copytree(run, skip)
 
     both = [f"stages.{name}.data.on_bad_image=skip" for name in ("pretrain", "finetune")]
@@ -196,7 +197,13 @@ def test_records_and_images_may_move_but_not_change(tiny_run, losses, caplog):
     assert "its position in the data means nothing; put them back" in errors(caplog)
     (new / "data.json").write_text(json.dumps(rows))
     assert run_cli(path, *moved) == 0
-    assert losses(run) == lines
+    assert losses(run) == lines and "are these the same images" not in caplog.text
+    for row in (row for row in rows if "image" in row):
+        row["image"] = str(new / "pictures" / row["image"])
+    (new / "data.json").write_text(json.dumps(rows))
+    back_to(run, "finetune-00000007")
+    assert run_cli(path, *moved) == 0
+    assert losses(run) == lines and "image paths differ from those of the checkpoint" in caplog.text
 
 
 def test_a_diverged_run_goes_on_with_a_lower_rate(tiny_run, losses, caplog):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from tinyllava_fast.config.schema import EngineConfig
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.prepare import of_stage
 
@@ -28,7 +28,10 @@ def explained(store: CheckpointStore, state: TrainState, engine: EngineConfig, s
         with of_stage(stage):
             yield
     except UserError as error:
-        raise type(error)(f"{error}{way_on(store, state, str(error))}") from error
+        text = f"{error}{way_on(store, state, str(error))}"
+        if isinstance(error, DataError) and state.step:
+            text += ". No record may be removed or changed before the run has ended"
+        raise type(error)(text) from error
     except (RuntimeError, MemoryError, OSError) as error:
         if _is_memory(error):
             text = _out_of_memory(engine, stage)

@@ -54,7 +54,9 @@ def of_stage(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         text = _KEYS.sub(lambda found: f"stages.{name}.{found.group()}", str(error))
-        raise type(error)(text if f"stages.{name}" in text else f"stages.{name}: {text}") from error
+        raise type(error)(
+            text if text.startswith("stages.") or f"stages.{name}" in text else f"stages.{name}: {text}"
+        ) from error
 
 
 def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:

@@ -47,7 +47,7 @@ _WHY = {
     "engine.dtype": "the weights and the optimiser's state are kept in it",
     "name": "the stage has begun under that name",
     "batch": "it decides the packs, so the position in the data would mean nothing",
-    "data": "it decides the tokens and the packs, so the position in the data would mean nothing",
+    "data": "it decides what the samples are, and with them the position in the data",
     "recipe": "the optimiser's state belongs to the weights that trained so far",
     "optim.type": "the optimiser's state is of that rule",
     "optim": "losses before and after would mean different things",
