@@ -117,7 +117,7 @@ def test_a_signal_saves_and_the_same_command_continues(tiny_run, losses, monkeyp
 
 def test_a_second_interrupt_stops_at_once(monkeypatch):
     def impatient(config, **_):
-        run = type("Run", (), {"stop_signal": 0})()
+        run = type("Run", (), {"stop_signal": 0, "stepping": True})()
         with stop_on_signals(run):
             signal.raise_signal(signal.SIGINT)
             assert run.stop_signal == signal.SIGINT

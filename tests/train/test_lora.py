@@ -113,11 +113,14 @@ def test_only_the_recipe_trains_and_the_next_stage_goes_on(tiny_run, caplog):
 
 
 @pytest.mark.parametrize(
-    ("following", "slack"),
-    [({"tune": "qlora", "lora": {**SETTINGS, "r": 6}}, 0.02), ({"tune": "full"}, 1e-6)],
+    ("following", "slack", "reason"),
+    [
+        ({"tune": "qlora", "lora": {**SETTINGS, "r": 6}}, 0.02, "the recipe asks for {'r': 6,"),
+        ({"tune": "full"}, 1e-6, "the recipe has no lora or qlora component"),
+    ],
     ids=["qlora", "full"],
 )
-def test_another_recipe_merges_first(tiny_run, caplog, following, slack):
+def test_another_recipe_merges_first(tiny_run, caplog, following, slack, reason):
     path = tiny_run(
         model__llm__config=WIDE,
         stages__pretrain__recipe=recipe(LORA),
@@ -127,7 +130,7 @@ def test_another_recipe_merges_first(tiny_run, caplog, following, slack):
     )
     with caplog.at_level("INFO", logger="tinyllava_fast"):
         train(load_run(path))
-    assert any("merging the adapter of the model" in m for m in caplog.messages)
+    assert any("merging the adapter of the model" in m and reason in m for m in caplog.messages)
     run = path.parent / "run"
     merged, final = io.load_model(run / "pretrain")[0].state_dict(), io.load_model(run / "final")[0].state_dict()
     for name, tensor in merged.items():

@@ -28,7 +28,7 @@ def test_lines_events_and_truncation(tmp_path):
     assert steps == [1, 2, 3]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "s")).Reload()
     assert {"train/loss", "train/grad_norm", "lr/llm"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
 

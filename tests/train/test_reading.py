@@ -148,6 +148,6 @@ def test_training_and_inference_see_the_same_pixels(reading, mode, tmp_path):
             for shown in (path, str(path), path.read_bytes(), opened):
                 request = Request.ask("q", shown)
                 (image,) = request.images
-                pixels, counts = engine._images._pixels([(0, image, "r")])
+                pixels, counts, _ = engine._images._pixels([(0, image, "r")])
                 assert torch.equal(pixels, expected) and sum(counts) == len(expected), (number, type(shown))
                 assert engine._images.rows(image) == len(expected) * lmm.tokens_per_image

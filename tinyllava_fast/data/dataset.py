@@ -24,8 +24,10 @@ from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.ops import pack_plan
+from tinyllava_fast.pace import Pace
 
 _CHUNK = 512  # records tokenised in one call
+_TOKENISED = "%s: %d records tokenised so far, %.0f a second"
 T = TypeVar("T")
 
 
@@ -76,6 +78,7 @@ class PackedDataset:
         sizes: list[tuple[int, int, int, int]] = []
         template = TEMPLATES.get(data.template, "data.template")
         template.check(tokenizer, data.masks)
+        pace = Pace(wait_s=5.0)
         with _no_garbage_collection():
             for records in _chunks(read_records(data.records), _CHUNK):
                 self.files.look(records)
@@ -85,6 +88,8 @@ class PackedDataset:
                 encoded = self._encode([piece for piece, _ in pieces], template, tokenizer)
                 for (piece, inputs), sample in zip(pieces, encoded, strict=True):
                     sizes.append(self._add(piece, sample, inputs))
+                if pace.due():
+                    log.info(_TOKENISED, data.records, records[-1].index + 1, (records[-1].index + 1) / pace.elapsed_s)
         self.files.stop()
         if not sizes:
             raise self._nothing_left()

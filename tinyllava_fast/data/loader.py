@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
+from tinyllava_fast.log import log
 
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
 
@@ -82,15 +83,22 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position after the packs consumed so far; what workers have prepared ahead does not count."""
         epoch, pack = self._locate(self._position)
-        fingerprint = self.dataset.fingerprint
-        return {"epoch": epoch, "pack": pack, "fingerprint": fingerprint, "skipped": list(self.skipped)}
+        checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.store.sources()}
+        return {"epoch": epoch, "pack": pack, **checks, "skipped": list(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. CheckpointError if the data or the packing is not what it was."""
         if state["fingerprint"] != self.dataset.fingerprint:
             raise CheckpointError(
-                f"{self.dataset.data.records}: the records, the tokenizer, the seed or the batch settings differ from "
-                "those of the checkpoint, so its position in the data means nothing; restore them or start anew"
+                f"{self.dataset.data.records}: the records or the tokenizer's files differ from those of the "
+                "checkpoint, so its position in the data means nothing; put them back as they were (records left out "
+                f"here: {len(self.dataset.skipped)}), or start over with another output_dir or --resume never"
+            )
+        if state.get("sources", sources := self.dataset.store.sources()) != sources:
+            log.warning(
+                "%s: record ids or image paths differ from those of the checkpoint, the tokens do not: going on; are "
+                "these the same images?",
+                self.dataset.data.records,
             )
         self.close()
         self._position = self._start(state["epoch"]) + state["pack"]
@@ -195,6 +203,7 @@ def _same(item: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which stops the workers; keep what was inherited out of garbage collection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the main process, which stops the workers; keep what was inherited out of garbage collection."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects

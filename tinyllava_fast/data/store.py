@@ -74,6 +74,10 @@ class SampleStore:
             total = crc32(memoryview(column).cast("B") if len(column) else b"", total)
         return total
 
+    def sources(self) -> int:
+        """A checksum of all record ids and image paths, which no position depends on."""
+        return self._images.checksum(self._names.checksum(0))
+
 
 class _Strings:
     """Strings as one blob: no Python object each, whose reference count would unshare memory in forked workers."""
@@ -89,6 +93,10 @@ class _Strings:
         """Add one string."""
         self._blob += text.encode()
         self._ends.append(len(self._blob))
+
+    def checksum(self, start: int) -> int:
+        """CRC-32 of all of them, going on from another."""
+        return crc32(self._blob, start)
 
     def __getitem__(self, index: int) -> str:
         return self._blob[self._ends[index] : self._ends[index + 1]].decode()

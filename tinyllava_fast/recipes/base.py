@@ -37,11 +37,20 @@ class Recipe(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
 
+    def check(self, lmm: LMM, recipe: RecipeConfig) -> None:
+        """Raise UserError for a setting that this model cannot satisfy, before an earlier stage trains for hours.
+
+        The model has no adapter and is left as it is. ``apply`` raises likewise; a recipe that leaves this out is found
+        wrong when its stage begins.
+        """
+        return
+
     @abstractmethod
     def apply(self, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
         """Set requires_grad of every parameter; layers may be wrapped or replaced. seed: of new weights."""
 
 
+_ALL_FROZEN = "recipe: every component is frozen; set another tune for one of llm, vision, connector"
 RECIPES: Registry[type[Recipe]] = Registry("recipe", "tinyllava_fast.recipes")
 
 
@@ -49,10 +58,20 @@ RECIPES: Registry[type[Recipe]] = Registry("recipe", "tinyllava_fast.recipes")
 class BaseRecipe(Recipe):
     """Each component is frozen, full, trains its layers from ``from_layer`` on, or has LoRA layers (lora, qlora)."""
 
+    def check(self, lmm: LMM, recipe: RecipeConfig) -> None:
+        """See the base class."""
+        tunes: dict[str, TuneConfig] = {name: getattr(recipe, name) for name in COMPONENTS}
+        lora.plan(lmm, recipe)
+        for name, tune in tunes.items():
+            if tune.tune == "partial":
+                _layer_parameters(lmm, name, tune.from_layer)
+            if tune.tune == "qlora":
+                quantize.check(lmm, name, tune)
+        if all(tune.tune == "frozen" for tune in tunes.values()):
+            raise UserError(_ALL_FROZEN)
+
     def apply(self, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
         """See the base class. Raises UserError for a setting that this model cannot satisfy."""
-        for name in COMPONENTS:
-            _check(getattr(recipe, name), f"recipe.{name}")
         held = adapter.take(lmm)
         quantize.dequantize(lmm)
         wanted = lora.plan(lmm, recipe)
@@ -80,24 +99,27 @@ def apply_recipe(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig, *, seed: in
     Weight decay goes to matrices; biases, norms and embeddings have none. Raises UserError naming the config key if
     the recipe is unknown, does not fit the model, or trains nothing.
     """
-    _recipe(recipe, "recipe").apply(lmm, recipe, seed=seed)
+    find_recipe(recipe).apply(lmm, recipe, seed=seed)
     groups = _groups(lmm, recipe, optim)
     if not groups:
-        raise UserError("recipe: every component is frozen; set another tune for one of llm, vision, connector")
+        raise UserError(_ALL_FROZEN)
     _report(lmm)
     return groups
 
 
-def check_recipe(recipe: RecipeConfig, where: str) -> None:
-    """Raise UserError for what is wrong with a recipe whatever the model. where: key of the recipe, for the message."""
-    if isinstance(_recipe(recipe, where), BaseRecipe):
+def check_recipe(lmm: LMM, recipe: RecipeConfig) -> None:
+    """Raise UserError for what ``apply_recipe`` would refuse. The model has no adapter and is left as it is."""
+    find_recipe(recipe).check(lmm, recipe)
+
+
+def find_recipe(recipe: RecipeConfig) -> Recipe:
+    """Return the registered recipe with its options. Raise UserError for an unknown name, option or kind of tuning."""
+    cls = RECIPES.get(recipe.type, "recipe.type")
+    found = cls(parse_into(cls.Options, recipe.options, "", key="recipe.options"))
+    if isinstance(found, BaseRecipe):
         for name in COMPONENTS:
-            _check(getattr(recipe, name), f"{where}.{name}")
-
-
-def _recipe(recipe: RecipeConfig, where: str) -> Recipe:
-    cls = RECIPES.get(recipe.type, f"{where}.type")
-    return cls(parse_into(cls.Options, recipe.options, "", key=f"{where}.options"))
+            _check(getattr(recipe, name), f"recipe.{name}")
+    return found
 
 
 def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:

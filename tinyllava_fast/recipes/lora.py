@@ -90,10 +90,19 @@ def merge_unless_continued(lmm: LMM, held: Adapter | None, wanted: Plan | None) 
     if wanted is not None and held.layers == wanted.layers:
         log.info("LoRA: going on with the adapter of the model (%d layers)", len(held.layers))
         return held
-    log.info("LoRA: merging the adapter of the model (%d layers); the recipe asks for another", len(held.layers))
+    reason = "the recipe has no lora or qlora component" if wanted is None else _difference(held.layers, wanted.layers)
+    log.info("LoRA: merging the adapter of the model (%d layers) into its weights: %s", len(held.layers), reason)
     adapter.attach(lmm, held, "the model's adapter")
     adapter.merge(lmm)
     return None
+
+
+def _difference(held: Mapping[str, LayerSettings], wanted: Mapping[str, LayerSettings]) -> str:
+    """In what the adapter that the recipe asks for differs, as a clause."""
+    if held.keys() != wanted.keys():
+        return f"the recipe adapts {len(wanted)} layers, {len(held.keys() & wanted.keys())} of them the same"
+    name = next(name for name in wanted if held[name] != wanted[name])
+    return f"the recipe asks for {wanted[name]._asdict()} at {name}, the adapter has {held[name]._asdict()}"
 
 
 def inject(lmm: LMM, wanted: Plan, continued: Adapter | None, seed: int) -> None:

@@ -39,15 +39,22 @@ def quantize(lmm: LMM, component: str, tune: TuneConfig) -> None:
 
     Raises UserError if bitsandbytes does not import, or a layer has a shape that it gets wrong on this device.
     """
-    bnb = _bitsandbytes(component)
+    bnb = check(lmm, component, tune)
     for name, linear in list(linears(lmm, component)):
+        _replace(lmm, name, _quantised_layer(bnb, linear, tune))
+
+
+def check(lmm: LMM, component: str, tune: TuneConfig) -> Any:
+    """The bitsandbytes module. Raises UserError if it does not import, or gets a layer wrong on this device."""
+    bnb = _bitsandbytes(component)
+    for name, linear in linears(lmm, component):
         device = linear.weight.device
         if tune.quant == "nf4" and device.type == "cpu" and linear.in_features % BLOCK:
             raise UserError(
                 f"recipe.{component}.quant: nf4, but {name} has {linear.in_features} inputs, and on a CPU bitsandbytes "
                 f"dequantises only multiples of {BLOCK} correctly; set quant: int8"
             )
-        _replace(lmm, name, _quantised_layer(bnb, linear, tune))
+    return bnb
 
 
 def dequantize(lmm: LMM) -> None:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.fields import Fields, read_json, shown
 from tinyllava_fast.log import log
 from tinyllava_fast.train import seed
 from tinyllava_fast.train.engine.base import Engine, LazyTensor
@@ -67,6 +68,16 @@ class TrainState:
     """How each stage so far reads pictures: orientation and background (train/reading.py)."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
+    stage_steps: int = 0
+    """Steps that the stage had when it was planned; 0: not known."""
+    losses: list[float] = field(default_factory=list)
+    """Loss of each step since the last line of metrics.jsonl."""
+    final_losses: dict[str, float] = field(default_factory=dict)
+    """Loss of the last line of each stage that is over."""
+    barren: int = 0
+    """Steps in a row, up to now, without a supervised token."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Keys of the configuration that changed when the run was resumed: {step, key, old, new}."""
     format: int = FORMAT
 
     @property
@@ -105,8 +116,11 @@ class CheckpointStore:
         """The checkpoint that ``latest`` names; the newest complete one if that file is missing; None without any."""
         names = self.names()
         marker = self.folder / LATEST
-        if marker.is_file() and (name := marker.read_text(encoding="utf-8").strip()) in names:
+        name = marker.read_bytes().decode(errors="replace").strip() if marker.is_file() else ""
+        if name in names:
             return self.folder / name
+        if name and names:
+            log.warning("%s: names no checkpoint (%s); taking the newest, %s", marker, shown(name), names[-1])
         return self.folder / names[-1] if names else None
 
     def save(self, state: TrainState, engine: Engine) -> Path:
@@ -173,12 +187,54 @@ def load_state(folder: Path) -> TrainState:
         hint = f"; it holds {', '.join(known)}" if known else ""
         raise CheckpointError(f"{folder}: not a checkpoint, it has no state.json{hint}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {raw['format']}, this version reads {FORMAT}")
-        return TrainState(**raw)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); resume from another checkpoint with --resume PATH") from None
+        return _state(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: damaged, or of another version; {_another(folder)}") from None
+
+
+def _state(fields: Fields) -> TrainState:
+    """state.json as a TrainState. Raises CheckpointError for a field that is missing, unknown or of another kind."""
+    if (found := fields.integer("format")) != FORMAT:
+        raise CheckpointError(f"{fields.where}: format {found}, this version reads {FORMAT}")
+    for name, hint in fields.unknown(TrainState.__dataclass_fields__).items():
+        raise CheckpointError(f"{fields.where}: {name}: unknown field; {hint}")
+    fields.text("stage")
+    for name in ("stage_index", "stage_step", "step"):
+        fields.integer(name, least=0)
+    for name in ("stage_steps", "barren"):
+        fields.integer(name, 0, least=0)
+    loader = fields.mapping("loader")
+    for name in ("epoch", "pack", "fingerprint"):
+        loader.integer(name, least=0)
+    loader.texts("skipped", empty=True)
+    totals = fields.mapping("totals")
+    for name in totals.values:
+        totals.number(name)
+    for name in ("config", "reports"):
+        fields.mapping(name)
+    for name in ("losses", "changes"):
+        fields.items(name, [], empty=True)
+    for name in ("compiled", "final_losses"):
+        fields.mapping(name, None)
+    return TrainState(**fields.values)
+
+
+def _another(folder: Path) -> str:
+    """What to do about a damaged checkpoint, naming one beside it that is whole."""
+    for name in reversed(CheckpointStore(folder.parent, 1).names()):
+        if name != folder.name and _readable(folder.parent / name):
+            return f"resume from an older one with --resume {folder.parent / name}"
+    return "no other checkpoint lies beside it: start over with --resume never"
+
+
+def _readable(folder: Path) -> bool:
+    try:
+        _state(Fields.of(read_json(folder / "state.json", CheckpointError), "", CheckpointError))
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            safe_open(str(folder / name), framework="pt")
+    except (CheckpointError, SafetensorError, OSError):
+        return False
+    return True
 
 
 def load_rng(folder: Path, rank: int) -> None:
@@ -188,7 +244,10 @@ def load_rng(folder: Path, rank: int) -> None:
         log.warning("%s: saved with fewer processes; rank %d keeps its seeded random state", folder, rank)
         return
     with open_tensors(path) as tensors:
-        seed.set_rng_state(json.loads(tensors.metadata["state"]), dict(tensors))
+        try:
+            seed.set_rng_state(json.loads(tensors.metadata["state"]), dict(tensors))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); {_another(folder)}") from None
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -196,15 +255,13 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
+            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete; {_another(path.parent)}")
         try:
             self._file = safe_open(str(path), framework="pt")
             self._keys = list(self._file.keys())
             self.metadata: dict[str, str] = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: truncated or damaged ({error}); resume from another checkpoint with --resume PATH"
-            ) from None
+            raise CheckpointError(f"{path}: truncated or damaged ({error}); {_another(path.parent)}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:

@@ -8,17 +8,16 @@ accumulation and the number of processes change the speed, not the mathematics.
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.dataset import build_dataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
@@ -26,18 +25,19 @@ from tinyllava_fast.hardware import cache_folder
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io
 from tinyllava_fast.models.build import build_model, check_vocabulary
-from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
-from tinyllava_fast.recipes.base import apply_recipe, check_engine, check_recipe
+from tinyllava_fast.recipes.base import apply_recipe, check_engine
 from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import compile_forward, repays
 from tinyllava_fast.train.engine.launch import build_engine, start_process
+from tinyllava_fast.train.failures import explained
 from tinyllava_fast.train.features import FeatureCache, check_feature_cache
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
-from tinyllava_fast.train.profile import StepProfiler, trains
+from tinyllava_fast.train.prepare import Outlook, average_flops, build_loader, look_ahead, look_at_files
+from tinyllava_fast.train.profile import StepProfiler
 from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.reading import settle_reading
 from tinyllava_fast.train.rules import check_rule, moment_bytes
@@ -55,8 +55,6 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> 
         check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
         check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
     load_plugins(config.plugins)
-    for stage in config.stages:
-        check_recipe(stage.recipe, f"stages.{stage.name}.recipe")
     process = start_process(config.engine)
     for stage in config.stages:
         check_rule(stage.optim, config.engine, process.device, f"stages.{stage.name}")
@@ -65,11 +63,13 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> 
     run = Run(config, process)
     run.profile = profile
     try:
-        run.start(resume)
         with stop_on_signals(run):
+            run.start(resume)
+            look_at_files(config, config.stages[run.state.stage_index :])
             for index in range(run.state.stage_index, len(config.stages)):
-                Stage(run, index).run()
-        return run.finish()
+                with explained(run.store, run.state, config.engine, config.stages[index].name):
+                    Stage(run, index).run()
+            return run.finish()
     finally:
         run.close()
 
@@ -82,9 +82,11 @@ class Stage:
         self.state = run.state
         resumed = run.checkpoint if self.state.stage_index == index else None
         if self.state.stage_index != index or not self.state.stage:
-            self.state.stage_step, self.state.loader = 0, {}
+            self.state.stage_step, self.state.loader, self.state.barren = 0, {}, 0
         self.state.stage, self.state.stage_index = self.config.name, index
         self.model = self._model(index, resumed)
+        if run.outlooks is None:
+            self._look_ahead(index)
         groups = apply_recipe(self.model, self.config.recipe, self.config.optim, seed=run.config.seed)
         if resumed is not None:
             self._load_weights(resumed)
@@ -92,7 +94,7 @@ class Stage:
         self.peak_lrs = {g["name"]: g["lr"] for g in groups}
         self.model.set_gradient_checkpointing(run.config.engine.gradient_checkpointing)
         self.loader = self._loader()
-        self.flops = self._flops()
+        self.flops = average_flops(self.model, self.config, self.loader)
         self.kind = self._kind()
         self.compiled = compile_forward(self.model, run.config.engine) if self._compiles() else None
         self.micro_batches = self.config.batch.packs_per_step // run.process.world_size
@@ -109,6 +111,7 @@ class Stage:
         if gigabytes := self.config.data.feature_cache:
             folder = cache_folder() / "features"
             self.features = FeatureCache(folder, self.model.vision, limit=int(gigabytes * 2**30))
+        self.pending: list[tuple[torch.Tensor, float]] = []  # loss sum and scale of the steps not yet in state.losses
         self.seconds: list[float] = []  # of each step since the start or a resumption
         self.profiler: StepProfiler | None = None
         if run.profile and run.main:
@@ -135,6 +138,17 @@ class Stage:
         inherited = None if new else model.config.reading
         model.config.reading = settle_reading(self.state, data, inherited, resumed is not None)
         return model.to(self.run_.process.device)
+
+    def _look_ahead(self, index: int) -> None:
+        run = self.run_
+        run.outlooks = [Outlook(0, 0.0)] * (index + 1) + look_ahead(
+            run.config,
+            run.config.stages[index + 1 :],
+            process=run.process,
+            tokenizer=run.tokenizer,
+            processor=run.processor,
+            model=self.model,
+        )
 
     def _compiles(self) -> bool:
         """engine.compile, with auto resolved."""
@@ -169,18 +183,6 @@ class Stage:
             flops=self.flops,
         )
 
-    def _flops(self) -> float:
-        """Of an average step of this process."""
-        data, batch = self.loader.dataset, self.config.batch
-        tokens = batch.packs_per_step * batch.tokens
-        samples = max(round(tokens * len(data) / max(self.report["tokens"], 1)), 1)
-        share = samples / len(data)
-        supervised = round(self.report["supervised_tokens"] * share)
-        images = round(float(data.images.sum()) * share)
-        lengths = [tokens // samples] * samples
-        flops = step_flops(costs_of(self.model), lengths, images, supervised, trains(self.config.recipe))
-        return sum(flops.values()) / self.run_.process.world_size
-
     def _load_weights(self, checkpoint: Path) -> None:
         """Weights by the names that the recipe gives them: wrapped by LoRA, quantised."""
         io.load_weights(self.model, checkpoint, skip=quantize.state_names(self.model))
@@ -188,46 +190,42 @@ class Stage:
             quantize.load_state(self.model, tensors)
 
     def _loader(self) -> Loader:
-        run, config, process = self.run_, self.config, self.run_.process
-        data = replace(config.data.under(run.config.data_root), **asdict(self.model.config.reading))
-        dataset = build_dataset(
-            data,
-            config.batch,
+        run, state = self.run_, self.state
+        loader = build_loader(
+            run.config,
+            self.config,
+            self.model.config.reading,
+            process=run.process,
             tokenizer=run.tokenizer,
             processor=run.processor,
-            tokens_per_image=self.model.tokens_per_image,
-            seed=run.config.seed,
+            model=self.model,
         )
-        self.model.config.image_grid = dataset.files.grid
-        self.report = dataset.report.as_dict()
-        if not self.report["supervised_tokens"]:
+        self.model.config.image_grid = loader.dataset.files.grid
+        self.report = loader.dataset.report.as_dict()
+        if state.loader:
+            loader.load_state_dict(state.loader)
+        if state.stage_step > loader.steps:
             raise UserError(
-                f"stages.{config.name}.data: no sample of {data.records} has a supervised token, so nothing "
-                f"can be learnt; does template {config.data.template!r} suit the tokenizer and the records?"
+                f"stages.{self.config.name}: max_steps or epochs give {loader.steps} steps, but {state.stage_step} are "
+                "done; give at least as many"
             )
-        loader = Loader(
-            dataset,
-            packs_per_step=config.batch.packs_per_step,
-            epochs=config.epochs,
-            max_steps=config.max_steps,
-            rank=process.rank,
-            world_size=process.world_size,
-            workers=run.config.engine.workers,
-            prefetch=run.config.engine.prefetch,
-            pin_memory=process.device.type == "cuda",
-        )
-        if self.state.loader:
-            loader.load_state_dict(self.state.loader)
+        state.stage_steps = loader.steps
         return loader
 
     def run(self) -> None:
         """Train to the end of the stage and save its model folder."""
-        total = self.loader.steps
-        progress = Progress(self.config.name, total, done=self.state.stage_step, show=self.run_.main)
+        total, run = self.loader.steps, self.run_
+        run.open()
+        ahead = sum(o.steps * o.flops for o in (run.outlooks or [])[self.state.stage_index + 1 :])
+        done, later = self.state.stage_step, ahead / max(self.flops, 1.0)
+        progress = Progress(self.config.name, total, done=done, later=later, show=run.main)
         try:
-            if self.state.stage_step < total:
+            if done < total:
+                run.unfinish()
+                run.stepping = True
                 self._steps(total, progress)
         finally:
+            run.stepping = False
             progress.close()
             self.loader.close()
             if self.profiler:
@@ -261,6 +259,7 @@ class Stage:
             loss_sum = torch.zeros((), device=engine.device)
             for batch in micro:
                 loss_sum += engine.forward_backward(batch, scale)
+            self.pending.append((loss_sum, scale))
             lrs = self._learning_rates(total)
             with torch.profiler.record_function("tlf.optimizer"):
                 grad_norm = engine.step(lrs)
@@ -276,11 +275,12 @@ class Stage:
             every = run.config.checkpoint.every_steps
             saving = last or stop or bool(every and state.stage_step % every == 0)
             if due or saving:
-                entry = self._entry(loss_sum, scale, grad_norm, lrs, window)
+                entry = self._entry(grad_norm, lrs, window)
                 progress.update(state.stage_step, entry, line=due)
                 if due:
                     self._write(entry)
                     window = Window()
+            self._check_supervision(counts)
             if saving:
                 self._checkpoint()
             if stop:
@@ -328,16 +328,33 @@ class Stage:
         for name in COUNTS:
             self.state.totals[name] += counts[name]
 
-    def _entry(
-        self, loss_sum: torch.Tensor, scale: float, grad_norm: torch.Tensor, lrs: dict[str, float], window: Window
-    ) -> dict[str, Any]:
-        """The metrics of this step. Raises UserError if the loss or the gradient is no number any more."""
-        loss = float(self.engine.all_reduce_sum(loss_sum)) * scale
+    def _check_supervision(self, counts: dict[str, float]) -> None:
+        """Raise UserError for a whole pass over the data, or a whole stage, in which there was nothing to learn."""
+        state, loader = self.state, self.loader
+        state.barren = 0 if counts["supervised_tokens"] else state.barren + 1
+        if not state.barren:
+            return
+        if state.barren == 1:
+            log.warning("step %d: no supervised token in it, so nothing is learnt from it", state.step)
+        if state.barren >= min(max(math.ceil(loader.steps_per_epoch), 1), state.stage_steps):
+            skipped = list(loader.skipped)
+            reason = f"; {len(skipped)} records were skipped, the first: {skipped[0]}" if skipped else ""
+            raise UserError(
+                f"stages.{self.config.name}.data: {state.barren} steps in a row, a whole pass over the data or the "
+                f"whole stage, had no supervised token{reason}. Mend the images or image_folder"
+            )
+
+    def _entry(self, grad_norm: torch.Tensor, lrs: dict[str, float], window: Window) -> dict[str, Any]:
+        """The metrics of the steps since the last line. Raises UserError if one of them is no number any more."""
+        sums = self.engine.all_reduce_sum(torch.stack([loss for loss, _ in self.pending])).tolist()
+        self.state.losses += [total * scale for total, (_, scale) in zip(sums, self.pending, strict=True)]
+        self.pending.clear()
+        loss = sum(self.state.losses) / len(self.state.losses)
         norm = float(grad_norm)
         if not (abs(loss) < float("inf") and norm < float("inf")):
             raise UserError(
-                f"step {self.state.step} ({self.state.stage}): loss {loss}, gradient norm {norm}: training diverged. "
-                f"The last checkpoint is intact; lower stages.{self.state.stage}.optim.lr or raise warmup_ratio"
+                f"step {self.state.step} ({self.state.stage}): loss {loss}, gradient norm {norm}: training diverged; "
+                "lower optim.lr, or raise optim.warmup_ratio"
             )
         return {
             "step": self.state.step,
@@ -351,6 +368,9 @@ class Stage:
         }
 
     def _write(self, entry: dict[str, Any]) -> None:
+        self.state.losses = []
+        if self.state.stage_step == self.state.stage_steps:
+            self.state.final_losses[self.config.name] = entry["loss"]
         if self.run_.metrics:
             self.run_.metrics.write(entry)
 

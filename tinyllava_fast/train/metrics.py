@@ -1,4 +1,9 @@
-"""What a run reports: metrics.jsonl and TensorBoard events, one entry every ``log_every`` steps."""
+"""What a run reports: metrics.jsonl and TensorBoard events, one entry every ``log_every`` steps.
+
+``loss`` of an entry is the mean over the steps since the entry before, each step's loss being its mean over supervised
+tokens; the other numbers are rates over the same steps, or, as grad_norm and lr, those of the last of them. TensorBoard
+has a run for each stage, tensorboard/<stage>, over the steps of the whole run.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import rss_bytes
 from tinyllava_fast.log import log
 
@@ -60,38 +66,60 @@ class Window:
 
 
 class MetricsWriter:
-    """Appends to <run>/metrics.jsonl and <run>/tensorboard. after_step: entries of later steps are dropped first."""
+    """Appends to <run>/metrics.jsonl and <run>/tensorboard. after_step: entries of later steps are dropped first.
+
+    UserError where a file cannot be written, or where metrics.jsonl has been removed.
+    """
 
     def __init__(self, folder: Path, *, after_step: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        truncate_after(self.path, after_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = _tensorboard(folder / "tensorboard", after_step)
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            truncate_after(self.path, after_step)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._folder, self._after_step = folder / "tensorboard", after_step
+        self._events: dict[str, Any] = {}  # SummaryWriter of each stage; None: TensorBoard is not installed
 
     def write(self, entry: dict[str, Any]) -> None:
         """entry: {"step", "stage", "lr": {group: value}, numbers...}."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        if self._events is None:
+        if not self.path.exists():
+            raise UserError(
+                f"{self.path}: has been removed while this run writes to it; do not remove the folder of a run that "
+                "trains, and run the same command again"
+            )
+        with writing(self.path):
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+        with writing(self._folder):
+            self._write_events(entry, entry["stage"])
+
+    def _write_events(self, entry: dict[str, Any], stage: str) -> None:
+        if stage not in self._events:
+            self._events[stage] = _tensorboard(self._folder / stage, self._after_step)
+        events = self._events[stage]
+        if events is None:
             return
         for name, value in entry.items():
             if name == "lr":
                 for group, lr in value.items():
-                    self._events.add_scalar(f"lr/{group}", lr, entry["step"])
+                    events.add_scalar(f"lr/{group}", lr, entry["step"])
             elif name != "step" and isinstance(value, (int, float)):
-                self._events.add_scalar(f"train/{name}", value, entry["step"])
+                events.add_scalar(f"train/{name}", value, entry["step"])
 
     def sync(self) -> None:
         """fsync: before a checkpoint is published, its steps are on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush and close both."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Flush and close all. A full disk is a warning now: whatever matters has been written before."""
+        for file in (self._file, *self._events.values()):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError as error:
+                log.warning("%s: closing failed: %s", self.path.parent, error.strerror or error)
 
 
 def truncate_after(path: Path, step: int) -> None:

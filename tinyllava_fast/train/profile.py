@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity
 
 from tinyllava_fast.config.schema import RecipeConfig
 from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.errors import writing
 from tinyllava_fast.hardware import gemm_flops_per_s, peak_rss_bytes
 from tinyllava_fast.log import log
 from tinyllava_fast.models.flops import Trains, costs_of, pack_flops
@@ -105,16 +106,19 @@ class StepProfiler:
                 self._record.stop()
 
     def _write(self, seconds: float) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / f"profile-{self.stage}.trace.json"
-        self._record.export_chrome_trace(str(trace))
+        with writing(trace):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._record.export_chrome_trace(str(trace))
         if self.model.device.type != "cpu":
             log.info("--profile: trace in %s; the table is made on a CPU only", trace)
             return
         result = self._result(self._record.events(), seconds)
-        (self.folder / f"profile-{self.stage}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         text = render(result)
-        (self.folder / f"profile-{self.stage}.md").write_text(text, encoding="utf-8")
+        with writing(self.folder):
+            numbers = json.dumps(result, indent=2) + "\n"
+            (self.folder / f"profile-{self.stage}.json").write_text(numbers, encoding="utf-8")
+            (self.folder / f"profile-{self.stage}.md").write_text(text, encoding="utf-8")
         log.info("--profile: %s\n%s", trace, text)
 
     def _result(self, events: Iterable[Any], seconds: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from tinyllava_fast.log import log
+from tinyllava_fast.pace import Pace
 
 _FIELDS = (
     "loss {loss:.4f} · {samples_per_s:.1f} samples/s · {tokens_per_s:.0f} tok/s · "
@@ -22,10 +23,15 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Shows one stage. total_steps: of the stage; done: steps finished before this process started it."""
+    """Shows one stage: on a terminal always, elsewhere a line at most every ten seconds, and the first and last one.
 
-    def __init__(self, stage: str, total_steps: int, *, done: int = 0, show: bool = True) -> None:
-        self._stage, self._total, self._done = stage, total_steps, done
+    total_steps: of the stage; done: steps finished before this process started it. later: what the stages to come will
+    take, in steps of this one.
+    """
+
+    def __init__(self, stage: str, total_steps: int, *, done: int = 0, later: float = 0.0, show: bool = True) -> None:
+        self._stage, self._total, self._done, self._later = stage, total_steps, done, later
+        self._pace = Pace()
         self._started, self._first = time.perf_counter(), done
         self._live: Any = None
         if show and sys.stderr.isatty():
@@ -47,14 +53,25 @@ class Progress:
             return
         text = _FIELDS.format(**entry, memory_gb=entry["memory_bytes"] / 1e9)
         if self._live is not None:
-            self._live.update(self._task, completed=stage_step, text=text)
-        elif line:
-            log.info("%s %d/%d · %s · ETA %s", self._stage, stage_step, self._total, text, format_seconds(self.eta_s()))
+            self._live.update(self._task, completed=stage_step, text=f"{text}{self._run_eta()}")
+        elif line and self._pace.due(always=stage_step == self._total):
+            eta = f"ETA {format_seconds(self.eta_s())}"
+            log.info("%s %d/%d · %s · %s%s", self._stage, stage_step, self._total, text, eta, self._run_eta())
 
     def eta_s(self) -> float:
         """Seconds to the end of the stage at this process's mean speed."""
+        return self._step_s() * (self._total - self._done)
+
+    def _run_eta(self) -> str:
+        return f" · run ETA {format_seconds(self.run_eta_s())}" if self._later else ""
+
+    def run_eta_s(self) -> float:
+        """Seconds to the end of the run, later stages reckoned by their FLOPs at this one's speed."""
+        return self.eta_s() + self._step_s() * self._later
+
+    def _step_s(self) -> float:
         spent, steps = time.perf_counter() - self._started, self._done - self._first
-        return spent / steps * (self._total - self._done) if steps else 0.0
+        return spent / steps if steps else 0.0
 
     def close(self) -> None:
         """Leave the line as it is."""

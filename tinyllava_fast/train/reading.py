@@ -20,7 +20,11 @@ def settle_reading(state: TrainState, data: DataConfig, before: PictureReading |
         noted = state.readings.get(state.stage)
         reading = PictureReading(**noted) if noted is not None else REFERENCE
     else:
-        base = before if before is not None else UPRIGHT
-        reading = PictureReading(data.orientation or base.orientation, data.background or base.background)
+        reading = stage_reading(data, before if before is not None else UPRIGHT)
     state.readings[state.stage] = asdict(reading)
     return reading
+
+
+def stage_reading(data: DataConfig, before: PictureReading) -> PictureReading:
+    """Return how a stage that begins reads pictures: as its keys say, else as the model it begins with does."""
+    return PictureReading(data.orientation or before.orientation, data.background or before.background)

@@ -1,15 +1,23 @@
-"""Where a run continues: which checkpoint, and whether it belongs to the configuration at hand."""
+"""Where a run continues: which checkpoint, and which keys of the configuration may differ from the checkpoint's.
+
+Everything of a stage that has not begun may change. Of what has begun, keys that only move work around may change, and
+those that say how the optimiser goes on while the stage has steps left. What decided the weights, the tokens or the
+packs so far may not: the refusal names each such key, says why, and names a way that works.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinyllava_fast.config.load import parse_into, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.log import log
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_state
 
+_ENGINE = "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing"
 FREE = frozenset(
     {
         "output_dir",
@@ -17,40 +25,128 @@ FREE = frozenset(
         "plugins",  # files that may have moved; what they register is named by the model's own keys
         "checkpoint",
         "log_every",
-        *(f"engine.{k}" for k in "type device compile cuda_graphs zero_stage offload threads workers prefetch".split()),
+        *(f"engine.{k}" for k in _ENGINE.split()),
     }
 )
-"""Keys that may change between a checkpoint and its continuation: they move work around, not the mathematics."""
+"""Keys that may always change: they move work around, not the mathematics."""
+STAGE_FREE = frozenset(f"data.{k}" for k in "records image_folder on_bad_image overlong feature_cache".split())
+"""The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
+STAGE_GOES_ON = frozenset(
+    {
+        *(f"optim.{k}" for k in "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio".split()),
+        *(f"recipe.{k}.lr" for k in ("llm", "vision", "connector")),
+        "max_steps",
+        "epochs",
+        "data.augment",
+    }
+)
+"""Keys of a stage that say how its next steps go: they may change while it has steps left."""
+_WHY = {
+    "model": "the weights of the checkpoint are of that model",
+    "seed": "it decided the first weights and the order of the data",
+    "engine.dtype": "the weights and the optimiser's state are kept in it",
+    "name": "the stage has begun under that name",
+    "batch": "it decides the packs, so the position in the data would mean nothing",
+    "data": "it decides what the samples are, and with them the position in the data",
+    "recipe": "the optimiser's state belongs to the weights that trained so far",
+    "optim.type": "the optimiser's state is of that rule",
+    "optim": "losses before and after would mean different things",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value differs from the checkpoint's. why_not: why it may not; empty: it may."""
+
+    key: str
+    old: Any
+    new: Any
+    why_not: str = ""
+
+    def __str__(self) -> str:
+        reason = f" ({self.why_not})" if self.why_not else ""
+        return f"{self.key}: checkpoint {self.old!r}, now {self.new!r}{reason}"
 
 
 def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> tuple[Path, TrainState] | None:
     """The checkpoint to continue from, or None to start.
 
     resume: "auto" (the run folder's latest, if any), "never", or the path of a checkpoint or of a run folder.
-    Raises CheckpointError if the configuration differs from the checkpoint's in a key that changes the training.
+    The state's ``changes`` gain the keys that differ. Raises CheckpointError if one of them may not.
     """
+    folder = _folder(store, resume)
+    if folder is None:
+        return None
+    state = load_state(folder)
+    if state.stage_index >= len(config.stages):
+        raise UserError(f"{folder}: belongs to stage {state.stage_index}, the configuration has {len(config.stages)}")
+    changes = differences(_completed(state.config), to_dict(config), state)
+    if any(change.why_not for change in changes):
+        raise _refusal(folder, state, changes)
+    if changes:
+        log.info("changed from step %d on: %s", state.step + 1, "; ".join(map(str, changes)))
+    for change in changes:
+        state.changes.append({"step": state.step, "key": change.key, "old": change.old, "new": change.new})
+    return folder, state
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], state: TrainState) -> list[Change]:
+    """Every key that differs, and whether it may, at this state of the run."""
+    found = [
+        Change(key, before, now, "" if _among(key, FREE) else _reason(key))
+        for key, before, now in _pairs(_without_stages(old), _without_stages(new))
+    ]
+    before_stages, now_stages = old.get("stages", []), new.get("stages", [])
+    begun = state.stage_index + 1
+    for index, (stage, now) in enumerate(zip(before_stages[:begun], now_stages[:begun], strict=False)):
+        over = index < state.stage_index or 0 < state.stage_steps <= state.stage_step
+        found += _stage_changes(stage, now, over=over)
+    ahead = [{str(s.get("name")): s for s in stages[begun:]} for stages in (before_stages, now_stages)]
+    for name in {**ahead[0], **ahead[1]}:
+        stage, now = (stages.get(name, {}) for stages in ahead)
+        if stage and now:
+            found += [Change(f"stages.{name}.{k}", a, b) for k, a, b in _pairs(stage, now)]
+        elif stage or now:
+            found.append(Change(f"stages.{name}", *(("there", "gone") if stage else ("not there", "added"))))
+    return found
+
+
+def _stage_changes(old: dict[str, Any], new: dict[str, Any], *, over: bool) -> list[Change]:
+    """The keys of a stage that has begun. over: it has no steps left."""
+    name = old.get("name")
+    if new.get("name") != name:
+        return [Change(f"stages.{name}.name", name, new.get("name"), _WHY["name"])]
+    found = []
+    for key, before, now in _pairs(old, new):
+        why = _reason(key)
+        if _among(key, STAGE_FREE):
+            why = ""
+        elif _among(key, STAGE_GOES_ON):
+            why = "the stage is over, no step is left that it could change" if over else ""
+        found.append(Change(f"stages.{name}.{key}", before, now, why))
+    return found
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {dotted key: leaf}."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _folder(store: CheckpointStore, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        folder = store.latest()
-        if folder is None:
-            return None
-    else:
-        folder = Path(resume)
-        if not (folder / "state.json").is_file():
-            inner = folder if folder.name == "checkpoints" else folder / "checkpoints"
-            folder = CheckpointStore(inner, 1).latest() or folder
-    state = load_state(folder)
-    differing = differences(_completed(state.config), to_dict(config))
-    if differing:
-        lines = "\n".join(f"  {key}: checkpoint {old!r}, now {new!r}" for key, old, new in differing)
-        raise CheckpointError(
-            f"{folder}: was trained with another configuration:\n{lines}\n"
-            "Undo these changes, choose another output_dir, or start over with --resume never"
-        )
-    if state.stage_index >= len(config.stages):
-        raise UserError(f"{folder}: belongs to stage {state.stage_index}, the configuration has {len(config.stages)}")
-    return folder, state
+        return store.latest()
+    folder = Path(resume)
+    if (folder / "state.json").is_file():
+        return folder
+    inner = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    return CheckpointStore(inner, 1).latest() or folder
 
 
 def _completed(old: dict[str, Any]) -> dict[str, Any]:
@@ -61,25 +157,49 @@ def _completed(old: dict[str, Any]) -> dict[str, Any]:
         return old
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every key that matters and differs."""
-    flat_old, flat_new = flatten(old), flatten(new)
-    keys = [k for k in {**flat_old, **flat_new} if not _is_free(k)]
-    return [(k, flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)]
+def _refusal(folder: Path, state: TrainState, changes: list[Change]) -> CheckpointError:
+    """Which changes are refused and why, which are not, and what works instead."""
+    refused = "\n".join(f"  {change}" for change in changes if change.why_not)
+    others = "\n".join(f"  {change}" for change in changes if not change.why_not)
+    ways = ["start over with another output_dir, or with --resume never, which removes the checkpoints"]
+    run = folder.parent.parent
+    over = 0 < state.stage_steps <= state.stage_step
+    if over:
+        ways.append(f"train on: add a stage behind {state.stage!r} to this configuration; it begins from its weights")
+    names = [stage.get("name", "") for stage in state.config.get("stages", [])]
+    done = names[: state.stage_index + over]
+    if done and (run / done[-1] / "config.json").is_file():
+        rest = names[len(done) :]
+        what = f"the stages from {rest[0]!r} on" if rest else "the stages to come"
+        ways.append(
+            f"go on from the model of stage {done[-1]!r}: a configuration with {what} alone, "
+            f"model.path: {run / done[-1]} and another output_dir"
+        )
+    return CheckpointError(
+        f"{folder}: was trained with another configuration. What cannot change any more:\n{refused}\n"
+        + (f"What may change:\n{others}\n" if others else "")
+        + "Undo the former, or\n"
+        + "\n".join(f"  - {way}" for way in ways)
+    )
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists of dicts as {dotted key: leaf}; named list items go by name."""
-    flat: dict[str, Any] = {}
-    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
-        tree = {str(item.get("name", i)): item for i, item in enumerate(tree)}
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+def _without_stages(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key != "stages"}
 
 
-def _is_free(key: str) -> bool:
+def _pairs(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever they differ."""
+    before, now = flatten(old), flatten(new)
+    return [(k, before.get(k), now.get(k)) for k in {**before, **now} if before.get(k) != now.get(k)]
+
+
+def _reason(key: str) -> str:
+    """Why a key of what has begun may not change, by the longest entry of _WHY that it lies in."""
     parts = key.split(".")
-    return any(".".join(parts[: i + 1]) in FREE for i in range(len(parts)))
+    known = (_WHY.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+    return next((why for why in known if why), "it decides what the run computes")
+
+
+def _among(key: str, keys: frozenset[str]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[: i + 1]) in keys for i in range(len(parts)))

@@ -17,7 +17,7 @@ import torch
 
 from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
@@ -27,11 +27,12 @@ from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, write_b
 from tinyllava_fast.train.engine.base import Engine
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.metrics import COUNTS, MetricsWriter, peak_device_bytes
+from tinyllava_fast.train.prepare import Outlook
 from tinyllava_fast.train.resume import find_checkpoint
 
 
 class StopRequest(Exception):  # noqa: N818 a request, not an error
-    """SIGINT or SIGTERM arrived; the checkpoint is saved. exit_code: 128 + the signal."""
+    """SIGINT or SIGTERM arrived; a checkpoint is saved if steps were done. exit_code: 128 + the signal."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -53,6 +54,8 @@ class Run:
         self.profile = False
         self.compile_seconds, self.graphs, self.recompiles = 0.0, 0, 0
         self.metrics: MetricsWriter | None = None
+        self.outlooks: list[Outlook] | None = None
+        self.stepping = False
         self._lock_file: TextIO | None = None
 
     @property
@@ -70,37 +73,55 @@ class Run:
         if found is not None:
             self.checkpoint, saved = found
             saved.config = self.state.config
+            saved.totals = self.state.totals | saved.totals
             self.state = saved
             log.info("resuming from %s", self.checkpoint)
         if self.main:
             self.store.clean()
             for stale in self.folder.glob(".*.tmp-*"):  # a model folder that a killed run was writing
                 shutil.rmtree(stale, ignore_errors=True)
-            if found is None:
-                self._start_over()
-            write_bytes(self.folder / "config.yaml", dump(self.config).encode())
         seed.seed_everything(self.config.seed, self.process.rank)
         self.tokenizer = build_tokenizer(self.config.model)
         self.processor = build_image_processor(self.config.model)
-        if self.main:
-            self.metrics = MetricsWriter(self.folder, after_step=self.state.step)
+
+    def open(self) -> None:
+        """Write to the folder from now on. Not before the first stage is ready: what was there outlives a mistake."""
+        if not self.main or self.metrics:
+            return
+        if self.checkpoint is None:
+            self._start_over()
+        with writing(self.folder / "config.yaml"):
+            write_bytes(self.folder / "config.yaml", dump(self.config).encode())
+        self.metrics = MetricsWriter(self.folder, after_step=self.state.step)
 
     def _lock(self) -> None:
         """Refuse a folder that another training writes to, for instance one that outlived its killed parent."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = (self.folder / ".lock").open("w")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_file = (self.folder / ".lock").open("w")
         try:
             # lockf: a record lock ends with this very process; data workers do not inherit it.
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(
                 f"output_dir: another process trains in {self.folder}; wait for it, stop it, or set another output_dir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"output_dir: {self.folder / '.lock'} cannot be locked: {error.strerror}; name a folder on a file "
+                "system that has locks"
             ) from None
 
     def _start_over(self) -> None:
         self.store.clear()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        (self.folder / "summary.json").unlink(missing_ok=True)
+        self.unfinish()
+
+    def unfinish(self) -> None:
+        """Remove the summary: steps follow, so the run is not finished."""
+        if self.main:
+            with writing(self.folder / "summary.json"):
+                (self.folder / "summary.json").unlink(missing_ok=True)
 
     def save(self, engine: Engine) -> None:
         """A checkpoint of the current state; metrics up to it are on disk first."""
@@ -135,6 +156,8 @@ class Run:
             "skipped": len(skipped),
             "skipped_records": skipped,
             "unsupervised_samples": unsupervised,
+            "loss": self.state.final_losses,
+            "changes": self.state.changes,
             "data": reports,
         }
         for reason in skipped[:10]:
@@ -143,7 +166,8 @@ class Run:
             log.warning("%d records skipped, %d samples without a supervised token", len(skipped), unsupervised)
         if self.main:
             _publish(self.folder / self.state.stage, self.folder / "final")
-            write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+            with writing(self.folder / "summary.json"):
+                write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
             log.info(
                 "finished %d steps in %.1f s; model in %s",
                 self.state.step,
@@ -194,12 +218,18 @@ def _publish(model: Path, target: Path) -> None:
 
 @contextmanager
 def stop_on_signals(run: Run) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the loop to stop after the step; a second SIGINT interrupts at once."""
+    """SIGINT and SIGTERM ask the loop to stop after the step, and stop at once what is between the steps.
+
+    A second SIGINT interrupts at once.
+    """
 
     def handle(number: int, _: Any) -> None:
         if run.stop_signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.stop_signal = number
+        if not run.stepping:
+            log.warning("%s: stopping", signal.Signals(number).name)
+            raise StopRequest(128 + number)
         log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
 
     try:

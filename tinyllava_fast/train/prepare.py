@@ -1,0 +1,162 @@
+"""What a stage needs before its first step, and the look at all later stages before the first one starts.
+
+A mistake in the second stage is found before the first one trains for hours: names and files of every stage, then
+every record of the later ones, parsed, tokenised, packed and dropped again. That costs one more pass over their
+records, and never holds two data sets in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from tinyllava_fast.config.schema import (
+    BatchConfig,
+    DataConfig,
+    OptimConfig,
+    RecipeConfig,
+    RunConfig,
+    StageConfig,
+)
+from tinyllava_fast.data.dataset import build_dataset
+from tinyllava_fast.data.loader import Loader
+from tinyllava_fast.data.pictures import PictureReading
+from tinyllava_fast.data.records import read_records
+from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models import adapter
+from tinyllava_fast.models.flops import costs_of, step_flops
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.recipes.base import check_recipe, find_recipe
+from tinyllava_fast.train.engine.launch import Process
+from tinyllava_fast.train.profile import trains
+from tinyllava_fast.train.reading import stage_reading
+
+_SECTIONS = {"data": DataConfig, "batch": BatchConfig, "recipe": RecipeConfig, "optim": OptimConfig}
+_KEYS = re.compile(
+    r"(?<![\w./\\-])(?:" + "|".join(rf"{s}\.{f.name}\b" for s, cls in _SECTIONS.items() for f in fields(cls)) + ")"
+)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A stage to come. steps: its optimiser steps. flops: of an average one, of this process."""
+
+    steps: int
+    flops: float
+
+
+@contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Name the stage in the error of what happens inside, and its keys in full, as an override has them."""
+    try:
+        yield
+    except UserError as error:
+        text = _KEYS.sub(lambda found: f"stages.{name}.{found.group()}", str(error))
+        raise type(error)(
+            text if text.startswith("stages.") or f"stages.{name}" in text else f"stages.{name}: {text}"
+        ) from error
+
+
+def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
+    """Look at the names and the first record of each stage; UserError. It costs next to nothing, so it comes first."""
+    for stage in stages:
+        with of_stage(stage.name):
+            find_recipe(stage.recipe)
+            TEMPLATES.get(stage.data.template, "data.template")
+            next(read_records(stage.data.under(config.data_root).records))
+
+
+def look_ahead(
+    config: RunConfig, later: Sequence[StageConfig], *, process: Process, tokenizer: Any, processor: Any, model: LMM
+) -> list[Outlook]:
+    """Check the recipe, every record and the packs of each later stage as it would do itself; UserError.
+
+    model: of the stage before, no recipe applied; it is left as it is.
+    """
+    found, reading = [], model.config.reading
+    held = adapter.take(model) if later else None
+    for stage in later:
+        with of_stage(stage.name):
+            check_recipe(model, stage.recipe)
+            reading = stage_reading(stage.data, reading)
+            loader = build_loader(
+                config, stage, reading, process=process, tokenizer=tokenizer, processor=processor, model=model
+            )
+            found.append(Outlook(loader.steps, average_flops(model, stage, loader)))
+    if held is not None:
+        adapter.attach(model, held, "the model's adapter")
+    return found
+
+
+def build_loader(
+    config: RunConfig,
+    stage: StageConfig,
+    reading: PictureReading,
+    *,
+    process: Process,
+    tokenizer: Any,
+    processor: Any,
+    model: LMM,
+) -> Loader:
+    """Return the stage's data set in a loader, at the first pack. Raise UserError for data that cannot be trained on.
+
+    reading: how the stage reads pictures, whatever its keys say.
+    """
+    data = replace(stage.data.under(config.data_root), **asdict(reading))
+    _check_window(stage, model)
+    dataset = build_dataset(
+        data,
+        stage.batch,
+        tokenizer=tokenizer,
+        processor=processor,
+        tokens_per_image=model.tokens_per_image,
+        seed=config.seed,
+    )
+    if not dataset.report.supervised_tokens:
+        raise UserError(
+            f"stages.{stage.name}.data: no sample of {data.records} has a supervised token, so nothing "
+            f"can be learnt; does template {data.template!r} suit the tokenizer and the records?"
+        )
+    return Loader(
+        dataset,
+        packs_per_step=stage.batch.packs_per_step,
+        epochs=stage.epochs,
+        max_steps=stage.max_steps,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=config.engine.workers,
+        prefetch=config.engine.prefetch,
+        pin_memory=process.device.type == "cuda",
+    )
+
+
+def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:
+    """Of an average step of this process."""
+    data, report, batch = loader.dataset, loader.dataset.report, stage.batch
+    tokens = batch.packs_per_step * batch.tokens
+    samples = max(round(tokens * len(data) / max(report.tokens, 1)), 1)
+    share = samples / len(data)
+    supervised = round(report.supervised_tokens * share)
+    images = round(float(data.images.sum()) * share)
+    lengths = [tokens // samples] * samples
+    flops = step_flops(costs_of(model), lengths, images, supervised, trains(stage.recipe))
+    return sum(flops.values()) / loader.world_size
+
+
+def _check_window(stage: StageConfig, model: LMM) -> None:
+    """Raise UserError for shared prefixes in a model that sees only the last tokens (models/attention.py)."""
+    text = model.llm.config
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if not window or (kinds is not None and "sliding_attention" not in kinds):
+        return
+    if stage.data.turns == "independent" and window < stage.batch.tokens:
+        raise UserError(
+            f"data.turns=independent shares prefixes, but {type(model.llm).__name__} sees only the last {window} "
+            f"tokens and batch.tokens={stage.batch.tokens}; set data.turns=conversation, or batch.tokens to at most "
+            f"{window}"
+        )
