@@ -75,11 +75,15 @@ class Fields:
             return default  # type: ignore[return-value]
         return self._word(name, value)
 
-    def words(self, name: str, default: T | _Required = REQUIRED) -> list[str] | T:
-        """A list that is not empty of what ``word`` reads."""
-        value = self.items(name, default)
-        if not isinstance(value, list):
-            return value
+    def words(self, name: str, default: T | _Required = REQUIRED, *, single: bool = False) -> list[str] | T:
+        """A list that is not empty of what ``word`` reads. single: whether one that is in no list is allowed."""
+        value = self._given(name, default)
+        if value is None:
+            return default  # type: ignore[return-value]
+        if not isinstance(value, list) and single:
+            return [self._word(name, value)]
+        if not isinstance(value, list) or not value:
+            self.fail(name, "a list that is not empty", value)
         return [self._word(f"{name}[{number}]", item) for number, item in enumerate(value)]
 
     def paths(self, name: str, default: T | _Required = REQUIRED, *, single: bool = True) -> list[str] | T:

@@ -13,7 +13,6 @@ import pytest
 from tests.eval import layouts
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Count
-from tinyllava_fast.eval.files import read_json, read_jsonl
 from tinyllava_fast.eval.official import read_answers, write_llava_answers
 from tinyllava_fast.eval.options import build, chosen, describe
 from tinyllava_fast.eval.plan import make_plans
@@ -85,18 +84,13 @@ def test_a_repeated_or_broken_line(suite, tmp_path):
     lines = path.read_text().splitlines()
     for text, said in (
         ("\n".join([*lines, lines[1]]), r"line 6: '20001' stands in line 2 already"),
-        (lines[0] + "\n[1]", "line 2: list instead of a JSON object"),
+        (lines[0] + "\n[1]", "line 2: expected a JSON object, got"),
         (lines[0] + '\n{"text"', "line 2: not JSON"),
         ('{"text": ""}', "line 1: no field 'question_id'; it has 'text'"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=said):
             make_plans(build(["gqa"]), tmp_path)
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(DataError, match=r"x\.json: not JSON"):
-        read_json(tmp_path / "x.json")
-    (tmp_path / "x.jsonl").write_text('\n{"a": 1}\n')
-    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(2, {"a": 1})]
 
 
 def test_scorers_do_not_import_torch():
@@ -157,7 +151,7 @@ def test_llava_answers_can_be_read_again(name, suite, tmp_path):
         ({"question_id": "zz", "text": ""}, "question_id 'zz' is not one of textvqa's"),
         ({"question_id": "aa", "text": ""}, "no field 'prompt'"),
         ({"question_id": "aa", "text": "", "prompt": "x"}, "no question 'aa' of textvqa has this prompt"),
-        ({"question_id": "bb", "text": None}, "the answer is NoneType"),
+        ({"question_id": "bb", "text": None}, "text: is null; give it a value"),
         ({"key": "9:aa", "answer": "x"}, "question '9:aa' is not one of textvqa's 4"),
         ({"id": "aa"}, "no field 'question_id'"),
     ],

@@ -94,14 +94,14 @@ def test_parse():
 def test_bad_records(tmp_path):
     bad = tmp_path / "bad"
     for text, said in (
-        ('{"image": "a", "text": "b", "label": "maybe"}', "label 'maybe'"),
+        ('{"image": "a", "text": "b", "label": "maybe"}', "label: expected one of 'yes', 'no', got 'maybe'"),
         ('{"image": "a", "text": "b"}', "no field 'label'"),
     ):
         bad.write_text(text)
         with pytest.raises(DataError, match=f"bad, line 1: {said}"):
             POPE().questions({**FILES, "random": bad})
     bad.write_text('{"question_id": 1, "text": "a", "image": "i", "category": "easy"}')
-    with pytest.raises(DataError, match="category 'easy'"):
+    with pytest.raises(DataError, match=r"category: expected one of .* got 'easy'"):
         POPE().questions({**FILES, "questions": bad})
     with pytest.raises(DataError, match="1 of 180 questions have no answer"):
         POPE().score(POPE().questions(FILES), dict(list(ANSWERS.items())[1:]))
