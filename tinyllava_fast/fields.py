@@ -39,7 +39,8 @@ class _RepeatedFieldError(ValueError):
 class Fields:
     """An object of a file, and where it stands.
 
-    values: the object. where: "file, line 3", or a path with a dotted prefix. error: the class of what is raised.
+    values: the object. where: "file, line 3", perhaps followed by the fields around it; "" if the caller adds it.
+    error: the class of what is raised.
 
     Each reader returns the field as the kind it is named after. A field that is missing or null gives ``default`` where
     one is given, else raises. Any other kind raises.
@@ -56,6 +57,10 @@ class Fields:
         if not isinstance(value, dict):
             raise error(f"{where}: expected a JSON object, got {shown(value)}")
         return cls(value, where, error)
+
+    @property
+    def _place(self) -> str:
+        return f"{self.where}: " if self.where else ""
 
     def __contains__(self, name: str) -> bool:
         """Whether the field is given and not null."""
@@ -174,7 +179,7 @@ class Fields:
             return default  # type: ignore[return-value]
         if not isinstance(value, dict):
             self.fail(name, "an object", value)
-        return Fields(value, f"{self.where}: {name}", self.error)
+        return Fields(value, f"{self._place}{name}", self.error)
 
     def mappings(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[Fields] | T:
         """A list of objects. empty: whether the list may be empty."""
@@ -184,7 +189,7 @@ class Fields:
         for number, item in enumerate(value):
             if not isinstance(item, dict):
                 self.fail(f"{name}[{number}]", "an object", item)
-        return [Fields(item, f"{self.where}: {name}[{number}]", self.error) for number, item in enumerate(value)]
+        return [Fields(item, f"{self._place}{name}[{number}]", self.error) for number, item in enumerate(value)]
 
     def unknown(self, known: Iterable[str]) -> dict[str, str]:
         """Fields that are not among ``known``, each with a sentence fragment that names the nearest (``nearest``)."""
@@ -193,15 +198,15 @@ class Fields:
 
     def fail(self, name: str, expected: str, value: Any, why: str = "") -> NoReturn:
         """Raise the error of a field that is not what was expected."""
-        raise self.error(f"{self.where}: {name}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else ""))
+        raise self.error(f"{self._place}{name}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else ""))
 
     def _given(self, name: str, default: object) -> Any:
         """The value, or None where a default stands in for a missing or null one."""
         value = self.values.get(name)
         if value is None and default is REQUIRED:
             if name in self.values:
-                raise self.error(f"{self.where}: {name}: is null; give it a value")
-            raise self.error(f"{self.where}: no field {shown(name)}; it has {_listed(self.values)}")
+                raise self.error(f"{self._place}{name}: is null; give it a value")
+            raise self.error(f"{self._place}no field {shown(name)}; it has {_listed(self.values)}")
         return value
 
     def _text(self, name: str, value: Any, empty: bool = False) -> str:

@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Benchmark
+from tinyllava_fast.fields import is_number, is_text
+
+_WANTED = {int: "a whole number", float: "a number", str: "UTF-8 text"}
 
 
 def chosen(text: str) -> list[str]:
@@ -38,8 +41,18 @@ def build(names: Sequence[str], options: Sequence[str] = ()) -> list[Benchmark]:
         hints = get_type_hints(BENCHMARKS.get(name).Options)
         if field not in hints:
             raise UserError(f"--option {option!r}: {name} has no option {field!r}; {nearest(field, hints)}")
+        if field in values[name]:
+            raise UserError(f"--option {option!r}: {name}.{field} is given twice; keep one of them")
         values[name][field] = _value(text, hints[field], option)
-    return [BENCHMARKS.get(name)(BENCHMARKS.get(name).Options(**values[name])) for name in names]
+    return [_benchmark(name, values[name]) for name in names]
+
+
+def _benchmark(name: str, values: dict[str, Any]) -> Benchmark:
+    """Raises UserError for a value that the benchmark's Options refuse."""
+    try:
+        return BENCHMARKS.get(name)(BENCHMARKS.get(name).Options(**values))
+    except UserError as error:
+        raise UserError(f"--option {name}: {error}") from None
 
 
 def describe(benchmark: Benchmark) -> dict[str, Any]:
@@ -48,6 +61,7 @@ def describe(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _value(text: str, kind: Any, option: str) -> Any:
+    """The text as the kind of the option, a finite number or text; ranges are the Options' own to check."""
     if get_origin(kind) is Literal:
         if text in get_args(kind):
             return text
@@ -56,7 +70,12 @@ def _value(text: str, kind: Any, option: str) -> Any:
         if text in ("true", "false"):
             return text == "true"
         raise UserError(f"--option {option!r}: true or false is expected")
+    if kind is str and is_text(text):
+        return text
     try:
-        return kind(text)
+        value = kind(text)
     except (TypeError, ValueError):
-        raise UserError(f"--option {option!r}: {text!r} is not {kind.__name__}") from None
+        value = None
+    if kind is str or not is_number(value):
+        raise UserError(f"--option {option!r}: {_WANTED[kind]} is expected")
+    return value

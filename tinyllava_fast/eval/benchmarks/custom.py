@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
@@ -61,11 +61,11 @@ class Options:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value that is out of range."""
+        """Raises UserError for a value that is out of range."""
         if self.max_new_tokens < 1:
-            raise ValueError("max_new_tokens must be at least 1")
+            raise UserError("max_new_tokens must be at least 1")
         if not self.file.strip() or not self.images.strip():
-            raise ValueError("file and images must not be empty; '.' is the folder --data itself")
+            raise UserError("file and images must not be empty; '.' is the folder --data itself")
 
 
 @BENCHMARKS.register("custom")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
@@ -78,6 +78,17 @@ class Options:
     """How often a request is sent to a server that is busy, fails or stalls, at growing intervals."""
     parallel: int = 4
     """Requests at a time."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that is out of range."""
+        if min(self.runs, self.parallel, self.attempts) < 1:
+            raise UserError("runs, parallel and attempts must be at least 1")
+        if self.max_tokens < 0 or self.timeout_s <= 0:
+            raise UserError("max_tokens must not be negative, and timeout_s must be above 0")
+        if not (self.judge.strip() and self.base_url.strip() and self.key_env.strip()):
+            raise UserError("judge, base_url and key_env must not be empty")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise UserError("base_url must begin with http:// or https://")
 
 
 @BENCHMARKS.register("mmvet")
@@ -172,8 +183,6 @@ class MMVet(Benchmark):
 
     def _endpoint(self) -> Endpoint | None:
         o = self.options
-        if o.runs < 1 or o.parallel < 1 or o.attempts < 1:
-            raise UserError(f"{self.name}: runs, parallel and attempts must be at least 1: {o}")
         key = os.environ.get(o.key_env, "")
         if not key and o.base_url == OPENAI:
             return None

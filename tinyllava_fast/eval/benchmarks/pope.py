@@ -120,13 +120,24 @@ class POPE(Benchmark):
             value = mean([m.value for table in tables.values() for m in table if m.name == name])
             metrics.append(_metric(f"{name}_mean", value, error, len(questions)))
         headline = "f1_mean" if self.options.protocol == "llava" else "accuracy_mean"
-        return Score(metrics=metrics, headline=headline, tables=tables, credit=credit)
+        said_all = [answers[q.key] for q in questions]
+        counts = {"unclear, counted as yes": sum(bool(s.strip()) and is_unclear(s) for s in said_all)}
+        return Score(metrics=metrics, headline=headline, tables=tables, credit=credit, counts=counts)
 
 
 def parse(text: str) -> Literal["yes", "no"]:
     """What an answer counts as: "no" if its first sentence holds the word No, no or not, else "yes", even if empty."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
+
+
+def is_unclear(text: str) -> bool:
+    """Whether an answer that officially counts as "yes" says neither yes nor no: "maybe", "NO", "", "Nope".
+
+    The official numbers keep them; a reader should know how many there are.
+    """
+    words = text.lower().replace(",", " ").replace(".", " ").replace("!", " ").split()
+    return parse(text) == "yes" and "yes" not in words
 
 
 def _split(
