@@ -139,9 +139,7 @@ RAW = [
 @pytest.mark.parametrize("raw", RAW, ids=range(len(RAW)))
 def test_a_reply_of_another_kind_is_an_error_and_no_grade(raw):
     with judge(lambda number, body: {"raw": raw}) as server:
-        with pytest.raises(
-            JudgeError, match=r"after 2 attempts; the last: the reply is no chat completion \("
-        ):
+        with pytest.raises(JudgeError, match=r"after 2 attempts; the last: the reply is no chat completion \("):
             ask(endpoint(server.url, attempts=2), "row", "v1_0", 0)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
