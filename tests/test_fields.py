@@ -71,6 +71,7 @@ READERS: dict[str, tuple[Callable[[Fields], Any], set[str]]] = {
     "identifier": (lambda f: f.identifier("x"), {"text", "nul", "long", "zero", "seven", "minus", "huge"}),
     "integer": (lambda f: f.integer("x"), {"zero", "seven", "minus", "huge"}),
     "natural": (lambda f: f.integer("x", least=0), {"zero", "seven", "huge"}),
+    "digit": (lambda f: f.integer("x", most=9), {"zero", "seven", "minus"}),
     "number": (lambda f: f.number("x"), {"zero", "seven", "minus", "half"}),
     "positive": (lambda f: f.number("x", least=0.1), {"seven", "half"}),
     "boolean": (lambda f: f.boolean("x"), {"true", "false"}),

@@ -120,13 +120,17 @@ class Fields:
             self.fail(name, "text or a whole number", value)
         return self._text(name, value)
 
-    def integer(self, name: str, default: T | _Required = REQUIRED, *, least: int | None = None) -> int | T:
-        """A whole number. least: the smallest that is allowed."""
+    def integer(
+        self, name: str, default: T | _Required = REQUIRED, *, least: int | None = None, most: int | None = None
+    ) -> int | T:
+        """A whole number. least, most: the smallest and the largest that are allowed."""
         value = self._given(name, default)
         if value is None:
             return default  # type: ignore[return-value]
         if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
             self.fail(name, "a whole number" + (f" of at least {least}" if least is not None else ""), value)
+        if most is not None and value > most:
+            self.fail(name, f"a whole number of at most {most}", value)
         return value
 
     def number(self, name: str, default: T | _Required = REQUIRED, *, least: float | None = None) -> float | T:

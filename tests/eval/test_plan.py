@@ -170,6 +170,13 @@ def test_llava_answers_can_be_read_again(name, suite, tmp_path):
         ({"question_id": "bb", "text": None}, "text: is null; give it a value"),
         ({"key": "9:aa", "answer": "x"}, "question '9:aa' is not one of textvqa's 4"),
         ({"id": "aa"}, "no field 'question_id'"),
+        ({"question_id": None, "text": "x"}, "question_id: is null"),
+        ({"question_id": True, "text": "x"}, "question_id: expected text or a whole number, got True"),
+        ({"question_id": "bb", "text": 7}, "text: expected text, got 7"),
+        ({"question_id": "bb", "text": ["x"]}, "text: expected text, got"),
+        ({"question_id": "bb", "text": "\ud83d"}, "text: expected text, got .*half of a surrogate pair"),
+        ({"key": "2:bb", "answer": None}, "answer: is null"),
+        ({"key": 2, "answer": "x"}, "key: expected text"),
     ],
 )
 def test_foreign_answers(record, said, suite, tmp_path):
@@ -180,3 +187,32 @@ def test_foreign_answers(record, said, suite, tmp_path):
         read_answers(path, plan.benchmark, plan.everything)
     with pytest.raises(DataError, match="no such answers file"):
         read_answers(tmp_path / "none", plan.benchmark, plan.everything)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "it holds no answer"),
+        (b'{"run": {}}\n{"session": 0}\n', "it holds no answer"),
+        (
+            '{"question_id": "bb", "text": "\u00e9"}'.encode("cp1252"),
+            r"not UTF-8 text \(.* in line 1, byte 31",
+        ),
+        ('{"question_id": "bb", "text": "\u00e9"}'.encode("utf-16"), r"not UTF-8 text \(it is UTF-16\)"),
+        (b'{"question_id": "bb", "text": "a", "text": "b"}', "line 1: the field 'text' stands twice"),
+        (b"[" * 100_000, "line 1: .*nested too deep"),
+        (b"<html>", "line 1: .*seems to be a web page"),
+        (b'"bb"', "line 1: expected a JSON object"),
+        (b'{"question_id": "bb", "text": "a', "line 1: not JSON"),
+    ],
+    ids=range(9),
+)
+def test_answers_files_that_are_something_else(data, said, suite, tmp_path):
+    (plan,) = make_plans([BENCHMARKS.get("textvqa")()], suite)
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=said) as error:
+        read_answers(path, plan.benchmark, plan.everything)
+    assert str(error.value).startswith(str(path))
+    path.write_bytes('{"question_id": "bb", "text": "\u00e9"}\r\n'.encode("utf-8-sig"))
+    assert read_answers(path, plan.benchmark, plan.everything) == {"2:bb": "\u00e9"}

@@ -142,7 +142,7 @@ def _val_questions(files: Files) -> list[Question]:
         ids.add(id, number)
         if id not in annotations:
             raise DataError(f"{record.where}: question {shown(id)} has no annotation in {files['annotations']}")
-        known = annotations[id]
+        known, image = annotations[id], record.integer("image_id", least=0, most=10**12 - 1)
         answers = [a.text("answer", empty=True) for a in known.mappings("answers")]
         if len(answers) != 10:
             raise DataError(f"{known.where}: {len(answers)} answers instead of ten")
@@ -150,7 +150,7 @@ def _val_questions(files: Files) -> list[Question]:
             Question(
                 key=str(id),
                 id=id,
-                images=(files["images"] / f"COCO_val2014_{record.integer('image_id', least=0):012d}.jpg",),
+                images=(files["images"] / f"COCO_val2014_{image:012d}.jpg",),
                 prompt=record.text("question") + SHORT,
                 truth=known.text("multiple_choice_answer", empty=True),
                 category=known.text("answer_type"),
