@@ -65,6 +65,14 @@ def test_count_differences_are_one_line_each(suite, caplog, monkeypatch):
     assert str(Count("questions", 5000, 5000)) == "questions: 5,000"
 
 
+def test_a_file_name_that_no_file_can_have(tmp_path):
+    for option in ("custom.file=" + "x" * 5000, "custom.images=" + "x" * 300):
+        with pytest.raises(UserError, match=r"is missing. Looked for"):
+            make_plans(build(["custom"], [option]), tmp_path)
+    with pytest.raises(UserError, match="there is no folder"):
+        make_plans(build(["custom"]), tmp_path / ("x" * 300))
+
+
 def test_missing_images(suite, tmp_path):
     shutil.copytree(suite / "textvqa", tmp_path / "textvqa")
     (tmp_path / "textvqa/train_images/bb.jpg").unlink()
@@ -126,6 +134,7 @@ def test_names_and_options():
         ("custom", "custom.max_new_tokens=", "a whole number is expected"),
         ("custom", "custom.max_new_tokens=0", "max_new_tokens must be at least 1"),
         ("custom", "custom.max_new_tokens=-1", "max_new_tokens must be at least 1"),
+        ("custom", "custom.max_new_tokens=1_0", "a whole number is expected"),
         ("custom", "custom.file=", "file and images must not be empty"),
         ("custom", "custom.images= ", "file and images must not be empty"),
         ("custom", "custom.file=a\udce9", "UTF-8 text is expected"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,11 @@ class Finder:
     """
 
     def __init__(self, name: str, root: Path, folders: Sequence[str], source: str) -> None:
-        if not root.is_dir():
+        if not _holds(root.is_dir):
             raise DataError(f"{name}: there is no folder {root}; --data names the folder that holds the benchmarks")
         self.name = name
         self.source = source
-        self.bases = [base for folder in folders if (base := root / folder).is_dir()] + [root]
+        self.bases = [base for folder in folders if _holds((base := root / folder).is_dir)] + [root]
 
     def file(self, *variants: str, source: str = "") -> Path:
         """The first of the relative paths that is a file. Raises DataError if none is."""
@@ -33,12 +33,12 @@ class Finder:
 
     def folder(self, *variants: str, source: str = "") -> Path:
         """The first of the relative paths that is a folder; "." is the benchmark's own. Raises DataError if none is."""
-        found = next((p for p in self._candidates(variants) if p.is_dir()), None)
+        found = next((p for p in self._candidates(variants) if _holds(p.is_dir)), None)
         return self._found(variants, found, "folder", source)
 
     def optional(self, *variants: str) -> Path | None:
         """The first of the relative paths that is a file, or None."""
-        return next((p for p in self._candidates(variants) if p.is_file()), None)
+        return next((p for p in self._candidates(variants) if _holds(p.is_file)), None)
 
     def _candidates(self, variants: Sequence[str]) -> list[Path]:
         return [base / variant for base in self.bases for variant in variants]
@@ -51,6 +51,14 @@ class Finder:
             f"{self.name}: {Path(variants[0]).name} is missing. Looked for the {kind}\n  {places}\n"
             f"Get it from {source or self.source}"
         )
+
+
+def _holds(check: Callable[[], bool]) -> bool:
+    """What a check of a path says; False for a name that is too long or a folder that may not be looked into."""
+    try:
+        return check()
+    except OSError:
+        return False
 
 
 class UniqueIds:

@@ -73,7 +73,7 @@ def _value(text: str, kind: Any, option: str) -> Any:
     if kind is str and is_text(text):
         return text
     try:
-        value = kind(text)
+        value = kind(text) if text.isascii() and "_" not in text else None
     except (TypeError, ValueError):
         value = None
     if kind is str or not is_number(value):
