@@ -63,11 +63,18 @@ def prepare(out_dir: str | Path) -> Path:
 
 
 def load_questions(folder: str | Path) -> list[dict[str, str]]:
-    """The test questions, {id, image, question, answer}. DataError naming the file, the record and the field."""
+    """The test questions, {id, image, question, answer, type}; type is yes/no, shape or color.
+
+    DataError naming the file, the record and the field.
+    """
     path = Path(folder) / "test.json"
     try:
         rows = read_objects(path)
-        return [{"image": r.path("image"), **{f: r.text(f) for f in ("id", "question", "answer")}} for r in rows]
+        return [
+            {"image": row.path("image"), "type": row.text("type", "", empty=True)}
+            | {field: row.text(field) for field in ("id", "question", "answer")}
+            for row in rows
+        ]
     except DataError as error:
         raise DataError(f"{error}; python -m tinyllava_fast.data.easy_vqa writes the file anew") from None
 
