@@ -8,9 +8,11 @@ line or record, the field, what was expected and what was found.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -24,6 +26,10 @@ class _Required:
 
 
 REQUIRED: Final = _Required()
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255
+"""Of a path and of a name in it, in bytes; longer ones make the system's calls fail."""
+_SURELY_SHORT = 60
+"""Characters, which are at most 240 bytes."""
 
 
 class _RepeatedFieldError(ValueError):
@@ -33,7 +39,8 @@ class _RepeatedFieldError(ValueError):
 class Fields:
     """An object of a file, and where it stands.
 
-    values: the object. where: "file, line 3", or a path with a dotted prefix. error: the class of what is raised.
+    values: the object. where: "file, line 3", perhaps followed by the fields around it; "" if the caller adds it.
+    error: the class of what is raised.
 
     Each reader returns the field as the kind it is named after. A field that is missing or null gives ``default`` where
     one is given, else raises. Any other kind raises.
@@ -51,20 +58,56 @@ class Fields:
             raise error(f"{where}: expected a JSON object, got {shown(value)}")
         return cls(value, where, error)
 
+    @property
+    def _place(self) -> str:
+        return f"{self.where}: " if self.where else ""
+
     def __contains__(self, name: str) -> bool:
         """Whether the field is given and not null."""
         return self.values.get(name) is not None
 
     def text(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> str | T:
-        """Text that can be written as UTF-8. empty: whether "" is allowed."""
+        """Text that can be written as UTF-8. empty: whether it may be "" or white space."""
         value = self._given(name, default)
         if value is None:
             return default  # type: ignore[return-value]
-        if not isinstance(value, str) or not (value or empty):
-            self.fail(name, "text" if empty else "text that is not empty", value)
-        if not is_text(value):
-            self.fail(name, "text", value, "it holds half of a surrogate pair; mend it")
-        return value
+        return self._text(name, value, empty)
+
+    def word(self, name: str, default: T | _Required = REQUIRED) -> str | T:
+        """Text that is not empty, or a finite number as Python writes it: 3 is "3"."""
+        value = self._given(name, default)
+        if value is None:
+            return default  # type: ignore[return-value]
+        return self._word(name, value)
+
+    def words(self, name: str, default: T | _Required = REQUIRED, *, single: bool = False) -> list[str] | T:
+        """A list that is not empty of what ``word`` reads. single: whether one that is in no list is allowed."""
+        value = self._given(name, default)
+        if value is None:
+            return default  # type: ignore[return-value]
+        if not isinstance(value, list) and single:
+            return [self._word(name, value)]
+        if not isinstance(value, list) or not value:
+            self.fail(name, "a list that is not empty", value)
+        return [self._word(f"{name}[{number}]", item) for number, item in enumerate(value)]
+
+    def paths(self, name: str, default: T | _Required = REQUIRED, *, single: bool = True) -> list[str] | T:
+        """A list of paths, which may be empty. single: whether one path that is in no list is allowed."""
+        value = self._given(name, default)
+        if value is None:
+            return default  # type: ignore[return-value]
+        if isinstance(value, str) and single:
+            return [self._path(name, value)]
+        if not isinstance(value, list):
+            self.fail(name, "a path or a list of paths" if single else "a list of paths", value)
+        return [self._path(f"{name}[{number}]", item) for number, item in enumerate(value)]
+
+    def path(self, name: str, default: T | _Required = REQUIRED) -> str | T:
+        """A path that a file system takes, relative or absolute; whether there is such a file is not looked at."""
+        value = self._given(name, default)
+        if value is None:
+            return default  # type: ignore[return-value]
+        return self._path(name, value)
 
     def identifier(self, name: str, default: T | _Required = REQUIRED) -> str | int | T:
         """Text that is not empty, or a whole number."""
@@ -73,17 +116,21 @@ class Fields:
             return default  # type: ignore[return-value]
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str):
             self.fail(name, "text or a whole number", value)
-        return self.text(name)
+        return self._text(name, value)
 
-    def integer(self, name: str, default: T | _Required = REQUIRED, *, least: int | None = None) -> int | T:
-        """A whole number. least: the smallest that is allowed."""
+    def integer(
+        self, name: str, default: T | _Required = REQUIRED, *, least: int | None = None, most: int | None = None
+    ) -> int | T:
+        """A whole number. least, most: the smallest and the largest that are allowed."""
         value = self._given(name, default)
         if value is None:
             return default  # type: ignore[return-value]
         if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
             self.fail(name, "a whole number" + (f" of at least {least}" if least is not None else ""), value)
+        if most is not None and value > most:
+            self.fail(name, f"a whole number of at most {most}", value)
         return value
 
     def number(self, name: str, default: T | _Required = REQUIRED, *, least: float | None = None) -> float | T:
@@ -91,7 +138,7 @@ class Fields:
         value = self._given(name, default)
         if value is None:
             return default  # type: ignore[return-value]
-        if not _is_number(value) or (least is not None and value < least):
+        if not is_number(value) or (least is not None and value < least):
             self.fail(name, "a number" + (f" of at least {least}" if least is not None else ""), value)
         return float(value)
 
@@ -114,14 +161,11 @@ class Fields:
         return str(value)
 
     def texts(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[str] | T:
-        """A list of texts. empty: whether the list may be empty."""
+        """A list of texts, each of which may be "". empty: whether the list may be empty."""
         value = self.items(name, default, empty=empty)
         if not isinstance(value, list):
             return value
-        for number, item in enumerate(value):
-            if not isinstance(item, str) or not is_text(item):
-                self.fail(f"{name}[{number}]", "text", item)
-        return value
+        return [self._text(f"{name}[{number}]", item, empty=True) for number, item in enumerate(value)]
 
     def items(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[Any] | T:
         """A list of anything. empty: whether it may be empty."""
@@ -139,7 +183,7 @@ class Fields:
             return default  # type: ignore[return-value]
         if not isinstance(value, dict):
             self.fail(name, "an object", value)
-        return Fields(value, f"{self.where}: {name}", self.error)
+        return Fields(value, f"{self._place}{name}", self.error)
 
     def mappings(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[Fields] | T:
         """A list of objects. empty: whether the list may be empty."""
@@ -149,7 +193,7 @@ class Fields:
         for number, item in enumerate(value):
             if not isinstance(item, dict):
                 self.fail(f"{name}[{number}]", "an object", item)
-        return [Fields(item, f"{self.where}: {name}[{number}]", self.error) for number, item in enumerate(value)]
+        return [Fields(item, f"{self._place}{name}[{number}]", self.error) for number, item in enumerate(value)]
 
     def unknown(self, known: Iterable[str]) -> dict[str, str]:
         """Fields that are not among ``known``, each with a sentence fragment that names the nearest (``nearest``)."""
@@ -158,15 +202,39 @@ class Fields:
 
     def fail(self, name: str, expected: str, value: Any, why: str = "") -> NoReturn:
         """Raise the error of a field that is not what was expected."""
-        raise self.error(f"{self.where}: {name}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else ""))
+        raise self.error(f"{self._place}{name}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else ""))
 
     def _given(self, name: str, default: object) -> Any:
         """The value, or None where a default stands in for a missing or null one."""
         value = self.values.get(name)
         if value is None and default is REQUIRED:
             if name in self.values:
-                raise self.error(f"{self.where}: {name}: is null; give it a value")
-            raise self.error(f"{self.where}: no field {name!r}; it has {', '.join(map(repr, self.values)) or 'none'}")
+                raise self.error(f"{self._place}{name}: is null; give it a value")
+            raise self.error(f"{self._place}no field {shown(name)}; it has {_listed(self.values)}")
+        return value
+
+    def _text(self, name: str, value: Any, empty: bool = False) -> str:
+        if not isinstance(value, str) or not (empty or value.strip()):
+            self.fail(name, "text" if empty else "text that is not empty", value)
+        if not is_text(value):
+            self.fail(name, "text", value, "it holds half of a surrogate pair; mend it")
+        return value
+
+    def _word(self, name: str, value: Any) -> str:
+        if is_number(value):
+            return str(value)
+        if not isinstance(value, str):
+            why = 'write the word in quotation marks, e.g. "yes" or "true"' if isinstance(value, bool) else ""
+            self.fail(name, "text or a number", value, why)
+        return self._text(name, value)
+
+    def _path(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not value.strip():
+            self.fail(name, "a path", value)
+        if not is_text(value):
+            self.fail(name, "a path", value, "it holds half of a surrogate pair; mend it")
+        if "\0" in value or (len(value) > _SURELY_SHORT and _too_long(value)):
+            self.fail(name, "a path", value, "no file can have this name")
         return value
 
 
@@ -175,7 +243,7 @@ def read_text(path: Path, error: type[UserError] = DataError) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as bad:
-        raise error(f"{path}: not UTF-8 text ({bad.reason} at byte {bad.start}); save it as UTF-8") from None
+        raise not_utf8(path, bad, error) from None
     except OSError as bad:
         raise error(f"{path}: cannot be read: {bad.strerror}") from None
 
@@ -185,6 +253,19 @@ def read_json(path: Path, error: type[UserError] = DataError) -> Any:
     return decode(read_text(path, error), str(path), error)
 
 
+def read_object(path: Path, error: type[UserError] = DataError) -> Fields:
+    """The fields of a JSON file that holds one object. Raises if it does not."""
+    return Fields.of(read_json(path, error), str(path), error)
+
+
+def read_objects(path: Path, error: type[UserError] = DataError) -> list[Fields]:
+    """The objects of a JSON file that holds a list of them, each "file, record 1" from 1 on. Raises if it does not."""
+    value = read_json(path, error)
+    if not isinstance(value, list):
+        raise error(f"{path}: expected a JSON list of objects, got {shown(value)}")
+    return [Fields.of(item, f"{path}, record {number}", error) for number, item in enumerate(value, 1)]
+
+
 def read_jsonl(path: Path, error: type[UserError] = DataError) -> Iterator[tuple[int, Fields]]:
     """(line number from 1, fields) of a file with one JSON object a line; blank lines are skipped. Raises if not."""
     try:
@@ -192,37 +273,73 @@ def read_jsonl(path: Path, error: type[UserError] = DataError) -> Iterator[tuple
             for number, line in enumerate(file, 1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    value = decode(line, where, error)
-                    if not isinstance(value, dict):
-                        raise error(f"{where}: {type(value).__name__} instead of a JSON object")
-                    yield number, Fields(value, where, error)
+                    yield number, Fields.of(decode(line, where, error), where, error)
     except UnicodeDecodeError as bad:
-        raise error(f"{path}: not UTF-8 text ({bad.reason} at byte {bad.start}); save it as UTF-8") from None
+        raise not_utf8(path, bad, error) from None
     except OSError as bad:
         raise error(f"{path}: cannot be read: {bad.strerror}") from None
+
+
+def not_utf8(path: Path, bad: UnicodeDecodeError, error: type[UserError] = DataError) -> UserError:
+    """The error of a file that is not UTF-8: the line and the byte of the file, and what it seems to be instead.
+
+    bad: what was raised while the file was read. Its own position counts from the piece that was being decoded.
+    """
+    place, start, data = f"{bad.reason} at byte {bad.start}", 0, b""
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError as line:
+                place = f"{line.reason} in line {number}, byte {start + line.start} of the file"
+                break
+            start += len(data)
+    wide = not start and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return error(f"{path}: not UTF-8 text ({'it is UTF-16' if wide else place}); save it as UTF-8")
 
 
 def decode(text: str, where: str, error: type[UserError] = DataError) -> Any:
     """A JSON value out of text. Raises naming ``where`` if it is malformed, nested too deep, or names a field twice."""
     try:
-        return json.loads(text, object_pairs_hook=unique)
-    except _RepeatedFieldError as bad:
-        raise error(f"{where}: {bad}") from None
-    except json.JSONDecodeError as bad:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as bad:
+        raise error(f"{where}: {fault(bad, text)}") from None
+
+
+def fault(bad: ValueError | RecursionError, text: str = "") -> str:
+    """What DECODER found wrong, and what to do about it. text: what was decoded; if it is one line, none is named."""
+    if isinstance(bad, json.JSONDecodeError):
         place = f" in line {bad.lineno}" if "\n" in text.strip() else ""
-        raise error(f"{where}: not JSON ({bad.msg}{place}, character {bad.colno}); mend or remove it") from None
-    except (ValueError, RecursionError) as bad:  # an integer of more digits than Python reads; nesting
-        raise error(f"{where}: not JSON that can be read ({type(bad).__name__}: {bad})") from None
+        return f"not JSON ({bad.msg}{place}, character {bad.colno}); {_remedy(text)}"
+    if isinstance(bad, _RepeatedFieldError):
+        return str(bad)
+    if isinstance(bad, RecursionError):
+        return "lists or objects are nested too deep to be read; mend or remove it"
+    return "a number has more digits than can be read; mend or remove it"  # the only other ValueError of json
+
+
+def _remedy(text: str) -> str:
+    if "\0" in text[:100]:
+        return "it seems to be UTF-16 or no text at all; save it as UTF-8"
+    if text.lstrip()[:1] == "<":
+        return "it seems to be a web page; download the file again"
+    if "\ufeff" in text:
+        return "a byte order mark stands in the middle of the file; remove it"
+    return "mend or remove it" if text.strip() else "it is empty; download or write it again"
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An ``object_pairs_hook`` that refuses a field that stands twice, of which one would be lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedFieldError(f"the field {twice!r} stands twice in one object; keep one of them")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise _RepeatedFieldError(f"the field {shown(twice)} stands twice in one object; keep one of them")
     return values
+
+
+DECODER: Final = json.JSONDecoder(object_pairs_hook=unique)
+"""Reads JSON for those that read value by value; they call ``fault`` for the ValueError or RecursionError it raises."""
 
 
 def is_text(value: str) -> bool:
@@ -234,11 +351,29 @@ def is_text(value: str) -> bool:
     return True
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold; true and false are none."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def shown(value: Any) -> str:
-    """A value for a message, cut to a readable length, writable to any terminal."""
-    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
+    """A value for a message, cut to a readable length; half of a surrogate pair is written as its escape."""
+    try:
+        text = repr(value[:100] if isinstance(value, (str, list)) else value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
+        text = type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _too_long(path: str) -> bool:
+    data = path.encode()
+    return len(data) > _LONGEST_PATH or any(len(name) > _LONGEST_NAME for name in data.split(b"/"))
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The names of fields, those of the first few."""
+    first = list(islice(names, 13))
+    return ", ".join([*map(shown, first[:12]), *(["..."] if len(first) > 12 else [])]) or "none"

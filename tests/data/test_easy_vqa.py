@@ -132,7 +132,7 @@ def test_errors(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="holds files that are not easy-VQA data; choose another folder"):
         easy_vqa.prepare(tmp_path / "mine")
-    with pytest.raises(DataError, match="cannot read the questions"):
+    with pytest.raises(DataError, match=r"test.json: cannot be read.*tinyllava_fast.data.easy_vqa writes"):
         easy_vqa.load_questions(tmp_path)
     monkeypatch.setattr(easy_vqa, "_source", lambda: fake_package(tmp_path / "package"))
     with pytest.raises(DataError, match=r"1 images and 4 questions in train instead of \(4000, 38575\); reinstall"):

@@ -66,13 +66,16 @@ BAD = [
     (f"[{json.dumps(GOOD)},]", r"line 1, record 1: malformed JSON"),
     (f"[{json.dumps(GOOD)}] x", r"record 1: malformed JSON: text after the end"),
     (f"{json.dumps(GOOD)}\n{{", r"line 2, record 1: malformed JSON"),
-    ("[3]", r"record 0 \(id '0', line 1\): record: expected an object with 'conversations', got int"),
+    ("[3]", r"record 0 \(id '0', line 1\): record: expected an object with 'conversations', got 3"),
     (json.dumps([without("conversations", conversation=[])]), r"conversations: missing; did you mean 'conversation'\?"),
-    (json.dumps([{**GOOD, "conversations": []}]), r"conversations: expected a list of \{from, value\}"),
+    (
+        json.dumps([{**GOOD, "conversations": []}]),
+        r'conversations: expected a list of \{"from": "human" \| "gpt", "value": text\}, at least',
+    ),
     (json.dumps([{**GOOD, "conversations": "hi"}]), r"conversations: expected a list"),
     (
         json.dumps([{**GOOD, "image": ["a.png", 3]}]),
-        r"image: expected one path or a list of paths relative to data.image_folder, got \['a.png', 3\]",
+        r"image\[1\]: expected a path, got 3",
     ),
     (
         json.dumps([messages(("user", "q"), ("gpt", "a"))]),
@@ -90,7 +93,66 @@ BAD = [
     ),
     (json.dumps([messages(("human", "q"), ("gpt", "\ud83d"))]), r"\[1\].value: contains half of a surrogate pair"),
     (json.dumps([messages(("gpt", "a"))]), r"conversations: no question"),
+    (
+        json.dumps([without("conversations", messages=[{"role": "user"}])]),
+        r"record has 'messages'.*role user becomes human",
+    ),
+    (
+        json.dumps([{**GOOD, "conversations": [{"role": "user", "content": "q"}]}]),
+        r"\[0\]: it has 'role', .*becomes value",
+    ),
+    (json.dumps([without("conversations")]), r"conversations: missing; The record has 'id'; a list of \{"),
+    ('[{"id": 1, "id": 2}]', r"line 1, record 0: malformed JSON: the field 'id' stands twice"),
+    ('{"conversations": [{"from": "human", "from": "gpt"}]}', r"line 1, record 0: .*the field 'from' stands twice"),
+    ("[" + "[" * 100_000, r"line 1, record 0: malformed JSON: lists or objects are nested too deep"),
+    ('{"id": ' + "[" * 100_000, r"line 1, record 0: malformed JSON: lists or objects are nested too deep"),
+    ('[{"id": ' + "9" * 5000 + "}]", r"record 0: malformed JSON: a number has more digits"),
+    ('{\n"id": 1}', r"line 1, record 0: malformed JSON.*each line holds one whole record"),
+    *(
+        (json.dumps([{**GOOD, "id": bad}]), r"record 0 .*: id: expected text")
+        for bad in (True, [], {}, [None], "\ud83d")
+    ),
+    *(
+        (json.dumps([{**GOOD, name: "a.png"}]), rf"unknown field '{name}'; did you mean 'image'\?")
+        for name in ("img", "imgae", "Image", "image_path", "file_name", "picture", "image_id", "imagess")
+    ),
+    (json.dumps([{**GOOD, "video": "a.mp4"}]), r"video: videos cannot be read; remove this record"),
+    (json.dumps([{**GOOD, "image": ""}]), r"image: expected a path, got ''"),
+    (json.dumps([{**GOOD, "image": "a\0b"}]), r"image: expected a path, .*no file can have this name"),
+    (json.dumps([{**GOOD, "images": "a.png"}]), r"images: expected a list of paths, got 'a.png'"),
+    (json.dumps([{**GOOD, "images": ["a"], "image": "b"}]), r"images: given beside 'image'"),
 ]
+
+
+def test_null_is_not_given_and_other_fields_are_ignored(tmp_path):
+    row = {**GOOD, "id": None, "image": None, "images": None, "img": None, "source": "x", "width": 3}
+    [record] = read_records(write(tmp_path, json.dumps([row])))
+    assert (record.id, record.images) == ("0", ())
+    [record] = read_records(write(tmp_path, json.dumps([{**GOOD, "image": "a.png", "image_id": 7, "file_name": "b"}])))
+    assert record.image == "a.png"
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-8-sig", None),
+        ("cp1252", "not UTF-8 text (invalid continuation byte in line 2, byte "),
+        ("utf-16", "not UTF-8 text (it is UTF-16); save it as UTF-8"),
+    ],
+)
+def test_encodings(tmp_path, name, encoding, said):
+    rows = [GOOD, {**GOOD, "id": "caf\u00e9"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path = tmp_path / name
+    text = "[" + ",\r\n".join(lines) + "]\r\n" if name == "data.json" else "\r\n".join(lines)
+    path.write_bytes(text.encode(encoding))
+    if said is None:
+        assert [(r.id, r.line) for r in read_records(path)] == [("a", 1), ("caf\u00e9", 2)]
+    else:
+        with pytest.raises(DataError) as error:
+            list(read_records(path))
+        assert str(error.value).startswith(f"{path}: {said}")
 
 
 @pytest.mark.parametrize("text,message", BAD, ids=range(len(BAD)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.eval import golden
@@ -85,9 +87,65 @@ def test_grades_are_kept_and_not_asked_for_twice(tmp_path):
     assert GradeFile(path).grades == file.grades
 
 
-def test_a_foreign_grade_file_is_refused(tmp_path):
+GRADE = {"key": "k", "id": "v1_0", "run": 0, "model": "m", "content": "1", "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({**GRADE, "key": 1}, "key: expected text"),
+        ({**GRADE, "score": None}, "score: is null"),
+        ({**GRADE, "score": "1"}, "score: expected a number of at least 0, got '1'"),
+        ({**GRADE, "score": True}, "score: expected a number of at least 0, got True"),
+        ({**GRADE, "score": float("nan")}, "score: expected a number"),
+        ({**GRADE, "score": 1.5}, "score: expected a number of at most 1, got 1.5"),
+        ({**GRADE, "run": -1}, "run: expected a whole number of at least 0"),
+        ({**GRADE, "content": ["1"]}, "content: expected text"),
+        ([1], "expected a JSON object"),
+        (b'{"key": "\xe9"}', "not UTF-8 text"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"key": "k", "key": "k"}', "the field 'key' stands twice"),
+    ],
+    ids=range(12),
+)
+def test_a_foreign_grade_file_is_refused(tmp_path, line, said):
     path = tmp_path / "grades.jsonl"
-    GradeFile(path).add("k", Grade(id="v1_0", run=0, model="m", content="1", score=1.0))
-    path.write_text(path.read_text() + '{"key": 1}\n')
-    with pytest.raises(DataError, match=r"grades.jsonl, line 2: not a grade; delete the file"):
+    GradeFile(path).add("k", Grade(**{name: value for name, value in GRADE.items() if name != "key"}))
+    assert GradeFile(path).grades["k"].score == 1
+    path.write_bytes(path.read_bytes() + (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
+    with pytest.raises(DataError, match=r"grades.jsonl.*line 2.*not a grade; mend the line, or delete") as error:
         GradeFile(path)
+    assert said in str(error.value)
+
+
+RAW = [
+    b'{"choices": [{"message": {"content": [{"type": "text", "text": "0.9"}]}}]}',
+    b'{"choices": [{"message": {"content": 0.9}}]}',
+    b'{"choices": [{"message": {"content": "0.9"}}], "model": 7}',
+    b'{"choices": [{"message": null}]}',
+    b'{"choices": [{"message": "0.9"}]}',
+    b'{"choices": ["0.9"]}',
+    b'{"choices": []}',
+    b'{"choices": {"a": 1}}',
+    b'{"choices": null}',
+    b'"0.9"',
+    b"null",
+    b"\xe9",
+    b"[" * 100_000,
+    b'{"choices": [{"message": {"content": "\\ud83d"}}]}',
+]
+
+
+@pytest.mark.parametrize("raw", RAW, ids=range(len(RAW)))
+def test_a_reply_of_another_kind_is_an_error_and_no_grade(raw):
+    with judge(lambda number, body: {"raw": raw}) as server:
+        with pytest.raises(JudgeError, match=r"after 2 attempts; the last: the reply is no chat completion \("):
+            ask(endpoint(server.url, attempts=2), "row", "v1_0", 0)
+
+
+def test_a_reply_without_content_is_asked_for_again_and_one_without_a_model_has_ours():
+    none = b'{"choices": [{"message": {"content": null}}], "model": null}'
+    raws = [none, b'{"choices": [{"message": {"content": "0.3"}}]}']
+    with judge(lambda number, body: {"raw": raws[number]}) as server:
+        grade = ask(endpoint(server.url), "row", "v1_0", 0)
+    assert (grade.score, grade.model) == (0.3, "judge")

@@ -13,7 +13,6 @@ import pytest
 from tests.eval import layouts
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Count
-from tinyllava_fast.eval.files import read_json, read_jsonl
 from tinyllava_fast.eval.official import read_answers, write_llava_answers
 from tinyllava_fast.eval.options import build, chosen, describe
 from tinyllava_fast.eval.plan import make_plans
@@ -66,6 +65,14 @@ def test_count_differences_are_one_line_each(suite, caplog, monkeypatch):
     assert str(Count("questions", 5000, 5000)) == "questions: 5,000"
 
 
+def test_a_file_name_that_no_file_can_have(tmp_path):
+    for option in ("custom.file=" + "x" * 5000, "custom.images=" + "x" * 300):
+        with pytest.raises(UserError, match=r"is missing. Looked for"):
+            make_plans(build(["custom"], [option]), tmp_path)
+    with pytest.raises(UserError, match="there is no folder"):
+        make_plans(build(["custom"]), tmp_path / ("x" * 300))
+
+
 def test_missing_images(suite, tmp_path):
     shutil.copytree(suite / "textvqa", tmp_path / "textvqa")
     (tmp_path / "textvqa/train_images/bb.jpg").unlink()
@@ -85,18 +92,13 @@ def test_a_repeated_or_broken_line(suite, tmp_path):
     lines = path.read_text().splitlines()
     for text, said in (
         ("\n".join([*lines, lines[1]]), r"line 6: '20001' stands in line 2 already"),
-        (lines[0] + "\n[1]", "line 2: list instead of a JSON object"),
+        (lines[0] + "\n[1]", "line 2: expected a JSON object, got"),
         (lines[0] + '\n{"text"', "line 2: not JSON"),
         ('{"text": ""}', "line 1: no field 'question_id'; it has 'text'"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=said):
             make_plans(build(["gqa"]), tmp_path)
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(DataError, match=r"x\.json: not JSON"):
-        read_json(tmp_path / "x.json")
-    (tmp_path / "x.jsonl").write_text('\n{"a": 1}\n')
-    assert list(read_jsonl(tmp_path / "x.jsonl")) == [(2, {"a": 1})]
 
 
 def test_scorers_do_not_import_torch():
@@ -127,6 +129,22 @@ def test_names_and_options():
         ("textvqa", "textvqa.ocr=1", "textvqa.ocr: expected bool, got '1'"),
         ("pope", "pope.protocol=x", "pope.protocol: expected one of 'tinyllava', 'llava', got 'x'"),
         ("custom", "custom.max_new_tokens=x", "custom.max_new_tokens: expected int, got 'x'"),
+        ("custom", "custom.max_new_tokens=1.5", "custom.max_new_tokens: expected int, got '1.5'"),
+        ("custom", "custom.max_new_tokens=nan", "custom.max_new_tokens: expected"),
+        ("custom", "custom.max_new_tokens=", "custom.max_new_tokens: expected int, got ''"),
+        ("custom", "custom.max_new_tokens=0", "custom.max_new_tokens: expected a whole number of at least 1"),
+        ("custom", "custom.max_new_tokens=-1", "custom.max_new_tokens: expected a whole number of at least 1"),
+        ("custom", "custom.file=", "custom.file: expected"),
+        ("custom", "custom.images= ", "custom.images: expected"),
+        ("custom", "custom.file=a\udce9", "the value is not UTF-8 text"),
+        ("custom", "custom.metric=Exact", "custom.metric: expected one of 'exact', 'contains'"),
+        ("mmvet", "mmvet.timeout_s=nan", "mmvet.timeout_s: expected"),
+        ("mmvet", "mmvet.timeout_s=inf", "mmvet.timeout_s: expected"),
+        ("mmvet", "mmvet.timeout_s=0", "mmvet.timeout_s: expected a number above 0"),
+        ("mmvet", "mmvet.runs=0", "mmvet.runs: expected a whole number of at least 1"),
+        ("mmvet", "mmvet.max_tokens=-1", "mmvet.max_tokens: expected a whole number of at least 0"),
+        ("mmvet", "mmvet.judge=", "mmvet.judge: expected"),
+        ("mmvet", "mmvet.base_url=ftp://x", "begins with http"),
         ("gqa", "gqa", "write BENCHMARK.OPTION=VALUE"),
     ],
 )
@@ -157,9 +175,16 @@ def test_llava_answers_can_be_read_again(name, suite, tmp_path):
         ({"question_id": "zz", "text": ""}, "question_id 'zz' is not one of textvqa's"),
         ({"question_id": "aa", "text": ""}, "no field 'prompt'"),
         ({"question_id": "aa", "text": "", "prompt": "x"}, "no question 'aa' of textvqa has this prompt"),
-        ({"question_id": "bb", "text": None}, "the answer is NoneType"),
+        ({"question_id": "bb", "text": None}, "text: is null; give it a value"),
         ({"key": "9:aa", "answer": "x"}, "question '9:aa' is not one of textvqa's 4"),
         ({"id": "aa"}, "no field 'question_id'"),
+        ({"question_id": None, "text": "x"}, "question_id: is null"),
+        ({"question_id": True, "text": "x"}, "question_id: expected text or a whole number, got True"),
+        ({"question_id": "bb", "text": 7}, "text: expected text, got 7"),
+        ({"question_id": "bb", "text": ["x"]}, "text: expected text, got"),
+        ({"question_id": "bb", "text": "\ud83d"}, "text: expected text, got .*half of a surrogate pair"),
+        ({"key": "2:bb", "answer": None}, "answer: is null"),
+        ({"key": 2, "answer": "x"}, "key: expected text"),
     ],
 )
 def test_foreign_answers(record, said, suite, tmp_path):
@@ -170,3 +195,32 @@ def test_foreign_answers(record, said, suite, tmp_path):
         read_answers(path, plan.benchmark, plan.everything)
     with pytest.raises(DataError, match="no such answers file"):
         read_answers(tmp_path / "none", plan.benchmark, plan.everything)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "it holds no answer"),
+        (b'{"run": {}}\n{"session": 0}\n', "it holds no answer"),
+        (
+            '{"question_id": "bb", "text": "\u00e9"}'.encode("cp1252"),
+            r"not UTF-8 text \(.* in line 1, byte 31",
+        ),
+        ('{"question_id": "bb", "text": "\u00e9"}'.encode("utf-16"), r"not UTF-8 text \(it is UTF-16\)"),
+        (b'{"question_id": "bb", "text": "a", "text": "b"}', "line 1: the field 'text' stands twice"),
+        (b"[" * 100_000, "line 1: .*nested too deep"),
+        (b"<html>", "line 1: .*seems to be a web page"),
+        (b'"bb"', "line 1: expected a JSON object"),
+        (b'{"question_id": "bb", "text": "a', "line 1: not JSON"),
+    ],
+    ids=range(9),
+)
+def test_answers_files_that_are_something_else(data, said, suite, tmp_path):
+    (plan,) = make_plans([BENCHMARKS.get("textvqa")()], suite)
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=said) as error:
+        read_answers(path, plan.benchmark, plan.everything)
+    assert str(error.value).startswith(str(path))
+    path.write_bytes('{"question_id": "bb", "text": "\u00e9"}\r\n'.encode("utf-8-sig"))
+    assert read_answers(path, plan.benchmark, plan.everything) == {"2:bb": "\u00e9"}

@@ -25,6 +25,7 @@ from typing import Any
 from tinyllava_fast.data.bpe import pieces, train_tokenizer
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.fields import read_objects
 from tinyllava_fast.log import log, setup_logging
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -62,14 +63,20 @@ def prepare(out_dir: str | Path) -> Path:
 
 
 def load_questions(folder: str | Path) -> list[dict[str, str]]:
-    """The test questions, {id, image, question, answer, type}; type is yes/no, shape or color."""
+    """The test questions, {id, image, question, answer, type}; type is yes/no, shape or color.
+
+    DataError naming the file, the record and the field.
+    """
     path = Path(folder) / "test.json"
     try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot read the questions ({error}); run python -m tinyllava_fast.data.easy_vqa"
-        ) from error
+        rows = read_objects(path)
+        return [
+            {"image": row.path("image"), "type": row.text("type", "", empty=True)}
+            | {field: row.text(field) for field in ("id", "question", "answer")}
+            for row in rows
+        ]
+    except DataError as error:
+        raise DataError(f"{error}; python -m tinyllava_fast.data.easy_vqa writes the file anew") from None
 
 
 def facts(questions: Iterable[Question]) -> tuple[str | None, str | None]:

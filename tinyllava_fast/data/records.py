@@ -6,13 +6,26 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, NoReturn, TextIO
 
 from tinyllava_fast.data.templates.base import turns_of
-from tinyllava_fast.errors import DataError, nearest
+from tinyllava_fast.errors import DataError
+from tinyllava_fast.fields import DECODER, Fields, fault, is_text, not_utf8, shown
 
 _ROLES = ("human", "gpt")
+_FIELDS = ("id", "image", "images", "conversations")
+IMAGE_ALIASES: Final = (
+    *("img", "imgs", "picture", "pictures", "photo", "file", "file_name", "filename", "path", "image_path"),
+    *("image_paths", "image_file", "image_files"),
+)
+"""What other formats call the field of an image."""
+FORMAT = '{"from": "human" | "gpt", "value": text}'
+_CONVERT = (
+    f'Write "conversations" as a list of {FORMAT}: the role user becomes human, assistant becomes gpt, and content '
+    "becomes value"
+)
 _SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
 
@@ -55,14 +68,14 @@ def read_records(path: str | Path) -> Iterator[Record]:
     JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn.
     image: one path, or a list of paths, which may also be called images.
     """
-    empty = True
+    empty, path = True, Path(path)
     try:
-        with open(path, encoding="utf-8-sig") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             for index, (line, value) in enumerate(_values(path, stream)):
                 empty = False
                 yield _record(path, index, line, value)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise not_utf8(path, error) from None
     except OSError as error:
         raise DataError(f"{path}: cannot read the records: {error.strerror}; check data.records") from error
     if empty:
@@ -78,7 +91,7 @@ class _Reader:
         self.at = 0
         self.line = 1  # of the character at `counted`
         self.counted = 0
-        self.decode = json.JSONDecoder().raw_decode
+        self.decode = DECODER.raw_decode
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
@@ -119,7 +132,7 @@ class _Reader:
         return bool(more)
 
 
-def _values(path: str | Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
+def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
     """(line, value) of every record, not yet checked."""
     reader = _Reader(stream)
     if reader.peek() == "[":
@@ -131,91 +144,128 @@ def _values(path: str | Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
         if not text.strip():
             continue
         try:
-            yield line, json.loads(text)
-        except json.JSONDecodeError as error:
-            raise _malformed(path, line, index, error.msg) from error
+            yield line, DECODER.decode(text)
+        except (ValueError, RecursionError) as error:
+            hint = "" if index else "; in a file that is no JSON list, each line holds one whole record"
+            raise _malformed(path, line, index, fault(error, text) + hint) from None
         index += 1
 
 
-def _list_values(path: str | Path, reader: _Reader) -> Iterator[tuple[int, Any]]:
+def _list_values(path: Path, reader: _Reader) -> Iterator[tuple[int, Any]]:
     reader.at += 1
     index = 0
     while (sign := reader.peek()) != "]":
         if index:
             if sign != ",":
-                raise _malformed(path, reader.line_at(reader.at), index, "expected ',' or ']' after the record before")
+                line = reader.line_at(reader.at)
+                raise _malformed(path, line, index, "expected ',' or ']' after the record before; mend this record")
             reader.at += 1
             reader.peek()
         try:
             yield reader.value()
         except json.JSONDecodeError as error:
-            raise _malformed(path, reader.line_at(error.pos), index, error.msg) from error
+            what = f"{error.msg}; mend or remove this record"
+            raise _malformed(path, reader.line_at(error.pos), index, what) from None
+        except (ValueError, RecursionError) as error:
+            raise _malformed(path, reader.line_at(reader.at), index, fault(error)) from None
         index += 1
     reader.at += 1
     if reader.peek():
-        raise _malformed(path, reader.line_at(reader.at), index, "text after the end of the list")
+        raise _malformed(path, reader.line_at(reader.at), index, "text after the end of the list; remove it")
 
 
-def _malformed(path: str | Path, line: int, index: int, what: str) -> DataError:
-    return DataError(f"{path}: line {line}, record {index}: malformed JSON: {what}; mend or remove this record")
+def _malformed(path: Path, line: int, index: int, what: str) -> DataError:
+    return DataError(f"{path}: line {line}, record {index}: malformed JSON: {what}")
 
 
-def _record(path: str | Path, index: int, line: int, value: Any) -> Record:
-    def fail(field: str, what: str) -> DataError:
+def _record(path: Path, index: int, line: int, value: Any) -> Record:
+    try:
+        return _checked(index, line, value)
+    except _FaultError as fault:
         name = value.get("id", index) if isinstance(value, dict) else index
-        return DataError(f"{path}: record {index} (id {str(name)!r}, line {line}): {field}: {what}")
+        raise DataError(f"{path}: record {index} (id {shown(str(name))}, line {line}): {fault}") from None
 
+
+def _checked(index: int, line: int, value: Any) -> Record:
     if not isinstance(value, dict):
-        raise fail("record", f"expected an object with 'conversations', got {type(value).__name__}")
-    key = "images" if value.get("images") is not None else "image"
-    image = value.get(key)
-    if key == "images" and value.get("image") is not None:
-        raise fail("images", "given beside 'image'; keep one of them")
-    if image is not None and not _is_image(image, single=key == "image"):
-        kind = "one path or a list of paths" if key == "image" else "a list of paths"
-        raise fail(key, f"expected {kind} relative to data.image_folder, got {image!r}")
-    if isinstance(image, list):
-        image = tuple(image) or None
+        raise _FaultError(f"record: expected an object with 'conversations', got {shown(value)}")
+    record = Fields(value, "", _FaultError)
+    name = value.get("id")
+    if name is not None and not (isinstance(name, str) and is_text(name)):
+        name = record.word("id")
+    image = _image(record)
     messages = value.get("conversations")
     if messages is None:
-        raise fail("conversations", f"missing; {nearest('conversations', map(str, value))}")
+        raise _FaultError(f"conversations: missing; {_instead_of_conversations(record)}")
     if not isinstance(messages, list) or not messages:
-        raise fail("conversations", "expected a list of {from, value} with at least one question and one answer")
+        record.fail("conversations", f"a list of {FORMAT}, at least one question and one answer", messages)
+    before = None
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("from") not in _ROLES:
-            got = message.get("from") if isinstance(message, dict) else message
-            raise fail(f"conversations[{number}].from", f"expected 'human' or 'gpt', got {got!r}")
-        if not isinstance(message.get("value"), str):
-            raise fail(f"conversations[{number}].value", f"expected text, got {message.get('value')!r}")
-        if not _is_text(message["value"]):
-            raise fail(f"conversations[{number}].value", "contains half of a surrogate pair; mend it")
-    offset = int(messages[0]["from"] == "gpt")
-    for number, message in enumerate(messages[offset:]):
-        if message["from"] != _ROLES[number % 2]:
-            raise fail(
-                f"conversations[{number + offset}].from",
-                f"two messages of {message['from']!r} in a row; questions (human) and answers (gpt) must alternate",
+        who, said = (message.get("from"), message.get("value")) if isinstance(message, dict) else (None, None)
+        if who not in _ROLES or not isinstance(said, str) or not (said.isascii() or is_text(said)):
+            _refuse(record, number, message)
+        if who == before:
+            raise _FaultError(
+                f"conversations[{number}].from: two messages of {before!r} in a row; "
+                "questions (human) and answers (gpt) must alternate"
             )
+        before = who
     try:
         turns = turns_of(messages)
     except DataError as error:
-        raise fail("conversations", str(error)) from error
+        raise _FaultError(f"conversations: {error}") from None
     if not turns:
-        raise fail("conversations", "no question; add a 'human' message and its answer")
-    name = str(value.get("id", index)).encode(errors="replace").decode()
-    return Record(index, name, line, image, tuple((q, a or "") for q, a in turns))
+        raise _FaultError("conversations: no question; add a 'human' message and its answer")
+    return Record(index, str(index) if name is None else name, line, image, tuple((q, a or "") for q, a in turns))
 
 
-def _is_image(value: Any, single: bool) -> bool:
-    """Whether it is a list of paths, or one path where that may be."""
-    paths = value if isinstance(value, list) else [value] if single else [None]
-    return all(isinstance(path, str) and path and _is_text(path) for path in paths)
+class _FaultError(DataError):
+    """What is wrong with a record, before its place is known: putting the place of every good one in words is slow."""
 
 
-def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: JSON escapes can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        value.isascii() or value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _image(record: Fields) -> str | tuple[str, ...] | None:
+    """The record's image, or its images. DataError for a field that seems to be a misspelt "image"."""
+    if "images" in record:
+        if "image" in record:
+            raise _FaultError("images: given beside 'image'; keep one of them")
+        return tuple(record.paths("images", single=False)) or None
+    if "image" not in record:
+        _refuse_misspelt_image(record)
+        return None
+    paths = record.paths("image")
+    return paths[0] if isinstance(record.values["image"], str) else tuple(paths) or None
+
+
+def _refuse_misspelt_image(record: Fields) -> None:
+    """A picture that no known field names would be left out of the training in silence."""
+    for name, value in record.values.items():
+        if value is None or name in _FIELDS:
+            continue
+        if name in ("video", "videos"):
+            raise _FaultError(f"{name}: videos cannot be read; remove this record, or name frames as images")
+        if name.lower() in IMAGE_ALIASES or get_close_matches(name.lower(), ("image", "images"), cutoff=0.75):
+            raise _FaultError(f"unknown field {shown(name)}; did you mean 'image'? Rename it or remove it")
+
+
+def _instead_of_conversations(record: Fields) -> str:
+    """Why a record has no conversations, and what to do."""
+    if "messages" in record:
+        return f"the record has 'messages', which is another format. {_CONVERT}"
+    near = get_close_matches("conversations", list(record.values), n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"{meant}The record has {', '.join(map(shown, record.values)) or 'no field'}; a list of {FORMAT} is expected"
+
+
+def _refuse(record: Fields, number: int, message: Any) -> NoReturn:
+    """Raise what is wrong with a message."""
+    field = f"conversations[{number}]"
+    if not isinstance(message, dict):
+        record.fail(f"{field}.from", "'human' or 'gpt'", message)
+    if "from" not in message and "role" in message:
+        raise _FaultError(f"{field}: it has 'role', which is another format. {_CONVERT}")
+    if message.get("from") not in _ROLES:
+        record.fail(f"{field}.from", "'human' or 'gpt'", message.get("from"))
+    value = message.get("value")
+    if isinstance(value, str):
+        raise _FaultError(f"{field}.value: contains half of a surrogate pair; mend it")
+    record.fail(f"{field}.value", "text", value)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.errors import DataError
+from tinyllava_fast.fields import Fields, read_jsonl
 
 EVAL_ZIP = "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)"
 """Where the question files of most benchmarks come from."""
@@ -21,11 +21,11 @@ class Finder:
     """
 
     def __init__(self, name: str, root: Path, folders: Sequence[str], source: str) -> None:
-        if not root.is_dir():
+        if not _holds(root.is_dir):
             raise DataError(f"{name}: there is no folder {root}; --data names the folder that holds the benchmarks")
         self.name = name
         self.source = source
-        self.bases = [base for folder in folders if (base := root / folder).is_dir()] + [root]
+        self.bases = [base for folder in folders if _holds((base := root / folder).is_dir)] + [root]
 
     def file(self, *variants: str, source: str = "") -> Path:
         """The first of the relative paths that is a file. Raises DataError if none is."""
@@ -33,12 +33,12 @@ class Finder:
 
     def folder(self, *variants: str, source: str = "") -> Path:
         """The first of the relative paths that is a folder; "." is the benchmark's own. Raises DataError if none is."""
-        found = next((p for p in self._candidates(variants) if p.is_dir()), None)
+        found = next((p for p in self._candidates(variants) if _holds(p.is_dir)), None)
         return self._found(variants, found, "folder", source)
 
     def optional(self, *variants: str) -> Path | None:
         """The first of the relative paths that is a file, or None."""
-        return next((p for p in self._candidates(variants) if p.is_file()), None)
+        return next((p for p in self._candidates(variants) if _holds(p.is_file)), None)
 
     def _candidates(self, variants: Sequence[str]) -> list[Path]:
         return [base / variant for base in self.bases for variant in variants]
@@ -53,61 +53,57 @@ class Finder:
         )
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a file with one JSON object a line; blank lines are skipped. DataError if not."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{path}, line {number}: {type(record).__name__} instead of a JSON object")
-            yield number, record
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. DataError naming it if it is not JSON."""
+def _holds(check: Callable[[], bool]) -> bool:
+    """What a check of a path says; False for a name that is too long or a folder that may not be looked into."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); download it again") from None
-
-
-def require(record: dict[str, Any], field: str, where: str) -> Any:
-    """record[field]. DataError naming ``where`` ("file, line 3") and the fields that are there."""
-    if field not in record:
-        raise DataError(f"{where}: no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
-    return record[field]
+        return check()
+    except OSError:
+        return False
 
 
 class UniqueIds:
-    """Remembers where each id of a file stood and refuses one that comes again."""
+    """Remembers where each id of a file stood and refuses one that comes again; 1 and "1" are the same."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: dict[Any, int] = {}
+        self.lines: dict[str, int] = {}
 
-    def add(self, id: Any, line: int) -> None:
+    def add(self, id: str | int, line: int) -> None:
         """Note an id. DataError naming both lines if it was there before."""
-        if id in self.lines:
+        if str(id) in self.lines:
             raise DataError(
-                f"{self.path}, line {line}: {id!r} stands in line {self.lines[id]} already; remove one of them"
+                f"{self.path}, line {line}: {id!r} stands in line {self.lines[str(id)]} already; remove one of them"
             )
-        self.lines[id] = line
+        self.lines[str(id)] = line
 
 
-def llava_questions(path: Path, *, unique: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, record) of a question file in LLaVA's format: question_id, image, text, perhaps category.
+@dataclass(frozen=True)
+class Asked:
+    """A line of a question file in LLaVA's format."""
+
+    line: int
+    id: str | int
+    image: str
+    """A path below the image folder; an absolute one and one with ".." are taken as they are."""
+    text: str
+    """The prompt."""
+    fields: Fields
+    """All fields of the line."""
+
+    @property
+    def where(self) -> str:
+        """How an error names the line."""
+        return self.fields.where
+
+
+def llava_questions(path: Path, *, unique: bool = True) -> Iterator[Asked]:
+    """The lines of a question file in LLaVA's format: question_id, image, text, perhaps category.
 
     unique: refuse an id that comes twice. Raises DataError naming the line and the field.
     """
     ids = UniqueIds(path)
-    for number, record in read_jsonl(path):
-        for field in ("question_id", "text"):
-            require(record, field, f"{path}, line {number}")
+    for line, fields in read_jsonl(path):
+        id = fields.identifier("question_id")
         if unique:
-            ids.add(record["question_id"], number)
-        yield number, record
+            ids.add(id, line)
+        yield Asked(line, id, fields.path("image"), fields.text("text"), fields)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_fast.errors import DataError, UserError, writing
+from tinyllava_fast.fields import Fields, decode, read_jsonl
 from tinyllava_fast.log import log
 
 RETRY = "Predict the correctness of the answer (digit): "
@@ -73,8 +74,8 @@ class Endpoint:
                 pause = max(pause, _retry_after(error))
             except (OSError, HTTPException) as error:  # refused, reset, cut short, timed out
                 reason = f"{type(error).__name__}: {error}"
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                reason = f"the reply is no chat completion ({type(error).__name__}: {error})"
+            except ValueError as error:  # not UTF-8, not JSON, or a field of another kind
+                reason = f"the reply is no chat completion ({error})"
         raise JudgeError(f"judge {self.base_url}: no reply after {self.attempts} attempts; the last: {reason}")
 
     def _send(self, body: dict[str, Any]) -> tuple[str, str]:
@@ -84,9 +85,9 @@ class Endpoint:
         url = self.base_url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            reply = json.loads(response.read())
-        content = reply["choices"][0]["message"]["content"]
-        return ("" if content is None else str(content)), str(reply.get("model", self.model))
+            reply = Fields.of(decode(response.read().decode(), "reply"), "reply")
+        message = reply.mappings("choices")[0].mapping("message")
+        return message.text("content", "", empty=True), reply.text("model", self.model, empty=True)
 
 
 _HINT = "the base URL, the model's name and the key"
@@ -164,13 +165,24 @@ class GradeFile:
         if end < len(data):  # a kill cut the last line off
             with self.path.open("r+b") as file:
                 file.truncate(end)
-        for number, line in enumerate(data[:end].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                key = record.pop("key")
-                self.grades[key] = Grade(**record)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(f"{self.path}, line {number}: not a grade; delete the file to grade anew") from None
+        try:
+            for _, record in read_jsonl(self.path):
+                self.grades[record.text("key")] = _grade(record)
+        except DataError as error:
+            raise DataError(f"{error}: not a grade; mend the line, or delete the file to grade anew") from None
+
+
+def _grade(record: Fields) -> Grade:
+    score = record.number("score", least=0)
+    if score > 1:
+        record.fail("score", "a number of at most 1", score)
+    return Grade(
+        id=record.text("id"),
+        run=record.integer("run", least=0),
+        model=record.text("model", empty=True),
+        content=record.text("content", empty=True),
+        score=score,
+    )
 
 
 def grade_key(endpoint: Endpoint, message: str, run: int) -> str:

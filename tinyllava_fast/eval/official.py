@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Answers, Benchmark, Question
-from tinyllava_fast.eval.files import read_jsonl, require
+from tinyllava_fast.fields import Fields, read_jsonl, shown
 
 
 def write_llava_answers(
@@ -52,33 +52,34 @@ def read_answers(path: Path, benchmark: Benchmark, questions: Sequence[Question]
     lines: dict[str, int] = {}
     answers: dict[str, str] = {}
     for number, record in read_jsonl(path):
-        where = f"{path}, line {number}"
+        where = record.where
         if "run" in record or "session" in record:
             continue
         if "key" in record:
-            key, text = record["key"], require(record, "answer", where)
+            key, text = record.text("key"), record.text("answer", empty=True)
         else:
-            id, text = str(require(record, "question_id", where)), require(record, "text", where)
-            key = _key(benchmark, by_id.get(id, []), record, lines, where)
+            same_id = by_id.get(str(record.identifier("question_id")), [])
+            text = record.text("text", empty=True)
+            key = _key(benchmark, same_id, record, lines)
         if key not in keys:
-            raise DataError(f"{where}: question {key!r} is not one of {benchmark.name}'s {len(questions):,}")
+            raise DataError(f"{where}: question {shown(key)} is not one of {benchmark.name}'s {len(questions):,}")
         if key in lines:
             raise DataError(f"{where}: question {key!r} is answered in line {lines[key]} already; remove one of them")
-        if not isinstance(text, str):
-            raise DataError(f"{where}: the answer is {type(text).__name__}; a text is expected")
         lines[key], answers[key] = number, text
+    if not answers:
+        raise DataError(f"{path}: it holds no answer; one JSON object a line is expected, with question_id and text")
     return answers
 
 
-def _key(
-    benchmark: Benchmark, same_id: Sequence[Question], record: dict[str, Any], taken: dict[str, int], where: str
-) -> str:
+def _key(benchmark: Benchmark, same_id: Sequence[Question], record: Fields, taken: dict[str, int]) -> str:
     """The key of the question that a record of LLaVA's format answers; the prompt tells questions of one id apart."""
+    id = shown(record.identifier("question_id"))
     if not same_id:
-        raise DataError(f"{where}: question_id {record['question_id']!r} is not one of {benchmark.name}'s")
+        raise DataError(f"{record.where}: question_id {id} is not one of {benchmark.name}'s")
     if len(same_id) == 1:
         return same_id[0].key
-    asked = [q for q in same_id if benchmark.is_asked_by(q, str(require(record, "prompt", where)))]
+    prompt = record.text("prompt")
+    asked = [q for q in same_id if benchmark.is_asked_by(q, prompt)]
     if not asked:
-        raise DataError(f"{where}: no question {record['question_id']!r} of {benchmark.name} has this prompt")
+        raise DataError(f"{record.where}: no question {id} of {benchmark.name} has this prompt")
     return next((q for q in asked if q.key not in taken), asked[0]).key

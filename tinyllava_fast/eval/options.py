@@ -10,6 +10,7 @@ from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.config.values import read_value
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Benchmark
+from tinyllava_fast.fields import is_text
 
 
 def chosen(text: str) -> list[str]:
@@ -40,6 +41,10 @@ def build(names: Sequence[str], options: Sequence[str] = ()) -> list[Benchmark]:
         hints = get_type_hints(BENCHMARKS.get(name).Options, include_extras=True)
         if field not in hints:
             raise UserError(f"--option {option!r}: {name} has no option {field!r}; {nearest(field, hints)}")
+        if field in values[name]:
+            raise UserError(f"--option {option!r}: {name}.{field} is given twice; keep one of them")
+        if not is_text(text):
+            raise UserError(f"--option {option!a}: the value is not UTF-8 text")
         values[name][field] = _value(text, hints[field], f"--option {option!r}", path)
     return [_build(name, values[name]) for name in names]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tinyllava_fast.eval.benchmarks.base import Question
 
 SHORT = "\nAnswer the question using a single word or phrase."
+IMAGE_MARKER = "<image>"
 OPTION = "\nAnswer with the option's letter from the given choices directly."
 
 

@@ -65,7 +65,7 @@ def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """0..1: how far the prediction agrees with the ten people's answers, normalised by m4c. ValueError if not ten."""
     if len(answers) != 10:
         raise ValueError(f"{len(answers)} answers; ten are needed")
-    return _agreement(normalise_m4c(prediction), [normalise_m4c(a) for a in answers])
+    return agreement(normalise_m4c(prediction), [normalise_m4c(a) for a in answers])
 
 
 def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -73,10 +73,10 @@ def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
     prediction, answers = _one_line(prediction), [_one_line(a) for a in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalise_official(prediction), [_words(_punctuation(a)) for a in answers]
-    return _agreement(prediction, answers)
+    return agreement(prediction, answers)
 
 
-def _agreement(prediction: str, answers: Sequence[str]) -> float:
+def agreement(prediction: str, answers: Sequence[str]) -> float:
     """Mean over the sets that leave one person out of min(1, matches / 3); for ten answers 0, .3, .6, .9, 1, 1, ..."""
     matches = sum(a == prediction for a in answers)
     return _BY_MATCHES[matches] if matches < len(_BY_MATCHES) else 1.0

@@ -26,7 +26,7 @@ from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import read_records
 from tinyllava_fast.data.templates.base import TEMPLATES
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
@@ -56,7 +56,8 @@ def of_stage(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         text = _KEYS.sub(lambda found: f"stages.{name}.{found.group()}", str(error))
-        raise type(error)(
+        kind = next(kind for kind in (CheckpointError, DataError, UserError) if isinstance(error, kind))
+        raise kind(
             text if text.startswith("stages.") or f"stages.{name}" in text else f"stages.{name}: {text}"
         ) from error
 

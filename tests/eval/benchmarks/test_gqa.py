@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.eval.golden import GOLDEN, rows, value
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Question
+from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.eval.benchmarks.gqa import prediction
 
 BENCH = BENCHMARKS.get("gqa")()
@@ -47,12 +48,12 @@ def rows_by_id(found):
     return {row["questionId"]: row["prediction"] for row in found}
 
 
-def test_official_rows():
-    annotations = value("gqa/official_rows/val_balanced_questions_5rows.json")
-    questions = [
-        Question(key=id, id=id, prompt="", truth=a["answer"], images=(Path(a["imageId"]),), meta=a)
-        for id, a in annotations.items()
-    ]
+def test_official_rows(tmp_path):
+    annotations = GOLDEN / "gqa/official_rows/val_balanced_questions_5rows.json"
+    known = json.loads(annotations.read_text()).items()
+    lines = [{"question_id": id, "image": a["imageId"], "text": a["question"]} for id, a in known]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    questions = BENCH.questions({**FILES, "questions": tmp_path / "q.jsonl", "annotations": annotations})
     answers = rows_by_id(value("gqa/official_rows/predictions.json"))
     check(BENCH.score(questions, answers), value("gqa/official_rows/expected.json")["scores"])
 

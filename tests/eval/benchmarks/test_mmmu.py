@@ -156,7 +156,7 @@ def test_bad_files(tmp_path):
     records = json.loads(files["questions"].read_text())
     for change, text in (
         ({"id": "validation_Alchemy_1"}, "no answer to 'validation_Alchemy_1'"),
-        ({"index2ans": {"A": "x"}}, "index2ans has no text of option B"),
+        ({"index2ans": {"A": "x"}}, "index2ans: no field 'B'; it has 'A'"),
     ):
         files["questions"].write_text(json.dumps([{**records[0], **change}]))
         with pytest.raises(DataError, match=text):

@@ -91,17 +91,36 @@ def test_parse():
     assert [parse(v["text"]) for v in vectors] == [v["parsed"] for v in vectors]
 
 
+def test_unclear_answers_are_counted_and_the_official_numbers_stay():
+    questions = POPE().questions(FILES)
+    said = {
+        "Yes.": 0,
+        "yes, it is": 0,
+        "No": 0,
+        "no, there is none": 0,
+        "": 0,
+        "NO": 1,
+        "maybe": 1,
+        "Nope": 1,
+        "no!": 1,
+    }
+    for reply, unclear in said.items():
+        score = POPE().score(questions, {q.key: reply for q in questions})
+        assert score.counts == {"unclear, counted as yes": len(questions) * unclear}, reply
+        assert {m.value for m in score.tables["random"] if m.name == "yes_ratio"} == {float(parse(reply) == "yes")}
+
+
 def test_bad_records(tmp_path):
     bad = tmp_path / "bad"
     for text, said in (
-        ('{"image": "a", "text": "b", "label": "maybe"}', "label 'maybe'"),
+        ('{"image": "a", "text": "b", "label": "maybe"}', "label: expected one of 'yes', 'no', got 'maybe'"),
         ('{"image": "a", "text": "b"}', "no field 'label'"),
     ):
         bad.write_text(text)
         with pytest.raises(DataError, match=f"bad, line 1: {said}"):
             POPE().questions({**FILES, "random": bad})
     bad.write_text('{"question_id": 1, "text": "a", "image": "i", "category": "easy"}')
-    with pytest.raises(DataError, match="category 'easy'"):
+    with pytest.raises(DataError, match=r"category: expected one of .* got 'easy'"):
         POPE().questions({**FILES, "questions": bad})
     with pytest.raises(DataError, match="1 of 180 questions have no answer"):
         POPE().score(POPE().questions(FILES), dict(list(ANSWERS.items())[1:]))

@@ -126,5 +126,5 @@ def test_bad_files(files, tmp_path):
     problems["10"]["answer"] = 2
     files["problems"].write_text(json.dumps(problems))
     files["questions"].write_text(json.dumps(records))
-    with pytest.raises(DataError, match=r"'10': answer 2 is no index of its 2 choices"):
+    with pytest.raises(DataError, match=r"10: answer: expected the index of one of its 2 choices, got 2"):
         ScienceQA().questions(files)

@@ -72,5 +72,5 @@ def test_nine_answers(tmp_path):
     data = value("textvqa/synthetic/TextVQA_0.5.1_val.json")
     data["data"][3]["answers"].pop()
     (tmp_path / "a.json").write_text(json.dumps(data))
-    with pytest.raises(DataError, match=r"a\.json, data\[3\]: 9 answers instead of ten"):
+    with pytest.raises(DataError, match=r"a\.json: data\[3\]: 9 answers instead of ten"):
         TEXTVQA().questions({**FILES, "annotations": tmp_path / "a.json"})

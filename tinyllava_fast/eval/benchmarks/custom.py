@@ -1,15 +1,18 @@
 """Your own questions: a JSONL file beside a folder of images.
 
 Each line: {"question": ..., "answer": ..., "image": ...} with, if wanted, "id", "category" and "choices". answer is a
-text or a list of them: several that count, or for the metric vqa ten people's. image is a path below the image folder,
-or a list of them; without it the question is text only. The question is put to the model as it stands.
+text or a number, or a list of them: several that count, or for the metric vqa ten people's. image is a path below the
+image folder, or a list of them, which may also be called images; without it the question is text only. The question is
+put to the model as it stands; with several images, it holds one ``<image>`` each or none. null counts as "not given"
+for image, images, choices, category and id. Other fields are not used; one that seems to be a misspelt name of a field
+that is not given is refused.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +27,23 @@ from tinyllava_fast.eval.benchmarks.base import (
     Question,
     Score,
 )
-from tinyllava_fast.eval.files import Finder, UniqueIds, read_jsonl, require
+from tinyllava_fast.eval.files import Finder, UniqueIds
+from tinyllava_fast.eval.own_answers import contains, equal, key_of, option_of
+from tinyllava_fast.eval.prompts import IMAGE_MARKER
 from tinyllava_fast.eval.statistics import by_group, mean_metric
-from tinyllava_fast.eval.vqa_text import m4c_accuracy, normalise_m4c
+from tinyllava_fast.eval.vqa_text import agreement
+from tinyllava_fast.fields import Fields, read_jsonl, shown
+from tinyllava_fast.log import log
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FIELDS = ("id", "question", "answer", "image", "images", "choices", "category")
+ALIASES = {
+    "id": ("question_id",),
+    "question": ("prompt", "text", "query", "instruction", "input"),
+    "answer": ("label", "labels", "target", "truth", "ground_truth", "gold", "gt", "output"),
+    "image": ("img", "imgs", "picture", "pictures", "photo", "file", "file_name", "filename", "path", "image_path"),
+    "choices": ("option", "options"),
+}
+"""What other formats call the fields."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +55,10 @@ class Options:
     images: Text = "."
     """The image folder, below --data."""
     metric: Literal["exact", "contains", "vqa", "choice"] = "exact"
-    """exact: an answer, but for case, articles and punctuation. contains: an answer stands in it as whole words.
-    vqa: soft accuracy against ten answers. choice: the letter of the right option of "choices", or its text."""
+    """exact: an answer, but for case, articles and punctuation; a number's sign counts. contains: an answer stands in
+    it as whole words (signs are not seen). vqa: soft accuracy against ten answers. choice: the right option of
+    "choices", by its text or its letter: "B", "b.", "(B)", "**B**", "B. dog", "Answer: B", "Option B", "B is right".
+    An empty reply earns nothing with any of them."""
     max_new_tokens: PositiveInt = 128
     """Longest answer."""
 
@@ -68,33 +85,45 @@ class Custom(Benchmark):
         """The lines of the file; an id that is not given is the number of the line."""
         ids = UniqueIds(files["questions"])
         questions = []
+        unused: dict[str, int] = {}
         for line, record in read_jsonl(files["questions"]):
-            where = f"{files['questions']}, line {line}"
-            id = record.get("id", line)
-            ids.add(str(id), line)
-            truths = require(record, "answer", where)
-            truths = [str(t) for t in truths] if isinstance(truths, list) else [str(truths)]
-            choices = tuple(str(c) for c in record.get("choices", ()))
-            self._check(truths, choices, where)
-            images = record.get("image", [])
-            questions.append(
-                Question(
-                    key=str(id),
-                    id=id,
-                    images=tuple(files["images"] / i for i in ([images] if isinstance(images, str) else images)),
-                    prompt=str(require(record, "question", where)),
-                    truth=max(truths, key=truths.count) if truths else "",
-                    category=str(record.get("category", "")),
-                    choices=choices,
-                    meta={"answers": truths},
-                )
-            )
+            for name in _unused(record):
+                unused.setdefault(name, line)
+            question = self._question(record, record.identifier("id", line), files["images"])
+            ids.add(question.id, line)
+            questions.append(question)
+        if unused:
+            first = ", ".join(f"{shown(name)} (first in line {line})" for name, line in list(unused.items())[:8])
+            rest = f" and {len(unused) - 8} others" if len(unused) > 8 else ""
+            log.warning("%s: fields that are not used: %s%s; known are %s", files["questions"], first, rest,
+                        ", ".join(FIELDS))  # fmt: skip
         return questions
+
+    def _question(self, record: Fields, id: str | int, folder: Path) -> Question:
+        truths = record.words("answer", single=True)
+        choices = tuple(record.words("choices", []))
+        self._check(record, truths, choices)
+        if "image" in record and "images" in record:
+            raise DataError(f"{record.where}: images: given beside 'image'; keep one of them")
+        images = record.paths("image", []) or record.paths("images", [], single=False)
+        prompt = record.text("question")
+        _check_markers(record, prompt.count(IMAGE_MARKER), len(images))
+        return Question(
+            key=str(id),
+            id=id,
+            images=tuple(folder / image for image in images),
+            prompt=prompt,
+            truth=max(truths, key=truths.count),
+            category=record.word("category", ""),
+            choices=choices,
+            meta={"answers": truths},
+        )
 
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
         """Mean credit by the chosen metric, overall and by category; a question without an answer earns nothing."""
         credit_of = CREDIT[self.options.metric]
-        credit = {q.key: credit_of(answers.get(q.key, ""), q) for q in questions}
+        said = {q.key: answers.get(q.key, "") for q in questions}
+        credit = {q.key: credit_of(said[q.key], q) if said[q.key].strip() else 0.0 for q in questions}
         tables = {}
         if any(q.category for q in questions):
             tables["category"] = by_group(questions, credit, [q.category for q in questions])
@@ -102,42 +131,61 @@ class Custom(Benchmark):
             metrics=[mean_metric("accuracy", questions, credit)], headline="accuracy", tables=tables, credit=credit
         )
 
-    def _check(self, truths: list[str], choices: tuple[str, ...], where: str) -> None:
-        if not truths:
-            raise DataError(f"{where}: answer is an empty list")
+    def _check(self, record: Fields, truths: list[str], choices: tuple[str, ...]) -> None:
+        """DataError for truths that the metric cannot use."""
+        if len(set(choices)) < len(choices):
+            record.fail("choices", "options that differ", list(choices))
         if self.options.metric == "vqa" and len(truths) != 10:
-            raise DataError(f"{where}: {len(truths)} answers; custom.metric=vqa needs ten people's")
-        if self.options.metric == "choice" and not (choices and _option(truths[0], choices) is not None):
-            raise DataError(f"{where}: custom.metric=choice needs choices, and answer as one of them or its letter")
+            raise DataError(f"{record.where}: {len(truths)} answers; custom.metric=vqa needs ten people's")
+        if self.options.metric == "choice":
+            bad = [t for t in truths if option_of(t, choices) is None]
+            if bad or not choices:
+                raise DataError(
+                    f"{record.where}: custom.metric=choice needs choices, and answer as one of them or its letter; "
+                    f"got answer {shown(bad[0] if bad else truths[0])}, choices {shown(list(choices))}"
+                )
+
+
+def _unused(record: Fields) -> list[str]:
+    """Names of fields that are not known. DataError for one that seems to be the name of a field that is not given."""
+    unused = [name for name in record.values if name not in FIELDS]
+    for name in unused:
+        low = name.lower()
+        meant = next((known for known, others in ALIASES.items() if low in others), None)
+        meant = meant or next(iter(get_close_matches(low, FIELDS[1:], n=1, cutoff=0.75)), None)
+        given = ("image", "images") if meant in ("image", "images") else (meant or "",)
+        if meant and not any(known in record for known in given):
+            raise DataError(
+                f"{record.where}: unknown field {shown(name)}; did you mean {meant!r}? Rename it or remove it"
+            )
+    return unused
+
+
+def _check_markers(record: Fields, markers: int, images: int) -> None:
+    if markers and not images:
+        raise DataError(f"{record.where}: question: it holds {IMAGE_MARKER} but the line names no image; add image")
+    if markers and images > 1 and markers != images:
+        raise DataError(
+            f"{record.where}: question: it holds {markers} {IMAGE_MARKER} but the line names {images} images; "
+            "give one marker for each image, or none at all"
+        )
 
 
 def _exact(text: str, question: Question) -> float:
-    return float(normalise_m4c(text) in {normalise_m4c(t) for t in question.meta["answers"]})
+    return float(any(equal(text, truth) for truth in question.meta["answers"]))
 
 
 def _contains(text: str, question: Question) -> float:
-    said = f" {normalise_m4c(text)} "
-    return float(any(f" {t} " in said for t in map(normalise_m4c, question.meta["answers"]) if t))
+    return float(any(contains(text, truth) for truth in question.meta["answers"]))
 
 
 def _vqa(text: str, question: Question) -> float:
-    return m4c_accuracy(text, question.meta["answers"])
+    return agreement(key_of(text), [key_of(truth) for truth in question.meta["answers"]])
 
 
 def _choice(text: str, question: Question) -> float:
-    right = _option(question.meta["answers"][0], question.choices)
-    return float(_option(text, question.choices) == right)
-
-
-def _option(text: str, choices: Sequence[str]) -> int | None:
-    """Index of the option that a text names: by its own words, or by a letter that stands alone or leads."""
-    said = normalise_m4c(text)
-    for index, choice in enumerate(choices):
-        if said and said == normalise_m4c(choice):
-            return index
-    letter = re.match(r"\s*\(?([A-Z])(?:[.):,]|\s*$)", text)
-    index = LETTERS.index(letter.group(1)) if letter else -1
-    return index if 0 <= index < len(choices) else None
+    right = {option_of(truth, question.choices) for truth in question.meta["answers"]}
+    return float(option_of(text, question.choices) in right)
 
 
 CREDIT: dict[str, Callable[[str, Question], float]] = {

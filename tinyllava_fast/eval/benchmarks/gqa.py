@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
@@ -21,8 +20,9 @@ from tinyllava_fast.eval.benchmarks.base import (
     Score,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions, read_json
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions
 from tinyllava_fast.eval.statistics import by_group, mean_metric, require_answers
+from tinyllava_fast.fields import Fields, read_object, shown
 
 NOT_A_STEP = ("exist", "query: name", "choose name")
 
@@ -51,22 +51,29 @@ class GQA(Benchmark):
 
     def questions(self, files: Files) -> list[Question]:
         """The lines of the question file with the annotations of the same id."""
-        annotations = read_json(files["annotations"])
+        annotations = read_object(files["annotations"])
         questions = []
-        for line, record in llava_questions(files["questions"]):
-            id = str(record["question_id"])
-            known = annotations.get(id)
-            if known is None:
-                raise DataError(f"{files['questions']}, line {line}: question {id!r} is not in {files['annotations']}")
+        for asked in llava_questions(files["questions"]):
+            id = str(asked.id)
+            if id not in annotations.values:
+                raise DataError(f"{asked.where}: question {shown(id)} is not in {files['annotations']}")
+            known = annotations.mapping(id)
+            types = known.mapping("types")
             questions.append(
                 Question(
                     key=id,
-                    id=record["question_id"],
-                    images=(files["images"] / record["image"],),
-                    prompt=record["text"],
-                    truth=known["answer"],
-                    category=known["types"]["structural"],
-                    meta=known,
+                    id=asked.id,
+                    images=(files["images"] / asked.image,),
+                    prompt=asked.text,
+                    truth=known.text("answer"),
+                    category=types.text("structural"),
+                    meta={
+                        "isBalanced": known.boolean("isBalanced"),
+                        "semantic type": types.text("semantic"),
+                        "group": _global_group(known.mapping("groups")),
+                        "steps": steps(known.mappings("semantic", empty=True)),
+                        "words": len(known.text("question").split()),
+                    },
                 )
             )
         return questions
@@ -82,7 +89,7 @@ class GQA(Benchmark):
         require_answers(self.name, asked, answers)
         said = {q.key: prediction(answers[q.key]) for q in asked}
         credit = {q.key: float(said[q.key] == q.truth) for q in asked}
-        kinds = [q.meta["types"]["structural"] for q in asked]
+        kinds = [q.category for q in asked]
         binary = [q for q, kind in zip(asked, kinds, strict=True) if kind != "query"]
         openly = [q for q, kind in zip(asked, kinds, strict=True) if kind == "query"]
         return Score(
@@ -95,9 +102,9 @@ class GQA(Benchmark):
             headline="accuracy",
             tables={
                 "structural type": by_group(asked, credit, kinds),
-                "semantic type": by_group(asked, credit, [q.meta["types"]["semantic"] for q in asked]),
-                "steps": by_group(asked, credit, [steps(q.meta["semantic"]) for q in asked]),
-                "words": by_group(asked, credit, [len(q.meta["question"].split()) for q in asked]),
+                "semantic type": by_group(asked, credit, [q.meta["semantic type"] for q in asked]),
+                "steps": by_group(asked, credit, [q.meta["steps"] for q in asked]),
+                "words": by_group(asked, credit, [q.meta["words"] for q in asked]),
             },
             credit=credit,
         )
@@ -117,10 +124,15 @@ def prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def steps(program: Sequence[Mapping[str, Any]]) -> int:
+def steps(program: Sequence[Fields]) -> int:
     """Reasoning steps of a question's program: its operations but those that only look or name."""
-    texts = [f"{step['operation']}: {step['argument']}" for step in program]
+    texts = [f"{step.text('operation')}: {step.text('argument', empty=True)}" for step in program]
     return sum(not any(trivial in text for trivial in NOT_A_STEP) for text in texts)
+
+
+def _global_group(groups: Fields) -> str | None:
+    """The group of a question among all images; null is official and means none, a missing one is an error."""
+    return groups.text("global", None) if "global" in groups.values else groups.text("global")
 
 
 def distribution(questions: Sequence[Question], said: Mapping[str, str]) -> float:
@@ -128,7 +140,7 @@ def distribution(questions: Sequence[Question], said: Mapping[str, str]) -> floa
     gold: dict[str, Counter[str]] = {}
     predicted: dict[str, Counter[str]] = {}
     for q in questions:
-        group = q.meta["groups"]["global"]
+        group = q.meta["group"]
         if group is not None:
             gold.setdefault(group, Counter())[q.truth] += 1
             predicted.setdefault(group, Counter())[said[q.key]] += 1

@@ -24,9 +24,10 @@ from tinyllava_fast.eval.benchmarks.base import (
     line_key,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, read_jsonl, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import clustered_error, mean, mean_influence, require_answers
+from tinyllava_fast.fields import read_text, shown
 
 GROUPS = {
     "Perception": (
@@ -65,19 +66,20 @@ class MME(Benchmark):
     def questions(self, files: Files) -> list[Question]:
         """The questions with the truths of the release folder's text files."""
         path, truths, questions = files["questions"], _Truths(files["images"]), []
-        for number, record in read_jsonl(path):
-            where = f"{path}, line {number}"
-            id, image, text = (str(require(record, field, where)) for field in ("question_id", "image", "text"))
-            subtask = PurePosixPath(id).parts[0]
+        for record in llava_questions(path, unique=False):
+            id, text = record.fields.path("question_id"), record.text
+            subtask = next(iter(PurePosixPath(id).parts), "")
             if subtask not in SUBTASKS:
-                raise DataError(f"{where}: {id!r} does not begin with a subtask; they are {', '.join(SUBTASKS)}")
+                raise DataError(
+                    f"{record.where}: {shown(id)} does not begin with a subtask; they are {', '.join(SUBTASKS)}"
+                )
             file = PurePosixPath(id).name.split(".")[0] + ".txt"
-            asked, truth = truths.find(subtask, file, text.replace(SHORT.strip(), "").strip(), where)
+            asked, truth = truths.find(subtask, file, text.replace(SHORT.strip(), "").strip(), record.where)
             questions.append(
                 Question(
-                    key=line_key(number - 1, id),
+                    key=line_key(record.line - 1, id),
                     id=id,
-                    images=(files["images"] / image,),
+                    images=(files["images"] / record.image,),
                     prompt=text,
                     truth=truth,
                     category=subtask,
@@ -160,16 +162,19 @@ class _Truths:
         for spelling in spellings:
             if spelling in self.known[path]:
                 return spelling, self.known[path][spelling]
-        raise DataError(f"{where}: {path} does not ask {spellings[0]!r}; the two files are of different releases")
+        raise DataError(f"{where}: {path} does not ask {shown(spellings[0])}; the two files are of different releases")
 
     @staticmethod
     def _read(path: Path) -> dict[str, str]:
-        truths = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        truths: dict[str, str] = {}
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             question, tab, truth = line.partition("\t")
-            if not tab or truth.strip() not in ("Yes", "No"):
-                raise DataError(f"{path}, line {number}: a question, a tab and Yes or No are expected, not {line!r}")
-            truths[question] = truth.strip()
+            if line.strip() and (not tab or truth.strip() not in ("Yes", "No")):
+                raise DataError(
+                    f"{path}, line {number}: a question, a tab and Yes or No are expected, not {shown(line)}"
+                )
+            if line.strip() and truths.setdefault(question, truth.strip()) != truth.strip():
+                raise DataError(f"{path}, line {number}: {shown(question)} has another answer in an earlier line")
         return truths
 
 

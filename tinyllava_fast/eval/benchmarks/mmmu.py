@@ -12,7 +12,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.config.ranges import NonNegativeInt
 from tinyllava_fast.errors import DataError
@@ -28,9 +27,10 @@ from tinyllava_fast.eval.benchmarks.base import (
     Score,
     published_rows,
 )
-from tinyllava_fast.eval.files import Finder, UniqueIds, read_json, require
+from tinyllava_fast.eval.files import Finder, UniqueIds
 from tinyllava_fast.eval.mmmu_answers import chosen_letter, open_is_right, open_values
 from tinyllava_fast.eval.statistics import mean_metric, require_answers
+from tinyllava_fast.fields import Fields, read_object, read_objects, shown
 
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -56,6 +56,7 @@ DOMAINS = {
 }
 SUBJECTS = tuple(subject for subjects in DOMAINS.values() for subject in subjects)
 CHOICE = "multiple-choice"
+KINDS = (CHOICE, "short-answer", "open")
 NO_IMAGE = "INVALID GENERATION FOR MULTIPLE IMAGE INPUTS"
 
 
@@ -95,15 +96,14 @@ class MMMU(Benchmark):
         "image" is a file name, or a list of them for the markers <image 1>, <image 2>, ... of the prompt. Without it
         the reference doesn't ask the model: a multiple-choice question counts as one without a letter in its reply.
         """
-        path, truths = files["questions"], read_json(files["truths"])
+        path, truths = files["questions"], read_object(files["truths"])
         seen, questions = UniqueIds(path), []
-        for number, record in enumerate(read_json(path), 1):
-            where = f"{path}, record {number}"
-            id = str(require(record, "id", where))
+        for number, record in enumerate(read_objects(path), 1):
+            id = record.text("id")
             seen.add(id, number)
-            if id not in truths:
-                raise DataError(f"{files['truths']}: no answer to {id!r}, which {where} asks")
-            questions.append(_question(id, record, truths[id], files, where))
+            if id not in truths.values:
+                raise DataError(f"{files['truths']}: no answer to {shown(id)}, which {record.where} asks")
+            questions.append(_question(id, record, truths.mapping(id), files["images"]))
         return questions
 
     def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
@@ -122,7 +122,7 @@ class MMMU(Benchmark):
         for q in questions:
             gold = q.meta["gold"]
             if q.choices:
-                credit[q.key] = float(parsed[q.key] == gold or (not isinstance(gold, str) and parsed[q.key] in gold))
+                credit[q.key] = float(parsed[q.key] in gold)
             else:
                 credit[q.key] = float(open_is_right(open_values(answers[q.key]), gold))
             expected[q.key] = 1 / len(q.choices) if q.key in drawn else credit[q.key]
@@ -174,28 +174,27 @@ def subject_of(id: str) -> str:
     return "_".join(id.split("_")[1:-1])
 
 
-def _question(id: str, record: dict[str, Any], truth: dict[str, Any], files: Files, where: str) -> Question:
+def _question(id: str, record: Fields, truth: Fields, folder: Path) -> Question:
     subject = subject_of(id)
     if subject not in SUBJECTS:
-        raise DataError(f"{where}: id {id!r} names no subject of MMMU; validation_<Subject>_<n> is expected")
-    kind = require(record, "question_type", where)
-    images = record.get("image") or []
-    names = [images] if isinstance(images, str) else list(images)
+        raise DataError(
+            f"{record.where}: id {shown(id)} names no subject of MMMU; validation_<Subject>_<n> is expected"
+        )
+    names = record.paths("image", [])
     letters: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    if kind == CHOICE:
-        letters = tuple(require(record, "all_choices", where))
-        options = require(record, "index2ans", where)
-        if missing := [letter for letter in letters if letter not in options]:
-            raise DataError(f"{where}: index2ans has no text of option {missing[0]}")
-        choices = tuple(str(options[letter]) for letter in letters)
-    gold = require(truth, "ground_truth", f"{files['truths']}, {id!r}")
+    if record.one_of("question_type", KINDS) == CHOICE:
+        letters, options = tuple(record.texts("all_choices")), record.mapping("index2ans")
+        if len(set(letters)) < len(letters):
+            record.fail("all_choices", "letters that differ", list(letters))
+        choices = tuple(options.word(letter) for letter in letters)
+    gold = truth.words("ground_truth", single=True)
     return Question(
         key=id,
         id=id,
-        images=tuple(files["images"] / name for name in names),
-        prompt=_place(str(require(record, "prompt", where)), len(names)),
-        truth=gold if isinstance(gold, str) else " or ".join(gold),
+        images=tuple(folder / name for name in names),
+        prompt=_place(record.text("prompt"), len(names)),
+        truth=" or ".join(gold),
         category=subject,
         choices=choices,
         meta={"letters": letters, "gold": gold},

@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 
 from tinyllava_fast.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Range, Text
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
@@ -31,11 +31,12 @@ from tinyllava_fast.eval.benchmarks.base import (
     Score,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, read_json, read_jsonl, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions
 from tinyllava_fast.eval.judge import Endpoint, GradeFile, JudgeError, grade_all, grade_key
 from tinyllava_fast.eval.mmvet_scores import capabilities, integration, metric, rounded, run_totals, score_csv, table
 from tinyllava_fast.eval.progress import progress
 from tinyllava_fast.eval.prompts import whole_prompt
+from tinyllava_fast.fields import Fields, read_json, read_object, read_text, shown
 from tinyllava_fast.log import log
 
 OPENAI = "https://api.openai.com/v1"
@@ -80,6 +81,11 @@ class Options:
     parallel: Annotated[int, Range(least=1, most=1024)] = 4
     """Requests at a time."""
 
+    def __post_init__(self) -> None:
+        """Raise UserError for an address that no HTTP client takes."""
+        if not self.base_url.startswith(("http://", "https://")):
+            raise UserError("base_url: expected an address that begins with http:// or https://")
+
 
 @BENCHMARKS.register("mmvet")
 class MMVet(Benchmark):
@@ -108,34 +114,31 @@ class MMVet(Benchmark):
 
     def questions(self, files: Files) -> list[Question]:
         """The questions with reference answers and capabilities."""
-        path, metadata = files["questions"], read_json(files["metadata"])
-        subset = set(read_json(files["bard_set"])) if "bard_set" in files else set()
-        seen, questions = UniqueIds(path), []
-        for number, record in read_jsonl(path):
-            where = f"{path}, line {number}"
-            id, image, text = (require(record, field, where) for field in ("question_id", "image", "text"))
-            seen.add(id, number)
-            key = f"v1_{id}"
-            if key not in metadata:
-                raise DataError(f"{files['metadata']}: no entry {key!r}, which {where} asks")
-            capabilities = sorted(set(require(metadata[key], "capability", f"{files['metadata']}, {key!r}")))
-            reference = str(require(metadata[key], "answer", f"{files['metadata']}, {key!r}"))
+        metadata, questions = read_object(files["metadata"]), []
+        subset = set(_names(files["bard_set"])) if "bard_set" in files else set()
+        for asked in llava_questions(files["questions"]):
+            key = f"v1_{asked.id}"
+            if key not in metadata.values:
+                raise DataError(f"{files['metadata']}: no entry {shown(key)}, which {asked.where} asks")
+            known = metadata.mapping(key)
+            capabilities = sorted(set(known.texts("capability")))
             questions.append(
                 Question(
                     key=key,
-                    id=id,
-                    images=(files["images"] / str(image),),
-                    prompt=str(text),
-                    truth=reference,
+                    id=asked.id,
+                    images=(files["images"] / asked.image,),
+                    prompt=asked.text,
+                    truth=known.word("answer"),
                     category="+".join(capabilities),
                     meta={
                         "capabilities": capabilities,
-                        "question": str(metadata[key].get("question", text)),
+                        "question": known.text("question", asked.text),
                         "bard_set": key in subset,
                         "evaluator": str(files.get("evaluator", "")),
                     },
                 )
             )
+        self._prompt(questions)  # a file that holds none is refused before any question is asked
         return questions
 
     def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
@@ -269,15 +272,21 @@ def message(prompt: str, question: Question, answer: str) -> str:
 
 def read_prompt(path: Path) -> str:
     """The constant ``prompt`` of MM-Vet's evaluator, which is read and not run. DataError if there is none."""
+    text = read_text(path)
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as MM-Vet's {EVALUATOR} ({error})") from None
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             if any(isinstance(t, ast.Name) and t.id == "prompt" for t in node.targets):
                 return node.value.value
     raise DataError(f"{path}: it assigns no text to `prompt`; MM-Vet's {EVALUATOR} is expected")
+
+
+def _names(path: Path) -> list[str]:
+    """A JSON file that holds a list of texts."""
+    return Fields({"list": read_json(path)}, str(path)).texts("list", empty=True)
 
 
 def _write_json(path: Path, content: object, indent: int) -> Path:

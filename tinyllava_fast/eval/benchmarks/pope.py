@@ -25,9 +25,10 @@ from tinyllava_fast.eval.benchmarks.base import (
     Score,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions, read_jsonl, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import clustered_error, mean, mean_influence, ratio_influence, require_answers
+from tinyllava_fast.fields import read_jsonl, shown
 
 SPLITS = {"adversarial": 3000, "popular": 3000, "random": 2910}
 LABELS = "https://github.com/AoiDragon/POPE, folder output/coco, at commit e3e3926"
@@ -73,23 +74,20 @@ class POPE(Benchmark):
         """The lines of the question file with their labels. DataError for label files of another release."""
         labels = {split: _labels(files[split]) for split in SPLITS}
         questions = []
-        for line, record in llava_questions(files["questions"]):
-            where = f"{files['questions']}, line {line}"
-            split = require(record, "category", where)
-            if split not in labels:
-                raise DataError(f"{where}: category {split!r}; known are {', '.join(SPLITS)}")
-            label = labels[split].get(_join_key(record["image"], record["text"]))
+        for asked in llava_questions(files["questions"]):
+            split = asked.fields.one_of("category", list(SPLITS))
+            label = labels[split].get(_join_key(asked.image, asked.text))
             if label is None:
                 raise DataError(
-                    f"{where}: {files[split]} has no label for {record['image']!r}, {record['text']!r}. It has "
+                    f"{asked.where}: {files[split]} has no label for {shown(asked.image)}, {shown(asked.text)}. It has "
                     f"{len(labels[split]):,} labels; {SPLITS[split]:,} go with LLaVA's questions: {LABELS}"
                 )
             questions.append(
                 Question(
-                    key=str(record["question_id"]),
-                    id=record["question_id"],
-                    images=(files["images"] / record["image"],),
-                    prompt=record["text"],
+                    key=str(asked.id),
+                    id=asked.id,
+                    images=(files["images"] / asked.image,),
+                    prompt=asked.text,
                     truth=label,
                     category=split,
                 )
@@ -122,13 +120,24 @@ class POPE(Benchmark):
             value = mean([m.value for table in tables.values() for m in table if m.name == name])
             metrics.append(_metric(f"{name}_mean", value, error, len(questions)))
         headline = "f1_mean" if self.options.protocol == "llava" else "accuracy_mean"
-        return Score(metrics=metrics, headline=headline, tables=tables, credit=credit)
+        said_all = [answers[q.key] for q in questions]
+        counts = {"unclear, counted as yes": sum(bool(s.strip()) and is_unclear(s) for s in said_all)}
+        return Score(metrics=metrics, headline=headline, tables=tables, credit=credit, counts=counts)
 
 
 def parse(text: str) -> Literal["yes", "no"]:
     """What an answer counts as: "no" if its first sentence holds the word No, no or not, else "yes", even if empty."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
+
+
+def is_unclear(text: str) -> bool:
+    """Whether an answer that officially counts as "yes" says neither yes nor no: "maybe", "NO", "", "Nope".
+
+    The official numbers keep them; a reader should know how many there are.
+    """
+    words = text.lower().replace(",", " ").replace(".", " ").replace("!", " ").split()
+    return parse(text) == "yes" and "yes" not in words
 
 
 def _split(
@@ -168,12 +177,11 @@ def _ratio(upper: float, lower: float) -> float:
 
 
 def _labels(path: Path) -> dict[tuple[str, str], str]:
-    labels = {}
-    for number, row in read_jsonl(path):
-        where = f"{path}, line {number}"
-        if require(row, "label", where) not in ("yes", "no"):
-            raise DataError(f"{where}: label {row['label']!r}; yes or no is expected")
-        labels[_join_key(require(row, "image", where), require(row, "text", where))] = row["label"]
+    labels: dict[tuple[str, str], str] = {}
+    for _, row in read_jsonl(path):
+        label = row.one_of("label", ["yes", "no"])
+        if labels.setdefault(_join_key(row.path("image"), row.text("text")), label) != label:
+            row.fail("label", "the label that this question has in an earlier line", label)
     return labels
 
 

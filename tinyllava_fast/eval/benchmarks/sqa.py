@@ -26,9 +26,10 @@ from tinyllava_fast.eval.benchmarks.base import (
     Score,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, read_json, require
-from tinyllava_fast.eval.prompts import OPTION, whole_prompt
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds
+from tinyllava_fast.eval.prompts import IMAGE_MARKER, OPTION, whole_prompt
 from tinyllava_fast.eval.statistics import by_group, mean_metric
+from tinyllava_fast.fields import Fields, read_object, read_objects, shown
 
 LETTERS = "ABCDE"
 FAILED = "FAILED"
@@ -83,33 +84,33 @@ class ScienceQA(Benchmark):
 
     def questions(self, files: Files) -> list[Question]:
         """The questions in the order of the question file."""
-        path, problems = files["questions"], read_json(files["problems"])
+        path, problems = files["questions"], read_object(files["problems"])
         seen, questions = UniqueIds(path), []
-        for number, record in enumerate(read_json(path), 1):
-            where = f"{path}, record {number}"
-            id = str(require(record, "id", where))
+        for number, record in enumerate(read_objects(path), 1):
+            id = str(record.identifier("id"))
             seen.add(id, number)
-            if id not in problems:
-                raise DataError(f"{files['problems']}: no problem {id!r}, which {where} asks for")
-            question = self._question(id, record, problems[id], files, where)
+            if id not in problems.values:
+                raise DataError(f"{files['problems']}: no problem {shown(id)}, which {record.where} asks for")
+            question = self._question(id, record, problems.mapping(id), files["images"])
             if question.images or not self.options.images_only:
                 questions.append(question)
         return questions
 
-    def _question(self, id: str, record: dict[str, Any], problem: dict[str, Any], files: Files, where: str) -> Question:
-        turns = require(record, "conversations", where)
-        text = str(turns[0]["value"]).replace("<image>", "").strip()
-        choices = tuple(map(str, require(problem, "choices", f"{files['problems']}, {id!r}")))
-        answer = require(problem, "answer", f"{files['problems']}, {id!r}")
-        if not isinstance(answer, int) or not 0 <= answer < min(len(choices), len(LETTERS)):
-            raise DataError(f"{files['problems']}, {id!r}: answer {answer!r} is no index of its {len(choices)} choices")
+    def _question(self, id: str, record: Fields, problem: Fields, images: Path) -> Question:
+        text, image = record.mappings("conversations")[0].text("value"), record.path("image", None)
+        if image is None and IMAGE_MARKER in text:
+            record.fail("image", "a path, because the question holds " + IMAGE_MARKER, None)
+        choices = tuple(problem.words("choices"))
+        answer = problem.integer("answer", least=0)
+        if answer >= min(len(choices), len(LETTERS)):
+            problem.fail("answer", f"the index of one of its {len(choices)} choices", answer)
         return Question(
             key=id,
             id=id,
-            images=(files["images"] / record["image"],) if record.get("image") else (),
-            prompt=text + OPTION,
+            images=() if image is None else (images / image,),
+            prompt=text.replace(IMAGE_MARKER, "").strip() + OPTION,
             truth=LETTERS[answer],
-            category=str(problem.get("subject", "")),
+            category=problem.text("subject", "", empty=True),
             choices=choices,
         )
 

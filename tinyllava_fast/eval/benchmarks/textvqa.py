@@ -20,10 +20,11 @@ from tinyllava_fast.eval.benchmarks.base import (
     line_key,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions, read_json, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import mean_metric
 from tinyllava_fast.eval.vqa_text import m4c_accuracy
+from tinyllava_fast.fields import read_object, shown
 
 OCR_LINE = "Reference OCR token:"
 
@@ -61,31 +62,25 @@ class TextVQA(Benchmark):
 
     def questions(self, files: Files) -> list[Question]:
         """The lines of the question file. Ids are image ids and repeat: annotations are joined by (image, question)."""
-        annotations = {}
-        for number, row in enumerate(require(read_json(files["annotations"]), "data", str(files["annotations"]))):
-            if len(row["answers"]) != 10:
-                raise DataError(f"{files['annotations']}, data[{number}]: {len(row['answers'])} answers instead of ten")
-            annotations[row["image_id"], row["question"].lower()] = row
+        annotations = _annotations(files["annotations"])
         questions: list[Question] = []
-        for line, record in llava_questions(files["questions"], unique=False):
-            where = f"{files['questions']}, line {line}"
-            id, asked = str(record["question_id"]), prompt_question(record["text"])
+        for record in llava_questions(files["questions"], unique=False):
+            id, asked = str(record.id), prompt_question(record.text)
             if asked is None:
-                raise DataError(f"{where}: not a TextVQA prompt: {record['text']!r}")
-            row = annotations.get((id, asked))
-            if row is None:
-                raise DataError(f"{where}: no annotation of image {id!r} asks {asked!r} in {files['annotations']}")
-            prompt = record["text"]
-            if not self.options.ocr:
-                prompt = row["question"] + SHORT
+                raise DataError(f"{record.where}: not a TextVQA prompt: {shown(record.text)}")
+            if (id, asked) not in annotations:
+                raise DataError(
+                    f"{record.where}: no annotation of image {shown(id)} asks {shown(asked)} in {files['annotations']}"
+                )
+            question, answers = annotations[id, asked]
             questions.append(
                 Question(
                     key=line_key(len(questions), id),
-                    id=record["question_id"],
-                    images=(files["images"] / record["image"],),
-                    prompt=prompt,
-                    truth=max(row["answers"], key=row["answers"].count),
-                    meta={"answers": row["answers"], "asked": asked},
+                    id=record.id,
+                    images=(files["images"] / record.image,),
+                    prompt=record.text if self.options.ocr else question + SHORT,
+                    truth=max(answers, key=answers.count),
+                    meta={"answers": answers, "asked": asked},
                 )
             )
         return questions
@@ -111,6 +106,17 @@ class TextVQA(Benchmark):
     def is_asked_by(self, question: Question, prompt: str) -> bool:
         """By the question in it, so that answers with and without OCR tokens are both accepted."""
         return prompt_question(prompt) == question.meta["asked"]
+
+
+def _annotations(path: Path) -> dict[tuple[str, str], tuple[str, list[str]]]:
+    """(image, question in lower case) -> the question and its ten answers."""
+    found = {}
+    for row in read_object(path).mappings("data"):
+        question, answers = row.text("question"), row.texts("answers")
+        if len(answers) != 10:
+            raise DataError(f"{row.where}: {len(answers)} answers instead of ten")
+        found[row.text("image_id"), question.lower()] = (question, answers)
+    return found
 
 
 def prompt_question(prompt: str) -> str | None:

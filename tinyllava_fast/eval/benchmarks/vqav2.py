@@ -20,10 +20,11 @@ from tinyllava_fast.eval.benchmarks.base import (
     Score,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, llava_questions, read_json, require
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, llava_questions
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import by_group, mean_metric
 from tinyllava_fast.eval.vqa_text import normalise_m4c, official_accuracy
+from tinyllava_fast.fields import Fields, read_jsonl, read_object, shown
 
 COUNTS = {"test-dev2015": (107394, 36807), "test2015": (447793, 81434), "val2014": (214354, 40504)}  # with images
 COCO = "http://images.cocodataset.org/zips/"
@@ -70,15 +71,14 @@ class VQAv2(Benchmark):
         """The questions of the split; those of val2014 are the official file's with the sentence that LLaVA's have."""
         if "annotations" in files:
             return _val_questions(files)
-        return [
-            Question(
-                key=str(record["question_id"]),
-                id=record["question_id"],
-                images=(files["images"] / require(record, "image", f"{files['questions']}, line {line}"),),
-                prompt=record["text"],
-            )
-            for line, record in llava_questions(files["questions"])
-        ]
+        known = set(_all_ids(files["all_ids"]))
+        questions = []
+        for asked in llava_questions(files["questions"]):
+            if asked.id not in known:
+                raise DataError(f"{asked.where}: question {shown(asked.id)} is not in {files['all_ids']}")
+            image = files["images"] / asked.image
+            questions.append(Question(key=str(asked.id), id=asked.id, images=(image,), prompt=asked.text))
+        return questions
 
     def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
         """Questions and images of the split."""
@@ -114,45 +114,47 @@ class VQAv2(Benchmark):
         return [path]
 
 
-def upload(ids: Sequence[int], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
+def upload(ids: Sequence[str | int], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
     """Rows of an EvalAI upload: every test2015 id in order with its normalised answer, "" for those not asked.
 
     Raises DataError if an answer belongs to none of them.
     """
-    unknown = sorted(set(answers) - set(ids))
+    unknown = sorted(set(answers) - set(ids), key=str)
     if unknown:
         raise DataError(f"vqav2: {len(unknown)} answered ids are not in test2015, the first is {unknown[0]}")
     return [{"question_id": id, "answer": normalise_m4c(answers.get(id, ""))} for id in ids]
 
 
-def _all_ids(path: Path) -> list[int]:
-    if path.suffix == ".jsonl":
-        return [record["question_id"] for _, record in llava_questions(path)]
-    return [record["question_id"] for record in require(read_json(path), "questions", str(path))]
+def _all_ids(path: Path) -> list[str | int]:
+    rows = (row for _, row in read_jsonl(path)) if path.suffix == ".jsonl" else read_object(path).mappings("questions")
+    return [row.identifier("question_id") for row in rows]
 
 
 def _val_questions(files: Files) -> list[Question]:
-    annotations = {a["question_id"]: a for a in require(read_json(files["annotations"]), "annotations", "annotations")}
+    annotations: dict[str | int, Fields] = {}
+    for number, row in enumerate(read_object(files["annotations"]).mappings("annotations")):
+        if annotations.setdefault(row.identifier("question_id"), row) is not row:
+            raise DataError(f"{files['annotations']}: annotations[{number}]: its question_id stands in an earlier one")
     ids = UniqueIds(files["questions"])
     questions = []
-    for number, record in enumerate(require(read_json(files["questions"]), "questions", str(files["questions"])), 1):
-        id = record["question_id"]
+    for number, record in enumerate(read_object(files["questions"]).mappings("questions"), 1):
+        id = record.identifier("question_id")
         ids.add(id, number)
         if id not in annotations:
-            raise DataError(f"{files['questions']}: question {id} has no annotation in {files['annotations']}")
-        known = annotations[id]
+            raise DataError(f"{record.where}: question {shown(id)} has no annotation in {files['annotations']}")
+        known, image = annotations[id], record.integer("image_id", least=0, most=10**12 - 1)
+        answers = [a.text("answer", empty=True) for a in known.mappings("answers")]
+        if len(answers) != 10:
+            raise DataError(f"{known.where}: {len(answers)} answers instead of ten")
         questions.append(
             Question(
                 key=str(id),
                 id=id,
-                images=(files["images"] / f"COCO_val2014_{record['image_id']:012d}.jpg",),
-                prompt=record["question"] + SHORT,
-                truth=known["multiple_choice_answer"],
-                category=known["answer_type"],
-                meta={
-                    "answers": [a["answer"] for a in known["answers"]],
-                    "question_type": known["question_type"],
-                },
+                images=(files["images"] / f"COCO_val2014_{image:012d}.jpg",),
+                prompt=record.text("question") + SHORT,
+                truth=known.text("multiple_choice_answer", empty=True),
+                category=known.text("answer_type"),
+                meta={"answers": answers, "question_type": known.text("question_type")},
             )
         )
     return questions
