@@ -204,7 +204,7 @@ def damage(folder: Path, what: str) -> None:
         ("folder", r"adapter_config\.json: missing; the adapter is incomplete"),
         ("weights", r"adapter_model\.safetensors: missing; the adapter is incomplete"),
         ("truncated", "damaged or truncated safetensors"),
-        ("json", "not a peft adapter config"),
+        ("json", r"adapter_config\.json: not JSON"),
         ("type", "peft_type is 'IA3'; only LORA"),
         ("pissa", "init_lora_weights is 'pissa', which changes the base weights"),
         ("saved", "modules_to_save is set; only LoRA of linear layers"),

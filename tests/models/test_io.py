@@ -175,7 +175,7 @@ def damage(folder: Path, what: str) -> None:
         ("weights", "weights file does not exist"),
         ("config", "not a model folder: it has no config.json"),
         ("folder", "not a model folder: it does not exist"),
-        ("json", "not valid JSON"),
+        ("json", "config.json: not JSON"),
         ("list", "model_type is None"),
         ("dtype", "not a torch dtype"),
         ("llava", "no known model: config.json has model_type 'llava'"),

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.described import check_sizes, reading
 from tinyllava_fast.models.llm.base import LLMS
 
 # Keys that say where a config came from, not what the model is.
@@ -160,10 +160,9 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
     cls = CONFIG_MAPPING[model_type]
     if strict:
         check_keys(cls, given, where)
-    try:
+    check_sizes(given, where, UserError)
+    with reading(f"{where}: transformers refuses this {model_type} config", UserError):
         return cls(**given)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{where}: transformers refuses this {model_type} config: {error}") from None
 
 
 def check_keys(cls: type, values: dict[str, Any], where: str) -> None:

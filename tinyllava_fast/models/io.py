@@ -14,10 +14,12 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,8 +29,10 @@ import tinyllava_fast
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.described import check_parts, check_sizes, hint_of_folder, processor_fields, reading
 from tinyllava_fast.models.hf import cast_parameters, config_of, config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
@@ -36,6 +40,7 @@ from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 MODEL_TYPE = "tinyllava_fast"
 WEIGHTS = "model.safetensors"
+T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -132,8 +137,8 @@ def load_model(
 def is_foreign(folder: str | Path) -> bool:
     """Whether the folder has a config.json that another project wrote."""
     try:
-        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        values = read_json(Path(folder) / "config.json")
+    except UserError:
         return False
     return isinstance(values, dict) and values.get("model_type") not in (None, MODEL_TYPE)
 
@@ -142,12 +147,8 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     """The config.json of a model folder and the dtype that its weights are stored in."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
-        raise CheckpointError(f"{folder}: not a model folder: it {what}; give a folder that tlf-train wrote")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        raise CheckpointError(f"{folder}: not a model folder: {hint_of_folder(Path(folder))}")
+    values = read_json(path, CheckpointError)
     found = values.pop("model_type", None) if isinstance(values, dict) else None
     if found != MODEL_TYPE:
         raise CheckpointError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}: not a model of this toolkit")
@@ -155,6 +156,7 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     dtype = getattr(torch, str(values.pop("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{path}: dtype is not a torch dtype")
+    check_parts(Fields(values, str(path), CheckpointError))
     try:
         return parse_into(LMMConfig, values, str(path)), dtype
     except UserError as error:
@@ -190,13 +192,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, hub id or GGUF file."""
     if gguf_file is None:
-        return read_plain_tokenizer(source)
+        with reading(f"{source}: its tokenizer's files cannot be read", UserError):
+            return read_plain_tokenizer(source)
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"{Path(source) / gguf_file}: no tokenizer can be read from it", UserError):
         return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{Path(source) / gguf_file}: no tokenizer can be read from it: {error}") from None
 
 
 def load_processor(folder: str | Path) -> Any:
@@ -206,11 +207,18 @@ def load_processor(folder: str | Path) -> Any:
 
         return open_processor(folder)
     config, _ = read_config(folder)
-    cls = VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type")
-    try:
-        return cls.processor_class.from_pretrained(str(folder))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the image processor cannot be read: {error}") from None
+    return read_processor(VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type"), folder)
+
+
+def read_processor(tower: type[VisionTower], folder: str | Path) -> Any:
+    """The image processor of a folder, as the PIL class of a tower. Raises CheckpointError unless it makes pixels."""
+    fields = processor_fields(folder)
+    with reading(f"{fields.where if fields else folder}: the image processor cannot be read"):
+        processor = tower.processor_class.from_pretrained(str(folder))
+        pixels = processor(Image.new("RGB", (16, 16)), return_tensors="np")["pixel_values"]
+        if not np.isfinite(pixels).all():
+            raise ValueError("it makes pixels that are not finite")
+    return processor
 
 
 @contextmanager
@@ -226,7 +234,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # as the umask has it; safetensors makes its files private
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(readable)
             _sync(file)
         _sync(temporary)
         _put(temporary, final)
@@ -272,16 +283,24 @@ def _sync(path: Path) -> None:
 
 
 def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
-    """The architecture with uninitialised weights."""
-    llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
-    adapter = llm_class(parse_into(llm_class.Options, config.llm.get("options", {}), where, key="llm.options"))
-    stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
-    llm = adapter.build(stored, seed=None, dtype=dtype, where=where)
-    vision = tower_skeleton(config, dtype, where)
-    kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
-    options = parse_into(kind.Options, config.connector.get("options", {}), where, key="connector.options")
-    connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
-    return LMM(llm, vision, connector, adapter, config)
+    """The architecture with uninitialised weights. Raises UserError for a config that makes none."""
+    with reading(f"{where}: no model can be made of it"):
+        llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
+        adapter = llm_class(_options(llm_class.Options, config.llm, where, "llm.options"))
+        stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
+        llm = adapter.build(stored, seed=None, dtype=dtype, where=where)
+        vision = tower_skeleton(config, dtype, where)
+        kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
+        options = _options(kind.Options, config.connector, where, "connector.options")
+        connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
+        return LMM(llm, vision, connector, adapter, config)
+
+
+def _options(cls: type[T], part: Mapping[str, Any], where: str, key: str) -> T:
+    """The options of a part, their sizes checked."""
+    values = part.get("options") or {}
+    check_sizes(values, f"{where}: {key}")
+    return parse_into(cls, values, where, key=key)
 
 
 def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionTower:
@@ -291,7 +310,7 @@ def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionT
         config.vision["config"],
         feature_layer=-1,
         feature_select=config.vision["feature_select"],
-        options=parse_into(tower.Options, config.vision.get("options", {}), where, key="vision.options"),
+        options=_options(tower.Options, config.vision, where, "vision.options"),
         seed=None,
         dtype=dtype,
         where=f"{where}: vision",

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.attention import PACKED
+from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
 from tinyllava_fast.models.llm.base import LLMS, LLMAdapter, adapters_for
 from tinyllava_fast.models.sources import resolve
@@ -33,11 +34,8 @@ class AutoLLM(LLMAdapter):
         """See the base class. seed None leaves the weights uninitialised."""
         self._check(config, where)
         config.use_cache = False
-        try:
-            with seeded(seed):
-                llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
-        except ValueError as error:
-            raise UserError(f"{where}: {config.model_type} is not usable as a language model: {error}") from None
+        with reading(f"{where}: {config.model_type} is not usable as a language model", UserError), seeded(seed):
+            llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
         llm.tie_weights()  # construction without initialisation skips it
         self.adapt(llm)
         return llm
@@ -48,7 +46,7 @@ class AutoLLM(LLMAdapter):
         """See the base class. GGUF weights are dequantised to plain tensors."""
         source, gguf_file = resolve(path, gguf_file, where)
         extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-        try:
+        with reading(f"{where}.path: cannot load {path!r} as a language model", UserError):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
             check_keys(type(config), overrides, f"{where}.config")
             for key, value in overrides.items():
@@ -66,8 +64,6 @@ class AutoLLM(LLMAdapter):
                 output_loading_info=True,
                 **extra,
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{where}.path: cannot load {path!r} as a language model: {error}") from None
         llm, report = loaded
         if report["missing_keys"]:
             raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
