@@ -24,7 +24,12 @@ from tinyllava_fast.models.checkpoints.load import open_checkpoint
 
 DROPPED = object()
 CHANGES = [DROPPED, None, 7, -1, 0, "text", "", [], {}, True, float("nan"), 1e30, 10**9]
-FOREIGN = ["tinyllama-clip-mlp2x_gelu-mono", "legacy-tinyllama-siglip", "llava15-tinyllama-clip", "phi-mof-mof_mlp-split"]
+FOREIGN = [
+    "tinyllama-clip-mlp2x_gelu-mono",
+    "legacy-tinyllama-siglip",
+    "llava15-tinyllama-clip",
+    "phi-mof-mof_mlp-split",
+]
 At = tuple[str | int, ...]
 
 
@@ -108,7 +113,12 @@ def test_a_damaged_config_of_other_projects(name: str, every: int, tmp_path: Pat
         ("config.json", ("llm", "config", "rms_norm_eps"), float("nan"), r"rms_norm_eps: expected a finite number"),
         ("config.json", ("llm", "config", "rope_parameters"), {"rope_type": "nosuch"}, r"config\.json: .*nosuch"),
         ("preprocessor_config.json", ("image_mean",), [0.5, 0.5], r"config\.json: image_mean: expected three finite"),
-        ("preprocessor_config.json", ("image_std",), [0.5, 0, 0.5], r"image_std: expected three finite numbers above 0"),
+        (
+            "preprocessor_config.json",
+            ("image_std",),
+            [0.5, 0, 0.5],
+            r"image_std: expected three finite numbers above 0",
+        ),
         ("preprocessor_config.json", ("image_std", 0), float("nan"), r"image_std: expected three finite numbers"),
         ("preprocessor_config.json", ("crop_size",), "text", r"crop_size: expected a whole number from 1"),
         ("preprocessor_config.json", ("size",), {}, r"size: expected height and width, or shortest_edge"),

@@ -87,9 +87,7 @@ def script(path, text):
         ("'unbalanced", "No closing quotation"),
     ],
 )
-def test_without_a_compiler_that_works_torch_keeps_its_allocator(
-    compiler, reason, empty_cache, monkeypatch, caplog
-):
+def test_without_a_compiler_that_works_torch_keeps_its_allocator(compiler, reason, empty_cache, monkeypatch, caplog):
     if not compiler.startswith(("/", "'")):
         compiler = script(empty_cache / "compiler", compiler)
     monkeypatch.setenv("CXX", compiler)
