@@ -83,7 +83,7 @@ def test_a_pickle_with_code_under_a_language_model_is_not_run(tmp_path: Path) ->
     config |= {"num_attention_heads": 2, "vocab_size": 32, "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save({"lm_head.weight": torch.zeros(32, 16), "x": Code(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="a pickle that holds code or objects.*safetensors") as caught:
+    with pytest.raises(UserError, match=r"a pickle that holds code or objects.*safetensors") as caught:
         LLMS.get("auto")().from_pretrained(
             str(tmp_path), gguf_file=None, overrides={}, dtype=torch.float32, where="model.llm"
         )
