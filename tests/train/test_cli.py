@@ -120,7 +120,7 @@ def unknown(_):
 pwd.getpwuid = unknown
 import getpass
 from tinyllava_fast.train.cli import main
-code = main([sys.argv[1], "engine.compile=auto"])
+code = main([sys.argv[1]])
 sys.exit(code)
 """
 
