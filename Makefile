@@ -8,10 +8,11 @@ FUZZ_SECONDS ?= 600
 SANITIZED := build/sanitize
 # A test process takes about 1.5 GB and one core.
 WORKERS := -n auto --maxprocesses 4 --dist loadgroup
+COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
-.PHONY: help demo test quick sanitize fuzz lint format setup clean
+.PHONY: help demo test quick sanitize fuzz compilers lint format setup clean
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train a small multimodal model on easy-VQA, evaluate it, show the result
 	$(BIN)/python -m tinyllava_fast.demo $(ARGS)
@@ -27,6 +28,13 @@ sanitize: $(SANITIZED)/.built  ## run the kernels' tests under AddressSanitizer 
 
 fuzz: $(SANITIZED)/.built  ## try new arguments under the sanitizers for FUZZ_SECONDS (600)
 	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast --seconds $(FUZZ_SECONDS) $(ARGS)
+
+compilers: $(VENV)/.dev  ## build the kernels with every g++ and clang++ found (or COMPILERS="g++-11 clang++-22")
+	for compiler in $(COMPILERS); do \
+	  echo "$$compiler: $$($$compiler --version | head -n 1)"; \
+	  $(PIP) --no-deps --upgrade --target build/compilers/$$compiler -C build-dir=build/compilers/$$compiler/objects \
+	    -C cmake.define.CMAKE_CXX_COMPILER=$$compiler -C cmake.define.TLF_WERROR=ON . || exit 1; \
+	done
 
 lint: $(VENV)/.dev  ## ruff, mypy and clang-format, checking only
 	$(BIN)/ruff check .

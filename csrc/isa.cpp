@@ -40,6 +40,7 @@ std::vector<Binding>& bindings() {
   return table;
 }
 
+constexpr Isa kHighest = Isa::TLF_HIGHEST_ISA;  // the last that this build's compiler knew
 const char* const kIsaNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -74,11 +75,17 @@ Isa probe(Isa limit) {
   return Isa::baseline;
 }
 
+Isa least_of(Isa a, Isa b) { return static_cast<int>(a) < static_cast<int>(b) ? a : b; }
+
 Isa choose() {
   const char* wanted = std::getenv("TLF_ISA");
-  if (wanted == nullptr || *wanted == '\0') return probe(Isa::amx);
+  if (wanted == nullptr || *wanted == '\0') return least_of(probe(kHighest), kHighest);
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(wanted, kIsaNames[i]) != 0) continue;
+    if (i > static_cast<int>(kHighest)) {
+      throw std::invalid_argument(std::string("TLF_ISA=") + wanted + ": this package was built without it, up to " +
+                                  kIsaNames[static_cast<int>(kHighest)] + ", by a compiler that does not know it");
+    }
     const Isa best = probe(static_cast<Isa>(i));  // asks for no permission that a lower one does without
     if (i > static_cast<int>(best)) {
       throw std::invalid_argument(std::string("TLF_ISA=") + wanted + ": this CPU supports up to " +

@@ -1,9 +1,16 @@
 import ctypes
+import logging
 import os
+import pwd
+import stat
 import subprocess
 import sys
+import tempfile
+
+import pytest
 
 from tinyllava_fast import hardware
+from tinyllava_fast.log import log
 
 FAULTS = """
 import resource, sys
@@ -38,3 +45,78 @@ def test_without_glibc_it_says_no(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not hardware.prepare_memory()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"  # the user's own value stays
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch, caplog):
+    """A user without a home or any variable, whose temporary files go to tmp_path/tmp."""
+
+    def unknown(_):
+        raise KeyError("getpwuid(): uid not found")
+
+    for name in ("TLF_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.WARNING)
+    hardware._writable_cache.cache_clear()
+    yield tmp_path
+    hardware._writable_cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({"TLF_CACHE": "{}/a/b"}, "a/b"),
+        ({"XDG_CACHE_HOME": "{}/x", "HOME": "{}/h"}, "x/tinyllava_fast"),
+        ({"HOME": "{}/h"}, "h/.cache/tinyllava_fast"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "{}/h"}, "h/.cache/tinyllava_fast"),
+        ({"TLF_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "{}/h"}, "h/.cache/tinyllava_fast"),
+    ],
+)
+def test_the_cache_folder_is_the_users(given, folder, user, monkeypatch, caplog):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value.format(user))
+    assert hardware.cache_folder() == user / folder and (user / folder).is_dir()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "knows no home of this user"),
+        ({"HOME": ""}, "knows no home of this user"),
+        ({"HOME": "somewhere"}, "knows no home of this user"),
+        ({"HOME": "/proc/nonexistent"}, "/proc/nonexistent"),
+        ({"XDG_CACHE_HOME": "/proc/nonexistent"}, "/proc/nonexistent"),
+        ({"TLF_CACHE": "{}/file"}, "file"),
+        ({"TLF_CACHE": "{}/file/below"}, "file"),
+        ({"TLF_CACHE": "/proc/nonexistent"}, "/proc/nonexistent"),
+        ({"TLF_CACHE": "{}/" + "long" * 99}, "File name too long"),
+    ],
+)
+def test_a_cache_folder_that_cannot_be_written_is_replaced_with_one_warning(given, reason, user, monkeypatch, caplog):
+    (user / "file").write_text("")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value.format(user))
+    folder = hardware.cache_folder()
+    assert folder == hardware.cache_folder() == user / "tmp" / f"tinyllava_fast-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert reason in message and "TLF_CACHE names another" in message
+
+
+def test_a_temporary_cache_that_others_may_write_to_is_not_trusted(user):
+    planted = user / "tmp" / f"tinyllava_fast-{os.getuid()}"
+    planted.mkdir()
+    planted.chmod(0o777)
+    folder = hardware.cache_folder()
+    assert folder != planted and folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_where_nothing_can_be_written_using_the_cache_is_an_oserror(user, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nonexistent")
+    with pytest.raises(OSError, match="tinyllava_fast"):
+        (hardware.cache_folder() / "file").write_text("")

@@ -8,15 +8,21 @@ peak memory.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import platform
+import stat
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tinyllava_fast.log import log
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # (M, K, N): a large square, and a decoder's own widths (SmolLM2-135M: 3072 tokens through up and down)
@@ -88,10 +94,60 @@ def gemm_rates(
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs: TLF_CACHE, else tinyllava_fast in the user's cache folder."""
-    if "TLF_CACHE" in os.environ:
-        return Path(os.environ["TLF_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyllava_fast"
+    """A folder that can be written to, where what can be made again is kept between runs.
+
+    TLF_CACHE, else tinyllava_fast in XDG_CACHE_HOME or in .cache of the user's home. Where that cannot be written, or
+    the user has no home (a container's user without a passwd entry): a private one among the temporary files, and a
+    warning the first time.
+    """
+    names = ("TLF_CACHE", "XDG_CACHE_HOME", "HOME")
+    return _writable_cache(*(os.environ.get(name, "") for name in names))
+
+
+@functools.cache
+def _writable_cache(named: str, xdg: str, home: str) -> Path:
+    try:
+        folder = Path(named).absolute() if named else _user_cache(xdg, home) / "tinyllava_fast"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        reason, other = error, _temporary_cache()
+    log.warning("no cache folder of this user can be written (%s); using %s. TLF_CACHE names another", reason, other)
+    return other
+
+
+def _user_cache(xdg: str, home: str) -> Path:
+    """The XDG standard's folder, which says that a relative path is to be ignored. Raises OSError without a home."""
+    if os.path.isabs(xdg):
+        return Path(xdg)
+    if not os.path.isabs(home):
+        try:
+            import pwd
+
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except (ImportError, KeyError):
+            raise OSError("HOME is not set, and the system knows no home of this user") from None
+    return Path(home) / ".cache"
+
+
+def _temporary_cache() -> Path:
+    """The same folder in every process of this user, unless another user has put something in its place.
+
+    Shared libraries are loaded from it, so nobody else may write to it. Where nothing at all can be written, a path at
+    which every attempt is an OSError.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    try:
+        folder = Path(tempfile.gettempdir()) / f"tinyllava_fast-{user}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o077:
+            return folder
+        return Path(tempfile.mkdtemp(prefix="tinyllava_fast-"))
+    except OSError:
+        return Path(os.devnull) / "tinyllava_fast"
 
 
 def processor() -> str:

@@ -8,6 +8,25 @@ import sys
 
 log = logging.getLogger("tinyllava_fast")
 _said: set[str] = set()
+# What other libraries say at every start and a user can do nothing about: logger, beginnings of its messages. The
+# kernels that they miss are replaced by ours.
+_NOISE = {
+    "transformers.integrations.hub_kernels": ("`kernels` is either not installed", "`kernels` is not installed"),
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    "DeepSpeed": ("Setting ds_accelerator to", "Setting accelerator to"),
+}
+
+
+class _Quiet(logging.Filter):
+    """Drops messages with one of some beginnings."""
+
+    def __init__(self, beginnings: tuple[str, ...]) -> None:
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message stays."""
+        return not record.getMessage().startswith(self.beginnings)
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -17,6 +36,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     log.setLevel(level)
     if log.handlers:
         return
+    _quieten()
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
@@ -27,6 +47,18 @@ def setup_logging(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.propagate = False
+
+
+def _quieten() -> None:
+    """Drop other libraries' noise; and their progress bars, which a log file shows line by line, off a terminal.
+
+    tqdm reads its variable once, when it is first imported: commands set up the log before anything large.
+    """
+    for name, beginnings in _NOISE.items():
+        logging.getLogger(name).addFilter(_Quiet(beginnings))
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def log_once(message: str, level: int = logging.WARNING) -> None:

@@ -56,9 +56,19 @@ struct Held<true, T> {
 
 // {sum of the pairs of a, sum of the pairs of b}
 TLF_INLINE Vec pair_sums(Vec a, Vec b) {
+#if defined(__clang__)  // has no __builtin_shuffle; it turns lanes that are copied one by one into a shuffle itself
+  Vec even = {}, odd = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth / 2; ++i) {
+    even[i] = a[2 * i], even[kWidth / 2 + i] = b[2 * i];
+    odd[i] = a[2 * i + 1], odd[kWidth / 2 + i] = b[2 * i + 1];
+  }
+  return even + odd;
+#else
   IVec even = {}, odd = {};
   for (int i = 0; i < kWidth; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+#endif
 }
 // lane i: the sum of the lanes of x[i]
 TLF_INLINE Vec sums_of(const float* x) {

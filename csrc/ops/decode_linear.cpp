@@ -37,10 +37,12 @@ TLF_INLINE Vec to_floats(const int8_t* w) {
 }
 TLF_INLINE Pair weights(const int8_t* w) { return {to_floats(w), to_floats(w + kWidth)}; }
 
+#if defined(TLF_TILES) || defined(TLF_DOTS)
 template <typename W>
 constexpr int64_t kFewRows = 4;  // so many rows are as fast with neither tiles nor dots
 template <>
 constexpr int64_t kFewRows<int8_t> = 1;
+#endif
 
 template <typename W>
 constexpr bool kEvenOdd = false;

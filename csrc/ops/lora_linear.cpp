@@ -48,7 +48,7 @@ inline void copy_if(bool keep, float from, float* to) { *to = keep ? from : 0.0f
 
 template <typename T>
 inline void copy_kept(const RowKeys& keys, uint32_t threshold, const T* from, T* to, int64_t columns) {
-#pragma GCC ivdep
+#pragma omp simd
   for (int64_t c = 0; c < columns; ++c) {
     copy_if(keys.hash(static_cast<uint32_t>(c)) >= threshold, from[c], to + c);
   }

@@ -53,15 +53,6 @@ TLF_INLINE void store_chunk(float* out, Vec even, Vec odd) {
     out[2 * i + 1] = odd[i];
   }
 }
-// round to nearest even in integers: vcvtneps2bf16 would flush denormals, which bitsandbytes does not
-TLF_INLINE UVec rounded(Vec x) {
-  const UVec bits = (UVec)x;
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-TLF_INLINE void store_chunk(bf16* out, Vec even, Vec odd) {
-  const UVec pairs = (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
-  store(reinterpret_cast<float*>(out), (Vec)pairs);
-}
 
 // The kChunk-wise part of a block whose scale is the same: returns how many weights it made.
 TLF_INLINE int64_t chunks(const uint8_t* bytes, float scale, int64_t count, float* out) {
@@ -72,6 +63,12 @@ TLF_INLINE int64_t chunks(const uint8_t* bytes, float scale, int64_t count, floa
   }
   return at;
 }
+// round to nearest even in integers: vcvtneps2bf16 would flush denormals, which bitsandbytes does not
+TLF_INLINE UVec rounded(Vec x) {
+  const UVec bits = (UVec)x;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 #if defined(TLF_AVX512)
 // The 16 values of a block are rounded once, then 32 weights are one permutation of words: it looks at the low five
 // bits of an index, so that the table stands in the register twice.
@@ -87,6 +84,10 @@ TLF_INLINE int64_t chunks(const uint8_t* bytes, float scale, int64_t count, bf16
   return at;
 }
 #else
+TLF_INLINE void store_chunk(bf16* out, Vec even, Vec odd) {
+  const UVec pairs = (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
+  store(reinterpret_cast<float*>(out), (Vec)pairs);
+}
 TLF_INLINE int64_t chunks(const uint8_t* bytes, float scale, int64_t count, bf16* out) {
   int64_t at = 0;
   for (; at + kChunk <= count; at += kChunk) {
@@ -187,7 +188,9 @@ void multiply(const uint8_t* packed, const float* absmax, int64_t blocksize, con
   }
 }
 
+#if defined(TLF_TILES) || defined(TLF_DOTS)
 constexpr int64_t kFewRows = 4;  // so many rows are faster in vectors of integers
+#endif
 
 #if defined(TLF_TILES)
 struct CodedRows {

@@ -204,7 +204,7 @@ def damage(folder: Path, what: str) -> None:
         ("folder", r"adapter_config\.json: missing; the adapter is incomplete"),
         ("weights", r"adapter_model\.safetensors: missing; the adapter is incomplete"),
         ("truncated", "damaged or truncated safetensors"),
-        ("json", "not a peft adapter config"),
+        ("json", r"adapter_config\.json: not JSON"),
         ("type", "peft_type is 'IA3'; only LORA"),
         ("pissa", "init_lora_weights is 'pissa', which changes the base weights"),
         ("saved", "modules_to_save is set; only LoRA of linear layers"),
@@ -219,5 +219,33 @@ def damage(folder: Path, what: str) -> None:
 def test_damage_is_named(what: str, message: str, tiny: Callable, save: Callable[..., Path]) -> None:
     folder = save(trained(tiny(), RECIPES["llm"]))
     damage(folder / "adapter", what)
+    with pytest.raises(CheckpointError, match=message):
+        io.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": None}, r"adapter_config\.json: r: is null"),
+        ({"r": 0}, r"adapter_config\.json: r: expected a whole number of at least 1, got 0"),
+        ({"r": "8"}, r"r: expected a whole number"),
+        ({"r": 10**9}, r"r: expected a rank of at most \d+, as large as a stored tensor"),
+        ({"lora_alpha": None}, r"lora_alpha: is null"),
+        ({"lora_alpha": "x"}, r"lora_alpha: expected a number"),
+        ({"rank_pattern": {"q_proj": 10**9}}, r"rank_pattern: q_proj: expected a rank of at most"),
+        ({"rank_pattern": []}, r"rank_pattern: expected an object"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern: q_proj: expected a number"),
+        ({"target_modules": 7}, r"model/adapter"),
+        ({"target_modules": None}, r"model/adapter"),
+        ({"target_modules": "("}, r"model/adapter"),
+        ({"lora_dropout": "x"}, r"model/adapter"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(
+    change: dict, message: str, tiny: Callable, save: Callable[..., Path]
+) -> None:
+    folder = save(trained(tiny(), RECIPES["llm"]))
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         io.load_model(folder)

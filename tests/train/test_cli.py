@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -139,3 +140,28 @@ def test_two_trainings_never_share_a_folder(tiny_run, tmp_path, caplog):
         assert cli.main([str(tiny_run()), f"output_dir={folder}"]) == 2
         assert "another process trains in" in caplog.text
         holder.communicate(b"\n")
+
+
+NO_HOME = """
+import os, pwd, sys
+def unknown(_):
+    raise KeyError("getpwuid(): uid not found")
+pwd.getpwuid = unknown
+import getpass
+from tinyllava_fast.train.cli import main
+code = main([sys.argv[1]])
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", [None, "", "/proc/nonexistent"])
+def test_it_trains_without_a_home(home, tiny_run, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "TLF_CACHE")}
+    (tmp_path / "tmp").mkdir()
+    env |= {"TMPDIR": str(tmp_path / "tmp")} | ({} if home is None else {"HOME": home})
+    done = subprocess.run([sys.executable, "-c", NO_HOME, str(tiny_run())], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no cache folder of this user can be written") == 1
+    kept = tmp_path / "tmp" / f"tinyllava_fast-{os.getuid()}"
+    assert (kept / "compile.json").is_file() and list(kept.glob("cpu_pool-*.so"))

@@ -1,11 +1,15 @@
 """The pool in a process of its own: it is torch's allocator from there on."""
 
+import logging
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.log import log
 from tinyllava_fast.train import cpu_pool
 
 SCRIPT = """
@@ -57,3 +61,58 @@ def test_an_unknown_allocator_is_refused(monkeypatch):
         cpu_pool.install()
     monkeypatch.setenv(cpu_pool.SWITCH, "torch")
     assert not cpu_pool.install()
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TLF_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nonexistent/c++", "No such file"),
+        ("/bin/false", "non-zero exit status"),
+        ("echo error: too old >&2; exit 1", "error: too old"),
+        ("echo note; echo x.h:1: fatal error: missing >&2; exit 1", "fatal error: missing"),
+        ("printf '\\377' >&2; exit 1", "does not build"),
+        ("exit 0", "cpu_pool"),  # says that it worked, and wrote nothing
+        ("'unbalanced", "No closing quotation"),
+    ],
+)
+def test_without_a_compiler_that_works_torch_keeps_its_allocator(compiler, reason, empty_cache, monkeypatch, caplog):
+    if not compiler.startswith(("/", "'")):
+        compiler = script(empty_cache / "compiler", compiler)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.WARNING)
+    cpu_pool._library.cache_clear()
+    try:
+        assert not cpu_pool.install() and not cpu_pool.install() and cpu_pool.stats() is None
+    finally:
+        cpu_pool._library.cache_clear()
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert reason in message and "Install a C++ compiler or name one with CXX" in message and "\n" not in message
+
+
+def test_a_compiler_may_have_arguments(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", f"env {shutil.which('c++') or 'g++'} -DNOTHING=1")
+    built = cpu_pool._build()
+    assert built.parent == empty_cache / "cache" and built == cpu_pool._build()
+    assert os.listdir(built.parent) == [built.name]
+
+
+@pytest.mark.parametrize("kept", [b"", b"not a library" * 100])
+def test_a_kept_library_that_does_not_load_is_built_again(kept, empty_cache):
+    built = cpu_pool._build()
+    built.unlink()
+    built.write_bytes(kept)
+    assert cpu_pool._load().tlf_pool_install is not None
+    assert built.read_bytes().startswith(b"\x7fELF")

@@ -54,6 +54,11 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 ShareBelowOne = Annotated[float, Range(least=0, below=1)]
+Size = Annotated[int, Range(least=1, most=2**24)]
+"""A width, a vocabulary or the like. Larger ones are slips that would fill the memory before anything fails."""
+Pixels = Annotated[int, Range(least=1, most=2**14)]
+"""A side of an image or a patch."""
+Layers = Annotated[int, Range(least=1, most=4096)]
 Text = Annotated[str, Filled()]
 Settings = Annotated[dict[str, Any], FINITE]
 """Free-form settings; nan and infinity are refused at any depth."""

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models import adapter_forward
+from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, seeded
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops.adamw import dither
@@ -113,10 +114,8 @@ def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = 
 
 def attach(lmm: LMM, adapter: Adapter, where: str, *, dtype: torch.dtype | None = None) -> None:
     """Inject an adapter and fill it. Raises CheckpointError naming tensors that do not fit."""
-    try:
+    with reading(f"{where}: the adapter does not fit this model"):
         inject(lmm, adapter.config, dtype=dtype)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: the adapter does not fit this model: {error}") from None
     for name, layer in layers(lmm):
         base = layer.get_base_layer()
         if not isinstance(base, nn.Linear) or layer is lmm.llm.get_output_embeddings():
@@ -131,10 +130,8 @@ def fill(lmm: LMM, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy tensors, by peft's names, into a model's adapter. Raises CheckpointError naming those that do not fit."""
     from peft.utils import set_peft_model_state_dict
 
-    try:
+    with reading(f"{where}: the adapter does not fit this model"):
         outcome: Any = set_peft_model_state_dict(lmm, dict(tensors), _NAME)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{where}: the adapter does not fit this model: {error}") from None
     own = set(parameter_names(lmm))
     missing = [k for k in outcome.missing_keys if k in own]
     if missing or outcome.unexpected_keys:
@@ -225,17 +222,15 @@ def read(folder: Path) -> Adapter:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; the adapter is incomplete")
     peft = import_peft()
-    try:
-        values = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        kind = values.get("peft_type")
-        if kind != "LORA":
-            raise CheckpointError(f"{folder / _CONFIG}: peft_type is {kind!r}; only LORA adapters are supported")
-        config = peft.LoraConfig.from_pretrained(str(folder))
+    fields = Fields.of(read_json(folder / _CONFIG, CheckpointError), str(folder / _CONFIG), CheckpointError)
+    kind = fields.values.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{folder / _CONFIG}: peft_type is {kind!r}; only LORA adapters are supported")
+    with reading(f"{folder / _WEIGHTS}: damaged or truncated safetensors file"):
         tensors = load_file(folder / _WEIGHTS)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / _CONFIG}: not a peft adapter config: {error}") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / _WEIGHTS}: damaged or truncated safetensors file: {error}") from None
+    _check_ranks(fields, tensors)
+    with reading(f"{folder / _CONFIG}: not a peft adapter config"):
+        config = peft.LoraConfig.from_pretrained(str(folder))
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise CheckpointError(
             f"{folder / _CONFIG}: init_lora_weights is {config.init_lora_weights!r}, which changes the base weights "
@@ -246,6 +241,18 @@ def read(folder: Path) -> Adapter:
             raise CheckpointError(f"{folder / _CONFIG}: {key} is set; only LoRA of linear layers is supported")
     config.inference_mode = False
     return Adapter(config, {k.removeprefix(_PREFIX): t for k, t in tensors.items()}, {})
+
+
+def _check_ranks(fields: Fields, tensors: Mapping[str, Tensor]) -> None:
+    """Raise for a rank or scale that is none, and for a rank that no stored tensor has: its layers would be made."""
+    most = max((max(t.shape, default=1) for t in tensors.values()), default=1)
+    patterns = (fields.mapping(name, None) for name in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (pattern or Fields({}, fields.where, CheckpointError) for pattern in patterns)
+    for owner, name in ((fields, "r"), *((ranks, name) for name in ranks.values)):
+        if owner.integer(name, least=1) > most:
+            owner.fail(name, f"a rank of at most {most}, as large as a stored tensor", owner.values[name])
+    for owner, name in ((fields, "lora_alpha"), *((alphas, name) for name in alphas.values)):
+        owner.number(name)
 
 
 def _tensors(lmm: LMM, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

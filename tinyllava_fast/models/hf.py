@@ -7,17 +7,26 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from tinyllava_fast.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ShareBelowOne
+from tinyllava_fast.config.ranges import (
+    Layers,
+    NonNegativeFloat,
+    Pixels,
+    PositiveFloat,
+    Range,
+    Settings,
+    ShareBelowOne,
+    Size,
+)
 from tinyllava_fast.config.values import read_value
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
 
 # Keys that say where a config came from, not what the model is.
@@ -25,17 +34,22 @@ _VOLATILE = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "
 _VOLATILE |= {"transformers_version", "quantization_config"}
 _LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "model_type", "tie_word_embeddings"}
 
-# What keys of a transformers config may be, whatever the family. Not named: sizes that may be 0 or -1 by design, such
-# as num_register_tokens and window sizes.
-_SIZES = "hidden_size intermediate_size ffn_hidden_size embedding_size vocab_size image_size patch_size num_channels"
-_SIZES += " head_dim max_position_embeddings num_hidden_layers num_attention_heads num_key_value_heads projection_dim"
-_SIZES += " num_query_heads num_kv_heads num_transformer_layers model_dim num_patches"
+# What keys of a transformers config may be, whatever the family; the first that fits counts. Not named: sizes that may
+# be -1 by design, such as window sizes.
+_WIDTHS = "hidden_size intermediate_size ffn_hidden_size embedding_size vocab_size num_channels head_dim"
+_WIDTHS += " max_position_embeddings num_attention_heads num_key_value_heads projection_dim num_query_heads"
+_WIDTHS += " num_kv_heads model_dim num_patches"
 _NUMBERS: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(_SIZES.replace(" ", "|")), PositiveInt),
+    (re.compile("image_size|patch_size"), Pixels),
+    (re.compile("num_hidden_layers|num_transformer_layers|depth"), Layers),
+    (re.compile(_WIDTHS.replace(" ", "|")), Size),
     (re.compile(r".*(dropout|_pdrop|drop_path_rate)"), ShareBelowOne),
     (re.compile(r".*_(eps|epsilon)|initializer_range"), NonNegativeFloat),
     (re.compile(r"rope_theta|mlp_ratio"), PositiveFloat),
+    (re.compile(r"num_.*"), Annotated[int, Range(least=0, most=2**24)]),
 ]
+_CUT_LAYERS = Annotated[int, Range(least=0, most=4096)]
+"""Layers of a stored tower: one that is cut before its first layer has none."""
 
 # The language models of TinyLLaVA Factory's checkpoints: transformers model type -> name of our adapter.
 LEGACY_ADAPTERS = {
@@ -175,23 +189,10 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
     cls = CONFIG_MAPPING[model_type]
     if strict:
         check_keys(cls, given, where)
-    else:  # a tower that ends before its first layer is stored with none
-        check_numbers(cls, {k: v for k, v in given.items() if k != "num_hidden_layers"}, where)
-    try:
+    else:
+        check_numbers(cls, given, where, cut=True)
+    with reading(f"{where}: transformers refuses this {model_type} config", UserError):
         return cls(**given)
-    except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
-        raise UserError(f"{where}: transformers refuses this {model_type} config: {error}") from None
-
-
-@contextlib.contextmanager
-def building(refusal: str) -> Iterator[None]:
-    """Run the block, which builds a model of a config; UserError of ``refusal`` and what transformers raises there."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, LookupError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{refusal}: {type(error).__name__}: {error}") from None
 
 
 def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
@@ -203,11 +204,13 @@ def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
     check_numbers(cls, values, where)
 
 
-def check_numbers(cls: type, values: dict[str, Any], where: str) -> None:
-    """Raise UserError for a size that is not positive, a dropout that is no share, and the like, by whatever name.
+def check_numbers(cls: type, values: dict[str, Any], where: str, *, cut: bool = False) -> None:
+    """Raise UserError for a size that no model has, a dropout that is no share, and the like, by whatever name.
 
-    A class's own default passes.
+    A class's own default passes. nan and infinity are refused at any depth. cut: the config may be that of a tower
+    whose layers above the one that is read are left out, which may be all of them.
     """
+    read_value(Settings, values, "", where)
     names = {own: common for common, own in getattr(cls, "attribute_map", {}).items()}  # GPT-2's n_head, and the like
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     for key, value in values.items():
@@ -215,6 +218,8 @@ def check_numbers(cls: type, values: dict[str, Any], where: str) -> None:
         if name in defaults and defaults[name] is value:
             continue
         hint = next((hint for pattern, hint in _NUMBERS if pattern.fullmatch(name)), None)
+        if cut and name == "num_hidden_layers":
+            hint = _CUT_LAYERS
         if hint is not None:
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 read_value(hint | None, item, "", f"{where}.{key}")

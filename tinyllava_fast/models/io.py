@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,8 +30,10 @@ import tinyllava_fast
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.described import check_parts, processor_fields, reading
 from tinyllava_fast.models.hf import cast_parameters, config_of, config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
@@ -37,6 +41,7 @@ from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 MODEL_TYPE = "tinyllava_fast"
 WEIGHTS = "model.safetensors"
+T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -133,8 +138,8 @@ def load_model(
 def is_foreign(folder: str | Path) -> bool:
     """Whether the folder has a config.json that another project wrote."""
     try:
-        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        values = read_json(Path(folder) / "config.json")
+    except UserError:
         return False
     return isinstance(values, dict) and values.get("model_type") not in (None, MODEL_TYPE)
 
@@ -148,8 +153,13 @@ def check_folder(folder: str | Path) -> None:
     if inside:
         raise CheckpointError(f"{folder}: not a model folder, but one lies in it: give {folder / inside[0]}")
     if os.path.exists(folder):
-        what = "is a file" if os.path.isfile(folder) else "has no config.json"
-        raise CheckpointError(f"{folder}: not a model folder: it {what}; give a folder that tlf-train wrote")
+        if os.path.isfile(folder):
+            raise CheckpointError(
+                f"{folder}: not a model folder: it is a file; give the folder that it is in: {folder.parent}"
+            )
+        raise CheckpointError(
+            f"{folder}: not a model folder: it has no config.json; give a folder that tlf-train wrote"
+        )
     close = get_close_matches(folder.name, _folders(folder.parent), n=1)
     hint = f"did you mean {folder.parent / close[0]}?" if close else "give a folder that tlf-train wrote"
     raise CheckpointError(f"{folder}: not a model folder: it does not exist; {hint}")
@@ -167,10 +177,7 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     """The config.json of a model folder and the dtype that its weights are stored in."""
     check_folder(folder)
     path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    values = read_json(path, CheckpointError)
     found = values.pop("model_type", None) if isinstance(values, dict) else None
     if found != MODEL_TYPE:
         raise CheckpointError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}: not a model of this toolkit")
@@ -178,6 +185,7 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     dtype = getattr(torch, str(values.pop("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{path}: dtype is not a torch dtype")
+    check_parts(Fields(values, str(path), CheckpointError))
     try:
         return parse_into(LMMConfig, values, str(path)), dtype
     except UserError as error:
@@ -213,13 +221,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, hub id or GGUF file."""
     if gguf_file is None:
-        return read_plain_tokenizer(source)
+        with reading(f"{source}: its tokenizer's files cannot be read", UserError):
+            return read_plain_tokenizer(source)
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"{Path(source) / gguf_file}: no tokenizer can be read from it", UserError):
         return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{Path(source) / gguf_file}: no tokenizer can be read from it: {error}") from None
 
 
 def load_processor(folder: str | Path) -> Any:
@@ -229,11 +236,18 @@ def load_processor(folder: str | Path) -> Any:
 
         return open_processor(folder)
     config, _ = read_config(folder)
-    cls = VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type")
-    try:
-        return cls.processor_class.from_pretrained(str(folder))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the image processor cannot be read: {error}") from None
+    return read_processor(VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type"), folder)
+
+
+def read_processor(tower: type[VisionTower], folder: str | Path) -> Any:
+    """The image processor of a folder, as the PIL class of a tower. Raises CheckpointError unless it makes pixels."""
+    fields = processor_fields(folder)
+    with reading(f"{fields.where if fields else folder}: the image processor cannot be read"):
+        processor = tower.processor_class.from_pretrained(str(folder))
+        pixels = processor(Image.new("RGB", (16, 16)), return_tensors="np")["pixel_values"]
+        if not np.isfinite(pixels).all():
+            raise ValueError("it makes pixels that are not finite")
+    return processor
 
 
 @contextmanager
@@ -249,7 +263,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # as the umask has it; safetensors makes its files private
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(readable)
             _sync(file)
         _sync(temporary)
         _put(temporary, final)
@@ -295,16 +312,22 @@ def _sync(path: Path) -> None:
 
 
 def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
-    """The architecture with uninitialised weights."""
-    llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
-    adapter = llm_class(parse_into(llm_class.Options, config.llm.get("options", {}), where, key="llm.options"))
-    stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
-    llm = adapter.build(stored, seed=None, dtype=dtype, where=where)
-    vision = tower_skeleton(config, dtype, where)
-    kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
-    options = parse_into(kind.Options, config.connector.get("options", {}), where, key="connector.options")
-    connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
-    return LMM(llm, vision, connector, adapter, config)
+    """The architecture with uninitialised weights. Raises UserError for a config that makes none."""
+    with reading(f"{where}: no model can be made of it"):
+        llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
+        adapter = llm_class(_options(llm_class.Options, config.llm, where, "llm.options"))
+        stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
+        llm = adapter.build(stored, seed=None, dtype=dtype, where=f"{where}: llm")
+        vision = tower_skeleton(config, dtype, where)
+        kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
+        options = _options(kind.Options, config.connector, where, "connector.options")
+        connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
+        return LMM(llm, vision, connector, adapter, config)
+
+
+def _options(cls: type[T], part: Mapping[str, Any], where: str, key: str) -> T:
+    """Return the options of a part. Raise UserError for a key or value that the component does not take."""
+    return parse_into(cls, part.get("options") or {}, where, key=key)
 
 
 def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionTower:
@@ -314,7 +337,7 @@ def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionT
         config.vision["config"],
         feature_layer=-1,
         feature_select=config.vision["feature_select"],
-        options=parse_into(tower.Options, config.vision.get("options", {}), where, key="vision.options"),
+        options=_options(tower.Options, config.vision, where, "vision.options"),
         seed=None,
         dtype=dtype,
         where=f"{where}: vision",

@@ -36,11 +36,22 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 def extension() -> ModuleType:
-    """The extension; raises RuntimeError with the remedy if it is not there."""
+    """The extension, ready for one call; raises RuntimeError with the remedy if it is not there.
+
+    Built by clang it has an OpenMP runtime of its own, which is told torch's number of threads here: buffers are sized
+    by that number.
+    """
     module, reason = load()
     if module is None:
         raise RuntimeError(reason)
+    if (set_threads := _set_threads()) is not None:
+        set_threads(torch.get_num_threads())
     return module
+
+
+@functools.cache
+def _set_threads() -> Callable[[int], None] | None:
+    return getattr(load()[0], "set_threads", None)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tinyllava_fast.log import log
 SWITCH = "TLF_CPU_ALLOCATOR"
 KINDS = ("pool", "torch")
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_PATIENCE = 300  # seconds for a compiler that takes about five
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,16 @@ def _library() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None
     try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        log.warning("CPU tensors stay with torch's allocator, slower and larger: the pool does not build (%s)", detail)
+        library = _load()
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        detail = next((line for line in said if "error" in line.lower()), said[0] if said else repr(error))
+        log.warning(
+            "CPU tensors stay with torch's allocator, slower and larger: the pool does not build (%s). Install a C++ "
+            "compiler or name one with CXX; %s=torch is silent",
+            detail,
+            SWITCH,
+        )
         return None
     library.tlf_pool_install.argtypes = [ctypes.c_size_t]
     # Addresses alone: twice the memory, so that holes never end the range before the memory does.
@@ -83,20 +91,33 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def _build() -> Path:
-    """The shared library for this torch; compiled if it is not in the cache. Concurrent builds do no harm."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+def _load() -> ctypes.CDLL:
+    """The library; built anew where the kept one does not load: cut short, or of a machine with another C library."""
+    try:
+        return ctypes.CDLL(str(_build()))
+    except OSError:
+        return ctypes.CDLL(str(_build(anew=True)))
+
+
+def _build(*, anew: bool = False) -> Path:
+    """The shared library for this torch; compiled if it is not in the cache. Concurrent builds do no harm.
+
+    CXX may hold arguments too ("ccache g++"). anew: whatever is in the cache.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
     root = Path(torch.__file__).parent
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
     text = _SOURCE.read_bytes() + f"{torch.__version__} {abi}".encode()
     target = cache_folder() / f"cpu_pool-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if target.is_file():
+    if target.is_file() and not anew:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
-        command = [compiler, *flags, f"-I{root / 'include'}", str(_SOURCE), "-o", str(built)]
-        subprocess.run([*command, f"-L{root / 'lib'}", "-lc10"], check=True, capture_output=True, text=True)
+        command = [*compiler, *flags, f"-I{root / 'include'}", str(_SOURCE), "-o", str(built)]
+        command += [f"-L{root / 'lib'}", "-lc10"]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+        with built.open("rb") as file:
+            os.fsync(file.fileno())  # half a library that a power cut leaves would crash whoever loads it
         built.replace(target)
     return target

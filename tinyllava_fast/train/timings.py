@@ -54,7 +54,6 @@ def write(kind: str, seconds: Sequence[float], compile_s: float | None) -> None:
     known[kind] = known.get(kind, {}) | found
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:  # no reason to lose a finished stage

@@ -18,6 +18,7 @@
 #define TLF_AVX512 1
 #endif
 #if defined(TLF_AVX512) || defined(TLF_ISA_IS_avx2)
+#if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the deliberately undefined operands inside the intrinsics for mistakes (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpragmas"
@@ -25,6 +26,9 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)

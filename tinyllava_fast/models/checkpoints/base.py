@@ -7,13 +7,13 @@ Nothing a folder holds is executed: code files beside the weights are ignored.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
 from tinyllava_fast.registry import Registry
 
@@ -46,15 +46,10 @@ class Folder:
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object in it. Raises CheckpointError if the file is missing or holds anything else."""
-        try:
-            values = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path / name}: the file does not exist") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{self.path / name}: not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{self.path / name}: expected a JSON object, got {type(values).__name__}")
-        return values
+        path = self.path / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file does not exist")
+        return dict(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError).values)
 
     def tensors(self, name: str = ".") -> dict[str, Stored]:
         """Tensors of a file in it, or of the weights in a folder of it."""

@@ -17,6 +17,7 @@ from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
 from tinyllava_fast.models.checkpoints.lora import Lora
 from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
 
@@ -90,7 +91,8 @@ def open_processor(path: str | Path) -> Any:
 
 def _describe(path: str | Path, sources: Sources) -> Checkpoint:
     folder = Folder(path)
-    return layout_of(folder).open(folder, sources)
+    with reading(f"{folder.path / 'config.json'}: no model can be made of it and the files beside it"):
+        return layout_of(folder).open(folder, sources)
 
 
 def _config(checkpoint: Checkpoint) -> LMMConfig:
@@ -104,7 +106,8 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge:
         dtype = next(stored, torch.float32)
     if checkpoint.adapter is not None and merge:
         weights = checkpoint.adapter.merge(weights, where)
-    lmm = io.skeleton(_config(checkpoint), dtype, where)
+    with reading(f"{Path(where) / 'config.json'}: no model can be made of it"):
+        lmm = io.skeleton(_config(checkpoint), dtype, where)
     tied = lmm.tied_names()
     expected = {name: tensor for name, tensor in lmm.state_dict().items() if name not in tied}
     surplus = {name: stored for name, stored in weights.items() if name not in expected}

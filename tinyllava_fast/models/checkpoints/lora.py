@@ -6,7 +6,6 @@ logits of a TinyLLaVA Factory model move by up to 0.05.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
+from tinyllava_fast.models.described import reading
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FILES = (WEIGHTS, "adapter_model.bin")
@@ -49,7 +50,7 @@ class Lora:
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             if module is not None and re.fullmatch(rf"(.*\.)?({pattern})", module[1]):
                 return float(value)
-        return float(self.config.get("lora_alpha", 8))
+        return float(_given(self.config, "lora_alpha"))
 
     def scale(self, name: str) -> float:
         """Factor of a weight's update: alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
@@ -82,7 +83,7 @@ class Lora:
     def for_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(settings of a LoraConfig with our module names, tensors by peft's names without its prefix)."""
         modules = {name: name.removesuffix(".weight") for name in self.updates}
-        rank, alpha = self.config.get("r", 8), float(self.config.get("lora_alpha", 8))
+        rank, alpha = _given(self.config, "r"), float(_given(self.config, "lora_alpha"))
         settings = {key: self.config[key] for key in _SETTINGS if self.config.get(key) is not None}
         settings |= {
             "target_modules": list(modules.values()),
@@ -97,6 +98,11 @@ class Lora:
         return settings, tensors
 
 
+def _given(config: Mapping[str, Any], name: str) -> Any:
+    """A setting, or peft's default of r and lora_alpha."""
+    return 8 if config.get(name) is None else config[name]
+
+
 def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
     """The adapter of a folder.
 
@@ -104,10 +110,9 @@ def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
     Raises CheckpointError for a kind of adapter that is not plain LoRA, and for tensors that do not pair up.
     """
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    fields = Fields.of(read_json(path, CheckpointError), str(path), CheckpointError)
+    _check(fields)
+    config = dict(fields.values)
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
     for key, neutral in _NEUTRAL.items():
@@ -115,6 +120,20 @@ def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
             raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be merged")
     file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / WEIGHTS)
     return Lora(config, _pairs(read_tensors(file), rename, str(file)))
+
+
+def _check(fields: Fields) -> None:
+    """Raise for a setting that merging reads and that is not of its kind."""
+    fields.text("peft_type", None)
+    fields.integer("r", 8, least=1)
+    fields.number("lora_alpha", 8)
+    fields.number("lora_dropout", 0, least=0)
+    fields.boolean("use_rslora", False)
+    patterns = fields.mapping("alpha_pattern", None)
+    for name in patterns.values if patterns else ():
+        patterns.number(name)
+        with reading(f"{patterns.where}: {name}: not a regular expression"):
+            re.compile(name)
 
 
 def _module(key: str) -> re.Match[str] | None:

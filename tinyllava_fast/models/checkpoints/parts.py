@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ from tinyllava_fast.log import log
 from tinyllava_fast.models.checkpoints.base import Folder
 from tinyllava_fast.models.checkpoints.tensors import Stored
 from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.described import PROCESSORS, processor_fields
 from tinyllava_fast.models.hf import LEGACY_ADAPTERS
+from tinyllava_fast.models.io import read_processor
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.vision.base import VISION
 
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Stored names under a component that hold nothing its forward pass reads.
 _IRRELEVANT = {
     "llm": r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias)|transformer\.classifier\..*",
@@ -112,10 +112,9 @@ def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:
 
 def stored_processor(tower: str, sources: Sequence[str | None]) -> Any:
     """The image processor in the first local folder that has one; None without any."""
-    cls = VISION.get(tower)
     for source in sources:
-        if source and any((Path(source) / name).is_file() for name in _PROCESSORS):
-            processor = cls.processor_class.from_pretrained(source)
+        if source and any((Path(source) / name).is_file() for name in PROCESSORS):
+            processor = read_processor(VISION.get(tower), source)
             if getattr(processor, "do_pad", False):  # the image mode of the model does that
                 processor.do_pad = False
             return processor
@@ -124,12 +123,8 @@ def stored_processor(tower: str, sources: Sequence[str | None]) -> Any:
 
 def processor_values(sources: Sequence[str | None]) -> dict[str, Any]:
     """The keys of the image processor that ``stored_processor`` would read."""
-    for source in sources:
-        for name in _PROCESSORS:
-            if source and (Path(source) / name).is_file():
-                values = json.loads((Path(source) / name).read_text(encoding="utf-8"))
-                return dict(values.get("image_processor", values))
-    return {}
+    found = (processor_fields(source) for source in sources if source)
+    return next((dict(fields.values) for fields in found if fields is not None), {})
 
 
 def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) -> Any:

@@ -5,7 +5,6 @@ A torch file is a pickle. It is opened with ``weights_only=True``, which execute
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -18,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.fields import Fields, read_json
+from tinyllava_fast.log import log
 
 # Tried in this order inside a folder.
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -70,7 +71,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     Raises CheckpointError for a file that is missing, damaged, truncated, or a pickle that holds code.
     """
     if path.is_dir():
-        path = next((path / name for name in NAMES if (path / name).is_file()), path / NAMES[1])
+        path = _weights_file(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: the weights file does not exist")
     if path.name.endswith(".index.json"):
@@ -78,16 +79,49 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
 
 
+def _weights_file(folder: Path) -> Path:
+    """The file to read in a folder. An index that an earlier, larger model left beside a whole file is passed over.
+
+    Raises CheckpointError where both are complete: nothing tells which of the two models is meant.
+    """
+    found = next((folder / name for name in NAMES if (folder / name).is_file()), folder / NAMES[1])
+    whole = folder / found.name.removesuffix(".index.json")
+    if whole == found or not whole.is_file():
+        return found
+    shards = sorted(set(_weight_map(found).values()))
+    if all((folder / name).is_file() for name in shards):
+        raise CheckpointError(
+            f"{folder}: holds two models, {whole.name} and the shards of {found.name}; remove the one that is not meant"
+        )
+    log.warning("%s: the shards that it names are not there; reading %s", found, whole.name)
+    return whole
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor names and the files that hold them, all in the folder of the index."""
+    values = read_json(index, CheckpointError)
+    if not isinstance(values, dict) or not isinstance(values.get("weight_map"), dict):
+        raise CheckpointError(f"{index}: not an index of shards: it has no JSON object weight_map")
+    mapping = Fields(values["weight_map"], f"{index}: weight_map", CheckpointError)
+    for key in mapping.values:
+        name = mapping.text(key)
+        if Path(name).name != name or name in ("..", "."):
+            raise CheckpointError(f"{index}: names a shard outside its folder: {name!r}")
+        if name.endswith(".index.json"):
+            mapping.fail(key, "a file of weights", name)
+    return dict(mapping.values)
+
+
 def _sharded(index: Path) -> dict[str, Stored]:
-    try:
-        mapping: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise CheckpointError(f"{index}: not an index of shards: it has no JSON object weight_map") from None
+    mapping = _weight_map(index)
     found: dict[str, Stored] = {}
     for name in sorted(set(mapping.values())):
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: names a shard outside its folder: {name!r}")
-        found |= read_tensors(index.parent / name)
+        tensors = read_tensors(index.parent / name)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"{index}: {twice[0]} stands in {name} and in another shard; save the model again, so that it has one"
+            )
+        found |= tensors
     lost = sorted(set(mapping) - set(found))
     if lost:
         raise CheckpointError(f"{index}: in none of its shards: {', '.join(lost)}")

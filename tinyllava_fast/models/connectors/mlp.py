@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tinyllava_fast.config.ranges import PositiveInt
+from tinyllava_fast.config.ranges import Layers
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 from tinyllava_fast.ops.connector_mlp import connector_mlp
 
@@ -22,7 +22,7 @@ class MLP(nn.Sequential):
     product with ``weight``. activation: gelu, relu or silu.
     """
 
-    def __init__(self, vision_size: int, llm_size: int, *, depth: PositiveInt = 2, activation: str = "gelu") -> None:
+    def __init__(self, vision_size: int, llm_size: int, *, depth: Layers = 2, activation: str = "gelu") -> None:
         modules: list[nn.Module] = [nn.Linear(vision_size, llm_size)]
         for _ in range(depth - 1):
             modules += [_ACTIVATIONS[activation](), nn.Linear(llm_size, llm_size)]
@@ -55,7 +55,7 @@ class MLPConnector(Connector):
     class Options:
         """Settings of the MLP."""
 
-        depth: PositiveInt = 2
+        depth: Layers = 2
         """Linear layers."""
         activation: Literal["gelu", "relu", "silu"] = "gelu"
         """Between the linear layers; gelu is the exact erf form."""

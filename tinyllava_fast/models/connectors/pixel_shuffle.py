@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyllava_fast.config.ranges import PositiveInt
+from tinyllava_fast.config.ranges import Pixels
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 
@@ -26,7 +26,7 @@ class PixelShuffleConnector(Connector):
     class Options:
         """Settings of the pixel shuffle."""
 
-        factor: PositiveInt = 2
+        factor: Pixels = 2
         """Patches a side of the block that becomes one token."""
 
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
 
-from tinyllava_fast.config.ranges import PositiveInt, ShareBelowOne
+from tinyllava_fast.config.ranges import Layers, ShareBelowOne, Size
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import CONNECTORS, INIT_STD, Connector
 
@@ -29,15 +29,15 @@ class QFormerConnector(Connector):
     class Options:
         """Settings of the Q-Former; the defaults are BERT-base's."""
 
-        num_queries: PositiveInt = 128
+        num_queries: Size = 128
         """Rows that an image becomes."""
-        hidden_size: PositiveInt = 768
+        hidden_size: Size = 768
         """Width of the queries."""
-        num_layers: PositiveInt = 12
+        num_layers: Layers = 12
         """Layers; those of even index have cross-attention to the image."""
-        num_heads: PositiveInt = 12
+        num_heads: Size = 12
         """Attention heads."""
-        intermediate_size: PositiveInt = 3072
+        intermediate_size: Size = 3072
         """Width inside the feed-forward layers."""
         dropout: ShareBelowOne = 0.1
         """Probability of dropout in training, of activations and attention."""

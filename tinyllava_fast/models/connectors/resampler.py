@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.config.ranges import PositiveInt
+from tinyllava_fast.config.ranges import Layers, Size
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 
 
@@ -22,15 +22,15 @@ class ResamplerConnector(Connector):
     class Options:
         """Settings of the resampler."""
 
-        num_queries: PositiveInt = 128
+        num_queries: Size = 128
         """Latents: rows that an image becomes."""
-        num_layers: PositiveInt = 3
+        num_layers: Layers = 3
         """Layers of attention and feed-forward."""
-        num_heads: PositiveInt = 8
+        num_heads: Size = 8
         """Attention heads."""
-        head_size: PositiveInt = 64
+        head_size: Size = 64
         """Width of an attention head."""
-        expansion: PositiveInt = 4
+        expansion: Size = 4
         """Width inside the feed-forward layers, in multiples of D."""
 
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.attention import PACKED
-from tinyllava_fast.models.hf import building, cast_parameters, check_keys, config_of, seeded
+from tinyllava_fast.models.described import reading
+from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
 from tinyllava_fast.models.llm.base import LLMS, LLMAdapter, adapters_for
 from tinyllava_fast.models.sources import resolve
 
@@ -33,8 +34,10 @@ class AutoLLM(LLMAdapter):
         """See the base class. seed None leaves the weights uninitialised."""
         self._check(config, where)
         config.use_cache = False
-        refusal = f"{where}.config: this {config.model_type} is not usable as a language model"
-        with building(refusal), seeded(seed):
+        with (
+            reading(f"{where}.config: this {config.model_type} is not usable as a language model", UserError),
+            seeded(seed),
+        ):
             llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
         llm.tie_weights()  # construction without initialisation skips it
         self.adapt(llm)
@@ -46,7 +49,7 @@ class AutoLLM(LLMAdapter):
         """See the base class. GGUF weights are dequantised to plain tensors."""
         source, gguf_file = resolve(path, gguf_file, where)
         extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-        try:
+        with reading(f"{where}.path: cannot load {path!r} as a language model", UserError):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
             check_keys(type(config), overrides, f"{where}.config")
             for key, value in overrides.items():
@@ -64,8 +67,6 @@ class AutoLLM(LLMAdapter):
                 output_loading_info=True,
                 **extra,
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{where}.path: cannot load {path!r} as a language model: {error}") from None
         llm, report = loaded
         if report["missing_keys"]:
             raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from tinyllava_fast.config.ranges import PositiveInt
+from tinyllava_fast.config.ranges import Pixels
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.models.vision.encoder import EncoderTower
 
@@ -39,7 +39,7 @@ class Dinov2Tower(EncoderTower):
     class Options:
         """Settings of DINOv2 towers."""
 
-        image_size: PositiveInt | None = None
+        image_size: Pixels | None = None
         """Side of the input images in pixels; None: the size of the position table (518 in the released models,
         whose own image processor makes 224)."""
         interpolation: Interpolation = "transformers5"

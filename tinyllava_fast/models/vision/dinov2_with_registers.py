@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Dinov2WithRegistersModel, PreTrainedModel
 
-from tinyllava_fast.config.ranges import PositiveInt
+from tinyllava_fast.config.ranges import Pixels
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.models.vision.dinov2 import Dinov2Tower
 from tinyllava_fast.models.vision.encoder import EncoderTower
@@ -25,7 +25,7 @@ class Dinov2WithRegistersTower(Dinov2Tower):
     class Options:
         """Settings of DINOv2 towers with registers."""
 
-        image_size: PositiveInt | None = None
+        image_size: Pixels | None = None
         """Side of the input images in pixels; None: the size of the position table (518 in the released models,
         whose own image processor makes 224)."""
 

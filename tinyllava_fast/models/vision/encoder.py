@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.models.attention import FULL
-from tinyllava_fast.models.hf import building, cast_parameters, check_keys, config_of, config_to_dict, seeded
+from tinyllava_fast.models.described import reading
+from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, seeded
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 SELECTIONS = ("patch", "cls_patch")
@@ -97,7 +98,10 @@ class EncoderTower(VisionTower):
         built = cls._given(config, where, strict=strict)
         cls._check(built, options, where)
         cls._truncate(built, feature_layer, where)
-        with building(f"{where}.config: this {built.model_type} is not usable as a {cls.name} tower"), seeded(seed):
+        with (
+            reading(f"{where}.config: this {built.model_type} is not usable as a {cls.name} tower", UserError),
+            seeded(seed),
+        ):
             model = cls._model_class(built.model_type)._from_config(built, attn_implementation=FULL, dtype=dtype)
         return cls(model, feature_select, options, where).train()
 
@@ -117,12 +121,10 @@ class EncoderTower(VisionTower):
         config = cls._stored(path, overrides, where)
         cls._check(config, options, where)
         cls._truncate(config, feature_layer, where)
-        try:
+        with reading(f"{where}.path: cannot load {path!r} as a {cls.name} tower", UserError):
             loaded: Any = cls._model_class(config.model_type).from_pretrained(
                 path, config=config, dtype=dtype, attn_implementation=FULL, output_loading_info=True
             )
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{where}.path: cannot load {path!r} as a {cls.name} tower: {error}") from None
         model, report = loaded
         missing = [k for k in report["missing_keys"] if k.startswith(cls.children_kept)]
         if missing:
@@ -142,10 +144,8 @@ class EncoderTower(VisionTower):
         """The transformers config of pretrained weights, with overrides."""
         from transformers import AutoConfig
 
-        try:
+        with reading(f"{where}.path: cannot load {path!r} as a {cls.name} tower", UserError):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except OSError as error:
-            raise UserError(f"{where}.path: cannot load {path!r} as a {cls.name} tower: {error}") from None
         config = getattr(config, "vision_config", config)
         cls._check_type(config, where)
         check_keys(type(config), overrides, f"{where}.config")
