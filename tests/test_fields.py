@@ -179,7 +179,7 @@ def test_unknown_fields_come_with_the_nearest_name() -> None:
 
 
 def test_true_is_no_number_in_words() -> None:
-    with pytest.raises(DataError, match=r"x: expected text or a number, got True; write the word in quotation marks"):
+    with pytest.raises(DataError, match=r"x: expected text or a number, got true; write the word in quotation marks"):
         Fields({"x": True}, "f").word("x")
 
 
@@ -265,7 +265,7 @@ def test_a_file_of_one_object_and_one_of_a_list(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x.json: expected a JSON list of objects, got \{'a': 1\}"):
         read_objects(path)
     path.write_text("[{}, null]")
-    with pytest.raises(DataError, match=r"x.json, record 2: expected a JSON object, got None"):
+    with pytest.raises(DataError, match=r"x.json, record 2: expected a JSON object, got null"):
         read_objects(path)
 
 

@@ -360,11 +360,12 @@ def is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut to a readable length; half of a surrogate pair is written as its escape."""
-    try:
-        text = repr(value[:100] if isinstance(value, (str, list)) else value)
-    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
-        text = type(value).__name__
+    """Return a value for a message as JSON and YAML write it, cut to a readable length, writable to any terminal."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -82,7 +82,7 @@ BAD = [
         r"conversations\[0\].from: expected 'human' or 'gpt', got 'user'",
     ),
     (json.dumps([{**GOOD, "conversations": ["q"]}]), r"conversations\[0\].from: expected 'human' or 'gpt', got 'q'"),
-    (json.dumps([messages(("human", "q"), ("gpt", None))]), r"conversations\[1\].value: expected text, got None"),
+    (json.dumps([messages(("human", "q"), ("gpt", None))]), r"conversations\[1\].value: expected text, got null"),
     (
         json.dumps([messages(("human", "q"), ("human", "r"))]),
         r"conversations\[1\].from: two messages of 'human' in a row",

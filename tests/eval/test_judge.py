@@ -96,7 +96,7 @@ GRADE = {"key": "k", "id": "v1_0", "run": 0, "model": "m", "content": "1", "scor
         ({**GRADE, "key": 1}, "key: expected text"),
         ({**GRADE, "score": None}, "score: is null"),
         ({**GRADE, "score": "1"}, "score: expected a number of at least 0, got '1'"),
-        ({**GRADE, "score": True}, "score: expected a number of at least 0, got True"),
+        ({**GRADE, "score": True}, "score: expected a number of at least 0, got true"),
         ({**GRADE, "score": float("nan")}, "score: expected a number"),
         ({**GRADE, "score": 1.5}, "score: expected a number of at most 1, got 1.5"),
         ({**GRADE, "run": -1}, "run: expected a whole number of at least 0"),

@@ -179,7 +179,7 @@ def test_llava_answers_can_be_read_again(name, suite, tmp_path):
         ({"key": "9:aa", "answer": "x"}, "question '9:aa' is not one of textvqa's 4"),
         ({"id": "aa"}, "no field 'question_id'"),
         ({"question_id": None, "text": "x"}, "question_id: is null"),
-        ({"question_id": True, "text": "x"}, "question_id: expected text or a whole number, got True"),
+        ({"question_id": True, "text": "x"}, "question_id: expected text or a whole number, got true"),
         ({"question_id": "bb", "text": 7}, "text: expected text, got 7"),
         ({"question_id": "bb", "text": ["x"]}, "text: expected text, got"),
         ({"question_id": "bb", "text": "\ud83d"}, "text: expected text, got .*half of a surrogate pair"),

@@ -110,7 +110,7 @@ def test_a_damaged_config_of_other_projects(name: str, every: int, tmp_path: Pat
         ("config.json", ("llm", "config", "num_hidden_layers"), 10**9, r"num_hidden_layers: .* to 4096, got 10+"),
         ("config.json", ("vision", "config", "image_size"), 10**6, r"image_size: .* to 16384, got 10+"),
         ("config.json", ("connector", "options", "depth"), 10**9, r"connector\.options\.depth: .* to 4096"),
-        ("config.json", ("llm", "config", "rms_norm_eps"), float("nan"), r"rms_norm_eps: expected a number that is finite"),
+        ("config.json", ("llm", "config", "rms_norm_eps"), float("nan"), r"rms_norm_eps: expected .* finite"),
         ("config.json", ("llm", "config", "rope_parameters"), {"rope_type": "nosuch"}, r"config\.json: .*nosuch"),
         ("preprocessor_config.json", ("image_mean",), [0.5, 0.5], r"config\.json: image_mean: expected three finite"),
         (

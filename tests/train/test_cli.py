@@ -72,11 +72,11 @@ def test_print_config_is_the_resolved_run(tiny_run, capsys):
         (["{}", "model={{path: nowhere}}"], "model.path: nowhere: not a model folder: it does not exist"),
         (
             ["{}", "model.vision.config.patch_size=0"],
-            "model.vision.config.patch_size: expected a whole number of at least 1",
+            "model.vision.config.patch_size: expected a whole number from 1 to 16384",
         ),
         (
             ["{}", "model.llm.config.num_attention_heads=0"],
-            "model.llm.config.num_attention_heads: expected a whole number of at least 1",
+            "model.llm.config.num_attention_heads: expected a whole number from 1 to 16777216",
         ),
         (["{}", "stages.finetune.recipe.options.x=1"], "stages.finetune.recipe.options.x: unknown key"),
         (["{}", "stages.finetune.recipe.type=x"], "stages.finetune.recipe.type: unknown recipe 'x'"),

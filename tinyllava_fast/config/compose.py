@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from tinyllava_fast.config.schema import ModelConfig
-from tinyllava_fast.config.values import shown
 from tinyllava_fast.config.yaml_text import parse_yaml
 from tinyllava_fast.errors import UserError, nearest
-from tinyllava_fast.fields import read_text
+from tinyllava_fast.fields import read_text, shown
 from tinyllava_fast.log import log
 
 BASE = "base"

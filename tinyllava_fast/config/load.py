@@ -21,8 +21,9 @@ from tinyllava_fast.config.compose import Section, expand, read_section, section
 from tinyllava_fast.config.names import file_name_fault
 from tinyllava_fast.config.overrides import apply_overrides
 from tinyllava_fast.config.schema import ModelConfig, RunConfig
-from tinyllava_fast.config.values import place, range_of, read_value, shown, type_name
+from tinyllava_fast.config.values import place, range_of, read_value, type_name
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.fields import shown
 
 T = TypeVar("T")
 

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from tinyllava_fast.config.ranges import FINITE, Filled, Range, fault
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.fields import is_text
-from tinyllava_fast.fields import shown as shown_value
+from tinyllava_fast.fields import is_text, shown
 
 Marks = tuple[object, ...]
 
@@ -59,13 +58,6 @@ def read_value(hint: Any, value: Any, where: str, key: str, marks: Marks = ()) -
 def place(where: str, key: str) -> str:
     """The head of a message: the file, if there is one, and the key."""
     return f"{where}: {key}" if where else key
-
-
-def shown(value: Any) -> str:
-    """A value for a message, the simple ones as YAML writes them."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else shown_value(value)
 
 
 def type_name(hint: Any) -> str:

@@ -111,7 +111,7 @@ class Assistant:
         Arguments as for ``answer``. UserError if there are no options, or they are not a list of texts.
         """
         if isinstance(options, str) or not all(isinstance(option, str) for option in options):
-            raise UserError(f"options: expected a list of texts such as ['red', 'blue'], got {shown(options)}")
+            raise UserError(f"options: expected a list of texts such as ['red', 'blue'], got {options!r:.80}")
         (scores,) = self.engine.score([(Request.ask(question, image), list(options))])
         return scores
 
@@ -129,7 +129,7 @@ def _sampling(**settings: Any) -> Sampling:
         value = settings.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, kinds):
             what = "a whole number" if kinds is int else "a number"
-            raise UserError(f"{name}: expected {what}, got {shown(value)}")
+            raise UserError(f"{name}: expected {what}, got {value!r:.80}")
     try:
         return Sampling(**settings)
     except ValueError as error:

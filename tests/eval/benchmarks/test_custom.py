@@ -216,8 +216,8 @@ def test_other_fields_are_named_once(tmp_path, caplog):
         ({"image": "a", "images": ["b"]}, "images: given beside 'image'"),
         ({"images": "a.png"}, "images: expected a list of paths, got 'a.png'"),
         ({"choices": ["x", "x"]}, "choices: expected options that differ"),
-        ({"choices": ["x", None]}, r"choices\[1\]: expected text or a number, got None"),
-        ({"answer": False}, "answer: expected text or a number, got False; write the word in quotation marks"),
+        ({"choices": ["x", None]}, r"choices\[1\]: expected text or a number, got null"),
+        ({"answer": False}, "answer: expected text or a number, got false; write the word in quotation marks"),
     ],
 )
 def test_fields_that_do_not_go_together(tmp_path, record, said):
