@@ -92,6 +92,16 @@ def test_a_file_is_not_its_folder(tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_end_tokens_are_tokens_where_a_folder_says_that_special_ones_are_split(tmp_path):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama_spm")
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": True}))
+    again = load_tokenizer(tmp_path)
+    assert again.encode("</s>", add_special_tokens=False) == tokenizer.encode("</s>", add_special_tokens=False)
+    assert again("so</s>").input_ids == tokenizer("so</s>").input_ids
+
+
 def test_the_largest_id():
     tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama_spm")
     token, largest = largest_id(tokenizer)

@@ -52,6 +52,7 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     backend = tokenizer.backend_tokenizer
     _check_certain(path, backend.model)
+    tokenizer.split_special_tokens = False  # some folders set it; an end token has to be one token
     if not isinstance(backend.model, models.BPE):
         return tokenizer
     legacy = _settings(folder).get("legacy", tokenizer.init_kwargs.get("legacy"))
