@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_without_tokenizer_json(tmp_path):
 def test_what_is_no_folder_and_no_hub_id(path):
     with pytest.raises(UserError, match=r"no such folder \(looked for '/.*give a folder with tokenizer.json"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("path", ["nope", "data/tok"])
+def test_a_hub_that_cannot_be_asked_is_said_at_once(path, offline, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"no such folder \(looked for .*, and as a hub id: .*give a folder with"
+    ) as error:
+        load_tokenizer(path)
+    assert ("HF_HUB_OFFLINE is set" if offline else "http://127.0.0.1:9 cannot be reached") in str(error.value)
+    assert time.monotonic() - start < 8
 
 
 @pytest.mark.parametrize(
