@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from tests.models.checkpoints.golden import GOLDEN, folder
 from tinyllava_fast.convert.cli import main
 from tinyllava_fast.convert.formats.base import FORMATS
+from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.models import io
 
 NAME = "llava15-tinyllama-clip"
@@ -50,6 +52,35 @@ def test_mistakes_exit_with_2(
     assert main([a.format(**places) if "{" in a else a for a in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("reading", "said"),
+    [
+        ({"orientation": "stored", "background": "drop"}, ""),
+        ({"orientation": "upright", "background": "drop"}, "it sees turned pictures as they are stored"),
+        ({"orientation": "stored", "background": "white"}, "it sees transparent ones without their transparency"),
+        (
+            {"orientation": "upright", "background": "white"},
+            "for which llava has no place: there, and when it is imported again, it sees turned pictures as they are "
+            "stored and transparent ones without their transparency",
+        ),
+    ],
+)
+def test_pictures_that_an_export_sees_otherwise_are_said(
+    reading: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, llava = tmp_path / "ours", tmp_path / "llava"
+    assert main(["import", str(folder(NAME)), str(ours), "--vision", CLIP]) == 0
+    assert io.load_model(ours)[0].config.reading == REFERENCE
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps({**config, "reading": reading}))
+    assert io.load_model(ours)[0].config.reading == PictureReading(**reading)
+    capsys.readouterr()
+    assert main(["export", str(ours), str(llava), "--format", "llava"]) == 0
+    error = capsys.readouterr().err
+    assert said in error and ("has no place" in error) == bool(said)
+    assert io.load_model(llava)[0].config.reading == REFERENCE
 
 
 def test_our_own_folder_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

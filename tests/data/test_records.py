@@ -53,6 +53,7 @@ def messages(*pairs):
     return {"id": "bad", "conversations": [{"from": who, "value": value} for who, value in pairs]}
 
 
+GPT = {"from": "gpt", "value": "a"}
 BAD = [
     ("[]", r"holds no records"),
     ("", r"holds no records"),
@@ -121,11 +122,23 @@ BAD = [
     (json.dumps([{**GOOD, "image": "a\0b"}]), r"image: expected a path, .*no file can have this name"),
     (json.dumps([{**GOOD, "images": "a.png"}]), r"images: expected a list of paths, got 'a.png'"),
     (json.dumps([{**GOOD, "images": ["a"], "image": "b"}]), r"images: given beside 'image'"),
+    *(
+        (
+            json.dumps([{"conversations": [{"from": "human", "value": "q", name: "a.png"}, GPT]}]),
+            rf"conversations\[0\]: it names '{name}', which belongs to the record",
+        )
+        for name in ("image", "images", "Image", "video", "image_path", "file_name")
+    ),
+    (
+        json.dumps([{"conversations": [{"from": "human", "value": "q"}, {**GPT, "image": "a.png"}]}]),
+        r"conversations\[1\]: it names 'image'",
+    ),
 ]
 
 
 def test_null_is_not_given_and_other_fields_are_ignored(tmp_path):
     row = {**GOOD, "id": None, "image": None, "images": None, "img": None, "source": "x", "width": 3}
+    row["conversations"] = [{**message, "image": None, "weight": 1} for message in GOOD["conversations"]]
     [record] = read_records(write(tmp_path, json.dumps([row])))
     assert (record.id, record.images) == ("0", ())
     [record] = read_records(write(tmp_path, json.dumps([{**GOOD, "image": "a.png", "image_id": 7, "file_name": "b"}])))

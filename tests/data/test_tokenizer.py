@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,24 @@ def test_what_is_no_folder_and_no_hub_id(path):
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("path", ["nope", "data/tok"])
+def test_a_hub_that_cannot_be_asked_is_said_at_once(path, offline, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"no such folder \(looked for .*, and as a hub id: .*give a folder with"
+    ) as error:
+        load_tokenizer(path)
+    assert ("HF_HUB_OFFLINE is set" if offline else "http://127.0.0.1:9 cannot be reached") in str(error.value)
+    assert time.monotonic() - start < 8
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -90,6 +109,16 @@ def test_a_file_is_not_its_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=f"is a file; give its folder, '{tmp_path}'"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_end_tokens_are_tokens_where_a_folder_says_that_special_ones_are_split(tmp_path):
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama_spm")
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": True}))
+    again = load_tokenizer(tmp_path)
+    assert again.encode("</s>", add_special_tokens=False) == tokenizer.encode("</s>", add_special_tokens=False)
+    assert again("so</s>").input_ids == tokenizer("so</s>").input_ids
 
 
 def test_the_largest_id():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tinyllava_fast.data.templates.base import TEMPLATES
@@ -214,6 +214,16 @@ def test_a_template_that_alters_earlier_turns():
         ("{{ 1 / 0 }}", TURNS, "refuses the conversation: division by zero"),
         ("{{ messages[0].nothing.at.all }}", TURNS, "refuses the conversation: .*no attribute 'nothing'"),
         ("{{ messages[0]['content'] + 1 }}", TURNS, "refuses the conversation: .*str"),
+        ("{{ 'x' * 10 ** 13 }}", TURNS, "refuses the conversation: MemoryError"),
+        ("{{ 'x' * 2000000 }}" + CHATML, TURNS, "makes more than 1,000,000 characters of one short question"),
+        ("{{ 'x' * 200 }}", TURNS, "does not show an answer as it is given"),
+        ("", TURNS, "does not show an answer as it is given"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), TURNS, "does not show an answer as it is given"),
+        (
+            "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}</s>{% endfor %}",
+            TURNS,
+            "wants them as lists of parts; choose another data.template",
+        ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", TURNS, "refuses the conversation: maximum recursion depth"),
     ],
 )
@@ -222,6 +232,41 @@ def test_unusable_templates_say_why(source, turns, message):
     with pytest.raises(UserError, match=message):
         template().check(tok)
         template().encode([turns], tok)
+
+
+@pytest.mark.parametrize("inside", ["", "x"])
+def test_loops_that_take_as_good_as_for_ever_are_ended(inside, monkeypatch):
+    monkeypatch.setattr("tinyllava_fast.data.templates.tokenizer._SECONDS", 0.2)
+    loops = "{% for i in range(99999) %}" * 3 + inside + "{% endfor %}" * 3
+    with pytest.raises(UserError, match=r"the chat template of tokenizer .* it takes longer than 0\.2 seconds; mend"):
+        template().check(tokenizer(loops + CHATML))
+
+
+@pytest.mark.parametrize("turns,advised", [(TURNS, True), (TURNS[:1], False)])
+def test_independent_turns_are_advised_only_where_they_help(turns, advised):
+    thought = "{% if m.role == 'assistant' and loop.last %}<think>{% endif %}{{ m['content'] }}"
+    tok = tokenizer(CHATML.replace("{{ m['content'] }}", thought))
+    with pytest.raises(UserError, match=r"does not show answer \d unchanged") as error:
+        template().encode([turns], tok)
+    assert ("data.turns=independent" in str(error.value)) == advised
+
+
+@pytest.mark.parametrize("answer", ["red", " red", "\nred", "\n\n red "])
+@pytest.mark.parametrize("lstrip", [False, True])
+def test_a_header_that_swallows_white_space_is_not_learnt(answer, lstrip):
+    """Phi-3's markers take the white space behind them, that of an answer too."""
+    phi = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer(CHATML).backend_tokenizer.to_str()))
+    tok.chat_template = phi
+    tok.add_tokens([AddedToken(f"<|{n}|>", rstrip=True, special=True) for n in ("user", "assistant")])
+    tok.add_tokens([AddedToken("<|end|>", lstrip=lstrip, rstrip=True, special=True)])
+    [[segment]] = template().encode([[("<image>what?", answer), ("and?", answer)]], tok)
+    shown = answer.lstrip() if not lstrip else answer.strip()
+    assert [text.replace(" <|end|>", "<|end|>") for text in learnt(tok, segment)] == [shown.rstrip() + "<|end|>"] * 2
+    assert all(tok.convert_ids_to_tokens(segment.ids[a - 1]) == "<|assistant|>" for a, _ in segment.spans)
 
 
 def test_the_reference_has_no_masks_for_it(make, talk):

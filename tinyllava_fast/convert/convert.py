@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tinyllava_fast.convert.formats.base import FORMATS, Model
+from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io
@@ -84,6 +85,7 @@ def export_model(
         lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=merge)
     if keep_adapter and not lmm.config.adapter:
         raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
+    _say_reading(source, format, lmm.config.reading)
     model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})})
     with io.atomic_folder(target) as folder, torch.no_grad():
         kind.write(model, folder)
@@ -130,6 +132,18 @@ def _import_adapter(source: Path, base: Path, target: Path, dtype: torch.dtype |
     io.save_model(lmm, tokenizer, processor, target)
     log.info("%s: %s with the adapter of %s", target, base, source)
     return target
+
+
+def _say_reading(source: str | Path, format: str, reading: PictureReading) -> None:
+    """Warn of pictures that whoever loads the export sees otherwise: no format has a place for how they are read."""
+    turned = ["turned pictures as they are stored"] * (reading.orientation != REFERENCE.orientation)
+    clear = ["transparent ones without their transparency"] * (reading.background != REFERENCE.background)
+    if turned or clear:
+        log.warning(
+            "%s: was trained with data.orientation=%s and data.background=%s, for which %s has no place: there, and "
+            "when it is imported again, it sees %s",
+            source, reading.orientation, reading.background, format, " and ".join(turned + clear),
+        )  # fmt: skip
 
 
 def _check_free(target: str | Path) -> None:

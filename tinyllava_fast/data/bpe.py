@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so no text is unknown
+LARGEST = 2**24  # no texts hold as many words; a trainer takes no number of more than 64 bits
 LENGTH = 2048  # tokens: what the tokenizer states as its longest text
 
 Turns = Iterable[tuple[str, str]]
@@ -25,10 +26,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     """A tokenizer trained on texts, with <unk>, <s>, </s>, <pad> as ids 0 to 3; it puts <s> in front of a text.
 
     vocabulary: most tokens; fewer where the texts hold fewer pairs. Raises UserError if it is below 260, which the
-    256 bytes and the special tokens take.
+    256 bytes and the special tokens take, or above 2^24.
     """
     if vocabulary < SMALLEST:
         raise UserError(f"a vocabulary of {vocabulary} is too small; give {SMALLEST} (every byte is a token) or more")
+    if vocabulary > LARGEST:
+        raise UserError(f"a vocabulary of {vocabulary:,} is too large; give {LARGEST:,} at most")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

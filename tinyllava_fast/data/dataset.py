@@ -17,7 +17,7 @@ from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
 from tinyllava_fast.data.files import ImageFiles
 from tinyllava_fast.data.images import to_pixels
-from tinyllava_fast.data.records import Record, read_records
+from tinyllava_fast.data.records import Record, encode_records, read_records
 from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
@@ -204,21 +204,8 @@ class PackedDataset:
         return DataError(f"{self.data.records}: every record was skipped; the first: {self.skipped[0]}")
 
     def _encode(self, records: list[Record], template: Template, tokenizer: Any) -> list[list[Segment]]:
-        """The records tokenised together. What the template refuses is named by its record."""
-
-        def encode(some: list[Record]) -> list[list[Segment]]:
-            flags = [record.interleaved for record in some]
-            return template.encode([r.turns for r in some], tokenizer, self.data.turns, self.data.masks, flags)
-
-        try:
-            return encode(records)
-        except UserError:
-            for record in records:
-                try:
-                    encode([record])
-                except UserError as error:
-                    raise self._error(record, "conversations", str(error)) from error
-            raise
+        """See ``encode_records``."""
+        return encode_records(self.data.records, records, template, tokenizer, self.data.turns, self.data.masks)
 
     def _add(self, record: Record, encoded: list[Segment], inputs: list[int]) -> tuple[int, int, int, int]:
         """Store a sample and count it; (positions, images, segments) that it needs in a pack, and supervised tokens.

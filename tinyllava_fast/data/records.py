@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
 
-from tinyllava_fast.data.templates.base import turns_of
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.data.templates.base import MaskMode, Segment, Template, TurnMode, turns_of
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import DECODER, Fields, fault, is_text, not_utf8, shown
 
 _ROLES = ("human", "gpt")
@@ -80,6 +80,34 @@ def read_records(path: str | Path) -> Iterator[Record]:
         raise DataError(f"{path}: cannot read the records: {error.strerror}; check data.records") from error
     if empty:
         raise DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
+
+
+def encode_records(
+    path: str | Path,
+    records: Sequence[Record],
+    template: Template,
+    tokenizer: Any,
+    turns: TurnMode = "conversation",
+    masks: MaskMode = "offsets",
+) -> list[list[Segment]]:
+    """Return the records as samples (``Template.encode``), tokenised together.
+
+    DataError that names the file and the record for what the template refuses.
+    """
+
+    def encode(some: Sequence[Record]) -> list[list[Segment]]:
+        flags = [record.interleaved for record in some]
+        return template.encode([record.turns for record in some], tokenizer, turns, masks, flags)
+
+    try:
+        return encode(records)
+    except UserError:
+        for record in records:
+            try:
+                encode([record])
+            except UserError as error:
+                raise DataError(f"{path}: {record.where}: conversations: {error}") from error
+        raise
 
 
 class _Reader:
@@ -204,6 +232,8 @@ def _checked(index: int, line: int, value: Any) -> Record:
         who, said = (message.get("from"), message.get("value")) if isinstance(message, dict) else (None, None)
         if who not in _ROLES or not isinstance(said, str) or not (said.isascii() or is_text(said)):
             _refuse(record, number, message)
+        if len(message) > 2:
+            _refuse_picture_in(number, message)
         if who == before:
             raise _FaultError(
                 f"conversations[{number}].from: two messages of {before!r} in a row; "
@@ -245,6 +275,16 @@ def _refuse_misspelt_image(record: Fields) -> None:
             raise _FaultError(f"{name}: videos cannot be read; remove this record, or name frames as images")
         if name.lower() in IMAGE_ALIASES or get_close_matches(name.lower(), ("image", "images"), cutoff=0.75):
             raise _FaultError(f"unknown field {shown(name)}; did you mean 'image'? Rename it or remove it")
+
+
+def _refuse_picture_in(number: int, message: Mapping[str, Any]) -> None:
+    """A picture that a message names, not the record, would be left out of the training in silence."""
+    for name, value in message.items():
+        if value is not None and name.lower() in ("image", "images", "video", "videos", *IMAGE_ALIASES):
+            raise _FaultError(
+                f"conversations[{number}]: it names {shown(name)}, which belongs to the record; write it beside "
+                "'conversations', and put <image> into the question"
+            )
 
 
 def _instead_of_conversations(record: Fields) -> str:

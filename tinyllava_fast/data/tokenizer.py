@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from tokenizers import models, normalizers, pre_tokenizers
 
+from tinyllava_fast.data.hub import is_hub_id, no_answer
 from tinyllava_fast.errors import UserError
 
 _WORD_START = "\u2581"  # SentencePiece's visible space
@@ -16,7 +16,6 @@ _WORD_START = "\u2581"  # SentencePiece's visible space
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ADVICE = "give a folder with tokenizer.json, tokenizer.model, or vocab.json and merges.txt, or a hub id"
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -52,6 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     backend = tokenizer.backend_tokenizer
     _check_certain(path, backend.model)
+    tokenizer.split_special_tokens = False  # some folders set it; an end token has to be one token
     if not isinstance(backend.model, models.BPE):
         return tokenizer
     legacy = _settings(folder).get("legacy", tokenizer.init_kwargs.get("legacy"))
@@ -80,8 +80,13 @@ def _check_path(path: str, folder: Path) -> None:
     """Raise UserError for what is neither a folder nor a name that the hub could know."""
     if folder.is_file():
         raise UserError(f"tokenizer {path!r} is a file; give its folder, {str(folder.parent)!r}")
-    if not path or not (folder.is_dir() or _HUB_ID.fullmatch(path)):
-        raise UserError(f"tokenizer {path!r}: no such folder (looked for {str(folder.absolute())!r}); {_ADVICE}")
+    if path and folder.is_dir():
+        return
+    missing = f"tokenizer {path!r}: no such folder (looked for {str(folder.absolute())!r})"
+    if not is_hub_id(path):
+        raise UserError(f"{missing}; {_ADVICE}")
+    if reason := no_answer(path):
+        raise UserError(f"{missing}, and as a hub id: {reason}; {_ADVICE}")
 
 
 def _check_certain(path: str | Path, model: Any) -> None:

@@ -38,7 +38,7 @@ class Conversation:
         self.sampling = sampling
         self.show = show
         self.said: list[Message] = []
-        self.images = _readable(images)
+        self.images = self._readable(images)
         self._explained = False
 
     def ask(self, question: str) -> str:
@@ -67,7 +67,7 @@ class Conversation:
         if name == "/help":
             return "\n".join(f"  {usage:<16} {meaning}" for usage, meaning in COMMANDS.items())
         if name == "/image":
-            self.images = _readable(_words(rest))
+            self.images = self._readable(_words(rest))
         elif name != "/reset":
             close = get_close_matches(name, _NAMES, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
@@ -88,13 +88,12 @@ class Conversation:
         self._explained = True
         return f"{error}. /reset begins a new conversation, which has the whole context to itself"
 
-
-def _readable(images: Sequence[str]) -> list[str]:
-    """The paths, each of which was opened once, so that a mistake is said before the first question."""
-    paths = [str(Path(path).expanduser()) for path in images]
-    for path in paths:
-        load_image(path)
-    return paths
+    def _readable(self, images: Sequence[str]) -> list[str]:
+        """The paths, each of which was opened once, so that a mistake is said before the first question."""
+        paths = [str(Path(path).expanduser()) for path in images]
+        for path in paths:
+            load_image(path, self.assistant.engine.lmm.config.reading)
+        return paths
 
 
 def _words(text: str) -> list[str]:

@@ -108,16 +108,22 @@ class ImageEncoder:
             loaded = self._load(image)
             inputs = tiles(loaded, self.grid, self.processor) if self.grid else [loaded]
             if self.grid and len(inputs) * self.lmm.tokens_per_image != self.rows(image):
-                raise DataError(f"{image}: the size of the image has changed since it was first looked at; ask again")
+                raise DataError(
+                    f"{_name(image)}: the size of the image has changed since it was first looked at; ask again"
+                )
         except DataError as error:
             raise DataError(f"request {request!r}: {error}") from error
         return inputs
 
     def _load(self, image: ImageLike) -> Image.Image:
-        name = "the image object" if isinstance(image, Image.Image) else naming(image)
         loaded = of_object(image, self.reading) if isinstance(image, Image.Image) else load_image(image, self.reading)
         try:
             check_shape(loaded, self.processor, self.mode)
         except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+            raise DataError(f"{_name(image)}: {error}") from error
         return loaded
+
+
+def _name(image: ImageLike) -> str:
+    """How an error names an image."""
+    return "the image object" if isinstance(image, Image.Image) else naming(image)

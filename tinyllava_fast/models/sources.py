@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
+from tinyllava_fast.data.hub import is_hub_id, no_answer
 from tinyllava_fast.errors import UserError, nearest
 
 _PREFIX = "package:"
@@ -31,6 +32,13 @@ def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | No
         have = [p.name for p in folder.glob("*.gguf")]
         raise UserError(f"{where}.gguf_file: {folder / gguf_file} does not exist; {nearest(gguf_file, have)}")
     return str(folder), gguf_file
+
+
+def check_hub_id(path: str, where: str) -> None:
+    """Raise UserError for what is no folder, where no hub can be asked for it."""
+    if is_hub_id(path) and not Path(path).exists() and (reason := no_answer(path)):
+        looked = str(Path(path).absolute())
+        raise UserError(f"{where}.path: {path!r}: no such folder (looked for {looked!r}), and as a hub id: {reason}")
 
 
 def _in_package(name: str, gguf_file: str | None, where: str) -> tuple[Path, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from tinyllava_fast.data.images import load_image
-from tinyllava_fast.data.records import Record, read_records
+from tinyllava_fast.data.pictures import is_url
+from tinyllava_fast.data.records import Record, encode_records, read_records
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.errors import DataError
+from tinyllava_fast.fields import shown
 
 LOOKED_AT = 500  # images that are opened, spread evenly over the data set
 ANSWER = 128  # tokens of room for an answer that is longer than those in the data
@@ -55,8 +58,8 @@ def pictures(records: str | Path, folder: str | Path) -> Pictures | None:
     missing = [path for path in paths if not (Path(folder) / path).is_file()]
     if missing:
         raise DataError(
-            f"{records}: {len(missing):,} of {len(paths):,} images are not in {folder}, the first is {missing[0]!r}; "
-            "the records' image paths are relative to the image folder"
+            f"{records}: {len(missing):,} of {len(paths):,} images are not in {folder}, the first is "
+            f"{shown(missing[0])}; {_advice(missing[0], Path(folder))}"
         )
     chosen = paths[:: math.ceil(len(paths) / LOOKED_AT)]
     sides, sums, squares = [], np.zeros(3), np.zeros(3)
@@ -84,28 +87,35 @@ def lengths(records: str | Path, template: Template, tokenizer: Any, rows: int) 
         turns = max(turns, len(record.turns))
         part.append(record)
         if len(part) == _AT_ONCE:
-            found += _measured(part, template, tokenizer)
+            found += _measured(records, part, template, tokenizer)
             part = []
-    found += _measured(part, template, tokenizer)
+    found += _measured(records, part, template, tokenizer)
     counts = [tokens + images * (rows - 1) for tokens, images in found]
     return Lengths(len(counts), max(counts), sum(counts) / len(counts), max(images for _, images in found), turns)
 
 
-def _measured(part: Sequence[Record], template: Template, tokenizer: Any) -> Iterable[tuple[int, int]]:
-    """(ids, image markers among them) of each record."""
-    conversations = [_messages(record) for record in part]
-    samples = template.encode(conversations, tokenizer, interleaved=[record.interleaved for record in part])
-    for segments in samples:
+def _measured(
+    file: str | Path, part: Sequence[Record], template: Template, tokenizer: Any
+) -> Iterable[tuple[int, int]]:
+    """(ids, image markers among them) of each record. DataError for one that training would refuse."""
+    for record in part:
+        listed = len(record.images) if record.interleaved else None
+        if problem := template.problem(record.turns, bool(record.images), listed):
+            raise DataError(f"{file}: {record.where}: conversations: {problem}")
+    for segments in encode_records(file, part, template, tokenizer):
         ids = segments[0].ids
         yield len(ids), ids.count(IMAGE_INDEX)
 
 
-def _messages(record: Record) -> list[dict[str, str]]:
-    return [
-        {"from": role, "value": text}
-        for question, answer in record.turns
-        for role, text in (("human", question), ("gpt", answer))
-    ]
+def _advice(path: str, folder: Path) -> str:
+    """What to do about an image that is not in the folder."""
+    if not folder.is_dir():
+        return "there is no such folder" if not folder.exists() else "that is no folder"
+    if is_url(path):
+        return "it is a URL, and pictures are not downloaded: save them to files"
+    if "\\" in path and os.sep == "/":
+        return "write / in place of \\ between folders"
+    return "the records' image paths are relative to the image folder"
 
 
 def _three(values: np.ndarray) -> tuple[float, float, float]:

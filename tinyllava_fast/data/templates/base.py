@@ -10,7 +10,7 @@ A template is one file in this folder; the registry finds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -293,8 +293,9 @@ class Template:
         texts = [r.text.split(IMAGE_TOKEN) for r in rendered]
         encodings = encode_pieces(tokenizer, [piece for pieces in texts for piece in pieces])
         front = added_ids(tokenizer)[0] if self.adds_special_tokens else []
+        greedy = {number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
         pairs = zip(rendered, texts, strict=True)
-        return [_join(item, pieces, [encodings[piece] for piece in pieces], front) for item, pieces in pairs]
+        return [_join(item, pieces, [encodings[piece] for piece in pieces], front, greedy) for item, pieces in pairs]
 
     def _as_reference(self, item: Rendered, encoded: _Encoded, tokenizer: Any) -> Segment:
         from tinyllava_fast.data.templates.reference import reference_spans
@@ -369,7 +370,9 @@ class _Encoded:
         return [i for n, (start, stop) in pairs if n == number for i in self.segment.ids[start:stop]]
 
 
-def _join(item: Rendered, pieces: list[str], encodings: list[Encoding], front: list[int]) -> _Encoded:
+def _join(
+    item: Rendered, pieces: list[str], encodings: list[Encoding], front: list[int], greedy: Container[int]
+) -> _Encoded:
     """Concatenate the pieces with one marker an image between them, behind the ids that stand before every text."""
     ids, spans, numbers, lost = list(front), [], [], {}
     begin = 0
@@ -385,7 +388,9 @@ def _join(item: Rendered, pieces: list[str], encodings: list[Encoding], front: l
             if missing := offsets.lost(piece, start, stop):
                 lost[n] = missing
             if (span := offsets.span(start, stop)) is not None:
-                spans.append((span[0] + len(ids), span[1] + len(ids)))
+                # a token of the prompt that swallows white space behind it, as that of an answer, is not learnt
+                first = span[0] + (encoding.ids[span[0]] in greedy and encoding.offsets[span[0]][0] < start)
+                spans.append((first + len(ids), span[1] + len(ids)))
                 numbers.append(n)
         ids += encoding.ids
         begin += len(piece) + len(IMAGE_TOKEN)

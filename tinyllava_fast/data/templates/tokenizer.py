@@ -10,19 +10,24 @@ Format: https://huggingface.co/docs/transformers/chat_templating
 from __future__ import annotations
 
 import re
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FrameType
 from typing import Any, cast
 
 from tinyllava_fast.data.templates.base import TEMPLATES, MaskMode, Rendered, Template, Turns
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.fields import shown
 
 _WHERE = "data.template=tokenizer"
 _SPACE = re.compile(r"\s*")
 _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SECONDS, _MOST = 10, 1_000_000  # to render one question; characters of it
 _OTHER = "choose another data.template, or a tokenizer whose chat template marks answers with {% generation %}"
 
 
@@ -51,8 +56,9 @@ class TokenizerTemplate(Template):
 
     def check(self, tokenizer: Any, masks: MaskMode = "offsets") -> None:
         """UserError if there is no chat template, or it has no end-of-turn token."""
+        if masks != "reference":  # else the base class refuses it
+            self.stop_id(tokenizer)
         super().check(tokenizer, masks)
-        self.stop_id(tokenizer)
 
     def stop_id(self, tokenizer: Any) -> int:
         """Id of the token that follows an answer."""
@@ -79,17 +85,28 @@ def _frame(tokenizer: Any) -> _Frame:
 def _probe(tokenizer: Any, source: str) -> _Frame:
     """Read off a conversation of one turn. ``source`` is part of the key: a tokenizer's template may be replaced."""
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    begin, prompt = (_text(tokenizer, [question], is_open) for is_open in (False, True))
+    with _time_limit(tokenizer):
+        begin, prompt = (_text(tokenizer, [question], is_open) for is_open in (False, True))
+        whole = _text(tokenizer, [question, answer], False)
+    if max(map(len, (begin, prompt, whole))) > _MOST:
+        raise UserError(
+            f"{_WHERE}: the chat template makes more than {_MOST:,} characters of one short question; mend it, or "
+            "choose another data.template"
+        )
+    if "answer" not in whole:
+        raise UserError(
+            f"{_WHERE}: the chat template does not show an answer as it is given: it alters the text of messages, or "
+            "wants them as lists of parts; choose another data.template"
+        )
     header = prompt[len(begin) :] if prompt.startswith(begin) else ""
-    whole = _text(tokenizer, [question, answer], False)
     end = whole.rfind("answer") + len("answer")
     end = _SPACE.match(whole, end).end()  # type: ignore[union-attr]
     names = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     stop = max((n for n in names if n.strip() and whole.startswith(n, end)), key=len, default=None)
     if stop is None:
         raise UserError(
-            f"{_WHERE}: the chat template ends an answer with {whole[end:]!r}, which begins with no special token of "
-            "the tokenizer, so the model could not learn to stop; choose another data.template"
+            f"{_WHERE}: the chat template ends an answer with {shown(whole[end:])}, which begins with no special "
+            "token of the tokenizer, so the model could not learn to stop; choose another data.template"
         )
     return _Frame(header, stop)
 
@@ -119,7 +136,8 @@ def _answers(tokenizer: Any, messages: Sequence[dict[str, str]], text: str) -> l
         if span is None:
             raise UserError(
                 f"{_WHERE}: the chat template does not show answer {number} unchanged and followed by {frame.stop!r} "
-                f"in a conversation of {len(answers)} turns; change the answer, set data.turns=independent, or {_OTHER}"
+                f"in a conversation of {len(answers)} turns; change the answer"
+                f"{', set data.turns=independent' if len(answers) > 1 else ''}, or {_OTHER}"
             )
         found.append(span)
     return found
@@ -181,12 +199,36 @@ def _named_errors(tokenizer: Any) -> Iterator[None]:
     """Any error of a chat template as a UserError: it is a program of whoever made the tokenizer, run in a sandbox."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         what = str(error) or type(error).__name__
         raise UserError(
             f"{_WHERE}: the chat template of tokenizer {tokenizer.name_or_path!r} refuses the conversation: {what}; "
             "mend the template, or choose another data.template"
         ) from error
+
+
+@contextmanager
+def _time_limit(tokenizer: Any) -> Iterator[None]:
+    """End what runs inside after _SECONDS: a template has no endless loop, but loops in loops take as good as for ever.
+
+    The interpreter asks at every line, so only code in Python is ended.
+    """
+    end = time.monotonic() + _SECONDS
+
+    def look(frame: FrameType, event: str, arg: object) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes longer than {_SECONDS} seconds")
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        with _named_errors(tokenizer):
+            yield
+    finally:
+        sys.settrace(before)
 
 
 TEMPLATES.register("tokenizer")(
