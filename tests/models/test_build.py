@@ -131,7 +131,10 @@ def test_image_processor_defaults() -> None:
         (ModelConfig(llm=LLMConfig(options={"x": 1})), "model.llm.options.x: unknown key"),
         (ModelConfig(llm=LLMConfig(path="package:no-such-thing")), "run `pip install no-such-thing`"),
         (ModelConfig(llm=LLMConfig(path="package:pip")), "package pip holds neither"),
-        (ModelConfig(llm=LLMConfig(path="no/such/llm")), "model.llm.path: cannot load 'no/such/llm'"),
+        (
+            ModelConfig(llm=LLMConfig(path="no/such/llm")),
+            "model.llm.path: no such folder or file: 'no/such/llm' .looked for '/",
+        ),
     ],
 )
 def test_errors(config: ModelConfig, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +188,7 @@ def test_no_tokenizer_and_no_processor(monkeypatch: pytest.MonkeyPatch, tiny: Ca
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"model.llm.tokenizer: a language model with random weights needs"):
         build_tokenizer(tiny())
-    with pytest.raises(UserError, match=r"model.vision.path: no image processor at 'no/such/tower'"):
+    with pytest.raises(UserError, match=r"model.vision.path: no such folder or file: 'no/such/tower' .looked for '/"):
         build_image_processor(ModelConfig(vision=VisionConfig(path="no/such/tower")))
 
 

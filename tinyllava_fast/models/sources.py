@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 
 from tinyllava_fast.errors import UserError, nearest
 
 _PREFIX = "package:"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # as the hub has them
 
 
-def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | None]:
+def resolve(path: str, gguf_file: str | None, where: str, key: str = "path") -> tuple[str, str | None]:
     """(folder or hub id, name of the GGUF file in it or None) of a ``path`` setting.
 
     A folder or package that has no config.json but one GGUF file means that file.
@@ -23,7 +27,8 @@ def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | No
     elif Path(path).is_dir():
         folder = Path(path)
     if folder is None:
-        return path, gguf_file  # a hub id
+        check_hub_id(path, f"{where}.{key}")
+        return path, gguf_file
     plain = any((folder / name).exists() for name in ("config.json", "tokenizer.json"))  # weights, or a tokenizer alone
     if gguf_file is None and not plain:
         gguf_file = _only(sorted(p.name for p in folder.glob("*.gguf")), where, str(folder))
@@ -31,6 +36,30 @@ def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | No
         have = [p.name for p in folder.glob("*.gguf")]
         raise UserError(f"{where}.gguf_file: {folder / gguf_file} does not exist; {nearest(gguf_file, have)}")
     return str(folder), gguf_file
+
+
+def check_hub_id(path: str, where: str) -> None:
+    """Raise UserError for a path that is neither there nor a name that the hub could know: nothing is asked of it.
+
+    "runs/nope" could be either. It counts as a path where there is a folder runs.
+    """
+    parent, _, _ = path.partition("/")
+    if os.path.exists(path):
+        return
+    if not _HUB_ID.fullmatch(path) or os.path.isdir(parent):
+        near = get_close_matches(os.path.basename(path), _folders(os.path.dirname(path) or "."), n=1)
+        hint = f"did you mean {os.path.join(os.path.dirname(path), near[0])!r}? " if near else ""
+        raise UserError(
+            f"{where}: no such folder or file: {path!r} (looked for {os.path.abspath(path)!r}); {hint}Give a folder, a "
+            'hub id such as owner/name, or "package:NAME"'
+        )
+
+
+def _folders(path: str) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def _in_package(name: str, gguf_file: str | None, where: str) -> tuple[Path, str]:
