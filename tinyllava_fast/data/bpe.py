@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+LARGEST = 2**20  # no text has use for more; the trainer reserves memory for all of them at once
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so no text is unknown
 LENGTH = 2048  # tokens: what the tokenizer states as its longest text
 
@@ -29,6 +30,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     """
     if vocabulary < SMALLEST:
         raise UserError(f"a vocabulary of {vocabulary} is too small; give {SMALLEST} (every byte is a token) or more")
+    if vocabulary > LARGEST:
+        raise UserError(f"a vocabulary of {vocabulary} is too large; give {LARGEST} or fewer")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

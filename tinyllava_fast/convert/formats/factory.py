@@ -50,6 +50,7 @@ class FactoryFormat(Format):
     """Every combination that TinyLLaVA Factory itself can build."""
 
     name = "factory"
+    takes_names = True
     summary = "TinyLLaVA Factory's finetune output, as it and its hub releases have it"
 
     def write(self, model: Model, folder: Path) -> None:
