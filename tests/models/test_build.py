@@ -192,6 +192,25 @@ def test_no_tokenizer_and_no_processor(monkeypatch: pytest.MonkeyPatch, tiny: Ca
         build_image_processor(ModelConfig(vision=VisionConfig(path="no/such/tower")))
 
 
+@pytest.mark.parametrize("path", ["runs/nope", "./nope", "../nope", "/nope", "a/b/c", "runs\\\\nope", "a b"])
+def test_a_path_is_not_asked_of_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "none").mkdir(parents=True)
+    for key, config in (
+        ("llm", ModelConfig(llm=LLMConfig(path=path))),
+        ("vision", ModelConfig(llm=LLMConfig(config={"model_type": "llama", **TEXT}), vision=VisionConfig(path=path))),
+    ):
+        with pytest.raises(UserError, match=rf"^model\.{key}\.path: no such folder or file: ") as error:
+            build_model(config)
+        assert ("did you mean 'runs/none'?" in str(error.value)) == (path == "runs/nope")
+
+
+@pytest.mark.parametrize("path", ["owner/name", "gpt2", "a-b.c/d_e.f"])
+def test_what_the_hub_could_know(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources.check_hub_id(path, "w")
+
+
 def test_sources(tmp_path: Path) -> None:
     assert sources.resolve("some/hub-id", None, "w") == ("some/hub-id", None)
     with pytest.raises(UserError, match=r"holds neither config.json nor a .gguf file"):
