@@ -112,7 +112,12 @@ def test_what_is_null_to_yaml(value: str, tmp_path: Path) -> None:
     ],
 )
 def test_commands(
-    main: Callable, arguments: list[str], said: str, home: Path, capfd: pytest.CaptureFixture[str], caplog
+    main: Callable,
+    arguments: list[str],
+    said: str,
+    home: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     try:
         code = main(arguments)

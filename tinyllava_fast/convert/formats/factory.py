@@ -196,6 +196,12 @@ def _dinov2_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def factory_has(connector: Any) -> bool:
+    """Whether the reference has a connector of this kind and of these fixed sizes."""
+    fixed = _FIXED.get(connector.name, {})
+    return connector.name in CONNECTORS and all(getattr(connector.options, k) == v for k, v in fixed.items())
+
+
 def _connector(lmm: LMM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config keys, weights under the reference's names)."""
     kind, options = lmm.connector.name, lmm.connector.options
