@@ -140,9 +140,8 @@ def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
         other = (
             "--format factory keeps it"
             if factory_has(lmm.connector)
-            else "nor has TinyLLaVA Factory with these settings: such a model stays in this toolkit's own folder, which "
-            "needs no export. A "
-            "model that is to be exported needs model.connector: {type: mlp2x_gelu} or linear"
+            else "nor has TinyLLaVA Factory with these settings: such a model stays in this toolkit's own folder, "
+            "which needs no export. A model that is to be exported needs model.connector: {type: mlp2x_gelu} or linear"
         )
         raise UserError(
             f"connector: transformers' llava has no {kind} ({settings}), only two linear maps with an activation "
