@@ -12,6 +12,7 @@ from pathlib import Path
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.paths import path_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def _path(text: str) -> Path:
+    return Path(path_argument(text))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="tlf-bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -36,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--json", metavar="FILE", help="also write the report there")
+        sub.add_argument("--json", type=path_argument, metavar="FILE", help="also write the report there")
         sub.add_argument("--quick", action="store_true", help="tiny measurements that only show that the command works")
         return sub
 
@@ -44,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
 
     train = command("train", _train, "Training step against transformers' Llava + HF Trainer, interleaved in one run.")
-    train.add_argument("--config", type=Path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
+    train.add_argument("--config", type=_path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
     train.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
     train.add_argument("--steps", type=int, default=1, help="steps of each competitor in a round (default 1)")
     train.add_argument("--warmup", type=int, default=2, help="untimed first steps of each (default 2)")
@@ -75,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
 
     scaling = command("scaling", _scaling, "Time and memory of our training step at growing numbers of tokens.")
-    scaling.add_argument("--config", type=Path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
+    scaling.add_argument("--config", type=_path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
     scaling.add_argument("--samples", type=int, default=4, help="samples of the smallest step (default 4)")
     scaling.add_argument("--factor", type=int, action="append", help="size of a step in those; repeat (1, 2, 4)")
     scaling.add_argument("--steps", type=int, default=4, help="timed steps of each size (default 4)")
@@ -83,22 +88,22 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--mode", default="finetune", help="as of train (default finetune)")
     scaling.add_argument("--lora-rank", type=int, default=128, help="rank in lora and qlora (default 128)")
     scaling.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the step")
-    scaling.add_argument("--plot", metavar="DIR", type=Path, help="draw both against the tokens, as scaling.png")
+    scaling.add_argument("--plot", metavar="DIR", type=_path, help="draw both against the tokens, as scaling.png")
     scaling.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.threads=2")
 
     fit = command("fit", _fit, "Memory and time of a 1.1 B model's step by recipe, and what fits which GPU.")
-    fit.add_argument("--config", type=Path, help="workload YAML (default: TinyLlama's shapes + SigLIP-so400m)")
+    fit.add_argument("--config", type=_path, help="workload YAML (default: TinyLlama's shapes + SigLIP-so400m)")
     fit.add_argument("--recipe", action="append", help="only this row of the table; repeat for several")
     fit.add_argument("--samples", type=int, action="append", help="samples of a step; repeat (1, 3)")
     fit.add_argument("--steps", type=int, default=2, help="timed steps of each size (default 2)")
     fit.add_argument("--lora-rank", type=int, default=128, help="rank in lora and qlora (default 128)")
     fit.add_argument("--limit", type=float, default=0, help="GiB that a state may take (default: what is available)")
-    fit.add_argument("--table", metavar="FILE", type=Path, help="also write the table there, as Markdown")
+    fit.add_argument("--table", metavar="FILE", type=_path, help="also write the table there, as Markdown")
     fit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.gradient_checkpointing=true")
 
     text = "Loss curves against a plain float32 loop, one sample at a time, and its noise from seed to seed."
     parity = command("parity", _parity, text)
-    parity.add_argument("--config", type=Path, help="its last stage is trained (default: SmolLM2-135M)")
+    parity.add_argument("--config", type=_path, help="its last stage is trained (default: SmolLM2-135M)")
     parity.add_argument("--steps", type=int, default=20, help="of each seed (default 20)")
     parity.add_argument("--samples", type=int, default=4, help="samples a step (default 4)")
     parity.add_argument("--seeds", type=int, default=3, help="seeds, from 0 on (default 3)")
@@ -107,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     infer = command(
         "infer", _infer, "Answers a second and latency against transformers' generate, interleaved in one run."
     )
-    infer.add_argument("--config", type=Path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
+    infer.add_argument("--config", type=_path, help="workload YAML (default: SmolLM2-135M + SigLIP-B/16-224)")
     infer.add_argument(
         "--questions", type=int, default=600, help="questions that ours answers in a round (default 600)"
     )
@@ -121,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument(
         "--agreement", action=argparse.BooleanOptionalAction, default=True, help="compare float32 answers too"
     )
-    infer.add_argument("--plot", metavar="DIR", type=Path, help="draw rates and latencies, as infer.png")
+    infer.add_argument("--plot", metavar="DIR", type=_path, help="draw rates and latencies, as infer.png")
     infer.add_argument("--threads", type=int, help="CPU threads of both sides (default: all cores)")
 
     text = "Each op on real shapes: torch eager and compiled, the libraries that install, ours."
@@ -136,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="include candidates under torch.compile (default yes)",
     )
-    ops.add_argument("--plot", metavar="DIR", type=Path, help="run further sizes and draw time and memory against size")
+    ops.add_argument(
+        "--plot", metavar="DIR", type=_path, help="run further sizes and draw time and memory against size"
+    )
     ops.add_argument(
         "--compare", metavar="FILE", help="compare with a file of --json; exit with 1 if a row has become slower"
     )
@@ -162,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     triton.add_argument(
         "--arch", default="sm_80,sm_90", help="comma-separated, of sm_80, sm_90, sm_100 (default: the table's)"
     )
-    triton.add_argument("--json", metavar="FILE", help="also write the table there")
+    triton.add_argument("--json", type=path_argument, metavar="FILE", help="also write the table there")
     triton.add_argument("--check", action="store_true", help="exit with 1 if a kernel falls behind the committed table")
     return parser
 
@@ -170,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
 def _machine(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import machine, report
 
+    machine.check_device(args.device)
     result = machine.measure(args.device, quick=args.quick)
     rows = [[k, str(v)] for k, v in result.items() if k not in ("gemm", "copy_bytes_per_s")]
     rows += [[f"GEMM {k}", report.quantity(v["flops_per_s"], "FLOP/s")] for k, v in result["gemm"].items()]

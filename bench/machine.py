@@ -11,6 +11,7 @@ import transformers
 
 from tinyllava_fast import hardware
 from tinyllava_fast.bench.timing import interleave
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.ops import _cpp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +41,12 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device that the command cannot measure here."""
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"--device {device}: there is no such device here; known: cpu, and cuda where there is a GPU")
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

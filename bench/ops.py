@@ -90,8 +90,7 @@ def check(ops: Sequence[str] | None, dtype: str, device: str, rounds: int) -> No
         raise UserError(f"--dtype {dtype!r}; {nearest(dtype, machine.DTYPES)}")
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: at least 1")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"--device {device}: there is no such device here; known: cpu, and cuda where there is a GPU")
+    machine.check_device(device)
     for name in ops or ():
         if name not in SUITE:
             raise UserError(f"--op {name!r}; {nearest(name, SUITE.names())}")

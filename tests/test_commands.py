@@ -14,9 +14,12 @@ from tinyllava_fast.commands import nearest_flag
 from tinyllava_fast.convert import cli as convert
 from tinyllava_fast.eval import cli as evaluate
 from tinyllava_fast.infer import chat
+from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.prepare import cli as data
 from tinyllava_fast.train import cli as train
 
 MAINS: dict[str, Callable[..., Any]] = {
+    "tlf-data": data.main,
     "tlf-train": train.main,
     "tlf-eval": evaluate.main,
     "tlf-chat": chat.main,
@@ -58,3 +61,31 @@ def test_nearest_flag(
 def test_no_flag_is_near() -> None:
     assert nearest_flag("--xyz", ["--resume"]) == nearest_flag("resume", ["--resume"]) == ""
     assert nearest_flag("--print-confg", ["--print_config"]) == "did you mean --print_config?"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        ("tlf-eval", ["m", "--limit", "x"], "argument --limit: 'x' is not a positive whole number"),
+        ("tlf-eval", ["m", "--batch-tokens", "0"], "argument --batch-tokens: '0' is not a positive whole number"),
+        ("tlf-eval", ["m", "--threads", "9" * 20], "argument --threads: 99999999999999999999 is more than 4096"),
+        ("tlf-chat", ["m", "--threads", "9" * 11], "argument --threads: 99999999999 is more than 4096"),
+        ("tlf-chat", ["m", "--temperature", "nan"], "temperature is nan; it must be 0 (greedy) or a positive number"),
+        ("tlf-chat", ["m", "--temperature", "inf"], "temperature is inf; it must be"),
+        ("tlf-bench", ["machine", "--quick", "--device", "xpu"], "--device xpu: there is no such device here"),
+        ("tlf-train", ["x.yaml", "--resume", ""], "--resume: expected auto, never or a path"),
+        ("tlf-data", [], "the following arguments are required: command"),
+    ],
+)
+def test_values_of_flags(
+    command: str,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    setup_logging()
+    monkeypatch.setattr(log, "propagate", True)
+    assert code_of(command, arguments, monkeypatch) == 2
+    assert said in capsys.readouterr().err + caplog.text

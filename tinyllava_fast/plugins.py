@@ -17,12 +17,18 @@ from pathlib import Path
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
+from tinyllava_fast.paths import path_argument
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
     """``--plugin``, which may be repeated; its values are for ``load_plugins``."""
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE", help="Python file with components of yours"
+        "--plugin",
+        action="append",
+        default=[],
+        type=path_argument,
+        metavar="FILE",
+        help="Python file with components of yours",
     )
 
 

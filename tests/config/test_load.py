@@ -100,7 +100,7 @@ def test_overrides(config: Path, override: str, read, value) -> None:
         ("stages.pretrain.data.image_folder=", ["stages[0].data.image_folder: expected str, got null"]),
         ("output_dir=runs: x", ["output_dir: expected str, got {'runs': 'x'}"]),
         ("output_dir=a: b: c", ["not valid YAML", "needs quotes", "output_dir='"]),
-        ("output_dir=12:30", ["output_dir: expected str, got 750; put it in quotes"]),
+        ("output_dir=12:30", ["12:30 is the number 750 to YAML; write 750, or put it in quotes"]),
         ("output_dir=yes", ["output_dir: expected str, got true; put it in quotes"]),
         ("model.llm.config={a: &x {b: *x}}", ["override", "does an alias stand inside"]),
         ("stages=[{name: a, data: {}}, {name: A, data: {}}]", ["'A' is used twice", "'a' for the same"]),

@@ -9,9 +9,12 @@ import torch
 
 from tests.models.checkpoints.golden import GOLDEN, folder
 from tinyllava_fast.convert.cli import main
+from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
 from tinyllava_fast.convert.formats.base import FORMATS
 from tinyllava_fast.data.pictures import REFERENCE, PictureReading
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
+from tinyllava_fast.models.checkpoints.base import Sources
 
 NAME = "llava15-tinyllama-clip"
 CLIP = str(GOLDEN / "components" / "tiny-clip")
@@ -95,3 +98,19 @@ def test_every_format_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None
         main(["export", "--help"])
     text = capsys.readouterr().out
     assert FORMATS.names() == ["adapter", "factory", "llava"] and all(name in text for name in FORMATS)
+
+
+def test_what_an_export_has_no_use_for(tmp_path: Path) -> None:
+    ours = import_checkpoint(folder(NAME), tmp_path / "ours", sources=Sources(vision=CLIP))
+    with pytest.raises(UserError, match=r"--llm-name: llava states no hub ids; leave it out, or give --format factory"):
+        export_model(ours, tmp_path / "a", "llava", names={"llm": "x"})
+    with pytest.raises(UserError, match=r"--vision x: .*ours is a model folder of this toolkit and has that part"):
+        export_model(ours, tmp_path / "a", "llava", sources=Sources(vision="x"))
+    (ours / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"it has no config.json; the folder around it is one: .*ours$"):
+        merge_adapter(ours / "adapter", tmp_path / "a")
+    with pytest.raises(UserError, match=r"cannot write the folder: .*choose another folder"):
+        export_model(ours, ours / "config.json" / "x", "llava")
+    with pytest.raises(UserError, match="too long"):
+        export_model(ours, tmp_path / ("x" * 300), "llava")
+    assert not (tmp_path / "a").exists()

@@ -16,6 +16,8 @@ def test_the_smallest_vocabulary_writes_any_text() -> None:
     tokenizer = train_tokenizer(["aaaa bbbb"], SMALLEST)
     assert len(tokenizer) == SMALLEST
     assert tokenizer.decode(tokenizer("ξ = 3 🐱").input_ids, skip_special_tokens=True) == "ξ = 3 🐱"
+    with pytest.raises(UserError, match="a vocabulary of 99,999,999,999 is too large; give 1,048,576 at most"):
+        train_tokenizer(["a"], 99999999999)
     with pytest.raises(UserError, match="a vocabulary of 259 is too small"):
         train_tokenizer(["a"], SMALLEST - 1)
 

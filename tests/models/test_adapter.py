@@ -227,6 +227,9 @@ def test_damage_is_named(what: str, message: str, tiny: Callable, save: Callable
     ("change", "message"),
     [
         ({"r": None}, r"adapter_config\.json: r: is null"),
+        ({"use_rslora": "no"}, r"adapter_config\.json: use_rslora: expected true or false, got 'no'"),
+        ({"use_dora": 1}, r"adapter_config\.json: use_dora: expected true or false, got 1"),
+        ({"rank_pattern": {"(": 4}}, r"adapter_config\.json: rank_pattern: \(: not a regular expression"),
         ({"r": 0}, r"adapter_config\.json: r: expected a whole number of at least 1, got 0"),
         ({"r": "8"}, r"r: expected a whole number"),
         ({"r": 10**9}, r"r: expected a rank of at most \d+, as large as a stored tensor"),

@@ -131,7 +131,10 @@ def test_image_processor_defaults() -> None:
         (ModelConfig(llm=LLMConfig(options={"x": 1})), "model.llm.options.x: unknown key"),
         (ModelConfig(llm=LLMConfig(path="package:no-such-thing")), "run `pip install no-such-thing`"),
         (ModelConfig(llm=LLMConfig(path="package:pip")), "package pip holds neither"),
-        (ModelConfig(llm=LLMConfig(path="no/such/llm")), "model.llm.path: cannot load 'no/such/llm'"),
+        (
+            ModelConfig(llm=LLMConfig(path="no/such/llm")),
+            "model.llm.path: no such folder or file: 'no/such/llm' .looked for '/",
+        ),
     ],
 )
 def test_errors(config: ModelConfig, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +188,27 @@ def test_no_tokenizer_and_no_processor(monkeypatch: pytest.MonkeyPatch, tiny: Ca
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"model.llm.tokenizer: a language model with random weights needs"):
         build_tokenizer(tiny())
-    with pytest.raises(UserError, match=r"model.vision.path: no image processor at 'no/such/tower'"):
+    with pytest.raises(UserError, match=r"model.vision.path: no such folder or file: 'no/such/tower' .looked for '/"):
         build_image_processor(ModelConfig(vision=VisionConfig(path="no/such/tower")))
+
+
+@pytest.mark.parametrize("path", ["runs/nope", "./nope", "../nope", "/nope", "a/b/c", "runs\\\\nope", "a b"])
+def test_a_path_is_not_asked_of_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "none").mkdir(parents=True)
+    for key, config in (
+        ("llm", ModelConfig(llm=LLMConfig(path=path))),
+        ("vision", ModelConfig(llm=LLMConfig(config={"model_type": "llama", **TEXT}), vision=VisionConfig(path=path))),
+    ):
+        with pytest.raises(UserError, match=rf"^model\.{key}\.path: no such folder or file: ") as error:
+            build_model(config)
+        assert ("did you mean 'runs/none'?" in str(error.value)) == (path == "runs/nope")
+
+
+@pytest.mark.parametrize("path", ["owner/name", "gpt2", "a-b.c/d_e.f"])
+def test_what_the_hub_could_know(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources.check_hub_id(path, "w")
 
 
 def test_sources(tmp_path: Path) -> None:

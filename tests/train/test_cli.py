@@ -86,7 +86,10 @@ def test_print_config_is_the_resolved_run(tiny_run, capsys):
         ),
         (["{}", "engine.device=tpu"], "engine.device: 'tpu'; known: auto, cpu, cuda"),
         (["{}", "stages.pretrain.data.records=nowhere.json"], "nowhere.json"),
-        (["{}", "--resume", "nowhere"], "nowhere: not a checkpoint"),
+        (
+            ["{}", "--resume", "nowhere"],
+            "nowhere: not a checkpoint, it has no state.json; it does not exist: --resume takes auto, never",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tiny_run, caplog, arguments, message):

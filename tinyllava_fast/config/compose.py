@@ -26,6 +26,7 @@ from tinyllava_fast.config.yaml_text import parse_yaml
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.fields import read_text, shown
 from tinyllava_fast.log import log
+from tinyllava_fast.paths import expand_home
 
 BASE = "base"
 
@@ -119,7 +120,7 @@ def _beside(path: Path, value: Any, where: str) -> Path:
     """The file that a section names, relative to the file ``path`` that names it."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise UserError(f"{where}: expected the path of a YAML file, got {shown(value)}")
-    return path.parent / value
+    return path.parent / expand_home(value)
 
 
 def _expand_value(cls: type, value: Any, path: Path, chain: tuple[Path, ...], key: str) -> Any:

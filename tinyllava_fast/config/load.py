@@ -24,6 +24,7 @@ from tinyllava_fast.config.schema import ModelConfig, RunConfig
 from tinyllava_fast.config.values import place, range_of, read_value, type_name
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.fields import shown
+from tinyllava_fast.paths import expand_home
 
 T = TypeVar("T")
 
@@ -34,9 +35,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     A section may be a file of its own or start from one by ``base`` (config/compose.py); overrides reach inside.
     Raises UserError naming the file, the key, what was expected and the nearest valid name.
     """
-    path = Path(path)
-    if "\0" in str(path):
-        raise UserError(f"{str(path)!r}: a path with a NUL character; remove it")
+    if "\0" in str(path) or not str(path).strip():
+        what = "with a NUL character; remove it" if str(path).strip() else "that is empty; name a YAML file"
+        raise UserError(f"{str(path)!r}: a path {what}")
+    path = Path(expand_home(str(path)))
     tree = apply_overrides(read_section(RunConfig, path), overrides, lambda t: expand(RunConfig, t, path, (path,)))
     run = parse_into(RunConfig, tree, str(path))
     _check_run(run, str(path))

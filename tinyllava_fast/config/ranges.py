@@ -46,6 +46,11 @@ class Filled:
     """A text that is not empty."""
 
 
+@dataclass(frozen=True)
+class Located:
+    """A text that is a path: ``~`` at its beginning stands for the home folder."""
+
+
 FINITE = Range()
 
 PositiveInt = Annotated[int, Range(least=1)]
@@ -60,6 +65,7 @@ Pixels = Annotated[int, Range(least=1, most=2**14)]
 """A side of an image or a patch."""
 Layers = Annotated[int, Range(least=1, most=4096)]
 Text = Annotated[str, Filled()]
+FilePath = Annotated[str, Filled(), Located()]
 Settings = Annotated[dict[str, Any], FINITE]
 """Free-form settings; nan and infinity are refused at any depth."""
 

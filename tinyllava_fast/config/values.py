@@ -11,9 +11,10 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from tinyllava_fast.config.ranges import FINITE, Filled, Range, fault
+from tinyllava_fast.config.ranges import FINITE, Filled, Located, Range, fault
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.fields import is_text, shown
+from tinyllava_fast.paths import expand_home
 
 Marks = tuple[object, ...]
 
@@ -164,16 +165,23 @@ def _read_number(kind: type, value: Any, where: str, key: str, marks: Marks) -> 
 
 
 def _read_text(value: Any, where: str, key: str, marks: Marks) -> str:
+    path = any(isinstance(mark, Located) for mark in marks)
     if not isinstance(value, str):
         simple = value is not None and not isinstance(value, (dict, list, tuple))
-        _fail(where, key, "str", value, "put it in quotes" if simple else "")
+        why = "to YAML ~ alone is null, too: write ~/ for the home folder" if path and value is None else ""
+        _fail(where, key, "str", value, "put it in quotes" if simple else why)
     if not is_text(value):
         _fail(where, key, "str", value, "it holds half of a surrogate pair; mend it")
     if "\0" in value:
         _fail(where, key, "str", value, "it holds a NUL character; remove it")
     if not value.strip() and any(isinstance(mark, Filled) for mark in marks):
         _fail(where, key, "text that is not empty", value)
-    return value
+    if not path:
+        return value
+    try:
+        return expand_home(value)
+    except UserError as error:
+        raise UserError(f"{place(where, key)}: {error}") from None
 
 
 def _fail(where: str, key: str, expected: str, value: Any, why: str = "") -> NoReturn:

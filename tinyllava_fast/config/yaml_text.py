@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -18,6 +19,7 @@ _ENDLESS = (
     f"it holds more than {_MOST_VALUES:,} values, aliases (*name) written out, or too many lists and mappings inside "
     "one another; does an alias stand inside what it stands for?"
 )
+_ODD_INT = re.compile(r"[-+]?0[0-7_]+|[^:]*:.*")
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -26,6 +28,26 @@ class _RefusedError(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
+    def construct_yaml_int(self, node: Any) -> int:
+        """Refuse what only YAML 1.1 takes for a number: 010 as octal, 1:30 as sexagesimal."""
+        value: int = super().construct_yaml_int(node)
+        if _ODD_INT.fullmatch(node.value):
+            raise _RefusedError(
+                problem=f"{node.value} is the number {value} to YAML; write {value}, or put it in quotes for a text",
+                problem_mark=node.start_mark,
+            )
+        return value
+
+    def construct_yaml_float(self, node: Any) -> float:
+        """Refuse 1:30.5, which is sexagesimal."""
+        value: float = super().construct_yaml_float(node)
+        if ":" in node.value:
+            raise _RefusedError(
+                problem=f"{node.value} is the number {value} to YAML; write {value}, or put it in quotes for a text",
+                problem_mark=node.start_mark,
+            )
+        return value
+
     def compose_mapping_node(self, anchor: Any) -> Any:
         """Check the keys as they are written, before merge keys bring in others."""
         node = super().compose_mapping_node(anchor)
@@ -47,6 +69,10 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key.value] = line
         return node
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def parse_yaml(text: str, where: str) -> Any:

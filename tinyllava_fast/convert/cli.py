@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import add_flag, load_plugins
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -20,18 +21,20 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     into = commands.add_parser("import", help="write a model folder of ours from a checkpoint of another project")
     into.add_argument(
-        "source", help="folder of TinyLLaVA Factory, TinyLLaVABench, LLaVA-1.5, transformers' llava, or an adapter"
+        "source",
+        type=path_argument,
+        help="folder of TinyLLaVA Factory, TinyLLaVABench, LLaVA-1.5, transformers' llava, or an adapter",
     )
-    into.add_argument("target", help="model folder to write; must not exist")
+    into.add_argument("target", type=path_argument, help="model folder to write; must not exist")
     into.add_argument("--template", metavar="NAME", help="chat template (default: the one that fits the tokenizer)")
-    into.add_argument("--base", metavar="DIR", help="model that an adapter alone was trained on")
+    into.add_argument("--base", type=path_argument, metavar="DIR", help="model that an adapter alone was trained on")
     into.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     group = into.add_mutually_exclusive_group()
     group.add_argument("--merge", action="store_true", help="add a LoRA adapter to the weights, in float32 (default)")
     group.add_argument("--keep-adapter", action="store_true", help="leave a LoRA adapter apart, to be trained further")
     out = commands.add_parser("export", help="write a model in another project's format")
-    out.add_argument("source", help="model folder, or a checkpoint that import takes")
-    out.add_argument("target", help="folder to write; must not exist")
+    out.add_argument("source", type=path_argument, help="model folder, or a checkpoint that import takes")
+    out.add_argument("target", type=path_argument, help="folder to write; must not exist")
     out.add_argument("--format", required=True, metavar="NAME", help="llava, factory or adapter")
     out.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     out.add_argument(
@@ -41,12 +44,21 @@ def parser() -> argparse.ArgumentParser:
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
     for command in (into, out):
         add_flag(command)
-        command.add_argument("--llm", metavar="DIR", help="language model that a projector or adapter alone needs")
-        command.add_argument("--vision", metavar="DIR", help="vision tower that the checkpoint only names")
-        command.add_argument("--vision2", metavar="DIR", help="the second tower of a mixture of features (its config)")
+        command.add_argument(
+            "--llm", type=path_argument, metavar="DIR", help="language model that a projector or adapter alone needs"
+        )
+        command.add_argument(
+            "--vision", type=path_argument, metavar="DIR", help="vision tower that the checkpoint only names"
+        )
+        command.add_argument(
+            "--vision2",
+            type=path_argument,
+            metavar="DIR",
+            help="the second tower of a mixture of features (its config)",
+        )
     merge = commands.add_parser("merge", help="add a model folder's LoRA adapter to its weights")
-    merge.add_argument("source", help="model folder with an adapter, e.g. runs/lora/final")
-    merge.add_argument("target", help="model folder to write; must not exist")
+    merge.add_argument("source", type=path_argument, help="model folder with an adapter, e.g. runs/lora/final")
+    merge.add_argument("target", type=path_argument, help="model folder to write; must not exist")
     merge.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     add_flag(merge)
     out.add_argument("--vision2-name", metavar="ID", help="factory: hub id of the second tower")

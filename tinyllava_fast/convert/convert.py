@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -77,8 +79,15 @@ def export_model(
     if keep_adapter and not kind.keeps_adapter:
         able = [name for name in FORMATS if FORMATS.get(name).keeps_adapter]
         raise UserError(f"--keep-adapter: {format} has no place for one beside the weights; {', '.join(able)} has")
+    if names and not kind.takes_names:
+        raise UserError(
+            f"--{next(iter(names))}-name: {format} states no hub ids; leave it out, or give --format factory"
+        )
     merge = kind.merge_adapter and not keep_adapter
-    if io.is_foreign(source):
+    foreign = io.is_foreign(source)
+    if not foreign and sources is not None:
+        _check_unused(sources, source)
+    if foreign:
         opened = open_checkpoint(source, dtype=dtype, sources=sources, merge=merge)
         lmm, tokenizer, processor = opened.lmm, opened.tokenizer, opened.processor
     else:
@@ -146,6 +155,15 @@ def _say_reading(source: str | Path, format: str, reading: PictureReading) -> No
         )  # fmt: skip
 
 
+def _check_unused(sources: Sources, source: str | Path) -> None:
+    """Raise UserError for a part that is given beside a model folder, which has all its parts."""
+    for name, given in dataclasses.asdict(sources).items():
+        if given:
+            raise UserError(
+                f"--{name} {given}: {source} is a model folder of this toolkit and has that part; leave it out"
+            )
+
+
 def _check_free(target: str | Path) -> None:
-    if Path(target).exists():
+    if os.path.lexists(target):
         raise UserError(f"{target}: exists; choose another folder or remove it")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+LARGEST = 2**20  # no text has use for more; the trainer reserves memory for all of them at once
 SMALLEST = len(SPECIAL) + 256  # every byte is a token, so no text is unknown
-LARGEST = 2**24  # no texts hold as many words; a trainer takes no number of more than 64 bits
 LENGTH = 2048  # tokens: what the tokenizer states as its longest text
 
 Turns = Iterable[tuple[str, str]]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError, writing
-from tinyllava_fast.infer.flags import add_model_flags
+from tinyllava_fast.infer.flags import add_model_flags, positive, threads
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import load_plugins
 
 EXAMPLES = """
@@ -30,14 +31,16 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"examples:{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("model", nargs="?", help="model folder, e.g. runs/demo/final")
+    p.add_argument("model", nargs="?", type=path_argument, help="model folder, e.g. runs/demo/final")
     p.add_argument("--benchmarks", metavar="NAMES", help="comma list of registered benchmarks, or all")
-    p.add_argument("--data", metavar="DIR", help="folder of all benchmarks, or of the only one")
-    p.add_argument("--output", metavar="DIR", help="results folder (default: eval beside the model)")
+    p.add_argument("--data", type=path_argument, metavar="DIR", help="folder of all benchmarks, or of the only one")
+    p.add_argument(
+        "--output", type=path_argument, metavar="DIR", help="results folder (default: eval beside the model)"
+    )
     p.add_argument(
         "--option", action="append", default=[], metavar="BENCHMARK.OPTION=VALUE", help="e.g. textvqa.ocr=false"
     )
-    p.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions of each")
+    p.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions of each")
     p.add_argument("--blind", action="store_true", help="control: replace every image by a blank one")
     p.add_argument(
         "--missing-images",
@@ -47,9 +50,18 @@ def parser() -> argparse.ArgumentParser:
     )
     other = p.add_mutually_exclusive_group()
     other.add_argument("--dry-run", action="store_true", help="check files, counts and first prompts; load no model")
-    other.add_argument("--score-only", metavar="FILE", help="score an answers file, ours, LLaVA's or TinyLLaVA's")
     other.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="two results folders or answer files of one benchmark, paired"
+        "--score-only",
+        type=path_argument,
+        metavar="FILE",
+        help="score an answers file, ours, LLaVA's or TinyLLaVA's",
+    )
+    other.add_argument(
+        "--compare",
+        nargs=2,
+        type=path_argument,
+        metavar=("A", "B"),
+        help="two results folders or answer files of one benchmark, paired",
     )
     p.add_argument(
         "--allow-different",
@@ -57,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
         help="with --compare: pair questions even where their prompts, pictures or right answers differ",
     )
     add_model_flags(p)
-    p.add_argument("--batch-tokens", type=_positive, default=16384, metavar="N", help="tokens in flight (memory)")
-    p.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+    p.add_argument("--batch-tokens", type=positive, default=16384, metavar="N", help="tokens in flight (memory)")
+    p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     return p
 
 
@@ -168,13 +180,6 @@ def _need(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; tlf-eval --help shows examples")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

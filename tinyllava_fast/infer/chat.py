@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.flags import add_model_flags, positive
+from tinyllava_fast.infer.flags import add_model_flags, threads
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import load_plugins
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ LEAVE = ("quit", "exit")
 def parser() -> argparse.ArgumentParser:
     """The command line of tlf-chat."""
     p = Parser(prog="tlf-chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", help="model folder, e.g. runs/demo/final")
+    p.add_argument("model", type=path_argument, help="model folder, e.g. runs/demo/final")
     p.add_argument(
         "--image",
+        type=path_argument,
         metavar="FILE",
         action="append",
         default=[],
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the nucleus of this probability (default: 1)")
     p.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    p.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+    p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     add_model_flags(p)
     return p
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.infer.types import Images, Message, Request, Sampling
+from tinyllava_fast.paths import expand_home
 
 COMMANDS = {
     "/help": "list the commands",
@@ -90,7 +91,7 @@ class Conversation:
 
     def _readable(self, images: Sequence[str]) -> list[str]:
         """The paths, each of which was opened once, so that a mistake is said before the first question."""
-        paths = [str(Path(path).expanduser()) for path in images]
+        paths = [expand_home(path) for path in images]
         for path in paths:
             load_image(path, self.assistant.engine.lmm.config.reading)
         return paths
@@ -98,7 +99,7 @@ class Conversation:
 
 def _words(text: str) -> list[str]:
     """Paths out of a line, in quotes where they hold spaces; a whole line that is a file is one path."""
-    if Path(text.strip()).expanduser().is_file():
+    if os.path.isfile(os.path.expanduser(text.strip())):
         return [text.strip()]
     try:
         return shlex.split(text)

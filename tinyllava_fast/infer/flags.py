@@ -6,6 +6,8 @@ import argparse
 
 from tinyllava_fast import plugins
 
+MOST_THREADS = 4096
+
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """``--dtype``, ``--weights``, ``--device`` and ``--plugin``, as from_pretrained and load_plugins take them.
@@ -26,4 +28,12 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def threads(text: str) -> int:
+    """A number of CPU threads, as argparse's ``type``."""
+    value = positive(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{value} is more than {MOST_THREADS}, the most threads")
     return value

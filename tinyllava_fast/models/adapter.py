@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,13 +245,19 @@ def read(folder: Path) -> Adapter:
 
 
 def _check_ranks(fields: Fields, tensors: Mapping[str, Tensor]) -> None:
-    """Raise for a rank or scale that is none, and for a rank that no stored tensor has: its layers would be made."""
+    """Raise for a rank, scale, switch or pattern that is none, and for a rank that no stored tensor has."""
     most = max((max(t.shape, default=1) for t in tensors.values()), default=1)
     patterns = (fields.mapping(name, None) for name in ("rank_pattern", "alpha_pattern"))
     ranks, alphas = (pattern or Fields({}, fields.where, CheckpointError) for pattern in patterns)
     for owner, name in ((fields, "r"), *((ranks, name) for name in ranks.values)):
         if owner.integer(name, least=1) > most:
             owner.fail(name, f"a rank of at most {most}, as large as a stored tensor", owner.values[name])
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        fields.boolean(name, False)
+    for owner in (ranks, alphas):
+        for name in owner.values:
+            with reading(f"{owner.where}: {name}: not a regular expression"):
+                re.compile(name)
     for owner, name in ((fields, "lora_alpha"), *((alphas, name) for name in alphas.values)):
         owner.number(name)
 

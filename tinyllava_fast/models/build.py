@@ -19,7 +19,7 @@ from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 from tinyllava_fast.models.hf import cast_parameters
 from tinyllava_fast.models.llm.base import LLMS, LLMAdapter
 from tinyllava_fast.models.lmm import LMM, LMMConfig
-from tinyllava_fast.models.sources import resolve
+from tinyllava_fast.models.sources import ask_hub, resolve
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 
@@ -74,6 +74,7 @@ def _image_processor(config: VisionConfig) -> Any:
     options = parse_into(cls.Options, config.options, "", key="model.vision.options")
     stored = None
     if config.path is not None:
+        ask_hub(config.path, "model.vision.path")
         try:
             stored = cls.processor_class.from_pretrained(config.path)
         except OSError as error:
@@ -154,7 +155,8 @@ def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     path = config.tokenizer if config.tokenizer is not None else config.path
     if path is None:
         raise UserError("model.llm.tokenizer: a language model with random weights needs a tokenizer folder")
-    source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm")
+    key = "path" if config.tokenizer is None else "tokenizer"
+    source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm", key)
     tokenizer = io.read_tokenizer(source, gguf_file)
     _adapter(config).prepare_tokenizer(tokenizer)
     return tokenizer

@@ -42,6 +42,7 @@ from tinyllava_fast.models.vision.base import VISION, VisionTower
 MODEL_TYPE = "tinyllava_fast"
 WEIGHTS = "model.safetensors"
 T = TypeVar("T")
+_GIVE = "give a folder that tlf-train wrote"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -157,11 +158,11 @@ def check_folder(folder: str | Path) -> None:
             raise CheckpointError(
                 f"{folder}: not a model folder: it is a file; give the folder that it is in: {folder.parent}"
             )
-        raise CheckpointError(
-            f"{folder}: not a model folder: it has no config.json; give a folder that tlf-train wrote"
-        )
+        around = Path(os.path.abspath(folder)).parent
+        hint = f"the folder around it is one: {around}" if (around / "config.json").is_file() else _GIVE
+        raise CheckpointError(f"{folder}: not a model folder: it has no config.json; {hint}")
     close = get_close_matches(folder.name, _folders(folder.parent), n=1)
-    hint = f"did you mean {folder.parent / close[0]}?" if close else "give a folder that tlf-train wrote"
+    hint = f"did you mean {folder.parent / close[0]}?" if close else _GIVE
     raise CheckpointError(f"{folder}: not a model folder: it does not exist; {hint}")
 
 
@@ -274,7 +275,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: cannot write the folder: {error}; what was there before is untouched. Free some space or "
-            "choose another output_dir"
+            "choose another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

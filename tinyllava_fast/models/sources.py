@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from tinyllava_fast.errors import UserError, nearest
 _PREFIX = "package:"
 
 
-def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | None]:
+def resolve(path: str, gguf_file: str | None, where: str, key: str = "path") -> tuple[str, str | None]:
     """(folder or hub id, name of the GGUF file in it or None) of a ``path`` setting.
 
     A folder or package that has no config.json but one GGUF file means that file.
@@ -24,7 +26,8 @@ def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | No
     elif Path(path).is_dir():
         folder = Path(path)
     if folder is None:
-        return path, gguf_file  # a hub id
+        check_hub_id(path, f"{where}.{key}")
+        return path, gguf_file
     plain = any((folder / name).exists() for name in ("config.json", "tokenizer.json"))  # weights, or a tokenizer alone
     if gguf_file is None and not plain:
         gguf_file = _only(sorted(p.name for p in folder.glob("*.gguf")), where, str(folder))
@@ -35,10 +38,32 @@ def resolve(path: str, gguf_file: str | None, where: str) -> tuple[str, str | No
 
 
 def check_hub_id(path: str, where: str) -> None:
-    """Raise UserError for what is no folder, where no hub can be asked for it."""
-    if is_hub_id(path) and not Path(path).exists() and (reason := no_answer(path)):
-        looked = str(Path(path).absolute())
-        raise UserError(f"{where}.path: {path!r}: no such folder (looked for {looked!r}), and as a hub id: {reason}")
+    """Raise UserError for a path that is neither there nor a name that a hub could know. where: the key, in full."""
+    if not os.path.exists(path) and not is_hub_id(path):
+        raise _no_such(path, where)
+
+
+def ask_hub(path: str, where: str) -> None:
+    """Raise UserError for a path that is not there, where no hub can be asked for it. where: the key, in full."""
+    check_hub_id(path, where)
+    if not os.path.exists(path) and (reason := no_answer(path)):
+        raise _no_such(path, where, f"as a hub id: {reason}. ")
+
+
+def _no_such(path: str, where: str, reason: str = "") -> UserError:
+    near = get_close_matches(os.path.basename(path), _folders(os.path.dirname(path) or "."), n=1)
+    hint = f"did you mean {os.path.join(os.path.dirname(path), near[0])!r}? " if near else ""
+    return UserError(
+        f"{where}: no such folder or file: {path!r} (looked for {os.path.abspath(path)!r}); {hint}{reason}Give a "
+        'folder, a hub id such as owner/name, or "package:NAME"'
+    )
+
+
+def _folders(path: str) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def _in_package(name: str, gguf_file: str | None, where: str) -> tuple[Path, str]:

@@ -185,6 +185,8 @@ def load_state(folder: Path) -> TrainState:
     if not path.is_file():
         known = sorted(p.parent.name for p in folder.glob("*/state.json"))
         hint = f"; it holds {', '.join(known)}" if known else ""
+        if not folder.exists():
+            hint = "; it does not exist: --resume takes auto, never, or the path of a checkpoint or run folder"
         raise CheckpointError(f"{folder}: not a checkpoint, it has no state.json{hint}")
     try:
         return _state(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError))

@@ -11,6 +11,7 @@ from tinyllava_fast.commands import nearest_flag, version
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.paths import expand_home
 
 USAGE = """\
 usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help]
@@ -29,6 +30,7 @@ of a key that is given twice the last value holds:
   --version        print the version and exit
 """
 FLAGS = ("--help", "--print_config", "--profile", "--version")
+RESUME = ("auto", "never")
 _ALIASES = {"-h": "--help", "--print-config": "--print_config"}
 
 
@@ -93,7 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
                 value = rest.pop(0) if rest else ""
             if not value or value.startswith("--"):
                 raise UserError("--resume: expected auto, never or a path")
-            resume = value
+            resume = value if value in RESUME else expand_home(value)
         elif argument.startswith("--"):
             overrides.append(_override(argument, rest))
         elif "=" in argument:

@@ -18,6 +18,7 @@ from tests.models.checkpoints.golden import GOLDEN, LAYOUT, MODELS, folder, open
 from tinyllava_fast.config.schema import ModelConfig
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models import io
+from tinyllava_fast.models.adapter import layers
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Folder, Sources
 from tinyllava_fast.models.checkpoints.load import open_checkpoint
@@ -175,6 +176,42 @@ def test_legacy_lora(tmp_path: Path, copy: Callable[..., Path]) -> None:
     (path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(CheckpointError, match="use_dora is True; only plain LoRA"):
         open_checkpoint(path, sources=Sources(vision=str(SIGLIP), llm=str(base)))
+
+
+def test_legacy_lora_of_the_tower_and_the_projector(tmp_path: Path) -> None:
+    """Layers of the tower above the one that is read are adapted, too, and of no use."""
+    base, path, tower = folder(LEGACY), tmp_path / "lora", "model.vision_tower.vision_tower.vision_model.encoder.layers"
+    path.mkdir()
+    shutil.copy(base / "config.json", path)
+    weights, rng = load_file(base / "model.safetensors"), torch.Generator().manual_seed(0)
+    keys = [f"{tower}.0.self_attn.q_proj", "model.mm_projector.0", "model.layers.0.self_attn.q_proj"]
+    adapter, updates = {}, {}
+    for key in keys:
+        out, inside = weights[f"{key}.weight"].shape
+        a, b = torch.randn(4, inside, generator=rng), torch.randn(out, 4, generator=rng)
+        adapter |= {f"base_model.model.{key}.lora_A.weight": a, f"base_model.model.{key}.lora_B.weight": b}
+        updates[key] = 2 * b @ a
+    for letter in "AB":
+        adapter[f"base_model.model.{tower}.40.mlp.fc1.lora_{letter}.weight"] = torch.ones(4, 4)
+    save_file(adapter, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    torch.save({"model.mm_projector.0.bias": weights["model.mm_projector.0.bias"]}, path / "non_lora_trainables.bin")
+    given = Sources(vision=str(SIGLIP), llm=str(base))
+    rest, lmm = opened(LEGACY).lmm, open_checkpoint(path, sources=given).lmm
+    changed = {
+        "vision.encoder.layers.0.self_attn.q_proj.weight": updates[keys[0]],
+        "connector.layers.0.weight": updates[keys[1]],
+        "llm.model.layers.0.self_attn.q_proj.weight": updates[keys[2]],
+    }
+    before, after = rest.state_dict(), lmm.state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor + changed.get(name, 0), atol=1e-5, rtol=0)
+    kept = open_checkpoint(path, sources=given, merge=False).lmm
+    assert sorted(name for name, _ in layers(kept)) == sorted(name.removesuffix(".weight") for name in changed)
+    save_file({"base_model.model.model.nothing.lora_A.weight": torch.ones(4, 4)}, path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"linear layers: base_model.model.model.nothing.*merge_and_unload"):
+        open_checkpoint(path, sources=given)
 
 
 def test_llava15_without_its_tower(copy: Callable[..., Path], tmp_path: Path) -> None:

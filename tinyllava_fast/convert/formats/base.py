@@ -28,6 +28,8 @@ class Format(ABC):
     summary: ClassVar[str]
     merge_adapter: ClassVar[bool] = True
     """Whether a LoRA adapter is added to the weights first."""
+    takes_names: ClassVar[bool] = False
+    """Whether it states hub ids of the parts, which ``names`` of a model gives."""
     keeps_adapter: ClassVar[bool] = False
     """Whether it can hold an adapter apart from the weights, for --keep-adapter."""
 

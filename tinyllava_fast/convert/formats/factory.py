@@ -50,6 +50,7 @@ class FactoryFormat(Format):
     """Every combination that TinyLLaVA Factory itself can build."""
 
     name = "factory"
+    takes_names = True
     summary = "TinyLLaVA Factory's finetune output, as it and its hub releases have it"
 
     def write(self, model: Model, folder: Path) -> None:
@@ -193,6 +194,12 @@ def _dinov2_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif ".mlp.up_proj." not in name:
             renamed[name] = tensor
     return renamed
+
+
+def factory_has(connector: Any) -> bool:
+    """Whether the reference has a connector of this kind and of these fixed sizes."""
+    fixed = _FIXED.get(connector.name, {})
+    return connector.name in CONNECTORS and all(getattr(connector.options, k) == v for k, v in fixed.items())
 
 
 def _connector(lmm: LMM) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
-from tinyllava_fast.convert.formats.factory import CONNECTORS as FACTORY_CONNECTORS
+from tinyllava_fast.convert.formats.factory import factory_has
 from tinyllava_fast.convert.formats.llava_adapter import write_adapter
 from tinyllava_fast.convert.formats.llava_processor import build_processor
 from tinyllava_fast.convert.formats.towers import completed, resized_positions
@@ -139,9 +139,9 @@ def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
         settings = ", ".join(f"{name}: {value}" for name, value in asdict(options).items()) or "no options"
         other = (
             "--format factory keeps it"
-            if kind in FACTORY_CONNECTORS
-            else "nor has TinyLLaVA Factory: such a model stays in this toolkit's own folder, which needs no export. A "
-            "model that is to be exported needs model.connector: {type: mlp2x_gelu} or linear"
+            if factory_has(lmm.connector)
+            else "nor has TinyLLaVA Factory with these settings: such a model stays in this toolkit's own folder, "
+            "which needs no export. A model that is to be exported needs model.connector: {type: mlp2x_gelu} or linear"
         )
         raise UserError(
             f"connector: transformers' llava has no {kind} ({settings}), only two linear maps with an activation "

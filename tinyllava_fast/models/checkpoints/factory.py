@@ -15,7 +15,7 @@ from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
-from tinyllava_fast.models.checkpoints.lora import read_lora
+from tinyllava_fast.models.checkpoints.lora import NO_USE, read_lora
 from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights, read_tensors
 from tinyllava_fast.models.hf import legacy_text_config
 
@@ -126,6 +126,10 @@ class Lora(FactoryLayout):
         def rename(name: str) -> str | None:
             for component, prefix in PREFIXES.items():
                 if name.startswith(prefix):
+                    number = towers.layer_number(name) if component == "vision" else None
+                    single = checkpoint.vision["type"] != "mof"  # the layers of two towers are counted apart
+                    if single and number is not None and number >= checkpoint.vision["config"]["num_hidden_layers"]:
+                        return NO_USE
                     inner = "_connector." if component == "connector" else ""
                     return ours.get(inner + name.removeprefix(prefix))
             return None

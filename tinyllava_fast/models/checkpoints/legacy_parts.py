@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.legacy import BENCH, LLAVA, PROJECTOR, TOWER, Bench, LegacyLayout, Llava15
 from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
-from tinyllava_fast.models.checkpoints.lora import read_lora
+from tinyllava_fast.models.checkpoints.lora import NO_USE, read_lora
 from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights, read_tensors
 
 _PROJECTOR_FILE, _TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
@@ -57,10 +60,21 @@ class Adapter(Layout):
         trained = {k.removeprefix("base_model."): v for k, v in folder.tensors(_TRAINED_FILE).items()}
         if any(k.startswith("model.model.") for k in trained):
             trained = {k.removeprefix("model."): v for k, v in trained.items()}
-        checkpoint = _describe(self.name, folder, sources, base, tensors | trained)
+        stored = tensors | trained
+        checkpoint = _describe(self.name, folder, sources, base, stored)
+        names = {id(tensor): name for name, tensor in stored.items()}
+        ours = {names[id(tensor)]: name for name, tensor in checkpoint.weights.items() if id(tensor) in names}
 
         def rename(name: str) -> str | None:
-            return f"llm.{name}" if f"llm.{name}" in checkpoint.weights else None
+            if not name.startswith(TOWER):
+                return ours.get(name)
+            # The tower's weights may be from a folder of its own, under other names: its class says which is which.
+            inner = name.removeprefix(TOWER)
+            found, _ = parts.vision_weights(checkpoint.vision["type"], {inner: Stored.of(name, torch.empty(0))})
+            number, kept = towers.layer_number(inner), checkpoint.vision["config"]["num_hidden_layers"]
+            if number is not None and number >= kept:
+                return NO_USE
+            return next((ours_too for ours_too in found if ours_too in checkpoint.weights), None)
 
         checkpoint.adapter = read_lora(folder.path, rename)
         return checkpoint

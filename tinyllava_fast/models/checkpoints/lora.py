@@ -22,6 +22,7 @@ from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
 from tinyllava_fast.models.described import reading
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_USE = ""  # our name for a weight that the model leaves out, such as those of tower layers above the one read
 _FILES = (WEIGHTS, "adapter_model.bin")
 _PREFIX = "base_model.model."
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
@@ -106,7 +107,8 @@ def _given(config: Mapping[str, Any], name: str) -> Any:
 def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
     """The adapter of a folder.
 
-    rename: the weight's name in the wrapped model -> our name, None if we have no such weight.
+    rename: the weight's name in the wrapped model -> our name, None if we have no such weight, NO_USE if it is one that
+    the model leaves out.
     Raises CheckpointError for a kind of adapter that is not plain LoRA, and for tensors that do not pair up.
     """
     path = folder / CONFIG
@@ -151,10 +153,13 @@ def _pairs(
         name = rename(f"{match[1]}.weight") if match else None
         if match is None or name is None:
             strange.append(f"{key} {list(stored.shape)}")
-        else:
+        elif name != NO_USE:
             halves.setdefault(name, {})[match[2]] = stored
     if strange:
-        raise CheckpointError(f"{where}: not updates of this model's linear layers: {', '.join(strange)}")
+        raise CheckpointError(
+            f"{where}: not updates of this model's linear layers: {', '.join(strange)}. Add the adapter to the weights "
+            "where it was trained (peft's merge_and_unload, save_pretrained) and give the merged folder"
+        )
     single = [f"{name} has only lora_{'/'.join(half)}" for name, half in halves.items() if len(half) < 2]
     if single or not halves:
         raise CheckpointError(f"{where}: {', '.join(single) or 'holds no update at all'}")

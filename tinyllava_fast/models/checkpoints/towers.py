@@ -12,7 +12,7 @@ import torch
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
 from tinyllava_fast.models.checkpoints.base import Folder
 from tinyllava_fast.models.checkpoints.tensors import Stored
-from tinyllava_fast.models.sources import check_hub_id
+from tinyllava_fast.models.sources import ask_hub
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 from tinyllava_fast.models.vision.encoder import EncoderTower
 
@@ -133,7 +133,7 @@ def tower_config(name: str, override: str | None, where: str, flag: str) -> dict
     from transformers import AutoConfig
 
     try:
-        check_hub_id(source, where)
+        ask_hub(source, where)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
         raise CheckpointError(

@@ -13,7 +13,7 @@ from tinyllava_fast.models.attention import PACKED
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
 from tinyllava_fast.models.llm.base import LLMS, LLMAdapter, adapters_for
-from tinyllava_fast.models.sources import check_hub_id, resolve
+from tinyllava_fast.models.sources import ask_hub, resolve
 
 # Transformations of the logits that the loss and the decoder of this package do not apply.
 _LOGIT_CHANGES = {"logits_scaling": 1.0, "logit_scale": 1.0}
@@ -48,7 +48,7 @@ class AutoLLM(LLMAdapter):
     ) -> PreTrainedModel:
         """See the base class. GGUF weights are dequantised to plain tensors."""
         source, gguf_file = resolve(path, gguf_file, where)
-        check_hub_id(source, where)
+        ask_hub(source, f"{where}.path")
         extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
         with reading(f"{where}.path: cannot load {path!r} as a language model", UserError):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)

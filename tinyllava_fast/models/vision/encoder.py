@@ -21,7 +21,7 @@ from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.models.attention import FULL
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, seeded
-from tinyllava_fast.models.sources import check_hub_id
+from tinyllava_fast.models.sources import ask_hub
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 SELECTIONS = ("patch", "cls_patch")
@@ -145,7 +145,7 @@ class EncoderTower(VisionTower):
         """The transformers config of pretrained weights, with overrides."""
         from transformers import AutoConfig
 
-        check_hub_id(path, where)
+        ask_hub(path, f"{where}.path")
         with reading(f"{where}.path: cannot load {path!r} as a {cls.name} tower", UserError):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
