@@ -152,7 +152,7 @@ print(json.dumps(tokens))
     [
         ("phi-siglip-mlp2x_gelu-mono", r"llm: phi's output projection has a bias \(lm_head.bias\)"),
         ("openelm-clip-mlp2x_gelu-mono", "llm: openelm is not in transformers"),
-        ("stablelm-clip-resampler-mono", "connector: resampler"),
+        ("stablelm-clip-resampler-mono", "llava has no resampler"),
     ],
 )
 def test_what_llava_lacks(name: str, message: str, tmp_path: Path) -> None:

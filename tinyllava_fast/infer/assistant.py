@@ -12,7 +12,6 @@ import torch
 from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
-from tinyllava_fast.fields import shown
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
 from tinyllava_fast.infer.weights import check_finite, check_weights, prepare_weights
@@ -153,7 +152,7 @@ def _device(name: str) -> str:
 def _check_folder(path: str | Path) -> None:
     """Raise CheckpointError for a path that is near a model folder, saying which one is meant."""
     if not isinstance(path, (str, Path)):
-        raise CheckpointError(f"{shown(path)}: expected the path of a model folder, such as 'runs/demo/final'")
+        raise CheckpointError(f"{path!r:.80}: expected the path of a model folder, such as 'runs/demo/final'")
     folder = Path(path)
     if folder.is_file():
         raise CheckpointError(f"{path}: is a file; give the model folder that holds it: {folder.parent}")

@@ -81,11 +81,6 @@ class Options:
     parallel: Annotated[int, Range(least=1, most=1024)] = 4
     """Requests at a time."""
 
-    def __post_init__(self) -> None:
-        """Raise UserError for an address that no HTTP client takes."""
-        if not self.base_url.startswith(("http://", "https://")):
-            raise UserError("base_url: expected an address that begins with http:// or https://")
-
 
 @BENCHMARKS.register("mmvet")
 class MMVet(Benchmark):
@@ -97,6 +92,12 @@ class MMVet(Benchmark):
     scored_by = ("judge",)
     max_new_tokens = 1024
     published = published_rows("total", 31.1, 36.1, 37.5, 23.2, 19.5)
+
+    def __init__(self, options: Options | None = None) -> None:
+        """Raise UserError for a base_url that no HTTP client takes."""
+        super().__init__(options)
+        if not self.options.base_url.startswith(("http://", "https://")):
+            raise UserError("mmvet.base_url: expected an address that begins with http:// or https://")
 
     def locate(self, root: Path) -> Files:
         """llava-mm-vet.jsonl, mm-vet.json and the images; the evaluator and bard_set.json if they are there."""
