@@ -376,7 +376,10 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
+    try:
+        text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
+        text = type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -58,7 +58,7 @@ def test_paths_near_a_model_folder(folder, tmp_path):
         tinyllava_fast.load(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"is a file; give the model folder that holds it: "):
         tinyllava_fast.load(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="null: expected the path of a model folder"):
+    with pytest.raises(CheckpointError, match="None: expected the path of a model folder"):
         tinyllava_fast.load(None)
 
 
