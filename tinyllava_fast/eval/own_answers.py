@@ -17,8 +17,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _AROUND = " \t\r\n.,;:!?()[]\"'*`"
 _KEYBOARD = {
     **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},
-    **str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00ab": '"', "\u00bb": '"'}),
-    **str.maketrans({"\u3002": ".", "\u3001": ",", "\u2026": ".", "\u300c": '"', "\u300d": '"', "\u3000": " "}),
+    **str.maketrans("\u2018\u2019\u201c\u201d\u00ab\u00bb", "''" + '"' * 4),
+    **str.maketrans("\u3002\u3001\u2026\u300c\u300d\u3000", '.,."" '),
 }
 """Full-width signs, curly and angle quotes, the full stop, comma and quotes of Chinese and Japanese."""
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
