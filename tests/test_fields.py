@@ -298,3 +298,17 @@ def test_what_counts_as_a_number() -> None:
 
 def test_json_escapes_can_spell_half_of_a_pair() -> None:
     assert is_text(json.loads('"\\ud83d\\ude00"')) and not is_text(json.loads('"\\ud83d"'))
+
+
+def test_a_whole_number_is_the_same_word_in_any_notation():
+    values = {"a": 3.0, "b": 1e3, "c": -0.0, "d": 2.5, "e": 1e300, "f": [1.0, 2]}
+    fields = Fields(values, "f.json")
+    assert [fields.word(name) for name in "abcde"] == ["3", "1000", "0", "2.5", "1e+300"]
+    assert fields.words("f") == ["1", "2"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "[", "a,b", "3", '"x"'])
+def test_a_line_that_is_no_object_is_told_what_a_line_is(tmp_path, text):
+    (tmp_path / "f.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"line 1: .*each line of this file is one JSON object"):
+        list(read_jsonl(tmp_path / "f.jsonl"))

@@ -44,7 +44,8 @@ def writing(path: str | Path) -> Iterator[None]:
         number = error.errno or 0
         reason = os.strerror(number) if number else str(error) or type(error).__name__
         remedy = _REMEDIES.get(number, "check the disk and the permissions, or name another folder")
-        raise UserError(f"{error.filename or path}: cannot be written: {reason}; {remedy}") from error
+        name = error.filename2 or error.filename or path  # of two, the second is what the first was to replace
+        raise UserError(f"{name}: cannot be written: {reason}; {remedy}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -30,6 +30,8 @@ _LONGEST_PATH, _LONGEST_NAME = 4095, 255
 """Of a path and of a name in it, in bytes; longer ones make the system's calls fail."""
 _SURELY_SHORT = 60
 """Characters, which are at most 240 bytes."""
+_EXACT = 2**53
+"""Below it a float holds every whole number."""
 
 
 class _RepeatedFieldError(ValueError):
@@ -74,7 +76,7 @@ class Fields:
         return self._text(name, value, empty)
 
     def word(self, name: str, default: T | _Required = REQUIRED) -> str | T:
-        """Text that is not empty, or a finite number as Python writes it: 3 is "3"."""
+        """Text that is not empty, or a finite number as Python writes it: 3 is "3", and so is 3.0."""
         value = self._given(name, default)
         if value is None:
             return default  # type: ignore[return-value]
@@ -222,7 +224,8 @@ class Fields:
 
     def _word(self, name: str, value: Any) -> str:
         if is_number(value):
-            return str(value)
+            whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
+            return str(int(value) if whole else value)
         if not isinstance(value, str):
             why = 'write the word in quotation marks, e.g. "yes" or "true"' if isinstance(value, bool) else ""
             self.fail(name, "text or a number", value, why)
@@ -272,12 +275,20 @@ def read_jsonl(path: Path, error: type[UserError] = DataError) -> Iterator[tuple
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    where = f"{path}, line {number}"
-                    yield number, Fields.of(decode(line, where, error), where, error)
+                    yield number, _object(line, f"{path}, line {number}", error)
     except UnicodeDecodeError as bad:
         raise not_utf8(path, bad, error) from None
     except OSError as bad:
         raise error(f"{path}: cannot be read: {bad.strerror}") from None
+
+
+def _object(line: str, where: str, error: type[UserError]) -> Fields:
+    try:
+        return Fields.of(decode(line, where, error), where, error)
+    except error as bad:
+        if line.lstrip()[:1] == "{":
+            raise
+        raise error(f"{bad}; each line of this file is one JSON object, {{...}}") from None
 
 
 def not_utf8(path: Path, bad: UnicodeDecodeError, error: type[UserError] = DataError) -> UserError:
@@ -365,7 +376,10 @@ def shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
+    try:
+        text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
+        text = type(value).__name__
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -31,6 +32,16 @@ CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096))
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _NEVER = 2**31 - 1  # mallopt takes an int
 _OLD_LIMIT = 32 * 2**20  # the largest mmap threshold that older glibc accepts
+
+
+def torchrun_number(name: str, default: int) -> int:
+    """A number that torchrun sets in the environment. UserError if something else has set it to no number."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(
+            f"environment variable {name}: expected a whole number, got {text!r}; unset it, or use torchrun"
+        )
+    return int(text)
 
 
 def prepare_memory() -> bool:

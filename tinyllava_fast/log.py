@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -30,8 +31,13 @@ class _Quiet(logging.Filter):
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's log to stderr through rich on rank 0 and silence other ranks below WARNING."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    """Send the package's log to stderr through rich on rank 0 and silence other ranks below WARNING.
+
+    What stdout cannot write (a path that is not UTF-8, a sign that its encoding lacks) it then writes escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if os.environ.get("RANK", "0") not in ("", "0"):
         level = max(level, logging.WARNING)
     log.setLevel(level)
     if log.handlers:

@@ -20,6 +20,7 @@ from tests.infer.tiny import make_model, tiny_config
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.eval import cli, pictures, runner
 from tinyllava_fast.eval.answers import AnswerLog, asked, line_of
+from tinyllava_fast.eval.benchmarks import custom
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.machine import model_digest, plugins_digest
 from tinyllava_fast.eval.pictures import CLOSED, MISSING, Pictures
@@ -373,10 +374,13 @@ def test_blind_answers_do_not_depend_on_pictures(evaluate, finished, tmp_path):
 def test_other_truths_are_scored_anew(evaluate, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     said = answers(tmp_path / "run/out")
-    write_jsonl(tmp_path / "run/data/questions.jsonl", [{**row, "answer": said[row["id"]]} for row in ROWS])
+    rows = [{**row, "answer": said[row["id"]] or "x"} for row in ROWS]  # the tiny model may say nothing
+    write_jsonl(tmp_path / "run/data/questions.jsonl", rows)
     before = (tmp_path / "run/out/custom/answers.jsonl").read_bytes()
     found = evaluate(tmp_path / "run/data", tmp_path / "run/out", "custom.metric=exact")
-    assert found["metrics"][0]["value"] == 100 and (tmp_path / "run/out/custom/answers.jsonl").read_bytes() == before
+    earned = 100 * sum(bool(text) for text in said.values()) / 3
+    assert found["metrics"][0]["value"] == pytest.approx(earned) and earned > 0
+    assert (tmp_path / "run/out/custom/answers.jsonl").read_bytes() == before
 
 
 @pytest.fixture
@@ -476,6 +480,7 @@ def hard_questions(data: Path, most: int) -> None:
 
 def test_one_bad_question_costs_one_question(short, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("tinyllava_fast.eval.runner.log.propagate", True)
+    monkeypatch.setattr(custom, "_check_markers", lambda *_: None)  # which finds "tag" before the engine does
     picture(tmp_path / "a.bmp", RED)
     engine = Assistant.from_pretrained(short, device="cpu", batch_tokens=1024).engine
     (one,) = engine.run([Request.ask("x", tmp_path / "a.bmp")])
@@ -688,8 +693,8 @@ def test_results_that_cannot_be_written_are_a_sentence(evaluate, finished, tmp_p
         assert (out / "custom/answers.jsonl").read_bytes() == (finished / "out/custom/answers.jsonl").read_bytes()
 
 
-def test_names_that_the_system_refuses_are_missing_pictures(evaluate, tmp_path):
-    rows = [{"id": i, "image": i, "question": "what?", "answer": "x"} for i in ("a.bmp", "x" * 300, "a\0b")]
+def test_paths_that_lead_nowhere_are_missing_pictures(evaluate, tmp_path):
+    rows = [{"id": i, "image": i, "question": "what?", "answer": "x"} for i in ("a.bmp", "x" * 250, "a.bmp/b")]
     write_jsonl(tmp_path / "questions.jsonl", rows)
     picture(tmp_path / "a.bmp", RED)
     with pytest.raises(UserError, match="2 of 3 images are missing"):

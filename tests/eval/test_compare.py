@@ -50,11 +50,14 @@ def test_soft_credit_and_one_image(tmp_path):
 
 def test_refusals(tmp_path):
     a = results(tmp_path / "a", {"1": ("x", 1)})
+    (tmp_path / "e.jsonl").write_text("")
     for other, said in (
         (results(tmp_path / "b", {"1": ("x", 1)}, "pope"), "only one benchmark"),
         (results(tmp_path / "c", {"2": ("x", 1)}), "no scored question in common"),
         (results(tmp_path / "d", {"1": ("x", "null")}), "no scored question in common"),
         (tmp_path / "e.jsonl", "give --data and one name"),
+        (tmp_path / "f", "no such results folder or answers file"),
+        (tmp_path / ("f" * 300), "no such results folder or answers file"),
     ):
         with pytest.raises(UserError, match=said):
             compare(a, other)
@@ -129,3 +132,59 @@ def test_the_command_says_so(tmp_path, capsys, caplog):
     assert cli.main(["--compare", str(a), str(b)]) == 2
     assert cli.main(["--compare", str(a), str(b), "--allow-different"]) == 0
     assert "asked differently, on so many questions: pictures 1" in capsys.readouterr().out
+
+
+def old_results(folder, *without, **options):
+    """As an older version wrote them: without some fields."""
+    write_json(folder / "results.json", {"benchmark": "custom", "options": options})
+    rows = [{"key": k, "images": [k], "credit": 1.0, **ASKED} for k in "xyz"]
+    kept = [{name: value for name, value in row.items() if name not in without} for row in rows]
+    (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return folder
+
+
+@pytest.mark.parametrize("without", [["pictures"], ["pictures", "prompt", "truth"]])
+def test_pictures_that_are_not_on_record_are_said(tmp_path, without):
+    new, old = asked_results(tmp_path / "new"), old_results(tmp_path / "old", *without)
+    for pair, names in (((new, old), "B"), ((old, new), "A"), ((old, old), "A and B")):
+        assert f"pictures not compared, those of {names} are not on record" in str(compare(*pair))
+    assert "not compared" not in str(compare(new, new))
+
+
+def test_runs_that_are_scored_differently_are_refused_or_said(tmp_path):
+    exact, contains = old_results(tmp_path / "a", metric="exact"), old_results(tmp_path / "b", metric="contains")
+    longer = old_results(tmp_path / "c", metric="exact", max_new_tokens=9)
+    with pytest.raises(UserError, match=r"custom\.metric is 'exact' for A and 'contains' for B; .* --allow-different"):
+        compare(exact, contains)
+    said = str(compare(exact, contains, allow_different=True))
+    assert "scored differently: custom.metric is 'exact' for A and 'contains' for B" in said
+    assert "scored" not in str(compare(exact, longer)) and "scored" not in str(compare(exact, asked_results(exact)))
+
+
+BAD_VERDICTS = [
+    ({"credit": "x"}, "credit: expected a number"),
+    ({"credit": math.nan}, "credit: expected a number"),
+    ({"credit": True}, "credit: expected a number"),
+    ({"images": None}, "images: is null"),
+    ({"images": "a"}, "images: expected a list"),
+    ({"images": [1]}, "images: expected a list of texts"),
+    ({"key": 3}, "key: expected text"),
+    ({"pictures": "x"}, "pictures: expected a list"),
+    ({"prompt": 3}, "prompt: expected text"),
+    ({"truth": [1]}, "truth: expected text"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_VERDICTS, ids=[str(c) for c, _ in BAD_VERDICTS])
+def test_verdicts_with_a_field_of_another_kind(tmp_path, change, said):
+    a, b = asked_results(tmp_path / "a"), asked_results(tmp_path / "b", y=change)
+    with pytest.raises(UserError, match=rf"b/verdicts\.jsonl, line 2: {said}"):
+        compare(a, b)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"benchmark": ', '{"benchmark": "custom", "options": [1]}'])
+def test_results_that_are_none(tmp_path, content):
+    a, b = asked_results(tmp_path / "a"), asked_results(tmp_path / "b")
+    (b / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"b/results\.json: "):
+        compare(a, b)

@@ -7,12 +7,14 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.eval import layouts
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Count
+from tinyllava_fast.eval.files import is_file, is_folder
 from tinyllava_fast.eval.official import read_answers, write_llava_answers
 from tinyllava_fast.eval.options import build, chosen, describe
 from tinyllava_fast.eval.plan import make_plans
@@ -224,3 +226,14 @@ def test_answers_files_that_are_something_else(data, said, suite, tmp_path):
     assert str(error.value).startswith(str(path))
     path.write_bytes('{"question_id": "bb", "text": "\u00e9"}\r\n'.encode("utf-8-sig"))
     assert read_answers(path, plan.benchmark, plan.everything) == {"2:bb": "\u00e9"}
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(36, "File name too long")])
+def test_paths_that_may_not_be_looked_at_lead_nowhere(error):
+    """As below a folder that another user has closed."""
+
+    class Closed(type(Path())):
+        def stat(self, **_):
+            raise error
+
+    assert not is_file(Closed("a")) and not is_folder(Closed("a"))

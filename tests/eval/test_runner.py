@@ -197,6 +197,8 @@ def test_ranks_share_by_image_and_merge(folder, tmp_path, monkeypatch):
     alone = runner.evaluate(folder, ["pope"], tmp_path / "eval", tmp_path / "alone", **OPTIONS)["pope"]
     monkeypatch.setattr(Ranks, "wait_for_all", lambda self: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("RANK", "1")
     assert runner.evaluate(folder, ["pope"], tmp_path / "eval", tmp_path / "two", **OPTIONS) == {}
     mine = [json.loads(x) for x in (tmp_path / "two/pope/answers.1.jsonl").read_text().splitlines()[2:]]

@@ -162,3 +162,29 @@ def test_bad_requests(engine, tmp_path):
         Sampling(temperature=-1.0)
     assert engine._decoder.pool.rows.free_rows == engine.batch_tokens
     assert list(engine.run([])) == []
+
+
+def test_messages_call_requests_by_their_ids(engine, tmp_path):
+    """Their numbers stand in for ids that are missing or not unique; one question alone has neither."""
+    bad, good = tmp_path / "gone.png", Image.new("RGB", (9, 9))
+    for requests, said in (
+        ([ask("a", good), ask("b", bad)], "request '1': .*gone"),
+        ([ask("a", good, id="x"), ask("b", bad, id="mine")], "request 'mine': .*gone"),
+        ([ask("a", good, id="x"), ask("b", bad, id="x")], "request '1': .*gone"),
+        ([ask("a", good, id="1"), ask("b", bad, id="1")], "request '1\\'': .*gone|request \"1'\": .*gone"),
+        ([ask("b", bad)], "^the question: .*gone"),
+        ([ask("b", bad, id="mine")], "^request 'mine': .*gone"),
+        ([ask("x" * 9000)], "^the question: 9"),
+        ([ask("<image>")], "^the question: its text holds <image> but it has no image"),
+    ):
+        with pytest.raises(UserError, match=said):
+            engine.answers(requests)
+
+
+def test_answers_have_the_ids_and_the_order_of_their_requests(engine):
+    requests = [ask(q, id=id) for q, id in zip(QUESTIONS, ("b", "", "b", "1", "a"), strict=True)]
+    pieces: dict[str, str] = {}
+    found = engine.answers(iter(requests), lambda id, piece: pieces.__setitem__(id, pieces.get(id, "") + piece))
+    assert [a.id for a in found] == [r.id for r in requests] and engine.answers([]) == []
+    assert [a.text for a in found] == [engine.answers([r])[0].text for r in requests]
+    assert pieces["a"] == found[4].text and pieces["1"] == found[3].text

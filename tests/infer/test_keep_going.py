@@ -88,7 +88,7 @@ def test_all_of_them_bad(short, files):
 def test_each_alone_still_raises_by_default(short, files):
     for requests in bad_requests(files).values():
         for request in requests:
-            with pytest.raises(UserError, match="request"):
+            with pytest.raises(UserError, match="the question"):
                 short.answers([request])
 
 

@@ -1,12 +1,13 @@
 """The answers of a run: one JSON object a line, keyed by question, so that a killed evaluation goes on where it was.
 
-A file begins with {"run": {...}}, which says what produced the answers below it; answers of another model, benchmark
-or setting are never mixed in, nor those to a question that has changed since: its prompt, what its pictures show, or
+{"run": {...}} says what produced the answers below it; answers of another model, benchmark or setting stay in the file
+and are never mixed in, nor those to a question that has changed since: its prompt, what its pictures show, or
 their order. Each rank of torchrun appends to its own.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -43,7 +44,6 @@ class AnswerLog:
         self.records: dict[str, dict[str, Any]] = {}
         self.asked = dict(asked)
         self.seconds = 0.0
-        self._fresh = True  # its own file is not there, or holds nothing of this run
         self._headed = False  # its own file ends with answers of this run
         for path in sorted(folder.glob("answers*.jsonl")):
             if re.fullmatch(r"answers(\.\d+)?\.jsonl", path.name):
@@ -59,7 +59,7 @@ class AnswerLog:
         self._before = self.seconds
         with writing(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._open("w" if self._fresh else "a")
+            self._open()
         return self
 
     def __exit__(
@@ -97,11 +97,11 @@ class AnswerLog:
                 self._write_anew()
             self._write(self.records[key])
 
-    def _open(self, mode: str) -> None:
-        self._file = self.path.open(mode, encoding="utf-8")
-        if mode == "w" or not self._headed:
+    def _open(self) -> None:
+        self._file = self.path.open("a", encoding="utf-8")
+        if not self._headed:
             self._write({"run": self.run})
-        self._fresh, self._headed = False, True
+        self._headed = True
         self._write({"session": len(self.records)})
 
     def _write_anew(self) -> None:
@@ -109,7 +109,8 @@ class AnswerLog:
         log.warning("%s was removed during the run; the answers so far are written again", self.path)
         self._file.close()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._open("w")
+        self._headed = False
+        self._open()
         for record in list(self.records.values())[:-1]:
             self._write(record)
 
@@ -121,14 +122,18 @@ class AnswerLog:
         sessions: list[float] = []
         changed: set[str] = set()
         ours: bool | None = None  # whether the lines that follow are of this run
+        known = False  # whether some are
         for number, line in enumerate(_complete_lines(path, mend=path == self.path), 1):
             where = f"{path}, line {number}"
+            if not line.strip():
+                continue
             try:
                 record = Fields.of(decode(line.decode(), where), where)
                 if "run" in record:
                     ours = record.values["run"] == self.run
+                    known = known or ours
                     if path == self.path:
-                        self._fresh, self._headed = self._fresh and not ours, ours
+                        self._headed = ours
                 elif ours is None:
                     raise DataError("the line that says what run it is of is missing")
                 elif not ours:
@@ -139,12 +144,14 @@ class AnswerLog:
                     sessions[-1] = max(sessions[-1], record.number("seconds"))
                     self._take(record, changed)
             except (DataError, UnicodeDecodeError, IndexError) as error:
+                why = str(error).removeprefix(f"{where}: ")
                 raise DataError(
-                    f"{where}: not a record of an evaluation ({error}); delete the file to evaluate from the start"
+                    f"{where}: not a record of an evaluation ({why}); remove the line, or delete the file to evaluate "
+                    "from the start"
                 ) from None
         self.seconds = max(self.seconds, sum(sessions))
-        if path == self.path and self._fresh and ours is not None:
-            log.info("%s holds answers of another run; starting over", path)
+        if path == self.path and not known and ours is not None:
+            log.info("%s holds answers of another run; they stay there, and are not used", path)
         if changed := changed - self.records.keys():
             log.warning(
                 "%s: %d of its answers are to another prompt or other pictures than now, or do not say to which; "
@@ -156,9 +163,13 @@ class AnswerLog:
     def _take(self, record: Fields, changed: set[str]) -> None:
         """Keep a record that answers what is asked now."""
         key = record.text("key", empty=True)
-        record.text("answer", empty=True)
+        for name in ("answer", "finish"):
+            record.text(name, empty=True)
+        record.integer("tokens", least=0)
+        record.number("latency", None, least=0)
+        record.text("why", "")
         if self.asked.get(key) == record.text("asked"):
-            self.records[key] = dict(record.values)
+            self.records[key] = {"latency": None, **record.values}
         elif key in self.asked:
             changed.add(key)
 
@@ -178,9 +189,14 @@ def line_of(record: Mapping[str, Any]) -> str:
 
 def _complete_lines(path: Path, *, mend: bool) -> list[bytes]:
     """The file's lines; a last line without its newline was cut off by a kill. mend: remove it from the file."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; answers are kept in this file, mend or remove it"
+        ) from None
     end = data.rfind(b"\n") + 1
     if mend and end < len(data):
-        with path.open("r+b") as file:
+        with writing(path), path.open("r+b") as file:
             file.truncate(end)
-    return data[:end].splitlines()
+    return data[:end].removeprefix(codecs.BOM_UTF8).splitlines()

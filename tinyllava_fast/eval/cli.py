@@ -135,7 +135,7 @@ def _evaluate(args: argparse.Namespace) -> str:
 
 
 def _without_model(args: argparse.Namespace) -> str:
-    from tinyllava_fast.eval.official import read_answers
+    from tinyllava_fast.eval.official import experiment_name, read_answers
     from tinyllava_fast.eval.options import build, chosen, describe
     from tinyllava_fast.eval.plan import make_plans
     from tinyllava_fast.eval.results import conclude, score_only, table
@@ -157,7 +157,7 @@ def _without_model(args: argparse.Namespace) -> str:
     records = {k: {"answer": text} for k, text in read_answers(path, plan.benchmark, plan.everything).items()}
     facts = {"answers": str(path), "options": describe(plan.benchmark)}
     if args.output:
-        return table([conclude(plan, records, facts, Path(args.output) / plan.name, path.stem)])
+        return table([conclude(plan, records, facts, Path(args.output) / plan.name, experiment_name(path.stem))])
     return table([score_only(plan, records, facts)])
 
 

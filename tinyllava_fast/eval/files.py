@@ -21,11 +21,11 @@ class Finder:
     """
 
     def __init__(self, name: str, root: Path, folders: Sequence[str], source: str) -> None:
-        if not _holds(root.is_dir):
+        if not is_folder(root):
             raise DataError(f"{name}: there is no folder {root}; --data names the folder that holds the benchmarks")
         self.name = name
         self.source = source
-        self.bases = [base for folder in folders if _holds((base := root / folder).is_dir)] + [root]
+        self.bases = [base for folder in folders if is_folder(base := root / folder)] + [root]
 
     def file(self, *variants: str, source: str = "") -> Path:
         """The first of the relative paths that is a file. Raises DataError if none is."""
@@ -33,12 +33,12 @@ class Finder:
 
     def folder(self, *variants: str, source: str = "") -> Path:
         """The first of the relative paths that is a folder; "." is the benchmark's own. Raises DataError if none is."""
-        found = next((p for p in self._candidates(variants) if _holds(p.is_dir)), None)
+        found = next((p for p in self._candidates(variants) if is_folder(p)), None)
         return self._found(variants, found, "folder", source)
 
     def optional(self, *variants: str) -> Path | None:
         """The first of the relative paths that is a file, or None."""
-        return next((p for p in self._candidates(variants) if _holds(p.is_file)), None)
+        return next((p for p in self._candidates(variants) if is_file(p)), None)
 
     def _candidates(self, variants: Sequence[str]) -> list[Path]:
         return [base / variant for base in self.bases for variant in variants]
@@ -53,8 +53,17 @@ class Finder:
         )
 
 
+def is_file(path: Path) -> bool:
+    """Whether it leads to a file; a name that is too long, or one in a folder that may not be entered, does not."""
+    return _holds(path.is_file)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it leads to a folder; as for ``is_file``."""
+    return _holds(path.is_dir)
+
+
 def _holds(check: Callable[[], bool]) -> bool:
-    """What a check of a path says; False for a name that is too long or a folder that may not be looked into."""
     try:
         return check()
     except OSError:

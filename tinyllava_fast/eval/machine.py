@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,19 +15,14 @@ from typing import Any
 import torch
 
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.eval.files import is_folder
 from tinyllava_fast.hardware import cores, processor, total_memory_bytes
 
 PACKAGES = ("tinyllava-fast", "torch", "transformers", "tokenizers", "numpy", "pillow")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 OUTPUTS = ("results.json", "results.tmp", "report.html")
-PLACES = (
-    "mm_vision_tower",
-    "vision_model_name_or_path",
-    "vision_model_name_or_path2",
-    "llm_model_name_or_path",
-    "tokenizer_name_or_path",
-    "base_model_name_or_path",
-)
+PLACES = re.compile(r"(?!_).*name_or_path2?|mm_vision_tower")
+"""Fields of a config that say where a part of the model lies. _name_or_path only says where it came from."""
 
 
 def machine() -> dict[str, Any]:
@@ -105,16 +101,30 @@ def _files_of(root: Path) -> list[Path]:
 
 
 def _named_elsewhere(root: Path) -> list[Path]:
-    """Files of the folders that a model's configs name as the place of its parts."""
-    names: set[str] = set()
+    """Files of the folders that a model's configs name as the place of its parts, and theirs as of parts of parts."""
+    seen, new, files = {root.resolve()}, [root], []
+    while new:
+        for place in sorted({path for name in _names_in(new.pop()) if is_folder(path := Path(name))}):
+            if place.resolve() not in seen:
+                seen.add(place.resolve())
+                new.append(place)
+                files += _files_of(place)
+    return files
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """What the configs of a folder name as the place of a part, at any depth."""
     for config in ("config.json", "adapter_config.json"):
         try:
-            values = json.loads((root / config).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            values = [json.loads((folder / config).read_text(encoding="utf-8"))]
+        except (OSError, ValueError, RecursionError):
             continue  # what is wrong with it is said when the model is opened
-        names |= {str(values[key]) for key in PLACES if isinstance(values, dict) and values.get(key)}
-    folders = (Path(name) for name in sorted(names))
-    return [file for place in folders if place.is_dir() for file in sorted(place.iterdir()) if file.is_file()]
+        while values:
+            value = values.pop()
+            values += value if isinstance(value, list) else value.values() if isinstance(value, dict) else []
+            if isinstance(value, dict):
+                given = (str(name) for key, name in value.items() if PLACES.fullmatch(key) and name)
+                yield from (part for name in given for part in {name, name.rpartition(":")[2]})  # mof:FOLDER
 
 
 def _add_content(digest: hashlib._Hash, file: Path) -> None:

@@ -8,39 +8,54 @@ normalisation empties is compared by itself, and a number's sign counts.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from tinyllava_fast.eval.vqa_text import normalise_m4c
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _AROUND = " \t\r\n.,;:!?()[]\"'*`"
+_KEYBOARD = {
+    **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},
+    **str.maketrans("\u2018\u2019\u201c\u201d\u00ab\u00bb", "''" + '"' * 4),
+    **str.maketrans("\u3002\u3001\u2026\u300c\u300d\u3000", '.,."" '),
+}
+"""Full-width signs, curly and angle quotes, the full stop, comma and quotes of Chinese and Japanese."""
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
 _NEGATIVE = re.compile(r"[-\u2212]\s*\.?\d")
 _ANNOUNCED = r"(?:(?:the|my|correct|right|best|final|answer|option|choice|letter|is|would|be)\b[\s:*]*)+"
 _LETTER_FORMS = (
-    re.compile(r"\(?([A-Z])(?:[.):,]|\s*$)"),  # "A", "A. dog", "(A) dog", "A, since ..."
-    re.compile(r"[(\[]?([A-Za-z])[)\].:]*$"),  # "a", "[A]", "(a)."
-    re.compile(rf"(?i:{_ANNOUNCED})[(\[]?([A-Z])[)\]]?(?:[.:,]|\s*$)"),  # "Answer: A", "The answer is (A).", "Option A"
+    re.compile(r"\(?([A-Z])(?:[.):,]|\s*$|\s*\n)"),  # "A", "A. dog", "(A) dog", "A, since ...", a line of its own
+    re.compile(r"[(\[]?([A-Za-z])[)\].:]*\s*(?:$|\n)"),  # "a", "[A]", "(a)."
+    re.compile(
+        rf"(?i:{_ANNOUNCED})[(\[]?([A-Z])[)\]]?(?:[.:,]|\s*$|\s*\n)"
+    ),  # "Answer: A", "The answer is (A).", "Option A"
     re.compile(rf"(?i:(?:{_ANNOUNCED})?)[(\[]?([A-Z])[)\]]? is (?:the )?(?:right|correct|best|true|answer)\b"),
 )
 
 
 def key_of(text: str) -> str:
     """What two texts have in common if they say the same; of a text that normalisation empties, the text itself."""
+    text = _typed(text)
     plain = text.strip().casefold()
     return normalise_m4c(text) or plain.strip(_AROUND) or plain
 
 
 def equal(said: str, truth: str) -> bool:
     """Whether a reply is the true answer, but for case, articles and punctuation other than a number's sign."""
-    signs = {bool(_NEGATIVE.match(text.strip())) for text in (said, truth)}
+    signs = {bool(_NEGATIVE.match(_typed(text))) for text in (said, truth)}
     return key_of(said) == key_of(truth) and len(signs) == 1
 
 
 def contains(said: str, truth: str) -> bool:
-    """Whether the true answer stands in a reply as whole words; one that normalisation empties, as it is written."""
-    wanted = normalise_m4c(truth)
+    """Whether the true answer stands in a reply as whole words; one that normalisation empties, as it is written.
+
+    In scripts that put no space between words it may stand anywhere.
+    """
+    wanted, given = normalise_m4c(_typed(truth)), normalise_m4c(_typed(said))
     if wanted:
-        return f" {wanted} " in f" {normalise_m4c(said)} "
+        return wanted in given if _UNSPACED.search(wanted) else f" {wanted} " in f" {given} "
     return key_of(truth) in [key_of(word) for word in said.split()]
 
 
@@ -60,6 +75,14 @@ def option_of(text: str, choices: Sequence[str]) -> int | None:
     letter = next((found.group(1).upper() for found in letters if found), None)
     index = -1 if letter is None else LETTERS.index(letter)
     return index if 0 <= index < len(choices) else None
+
+
+def _typed(text: str) -> str:
+    """A text as an English keyboard types it, as far as it can: quotes, full-width signs, marks of other scripts.
+
+    The texts of plain ASCII, which benchmarks hold, stay as they are.
+    """
+    return unicodedata.normalize("NFC", text).translate(_KEYBOARD).strip()
 
 
 def _caseless(text: str) -> str:

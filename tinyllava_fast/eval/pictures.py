@@ -39,12 +39,14 @@ class Stamp(NamedTuple):
 class Pictures:
     """Digests of the pictures of one benchmark, by path.
 
-    folder: where pictures.jsonl (rank 0), pictures.1.jsonl, ... keep them. threads: files read at once.
+    folder: where pictures.jsonl (rank 0), pictures.1.jsonl, ... keep them. threads: files read at once. keep: whether
+    new ones are written there.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, threads: int = 2) -> None:
+    def __init__(self, folder: Path, rank: int = 0, threads: int = 2, *, keep: bool = True) -> None:
         self._path = folder / (f"pictures.{rank}.jsonl" if rank else "pictures.jsonl")
         self._threads = threads
+        self._keep = keep
         self._kept = dict(_kept(folder))
         self._seen: dict[Path, tuple[Stamp | None, str]] = {}
         self._stale: set[Path] = set()  # changed since they were looked at
@@ -77,16 +79,17 @@ class Pictures:
         return [path for path in paths if path in self._stale]
 
     def _read(self, paths: Sequence[Path]) -> None:
-        with writing(self._path), ThreadPoolExecutor(self._threads) as pool:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                if file.tell():
+        path = self._path if self._keep else Path(os.devnull)
+        with writing(path), ThreadPoolExecutor(self._threads) as pool:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                if self._keep and file.tell():
                     file.write("\n")  # the last line may have been cut off by a kill
                 read = progress(pool.map(_digest, paths), total=len(paths), label="pictures", last=False)
-                for path, (stamp, digest, settled) in zip(paths, read, strict=True):
-                    self._seen[path] = stamp, digest
+                for picture, (stamp, digest, settled) in zip(paths, read, strict=True):
+                    self._seen[picture] = stamp, digest
                     if settled:
-                        file.write(json.dumps([os.path.abspath(path), *(stamp or ()), digest]) + "\n")
+                        file.write(json.dumps([os.path.abspath(picture), *(stamp or ()), digest]) + "\n")
 
 
 def stamp_of(path: Path) -> Stamp | None:

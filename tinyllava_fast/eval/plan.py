@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.benchmarks.base import Benchmark, Count, Files, Question
+from tinyllava_fast.eval.files import is_file
 from tinyllava_fast.log import log
 
 
@@ -77,7 +78,7 @@ def _plan(benchmark: Benchmark, root: Path, limit: int | None, missing_images: s
     if not everything[:limit]:
         raise UserError(f"{benchmark.name}: {root} has no question to ask; check --limit and the data folder")
     images = dict.fromkeys(image for q in everything[:limit] for image in q.images)
-    missing = [image for image in images if not _is_file(image)]
+    missing = [image for image in images if not is_file(image)]
     plan = Plan(benchmark, files, everything, limit, missing)
     for count in plan.counts:
         if count.found != count.expected:
@@ -88,14 +89,6 @@ def _plan(benchmark: Benchmark, root: Path, limit: int | None, missing_images: s
             "complete the folder, or score their questions as empty answers with --missing-images empty"
         )
     return plan
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it leads to a file; a name that the system does not take, or may not be looked at, does not."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _check_keys(name: str, questions: Sequence[Question]) -> None:

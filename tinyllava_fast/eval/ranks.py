@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval.benchmarks.base import Question
+from tinyllava_fast.hardware import torchrun_number
 
 PATIENCE = timedelta(days=7)  # ranks finish hours apart
 
@@ -22,8 +24,19 @@ class Ranks:
 
     @classmethod
     def of_torchrun(cls) -> Ranks:
-        """From the environment that torchrun sets."""
-        return cls(*(int(os.environ.get(name, default)) for name, default in VARIABLES))
+        """From the environment that torchrun sets. UserError if it is set in part, as by a cluster's scheduler."""
+        found = cls(*(torchrun_number(name, default) for name, default in VARIABLES))
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if found.world > 1 and missing:
+            raise UserError(
+                f"WORLD_SIZE is {found.world} but {missing[0]} is not set; start all processes with torchrun, or unset "
+                "WORLD_SIZE to run one"
+            )
+        if not 0 <= found.rank < found.world:
+            raise UserError(
+                f"RANK is {found.rank} and WORLD_SIZE {found.world}; start with torchrun, or unset both to run alone"
+            )
+        return found
 
     def device(self, device: str) -> str:
         """ "auto" with several processes on GPUs: each its own."""

@@ -11,18 +11,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyllava_fast.errors import UserError, writing
+from tinyllava_fast.errors import DataError, UserError, writing
 from tinyllava_fast.eval.answers import line_of
 from tinyllava_fast.eval.benchmarks.base import Metric, Score
+from tinyllava_fast.eval.files import is_file
 from tinyllava_fast.eval.official import write_llava_answers
 from tinyllava_fast.eval.plan import Plan
-from tinyllava_fast.fields import is_text
+from tinyllava_fast.fields import Fields, is_text, read_jsonl, read_object
 from tinyllava_fast.infer.finish import CONTEXT, REFUSED, TOO_LONG, UNREADABLE
+from tinyllava_fast.log import log
 
 RESULTS = "results.json"
 RUN = "run.json"
 VERDICTS = "verdicts.jsonl"
 OFFICIAL = "official"
+SUMMARISED = ("questions", "limit", "counts", "published", "config_hash", "notes")
 
 Record = Mapping[str, Any]
 
@@ -76,6 +79,7 @@ def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Map
         "unreadable": len(unreadable),
         "too long": ended[TOO_LONG],
         "refused": ended[REFUSED],
+        "unanswered": len(plan.questions) - len(answered),
         **score.counts,
     }
     identity = {**{k: v for k, v in facts.items() if k not in ("model", "versions")}, "limit": plan.limit}
@@ -102,37 +106,69 @@ def summarise(output: Path, digest: str) -> dict[str, Any]:
     """Write output/results.json: the headline of every benchmark in it that this model (by digest) has finished."""
     found: dict[str, Any] = {}
     for path in sorted(output.glob(f"*/{RESULTS}")):
-        results = read_results(path.parent)
-        if results.get("model_digest") == digest:
-            headline = next((m for m in results["metrics"] if m["name"] == results["headline"]), None)
-            found[results["benchmark"]] = {
-                "headline": headline,
-                "metrics": {m["name"]: m["value"] for m in results["metrics"]},
-                **{key: results[key] for key in ("questions", "limit", "counts", "published", "config_hash", "notes")},
-            }
+        try:
+            results = read_object(path)
+            if results.values.get("model_digest") == digest:
+                found[results.text("benchmark")] = _summary(results)
+        except DataError as error:
+            log.warning("%s; it is left out of %s", error, output / RESULTS)
     summary = {"model_digest": digest, "benchmarks": found}
     write_json(output / RESULTS, summary)
     return summary
 
 
+def _summary(results: Fields) -> dict[str, Any]:
+    missing = [key for key in SUMMARISED if key not in results.values]
+    if missing:
+        raise DataError(f"{results.where}: no field {missing[0]!r}; evaluate this benchmark again")
+    metrics = {m.text("name"): m for m in results.mappings("metrics", empty=True)}
+    headline = metrics.get(results.text("headline", empty=True))
+    return {
+        "headline": None if headline is None else headline.values,
+        "metrics": {name: m.number("value") for name, m in metrics.items()},
+        **{key: results.values[key] for key in SUMMARISED},
+    }
+
+
 def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a folder, with the content of run.json under "run". UserError if there is none."""
+    """results.json of a folder, with the content of run.json under "run". UserError if there is none, or it is damaged.
+
+    run.json says how long it took and on what; a damaged one may be removed, and the next tlf-eval writes it again.
+    """
     path = folder / RESULTS
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{folder}: no {RESULTS}; run tlf-eval first")
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results = dict(read_object(path).values)
     run = folder / RUN
-    if run.is_file():
-        results["run"] = json.loads(run.read_text(encoding="utf-8"))
+    if is_file(run):
+        results["run"] = dict(read_object(run).values)
     return results
 
 
 def read_verdicts(folder: Path) -> list[dict[str, Any]]:
-    """One object a question, in file order: key, id, category, prompt, images, truth, answer, credit, finish."""
+    """One object a question, in file order: key, id, category, prompt, images, pictures, truth, answer, credit, finish.
+
+    Fields that older versions did not write may be missing, but for key, images and credit. Raises UserError if there
+    is no such file, DataError, naming the line, for a field of another kind.
+    """
     path = folder / VERDICTS
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{folder}: no {VERDICTS}; run tlf-eval first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [_verdict(record) for _, record in read_jsonl(path)]
+
+
+def _verdict(record: Fields) -> dict[str, Any]:
+    record.text("key", empty=True)
+    for name in ("category", "prompt", "truth", "answer", "finish"):
+        record.text(name, None, empty=True)
+    images, pictures = record.items("images", empty=True), record.items("pictures", [], empty=True)
+    for name, texts in (("images", images), ("pictures", pictures)):
+        if not all(isinstance(text, str) for text in texts):  # any: a path need not be UTF-8
+            record.fail(name, "a list of texts", texts)
+    if "credit" not in record.values:
+        raise DataError(f"{record.where}: no field 'credit'; evaluate again")
+    record.number("credit", None, least=0)
+    return dict(record.values)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.answers import CANNED, AnswerLog, asked
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.machine import machine, model_digest, plugins_digest, versions
+from tinyllava_fast.eval.official import experiment_name
 from tinyllava_fast.eval.options import build
 from tinyllava_fast.eval.options import describe as settings
 from tinyllava_fast.eval.pictures import Pictures
@@ -313,7 +314,7 @@ def _experiment(facts: dict[str, Any]) -> str:
     """The name that official files carry: the model folder's, with its run's where it is called final."""
     path = Path(facts["model"]).resolve()
     name = f"{path.parent.name}-{path.name}" if path.name == "final" else path.name
-    return name + "-blind" * facts["blind"]
+    return experiment_name(name) + "-blind" * facts["blind"]
 
 
 def _unreadable(images: Iterable[Path]) -> set[Path]:

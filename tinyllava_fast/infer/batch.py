@@ -125,9 +125,9 @@ class Batch:
             for member in group.members:
                 release(member, self.decoder.pool.rows)
         if len(groups) == 1 and len(groups[0].members) == 1:
-            name = groups[0].members[0].request.id
+            name = groups[0].members[0].request.named
             raise UserError(
-                f"request {name!r}: out of memory in a pass of {tokens} tokens, which cannot be split; lower "
+                f"{name}: out of memory in a pass of {tokens} tokens, which cannot be split; lower "
                 "kv_cache_bytes or batch_tokens, or shorten the prompt"
             ) from error
         self.limits.prefill_tokens = max(1, min(self.limits.prefill_tokens, tokens) // 2)
@@ -150,7 +150,7 @@ class Batch:
         count = len(self.running)
         if count == 1:
             raise UserError(
-                f"request {self.running[0].request.id!r}: out of memory in a step of one sequence; lower "
+                f"{self.running[0].request.named}: out of memory in a step of one sequence; lower "
                 "kv_cache_bytes or batch_tokens"
             ) from oom[0]
         self.limits.sequences = count // 2
@@ -230,7 +230,7 @@ def _without_failed(groups: list[Group], failed: dict[object, DataError]) -> lis
             whole.append(group)
             continue
         for member in group.members:
-            member.finish, member.why = UNREADABLE, f"request {member.request.id!r}: {error.__cause__ or error}"
+            member.finish, member.why = UNREADABLE, f"{member.request.named}: {error.__cause__ or error}"
     return whole
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -158,20 +159,28 @@ class Engine:
         yield from self._drain(refused)
 
     def answers(self, requests: Iterable[Request], on_token: OnToken | None = None) -> list[Answer]:
-        """All answers, in the order of the requests. on_token: as for ``run``."""
-        ids: list[str] = []
+        """All answers, in the order of the requests. on_token: as for ``run``.
 
-        def numbered() -> Iterator[Request]:
-            for i, request in enumerate(requests):
-                ids.append(request.id)
-                yield replace(request, id=str(i))
+        In messages, requests whose ids are missing or not unique are called by their number, from 0; one alone is not.
+        """
+        ids: dict[str, str] = {}  # what tells it from the others -> its own id
+        source = iter(requests)
+        first = list(islice(source, 2))
 
-        def named(number: str, piece: str) -> None:
+        def unique() -> Iterator[Request]:
+            for number, request in enumerate(chain(first, source)):
+                name = request.id
+                if len(first) > 1 and (not name or name in ids):
+                    name = next(n for n in (str(number) + "'" * i for i in count()) if n not in ids)
+                ids[name] = request.id
+                yield replace(request, id=name)
+
+        def named(name: str, piece: str) -> None:
             if on_token is not None:
-                on_token(ids[int(number)], piece)
+                on_token(ids[name], piece)
 
-        by_number = {int(a.id): a for a in self.run(numbered(), named if on_token is not None else None)}
-        return [replace(by_number[i], id=id_) for i, id_ in enumerate(ids)]
+        found = {a.id: a for a in self.run(unique(), named if on_token is not None else None)}
+        return [replace(found[name], id=own) for name, own in ids.items()]
 
     def score(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[Scores]:
         """How probable each option is as the answer to its request; yields a question when all its options are done.
@@ -238,9 +247,9 @@ class Engine:
             return
         dtype = str(self.lmm.dtype).removeprefix("torch.")
         remedy = "; in float16 they may have overflowed: try dtype bfloat16" if dtype == "float16" else ""
-        names = ", ".join(repr(s.request.id) for s in sequences[:3]) + ", ..." * (len(sequences) > 3)
+        names = ", ".join(s.request.named for s in sequences[:3]) + ", ..." * (len(sequences) > 3)
         raise CheckpointError(
-            f"{self.source}: the model's numbers are not finite (nan or infinity) for request {names}: a weight is "
+            f"{self.source}: the model's numbers are not finite (nan or infinity) for {names}: a weight is "
             f"damaged or the training diverged; take an earlier checkpoint or copy the folder again{remedy}"
         )
 

@@ -66,7 +66,7 @@ class ImageEncoder:
 
         failed: takes the errors of such images by their keys instead.
         """
-        wanted = {image_key(image): (image, request.id) for request in requests for image in request.images}
+        wanted = {image_key(image): (image, request.named) for request in requests for image in request.images}
         self._kept = {k: v for k, v in self._kept.items() if k in wanted}
         missing = [(k, *v) for k, v in wanted.items() if k not in self._kept]
         parts = [missing[i : i + IMAGES_PER_PASS] for i in range(0, len(missing), IMAGES_PER_PASS)]
@@ -112,7 +112,7 @@ class ImageEncoder:
                     f"{_name(image)}: the size of the image has changed since it was first looked at; ask again"
                 )
         except DataError as error:
-            raise DataError(f"request {request!r}: {error}") from error
+            raise DataError(f"{request}: {error}") from error
         return inputs
 
     def _load(self, image: ImageLike) -> Image.Image:

@@ -90,7 +90,7 @@ class Prompts:
             left = self.context - len(sequence.prompt)
             if left < 1:
                 raise TooLongError(
-                    f"request {request.id!r}: {len(sequence.prompt)} prompt tokens leave no room for an answer in the "
+                    f"{request.named}: {len(sequence.prompt)} prompt tokens leave no room for an answer in the "
                     f"model's context of {self.context}; shorten the prompt"
                 )
             if left < wanted:
@@ -112,13 +112,11 @@ class Prompts:
             encoded = iter(self._option_ids(pairs))
             for request, options in chunk:
                 if not options:
-                    raise UserError(f"request {request.id!r}: it has no options to score; give it one or more")
+                    raise UserError(f"{request.named}: it has no options to score; give it one or more")
                 for option in options:
                     ids, first = next(encoded)
                     if first >= len(ids):
-                        raise UserError(
-                            f"request {request.id!r}: option {option!r} is no token of its own; name another"
-                        )
+                        raise UserError(f"{request.named}: option {option!r} is no token of its own; name another")
                     sequence = self._sequence(request, ids[:-1], scored=ids[first:])
                     self._check_context(sequence, 1, f"the option {option!r}")
                     self._check_pool(sequence, 1)
@@ -147,12 +145,12 @@ class Prompts:
     def _sequence(self, request: Request, ids: list[int], scored: Sequence[int] = ()) -> Running:
         markers, images = ids.count(IMAGE_INDEX), request.images
         if markers and not images:
-            raise UserError(f"request {request.id!r}: the chat template needs an image; give it one")
+            raise UserError(f"{request.named}: the chat template needs an image; give it one")
         shown = range(markers) if request.interleaved else [0] * markers
         try:
             rows = [self.rows_of(image) for image in images]
         except DataError as error:
-            raise DataError(f"request {request.id!r}: {error}") from error
+            raise DataError(f"{request.named}: {error}") from error
         return Running(request, expand(ids, [rows[i] for i in shown]), shown, scored)
 
     def _check_context(self, sequence: Running, new: int, remedy: str) -> None:
@@ -172,7 +170,7 @@ class Prompts:
 
 
 def _needs(sequence: Running, new: int) -> str:
-    return f"request {sequence.request.id!r}: {len(sequence.prompt)} prompt tokens and {new} new ones"
+    return f"{sequence.request.named}: {len(sequence.prompt)} prompt tokens and {new} new ones"
 
 
 def _refused(request: Request, error: UserError) -> Running:
@@ -198,15 +196,15 @@ def _conversation(request: Request) -> list[Message]:
     messages = request.conversation()
     for m in messages[:-1]:
         if not isinstance(m["value"], str) or not is_text(m["value"]):
-            raise UserError(f"request {request.id!r}: {shown(m['value'])} is no text that a tokenizer takes; mend it")
+            raise UserError(f"{request.named}: {shown(m['value'])} is no text that a tokenizer takes; mend it")
     markers = sum(str(m["value"]).count(IMAGE_TOKEN) for m in messages)
     if markers and not request.images:
-        raise UserError(f"request {request.id!r}: its text holds {IMAGE_TOKEN} but it has no image; give it one")
+        raise UserError(f"{request.named}: its text holds {IMAGE_TOKEN} but it has no image; give it one")
     if request.interleaved and markers != len(request.images):
         raise UserError(
-            f"request {request.id!r}: it has {len(request.images)} images but its text holds {markers} {IMAGE_TOKEN}; "
+            f"{request.named}: it has {len(request.images)} images but its text holds {markers} {IMAGE_TOKEN}; "
             "give one marker for each image, or none at all"
         )
     if any(IMAGE_TOKEN in str(m["value"]) for m in messages if m["from"] == "gpt"):
-        raise UserError(f"request {request.id!r}: an answer holds {IMAGE_TOKEN}, which would show an image; remove it")
+        raise UserError(f"{request.named}: an answer holds {IMAGE_TOKEN}, which would show an image; remove it")
     return messages

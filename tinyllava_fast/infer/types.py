@@ -81,6 +81,11 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", image_objects(self.image))
 
+    @property
+    def named(self) -> str:
+        """What a message calls it."""
+        return f"request {self.id!r}" if self.id else "the question"
+
     @staticmethod
     def ask(question: str, image: Images | None = None, *, sampling: Sampling | None = None, id: str = "") -> Request:
         """A single-turn request. UserError if the question is no text."""

@@ -265,3 +265,56 @@ def test_records(tmp_path):
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [rows[1], rows[1]])))
     with pytest.raises(DataError, match=r"line 2: 'mine' stands in line 1 already"):
         bench.questions(bench.locate(tmp_path))
+
+
+TYPED = [
+    ("exact", 3.0, "3"),
+    ("exact", 1e3, "1000"),
+    ("exact", "caf\u00e9", "cafe\u0301"),
+    ("exact", "don't", "don\u2019t"),
+    ("exact", "\u201cyes\u201d", '"yes"'),
+    ("exact", "3", "\uff13"),
+    ("exact", "\u732b", "\u732b\u3002"),
+    ("exact", "-1", "\uff0d1"),
+    ("contains", "\u732b", "\u8fd9\u662f\u732b\u3002"),
+    ("contains", "\u0e41\u0e21\u0e27", "\u0e19\u0e35\u0e48\u0e04\u0e37\u0e2d\u0e41\u0e21\u0e27"),
+    ("contains", "it's", "I think it\u2019s so"),
+    ("vqa", "don't", "don\u2019t"),
+]
+
+
+@pytest.mark.parametrize(("metric", "truth", "reply"), TYPED)
+def test_the_same_words_in_other_characters(tmp_path, metric, truth, reply):
+    """Accents of two kinds, quotes, full-width signs, marks and scripts without spaces; 3.0 in a file is 3."""
+    answer = [truth] * 10 if metric == "vqa" else truth
+    assert score(tmp_path, metric, {"answer": answer}, reply) == 100
+    assert score(tmp_path, metric, {"answer": answer}, "x") == 0
+
+
+def test_options_that_are_floats(tmp_path):
+    """As a table with gaps exports whole numbers."""
+    record = {"choices": [1.0, 2.0, 2.5], "answer": 2}
+    assert [score(tmp_path, "choice", record, r) for r in ("1", "2", "2.5", "B")] == [0, 100, 0, 100]
+
+
+@pytest.mark.parametrize("reply", ["B\nBecause it barks.", "b\n\nIt barks", "(B)\nIt barks", "Answer: B\nIt barks"])
+def test_a_letter_on_a_line_of_its_own(tmp_path, reply):
+    earned = [score(tmp_path, "choice", {"choices": ["cat", "dog", "cow"], "answer": t}, reply) for t in "ABC"]
+    assert earned == [0, 100, 0]
+
+
+@pytest.mark.parametrize("name", ["image_url", "img_file", "imagepath", "photo-name", "Picture_1", "main image", "pic"])
+def test_a_field_that_seems_to_hold_a_picture(tmp_path, name):
+    with pytest.raises(DataError, match=rf"unknown field '{name}'; did you mean 'image'"):
+        score(tmp_path, "exact", {"answer": "a", name: "a.png"}, "a")
+    for given in ({"image": None}, {"image": "a.png"}, {"images": ["a.png"]}):
+        assert score(tmp_path, "exact", {"answer": "a", name: "a.png", **given}, "a") == 100
+    assert score(tmp_path, "exact", {"answer": "a", "image_width": 640, "vision_note": "x", "picnic": "y"}, "a") == 100
+
+
+@pytest.mark.parametrize("ids", [("2", None), (None, "1")])
+def test_an_id_that_is_the_number_of_another_line(tmp_path, ids):
+    rows = [{"question": "q", "answer": "a", **({"id": id} if id else {})} for id in ids]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"line 2: .* stands in line 1 already; .* give every line an id, or none"):
+        CUSTOM().questions(CUSTOM().locate(tmp_path))

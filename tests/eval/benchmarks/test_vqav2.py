@@ -49,6 +49,17 @@ def test_upload(tmp_path):
     assert again.read_text() == path.read_text()
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_an_upload_holds_every_id_once(tmp_path, suffix):
+    rows = [{"question_id": id} for id in (1, 2, 1)]
+    ids = tmp_path / f"ids{suffix}"
+    ids.write_text("\n".join(map(json.dumps, rows)) if suffix == ".jsonl" else json.dumps({"questions": rows}))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "image": "a.jpg", "text": "what?"}))
+    files = {"questions": tmp_path / "q.jsonl", "all_ids": ids, "images": tmp_path}
+    with pytest.raises(DataError, match=r"ids\.json.*, line 3: 1 stands in line 1 already"):
+        VQAV2().questions(files)
+
+
 def test_official_validation_format():
     """Our answers are normalised before they are compared, so the expected numbers are those of results_m4c.json."""
     files = {"questions": VAL / "questions.json", "annotations": VAL / "annotations.json", "images": Path("val2014")}

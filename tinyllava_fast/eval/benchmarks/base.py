@@ -152,13 +152,15 @@ class Benchmark(ABC):
 
     name: as registered. title: as papers write it. max_new_tokens: the reference's limit. Options: a frozen dataclass
     of the settings that ``--option <name>.<field>=<value>`` takes, each with a default; the class's docstring or
-    the fields' comments say what they do. published: rows to compare with. in_all: part of ``--benchmarks all``.
+    the fields' comments say what they do. scored_by: those that change what an answer earns. published: rows to
+    compare with. in_all: part of ``--benchmarks all``.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     max_new_tokens: int = 128
     Options: ClassVar[type[Any]] = NoOptions
+    scored_by: ClassVar[Sequence[str]] = ()
     published: ClassVar[Sequence[Published]] = ()
     in_all: ClassVar[bool] = True
 

@@ -10,6 +10,7 @@ that is not given is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -44,6 +45,8 @@ ALIASES = {
     "choices": ("option", "options"),
 }
 """What other formats call the fields."""
+_PICTURE = re.compile(r"(?<![a-z])(image|img|picture|pic|photo)(s|file|url|path|name)?(?![a-z])")
+"""Part of the name of a field that seems to hold a picture: image_url, imgPath, photo-file."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Custom(Benchmark):
     title = "custom"
     in_all = False
     Options = Options
+    scored_by = ("metric",)
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -86,11 +90,18 @@ class Custom(Benchmark):
         ids = UniqueIds(files["questions"])
         questions = []
         unused: dict[str, int] = {}
+        numbered = False  # whether some line has no id
         for line, record in read_jsonl(files["questions"]):
             for name in _unused(record):
                 unused.setdefault(name, line)
-            question = self._question(record, record.identifier("id", line), files["images"])
-            ids.add(question.id, line)
+            id = record.identifier("id", None)
+            numbered = numbered or id is None
+            question = self._question(record, line if id is None else id, files["images"])
+            try:
+                ids.add(question.id, line)
+            except DataError as error:
+                rest = "; the id of a line without one is its number, so give every line an id, or none" * numbered
+                raise DataError(f"{error}{rest}") from None
             questions.append(question)
         if unused:
             first = ", ".join(f"{shown(name)} (first in line {line})" for name, line in list(unused.items())[:8])
@@ -153,6 +164,8 @@ def _unused(record: Fields) -> list[str]:
         low = name.lower()
         meant = next((known for known, others in ALIASES.items() if low in others), None)
         meant = meant or next(iter(get_close_matches(low, FIELDS[1:], n=1, cutoff=0.75)), None)
+        if meant is None and _PICTURE.search(low) and isinstance(record.values[name], (str, list)):
+            meant = None if "image" in record.values or "images" in record.values else "image"
         given = ("image", "images") if meant in ("image", "images") else (meant or "",)
         if meant and not any(known in record for known in given):
             raise DataError(

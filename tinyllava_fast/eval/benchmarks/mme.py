@@ -24,7 +24,7 @@ from tinyllava_fast.eval.benchmarks.base import (
     line_key,
     published_rows,
 )
-from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions
+from tinyllava_fast.eval.files import EVAL_ZIP, Finder, is_file, llava_questions
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import clustered_error, mean, mean_influence, require_answers
 from tinyllava_fast.fields import read_text, shown
@@ -153,7 +153,7 @@ class _Truths:
     def find(self, subtask: str, file: str, question: str, where: str) -> tuple[str, str]:
         """The question as the file writes it, and its truth. Some files have two spaces before the closing request."""
         places = [self.folder / subtask / "questions_answers_YN" / file, self.folder / subtask / file]
-        path = next((p for p in places if p.is_file()), None)
+        path = next((p for p in places if is_file(p)), None)
         if path is None:
             raise DataError(f"{where}: its truth is missing; looked for {places[0]} and {places[1]}")
         if path not in self.known:

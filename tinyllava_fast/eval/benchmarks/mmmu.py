@@ -75,6 +75,7 @@ class MMMU(Benchmark):
     name = "mmmu"
     title = "MMMU"
     Options = Options
+    scored_by = ("seed",)
     max_new_tokens = 1024
     published = published_rows("Overall", None, 36.4, 38.4, 27.9, 29.7)
 

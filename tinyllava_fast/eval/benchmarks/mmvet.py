@@ -89,6 +89,7 @@ class MMVet(Benchmark):
     name = "mmvet"
     title = "MM-Vet"
     Options = Options
+    scored_by = ("judge",)
     max_new_tokens = 1024
     published = published_rows("total", 31.1, 36.1, 37.5, 23.2, 19.5)
 

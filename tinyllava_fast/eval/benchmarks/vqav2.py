@@ -126,8 +126,12 @@ def upload(ids: Sequence[str | int], answers: Mapping[Any, str]) -> list[dict[st
 
 
 def _all_ids(path: Path) -> list[str | int]:
-    rows = (row for _, row in read_jsonl(path)) if path.suffix == ".jsonl" else read_object(path).mappings("questions")
-    return [row.identifier("question_id") for row in rows]
+    seen, found = UniqueIds(path), []
+    by_line = path.suffix == ".jsonl"
+    for number, row in read_jsonl(path) if by_line else enumerate(read_object(path).mappings("questions"), 1):
+        found.append(row.identifier("question_id"))
+        seen.add(found[-1], number)
+    return found
 
 
 def _val_questions(files: Files) -> list[Question]:

@@ -19,7 +19,7 @@ def write_report(
     blind = Path(blind_dir) if blind_dir is not None else None
     data = gather(run, Path(results_dir), blind, note=note)
     page, picture = run / "report.html", run / "report.png"
-    page.write_text(html.page(data), encoding="utf-8")
+    page.write_text(html.page(data), encoding="utf-8", errors="replace")
     png.draw(data, picture)
     return page, picture
 
@@ -27,5 +27,6 @@ def write_report(
 def write_scores(output: str | Path, benchmarks: Sequence[str]) -> Path:
     """Write output/report.html about the benchmarks' results in output/<name>; returns its path."""
     page = Path(output) / "report.html"
-    page.write_text(scores.page([Path(output) / name for name in benchmarks]), encoding="utf-8")
+    text = scores.page([Path(output) / name for name in benchmarks])
+    page.write_text(text, encoding="utf-8", errors="replace")  # a path need not be UTF-8
     return page

@@ -13,6 +13,7 @@ from torch import nn
 
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.hardware import torchrun_number
 from tinyllava_fast.train.engine.base import Engine, ParamGroups
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
@@ -34,8 +35,8 @@ def start_process(config: EngineConfig) -> Process:
 
     Raises UserError for a device that is not there, or for several processes under engine.type torch.
     """
-    env = {k: int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    env = {k: torchrun_number(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
+    local_size = torchrun_number("LOCAL_WORLD_SIZE", 1)
     kind = config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
