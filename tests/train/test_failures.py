@@ -24,7 +24,7 @@ def errors(caplog) -> str:
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
-        ("{}/run.yaml", "a file has the name of that folder"),
+        ("{}/run.yaml", "is a file; name a folder"),
         ("{}/run.yaml/run", "a part of that path is a file"),
         ("/proc/nope/run", "cannot be written"),
         ("{}/" + "x" * 300, "shorten the name"),
