@@ -37,6 +37,16 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tiny_run, caplog, output, re
     assert output.removesuffix("/run") in errors(caplog) and reason in errors(caplog)
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_found_before_the_first_step(tiny_run, losses, caplog):
+    path = tiny_run()
+    (path.parent / "run").mkdir()
+    (path.parent / "run" / "checkpoints").write_text("mine")
+    assert cli.main([str(path)]) == 2
+    assert f"{path.parent / 'run' / 'checkpoints'}: cannot be written: File exists" in errors(caplog)
+    assert (path.parent / "run" / "checkpoints").read_text() == "mine"
+    assert not (path.parent / "run" / "metrics.jsonl").exists()
+
+
 def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 

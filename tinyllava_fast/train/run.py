@@ -102,6 +102,8 @@ class Run:
             return
         if self.checkpoint is None:
             self._start_over()
+        with writing(self.store.folder):
+            self.store.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / "config.yaml"):
             write_bytes(self.folder / "config.yaml", dump(self.config).encode())
         self.metrics = MetricsWriter(self.folder, after_step=self.state.step)
