@@ -129,5 +129,5 @@ def test_wrong_settings(make):
     with pytest.raises(UserError, match=r"batch.packs_per_step: 3 is not a multiple of the 2 processes; try 4"):
         Loader(make(), packs_per_step=3, world_size=2)
     state = Loader(make()).state_dict()
-    with pytest.raises(CheckpointError, match=r"data.json: the records, .* differ from those of the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"data.json: the records or the tokenizer's files differ from"):
         Loader(make(seed=1)).load_state_dict(state)

@@ -147,16 +147,10 @@ def test_a_half_written_folder_is_ignored_and_cleaned(store):
 def test_a_full_disk_keeps_the_previous_checkpoint(store, monkeypatch, victim):
     path = store.save(state(1), FakeEngine())
     monkeypatch.setattr(checkpoint, victim, no_space)
-    with pytest.raises(CheckpointError, match=r"00000002: could not be saved: .*No space left.*00000001 is intact"):
+    with pytest.raises(CheckpointError, match=r"00000002: could not be saved: .*No space left.*; free some space"):
         store.save(state(2), FakeEngine())
     assert store.names() == [path.name] and store.latest() == path
     assert not list(store.folder.glob(".tmp-finetune*"))
-
-
-def test_a_full_disk_at_the_first_save_says_that_there_is_none(store, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_write_tensor", no_space)
-    with pytest.raises(CheckpointError, match="no earlier checkpoint exists"):
-        store.save(state(2), FakeEngine())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

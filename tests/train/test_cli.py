@@ -157,14 +157,19 @@ sys.exit(code)
 """
 
 
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory):
+    """The folder for temporary files of the runs without a home: the first one compiles, the others find that."""
+    return tmp_path_factory.mktemp("temporary")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("home", [None, "", "/proc/nonexistent"])
-def test_it_trains_without_a_home(home, tiny_run, tmp_path):
+def test_it_trains_without_a_home(home, tiny_run, temporary):
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "TLF_CACHE")}
-    (tmp_path / "tmp").mkdir()
-    env |= {"TMPDIR": str(tmp_path / "tmp")} | ({} if home is None else {"HOME": home})
+    env |= {"TMPDIR": str(temporary)} | ({} if home is None else {"HOME": home})
     done = subprocess.run([sys.executable, "-c", NO_HOME, str(tiny_run())], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no cache folder of this user can be written") == 1
-    kept = tmp_path / "tmp" / f"tinyllava_fast-{os.getuid()}"
+    kept = temporary / f"tinyllava_fast-{os.getuid()}"
     assert (kept / "compile.json").is_file() and list(kept.glob("cpu_pool-*.so"))

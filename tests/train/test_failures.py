@@ -24,7 +24,7 @@ def errors(caplog) -> str:
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
-        ("{}/run.yaml", "a file has the name of that folder"),
+        ("{}/run.yaml", "is a file; name a folder"),
         ("{}/run.yaml/run", "a part of that path is a file"),
         ("/proc/nope/run", "cannot be written"),
         ("{}/" + "x" * 300, "shorten the name"),
@@ -35,6 +35,16 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tiny_run, caplog, output, re
     output = output.format(path.parent)
     assert cli.main([str(path), f"output_dir={output}"]) == 2
     assert output.removesuffix("/run") in errors(caplog) and reason in errors(caplog)
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_found_before_the_first_step(tiny_run, losses, caplog):
+    path = tiny_run()
+    (path.parent / "run").mkdir()
+    (path.parent / "run" / "checkpoints").write_text("mine")
+    assert cli.main([str(path)]) == 2
+    assert f"{path.parent / 'run' / 'checkpoints'}: cannot be written: File exists" in errors(caplog)
+    assert (path.parent / "run" / "checkpoints").read_text() == "mine"
+    assert not (path.parent / "run" / "metrics.jsonl").exists()
 
 
 def full(*_, **__):

@@ -17,7 +17,7 @@ from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.train import cli, loop, resume
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_state
-from tinyllava_fast.train.failures import explained
+from tinyllava_fast.train.failures import Way, explained
 from tinyllava_fast.train.loop import train
 
 EVERY = ["checkpoint.every_steps=1", "checkpoint.keep=9"]
@@ -346,7 +346,7 @@ MEMORY = [
 def test_out_of_memory_says_what_to_set(tmp_path, error):
     store, state = CheckpointStore(tmp_path, 1), TrainState(step=4)
     engine = EngineConfig(type="deepspeed", gradient_checkpointing="selective", workers=2)
-    with pytest.raises(UserError) as caught, explained(store, state, engine, "b"):
+    with pytest.raises(UserError) as caught, explained(Way(store), state, engine, "b"):
         raise error
     assert str(caught.value) == (
         "stages.b: step 5: out of memory; set engine.gradient_checkpointing=true, or set engine.offload=true, or lower "

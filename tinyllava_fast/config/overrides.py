@@ -22,7 +22,7 @@ def apply_overrides(tree: Section, overrides: Sequence[str], expand: Callable[[S
     """
     done: list[tuple[list[str], Any, str]] = []
     for override in overrides:
-        parts, value = _parse(override)
+        parts, value = _parse(override, tree)
         kept = _outdated_prefixes(tree, parts, value, override)
         again = [item for item in done if any(item[0][: len(prefix)] == prefix for prefix in kept)]
         done.append((parts, value, override))
@@ -32,10 +32,13 @@ def apply_overrides(tree: Section, overrides: Sequence[str], expand: Callable[[S
     return tree
 
 
-def _parse(override: str) -> tuple[list[str], Any]:
+def _parse(override: str, tree: Section) -> tuple[list[str], Any]:
     """The parts of the dotted key, and the value."""
-    dotted, sep, text = override.removeprefix("--").partition("=")
+    stage = _stage(override.removeprefix("--"), tree)
+    dotted, sep, text = override.removeprefix("--").removeprefix(stage).partition("=")
     parts = dotted.split(".")
+    if stage:
+        parts = ["stages", stage.removeprefix("stages."), *parts[1:]]
     if not sep or not all(parts) or any(part != part.strip() for part in parts):
         raise UserError(f"override {override!r}: expected key.path=value, e.g. stages.finetune.optim.lr=1e-4")
     try:
@@ -44,6 +47,14 @@ def _parse(override: str) -> tuple[list[str], Any]:
         if "mapping values are not allowed" in str(error):
             raise UserError(f"{error}; a text that holds a colon needs quotes: {dotted}='\"...\"'") from None
         raise
+
+
+def _stage(text: str, tree: Section) -> str:
+    """The "stages.NAME" that an override begins with; "" if none. The name may hold a dot or an equals sign."""
+    stages = tree.get("stages")
+    items = stages if isinstance(stages, list) else []
+    heads = [f"stages.{item['name']}" for item in items if isinstance(item, dict) and item.get("name")]
+    return max((head for head in heads if text.startswith((f"{head}.", f"{head}="))), key=len, default="")
 
 
 def _outdated_prefixes(tree: Section, parts: list[str], value: Any, override: str) -> list[list[str]]:

@@ -17,6 +17,7 @@ from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
 from tinyllava_fast.data.files import ImageFiles
 from tinyllava_fast.data.images import to_pixels
+from tinyllava_fast.data.pictures import MissingImageError
 from tinyllava_fast.data.records import Record, encode_records, read_records
 from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
@@ -180,6 +181,8 @@ class PackedDataset:
     def _bad_image(self, name: str, error: DataError) -> str:
         """Why a record is skipped; DataError where that is not wanted."""
         reason = f"{self.data.records}: record id {name!r}: image: {error}"
+        if isinstance(error, MissingImageError):
+            raise DataError(f"{reason}; put it back (data.on_bad_image=skip is for damaged files alone)") from error
         if self.data.on_bad_image == "fail":
             remedy = "replace it, remove its record, or set data.on_bad_image=skip"
             raise DataError(f"{reason}; {remedy}") from error

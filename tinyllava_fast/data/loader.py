@@ -6,6 +6,7 @@ import gc
 import math
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +20,8 @@ from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.log import log
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
 
 
@@ -91,8 +94,8 @@ class Loader:
         if state["fingerprint"] != self.dataset.fingerprint:
             raise CheckpointError(
                 f"{self.dataset.data.records}: the records or the tokenizer's files differ from those of the "
-                "checkpoint, so its position in the data means nothing; put them back as they were (records left out "
-                f"here: {len(self.dataset.skipped)}), or start over with another output_dir or --resume never"
+                "checkpoint, so its position in the data means nothing; put them back as they were"
+                f"{self._left_out()}, or start over with another output_dir or --resume never"
             )
         if state.get("sources", sources := self.dataset.store.sources()) != sources:
             log.warning(
@@ -103,6 +106,16 @@ class Loader:
         self.close()
         self._position = self._start(state["epoch"]) + state["pack"]
         self.skipped = dict.fromkeys(state["skipped"])
+
+    def _left_out(self) -> str:
+        """What else may be the reason for another plan: pictures without a size, which decides their tokens."""
+        skipped = self.dataset.skipped
+        if not skipped or not self.dataset.files.grid:
+            return ""
+        return (
+            f", and so the pictures of {len(skipped)} records that are left out: image_mode=anyres takes the number of "
+            f"tokens from their headers, which cannot be read any more; the first: {skipped[0]}"
+        )
 
     def __iter__(self) -> Iterator[PackedBatch]:
         self.close()
@@ -116,7 +129,8 @@ class Loader:
             worker_init_fn=_prepare_worker,
             generator=torch.Generator().manual_seed(0),  # else it draws from torch's global generator
         )
-        self._stream = iter(source)
+        with _signals_held():
+            self._stream = iter(source)
         for wire in self._stream:
             if isinstance(wire, str):
                 self.close()
@@ -202,8 +216,18 @@ def _same(item: Any) -> Any:
     return item
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals wait while workers start, who inherit that: a signal to the whole process group spares them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker(worker: int) -> None:
     """Leave signals to the main process, which stops the workers; keep what was inherited out of garbage collection."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects

@@ -7,6 +7,7 @@ EPS (Ghostscript) would.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -68,6 +69,13 @@ class PictureReading:
 UPRIGHT = PictureReading("upright", "white")
 REFERENCE = PictureReading("stored", "drop")
 """How LLaVA and TinyLLaVA Factory read pictures: PIL's ``convert("RGB")`` alone."""
+
+
+class MissingImageError(DataError):
+    """The file is not there, or the disk that it is on does not answer. Never skipped: all others may be gone too."""
+
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN)
 
 
 @contextmanager
@@ -194,10 +202,12 @@ def _check_file(path: str | Path, name: str) -> None:
     except (OSError, ValueError) as error:
         if is_url(path):
             raise DataError(f"{name}: a URL; pictures are not downloaded: save it to a file, give its path") from error
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise DataError(f"{name}: image file is missing") from error
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOENT, errno.ENOTDIR):
+            raise MissingImageError(f"{name}: image file is missing") from error
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{name}: the image file cannot be opened: {reason}") from error
+        kind = MissingImageError if number in _GONE else DataError
+        raise kind(f"{name}: the image file cannot be opened: {reason}") from error
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
         raise DataError(f"{name}: it is {what}, not an image file")

@@ -274,8 +274,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _sync(final.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{final}: cannot write the folder: {error}; what was there before is untouched. Free some space or "
-            "choose another folder"
+            f"{final}: cannot write the folder: {error}; what was there before is untouched. Free some space, "
+            "mend the disk, or name another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,6 +16,7 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class TrainState:
     """What engine.compile: auto chose for each stage: rounding differs, so a resumed run chooses the same."""
     readings: dict[str, Any] = field(default_factory=dict)
     """How each stage so far reads pictures: orientation and background (train/reading.py)."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Checksums of what the model was built from and no checkpoint holds (train/parts.py)."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     stage_steps: int = 0
@@ -172,11 +175,7 @@ class CheckpointStore:
             _remove(aside)
 
     def _refused(self, target: Path, reason: str) -> CheckpointError:
-        latest = self.latest()
-        kept = f"the previous checkpoint {latest} is intact" if latest else "no earlier checkpoint exists"
-        return CheckpointError(
-            f"{target}: could not be saved: {reason}; {kept}. Free some space and run again to resume"
-        )
+        return CheckpointError(f"{target}: could not be saved: {reason}; free some space, or mend the disk")
 
 
 def load_state(folder: Path) -> TrainState:
@@ -184,7 +183,7 @@ def load_state(folder: Path) -> TrainState:
     path = folder / "state.json"
     if not path.is_file():
         known = sorted(p.parent.name for p in folder.glob("*/state.json"))
-        hint = f"; it holds {', '.join(known)}" if known else ""
+        hint = f"; it holds {', '.join(known)}" if known else _run_above(folder)
         if not folder.exists():
             hint = "; it does not exist: --resume takes auto, never, or the path of a checkpoint or run folder"
         raise CheckpointError(f"{folder}: not a checkpoint, it has no state.json{hint}")
@@ -192,6 +191,14 @@ def load_state(folder: Path) -> TrainState:
         return _state(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError))
     except CheckpointError as error:
         raise CheckpointError(f"{error}: damaged, or of another version; {_another(folder)}") from None
+
+
+def _run_above(path: Path) -> str:
+    """A hint at the run folder that a path lies in, if it has a checkpoint."""
+    for folder in list(path.parents)[:3]:
+        if CheckpointStore(folder / "checkpoints", 1).names():
+            return f"; give the run folder, --resume {folder}, or one of its checkpoints"
+    return "; give a run folder that tlf-train wrote, or one of its checkpoints"
 
 
 def _state(fields: Fields) -> TrainState:
@@ -216,7 +223,7 @@ def _state(fields: Fields) -> TrainState:
         fields.mapping(name)
     for name in ("losses", "changes"):
         fields.items(name, [], empty=True)
-    for name in ("compiled", "final_losses"):
+    for name in ("compiled", "final_losses", "parts"):
         fields.mapping(name, None)
     return TrainState(**fields.values)
 
@@ -242,7 +249,7 @@ def _readable(folder: Path) -> bool:
 def load_rng(folder: Path, rank: int) -> None:
     """Restore this rank's random state; a rank the checkpoint did not have keeps its seeded one."""
     path = folder / f"rng-{rank}.safetensors"
-    if not path.is_file():
+    if not path.is_file() and rank:
         log.warning("%s: saved with fewer processes; rank %d keeps its seeded random state", folder, rank)
         return
     with open_tensors(path) as tensors:
@@ -361,4 +368,5 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that led here is the one to tell
+            path.unlink(missing_ok=True)

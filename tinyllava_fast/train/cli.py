@@ -35,7 +35,7 @@ _ALIASES = {"-h": "--help", "--print-config": "--print_config"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0, 2 for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM (checkpoint saved)."""
+    """Entry point. Returns 0, 2 for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
     setup_logging()
     prepare_memory()
     try:
@@ -75,7 +75,7 @@ def _run(argv: list[str]) -> int:
     try:
         train(config, resume=resume, profile="--profile" in flags)
     except StopRequest as stop:
-        log.warning("stopped; the same command continues from the checkpoint")
+        log.warning("%s", stop.said)
         return stop.exit_code
     return 0
 

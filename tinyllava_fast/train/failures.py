@@ -3,23 +3,60 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from tinyllava_fast.config.schema import EngineConfig
+from tinyllava_fast.config.schema import EngineConfig, RecipeConfig
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.prepare import of_stage
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.I)
+_UNWRITTEN = re.compile(r"cannot write the folder|could not be saved|cannot be written")
+DIVERGED = "training diverged"
 _WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:exited unexpectedly|is killed by signal)")
 
 
+@dataclass
+class Way:
+    """Where a run goes on that stops now. resume: as the command has it: auto, never or a path."""
+
+    store: CheckpointStore
+    resume: str = "auto"
+    began: Path | None = None
+    """The checkpoint that this process goes on from; None: it starts."""
+    saved: Path | None = None
+    """The checkpoint that it wrote last."""
+
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from; None: there is none, the run starts over."""
+        here = self.saved or self.began
+        return here if here is None or (here / "state.json").is_file() else self.store.latest()
+
+    def command(self, mended: str = "") -> str:
+        """The command that goes on from there, or starts over if nothing was saved. mended: words to put behind it."""
+        again = self.newest is None or self.resume == "auto" or (self.saved is None and self.resume != "never")
+        return f"the same command{mended}" if again else f"the same command with --resume auto{mended}"
+
+    def older(self) -> Path | None:
+        """The checkpoint before the newest."""
+        newest = self.newest
+        if newest is None:
+            return None
+        beside = CheckpointStore(newest.parent, 1)
+        older = [name for name in beside.names() if name != newest.name]
+        return beside.folder / older[-1] if older else None
+
+
 @contextmanager
-def explained(store: CheckpointStore, state: TrainState, engine: EngineConfig, stage: str) -> Iterator[None]:
+def explained(way: Way, state: TrainState, engine: EngineConfig, stage: str) -> Iterator[None]:
     """Around the work of a stage: errors name it, and say from which checkpoint the same command goes on.
 
     Out of memory, and a data worker that died, are UserErrors with what to set; other errors pass.
@@ -28,7 +65,7 @@ def explained(store: CheckpointStore, state: TrainState, engine: EngineConfig, s
         with of_stage(stage):
             yield
     except UserError as error:
-        text = f"{error}{way_on(store, state, str(error))}"
+        text = f"{error}{way_on(way, state, str(error))}"
         if isinstance(error, DataError) and state.step:
             text += ". No record may be removed or changed before the run has ended"
         raise type(error)(text) from error
@@ -43,22 +80,46 @@ def explained(store: CheckpointStore, state: TrainState, engine: EngineConfig, s
         else:
             raise
         where = f"stages.{stage}: step {state.step + 1}: {text}"
-        raise UserError(f"{where}{way_on(store, state)}") from error
+        raise UserError(f"{where}{way_on(way, state)}") from error
 
 
-def way_on(store: CheckpointStore, state: TrainState, said: str = "") -> str:
+def way_on(way: Way, state: TrainState, said: str = "") -> str:
     """The last lines of an error in a run: where the same command, mended, goes on. Empty before the first step.
 
-    said: the error so far, which may name the checkpoint itself.
+    said: the error so far.
     """
-    if " is intact" in said:
-        return ""
-    latest = store.latest()
-    if latest is None:
-        return "\nNo checkpoint was saved so far: the same command starts over" if state.step else ""
-    older = [str(store.folder / name) for name in store.names() if name != latest.name]
-    more = f"; further back with --resume {older[-1]}" if older else ""
-    return f"\nThe checkpoint {latest} is intact: the same command, with what is mended, goes on from there{more}"
+    newest, older = way.newest, way.older()
+    if newest is None:
+        return f"\nNo checkpoint was saved so far: {way.command()} starts over" if state.step else ""
+    if f"{newest}{os.sep}" in said:  # a file of its own is damaged
+        back = f"--resume {older}" if older else "--resume never, which starts over: no other lies beside it"
+        return "" if older and str(older) in said else f"\nThis checkpoint cannot be used: {back}"
+    text = f"\nThe checkpoint {newest} is intact: {way.command(', with what is mended,')} goes on from there"
+    if _UNWRITTEN.search(said):
+        text += f"; to go on in another output_dir, add --resume {newest}"
+    if DIVERGED in said:
+        back = f"--resume {older}" if older else "--resume never, which starts over"
+        return f"{text}. If it diverges again, its weights were spoilt before: {back}"
+    return f"{text}; further back with --resume {older}" if older else text
+
+
+def diverged(state: TrainState, recipe: RecipeConfig, groups: Iterable[str], loss: float, norm: float) -> UserError:
+    """The error for a loss or gradient norm that is no number. groups: names of the optimiser's, "llm.no_decay"."""
+    parts = {group.partition(".")[0] for group in groups}
+    own = [part for part in sorted(parts) if getattr(recipe, part).lr is not None]
+    keys = ["optim.lr"] * (len(own) < len(parts)) + [f"recipe.{part}.lr" for part in own]
+    return UserError(
+        f"step {state.step} ({state.stage}): loss {loss}, gradient norm {norm}: {DIVERGED}; lower "
+        f"{' and '.join(keys)}, or raise optim.warmup_ratio"
+    )
+
+
+def stopped(way: Way) -> str:
+    """What to say after a signal."""
+    command, newest = way.command(), way.newest
+    if newest is None:
+        return f"stopped before the first checkpoint; {command} starts over"
+    return f"stopped; {command} goes on from {newest}"
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +17,13 @@ from typing import Any
 import torch
 
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.loader import Loader
+from tinyllava_fast.data.loader import STOP_SIGNALS, Loader
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import cache_folder
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io
-from tinyllava_fast.models.build import build_model, check_vocabulary
+from tinyllava_fast.models.build import check_vocabulary
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
@@ -33,9 +32,10 @@ from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import compile_forward, repays
 from tinyllava_fast.train.engine.launch import build_engine, start_process
-from tinyllava_fast.train.failures import explained
+from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import FeatureCache, check_feature_cache
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
+from tinyllava_fast.train.parts import first_model
 from tinyllava_fast.train.prepare import Outlook, average_flops, build_loader, look_ahead, look_at_files
 from tinyllava_fast.train.profile import StepProfiler
 from tinyllava_fast.train.progress import Progress
@@ -67,9 +67,10 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> 
             run.start(resume)
             look_at_files(config, config.stages[run.state.stage_index :])
             for index in range(run.state.stage_index, len(config.stages)):
-                with explained(run.store, run.state, config.engine, config.stages[index].name):
+                with explained(run.way, run.state, config.engine, config.stages[index].name):
                     Stage(run, index).run()
-            return run.finish()
+            with explained(run.way, run.state, config.engine, run.state.stage):
+                return run.finish()
     finally:
         run.close()
 
@@ -127,7 +128,8 @@ class Stage:
         config = self.run_.config
         dtype = torch.float32  # the engine lowers it, and keeps the exact values as masters
         if index == 0 or resumed is not None:
-            model = build_model(config.model, seed=config.seed, dtype=dtype)
+            run = self.run_
+            model = first_model(config.model, self.state, run.tokenizer, run.processor, seed=config.seed, dtype=dtype)
         else:
             before = self.run_.folder / config.stages[index - 1].name
             model = io.load_model(before, dtype=dtype, merge_adapter=False)[0].train()
@@ -304,11 +306,11 @@ class Stage:
         if self.run_.process.world_size == 1:
             return dict(zip(COUNTS, map(float, local), strict=True)), stop
         # float64 holds these integers exactly; the flag rides along so that all ranks stop at the same step.
-        flags = [float(stop == number) for number in (signal.SIGINT, signal.SIGTERM)]
+        flags = [float(stop == number) for number in STOP_SIGNALS]
         summed = torch.tensor([*local, *flags], dtype=torch.float64, device=self.engine.device)
-        *values, interrupted, terminated = self.engine.all_reduce_sum(summed).tolist()
-        stop = int(signal.SIGINT) if interrupted else int(signal.SIGTERM) if terminated else 0
-        return dict(zip(COUNTS, values, strict=True)), stop
+        values = self.engine.all_reduce_sum(summed).tolist()
+        arrived = [int(n) for n, count in zip(STOP_SIGNALS, values[len(COUNTS) :], strict=True) if count]
+        return dict(zip(COUNTS, values, strict=False)), arrived[0] if arrived else 0
 
     def _learning_rates(self, total: int) -> dict[str, float]:
         optim = self.config.optim
@@ -352,10 +354,7 @@ class Stage:
         loss = sum(self.state.losses) / len(self.state.losses)
         norm = float(grad_norm)
         if not (abs(loss) < float("inf") and norm < float("inf")):
-            raise UserError(
-                f"step {self.state.step} ({self.state.stage}): loss {loss}, gradient norm {norm}: training diverged; "
-                "lower optim.lr, or raise optim.warmup_ratio"
-            )
+            raise diverged(self.state, self.config.recipe, self.peak_lrs, loss, norm)
         return {
             "step": self.state.step,
             "stage": self.state.stage,

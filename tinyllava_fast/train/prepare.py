@@ -41,6 +41,9 @@ _KEYS = re.compile(
 )
 
 
+_NAMED = re.compile(r"(?:^|\s)stages[.\[]")  # a key of a stage, which may be another one than that which looks ahead
+
+
 @dataclass(frozen=True)
 class Outlook:
     """A stage to come. steps: its optimiser steps. flops: of an average one, of this process."""
@@ -57,9 +60,7 @@ def of_stage(name: str) -> Iterator[None]:
     except UserError as error:
         text = _KEYS.sub(lambda found: f"stages.{name}.{found.group()}", str(error))
         kind = next(kind for kind in (CheckpointError, DataError, UserError) if isinstance(error, kind))
-        raise kind(
-            text if text.startswith("stages.") or f"stages.{name}" in text else f"stages.{name}: {text}"
-        ) from error
+        raise kind(text if _NAMED.search(text) or f"stages.{name}" in text else f"stages.{name}: {text}") from error
 
 
 def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:

@@ -16,6 +16,7 @@ from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_state
+from tinyllava_fast.train.parts import MODEL_FILES
 
 _ENGINE = "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing"
 FREE = frozenset(
@@ -79,7 +80,10 @@ def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> t
         return None
     state = load_state(folder)
     if state.stage_index >= len(config.stages):
-        raise UserError(f"{folder}: belongs to stage {state.stage_index}, the configuration has {len(config.stages)}")
+        raise UserError(
+            f"{folder}: belongs to stage {state.stage_index + 1}, {state.stage!r}, but the configuration has "
+            f"{len(config.stages)}; put the stage back, or set another output_dir"
+        )
     changes = differences(_completed(state.config), to_dict(config), state)
     if any(change.why_not for change in changes):
         raise _refusal(folder, state, changes)
@@ -93,7 +97,7 @@ def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> t
 def differences(old: dict[str, Any], new: dict[str, Any], state: TrainState) -> list[Change]:
     """Every key that differs, and whether it may, at this state of the run."""
     found = [
-        Change(key, before, now, "" if _among(key, FREE) else _reason(key))
+        Change(key, before, now, "" if _among(key, FREE) else _moved(key, now, state))
         for key, before, now in _pairs(_without_stages(old), _without_stages(new))
     ]
     before_stages, now_stages = old.get("stages", []), new.get("stages", [])
@@ -109,6 +113,13 @@ def differences(old: dict[str, Any], new: dict[str, Any], state: TrainState) -> 
         elif stage or now:
             found.append(Change(f"stages.{name}", *(("there", "gone") if stage else ("not there", "added"))))
     return found
+
+
+def _moved(key: str, now: Any, state: TrainState) -> str:
+    """Why a key of the model, the seed or the engine may not change; empty: it names files that may have moved."""
+    if key not in MODEL_FILES or now is None:
+        return _reason(key)
+    return "" if state.parts else "this checkpoint does not tell what those files held: put them back where they were"
 
 
 def _stage_changes(old: dict[str, Any], new: dict[str, Any], *, over: bool) -> list[Change]:

@@ -17,6 +17,7 @@ import torch
 
 from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
+from tinyllava_fast.data.loader import STOP_SIGNALS
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.log import log
@@ -26,17 +27,22 @@ from tinyllava_fast.train import seed
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, write_bytes
 from tinyllava_fast.train.engine.base import Engine
 from tinyllava_fast.train.engine.launch import Process
+from tinyllava_fast.train.failures import Way, stopped
 from tinyllava_fast.train.metrics import COUNTS, MetricsWriter, peak_device_bytes
 from tinyllava_fast.train.prepare import Outlook
 from tinyllava_fast.train.resume import find_checkpoint
 
 
 class StopRequest(Exception):  # noqa: N818 a request, not an error
-    """SIGINT or SIGTERM arrived; a checkpoint is saved if steps were done. exit_code: 128 + the signal."""
+    """A signal asked to stop; a checkpoint is saved if steps were done. exit_code: 128 + the signal.
+
+    said: where the run goes on, for people.
+    """
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
         self.exit_code = exit_code
+        self.said = ""
 
 
 class Run:
@@ -49,7 +55,7 @@ class Run:
         totals = dict.fromkeys(("wall_seconds", "step_seconds", *COUNTS), 0.0)
         self.state = TrainState(config=to_dict(config), totals=totals)
         self.started = time.perf_counter()
-        self.checkpoint: Path | None = None
+        self.way = Way(self.store)
         self.stop_signal = 0
         self.profile = False
         self.compile_seconds, self.graphs, self.recompiles = 0.0, 0, 0
@@ -63,15 +69,21 @@ class Run:
         """Whether this process writes the shared files."""
         return self.process.rank == 0
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that this process goes on from; None: it starts."""
+        return self.way.began
+
     def start(self, resume: str) -> None:
         """Find the checkpoint to continue from, prepare the folder, and seed."""
         if self.main:
             self._lock()
+        self.way.resume = resume
         found = find_checkpoint(self.store, self.config, resume)
         if self.process.world_size > 1:
             torch.distributed.barrier()  # every rank has looked before rank 0 cleans
         if found is not None:
-            self.checkpoint, saved = found
+            self.way.began, saved = found
             saved.config = self.state.config
             saved.totals = self.state.totals | saved.totals
             self.state = saved
@@ -90,6 +102,8 @@ class Run:
             return
         if self.checkpoint is None:
             self._start_over()
+        with writing(self.store.folder):
+            self.store.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / "config.yaml"):
             write_bytes(self.folder / "config.yaml", dump(self.config).encode())
         self.metrics = MetricsWriter(self.folder, after_step=self.state.step)
@@ -129,8 +143,8 @@ class Run:
         if self.metrics:
             self.metrics.sync()
         started = time.perf_counter()
-        path = self.store.save(self.state, engine)
-        log.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        self.way.saved = self.store.save(self.state, engine)
+        log.info("saved %s in %.1f s", self.way.saved, time.perf_counter() - started)
 
     def finish(self) -> dict[str, Any]:
         """Publish the last stage's model as final/ and write the summary."""
@@ -218,9 +232,9 @@ def _publish(model: Path, target: Path) -> None:
 
 @contextmanager
 def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the loop to stop after the step, and stop at once what is between the steps.
+    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after the step, and stop at once what is between the steps.
 
-    A second SIGINT interrupts at once.
+    A second SIGINT interrupts at once. SIGHUP stays ignored where it was, as nohup has it.
     """
 
     def handle(number: int, _: Any) -> None:
@@ -233,11 +247,15 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
 
     try:
-        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        previous = {n: signal.signal(n, handle) for n in wanted}
     except ValueError:  # not the main thread: the caller owns the signals
         previous = {}
     try:
         yield
+    except StopRequest as request:
+        request.said = stopped(run.way)
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
