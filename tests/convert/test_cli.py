@@ -109,7 +109,7 @@ def test_what_an_export_has_no_use_for(tmp_path: Path) -> None:
     (ours / "adapter").mkdir()
     with pytest.raises(UserError, match=r"it has no config.json; the folder around it is one: .*ours$"):
         merge_adapter(ours / "adapter", tmp_path / "a")
-    with pytest.raises(UserError, match=r"cannot write the folder: .*choose another folder"):
+    with pytest.raises(UserError, match=r"cannot write the folder: .*name another folder"):
         export_model(ours, ours / "config.json" / "x", "llava")
     with pytest.raises(UserError, match="too long"):
         export_model(ours, tmp_path / ("x" * 300), "llava")

@@ -131,11 +131,11 @@ def _check(fields: Fields) -> None:
     fields.number("lora_alpha", 8)
     fields.number("lora_dropout", 0, least=0)
     fields.boolean("use_rslora", False)
-    patterns = fields.mapping("alpha_pattern", None)
-    for name in patterns.values if patterns else ():
-        patterns.number(name)
-        with reading(f"{patterns.where}: {name}: not a regular expression"):
-            re.compile(name)
+    if patterns := fields.mapping("alpha_pattern", None):
+        for name in patterns.values:
+            patterns.number(name)
+            with reading(f"{patterns.where}: {name}: not a regular expression"):
+                re.compile(name)
 
 
 def _module(key: str) -> re.Match[str] | None:
