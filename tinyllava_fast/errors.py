@@ -12,7 +12,7 @@ from pathlib import Path
 _REMEDIES = {
     errno.ENOSPC: "free some space there and run the same command again",
     errno.EDQUOT: "free some space there and run the same command again",
-    errno.ENOENT: "a folder on the way to it has been removed; run the same command again",
+    errno.ENOENT: "a folder on the way to it is not there; make it, or name another folder",
     errno.ENOTDIR: "a part of that path is a file; name another folder",
     errno.EEXIST: "a file has the name of that folder; name another folder",
     errno.EISDIR: "a folder has the name of that file; remove it or name another folder",

@@ -123,7 +123,7 @@ def test_files_that_are_fine(content: bytes, tmp_path: Path) -> None:
             "run.yaml, line 6: the key",
         ),
         (b"engine:\n" + RUN, "run.yaml: engine: expected a mapping of EngineConfig keys, got null"),
-        (b"stages:\n", "run.yaml: stages: expected a list of StageConfig, got null"),
+        (b"stages:\n", "run.yaml: stages: expected a list of StageConfig, each behind a dash, got null"),
         (b"stages: [null]\n", "run.yaml: stages[0]: expected a mapping of StageConfig keys, got null"),
         (b"base:\n" + RUN, "run.yaml: base: expected the path of a YAML file, got null"),
         (b"base: ''\n" + RUN, "run.yaml: base: expected the path of a YAML file, got ''"),

@@ -198,7 +198,7 @@ def test_damaged_files_give_a_data_error_or_records(tmp_path, name):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere.json: cannot read the records: No such file.*check data.records"):
+    with pytest.raises(DataError, match=r"nowhere.json: cannot read the records: No such file.*check the path"):
         list(read_records(tmp_path / "nowhere.json"))
     (tmp_path / "latin.json").write_bytes(b'[{"id": "\xe9"}]')
     with pytest.raises(DataError, match="not UTF-8 text"):

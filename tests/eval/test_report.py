@@ -138,6 +138,13 @@ def test_confusions_of_large_sets_are_left_out(answers, tables):
     assert len(confusions([_verdict("", f"w{n}", "w0") for n in range(answers)] * 3)) == tables
 
 
+def test_categories_of_one_answer_each_make_one_table():
+    rows = [_verdict(name, name, said) for name in ("cat", "dog") for said in ("cat", "cat", "dog")]
+    (table,) = confusions(rows)
+    assert (table.category, table.answers) == ("", ["cat", "dog"])
+    assert [table.row(truth) for truth in table.answers] == [[2, 1, 0], [2, 1, 0]]
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [("/runs/digits/final", "digits"), ("/runs/digits/pretrain", "digits/pretrain"), ("answers", "answers")],

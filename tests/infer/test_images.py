@@ -48,3 +48,12 @@ def test_a_short_sentence_for_each(assistant, image, question, message):
         assistant.answer(image, question, max_new_tokens=2)
     assert len(str(error.value)) < 250
     assert assistant.answer(None, "still there?", max_new_tokens=1) is not None
+
+
+def test_what_is_no_pair_and_markers_without_pictures(assistant):
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(UserError, match=r"questions, item 1: expected an \(image, question\) pair, got 'why\?'"):
+        assistant.answer_many([(picture, "why?"), "why?"])
+    with pytest.raises(UserError, match="its text holds 2 <image> but it has one image"):
+        assistant.answer(picture, "<image> and <image>: which?")
+    assert isinstance(assistant.answer([picture, picture], "<image> and <image>: which?", max_new_tokens=2), str)

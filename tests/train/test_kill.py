@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tinyllava_fast.train.cli import main
@@ -89,6 +90,20 @@ def check(server, tiny_run, losses, kills: int, **changes) -> None:
     final, twin = ((r / "final" / "model.safetensors").read_bytes() for r in (run, whole))
     assert final == twin
     assert hits == kills and in_save >= kills // 4
+
+
+def test_workers_end_with_a_run_that_is_killed(server, tiny_run):
+    path = tiny_run(**SHAPE | {"engine__workers": 2, "stages__finetune__max_steps": 4000})
+    run = path.parent / "killed"
+    child = start(server, path, run)
+    try:
+        wait_for_steps(child, run, 12)  # well into the second stage
+        workers = psutil.Process(child.pid).children()
+    finally:
+        kill(child)
+    assert len(workers) >= 2, [p.name() for p in workers]
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
 
 
 def test_three_kills(server, tiny_run, losses):

@@ -125,7 +125,9 @@ def _parse_value(hint: Any, value: Any, where: str, key: str) -> Any:
     section = section_of(hint)
     if section is not None:
         if not isinstance(value, list):
-            raise UserError(f"{place(where, key)}: expected a list of {section.__name__}, got {shown(value)}")
+            raise UserError(
+                f"{place(where, key)}: expected a list of {section.__name__}, each behind a dash, got {shown(value)}"
+            )
         return [parse_into(section, v, where, key=f"{key}[{i}]") for i, v in enumerate(value)]
     return read_value(hint, value, where, key)
 

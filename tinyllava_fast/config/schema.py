@@ -309,7 +309,8 @@ class EngineConfig:
     offload: bool = False
     """DeepSpeed only: optimiser state in host memory."""
     threads: Annotated[int, Range(least=0, most=4096)] = 0
-    """CPU threads; 0: as many as cores, shared by the processes of a node."""
+    """CPU threads; 0: OMP_NUM_THREADS if it is set and one process runs, else as many as cores, shared by the processes
+    of a node. Beside other work give fewer: threads that wait for one another are slower than one."""
     workers: Annotated[int, Range(least=0, most=1024)] = 1
     """Processes that tokenise and decode images; 0: in the training process."""
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4

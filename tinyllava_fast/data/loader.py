@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +21,7 @@ from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.log import log
 
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What asks a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
@@ -227,7 +229,12 @@ def _signals_held() -> Iterator[None]:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Leave signals to the main process, which stops the workers; keep what was inherited out of garbage collection."""
+    """Leave signals to the main process, which stops the workers; keep what was inherited out of garbage collection.
+
+    A main process that is killed stops nobody: the kernel then ends its workers, which would wait for it for ever.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # not Linux: the DataLoader's own watch has to do
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects

@@ -77,7 +77,9 @@ def read_records(path: str | Path) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot read the records: {error.strerror}; check data.records") from error
+        raise DataError(
+            f"{path}: cannot read the records: {error.strerror}; check the path (data.records of a run)"
+        ) from error
     if empty:
         raise DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
 

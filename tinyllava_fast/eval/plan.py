@@ -84,9 +84,10 @@ def _plan(benchmark: Benchmark, root: Path, limit: int | None, missing_images: s
         if count.found != count.expected:
             log.warning("%s: %s", benchmark.name, count)
     if missing and missing_images != "ignore" and (missing_images == "error" or len(missing) == len(images)):
+        other = f"name another one by --option {benchmark.name}.images=FOLDER, " * hasattr(benchmark.options, "images")
         raise DataError(
             f"{benchmark.name}: {len(missing):,} of {len(images):,} images are missing, the first is {missing[0]}; "
-            "complete the folder, or score their questions as empty answers with --missing-images empty"
+            f"complete the folder, {other}or score their questions as empty answers with --missing-images empty"
         )
     return plan
 

@@ -180,6 +180,7 @@ class _Evaluation:
             raise UserError(f"{self.folder}: {len(open_):,} questions are not answered yet; run the same command again")
         facts = {**self.facts, "versions": versions()}
         shown = None if self.facts["blind"] else self.pictures.digest
+        self._say_replaced()
         results = conclude(self.plan, self.answers.records, facts, self.folder, _experiment(self.facts), shown)
         if len(self.answers.records) > self._known or not (self.folder / RUN).exists():
             write_json(self.folder / RUN, self._timings())
@@ -193,6 +194,18 @@ class _Evaluation:
         )
         log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.facts["blind"], said, results["questions"])
         return read_results(self.folder)
+
+    def _say_replaced(self) -> None:
+        """Warn where results of more questions lie in the folder: a quick look with --limit is no full evaluation."""
+        with suppress(UserError):
+            before = read_results(self.folder).get("questions")
+            now = len(self.plan.questions)
+            if isinstance(before, int) and before > now:
+                log.warning(
+                    "%s: its results of %d questions are replaced by those of %d; the answers stay, so the command "
+                    "that made the former brings them back at once. --output keeps both",
+                    self.folder, before, now,
+                )  # fmt: skip
 
     def _answers_to(self, questions: Sequence[Question]) -> AnswerLog:
         # Where the model lies is no part of what it is; options that matter to an answer are seen in its prompt and

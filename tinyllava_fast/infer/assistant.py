@@ -99,9 +99,16 @@ class Assistant:
         return self.engine.answers(requests, on_token if on_text is not None else None)[0].text
 
     def answer_many(self, questions: Iterable[tuple[Images | None, str]], *, max_new_tokens: int = 64) -> list[str]:
-        """Answer (image, question) pairs together, greedily, in order; questions about one image share its work."""
+        """Answer (image, question) pairs together, greedily, in order; questions about one image share its work.
+
+        UserError for an item that is no such pair.
+        """
         sampling = _sampling(max_new_tokens=max_new_tokens)
-        requests = [Request.ask(question, image, sampling=sampling) for image, question in questions]
+        requests = []
+        for number, pair in enumerate(questions):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise UserError(f"questions, item {number}: expected an (image, question) pair, got {pair!r:.80}")
+            requests.append(Request.ask(pair[1], pair[0], sampling=sampling))
         return [a.text for a in self.engine.answers(requests)]
 
     def score(self, image: Images | None, question: str, options: Sequence[str]) -> Scores:

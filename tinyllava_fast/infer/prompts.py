@@ -205,6 +205,12 @@ def _conversation(request: Request) -> list[Message]:
             f"{request.named}: it has {len(request.images)} images but its text holds {markers} {IMAGE_TOKEN}; "
             "give one marker for each image, or none at all"
         )
+    most = max(str(m["value"]).count(IMAGE_TOKEN) for m in messages)
+    if request.images and not request.interleaved and most > 1:
+        raise UserError(
+            f"{request.named}: its text holds {most} {IMAGE_TOKEN} but it has one image; give a list of as many "
+            "images, or one marker"
+        )
     if any(IMAGE_TOKEN in str(m["value"]) for m in messages if m["from"] == "gpt"):
         raise UserError(f"{request.named}: an answer holds {IMAGE_TOKEN}, which would show an image; remove it")
     return messages

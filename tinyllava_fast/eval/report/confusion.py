@@ -30,6 +30,8 @@ class Confusion:
 def confusions(verdicts: Iterable[dict[str, Any]]) -> list[Confusion]:
     """A table for each category whose right answers are few and come up often; at most TABLES.
 
+    Where each category has one right answer alone (photos sorted by what they show), one table of all of them.
+
     verdicts: as read_verdicts returns them. Answers are compared without case, outer spaces and end marks.
     """
     groups: dict[str, list[tuple[str, str]]] = {}
@@ -37,6 +39,8 @@ def confusions(verdicts: Iterable[dict[str, Any]]) -> list[Confusion]:
         truth = _key(v["truth"])
         if truth:
             groups.setdefault(v["category"], []).append((truth, _key(v["answer"])))
+    if len(groups) > 1 and all(len({truth for truth, _ in pairs}) == 1 for pairs in groups.values()):
+        groups = {"": [pair for pairs in groups.values() for pair in pairs]}  # the category is the answer: one table
     tables = []
     for category, pairs in groups.items():
         answers = sorted({truth for truth, _ in pairs})

@@ -30,6 +30,12 @@ class Process:
     device: torch.device
 
 
+def _own_threads(local_size: int) -> int:
+    """Return OMP_NUM_THREADS, which a user sets on a shared machine; 0 without it, or where torchrun has set it."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if local_size == 1 and text.isascii() and text.isdigit() else 0
+
+
 def start_process(config: EngineConfig) -> Process:
     """Read torchrun's environment, choose the device, set the threads and, for DeepSpeed, join the process group.
 
@@ -50,7 +56,7 @@ def start_process(config: EngineConfig) -> Process:
     if kind == "cuda":
         torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or max(cores // local_size, 1))
+    torch.set_num_threads(config.threads or _own_threads(local_size) or max(cores // local_size, 1))
     process = Process(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_size, device)
     if config.type == "deepspeed":
         _join(process)
