@@ -33,7 +33,7 @@ def test_tokenizer_of_several_files(own: Path) -> None:
         (["tokenizer", "{own}/records.json", "{own}/new", "--vocab", "-1"], "a vocabulary of -1 is too small"),
         (
             ["tokenizer", "{own}/records.json", "{own}/new", "--vocab", "9" * 30],
-            "is too large; give 16,777,216 at most",
+            "is too large; give 1,048,576 at most",
         ),
         (["init", "{own}/records.json", "{own}", "{own}/new.yaml"], "8 of 8 images are not in"),
         (["init", "{own}/questions.jsonl", "{own}/images", "{own}/new.yaml"], "conversations"),
