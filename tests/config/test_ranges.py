@@ -34,21 +34,21 @@ STAGE = {"name": "s", "data": {}}
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every value below a dataclass; stages[0] is the stage."""
+    """(dotted key, type) of every value below a dataclass; stages.s is the stage."""
     for name, hint in get_type_hints(cls, include_extras=True).items():
         key = f"{prefix}.{name}" if prefix else name
         section = section_of(hint)
         if section is None:
             yield key, hint
         else:
-            yield from leaves(section, key if section is hint else f"{key}[0]")
+            yield from leaves(section, key if section is hint else f"{key}.s")
 
 
 def with_value(key: str, value: Any) -> dict[str, Any]:
     """A mapping of RunConfig in which nothing stands but a stage and the value."""
     tree: dict[str, Any] = {"stages": [{"name": "s", "data": {}}]}
     node: Any = tree
-    *parents, last = key.replace("[0]", ".0").split(".")
+    *parents, last = key.replace("stages.s.", "stages.0.").split(".")
     for part in parents:
         node = node[0] if part == "0" else node.setdefault(part, {})
     node[last] = value
@@ -120,7 +120,10 @@ RUN_LEAVES = dict(leaves(RunConfig))
 @pytest.mark.parametrize("key", RUN_LEAVES)
 def test_every_key_of_a_run(key: str) -> None:
     hint = RUN_LEAVES[key]
-    assert not check(lambda value: parse_into(RunConfig, with_value(key, value), "run.yaml"), hint, f"run.yaml: {key}")
+    named = key.replace("stages.s.name", "stages[0].name")  # a stage whose name is wrong has an index only
+    assert not check(
+        lambda value: parse_into(RunConfig, with_value(key, value), "run.yaml"), hint, f"run.yaml: {named}"
+    )
 
 
 def options() -> dict[str, type]:
@@ -174,41 +177,41 @@ VERDICTS: dict[str, tuple[list[Any], list[Any]]] = {
     "model.vision.image_std": ([[0.2, 1, 1e-3]], [[0, 0, 0], [0.5, 0.5, -0.5], [0.5, 0.5, None], "abc"]),
     "model.llm.path": (["x", None], ["", " ", 3]),
     "model.llm.config": ([{"a": None, "b": [1, {"c": "x"}]}], [{"a": NAN}, {"a": [INF]}, {"a": {"b": -INF}}, [], "x"]),
-    "stages[0].max_steps": ([1, None, 3.0], [0, -1, 0.5]),
-    "stages[0].epochs": ([1, 0.01, "1e-2", 300], [0, -0.5, NAN, INF, 1e9]),
-    "stages[0].optim.lr": ([1e-12, 1, "1e-4"], [0, -0.01, NAN, "fast"]),
-    "stages[0].optim.betas": ([[0, 0.999]], [[0.9, 1], [0.9], [0.9, 0.95, 0.99], [-0.1, 0.9], 0.9]),
-    "stages[0].optim.eps": ([1e-8, 1], [0, -1e-8, 2]),
-    "stages[0].optim.weight_decay": ([0, 0.1], [-1]),
-    "stages[0].optim.clip_norm": ([0, 1], [-1, NAN]),
-    "stages[0].optim.warmup_ratio": ([0, 0.03, 1], [2, -1]),
-    "stages[0].optim.min_lr_ratio": ([0, 1], [5, -1]),
-    "stages[0].optim.label_smoothing": ([0, 1], [2, -0.1]),
-    "stages[0].optim.z_loss": ([0, 1e-4], [-1]),
-    "stages[0].batch.tokens": ([1, 2048], [0, -1]),
-    "stages[0].batch.max_segments": ([1, 65536], [0, 65537]),
-    "stages[0].batch.max_images": ([0, 8], [-1]),
-    "stages[0].batch.image_multiple": ([1, 14], [0, -2]),
-    "stages[0].batch.packs_per_step": ([1, 16], [0, -1]),
-    "stages[0].batch.lookahead": ([1, 512], [0, -1]),
-    "stages[0].data.max_tokens": ([1, None], [0, -1]),
-    "stages[0].data.turns_per_sample": ([0, 5], [-1]),
-    "stages[0].data.feature_cache": ([0, 0.5], [-1, NAN]),
-    "stages[0].data.image_grid": ([[], [[32, 64]]], [[[0, 64]], [[32]], [32, 64], [[32, -1]], [[1.5, 2]]]),
-    "stages[0].data.records": (["", "a.json"], [3, ["a.json"]]),
-    "stages[0].data.augment.hflip": ([0, 0.5, 1], [2, -1]),
-    "stages[0].data.augment.vflip": ([0, 1], [1.01]),
-    "stages[0].data.augment.shift": ([0, 1], [5, -0.1]),
-    "stages[0].data.augment.scale": ([0, 0.99], [1, 3, -0.1]),
-    "stages[0].data.augment.rotate": ([0, 180], [-1, 181]),
-    "stages[0].recipe.llm.lr": ([1e-5, None], [0, -1]),
-    "stages[0].recipe.llm.from_layer": ([0, 3], [-1]),
-    "stages[0].recipe.llm.lora.r": ([1], [0, -1]),
-    "stages[0].recipe.llm.lora.alpha": ([0.5, 256], [0, -1, NAN]),
-    "stages[0].recipe.llm.lora.dropout": ([0, 0.99], [1, -0.1]),
-    "stages[0].recipe.llm.lora.rank_pattern": ([{"q_proj": 4}], [{"q_proj": 0}, {"q_proj": None}, {"q": 1.5}, [4]]),
-    "stages[0].recipe.llm.lora.alpha_pattern": ([{"q_proj": 4}], [{"q_proj": 0}, {"q_proj": NAN}]),
-    "stages[0].recipe.llm.lora.target_modules": ([["q_proj"], None], [[""], [None], "q_proj", [3]]),
+    "stages.s.max_steps": ([1, None, 3.0], [0, -1, 0.5]),
+    "stages.s.epochs": ([1, 0.01, "1e-2", 300], [0, -0.5, NAN, INF, 1e9]),
+    "stages.s.optim.lr": ([1e-12, 1, "1e-4"], [0, -0.01, NAN, "fast"]),
+    "stages.s.optim.betas": ([[0, 0.999]], [[0.9, 1], [0.9], [0.9, 0.95, 0.99], [-0.1, 0.9], 0.9]),
+    "stages.s.optim.eps": ([1e-8, 1], [0, -1e-8, 2]),
+    "stages.s.optim.weight_decay": ([0, 0.1], [-1]),
+    "stages.s.optim.clip_norm": ([0, 1], [-1, NAN]),
+    "stages.s.optim.warmup_ratio": ([0, 0.03, 1], [2, -1]),
+    "stages.s.optim.min_lr_ratio": ([0, 1], [5, -1]),
+    "stages.s.optim.label_smoothing": ([0, 1], [2, -0.1]),
+    "stages.s.optim.z_loss": ([0, 1e-4], [-1]),
+    "stages.s.batch.tokens": ([1, 2048], [0, -1]),
+    "stages.s.batch.max_segments": ([1, 65536], [0, 65537]),
+    "stages.s.batch.max_images": ([0, 8], [-1]),
+    "stages.s.batch.image_multiple": ([1, 14], [0, -2]),
+    "stages.s.batch.packs_per_step": ([1, 16], [0, -1]),
+    "stages.s.batch.lookahead": ([1, 512], [0, -1]),
+    "stages.s.data.max_tokens": ([1, None], [0, -1]),
+    "stages.s.data.turns_per_sample": ([0, 5], [-1]),
+    "stages.s.data.feature_cache": ([0, 0.5], [-1, NAN]),
+    "stages.s.data.image_grid": ([[], [[32, 64]]], [[[0, 64]], [[32]], [32, 64], [[32, -1]], [[1.5, 2]]]),
+    "stages.s.data.records": (["", "a.json"], [3, ["a.json"]]),
+    "stages.s.data.augment.hflip": ([0, 0.5, 1], [2, -1]),
+    "stages.s.data.augment.vflip": ([0, 1], [1.01]),
+    "stages.s.data.augment.shift": ([0, 1], [5, -0.1]),
+    "stages.s.data.augment.scale": ([0, 0.99], [1, 3, -0.1]),
+    "stages.s.data.augment.rotate": ([0, 180], [-1, 181]),
+    "stages.s.recipe.llm.lr": ([1e-5, None], [0, -1]),
+    "stages.s.recipe.llm.from_layer": ([0, 3], [-1]),
+    "stages.s.recipe.llm.lora.r": ([1], [0, -1]),
+    "stages.s.recipe.llm.lora.alpha": ([0.5, 256], [0, -1, NAN]),
+    "stages.s.recipe.llm.lora.dropout": ([0, 0.99], [1, -0.1]),
+    "stages.s.recipe.llm.lora.rank_pattern": ([{"q_proj": 4}], [{"q_proj": 0}, {"q_proj": None}, {"q": 1.5}, [4]]),
+    "stages.s.recipe.llm.lora.alpha_pattern": ([{"q_proj": 4}], [{"q_proj": 0}, {"q_proj": NAN}]),
+    "stages.s.recipe.llm.lora.target_modules": ([["q_proj"], None], [[""], [None], "q_proj", [3]]),
     "plugins": ([["a.py"], []], [[""], "a.py", [None]]),
     "output_dir": (["runs/x"], ["", None, 7]),
 }  # fmt: skip
@@ -234,12 +237,12 @@ def test_verdicts(key: str) -> None:
         ("seed", 10**30, f"run.yaml: seed: expected a whole number from 0 to 4294967295, got {10**30}"),
         ("model.llm.path", 3, "run.yaml: model.llm.path: expected str or null, got 3; put it in quotes"),
         ("model.llm.type", True, "run.yaml: model.llm.type: expected str, got true; put it in quotes"),
-        ("stages[0].max_steps", -1, "got -1; leave it out, or give null, to train for `epochs`"),
-        ("stages[0].optim.betas", [0.9, 1], "optim.betas[1]: expected a number of at least 0 and below 1, got 1"),
-        ("stages[0].optim.lr", NAN, "stages[0].optim.lr: expected a number above 0, got nan"),
-        ("stages[0].optim", None, "stages[0].optim: expected a mapping of OptimConfig keys, got null"),
+        ("stages.s.max_steps", -1, "got -1; leave it out, or give null, to train for `epochs`"),
+        ("stages.s.optim.betas", [0.9, 1], "optim.betas[1]: expected a number of at least 0 and below 1, got 1"),
+        ("stages.s.optim.lr", NAN, "stages.s.optim.lr: expected a number above 0, got nan"),
+        ("stages.s.optim", None, "stages.s.optim: expected a mapping of OptimConfig keys, got null"),
         ("model.vision.image_std", [1, 0, 1], "model.vision.image_std[1]: expected a number above 0, got 0"),
-        ("stages[0].recipe.llm.lora.rank_pattern", {"q": 0}, "rank_pattern.q: expected a whole number from 1 to 65536"),
+        ("stages.s.recipe.llm.lora.rank_pattern", {"q": 0}, "rank_pattern.q: expected a whole number from 1 to 65536"),
         ("model.llm.config", {"a": {"b": NAN}}, "model.llm.config.a.b: expected a number that is finite, got nan"),
         ("batch", 1, "run.yaml: batch: unknown key"),
     ],

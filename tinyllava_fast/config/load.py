@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,8 +129,14 @@ def _parse_value(hint: Any, value: Any, where: str, key: str) -> Any:
             raise UserError(
                 f"{place(where, key)}: expected a list of {section.__name__}, each behind a dash, got {shown(value)}"
             )
-        return [parse_into(section, v, where, key=f"{key}[{i}]") for i, v in enumerate(value)]
+        return [parse_into(section, v, where, key=_item_key(key, i, v)) for i, v in enumerate(value)]
     return read_value(hint, value, where, key)
+
+
+def _item_key(key: str, index: int, item: Any) -> str:
+    """Return the key of an item of a list as an override writes it: by its name, by its index where it has none."""
+    name = item.get("name") if isinstance(item, dict) else None
+    return f"{key}.{name}" if isinstance(name, str) and re.fullmatch(r"[\w-]+", name) else f"{key}[{index}]"
 
 
 def _join(prefix: str, name: Any) -> str:
