@@ -70,7 +70,7 @@ def test_overrides(config: Path, override: str, read, value) -> None:
         ),
         (
             "stages.0.optim.z_loss=-1",
-            ["run.yaml", "stages.pretrain.optim.z_loss: expected a number of at least 0, got -1"],
+            ["run.yaml", "stages.pretrain.optim.z_loss: expected a number of at least 0"],
         ),
         ("engine.dtype=fp8", ["engine.dtype", "one of 'bfloat16', 'float32'", "'fp8'"]),
         ("seed=abc", ["run.yaml", "seed", "expected int", "'abc'"]),
@@ -100,7 +100,7 @@ def test_overrides(config: Path, override: str, read, value) -> None:
         ("stages.pretrain.optim.betas.2=1", ["no item '2'"]),
         (
             "stages.finetune.optim.betas.2=1",
-            ["stages.finetune.optim.betas: expected tuple[float, float], got {'2': 1}"],
+            ["stages.finetune.optim.betas: expected tuple[float, float], got {"],
         ),
         ("stages.pretrain.data.records=", ["stages.pretrain.data.records: expected str, got null"]),
         ("stages.pretrain.data.image_folder=", ["stages.pretrain.data.image_folder: expected str, got null"]),
