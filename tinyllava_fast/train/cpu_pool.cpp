@@ -24,7 +24,9 @@ constexpr size_t HUGE_PAGE = size_t{2} << 20;
 
 class Pool final : public c10::Allocator {
  public:
+  // Once: blocks of an earlier range would no longer be known as the pool's when they are freed.
   bool reserve(size_t bytes) {
+    if (begin_ != nullptr) return true;
     void* raw =
         mmap(nullptr, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (raw == MAP_FAILED) return false;
