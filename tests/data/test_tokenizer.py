@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.conftest import write_tokenizer
 from tinyllava_fast.data.tokenizer import has_tokenizer, largest_id, load_tokenizer
 from tinyllava_fast.errors import UserError
 
@@ -132,4 +133,13 @@ def test_a_tokenizer_that_draws_its_tokens(tmp_path):
     values["model"]["dropout"] = 0.1
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"dropout is 0\.1.* in its tokenizer.json.*set model.dropout to null"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("text", ["[]", "", "<html>", "null"])
+def test_a_file_that_holds_no_object_is_named(name, text, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"cannot be loaded: {name}: expected a JSON object"):
         load_tokenizer(tmp_path)

@@ -10,6 +10,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from tinyllava_fast.data.hub import is_hub_id, no_answer
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.fields import shown
 
 _WORD_START = "\u2581"  # SentencePiece's visible space
 
@@ -81,12 +82,25 @@ def _check_path(path: str, folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"tokenizer {path!r} is a file; give its folder, {str(folder.parent)!r}")
     if path and folder.is_dir():
+        _check_objects(path, folder)
         return
     missing = f"tokenizer {path!r}: no such folder (looked for {str(folder.absolute())!r})"
     if not is_hub_id(path):
         raise UserError(f"{missing}; {_ADVICE}")
     if reason := no_answer(path):
         raise UserError(f"{missing}, and as a hub id: {reason}; {_ADVICE}")
+
+
+def _check_objects(path: str, folder: Path) -> None:
+    """Raise UserError for a file of a tokenizer that holds anything but an object, which would be named by no error."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).is_file():
+            continue
+        with (folder / name).open("rb") as file:
+            begins = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not begins.startswith(b"{"):
+            found = f"expected a JSON object, it begins with {shown(begins[:20].decode(errors='replace'))}"
+            raise UserError(f"tokenizer {path!r} cannot be loaded: {name}: {found}; {_ADVICE}")
 
 
 def _check_certain(path: str | Path, model: Any) -> None:
