@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
+from tinyllava_fast.models.build import build_model
 from tinyllava_fast.train import checkpoint, cli, loop, prepare, resume, rules
 from tinyllava_fast.train import compile as compiling
 from tinyllava_fast.train.compile import CompiledForward
@@ -50,7 +51,7 @@ def test_a_run_leaves_everything_it_promises(whole):
 
 def test_each_stage_starts_from_the_one_before_and_trains_its_recipe(whole):
     path, run, _, _ = whole
-    start = loop.build_model(load_run(path).model, seed=0)
+    start = build_model(load_run(path).model, seed=0)
     pretrained, final = io.load_model(run / "pretrain")[0], io.load_model(run / "final")[0]
     for before, after, moved in (
         (start, pretrained, {"connector"}),

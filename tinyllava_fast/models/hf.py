@@ -154,17 +154,17 @@ _LEGACY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def legacy_text_config(values: dict[str, Any]) -> dict[str, Any]:
+def legacy_text_config(values: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
     """The config of a language model as TinyLLaVA Factory stored it, with every default that it left out.
 
     values: ``text_config`` of its config.json, or such keys gathered from a flat one; ``model_type`` decides the
-    class. Keys that the class does not have are dropped, as transformers 4.40 ignored them. The result suits
-    ``LLMS.get(LEGACY_ADAPTERS[model_type])().from_config``. Raises UserError for another model type.
+    class. where: the file, for messages. Keys that the class does not have are dropped, as transformers 4.40 ignored
+    them. The result suits ``LLMS.get(LEGACY_ADAPTERS[model_type])().from_config``. Raises UserError for another type.
     """
     model_type = values.get("model_type")
     if model_type not in LEGACY_ADAPTERS:
         raise UserError(
-            f"text_config.model_type: {model_type!r} is none of TinyLLaVA Factory's language models; "
+            f"{where}: text_config.model_type: {model_type!r} is none of TinyLLaVA Factory's language models; "
             f"{nearest(str(model_type), LEGACY_ADAPTERS)}"
         )
     LLMS.names()

@@ -184,8 +184,6 @@ def load_state(folder: Path) -> TrainState:
     if not path.is_file():
         known = sorted(p.parent.name for p in folder.glob("*/state.json"))
         hint = f"; it holds {', '.join(known)}" if known else _run_above(folder)
-        if not folder.exists():
-            hint = "; it does not exist: --resume takes auto, never, or the path of a checkpoint or run folder"
         raise CheckpointError(f"{folder}: not a checkpoint, it has no state.json{hint}")
     try:
         return _state(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError))
@@ -198,7 +196,8 @@ def _run_above(path: Path) -> str:
     for folder in list(path.parents)[:3]:
         if CheckpointStore(folder / "checkpoints", 1).names():
             return f"; give the run folder, --resume {folder}, or one of its checkpoints"
-    return "; give a run folder that tlf-train wrote, or one of its checkpoints"
+    there = "" if path.exists() else "; it does not exist"
+    return f"{there}; --resume takes auto, never, a run folder that tlf-train wrote, or one of its checkpoints"
 
 
 def _state(fields: Fields) -> TrainState:

@@ -151,7 +151,7 @@ def wrong_type(tower: str, model_type: str) -> Any:
         (lambda: random_tower("siglip", model_type="vit"), "a vit is not a siglip tower$"),
         (lambda: random_tower("siglip", select="all"), r"model.vision.feature_select: 'all'; Known: cls_patch, patch"),
         (lambda: random_tower("dinov2", options={"interpolation": "old"}), "interpolation"),
-        (lambda: open_tower("siglip", "no/such/folder"), "cannot load 'no/such/folder' as a siglip tower"),
+        (lambda: open_tower("siglip", "no/such/folder"), "no such folder or file: 'no/such/folder'"),
         (lambda: VISION.get("siglp", "model.vision.type"), "did you mean 'siglip'. Known: clip, dinov2"),
     ],
 )

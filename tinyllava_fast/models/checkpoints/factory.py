@@ -54,7 +54,7 @@ class FactoryLayout(Layout):
         }
         return Checkpoint(
             layout=self.name,
-            llm=parts.llm_part(legacy_text_config(parts.need(config, "text_config", where))),
+            llm=parts.llm_part(legacy_text_config(parts.need(config, "text_config", where), where)),
             vision=vision,
             connector=connector,
             image_mode=parts.image_mode(config, where),

@@ -69,7 +69,9 @@ class LegacyLayout(Layout):
         llm = {k: v for k, v in tensors.items() if not k.startswith((TOWER, PROJECTOR))}
         return Checkpoint(
             layout=self.name,
-            llm=parts.llm_part(legacy_text_config(config | {"model_type": self.text_types[config["model_type"]]})),
+            llm=parts.llm_part(
+                legacy_text_config(config | {"model_type": self.text_types[config["model_type"]]}, where)
+            ),
             vision=vision,
             connector=connector,
             image_mode=parts.image_mode(config, where),
