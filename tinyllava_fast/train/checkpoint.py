@@ -196,8 +196,8 @@ def _run_above(path: Path) -> str:
     for folder in list(path.parents)[:3]:
         if CheckpointStore(folder / "checkpoints", 1).names():
             return f"; give the run folder, --resume {folder}, or one of its checkpoints"
-    there = "" if path.exists() else "; it does not exist"
-    return f"{there}; --resume takes auto, never, a run folder that tlf-train wrote, or one of its checkpoints"
+    there = "; " if path.exists() else "; it does not exist: "
+    return f"{there}--resume takes auto, never, a run folder that tlf-train wrote, or one of its checkpoints"
 
 
 def _state(fields: Fields) -> TrainState:
