@@ -42,7 +42,7 @@ OFFLOADED = "full, AdamW"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured. Raises UserError for values that measure nothing."""
+    """The settings of a measurement. Raises UserError for values that measure nothing."""
 
     recipes: tuple[str, ...] = tuple(RECIPES)
     samples: tuple[int, ...] = (1, 3)  # of a step; two sizes give the slope

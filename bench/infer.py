@@ -40,7 +40,7 @@ Question = tuple[str, str]  # image file, text
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the sides are compared. Raises UserError for a value that measures nothing."""
+    """The settings of a comparison. Raises UserError for a value that measures nothing."""
 
     questions: int = 600  # that ours answers in a round
     per_image: int = 10

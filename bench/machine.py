@@ -1,4 +1,4 @@
-"""What this machine can do: measured GEMM peak per dtype, copy bandwidth, and what it is."""
+"""The abilities of this machine: measured GEMM peak per dtype, copy bandwidth, and what it is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def copy_bandwidth(device: str = "cpu", *, megabytes: int = 256, rounds: int = 5
 
 
 def device_sync(device: str) -> Callable[[], None] | None:
-    """What waits for the device's queue, or None where calls are synchronous."""
+    """Return the function that waits for the device's queue, or None where calls are synchronous."""
     return torch.cuda.synchronize if device.startswith("cuda") else None
 
 

@@ -167,7 +167,7 @@ def _measure(
 
 
 def least_seconds(work: Work, roof: dict[str, float]) -> float:
-    """What the pass takes at the GEMM peak or at the copy bandwidth, whichever is slower."""
+    """Return the seconds that the pass takes at the GEMM peak or at the copy bandwidth, whichever is slower."""
     return max(work.flops / roof["flops_per_s"], work.bytes / roof["bytes_per_s"])
 
 

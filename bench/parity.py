@@ -37,7 +37,7 @@ Curves = list[list[float]]  # [seed][step]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared. Raises UserError for values that say nothing."""
+    """The settings of a comparison. Raises UserError for values that say nothing."""
 
     steps: int = 20
     samples: int = 4  # a step

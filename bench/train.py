@@ -45,7 +45,7 @@ BESIDE = {"qlora": "lora"}  # another mode of ours that races too, and which the
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the two are compared. Raises UserError for a value that measures nothing."""
+    """The settings of a comparison. Raises UserError for a value that measures nothing."""
 
     rounds: int = 5  # timed rounds
     steps: int = 1  # steps of each competitor in a round

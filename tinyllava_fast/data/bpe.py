@@ -26,7 +26,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     """A tokenizer trained on texts, with <unk>, <s>, </s>, <pad> as ids 0 to 3; it puts <s> in front of a text.
 
     vocabulary: most tokens; fewer where the texts hold fewer pairs. Raises UserError if it is below 260, which the
-    256 bytes and the special tokens take, or above 2^24.
+    256 bytes and the special tokens take, or above LARGEST.
     """
     if vocabulary < SMALLEST:
         raise UserError(f"a vocabulary of {vocabulary} is too small; give {SMALLEST} (every byte is a token) or more")

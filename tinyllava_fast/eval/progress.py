@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tinyllava_fast.log import log
+from tinyllava_fast.pace import Pace
 
 T = TypeVar("T")
 LINE_EVERY_S = 30.0
@@ -47,12 +48,10 @@ def _bar(items: Iterable[T], total: int, done: int, label: str) -> Iterator[T]:
 
 
 def _lines(items: Iterable[T], total: int, done: int, label: str, last: bool) -> Iterator[T]:
-    start = said = time.monotonic()
+    pace = Pace(wait_s=LINE_EVERY_S, every_s=LINE_EVERY_S, clock=time.monotonic)
     for n, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
-        if now - said >= LINE_EVERY_S or (last and done + n == total):
-            said = now
-            rate = n / (now - start + 1e-9)
+        if pace.due(always=last and done + n == total):
+            rate = n / (pace.elapsed_s + 1e-9)
             left = (total - done - n) / rate
             log.info("%d/%d %s, %.1f %s/s, %.0f s left", done + n, total, label, rate, label, left)

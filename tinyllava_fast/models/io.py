@@ -37,6 +37,7 @@ from tinyllava_fast.models.described import check_parts, processor_fields, readi
 from tinyllava_fast.models.hf import cast_parameters, config_of, config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.models.sources import folders_in
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 MODEL_TYPE = "tinyllava_fast"
@@ -150,7 +151,7 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder)
     if os.path.isfile(folder / "config.json"):
         return
-    inside = [name for name in ("final", *_folders(folder)) if os.path.isfile(folder / name / "config.json")]
+    inside = [name for name in ("final", *folders_in(folder)) if os.path.isfile(folder / name / "config.json")]
     if inside:
         raise CheckpointError(f"{folder}: not a model folder, but one lies in it: give {folder / inside[0]}")
     if os.path.exists(folder):
@@ -161,17 +162,9 @@ def check_folder(folder: str | Path) -> None:
         around = Path(os.path.abspath(folder)).parent
         hint = f"the folder around it is one: {around}" if (around / "config.json").is_file() else _GIVE
         raise CheckpointError(f"{folder}: not a model folder: it has no config.json; {hint}")
-    close = get_close_matches(folder.name, _folders(folder.parent), n=1)
+    close = get_close_matches(folder.name, folders_in(folder.parent), n=1)
     hint = f"did you mean {folder.parent / close[0]}?" if close else _GIVE
     raise CheckpointError(f"{folder}: not a model folder: it does not exist; {hint}")
-
-
-def _folders(path: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; none, of what is no readable folder."""
-    try:
-        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    except (OSError, ValueError):  # a NUL in the name
-        return []
 
 
 def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:

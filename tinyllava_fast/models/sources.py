@@ -51,7 +51,7 @@ def ask_hub(path: str, where: str) -> None:
 
 
 def _no_such(path: str, where: str, reason: str = "") -> UserError:
-    near = get_close_matches(os.path.basename(path), _folders(os.path.dirname(path) or "."), n=1)
+    near = get_close_matches(os.path.basename(path), folders_in(os.path.dirname(path) or "."), n=1)
     hint = f"did you mean {os.path.join(os.path.dirname(path), near[0])!r}? " if near else ""
     return UserError(
         f"{where}: no such folder or file: {path!r} (looked for {os.path.abspath(path)!r}); {hint}{reason}Give a "
@@ -59,10 +59,11 @@ def _no_such(path: str, where: str, reason: str = "") -> UserError:
     )
 
 
-def _folders(path: str) -> list[str]:
+def folders_in(path: str | Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted; none, of what is no readable folder."""
     try:
         return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    except OSError:
+    except (OSError, ValueError):  # a NUL in the name
         return []
 
 

@@ -37,6 +37,10 @@ class Recipe(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
 
+    def check_settings(self, recipe: RecipeConfig) -> None:
+        """Raise UserError for a setting that is wrong whatever the model."""
+        return
+
     def check(self, lmm: LMM, recipe: RecipeConfig) -> None:
         """Raise UserError for a setting that this model cannot satisfy, before an earlier stage trains for hours.
 
@@ -57,6 +61,11 @@ RECIPES: Registry[type[Recipe]] = Registry("recipe", "tinyllava_fast.recipes")
 @RECIPES.register("base")
 class BaseRecipe(Recipe):
     """Each component is frozen, full, trains its layers from ``from_layer`` on, or has LoRA layers (lora, qlora)."""
+
+    def check_settings(self, recipe: RecipeConfig) -> None:
+        """See the base class."""
+        for name in COMPONENTS:
+            _check(getattr(recipe, name), f"recipe.{name}")
 
     def check(self, lmm: LMM, recipe: RecipeConfig) -> None:
         """See the base class."""
@@ -116,9 +125,7 @@ def find_recipe(recipe: RecipeConfig) -> Recipe:
     """Return the registered recipe with its options. Raise UserError for an unknown name, option or kind of tuning."""
     cls = RECIPES.get(recipe.type, "recipe.type")
     found = cls(parse_into(cls.Options, recipe.options, "", key="recipe.options"))
-    if isinstance(found, BaseRecipe):
-        for name in COMPONENTS:
-            _check(getattr(recipe, name), f"recipe.{name}")
+    found.check_settings(recipe)
     return found
 
 
