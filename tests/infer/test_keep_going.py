@@ -101,6 +101,20 @@ def test_refusals_are_known_beforehand(short, files):
     assert short.counters.computed_tokens == before
 
 
+@pytest.mark.parametrize("room", [60, 100, 256, CONTEXT])
+def test_what_surely_fits_is_never_too_long(short, images, room):
+    engine = short if room == CONTEXT else make_engine(short.lmm, short.tokenizer, batch_tokens=room)
+    found = []
+    for size in range(0, 130, 3):
+        for shown in (None, images[0], [images[0], images[1]]):
+            request = ask("a " * (size // 2), shown, new=8)
+            if engine.surely_fits(request):
+                found.append(size)
+                assert not list(engine.refusals([request]))
+    assert not engine.surely_fits(ask("é", new=1)) and not engine.surely_fits(ask("a" * CONTEXT, new=1))
+    assert bool(found) == (room > 100)
+
+
 def test_fewer_tokens_where_the_prompt_fits(short):
     """The answer is the beginning of what a longer context would have given."""
     length = short.answers([ask("x", new=1)])[0].prompt_tokens

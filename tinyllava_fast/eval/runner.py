@@ -271,7 +271,8 @@ class _Evaluation:
                 yield self._request(q)
 
         try:
-            for answer in engine.refusals(map(self._request, [q for q, *_ in todo.values()])):
+            asked = map(self._request, [q for q, *_ in todo.values()])
+            for answer in engine.refusals(request for request in asked if not engine.surely_fits(request)):
                 self._add(answer, todo.pop(answer.id), latency=None)
             for answer in progress(engine.run(requests(), keep_going=True), total=total, done=total - len(todo)):
                 self._add(answer, todo[answer.id], time.monotonic() - entered.pop(answer.id))

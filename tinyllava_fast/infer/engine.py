@@ -147,6 +147,10 @@ class Engine:
             yield self._answer(sequence)
         yield from self._drain(refused)
 
+    def surely_fits(self, request: Request) -> bool:
+        """Return whether a request is so short that ``refusals`` cannot find it too long. Costs no tokenising."""
+        return self._prompts.surely_fits(request)
+
     def refusals(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """The empty answers of ``run`` with keep_going to prompts that cannot be put to the model, without running any.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice, repeat
 from typing import Any
 
@@ -65,6 +66,28 @@ class Prompts:
                 if streamed or sampling.stop:
                     sequence.text = TextStream(self.tokenizer, sampling.stop_strings)
                 yield sequence
+
+    def surely_fits(self, request: Request) -> bool:
+        """Return whether a request is so short that it fits the context and the pool, without tokenising it.
+
+        A character of ASCII is at most three tokens, the bytes of a word-start mark; so is a mark at a cut by an image.
+        False says nothing: the request may still fit.
+        """
+        text = request.messages[0]["value"] if len(request.messages) == 1 else None
+        if not isinstance(text, str) or not text.isascii():
+            return False
+        try:
+            rows = sum(self.rows_of(image) for image in request.images)
+        except DataError:
+            return False
+        marks = 3 * (len(request.images) + text.count(IMAGE_TOKEN))
+        most = self._around + 3 * len(text) + marks + rows + request.sampling.max_new_tokens
+        return most <= min(self.most, self.context if self.context is not None else self.most)
+
+    @cached_property
+    def _around(self) -> int:
+        """Tokens that the template puts around one question."""
+        return len(self._ids([Request.ask("")])[0])
 
     def _each(self, chunk: Sequence[Request], refuse: Refuse | None) -> Iterator[tuple[Request, list[int]]]:
         """Requests and their ids, tokenised in one call; one by one where a request of the chunk is refused."""
