@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.eval.own import write_data
 from tests.infer.conftest import folder, lmm, tokenizer  # noqa: F401 fixtures
+from tinyllava_fast.eval import runner
+from tinyllava_fast.infer.assistant import Assistant
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +49,33 @@ def no_judge() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OPENAI_API_KEY", raising=False)
         yield
+
+
+@pytest.fixture(scope="module")
+def assistant(folder: Path) -> Assistant:  # noqa: F811 the fixture
+    return Assistant.from_pretrained(folder, device="cpu", batch_tokens=4096)
+
+
+@pytest.fixture
+def evaluate(folder: Path, assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:  # noqa: F811 the fixture
+    """Evaluates questions of one's own; the model is loaded once for all tests."""
+    monkeypatch.setattr(runner.Assistant, "from_pretrained", lambda *_, **__: assistant)
+
+    def run(data: Path, out: Path, *options: str, **others: Any) -> dict[str, Any]:
+        every = ["custom.max_new_tokens=4", *options]
+        return runner.evaluate(folder, ["custom"], data, out, options=every, **others)["custom"]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, assistant: Assistant, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811 the fixture
+    """A finished evaluation: data and out, to be copied."""
+    root = tmp_path_factory.mktemp("finished")
+    write_data(root / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.Assistant, "from_pretrained", lambda *_, **__: assistant)
+        options = ["custom.max_new_tokens=4"]
+        found = runner.evaluate(folder, ["custom"], root / "data", root / "out", options=options)
+    assert found["custom"]["run"]["answered_now"] == 3
+    return root

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyllava_fast.eval.machine import model_digest
+from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.eval.machine import model_digest, plugins_digest
 
 PLACES: list[dict[str, Any]] = [
     {"mm_vision_tower": "{0}"},
@@ -54,3 +56,41 @@ def test_where_a_model_came_from_is_no_part_of_it(tmp_path):
     first = model_digest(tmp_path / "m")
     Path(tmp_path / "old/model.safetensors").write_bytes(b"x")
     assert model_digest(tmp_path / "m") == first
+
+
+def test_every_file_of_a_model_is_part_of_it(folder, tmp_path):
+    """Weights, config (template, image mode), tokenizer, processor, adapter; not what tlf-eval writes there."""
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m/adapter").mkdir()
+    (tmp_path / "m/adapter/adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "m/adapter/adapter_config.json").write_text("{}")
+    first = model_digest(tmp_path / "m")
+    assert first == model_digest(tmp_path / "m")
+    files = [p for p in (tmp_path / "m").rglob("*") if p.is_file()]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in files}
+    for file in files:
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        assert model_digest(tmp_path / "m") != first, file
+        file.write_bytes(before)
+    (tmp_path / "m/custom").mkdir()
+    for name in ("results.json", "report.html", "custom/answers.jsonl"):
+        (tmp_path / "m" / name).write_text("{}")
+    assert model_digest(tmp_path / "m", besides=tmp_path / "m") == first != model_digest(tmp_path / "m")
+
+
+def test_a_tower_elsewhere_and_plugins_are_part_of_a_model(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps({"mm_vision_tower": str(tmp_path / "tower")}))
+    (tmp_path / "tower/model.safetensors").write_bytes(b"x")
+    first = model_digest(tmp_path / "m")
+    (tmp_path / "tower/model.safetensors").write_bytes(b"xy")
+    assert model_digest(tmp_path / "m") != first
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("a = 1\n")
+    one = plugins_digest([str(plugin), "json"])
+    plugin.write_text("a = 2\n")
+    assert plugins_digest([str(plugin), "json"]) != one != plugins_digest([str(plugin)])
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        model_digest(tmp_path / "none")
