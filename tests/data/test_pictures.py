@@ -1,27 +1,22 @@
-"""Every mode, format and orientation that Pillow can write, against pixels computed here; then files that break."""
+"""Every mode, format and orientation that Pillow can write, against pixels computed here."""
 
 from __future__ import annotations
 
-import io
-import os
 import struct
-import subprocess
-import sys
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from tests.data.picture_files import HEIGHT, RAMP, WIDTH, png, tiff, turned
 from tinyllava_fast.data.images import image_size, load_image
 from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading, of_object
 from tinyllava_fast.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest shows even those that the package silences
 Image.init()
-WIDTH, HEIGHT = 24, 16
 READINGS = [PictureReading(o, b) for o in ("upright", "stored") for b in ("white", "drop")]
 MODES = (
     "1 L LA P PA RGB RGBA RGBX CMYK YCbCr LAB HSV I F I;16 I;16L I;16B I;16N La RGBa P+bytes P+index L+level".split()
@@ -29,7 +24,6 @@ MODES = (
 WRITTEN = sorted(set(Image.SAVE) - {"PDF", "EPS", "WMF", "GRIB", "BUFR", "HDF5", "PALM", "IM", "SPIDER"})
 LOSSY = {"JPEG": 20, "MPO": 20, "WEBP": 24, "AVIF": 20, "GIF": 8}  # levels that writing may cost
 UNLIKE = ("HSV", "LAB", "1", "P+bytes", "P+index", "L+level", "I")  # what Pillow writes of these is another picture
-RAMP = np.linspace(0, 255, WIDTH).round().astype(np.uint8)[None].repeat(HEIGHT, 0)  # brighter to the right
 ALPHA = np.where(np.arange(HEIGHT)[:, None] < HEIGHT // 2, 255, 0).astype(np.uint8).repeat(WIDTH, 1)  # clear below
 
 
@@ -75,20 +69,6 @@ def composed(image, background):
         return np.asarray(image.convert("RGB"), np.float64)
     rgba = np.asarray(image.convert("RGBA"), np.float64)
     return rgba[:, :, :3] * rgba[:, :, 3:] / 255 + 255 - rgba[:, :, 3:]
-
-
-def turned(pixels, orientation):
-    """What an observer sees of stored pixels, by the definition of the EXIF entry (row 0 is ..., column 0 is ...)."""
-    return {
-        1: pixels,
-        2: pixels[:, ::-1],
-        3: pixels[::-1, ::-1],
-        4: pixels[::-1],
-        5: pixels.swapaxes(0, 1),
-        6: pixels[::-1].swapaxes(0, 1),
-        7: pixels[::-1, ::-1].swapaxes(0, 1),
-        8: pixels[:, ::-1].swapaxes(0, 1),
-    }[orientation]
 
 
 def written(image, kind, path, orientation=1):
@@ -204,35 +184,6 @@ def test_the_reference_reading_is_convert_rgb():
             assert of_object(image, REFERENCE).tobytes() == expected.tobytes(), mode
 
 
-# More than eight bits
-
-
-def png(width, height, depth, colour, rows, *chunks):
-    """A PNG of raw scan lines, with further chunks before the pixels."""
-
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    content = b"".join(b"\0" + row for row in rows)
-    pixels = chunk(b"IDAT", zlib.compress(content))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        [chunk(b"IHDR", head), *(chunk(*c) for c in chunks), pixels, chunk(b"IEND", b"")]
-    )
-
-
-def tiff(values, *, bits, white_is_zero=False, order="<"):
-    """A grey TIFF of raw bytes."""
-    height, width, body = values
-    entries = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, 0 if white_is_zero else 1)]
-    entries += [(273, 4, 200), (277, 3, 1), (278, 3, height), (279, 4, len(body))]
-    head = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries))
-    for tag, kind, value in entries:
-        packed = struct.pack(f"{order}{'H' if kind == 3 else 'I'}", value).ljust(4, b"\0")
-        head += struct.pack(f"{order}HHI", tag, kind, 1) + packed
-    return head.ljust(200, b"\0") + body
-
-
 def test_sixteen_bits_are_scaled(tmp_path):
     ramp = np.arange(0, 65536, 257 * 3, dtype=np.uint16)[None].repeat(2, 0)
     expected = (ramp // 257).astype(np.uint8)
@@ -319,205 +270,12 @@ def test_floats_are_refused_by_mode(values, tmp_path):
 
 
 # Frames, EXIF, names and files of every other kind
-
-
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_the_first_frame_is_seen(kind, tmp_path):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:], lossless=True)
     found = np.asarray(load_image(tmp_path / "a")).reshape(-1, 3)
     assert np.abs(found.mean(0) - [255, 0, 0]).max() < 6
-
-
-def jpeg(exif=b""):
-    content = io.BytesIO()
-    Image.fromarray(np.stack([RAMP] * 3, 2)).save(content, "JPEG", quality=95, exif=exif)
-    return content.getvalue()
-
-
-def exif_of(value):
-    exif = Image.Exif()
-    exif[0x0112] = value
-    return exif.tobytes()
-
-
-@pytest.mark.parametrize(
-    "exif",
-    [
-        exif_of(0),
-        exif_of(9),
-        exif_of(65535),
-        exif_of(6)[:-14],
-        b"Exif\0\0",
-        b"Exif\0\0II*\0\xff\xff\xff\xff",
-        b"Exif\0\0junk" * 9,
-    ],
-    ids=range(7),
-)
-def test_orientations_out_of_range_and_damaged_exif_turn_nothing(exif, tmp_path):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(jpeg(exif))
-    assert load_image(path).size == image_size(path, UPRIGHT) == (WIDTH, HEIGHT)
-    assert load_image(path).tobytes() == load_image(path, REFERENCE).tobytes()
-
-
-def test_exif_behind_the_pixels_of_a_png_and_in_xmp(tmp_path):
-    image, path = Image.fromarray(np.stack([RAMP] * 3, 2)), tmp_path / "a.png"
-    image.save(path)
-    plain = path.read_bytes()
-    body = exif_of(6).removeprefix(b"Exif\0\0")
-    late = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
-    path.write_bytes(plain[:-12] + late + plain[-12:])
-    assert load_image(path).size == image_size(path, UPRIGHT) == (HEIGHT, WIDTH)
-    assert image_size(path, REFERENCE) == (WIDTH, HEIGHT)
-    image.save(tmp_path / "b.webp", xmp=b'<x tiff:Orientation="8"/>', lossless=True)
-    expected = turned(np.asarray(image), 8)
-    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "b.webp")), expected)
-
-
-def test_names_of_every_kind(tmp_path):
-    picture = Image.new("RGB", (8, 8), (9, 8, 7))
-    for name in (
-        "UPPER.JPG.PNG",
-        "no_extension",
-        "wrong.jpg",
-        "ü ñ 图.png",
-        "line\nbreak.png",
-        os.fsdecode(b"raw\xff.png"),
-    ):
-        picture.save(tmp_path / name, "PNG")
-        assert load_image(tmp_path / name).getpixel((0, 0)) == (9, 8, 7)
-        (tmp_path / name).write_bytes(b"")
-        with pytest.raises(DataError, match="empty") as error:
-            load_image(str(tmp_path / name))
-        str(error.value).encode()  # any terminal can write it
-
-
-def bomb(width, height):
-    return png(width, height, 8, 0, [b""])
-
-
-def zip_bomb_text():
-    body = b"k\0\0" + zlib.compress(bytes(2**27))
-    return png(1, 1, 8, 0, [b"\0"], (b"zTXt", body))
-
-
-def bad_files():
-    whole = jpeg()
-    yield "empty", b"", r"the file is empty \(0 bytes\)"
-    yield "zeros", bytes(5000), "its first 1,024 bytes are zeros; was it copied in full"
-    yield "html", b"\xef\xbb\xbf \n<!DOCTYPE HTML><html>", r"truncated or not an image: it is a web page \(HTML\)"
-    yield "lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git LFS.*git lfs pull"
-    yield "annex", b"../.git/annex/objects/3f/x.jpg\n", "git annex get"
-    yield "svg", b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"
-    yield "pdf", b"%PDF-1.7\n", "a PDF document; pictures of this kind are not opened: save it as PNG or JPEG"
-    yield "eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript drawing"
-    yield "wmf", b"\xd7\xcd\xc6\x9a\0\0" + bytes(99), "a Windows metafile"
-    yield "emf", struct.pack("<I", 1) + bytes(36) + b" EMF" + bytes(99), "a Windows metafile"
-    yield "hdf5", b"\x89HDF\r\n\x1a\n", "an HDF5 file"
-    yield "fits", b"SIMPLE  =                    T".ljust(2880), "a FITS file"
-    yield "heic", b"\0\0\0\x18ftypheic" + bytes(40), "HEIF|truncated"
-    yield "mp4", b"\0\0\0\x18ftypisom" + bytes(40), "a video"
-    yield "zip", b"PK\x03\x04" + bytes(40), "a ZIP archive"
-    yield "npy", b"\x93NUMPY\1\0", "a NumPy array"
-    yield "json", b'{"a": 1}', """it is a text that begins '{"a": 1}'"""
-    yield "random", bytes(range(7, 250)), "truncated or not an image: its 243 bytes begin with 07 08 09"
-    yield "cut", whole[: len(whole) // 2], "truncated or not an image"
-    yield "header", whole[:30], "truncated or not an image"
-    yield "signature", b"\x89PNG\r\n\x1a\n", "truncated or not an image"
-    yield "crc", png(1, 1, 8, 0, [b"\0"]).replace(b"IHDR", b"IHDX"), "truncated or not an image"
-    yield "bomb", bomb(60000, 60000), "a picture of 3,600,000,000 pixels is larger than 178,956,970"
-    yield "text bomb", zip_bomb_text(), "truncated or not an image"
-    yield "no pixels", b"GIF89a\0\0\0\0\0\0\0;", "image"
-
-
-@pytest.mark.parametrize(("content", "message"), [c[1:] for c in bad_files()], ids=[c[0] for c in bad_files()])
-def test_bad_files_are_named(content, message, tmp_path):
-    path = tmp_path / "bad.png"
-    path.write_bytes(content)
-    for reading in (UPRIGHT, REFERENCE):
-        with pytest.raises(DataError, match=rf"bad.png: .*({message})"):
-            load_image(path, reading)
-
-
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
-    found = {
-        "pipe": "a pipe, socket or device",
-        ".": "it is a folder",
-        "loop": "cannot be opened: Too many levels of symbolic links",
-        "dangling": "image file is missing",
-        "gone": "image file is missing",
-        "gone/a.png": "image file is missing",
-        "a" * 300: "cannot be opened: File name too long",
-        "nul\0.png": "cannot be opened: embedded null",
-    }
-    for name, message in found.items():
-        with pytest.raises(DataError, match=message):
-            load_image(f"{tmp_path}/{name}")
-    with pytest.raises(DataError, match="/dev/zero: it is a pipe, socket or device"):
-        load_image("/dev/zero")
-    for url in ("https://host/cat.png", "s3://bucket/cat.png", "data:image/png;base64," + "A" * 9000):
-        with pytest.raises(DataError, match="a URL; pictures are not downloaded") as error:
-            load_image(url)
-        assert len(str(error.value)) < 250
-    with pytest.raises(DataError, match="''"):
-        load_image("")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"x")
-    (tmp_path / "a.png").chmod(0)
-    with pytest.raises(DataError, match="no permission to read"):
-        load_image(tmp_path / "a.png")
-
-
-def test_no_other_program_is_started(tmp_path):
-    """EPS would start Ghostscript: one that would leave a mark stands first in PATH."""
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
-    (tmp_path / "gs").chmod(0o755)
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    script = (
-        "import sys; from PIL import Image; from tinyllava_fast.data.images import load_image\n"
-        "from tinyllava_fast.data.pictures import of_object, UPRIGHT\n"
-        "for read in (lambda p: load_image(p), lambda p: of_object(Image.open(p), UPRIGHT)):\n"
-        "    try:\n        read(sys.argv[1])\n"
-        "    except Exception as error:\n        print(type(error).__name__, error)\n"
-    )
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    run = [sys.executable, "-c", script, str(tmp_path / "a.png")]
-    done = subprocess.run(run, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert "a PostScript drawing" in lines[0] and "EPS pictures are not opened" in lines[1]
-    assert [line.split()[0] for line in lines] == ["DataError"] * 2 and not (tmp_path / "started").exists()
-
-
-def test_small_and_odd_good_files(tmp_path):
-    path = tmp_path / "a"
-    Image.new("RGB", (1, 1), (1, 2, 3)).save(path, "PNG")
-    path.write_bytes(path.read_bytes() + b"trailing garbage")
-    assert load_image(path).getpixel((0, 0)) == (1, 2, 3)
-    Image.new("RGBA", (64, 64), (9, 9, 9, 255)).save(path, "ICO", sizes=[(16, 16), (64, 64)])
-    assert load_image(path).size == (64, 64)
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path, "JPEG", quality=95)  # Adobe's are stored inverted
-    assert np.abs(np.asarray(load_image(path), int)[0, 0] - [255, 0, 0]).max() < 12
-    Image.new("RGB", (8, 8), (7, 7, 7)).save(path, "TIFF", big_tiff=True)
-    assert load_image(path).getpixel((0, 0)) == (7, 7, 7)
-    half = Image.new("P", (2, 1))
-    half.putpalette([255, 0, 0, 0, 0, 0])
-    half.putpixel((1, 0), 1)
-    half.save(path, "PNG", transparency=bytes([128, 255]))
-    assert np.abs(np.asarray(load_image(path), int)[0] - [[255, 127, 127], [0, 0, 0]]).max() <= 1
-    assert np.asarray(load_image(path, REFERENCE))[0].tolist() == [[255, 0, 0], [0, 0, 0]]
-
-
-@pytest.mark.parametrize("image", [Image.new("RGB", (0, 0)), Image.new("L", (5, 0)), Image.new("RGBA", (0, 7))])
-def test_objects_without_pixels_are_refused(image):
-    with pytest.raises(DataError, match=rf"the image object: a picture of {image.width} x {image.height} pixels"):
-        of_object(image, UPRIGHT)
 
 
 def test_golden_pictures_are_read_as_rgb():
