@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.eval.damage import DROP, RETYPED, changed, places, spoilt_bytes
+from tests.damage import DROP, changed
+from tests.eval.damage import RETYPED, places, spoilt_bytes
 from tinyllava_fast.data.records import Record, read_records
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import DataError

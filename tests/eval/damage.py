@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -11,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.damage import DROP, changed
 from tests.eval import layouts
 
-DROP = object()
 DEEP: Any = []
 for _ in range(300):
     DEEP = [DEEP]
@@ -88,19 +87,6 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(value[name], (*path, name))
     elif isinstance(value, list) and value:
         yield from places(value[-1], (*path, len(value) - 1))
-
-
-def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """A copy with the place changed or dropped."""
-    value = copy.deepcopy(value)
-    inside = value
-    for step in path[:-1]:
-        inside = inside[step]
-    if new is DROP:
-        del inside[path[-1]]
-    else:
-        inside[path[-1]] = new
-    return value
 
 
 def damages(folder: Path) -> Iterator[Damage]:

@@ -5,7 +5,6 @@ Whatever is wrong with a folder is a UserError that names the file, and nothing 
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.damage import DROP, changed
 from tests.infer.tiny import make_model, make_tokenizer, tiny_config
 from tests.models.checkpoints.golden import folder as golden_folder
 from tests.models.checkpoints.golden import sources
@@ -22,8 +22,7 @@ from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_image_processor
 from tinyllava_fast.models.checkpoints.load import open_checkpoint
 
-DROPPED = object()
-CHANGES = [DROPPED, None, 7, -1, 0, "text", "", [], {}, True, float("nan"), 1e30, 10**9]
+CHANGES = [DROP, None, 7, -1, 0, "text", "", [], {}, True, float("nan"), 1e30, 10**9]
 FOREIGN = [
     "tinyllama-clip-mlp2x_gelu-mono",
     "legacy-tinyllama-siglip",
@@ -47,25 +46,13 @@ def places(value: Any, at: At = ()) -> Iterator[At]:
         yield from places(item, (*at, key))
 
 
-def changed(values: Any, at: At, new: Any) -> str:
-    values = copy.deepcopy(values)
-    node = values
-    for key in at[:-1]:
-        node = node[key]
-    if new is DROPPED:
-        del node[at[-1]]
-    else:
-        node[at[-1]] = new
-    return json.dumps(values)
-
-
 def cases(file: Path, *, every: int) -> list[str]:
     """The texts that a file is replaced with: all damaged ones, or one of ``every``, spread evenly."""
     values = json.loads(file.read_text(encoding="utf-8"))
     at = [place for place in places(values) if place[:2] != ("model", "vocab")]
     wanted = [(place, new) for place in at for new in CHANGES]
     whole = ["", "{", "[]", "7", "null", '"text"', "[" * 100_000, '{"model_type": "tinyllava_fast", "a": ' + "[" * 9**5]
-    return [*whole, *(changed(values, place, new) for place, new in wanted[::every])]
+    return [*whole, *(json.dumps(changed(values, place, new)) for place, new in wanted[::every])]
 
 
 def try_all(folder: Path, name: str, *, every: int, load: Any) -> None:
@@ -100,9 +87,9 @@ def test_a_damaged_config_of_other_projects(name: str, every: int, tmp_path: Pat
 @pytest.mark.parametrize(
     ("file", "at", "new", "message"),
     [
-        ("config.json", ("vision",), DROPPED, r"config\.json: no field 'vision'"),
-        ("config.json", ("llm", "config"), DROPPED, r"config\.json: llm: no field 'config'"),
-        ("config.json", ("vision", "type"), DROPPED, r"config\.json: vision: no field 'type'"),
+        ("config.json", ("vision",), DROP, r"config\.json: no field 'vision'"),
+        ("config.json", ("llm", "config"), DROP, r"config\.json: llm: no field 'config'"),
+        ("config.json", ("vision", "type"), DROP, r"config\.json: vision: no field 'type'"),
         ("config.json", ("vision", "type"), 7, r"config\.json: vision: type: expected text"),
         ("config.json", ("llm", "kind"), 7, r"config\.json: llm: kind: unknown key; .*Known: config, options, type"),
         ("config.json", ("llm", "config", "num_attention_heads"), 0, r"llm\.config\.num_attention_heads: .* got 0"),
@@ -129,7 +116,8 @@ def test_a_damaged_config_of_other_projects(name: str, every: int, tmp_path: Pat
 def test_the_field_is_named(file: str, at: At, new: Any, message: str, ours: Path, tmp_path: Path) -> None:
     shutil.copytree(ours, tmp_path / "model")
     path = tmp_path / "model" / file
-    path.write_text(changed(json.loads(path.read_text(encoding="utf-8")), at, new), encoding="utf-8")
+    values = changed(json.loads(path.read_text(encoding="utf-8")), at, new)
+    path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         io.load_model(tmp_path / "model")
 

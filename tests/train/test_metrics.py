@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from tests.train.test_resume import back_to, run_cli
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.train import progress
 from tinyllava_fast.train.metrics import MetricsWriter, Window, memory_bytes, truncate_after
@@ -132,3 +133,22 @@ def test_silent_on_other_ranks(caplog):
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.9, "1:05"), (3725, "1:02:05"), (-3, "0:00")])
 def test_format_seconds(seconds, text):
     assert progress.format_seconds(seconds) == text
+
+
+def test_lines_over_several_steps_hold_their_mean_also_when_resumed(tiny_run, losses):
+    path = tiny_run()
+    run, whole, fine = (path.parent / name for name in ("run", "whole", "fine"))
+    assert run_cli(path, f"output_dir={fine}") == 0
+    assert run_cli(path, f"output_dir={whole}", "log_every=3") == 0
+    steps = [loss for *_, loss in losses(fine)]
+    lines = losses(whole)
+    assert [s for s, *_ in lines] == [3, 4, 6, 9, 12]
+    for (_, _, mean), (a, b) in zip(lines, [(0, 3), (3, 4), (4, 6), (6, 9), (9, 12)], strict=True):
+        assert mean == pytest.approx(sum(steps[a:b]) / (b - a), rel=1e-12)
+    assert run_cli(path, "log_every=3") == 0
+    back_to(run, "finetune-00000007")
+    assert run_cli(path, "log_every=3") == 0
+    assert losses(run) == lines
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["loss"] == {"pretrain": lines[1][2], "finetune": lines[-1][2]} and summary["changes"] == []
+    assert sorted(p.name for p in (run / "tensorboard").iterdir()) == ["finetune", "pretrain"]

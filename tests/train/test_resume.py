@@ -387,25 +387,6 @@ def test_a_mistake_with_resume_never_loses_no_checkpoint(copied, losses, caplog)
     assert losses(run) == lines and CheckpointStore(run / "checkpoints", 9).names() == names
 
 
-def test_lines_over_several_steps_hold_their_mean_also_when_resumed(tiny_run, losses):
-    path = tiny_run()
-    run, whole, fine = (path.parent / name for name in ("run", "whole", "fine"))
-    assert run_cli(path, f"output_dir={fine}") == 0
-    assert run_cli(path, f"output_dir={whole}", "log_every=3") == 0
-    steps = [loss for *_, loss in losses(fine)]
-    lines = losses(whole)
-    assert [s for s, *_ in lines] == [3, 4, 6, 9, 12]
-    for (_, _, mean), (a, b) in zip(lines, [(0, 3), (3, 4), (4, 6), (6, 9), (9, 12)], strict=True):
-        assert mean == pytest.approx(sum(steps[a:b]) / (b - a), rel=1e-12)
-    assert run_cli(path, "log_every=3") == 0
-    back_to(run, "finetune-00000007")
-    assert run_cli(path, "log_every=3") == 0
-    assert losses(run) == lines
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["loss"] == {"pretrain": lines[1][2], "finetune": lines[-1][2]} and summary["changes"] == []
-    assert sorted(p.name for p in (run / "tensorboard").iterdir()) == ["finetune", "pretrain"]
-
-
 def test_the_last_model_of_a_resumed_run_is_the_whole_run_s(tiny_run):
     path = tiny_run()
     run, whole = path.parent / "run", path.parent / "whole"
