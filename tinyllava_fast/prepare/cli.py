@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_fast.commands import Parser
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 
@@ -49,12 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     setup_logging()
     try:
-        _init(args) if args.command == "init" else _tokenizer(args)
+        with writing(args.out):
+            _init(args) if args.command == "init" else _tokenizer(args)
     except UserError as error:
         log.error("%s", error)
-        return 2
-    except OSError as error:
-        log.error("%s: cannot be written: %s", args.out, error.strerror or error)
         return 2
     except KeyboardInterrupt:
         log.error("interrupted")
