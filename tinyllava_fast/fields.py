@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from tinyllava_fast.errors import DataError, UserError, nearest
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 class _Required:
@@ -70,97 +71,95 @@ class Fields:
 
     def text(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> str | T:
         """Text that can be written as UTF-8. empty: whether it may be "" or white space."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        return self._text(name, value, empty)
+        return self._read(name, default, lambda at, value: self._text(at, value, empty))
 
     def word(self, name: str, default: T | _Required = REQUIRED) -> str | T:
         """Text that is not empty, or a finite number as Python writes it: 3 is "3", and so is 3.0."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        return self._word(name, value)
+        return self._read(name, default, self._word)
 
     def words(self, name: str, default: T | _Required = REQUIRED, *, single: bool = False) -> list[str] | T:
         """A list that is not empty of what ``word`` reads. single: whether one that is in no list is allowed."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if not isinstance(value, list) and single:
-            return [self._word(name, value)]
-        if not isinstance(value, list) or not value:
-            self.fail(name, "a list that is not empty", value)
-        return [self._word(f"{name}[{number}]", item) for number, item in enumerate(value)]
+
+        def read(at: str, value: Any) -> list[str]:
+            if not isinstance(value, list) and single:
+                return [self._word(at, value)]
+            if not isinstance(value, list) or not value:
+                self.fail(at, "a list that is not empty", value)
+            return [self._word(f"{at}[{number}]", item) for number, item in enumerate(value)]
+
+        return self._read(name, default, read)
 
     def paths(self, name: str, default: T | _Required = REQUIRED, *, single: bool = True) -> list[str] | T:
         """A list of paths, which may be empty. single: whether one path that is in no list is allowed."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if isinstance(value, str) and single:
-            return [self._path(name, value)]
-        if not isinstance(value, list):
-            self.fail(name, "a path or a list of paths" if single else "a list of paths", value)
-        return [self._path(f"{name}[{number}]", item) for number, item in enumerate(value)]
+
+        def read(at: str, value: Any) -> list[str]:
+            if isinstance(value, str) and single:
+                return [self._path(at, value)]
+            if not isinstance(value, list):
+                self.fail(at, "a path or a list of paths" if single else "a list of paths", value)
+            return [self._path(f"{at}[{number}]", item) for number, item in enumerate(value)]
+
+        return self._read(name, default, read)
 
     def path(self, name: str, default: T | _Required = REQUIRED) -> str | T:
         """A path that a file system takes, relative or absolute; whether there is such a file is not looked at."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        return self._path(name, value)
+        return self._read(name, default, self._path)
 
     def identifier(self, name: str, default: T | _Required = REQUIRED) -> str | int | T:
         """Text that is not empty, or a whole number."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if not isinstance(value, str):
-            self.fail(name, "text or a whole number", value)
-        return self._text(name, value)
+
+        def read(at: str, value: Any) -> str | int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if not isinstance(value, str):
+                self.fail(at, "text or a whole number", value)
+            return self._text(at, value)
+
+        return self._read(name, default, read)
 
     def integer(
         self, name: str, default: T | _Required = REQUIRED, *, least: int | None = None, most: int | None = None
     ) -> int | T:
         """A whole number. least, most: the smallest and the largest that are allowed."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-            self.fail(name, "a whole number" + (f" of at least {least}" if least is not None else ""), value)
-        if most is not None and value > most:
-            self.fail(name, f"a whole number of at most {most}", value)
-        return value
+
+        def read(at: str, value: Any) -> int:
+            if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+                self.fail(at, "a whole number" + (f" of at least {least}" if least is not None else ""), value)
+            if most is not None and value > most:
+                self.fail(at, f"a whole number of at most {most}", value)
+            return value
+
+        return self._read(name, default, read)
 
     def number(self, name: str, default: T | _Required = REQUIRED, *, least: float | None = None) -> float | T:
         """A finite number. least: the smallest that is allowed."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if not is_number(value) or (least is not None and value < least):
-            self.fail(name, "a number" + (f" of at least {least}" if least is not None else ""), value)
-        return float(value)
+
+        def read(at: str, value: Any) -> float:
+            if not is_number(value) or (least is not None and value < least):
+                self.fail(at, "a number" + (f" of at least {least}" if least is not None else ""), value)
+            return float(value)
+
+        return self._read(name, default, read)
 
     def boolean(self, name: str, default: T | _Required = REQUIRED) -> bool | T:
         """true or false."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if not isinstance(value, bool):
-            self.fail(name, "true or false", value)
-        return value
+
+        def read(at: str, value: Any) -> bool:
+            if not isinstance(value, bool):
+                self.fail(at, "true or false", value)
+            return value
+
+        return self._read(name, default, read)
 
     def one_of(self, name: str, choices: Sequence[str], default: T | _Required = REQUIRED) -> str | T:
         """One of some texts."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if value not in choices:
-            self.fail(name, "one of " + ", ".join(map(repr, choices)), value)
-        return str(value)
+
+        def read(at: str, value: Any) -> str:
+            if value not in choices:
+                self.fail(at, "one of " + ", ".join(map(repr, choices)), value)
+            return str(value)
+
+        return self._read(name, default, read)
 
     def texts(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[str] | T:
         """A list of texts, each of which may be "". empty: whether the list may be empty."""
@@ -171,21 +170,23 @@ class Fields:
 
     def items(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[Any] | T:
         """A list of anything. empty: whether it may be empty."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if not isinstance(value, list) or not (value or empty):
-            self.fail(name, "a list" if empty else "a list that is not empty", value)
-        return value
+
+        def read(at: str, value: Any) -> list[Any]:
+            if not isinstance(value, list) or not (value or empty):
+                self.fail(at, "a list" if empty else "a list that is not empty", value)
+            return value
+
+        return self._read(name, default, read)
 
     def mapping(self, name: str, default: T | _Required = REQUIRED) -> Fields | T:
         """An object, as Fields of its own."""
-        value = self._given(name, default)
-        if value is None:
-            return default  # type: ignore[return-value]
-        if not isinstance(value, dict):
-            self.fail(name, "an object", value)
-        return Fields(value, f"{self._place}{name}", self.error)
+
+        def read(at: str, value: Any) -> Fields:
+            if not isinstance(value, dict):
+                self.fail(at, "an object", value)
+            return Fields(value, f"{self._place}{at}", self.error)
+
+        return self._read(name, default, read)
 
     def mappings(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[Fields] | T:
         """A list of objects. empty: whether the list may be empty."""
@@ -205,6 +206,11 @@ class Fields:
     def fail(self, name: str, expected: str, value: Any, why: str = "") -> NoReturn:
         """Raise the error of a field that is not what was expected."""
         raise self.error(f"{self._place}{name}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else ""))
+
+    def _read(self, name: str, default: T | _Required, read: Callable[[str, Any], V]) -> V | T:
+        """Return what ``read`` makes of the field, or the default where it stands in for a missing or null one."""
+        value = self._given(name, default)
+        return default if value is None else read(name, value)  # type: ignore[return-value]
 
     def _given(self, name: str, default: object) -> Any:
         """The value, or None where a default stands in for a missing or null one."""

@@ -8,18 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.eval.changes import another_picture
 from tests.eval.layouts import write_jsonl
-from tests.eval.test_answers import (  # noqa: F401 fixtures
-    BLUE,
-    RED,
-    ROWS,
-    another_picture,
-    answers,
-    assistant,
-    evaluate,
-    finished,
-    picture,
-)
+from tests.eval.own import BLUE, RED, ROWS, answers, picture
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval import runner
 from tinyllava_fast.eval.official import read_answers
@@ -38,7 +29,7 @@ def read(data: Path, file: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def twice(evaluate, finished, tmp_path) -> tuple[Path, Path, dict[str, str], dict[str, str]]:  # noqa: F811
+def twice(evaluate, finished, tmp_path) -> tuple[Path, Path, dict[str, str], dict[str, str]]:
     """A run whose first picture was changed and asked about again: data, out, first and second answers."""
     shutil.copytree(finished, tmp_path / "run")
     data, out = tmp_path / "run/data", tmp_path / "run/out"
@@ -70,7 +61,7 @@ def test_answers_to_nothing_that_is_asked_now_are_refused(twice):
         read(data, out / "custom/answers.jsonl")
 
 
-def test_blind_answers_belong_to_the_prompt(evaluate, finished, tmp_path):  # noqa: F811
+def test_blind_answers_belong_to_the_prompt(evaluate, finished, tmp_path):
     shutil.copytree(finished / "data", tmp_path / "data")
     evaluate(tmp_path / "data", tmp_path / "out", blind=True)
     first = answers(tmp_path / "out")
@@ -105,13 +96,13 @@ def test_answers_of_several_runs_are_refused_with_the_file_that_can_be_scored(tw
         (["one,x"], "line 1: expected a JSON object.*each line of this file is one JSON object"),
     ],
 )
-def test_files_that_are_none(finished, tmp_path, lines, said):  # noqa: F811
+def test_files_that_are_none(finished, tmp_path, lines, said):
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match=said):
         read(finished / "data", tmp_path / "f.jsonl")
 
 
-def test_questions_without_an_answer_are_counted(finished, tmp_path, capsys):  # noqa: F811
+def test_questions_without_an_answer_are_counted(finished, tmp_path, capsys):
     from tinyllava_fast.eval import cli
 
     (tmp_path / "f.jsonl").write_text('{"key": "one", "answer": "x"}\n')

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.eval.layouts import write_jsonl
-from tests.eval.test_answers import ROWS, answers, assistant, evaluate, finished  # noqa: F401 fixtures
+from tests.eval.own import ROWS, answers
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval import cli, pictures, runner
 from tinyllava_fast.eval.answers import line_of
@@ -20,14 +20,14 @@ from tinyllava_fast.eval.results import read_results, read_verdicts
 
 
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> tuple[Path, Path]:  # noqa: F811
+def copied(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Data and output of a finished evaluation."""
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run" / "data", tmp_path / "run" / "out"
 
 
 @pytest.mark.parametrize("name", ["answers.jsonl", "answers.1.jsonl"])
-def test_a_folder_in_the_place_of_answers(evaluate, copied, name):  # noqa: F811
+def test_a_folder_in_the_place_of_answers(evaluate, copied, name):
     data, out = copied
     (out / "custom" / name).unlink(missing_ok=True)
     (out / "custom" / name).mkdir()
@@ -35,7 +35,7 @@ def test_a_folder_in_the_place_of_answers(evaluate, copied, name):  # noqa: F811
         evaluate(data, out)
 
 
-def test_what_could_not_be_replaced_is_named(evaluate, copied):  # noqa: F811
+def test_what_could_not_be_replaced_is_named(evaluate, copied):
     data, out = copied
     (out / "custom/results.json").unlink()
     (out / "custom/results.json").mkdir()
@@ -54,7 +54,7 @@ def test_what_could_not_be_replaced_is_named(evaluate, copied):  # noqa: F811
         (b"{}", ""),
     ],
 )
-def test_another_benchmarks_results_do_not_cost_these(evaluate, copied, content, said, caplog, monkeypatch):  # noqa: F811
+def test_another_benchmarks_results_do_not_cost_these(evaluate, copied, content, said, caplog, monkeypatch):
     """Damaged, of an older version, or of another program: left out of the summary, with a warning."""
     monkeypatch.setattr("tinyllava_fast.eval.results.log.propagate", True)
     data, out = copied
@@ -67,7 +67,7 @@ def test_another_benchmarks_results_do_not_cost_these(evaluate, copied, content,
     assert (said in caplog.text) if said else ("left out" not in caplog.text)
 
 
-def test_a_damaged_run_file_may_be_removed(evaluate, copied):  # noqa: F811
+def test_a_damaged_run_file_may_be_removed(evaluate, copied):
     data, out = copied
     (out / "custom/run.json").write_text("{")
     with pytest.raises(DataError, match=r"run\.json: not JSON .*; mend or remove it"):
@@ -79,7 +79,7 @@ def test_a_damaged_run_file_may_be_removed(evaluate, copied):  # noqa: F811
 LINE_ENDS = "a\u2028b\u2029c\x85d\x1ce"
 
 
-def test_line_ends_of_unicode_are_part_of_a_text(evaluate, tmp_path):  # noqa: F811
+def test_line_ends_of_unicode_are_part_of_a_text(evaluate, tmp_path):
     """JSON leaves them as they are; only a newline ends a line of JSONL."""
     rows = [{"id": LINE_ENDS, "question": LINE_ENDS, "answer": LINE_ENDS, "category": LINE_ENDS}]
     write_jsonl(tmp_path / "questions.jsonl", rows)
@@ -104,7 +104,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize(("change", "field"), RECORDS, ids=[str(c) for c, _ in RECORDS])
-def test_an_answer_with_a_field_of_another_kind(evaluate, copied, change, field):  # noqa: F811
+def test_an_answer_with_a_field_of_another_kind(evaluate, copied, change, field):
     """Its line may be removed: that question alone is asked again."""
     data, out = copied
     log = out / "custom/answers.jsonl"
@@ -120,7 +120,7 @@ def test_an_answer_with_a_field_of_another_kind(evaluate, copied, change, field)
     assert evaluate(data, out)["run"]["answered_now"] == 1
 
 
-def test_answers_that_an_editor_has_saved(evaluate, copied):  # noqa: F811
+def test_answers_that_an_editor_has_saved(evaluate, copied):
     """With a byte order mark, other line ends, and empty lines."""
     data, out = copied
     log = out / "custom/answers.jsonl"
@@ -129,7 +129,7 @@ def test_answers_that_an_editor_has_saved(evaluate, copied):  # noqa: F811
     assert evaluate(data, out)["run"]["answered_now"] == 0
 
 
-def test_answers_of_other_settings_stay(evaluate, copied):  # noqa: F811
+def test_answers_of_other_settings_stay(evaluate, copied):
     """Another setting, and back: nothing is lost, nothing is mixed, and what was answered is not asked again."""
     data, out = copied
     first = answers(out)
@@ -142,7 +142,7 @@ def test_answers_of_other_settings_stay(evaluate, copied):  # noqa: F811
         assert tokens == 2 or answers(out) == first
 
 
-def test_scoring_again_opens_no_model_and_reads_no_picture(evaluate, copied, monkeypatch):  # noqa: F811
+def test_scoring_again_opens_no_model_and_reads_no_picture(evaluate, copied, monkeypatch):
     data, out = copied
     monkeypatch.setattr(pictures, "SETTLED_S", -1e6)
     evaluate(data, out)  # digests of the copy
@@ -157,7 +157,7 @@ def test_scoring_again_opens_no_model_and_reads_no_picture(evaluate, copied, mon
     assert evaluate(data, out, "custom.metric=contains")["tables"]["category"][0]["questions"] == 3
 
 
-def test_names_that_are_not_utf8(evaluate, finished, folder, tmp_path, assistant, capsys):  # noqa: F811
+def test_names_that_are_not_utf8(evaluate, finished, folder, tmp_path, assistant, capsys):
     """Of the data folder, the model's and the output."""
     root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xff"))
     shutil.copytree(finished / "data", root / "data")

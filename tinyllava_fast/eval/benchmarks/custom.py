@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyllava_fast.config.ranges import PositiveInt, Text
+from tinyllava_fast.data.records import IMAGE_ALIASES
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
@@ -41,7 +42,7 @@ ALIASES = {
     "id": ("question_id",),
     "question": ("prompt", "text", "query", "instruction", "input"),
     "answer": ("label", "labels", "target", "truth", "ground_truth", "gold", "gt", "output"),
-    "image": ("img", "imgs", "picture", "pictures", "photo", "file", "file_name", "filename", "path", "image_path"),
+    "image": IMAGE_ALIASES,
     "choices": ("option", "options"),
 }
 """What other formats call the fields."""
