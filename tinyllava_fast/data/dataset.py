@@ -81,7 +81,7 @@ class PackedDataset:
         template.check(tokenizer, data.masks)
         pace = Pace(wait_s=5.0)
         with _no_garbage_collection():
-            for records in _chunks(read_records(data.records), _CHUNK):
+            for records in chunks(read_records(data.records), _CHUNK):
                 self.files.look(records)
                 looked_at = [(record, self._look(record, template)) for record in records]
                 usable = [(record, inputs) for record, inputs in looked_at if inputs is not None]
@@ -301,7 +301,8 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of ``size``, the last one perhaps shorter; read lazily."""
     source = iter(items)
     while chunk := list(islice(source, size)):
         yield chunk

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyllava_fast.data.dataset import chunks
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.data.pictures import is_url
 from tinyllava_fast.data.records import Record, encode_records, read_records
@@ -81,15 +82,10 @@ def lengths(records: str | Path, template: Template, tokenizer: Any, rows: int) 
     Raises DataError as ``read_records`` does, and for a conversation that the template cannot show.
     """
     found: list[tuple[int, int]] = []
-    part: list[Record] = []
     turns = 0
-    for record in read_records(records):
-        turns = max(turns, len(record.turns))
-        part.append(record)
-        if len(part) == _AT_ONCE:
-            found += _measured(records, part, template, tokenizer)
-            part = []
-    found += _measured(records, part, template, tokenizer)
+    for part in chunks(read_records(records), _AT_ONCE):
+        turns = max(turns, *(len(record.turns) for record in part))
+        found += _measured(records, part, template, tokenizer)
     counts = [tokens + images * (rows - 1) for tokens, images in found]
     return Lengths(len(counts), max(counts), sum(counts) / len(counts), max(images for _, images in found), turns)
 
