@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -131,3 +135,47 @@ def test_wrong_settings(make):
     state = Loader(make()).state_dict()
     with pytest.raises(CheckpointError, match=r"data.json: the records or the tokenizer's files differ from"):
         Loader(make(seed=1)).load_state_dict(state)
+
+
+def _leave(make, started):
+    stream = iter(Loader(make(), epochs=50, workers=2))
+    next(stream)
+    started.put([p.pid for p in multiprocessing.active_children()])
+    globals()["held"] = stream  # alive until the interpreter ends, as a variable of a script is
+
+
+def test_a_script_that_leaves_a_loader_unfinished_ends(make):
+    """Python waits for its processes when it exits; workers that wait for a signal of it would wait for ever."""
+    context = multiprocessing.get_context("fork")
+    started = context.SimpleQueue()
+    script = context.Process(target=_leave, args=(make, started))
+    script.start()
+    try:
+        workers = started.get()
+        script.join(20)
+        assert script.exitcode == 0
+    finally:
+        script.kill()
+    assert len(workers) == 2 and not any(psutil.pid_exists(pid) for pid in workers)
+
+
+def test_close_ends_a_worker_that_hangs(make, monkeypatch):
+    dataset = make()
+    monkeypatch.setattr(dataset, "pack", lambda epoch, indices: time.sleep(600))
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    loader = Loader(dataset, epochs=2, workers=1)
+    thread = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        thread.start()
+        with pytest.raises(TimeoutError):
+            next(iter(loader))
+        workers = multiprocessing.active_children()
+        loader.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(workers) == 1 and not workers[0].is_alive()

@@ -22,15 +22,7 @@ ROOT = Path(__file__).parents[2]
 REPORT = "TLF_KERNEL_TESTS"  # where the inner process writes its outcomes, one JSON object a line
 INTERPRETED = REPORT in os.environ
 TIMEOUT = 600
-GROUP = "interpreted"
 _outcomes: dict[Path, dict[str, tuple[str, str]]] = {}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Test processes side by side take whole files of this folder, so that none is interpreted twice."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group(GROUP + item.path.stem))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,9 +30,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if INTERPRETED:
         return None
     if pyfuncitem.path not in _outcomes:
-        ids = [_name(item) for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
+        ids = [item.nodeid for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
         _outcomes[pyfuncitem.path] = _run(ids)
-    outcome, text = _outcomes[pyfuncitem.path].get(_name(pyfuncitem), ("failed", "it did not run in the interpreter"))
+    outcome, text = _outcomes[pyfuncitem.path].get(pyfuncitem.nodeid, ("failed", "it did not run in the interpreter"))
     if outcome == "skipped":
         pytest.skip(text)
     if outcome == "failed":
@@ -53,11 +45,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
         with open(os.environ[REPORT], "a", encoding="utf-8") as file:
             file.write(json.dumps([report.nodeid, report.outcome, text]) + "\n")
-
-
-def _name(item: pytest.Item) -> str:
-    """Its id without the group that pytest-xdist appends."""
-    return item.nodeid.removesuffix(f"@{GROUP}{item.path.stem}")
 
 
 def _run(ids: list[str]) -> dict[str, tuple[str, str]]:

@@ -249,12 +249,15 @@ def test_a_signal_to_the_whole_process_group_spares_the_data_workers(whole, tmp_
     with subprocess.Popen(
         [sys.executable, "-c", GROUP, *command], stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as child:
-        while child.poll() is None and not (folder / "metrics.jsonl").exists():
-            time.sleep(0.01)
-        while child.poll() is None and len(losses(folder)) < 5:
-            time.sleep(0.01)
-        os.killpg(child.pid, number)
-        _, text = child.communicate(timeout=60)
+        try:
+            while child.poll() is None and not (folder / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            while child.poll() is None and len(losses(folder)) < 5:
+                time.sleep(0.01)
+            os.killpg(child.pid, number)
+            _, text = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 128 + number, text
     assert "stopped; the same command goes on from" in text and "Traceback" not in text and "killed" not in text
     assert cli.main([str(path), f"output_dir={folder}", f"stages.finetune.max_steps={len(losses(folder)) - 1}"]) == 0

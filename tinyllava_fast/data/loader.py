@@ -6,9 +6,11 @@ import ctypes
 import gc
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,9 @@ class Loader:
             sampler=_Jobs(self, self._position),
             batch_size=None,
             num_workers=self.workers,
+            # Workers share the samples' arrays and end with the process that made them, also where Python's own
+            # default is another, as in a child of a forkserver.
+            multiprocessing_context="fork" if self.workers else None,
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_same,
             worker_init_fn=_prepare_worker,
@@ -133,6 +138,8 @@ class Loader:
         )
         with _signals_held():
             self._stream = iter(source)
+        workers = getattr(self._stream, "_workers", [])
+        self._end_workers = Finalize(self._stream, _kill, (workers,), exitpriority=0)
         for wire in self._stream:
             if isinstance(wire, str):
                 self.close()
@@ -146,6 +153,7 @@ class Loader:
         """Stop the workers of an unfinished iteration."""
         if shutdown := getattr(self._stream, "_shutdown_workers", None):
             shutdown()
+            self._end_workers()
         self._stream = None
 
     def jobs(self, position: int) -> Iterator[Job]:
@@ -216,6 +224,14 @@ def _from_wire(wire: dict[str, Any]) -> PackedBatch:
 
 def _same(item: Any) -> Any:
     return item
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    """End what is left of the workers. They ignore SIGTERM, for which Python would wait for ever when it exits."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 @contextmanager

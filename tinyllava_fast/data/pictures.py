@@ -34,6 +34,12 @@ FORMATS = (
 )  # fmt: skip
 """In the order in which they are tried; TGA has no signature. HEIF is there if a plugin of Pillow brings it."""
 
+IMAGE_ALIASES = (
+    *("img", "imgs", "picture", "pictures", "photo", "file", "file_name", "filename", "path", "image_path"),
+    *("image_paths", "image_file", "image_files"),
+)
+"""What other formats call the field of an image."""
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

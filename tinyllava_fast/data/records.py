@@ -8,19 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
+from tinyllava_fast.data.pictures import IMAGE_ALIASES
 from tinyllava_fast.data.templates.base import MaskMode, Segment, Template, TurnMode, turns_of
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import DECODER, Fields, fault, is_text, not_utf8, shown
 
 _ROLES = ("human", "gpt")
 _FIELDS = ("id", "image", "images", "conversations")
-IMAGE_ALIASES: Final = (
-    *("img", "imgs", "picture", "pictures", "photo", "file", "file_name", "filename", "path", "image_path"),
-    *("image_paths", "image_file", "image_files"),
-)
-"""What other formats call the field of an image."""
 FORMAT = '{"from": "human" | "gpt", "value": text}'
 _CONVERT = (
     f'Write "conversations" as a list of {FORMAT}: the role user becomes human, assistant becomes gpt, and content '

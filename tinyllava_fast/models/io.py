@@ -316,7 +316,10 @@ def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
         kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
         options = _options(kind.Options, config.connector, where, "connector.options")
         connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
-        return LMM(llm, vision, connector, adapter, config)
+        try:
+            return LMM(llm, vision, connector, adapter, config)
+        except UserError as error:  # parts that do not fit each other, named as in a run's configuration
+            raise UserError(f"{where}: {error}") from error
 
 
 def _options(cls: type[T], part: Mapping[str, Any], where: str, key: str) -> T:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyllava_fast.config.ranges import PositiveInt, Text
-from tinyllava_fast.data.records import IMAGE_ALIASES
+from tinyllava_fast.data.pictures import IMAGE_ALIASES
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
