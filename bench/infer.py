@@ -1,7 +1,7 @@
 """`tlf-bench infer`: answers a second and latency against transformers' ``generate``, interleaved in one process.
 
 Both sides have the same weights and dtype, decode greedily and write exactly as many tokens (no end token), so the work
-is equal. Choices in the peer's favour: its prompts are tokenised and its images decoded and preprocessed beforehand, in
+is equal. Choices in the peer's favour: its prompts are tokenized and its images decoded and preprocessed beforehand, in
 ours all of that is timed. "batched" is left-padded batches of 8, "batch1" one question after the other, as TinyLLaVA
 Factory evaluates. The peers answer an evenly spaced part of our questions in each round: their time per question does
 not depend on how many there are, ours does.

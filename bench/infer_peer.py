@@ -67,7 +67,7 @@ class Peer:
         self.suppressed = list(range(vocab, lmm.vocab_size)) or None
 
     def prepare(self, questions: Sequence[tuple[str, str]]) -> list[Prepared]:
-        """Tokenise the prompts and preprocess the images of (image file, text) pairs."""
+        """Tokenize the prompts and preprocess the images of (image file, text) pairs."""
         conversations = [Request.ask(text, image).conversation() for image, text in questions]
         prompts = self.template.prompt_batch(conversations, self.tokenizer)
         if any(self.image_token in p.ids for p in prompts):

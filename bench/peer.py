@@ -1,12 +1,12 @@
 """What a transformers user would run instead: LlavaForConditionalGeneration under HF Trainer, with our weights.
 
 Choices, each in the peer's favour where there was one:
-- attention "sdpa"; a right-padded batch as long as its longest sample; batches tokenised and preprocessed beforehand;
+- attention "sdpa"; a right-padded batch as long as its longest sample; batches tokenized and preprocessed beforehand;
 - weights loaded in bf16 and trained in bf16 without autocast ("bf16"): the fastest way that Trainer offers on a CPU.
   It keeps neither fp32 master weights nor fp32 moments, so it does less work than we do. "autocast" is
   Trainer(bf16=True) over bf16 weights, "master" is Trainer(bf16=True) over fp32 weights (what the documentation calls
   mixed precision), "float32" is the equivalence test's;
-- Trainer's default optimiser, fused AdamW; no gradient checkpointing unless it is asked for; no logging, saving or
+- Trainer's default optimizer, fused AdamW; no gradient checkpointing unless it is asked for; no logging, saving or
   evaluation between steps;
 - LoRA: peft's layers on every linear layer of the decoder, in the dtype of the weights. peft by itself would keep
   adapters in float32 and cast each input, which is slower;
@@ -115,7 +115,7 @@ class _Paced(TrainerCallback):
         self.gate.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forward, backward, clipping, optimiser and zero_grad are over."""
+        """Forward, backward, clipping, optimizer and zero_grad are over."""
         self.gate.end(float(self.last_loss()))
 
 

@@ -1,6 +1,6 @@
 """The plainest training loop there is: transformers' Llava in float32, one sample at a time, torch's AdamW.
 
-No packing, no kernel, no compilation and no optimiser of ours; what `tlf-bench parity` compares with.
+No packing, no kernel, no compilation and no optimizer of ours; what `tlf-bench parity` compares with.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tinyllava_fast.recipes import lora
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import cpu_pool
 from tinyllava_fast.train.compile import compile_forward
-from tinyllava_fast.train.engine.base import Engine
+from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
 from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.profile import trains
@@ -105,7 +105,7 @@ def run_ours(
             gate.end(float(loss) / pack.num_supervised)
 
 
-def state_bytes(lmm: LMM, engine: Engine) -> dict[str, int]:
+def state_bytes(lmm: LMM, engine: TrainingEngine) -> dict[str, int]:
     """What training keeps, in bytes: weights as they are stored, masters and moments; and gradients at their peak.
 
     Gradients: of the weights' dtype and, below float32, their sums in float32.

@@ -24,7 +24,7 @@ def find_rows(block, cu_q, segments, tokens, GROUP: tl.constexpr, BLOCK_M: tl.co
 
     Segment s, counted from 0 for the rows ahead of cu_q[0] to S + 1 for those behind cu_q[S], begins at block
     begin(s) * GROUP // BLOCK_M + s. That leaves each one room for ceil(rows / BLOCK_M) blocks, so the map from blocks
-    to segments is a bisection of cu_q: no table, no synchronisation.
+    to segments is a bisection of cu_q: no table, no synchronization.
     """
     low = block * 0
     high = segments + 1

@@ -79,7 +79,7 @@ def run(
     model = run_dir / "final"
     seen, unseen = (evaluate(model, [BENCHMARK], data, blind=blind, limit=limit)[BENCHMARK] for blind in (False, True))
     folders = [default_output(model, blind) / BENCHMARK for blind in (False, True)]
-    results = summarise(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")), seen, unseen)
+    results = summarize(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")), seen, unseen)
     write_json(run_dir / "results.json", results)
     captions = any(Path(stage.data.records).name == "captions.json" for stage in loaded.stages)
     note = NOTE if captions else ""
@@ -120,7 +120,7 @@ def trainer_command(config: Path, overrides: Sequence[str], fresh: bool) -> list
     return [sys.executable, "-m", "tinyllava_fast.train.cli", str(config), "--resume", resume, *overrides]
 
 
-def summarise(training: dict[str, Any], seen: dict[str, Any], unseen: dict[str, Any]) -> dict[str, Any]:
+def summarize(training: dict[str, Any], seen: dict[str, Any], unseen: dict[str, Any]) -> dict[str, Any]:
     """What results.json holds, from the training summary and the two evaluations."""
     run = seen["run"]
     return {

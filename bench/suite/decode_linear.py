@@ -31,9 +31,9 @@ def _case(setting: Setting, rows: int, *, int8: bool) -> Case:
     weights = [setting.randn(outputs, width, grad=False) for _ in range(count)]
     held: list[Any] = [in_huge_pages(w) for w in weights]
     if int8:
-        quantised = [quantize_int8(w) for w in weights]
-        held = [q._replace(values=in_huge_pages(q.values)) for q in quantised]
-        weights = [dense_weight(q, x.dtype) for q in quantised]
+        quantized = [quantize_int8(w) for w in weights]
+        held = [q._replace(values=in_huge_pages(q.values)) for q in quantized]
+        weights = [dense_weight(q, x.dtype) for q in quantized]
     size = sum(nbytes(w.values, w.scale) if int8 else nbytes(w) for w in held)
 
     def plain() -> Tensor:

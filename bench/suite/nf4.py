@@ -63,7 +63,7 @@ def _linear(setting: Setting, rows: int) -> Case:
         return functional.linear(x, dequantize_nf4(*nf4, x.dtype))
 
     absent: dict[str, str] = {}
-    run: dict[str, Run] = {"torch, W dequantised whole by ours": plain}
+    run: dict[str, Run] = {"torch, W dequantized whole by ours": plain}
     add_peer(run, absent, "bitsandbytes", lacking("bitsandbytes"), lambda: _multiply(x, nf4))
     add_peer(run, absent, "bitsandbytes, repacked", _no_repacking(setting, nf4), lambda: _repacked(x, nf4))
     run["ours"] = lambda: linear_nf4(x, *nf4)

@@ -35,9 +35,9 @@ def _case(setting: Setting, rows: int, *, int8: bool) -> Case:
     held = [(in_huge_pages(w), None) for w in weights]
     peers = weights
     if int8:
-        quantised = [quantize_int8(w) for w in weights]
-        held = [(in_huge_pages(q.values), q.scale) for q in quantised]  # type: ignore[misc]
-        peers = [dense_weight(q, x.dtype) for q in quantised]
+        quantized = [quantize_int8(w) for w in weights]
+        held = [(in_huge_pages(q.values), q.scale) for q in quantized]  # type: ignore[misc]
+        peers = [dense_weight(q, x.dtype) for q in quantized]
 
     def plain() -> Tensor:
         return [functional.linear(x, w) for w in peers][-1]

@@ -1,7 +1,7 @@
-// adamw: an optimiser step of one weight in one pass over memory, and the sum of squares that clipping needs.
+// adamw: an optimizer step of one weight in one pass over memory, and the sum of squares that clipping needs.
 #include <cstdint>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 #include "tlf/kernel.h"
 #include "tlf/numeric.h"
 #include "tlf/rows.h"

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 #include "tlf/kernel.h"
 
 namespace tlf {

@@ -1,4 +1,4 @@
-// nf4: pieces of a 4-bit weight dequantised, and the product of a few rows with the packed weight itself.
+// nf4: pieces of a 4-bit weight dequantized, and the product of a few rows with the packed weight itself.
 #include <cstdint>
 
 #include "tlf/decode.h"

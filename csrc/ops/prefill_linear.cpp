@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 #include "tlf/kernel.h"
 #include "tlf/tiles.h"
 

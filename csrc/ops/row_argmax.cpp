@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 #include "tlf/kernel.h"
 
 namespace tlf {

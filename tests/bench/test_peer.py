@@ -74,7 +74,7 @@ ADAPTER = TuneConfig(tune="lora", lora=LoRAConfig(r=8, alpha=64, dropout=0.0))
 
 
 @pytest.mark.parametrize("recipe", [RecipeConfig(), RecipeConfig(llm=ADAPTER, connector=TuneConfig(tune="frozen"))])
-def test_the_optimiser_moves_the_peer_as_it_moves_us(lmm: LMM, packs: list[PackedBatch], recipe: RecipeConfig) -> None:
+def test_the_optimizer_moves_the_peer_as_it_moves_us(lmm: LMM, packs: list[PackedBatch], recipe: RecipeConfig) -> None:
     """The same pack three times: the loss falls, in both alike; with LoRA too, where nothing else trains."""
     ours, theirs = losses_of_both(lmm, [packs[0]] * 3, recipe)
     assert ours[2] < ours[0] - 0.01

@@ -36,7 +36,7 @@ def test_kept_apart_and_merged_when_loaded(kept: Path) -> None:
     for name, tensor in model.items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=0)
     live = io.load_model(kept, merge_adapter=False)[0]
-    assert live.config.adapter and any("lora_A" in name for name, _ in live.named_parameters())
+    assert live.config.has_lora and any("lora_A" in name for name, _ in live.named_parameters())
 
 
 def test_the_adapter_alone(kept: Path, tmp_path: Path) -> None:

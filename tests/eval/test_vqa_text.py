@@ -1,4 +1,4 @@
-"""Normalisation and accuracy equal the reference's on every vector."""
+"""Normalization and accuracy equal the reference's on every vector."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from tests.eval.golden import rows, value
 from tinyllava_fast.eval.vqa_text import (
     CONTRACTIONS,
     m4c_accuracy,
-    normalise_m4c,
-    normalise_official,
+    normalize_m4c,
+    normalize_official,
     official_accuracy,
 )
 
 
-def test_normalisation_vectors():
-    vectors = rows("vqa/normalise.jsonl")
+def test_normalization_vectors():
+    vectors = rows("vqa/normalize.jsonl")
     assert len(vectors) == 178 and len(CONTRACTIONS) == 120
-    assert [normalise_m4c(v["raw"]) for v in vectors] == [v["m4c"] for v in vectors]
-    assert [normalise_official(v["raw"]) for v in vectors] == [v["vqa_eval"] for v in vectors]
+    assert [normalize_m4c(v["raw"]) for v in vectors] == [v["m4c"] for v in vectors]
+    assert [normalize_official(v["raw"]) for v in vectors] == [v["vqa_eval"] for v in vectors]
 
 
 def test_accuracy_vectors():
@@ -29,7 +29,7 @@ def test_accuracy_vectors():
         (
             "vqa_eval_accuracy_of_m4c_prediction",
             "vqa_eval_of_m4c_mean_percent",
-            lambda p, a: official_accuracy(normalise_m4c(p), a),
+            lambda p, a: official_accuracy(normalize_m4c(p), a),
         ),
     ):
         scores = [score(v["prediction"], v["answers"]) for v in vectors]

@@ -71,7 +71,7 @@ def test_one_question(folder, images, tmp_path, capsys):
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-def test_quantised_weights(folder, capsys):
+def test_quantized_weights(folder, capsys):
     words = [str(folder), "--max-new-tokens", "3", "--device", "cpu", "--question", "why?", "--weights", "int8"]
     assert main(words) == 0
     assistant = tinyllava_fast.load(folder, device="cpu", weights="int8")

@@ -102,7 +102,7 @@ def test_replaced_weights_and_pools_are_seen_and_old_ones_stay_alive() -> None:
     decoder = decoder_of("llama", torch.float32, None)
     tokens = tokens_of(decoder, 4)
     before = check(decoder, tokens)
-    layer = decoder.lmm.adapter.layers(decoder.lmm.llm)[1]
+    layer = decoder.lmm.family.layers(decoder.lmm.llm)[1]
     layer.post_attention_layernorm.weight.data = layer.post_attention_layernorm.weight.data * 2
     layer.down.values = layer.down.values * 0.5
     assert torch.equal(decoder._fused(tokens), before)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Dense weights decode to the same answers, quantised ones to close logits, and each weight is held once."""
+"""Dense weights decode to the same answers, quantized ones to close logits, and each weight is held once."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_dense_answers_are_the_same(family, tokenizer, images):
     lmm = make_model(**FAMILIES[family])
     prepare_weights(lmm)
     assert [a.tokens for a in make_engine(lmm, tokenizer).answers(requests)] == [a.tokens for a in expected]
-    assert (lmm.adapter.head(lmm.llm)[0] is lmm.adapter.embedding(lmm.llm).weight) == (family == "tied")
+    assert (lmm.family.head(lmm.llm)[0] is lmm.family.embedding(lmm.llm).weight) == (family == "tied")
     fused = sum(isinstance(m, DecodeLayer) for m in lmm.llm.modules())
     assert fused == (0 if family == "phi" else lmm.num_layers)
 
 
-def dequantised(lmm: LMM) -> LMM:
+def dequantized(lmm: LMM) -> LMM:
     """The stock model with what a prepared one multiplies by."""
     plain = make_model()
     for layer, ours in zip(plain.llm.model.layers, lmm.llm.model.layers, strict=True):
@@ -68,12 +68,12 @@ def dequantised(lmm: LMM) -> LMM:
 
 @pytest.mark.parametrize(("weights", "most"), [("int8", 0.05), ("nf4", 0.7)])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_quantised_logits_are_those_of_the_rounded_weights(weights, most, rows):
+def test_quantized_logits_are_those_of_the_rounded_weights(weights, most, rows):
     exact = hidden_and_logits(make_model(), rows)
     lmm = make_model()
     prepare_weights(lmm, weights)
     got = hidden_and_logits(lmm, rows)
-    torch.testing.assert_close(got, hidden_and_logits(dequantised(lmm), rows), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(got, hidden_and_logits(dequantized(lmm), rows), atol=1e-3, rtol=1e-3)
     assert 0 < (got - exact).norm() / exact.norm() < most
 
 
@@ -90,7 +90,7 @@ def test_each_weight_is_held_once(weights, share, tied):
     lmm = make_model(tie_word_embeddings=tied)
     before = storage_bytes(lmm)
     layers = [linear.weight for _, linear in linears(lmm, "llm")]
-    head = lmm.adapter.head(lmm.llm)[0].numel()
+    head = lmm.family.head(lmm.llm)[0].numel()
     products = sum(w.numel() for w in layers)
     gone = [weakref.ref(w) for w in layers]
     outputs = sum(len(w) for w in layers)

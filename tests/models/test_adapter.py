@@ -75,10 +75,10 @@ def test_round_trip(recipe: RecipeConfig, tiny: Callable, save: Callable[..., Pa
     expected, settings = lmm(**batch), adapter.layer_settings(lmm)
     folder = save(lmm)
     live = io.load_model(folder, merge_adapter=False)[0]
-    assert live.config.adapter and adapter.layer_settings(live) == settings
+    assert live.config.has_lora and adapter.layer_settings(live) == settings
     assert torch.equal(live(**batch), expected)
     merged = io.load_model(folder)[0]
-    assert not merged.config.adapter and not any("lora" in n for n, _ in merged.named_parameters())
+    assert not merged.config.has_lora and not any("lora" in n for n, _ in merged.named_parameters())
     torch.testing.assert_close(merged(**batch), expected, rtol=1e-6, atol=1e-6)
     again = save(live, "again")
     for file in (
@@ -124,7 +124,7 @@ def test_an_adapter_that_peft_trained_loads_here(
 def test_what_is_in_the_folder(tiny: Callable, save: Callable[..., Path]) -> None:
     config = tiny()
     folder = save(trained(config, RECIPES["all"]))
-    assert json.loads((folder / "config.json").read_text())["adapter"] is True
+    assert json.loads((folder / "config.json").read_text())["has_lora"] is True
     stock = {k for k in build_model(config).state_dict() if k != "llm.lm_head.weight"}
     assert set(load_file(folder / "model.safetensors")) == stock
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -159,9 +159,9 @@ def test_a_folder_with_an_adapter_is_a_model_config(tiny: Callable, save: Callab
     lmm = trained(tiny(), RECIPES["llm"])
     folder = save(lmm)
     again = build_model(ModelConfig(path=str(folder)))
-    assert again.config.adapter
+    assert again.config.has_lora
     apply_recipe(again, RecipeConfig(llm=TuneConfig(tune="frozen")), OptimConfig())
-    assert not again.config.adapter
+    assert not again.config.has_lora
     torch.testing.assert_close(again.eval()(**batch), lmm(**batch), rtol=1e-6, atol=1e-6)
 
 

@@ -18,7 +18,7 @@ from tinyllava_fast.models.adapter_forward import bind
 K, O, ROWS = 128, 64, 40  # noqa: E741
 
 
-def quantised(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
+def quantized(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
     import bitsandbytes as bnb
 
     layer: Any
@@ -29,7 +29,7 @@ def quantised(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
         layer = bnb.nn.Linear4bit(K, O, bias=True, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4", compress_statistics=nested, module=layer)
     layer.bias = linear.bias
-    layer.weight = layer.weight.to("cpu")  # this is where it quantises
+    layer.weight = layer.weight.to("cpu")  # this is where it quantizes
     return layer
 
 
@@ -38,7 +38,7 @@ def adapted(kind: str = "dense", *, dropout: float = 0.0, bound: bool = True, **
     torch.manual_seed(0)
     linear: nn.Module = nn.Linear(K, O)
     if kind != "dense":
-        linear = quantised(linear, kind, kind == "nf4, double")
+        linear = quantized(linear, kind, kind == "nf4, double")
     model: Any = nn.Sequential(OrderedDict(layer=linear))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
     config = LoraConfig(**{"r": 8, "lora_alpha": 12, "lora_dropout": dropout, "target_modules": ["layer"], **settings})

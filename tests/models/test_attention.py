@@ -153,7 +153,7 @@ def test_refuses_a_window_with_prefixes() -> None:
 def test_a_decoder_that_drops_the_arguments_is_named() -> None:
     llm = AutoLLM().from_config({"model_type": "stablelm", **BASE}, seed=0, where="model.llm")
     embeds, positions, bounds = inputs()
-    with pytest.raises(ValueError, match=r"StableLmAttention passed neither .* needs an adapter of its own"):
+    with pytest.raises(ValueError, match=r"StableLmAttention passed neither .* needs a family of its own"):
         AutoLLM().hidden(llm, embeds[None], positions[None], cu_seqlens=bounds)
 
 

@@ -180,7 +180,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny: Callable, ragged:
     batch = batch_of(lmm, ragged, pack)
     want = grads_of(lmm, lmm(**batch.tensors()))
     runs = []
-    layer = lmm.adapter.layers(lmm.llm)[0]
+    layer = lmm.family.layers(lmm.llm)[0]
     layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     lmm.set_gradient_checkpointing(True)
     assert_same(grads_of(lmm, lmm(**batch.tensors())), want)
@@ -197,7 +197,7 @@ def test_selective_checkpointing_recomputes_every_second_layer(
     batch = batch_of(lmm, ragged, pack)
     want = grads_of(lmm, lmm(**batch.tensors()))
     runs: list[int] = []
-    layers = list(lmm.adapter.layers(lmm.llm))
+    layers = list(lmm.family.layers(lmm.llm))
     for index, layer in enumerate(layers):
         layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
     lmm.set_gradient_checkpointing("selective")

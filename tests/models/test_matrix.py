@@ -86,7 +86,7 @@ def build(llm: str, tower: str, connector: str) -> tuple[ModelConfig, LMM]:
 def due(lmm: LMM, recipe: RecipeConfig) -> set[str]:
     """Names of the weights that the recipe trains, worked out from the names alone."""
     wanted = set()
-    layers = {id(p) for m in lmm.adapter.layers(lmm.llm)[1:] for p in m.parameters()}
+    layers = {id(p) for m in lmm.family.layers(lmm.llm)[1:] for p in m.parameters()}
     layers |= {id(p) for p in lmm.vision.layer_parameters(1)}
     for name, parameter in lmm.named_parameters():
         tune = getattr(recipe, name.partition(".")[0]).tune
@@ -96,7 +96,7 @@ def due(lmm: LMM, recipe: RecipeConfig) -> set[str]:
 
 
 def two_steps(lmm: LMM, recipe: RecipeConfig, batch: PackedBatch) -> tuple[float, float]:
-    """The loss before and after two optimiser steps on one batch."""
+    """The loss before and after two optimizer steps on one batch."""
     groups = apply_recipe(lmm, recipe, OptimConfig(lr=3e-3), seed=0)
     engine = TorchEngine(
         lmm,

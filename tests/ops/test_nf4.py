@@ -16,13 +16,13 @@ BACKENDS = ("cpp", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantised(rows: int, columns: int, *, blocksize: int = 64, double: bool = False, seed: int = 0) -> tuple[Any, Any]:
+def quantized(rows: int, columns: int, *, blocksize: int = 64, double: bool = False, seed: int = 0) -> tuple[Any, Any]:
     """bitsandbytes' own (packed, QuantState)."""
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.03
     return bnb.quantize_4bit(w, blocksize=blocksize, quant_type="nf4", compress_statistics=double)
 
 
-def flat_dequantised(packed: Any, state: Any, dtype: torch.dtype) -> Tensor:
+def flat_dequantized(packed: Any, state: Any, dtype: torch.dtype) -> Tensor:
     """bitsandbytes on the weight as one row: right for every width, as its blocks run over the flattened weight."""
     size = state.shape[0] * state.shape[1]
     absmax = unpack_nf4(packed, state).absmax
@@ -36,16 +36,16 @@ def flat_dequantised(packed: Any, state: Any, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(64, 128), (7, 320), (300, 64), (1, 1152)])
 def test_equals_bitsandbytes_to_the_bit(backend: str, dtype: torch.dtype, double: bool, shape: tuple[int, int]) -> None:
-    packed, state = quantised(*shape, double=double)
+    packed, state = quantized(*shape, double=double)
     state.dtype = dtype
     with force_backend(backend):
         got = dequantize_nf4(*unpack_nf4(packed, state), dtype)
     assert torch.equal(got, bnb.dequantize_4bit(packed, state))
 
 
-def test_quantised_scales_that_fill_no_whole_block_by_inductor() -> None:
+def test_quantized_scales_that_fill_no_whole_block_by_inductor() -> None:
     """324 scales in blocks of 256: the last 68 were once left unwritten in compiled code."""
-    packed, state = quantised(144, 144, double=True)
+    packed, state = quantized(144, 144, double=True)
     compiled = torch.compile(lambda packed: unpack_nf4(packed, state).absmax, fullgraph=True)
     assert torch.equal(compiled(packed), unpack_nf4(packed, state).absmax)
 
@@ -57,16 +57,16 @@ def test_quantised_scales_that_fill_no_whole_block_by_inductor() -> None:
 def test_any_width_equals_the_flattened_weight(
     backend: str, double: bool, blocksize: int, shape: tuple[int, int]
 ) -> None:
-    packed, state = quantised(*shape, double=double, blocksize=blocksize)
+    packed, state = quantized(*shape, double=double, blocksize=blocksize)
     for dtype in (torch.float32, torch.bfloat16):
-        expected = flat_dequantised(packed, state, dtype)
+        expected = flat_dequantized(packed, state, dtype)
         with force_backend(backend):
             got = dequantize_nf4(*unpack_nf4(packed, state), dtype)
         assert torch.equal(got, expected)
 
 
 def test_denormals_are_kept() -> None:
-    nf4 = unpack_nf4(*quantised(4, 128))
+    nf4 = unpack_nf4(*quantized(4, 128))
     tiny = nf4._replace(absmax=nf4.absmax * 1e-38)
     for dtype in (torch.float32, torch.bfloat16):
         with force_backend("reference"):
@@ -86,7 +86,7 @@ def test_storage_of_another_dtype_is_the_same_weight() -> None:
 @pytest.mark.parametrize("shape", [(40, 320), (6, 48), (5, 37), (700, 576), (9, 2112)])
 def test_linear_equals_the_dense_product(n: int, shape: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
     """Forward and backward, with several tiles for the largest shape in float32."""
-    nf4 = unpack_nf4(*quantised(*shape))
+    nf4 = unpack_nf4(*quantized(*shape))
     g = torch.Generator().manual_seed(n)
     x = torch.randn(shape[1], n, generator=g).t().to(dtype).requires_grad_()
     bias = torch.randn(shape[0], generator=g).to(dtype).requires_grad_()
@@ -111,7 +111,7 @@ def test_linear_equals_the_dense_product(n: int, shape: tuple[int, int], dtype: 
 
 
 def test_leading_dimensions_and_compiled_code() -> None:
-    nf4 = unpack_nf4(*quantised(24, 64))
+    nf4 = unpack_nf4(*quantized(24, 64))
     x = torch.randn(2, 5, 64, requires_grad=True)
     compiled = torch.compile(linear_nf4, fullgraph=True, backend="aot_eager")
     y = compiled(x, *nf4)
@@ -123,7 +123,7 @@ def test_leading_dimensions_and_compiled_code() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    packed, state = quantised(8, 64)
+    packed, state = quantized(8, 64)
     nf4 = unpack_nf4(packed, state)
     x = torch.randn(3, 64)
     for wrong, message in (
@@ -149,7 +149,7 @@ def test_mistakes_are_named() -> None:
 
 @pytest.mark.parametrize("blocksize", [32, 64])
 @pytest.mark.parametrize("shape", [(64, 128), (7, 320), (3, 37)])
-def test_quantises_as_bitsandbytes(shape: tuple[int, int], blocksize: int) -> None:
+def test_quantizes_as_bitsandbytes(shape: tuple[int, int], blocksize: int) -> None:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.03
     w[0] = 0
     expected = unpack_nf4(*bnb.quantize_4bit(w, blocksize=blocksize, quant_type="nf4"))

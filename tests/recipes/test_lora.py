@@ -130,7 +130,7 @@ def test_equals_pefts_own_model(
     expected_names = [n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad]
     assert [n for n, p in ours.named_parameters() if p.requires_grad] == expected_names
     noise(ours)
-    theirs.config.adapter = True
+    theirs.config.has_lora = True
     noise(theirs)
     loss, reference = ours(**batch), model(**batch)
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=1e-6)
@@ -152,7 +152,7 @@ def test_merging_equals_the_live_adapter(
     noise(lmm)
     live = lmm(**batch)
     adapter.merge(lmm)
-    assert [n for n, _ in lmm.named_parameters()] == names and not lmm.config.adapter
+    assert [n for n, _ in lmm.named_parameters()] == names and not lmm.config.has_lora
     torch.testing.assert_close(lmm(**batch), live, rtol=1e-6, atol=1e-6)
 
 
@@ -213,7 +213,7 @@ def test_the_same_recipe_continues_and_another_one_merges(
             apply_recipe(lmm, recipe, OptimConfig(), seed=7)
         assert any("merging the adapter" in m for m in caplog.messages)
         torch.testing.assert_close(lmm(**batch), before, rtol=1e-6, atol=1e-6)
-        if lmm.config.adapter:
+        if lmm.config.has_lora:
             noise(lmm)
             before = lmm(**batch)
     assert not any("lora" in n for n, _ in lmm.named_parameters())

@@ -1,4 +1,4 @@
-"""QLoRA: bitsandbytes' layers compute what their dequantised weights say, forward and backward; nothing is lost."""
+"""QLoRA: bitsandbytes' layers compute what their dequantized weights say, forward and backward; nothing is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def noise(lmm: LMM) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=rng).to(parameter.dtype)
 
 
-def quantised(make_lmm: Callable[..., LMM], quant: str, double: bool, dtype: torch.dtype) -> LMM:
+def quantized(make_lmm: Callable[..., LMM], quant: str, double: bool, dtype: torch.dtype) -> LMM:
     lmm = make_lmm()
     apply_recipe(lmm, RecipeConfig(llm=qlora(quant, double, bias="all"), connector=FROZEN), OptimConfig())
     noise(lmm)
@@ -43,10 +43,10 @@ def quantised(make_lmm: Callable[..., LMM], quant: str, double: bool, dtype: tor
 
 @pytest.mark.parametrize(("quant", "double"), WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_equals_lora_over_the_dequantised_weights(
+def test_equals_lora_over_the_dequantized_weights(
     quant: str, double: bool, dtype: torch.dtype, make_lmm: Callable[..., LMM], batch: dict[str, Tensor]
 ) -> None:
-    lmm, plain = quantised(make_lmm, quant, double, dtype), make_lmm()
+    lmm, plain = quantized(make_lmm, quant, double, dtype), make_lmm()
     same = TuneConfig(tune="lora", lora=qlora(bias="all").lora)
     apply_recipe(plain, RecipeConfig(llm=same, connector=FROZEN), OptimConfig())
     weights = quantize.plain_weights(lmm, lmm.state_dict(), dtype)
@@ -71,9 +71,9 @@ def test_equals_lora_over_the_dequantised_weights(
 
 @pytest.mark.parametrize(("quant", "double"), WAYS)
 def test_the_codes_are_the_published_ones(quant: str, double: bool, make_lmm: Callable[..., LMM]) -> None:
-    """The dequantised weights, recomputed with plain torch: NormalFloat blocks of 64, or rows of int8."""
-    lmm, before = quantised(make_lmm, quant, double, torch.float32), make_lmm().state_dict()
-    for name, layer in quantize.quantised_layers(lmm):
+    """The dequantized weights, recomputed with plain torch: NormalFloat blocks of 64, or rows of int8."""
+    lmm, before = quantized(make_lmm, quant, double, torch.float32), make_lmm().state_dict()
+    for name, layer in quantize.quantized_layers(lmm):
         weight = before[name.removesuffix(".base_layer") + ".weight"]
         found = quantize.dequantized(layer, torch.float32)
         if quant == "int8":
@@ -91,11 +91,11 @@ def test_the_codes_are_the_published_ones(quant: str, double: bool, make_lmm: Ca
         torch.testing.assert_close(found, expected, rtol=0, atol=slack)
 
 
-def test_every_linear_layer_of_the_component_is_quantised(make_lmm: Callable[..., LMM]) -> None:
+def test_every_linear_layer_of_the_component_is_quantized(make_lmm: Callable[..., LMM]) -> None:
     lmm = make_lmm()
     recipe = RecipeConfig(llm=qlora(target_modules=["q_proj"]), vision=qlora("int8", target_modules=["fc1"]))
     apply_recipe(lmm, recipe, OptimConfig())
-    kinds = {name.removesuffix(".base_layer"): type(layer) for name, layer in quantize.quantised_layers(lmm)}
+    kinds = {name.removesuffix(".base_layer"): type(layer) for name, layer in quantize.quantized_layers(lmm)}
     plain = {n for n, m in make_lmm().named_modules() if isinstance(m, nn.Linear)}
     assert set(kinds) == {n for n in plain if n.startswith(("llm.model.", "vision."))}
     assert all(kind is (bnb.nn.Linear4bit if n.startswith("llm") else bnb.nn.Linear8bitLt) for n, kind in kinds.items())
@@ -119,7 +119,7 @@ def test_it_learns(
 def test_checkpoint_state_is_restored_bit_for_bit(
     quant: str, double: bool, used: bool, make_lmm: Callable[..., LMM], batch: dict[str, Tensor]
 ) -> None:
-    lmm, other = quantised(make_lmm, quant, double, torch.float32), make_lmm(seed=9)
+    lmm, other = quantized(make_lmm, quant, double, torch.float32), make_lmm(seed=9)
     if used:
         lmm(**batch)
     apply_recipe(other, RecipeConfig(llm=qlora(quant, double), connector=FROZEN), OptimConfig())
@@ -132,20 +132,20 @@ def test_checkpoint_state_is_restored_bit_for_bit(
     again = other.state_dict()
     assert again.keys() == state.keys() and all(torch.equal(again[k], v) for k, v in state.items())
     victim = next(k for k in state if k.endswith("base_layer.weight"))
-    with pytest.raises(CheckpointError, match="quantised weight cannot be restored"):
+    with pytest.raises(CheckpointError, match="quantized weight cannot be restored"):
         quantize.load_state(other, {k: v for k, v in state.items() if k != victim})
-    with pytest.raises(CheckpointError, match="quantised weight cannot be restored: stored"):
+    with pytest.raises(CheckpointError, match="quantized weight cannot be restored: stored"):
         quantize.load_state(other, {**state, victim: torch.zeros(3, 3)})
 
 
 @pytest.mark.parametrize(("quant", "double"), WAYS)
-def test_the_next_recipe_starts_from_the_dequantised_values(
+def test_the_next_recipe_starts_from_the_dequantized_values(
     quant: str, double: bool, make_lmm: Callable[..., LMM], batch: dict[str, Tensor]
 ) -> None:
-    lmm = quantised(make_lmm, quant, double, torch.float32)
+    lmm = quantized(make_lmm, quant, double, torch.float32)
     loss = lmm(**batch)
     apply_recipe(lmm, RecipeConfig(), OptimConfig())
-    assert not any(quantize.quantised_layers(lmm)) and not lmm.config.adapter
+    assert not any(quantize.quantized_layers(lmm)) and not lmm.config.has_lora
     assert all(p.requires_grad for n, p in lmm.named_parameters() if not n.startswith("vision."))
     torch.testing.assert_close(lmm(**batch), loss, rtol=1e-6, atol=1e-6)
 

@@ -84,7 +84,7 @@ def test_the_folder_computes_what_was_trained(tiny_run, monkeypatch, name, dtype
     path = tiny_run(model__llm__config=WIDE, stages__finetune__recipe=RECIPES[name], engine__dtype=dtype)
     train(load_run(path))
     final, batch = path.parent / "run" / "final", seen[-1].tensors()
-    assert json.loads((final / "config.json").read_text())["adapter"] is True
+    assert json.loads((final / "config.json").read_text())["has_lora"] is True
     assert not any(
         part in k for k in load_file(final / "model.safetensors") for part in ("base_layer", "lora_", "absmax", "SCB")
     )
@@ -138,7 +138,7 @@ def test_another_recipe_merges_first(tiny_run, caplog, following, slack, reason)
 
 
 def test_qlora_goes_on_with_its_adapter(tiny_run, caplog):
-    """int8 values requantise exactly: nothing is lost between the stages."""
+    """int8 values requantize exactly: nothing is lost between the stages."""
     path = tiny_run(
         stages__pretrain__recipe=RECIPES["int8"],
         stages__finetune__recipe=RECIPES["int8"],
@@ -164,7 +164,7 @@ def test_a_run_from_a_folder_with_an_adapter(tiny_run, caplog):
     text = "\n".join(caplog.messages)
     assert text.index("going on with the adapter") < text.index("merging the adapter")
     final = io.load_model(path.parent / "again" / "final", merge_adapter=False)[0]
-    assert not final.config.adapter and not list(adapter.layers(final))
+    assert not final.config.has_lora and not list(adapter.layers(final))
 
 
 def test_what_an_engine_cannot_train_stops_before_anything_is_written(tiny_run):

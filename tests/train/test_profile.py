@@ -27,7 +27,7 @@ def test_the_record_accounts_for_the_step(tiny_run, losses):
     assert (
         full["rows"]["llm"]["flops"] > 1.2 * frozen["rows"]["llm"]["flops"]
     )  # no weight gradients of a frozen decoder
-    assert frozen["state_bytes"]["llm, optimiser"] == 0 < full["state_bytes"]["llm, optimiser"]
+    assert frozen["state_bytes"]["llm, optimizer"] == 0 < full["state_bytes"]["llm, optimizer"]
 
 
 def test_a_stage_too_short_to_record_says_so(tiny_run, caplog):
@@ -44,7 +44,7 @@ def test_state_is_counted_by_what_trains():
             frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
             return {"llm": [("w", weight)], "vision": [("f", frozen)]}
 
-    expected = {"llm": 16, "llm, optimiser": 8 * 12, "vision": 12, "vision, optimiser": 0}
+    expected = {"llm": 16, "llm, optimizer": 8 * 12, "vision": 12, "vision, optimizer": 0}
     assert state_bytes(Model()) == expected
 
 

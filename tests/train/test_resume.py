@@ -117,7 +117,7 @@ STAGE_TWO = {
         "recipe={llm: {tune: frozen}, connector: {tune: frozen}, vision: {tune: frozen}}",
         "every component is frozen",
     ),
-    "quantised": ("recipe.llm={tune: qlora, quant: nf4, lora: {r: 2}}", "set quant: int8"),
+    "quantized": ("recipe.llm={tune: qlora, quant: nf4, lora: {r: 2}}", "set quant: int8"),
     "recipe": ("recipe.type=bas", "unknown recipe 'bas'"),
     "packs": ("batch.packs_per_step=0", "packs_per_step"),
 }
@@ -282,7 +282,7 @@ REFUSED = {
     "stages.finetune.batch.tokens": (120, "position in the data"),
     "stages.finetune.batch.max_images": (3, "position in the data"),
     "stages.finetune.data.template": ("phi", "position in the data"),
-    "stages.finetune.recipe.llm.tune": ("frozen", "optimiser's state belongs"),
+    "stages.finetune.recipe.llm.tune": ("frozen", "optimizer's state belongs"),
     "stages.finetune.optim.type": ("adamw8bit", "of that rule"),
     "stages.finetune.optim.z_loss": (1e-4, "mean different things"),
     "stages.pretrain.optim.lr": (1e-4, "the stage is over"),

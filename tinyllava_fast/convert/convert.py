@@ -49,7 +49,7 @@ def import_checkpoint(
     opened = open_checkpoint(source, dtype=dtype, sources=sources, template=template, merge=not keep_adapter)
     if not opened.lmm.config.template:
         raise UserError(f"{source}: no chat template fits its tokenizer; name one: --template NAME")
-    if keep_adapter and not opened.lmm.config.adapter:
+    if keep_adapter and not opened.lmm.config.has_lora:
         raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
     check_vocabulary(opened.lmm, opened.tokenizer)
     io.save_model(opened.lmm, opened.tokenizer, opened.processor, target)
@@ -92,7 +92,7 @@ def export_model(
         lmm, tokenizer, processor = opened.lmm, opened.tokenizer, opened.processor
     else:
         lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=merge)
-    if keep_adapter and not lmm.config.adapter:
+    if keep_adapter and not lmm.config.has_lora:
         raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
     _say_reading(source, format, lmm.config.reading)
     model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})})
@@ -111,7 +111,7 @@ def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype 
     if io.is_foreign(source):
         raise UserError(f"{source}: is of another project; tlf-convert import merges its adapter")
     config, _ = io.read_config(source)
-    if not config.adapter:
+    if not config.has_lora:
         raise UserError(f"{source}: holds no adapter; there is nothing to merge")
     lmm, tokenizer, processor = io.load_model(source, dtype=dtype)
     io.save_model(lmm, tokenizer, processor, target)
@@ -130,7 +130,7 @@ def _import_adapter(source: Path, base: Path, target: Path, dtype: torch.dtype |
     if not _is_adapter(source):
         raise UserError(f"{source}: --base is for a folder that holds an adapter alone (adapter_config.json)")
     lmm, tokenizer, processor = io.load_model(base, dtype=dtype, merge_adapter=False)
-    if lmm.config.adapter:
+    if lmm.config.has_lora:
         raise UserError(
             f"{base}: has an adapter already; give the model that it was trained on, or merge it first: "
             f"tlf-convert merge {base} FOLDER"

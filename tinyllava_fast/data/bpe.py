@@ -60,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def pieces(turns: Turns) -> list[str]:
-    """The texts that a conversation is tokenised as: the llama template's, cut at end tokens and image markers."""
+    """The texts that a conversation is tokenized as: the llama template's, cut at end tokens and image markers."""
     text = TEMPLATES.get("llama").render(list(turns), None).text
     return [piece for part in text.split("</s>") for piece in part.split(IMAGE_TOKEN)]
 

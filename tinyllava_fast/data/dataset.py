@@ -1,4 +1,4 @@
-"""A data set tokenised once: the plan of each epoch's packs, and the packs themselves."""
+"""A data set tokenized once: the plan of each epoch's packs, and the packs themselves."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tinyllava_fast.log import log
 from tinyllava_fast.ops import pack_plan
 from tinyllava_fast.pace import Pace
 
-_CHUNK = 512  # records tokenised in one call
-_TOKENISED = "%s: %d records tokenised so far, %.0f a second"
+_CHUNK = 512  # records tokenized in one call
+_TOKENIZED = "%s: %d records tokenized so far, %.0f a second"
 T = TypeVar("T")
 
 
@@ -52,7 +52,7 @@ class DataReport:
 
 
 class PackedDataset:
-    """Samples of one DataConfig, tokenised at construction and served as packs.
+    """Samples of one DataConfig, tokenized at construction and served as packs.
 
     tokenizer: see load_tokenizer. processor: a transformers ``*ImageProcessorPil``. tokens_per_image: K. seed: of the
     order and the augmentation. Construction checks every record and the presence of every image; DataError.
@@ -90,7 +90,7 @@ class PackedDataset:
                 for (piece, inputs), sample in zip(pieces, encoded, strict=True):
                     sizes.append(self._add(piece, sample, inputs))
                 if pace.due():
-                    log.info(_TOKENISED, data.records, records[-1].index + 1, (records[-1].index + 1) / pace.elapsed_s)
+                    log.info(_TOKENIZED, data.records, records[-1].index + 1, (records[-1].index + 1) / pace.elapsed_s)
         self.files.stop()
         if not sizes:
             raise self._nothing_left()
@@ -127,7 +127,7 @@ class PackedDataset:
         return self._plans[epoch]
 
     def pack(self, epoch: int, indices: Iterable[int]) -> PackedBatch:
-        """One pack: images decoded, augmented by (seed, epoch, record, image) and normalised, tokens laid out.
+        """One pack: images decoded, augmented by (seed, epoch, record, image) and normalized, tokens laid out.
 
         DataError for an image that cannot be decoded, unless data.on_bad_image is skip: then its record is left out
         and named in ``skipped``.
@@ -291,7 +291,7 @@ def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Tokenising makes many lists and no cycles; collections triggered by them doubled its time."""
+    """Tokenizing makes many lists and no cycles; collections triggered by them doubled its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

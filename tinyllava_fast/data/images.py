@@ -33,7 +33,7 @@ def image_size(path: str | Path, reading: PictureReading = UPRIGHT) -> tuple[int
 
 
 def to_pixels(images: Sequence[Image.Image], processor: Any, mode: ImageMode = "square") -> Tensor:
-    """Normalised pixels [n, 3, H, W] float32 of RGB images.
+    """Normalized pixels [n, 3, H, W] float32 of RGB images.
 
     processor: a transformers ``*ImageProcessorPil``. square: the processor alone (CLIP crops the centre, SigLIP
     squashes). pad: first centred on a square of the processor's mean colour. anyres: as square, for tiles that have
@@ -84,7 +84,7 @@ def short_edge(processor: Any) -> tuple[int, int]:
 
 
 def _is_standard(processor: Any) -> bool:
-    """Whether it resizes, may crop, rescales and normalises, and nothing else: then a table does the arithmetic."""
+    """Whether it resizes, may crop, rescales and normalizes, and nothing else: then a table does the arithmetic."""
     wanted = processor.do_resize and processor.do_rescale and processor.do_normalize
     return bool(wanted and not getattr(processor, "do_pad", False) and _known_size(processor))
 
@@ -141,7 +141,7 @@ def _padded(image: Image.Image, processor: Any) -> Image.Image:
 
 
 def _levels(processor: Any) -> np.ndarray:
-    """Normalised value of each of the 256 levels of each channel, [3, 256] float32, rounded as transformers does."""
+    """Normalized value of each of the 256 levels of each channel, [3, 256] float32, rounded as transformers does."""
     level = (np.arange(256) * processor.rescale_factor).astype(np.float32)[None]
     mean, std = (np.array(v, np.float32)[:, None] for v in (processor.image_mean, processor.image_std))
     return (level - mean) / std

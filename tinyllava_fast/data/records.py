@@ -88,7 +88,7 @@ def encode_records(
     turns: TurnMode = "conversation",
     masks: MaskMode = "offsets",
 ) -> list[list[Segment]]:
-    """Return the records as samples (``Template.encode``), tokenised together.
+    """Return the records as samples (``Template.encode``), tokenized together.
 
     DataError that names the file and the record for what the template refuses.
     """

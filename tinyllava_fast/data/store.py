@@ -1,4 +1,4 @@
-"""Tokenised samples in a few flat arrays: small, and shared with forked workers without being copied."""
+"""Tokenized samples in a few flat arrays: small, and shared with forked workers without being copied."""
 
 from __future__ import annotations
 

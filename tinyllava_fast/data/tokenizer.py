@@ -148,7 +148,7 @@ def _use_slow_llama_rule(backend: Any) -> None:
     """Put the word-start mark before a call's text, even one that begins with a space, and nowhere else.
 
     Metaspace leaves the mark out where the text already begins with its replacement, so the first step works with a
-    plain space, which the normaliser has removed from the text; the second turns it into the mark.
+    plain space, which the normalizer has removed from the text; the second turns it into the mark.
     """
     backend.normalizer = normalizers.Replace(" ", _WORD_START)
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -34,7 +34,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # [S + 1] int32; segment bounds, padded by repeating the last bound
     image_slots: Tensor  # [N * K] int64; position in T of each image token; T (one past the end) = nowhere
     supervised: Tensor  # [M] int64; positions with labels != -100, ascending, padded with T
-    pixel_values: Tensor  # [N, 3, H, W] float32, already normalised; N may be 0. Or [N, K', V]: the features of a
+    pixel_values: Tensor  # [N, 3, H, W] float32, already normalized; N may be 0. Or [N, K', V]: the features of a
     # frozen tower, if they are cached (train/features.py)
     prefix: Tensor | None = None  # [S, 2] int32; (start, length) of the shared prefix of each segment, (0, 0) = none;
     # None where no segment of the run can have one, which is the same for all packs of a stage

@@ -60,10 +60,10 @@ def open_values(reply: str) -> list[Value]:
             spans.append(shortest)
     spans = spans or [reply.strip().strip(".").lower()]
     numbers = [number for span in spans for pattern in _NUMBERS for number in re.findall(pattern, span)]
-    return list(dict.fromkeys(value for text in [*spans, *numbers] for value in normalise(text)))
+    return list(dict.fromkeys(value for text in [*spans, *numbers] for value in normalize(text)))
 
 
-def normalise(text: str) -> list[Value]:
+def normalize(text: str) -> list[Value]:
     """A number, commas aside, rounded to two decimals; else the text in lower case, one character as " x" and "x "."""
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -74,6 +74,6 @@ def normalise(text: str) -> list[Value]:
 
 def open_is_right(values: Sequence[Value], truth: str | Sequence[str]) -> bool:
     """Whether any candidate contains a true text or equals a true number."""
-    truths = [value for text in ([truth] if isinstance(truth, str) else truth) for value in normalise(text)]
+    truths = [value for text in ([truth] if isinstance(truth, str) else truth) for value in normalize(text)]
     texts = [t for t in truths if isinstance(t, str)]
     return any(any(t in value for t in texts) if isinstance(value, str) else value in truths for value in values)

@@ -1,8 +1,8 @@
 """Comparing replies with the answers of a user's own questions: texts, and the options of a choice.
 
-Texts are compared as VQA benchmarks do (``normalise_m4c``), which makes some different texts equal or empty: "C++" and
+Texts are compared as VQA benchmarks do (``normalize_m4c``), which makes some different texts equal or empty: "C++" and
 "C", "-1" and "1", "<" and nothing. Here the options of a question are told apart whatever they are, a text that
-normalisation empties is compared by itself, and a number's sign counts.
+normalization empties is compared by itself, and a number's sign counts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from tinyllava_fast.eval.vqa_text import normalise_m4c
+from tinyllava_fast.eval.vqa_text import normalize_m4c
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _AROUND = " \t\r\n.,;:!?()[]\"'*`"
@@ -36,10 +36,10 @@ _LETTER_FORMS = (
 
 
 def key_of(text: str) -> str:
-    """What two texts have in common if they say the same; of a text that normalisation empties, the text itself."""
+    """What two texts have in common if they say the same; of a text that normalization empties, the text itself."""
     text = _typed(text)
     plain = text.strip().casefold()
-    return normalise_m4c(text) or plain.strip(_AROUND) or plain
+    return normalize_m4c(text) or plain.strip(_AROUND) or plain
 
 
 def equal(said: str, truth: str) -> bool:
@@ -49,11 +49,11 @@ def equal(said: str, truth: str) -> bool:
 
 
 def contains(said: str, truth: str) -> bool:
-    """Whether the true answer stands in a reply as whole words; one that normalisation empties, as it is written.
+    """Whether the true answer stands in a reply as whole words; one that normalization empties, as it is written.
 
     In scripts that put no space between words it may stand anywhere.
     """
-    wanted, given = normalise_m4c(_typed(truth)), normalise_m4c(_typed(said))
+    wanted, given = normalize_m4c(_typed(truth)), normalize_m4c(_typed(said))
     if wanted:
         return wanted in given if _UNSPACED.search(wanted) else f" {wanted} " in f" {given} "
     return key_of(truth) in [key_of(word) for word in said.split()]
@@ -62,7 +62,7 @@ def contains(said: str, truth: str) -> bool:
 def option_of(text: str, choices: Sequence[str]) -> int | None:
     """Index of the option that a text names, by its words or else by its letter; None if it names none.
 
-    The words are compared as they stand, then without case, then normalised, each only if it tells all options apart.
+    The words are compared as they stand, then without case, then normalized, each only if it tells all options apart.
     """
     if not text.strip():
         return None

@@ -25,7 +25,7 @@ RESULTS = "results.json"
 RUN = "run.json"
 VERDICTS = "verdicts.jsonl"
 OFFICIAL = "official"
-SUMMARISED = ("questions", "limit", "counts", "published", "config_hash", "notes")
+SUMMARIZED = ("questions", "limit", "counts", "published", "config_hash", "notes")
 
 Record = Mapping[str, Any]
 
@@ -102,7 +102,7 @@ def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Map
     }
 
 
-def summarise(output: Path, digest: str) -> dict[str, Any]:
+def summarize(output: Path, digest: str) -> dict[str, Any]:
     """Write output/results.json: the headline of every benchmark in it that this model (by digest) has finished."""
     found: dict[str, Any] = {}
     for path in sorted(output.glob(f"*/{RESULTS}")):
@@ -118,7 +118,7 @@ def summarise(output: Path, digest: str) -> dict[str, Any]:
 
 
 def _summary(results: Fields) -> dict[str, Any]:
-    missing = [key for key in SUMMARISED if key not in results.values]
+    missing = [key for key in SUMMARIZED if key not in results.values]
     if missing:
         raise DataError(f"{results.where}: no field {missing[0]!r}; evaluate this benchmark again")
     metrics = {m.text("name"): m for m in results.mappings("metrics", empty=True)}
@@ -126,7 +126,7 @@ def _summary(results: Fields) -> dict[str, Any]:
     return {
         "headline": None if headline is None else headline.values,
         "metrics": {name: m.number("value") for name, m in metrics.items()},
-        **{key: results.values[key] for key in SUMMARISED},
+        **{key: results.values[key] for key in SUMMARIZED},
     }
 
 

@@ -25,7 +25,7 @@ from tinyllava_fast.eval.pictures import Pictures
 from tinyllava_fast.eval.plan import Plan, make_plans
 from tinyllava_fast.eval.progress import progress
 from tinyllava_fast.eval.ranks import Ranks
-from tinyllava_fast.eval.results import RUN, conclude, read_results, summarise, write_json
+from tinyllava_fast.eval.results import RUN, conclude, read_results, summarize, write_json
 from tinyllava_fast.eval.statistics import histogram
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.infer.assistant import Assistant
@@ -92,7 +92,7 @@ def evaluate(
         if ranks.rank == 0:
             results = {one.plan.name: one.merge().conclude() for one in every}
     if ranks.rank == 0:
-        summarise(folder, digest)
+        summarize(folder, digest)
     return results
 
 
@@ -102,7 +102,7 @@ def default_output(model: str | Path, blind: bool) -> Path:
 
 
 def blank_image(processor: Any, size: int) -> Image.Image:
-    """An image of the processor's mean colour: all zeros once normalised."""
+    """An image of the processor's mean colour: all zeros once normalized."""
     mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
     return Image.new("RGB", (size, size), tuple(int(255 * m) for m in mean))
 

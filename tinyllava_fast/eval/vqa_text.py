@@ -1,4 +1,4 @@
-"""Answer normalisation and accuracy of the VQA benchmarks, in the two variants the field uses.
+"""Answer normalization and accuracy of the VQA benchmarks, in the two variants the field uses.
 
 m4c: what TextVQA is scored by, and what LLaVA and TinyLLaVA put through before a VQAv2 upload (TinyLLaVA Factory,
 ``m4c_evaluator``). official: the scorer of the VQA challenge (GT-Vision-Lab/VQA, ``vqaEval``). Their oddities are kept:
@@ -46,33 +46,33 @@ _COMMA_BETWEEN_DIGITS = re.compile(r"\d,\d")
 _BY_MATCHES = (0.0, 0.3, 0.6, 0.9)
 
 
-def normalise_m4c(text: str) -> str:
+def normalize_m4c(text: str) -> str:
     """An answer as TextVQA compares it and as VQAv2 uploads hold it.
 
-    >>> normalise_m4c("The girl's 2 dogs, please.")
+    >>> normalize_m4c("The girl's 2 dogs, please.")
     "girl 's 2 dogs please"
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(_punctuation(_one_line(text)))
 
 
-def normalise_official(text: str) -> str:
+def normalize_official(text: str) -> str:
     """An answer as the VQA challenge compares it, where the ten people did not all agree."""
     return _words(_punctuation(_one_line(text)))
 
 
 def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """0..1: how far the prediction agrees with the ten people's answers, normalised by m4c. ValueError if not ten."""
+    """0..1: how far the prediction agrees with the ten people's answers, normalized by m4c. ValueError if not ten."""
     if len(answers) != 10:
         raise ValueError(f"{len(answers)} answers; ten are needed")
-    return agreement(normalise_m4c(prediction), [normalise_m4c(a) for a in answers])
+    return agreement(normalize_m4c(prediction), [normalize_m4c(a) for a in answers])
 
 
 def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """0..1 as the VQA challenge scores it: raw text is compared if all people agree, normalised text if not."""
+    """0..1 as the VQA challenge scores it: raw text is compared if all people agree, normalized text if not."""
     prediction, answers = _one_line(prediction), [_one_line(a) for a in answers]
     if len(set(answers)) > 1:
-        prediction, answers = normalise_official(prediction), [_words(_punctuation(a)) for a in answers]
+        prediction, answers = normalize_official(prediction), [_words(_punctuation(a)) for a in answers]
     return agreement(prediction, answers)
 
 

@@ -41,7 +41,7 @@ class Assistant:
 
         dtype: "float32", "bfloat16", "float16"; None: as saved. device: "auto" (CUDA when there is
             one), "cpu", "cuda", ...
-        weights: of the language model. "bf16" is dtype="bfloat16"; "int8", "nf4": quantised, on CPUs; None: dense.
+        weights: of the language model. "bf16" is dtype="bfloat16"; "int8", "nf4": quantized, on CPUs; None: dense.
         system: system text of every prompt; None: the one that the model was trained with.
         engine_options: keyword arguments of Engine (batch_tokens or kv_cache_bytes, prefill_tokens, threads, compile).
         Raises UserError for an unknown dtype or weights, a device that is not there, and a system text where the chat

@@ -94,7 +94,7 @@ class Engine:
         self.lookahead = lookahead
         config = lmm.llm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
-        self.eos = lmm.adapter.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
+        self.eos = lmm.family.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
         check_vocabulary(lmm, tokenizer)
         self.vocab = largest_id(tokenizer)[1] + 1
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
@@ -148,7 +148,7 @@ class Engine:
         yield from self._drain(refused)
 
     def surely_fits(self, request: Request) -> bool:
-        """Return whether a request is so short that ``refusals`` cannot find it too long. Costs no tokenising."""
+        """Return whether a request is so short that ``refusals`` cannot find it too long. Costs no tokenizing."""
         return self._prompts.surely_fits(request)
 
     def refusals(self, requests: Iterable[Request]) -> Iterator[Answer]:

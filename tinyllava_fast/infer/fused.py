@@ -64,8 +64,8 @@ class FusedStep:
         if parts == self._built_from and self._plan is not None:
             return
         self._plan, self._built_from = self._build(), parts
-        quantised = self.lmm.adapter.layers(self.lmm.llm)[0].qkv.scales is not None
-        self._most = max(MOST_SEQUENCES.values()) if quantised else MOST_SEQUENCES[self.lmm.dtype]
+        quantized = self.lmm.family.layers(self.lmm.llm)[0].qkv.scales is not None
+        self._most = max(MOST_SEQUENCES.values()) if quantized else MOST_SEQUENCES[self.lmm.dtype]
 
     def _why_not(self) -> str | None:
         lmm = self.lmm
@@ -75,7 +75,7 @@ class FusedStep:
             return f"the backend is set to {backend_wanted()}"
         if (reason := _cpp.load()[1]) != "":
             return reason
-        layers = list(lmm.adapter.layers(lmm.llm))
+        layers = list(lmm.family.layers(lmm.llm))
         if not all(isinstance(layer, DecodeLayer) for layer in layers):
             return f"one call a step does not know the layers of {type(lmm.llm).__name__}"
         if lmm.embedding_scale != 1 or len({_signature(layer) for layer in layers}) != 1:
@@ -93,18 +93,18 @@ class FusedStep:
     def _parts(self) -> tuple[int, ...]:
         """The address of everything that a plan points to."""
         lmm = self.lmm
-        layers = list(lmm.adapter.layers(lmm.llm))
-        tensors = [lmm.adapter.embedding(lmm.llm).weight, lmm.llm.base_model.norm.weight, *self.pool.k, *self.pool.v]
+        layers = list(lmm.family.layers(lmm.llm))
+        tensors = [lmm.family.embedding(lmm.llm).weight, lmm.llm.base_model.norm.weight, *self.pool.k, *self.pool.v]
         tensors += [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
         return tuple(t.data_ptr() for t in (*tensors, lmm.llm.base_model.rotary_emb.inv_freq))
 
     def _build(self) -> StepPlan:
         lmm = self.lmm
-        layers = list(lmm.adapter.layers(lmm.llm))
+        layers = list(lmm.family.layers(lmm.llm))
         attention = layers[0].self_attn
         return StepPlan(
             [_step_layer(layer, *rows) for layer, *rows in zip(layers, self.pool.k, self.pool.v, strict=True)],
-            lmm.adapter.embedding(lmm.llm).weight,
+            lmm.family.embedding(lmm.llm).weight,
             lmm.llm.base_model.norm.weight,
             heads=layers[0].heads,
             eps=layers[0].input_layernorm.variance_epsilon,

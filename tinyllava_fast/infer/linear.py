@@ -1,4 +1,4 @@
-"""A linear layer for inference, dense or quantised."""
+"""A linear layer for inference, dense or quantized."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Prompts:
 
     template: chat template with ``prompt_batch`` and ``encode``. rows_of: rows that an image becomes. context: most
     positions of the model, None if unlimited. most: largest prompt + answer that the K/V pool takes. eos: tokens that
-    end an answer unless the request says otherwise. ahead: requests read and tokenised together.
+    end an answer unless the request says otherwise. ahead: requests read and tokenized together.
     """
 
     template: Any
@@ -68,7 +68,7 @@ class Prompts:
                 yield sequence
 
     def surely_fits(self, request: Request) -> bool:
-        """Return whether a request is so short that it fits the context and the pool, without tokenising it.
+        """Return whether a request is so short that it fits the context and the pool, without tokenizing it.
 
         A character of ASCII is at most three tokens, the bytes of a word-start mark; so is a mark at a cut by an image.
         False says nothing: the request may still fit.
@@ -90,7 +90,7 @@ class Prompts:
         return len(self._ids([Request.ask("")])[0])
 
     def _each(self, chunk: Sequence[Request], refuse: Refuse | None) -> Iterator[tuple[Request, list[int]]]:
-        """Requests and their ids, tokenised in one call; one by one where a request of the chunk is refused."""
+        """Requests and their ids, tokenized in one call; one by one where a request of the chunk is refused."""
         try:
             yield from zip(chunk, self._ids(chunk), strict=True)
             return
@@ -126,7 +126,7 @@ class Prompts:
     def scored(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[Running]:
         """One sequence per option of each question, in order, read lazily; errors as for ``sequences``.
 
-        An option is tokenised as the answer of a training sample, so a space that melts into its first token does so
+        An option is tokenized as the answer of a training sample, so a space that melts into its first token does so
         here. UserError for a question without options, and for an option without a token.
         """
         source = iter(questions)
@@ -160,7 +160,7 @@ class Prompts:
         return found
 
     def _ids(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Token ids, one IMAGE_INDEX an image; tokenised in one call."""
+        """Token ids, one IMAGE_INDEX an image; tokenized in one call."""
         conversations = [_conversation(r) for r in requests]
         prompts = self.template.prompt_batch(conversations, self.tokenizer, [r.interleaved for r in requests])
         return [prompt.ids for prompt in prompts]

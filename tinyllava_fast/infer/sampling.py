@@ -48,7 +48,7 @@ def draw(logits: Tensor, sampling: Sampling, place: int) -> int:
 
 
 def candidates(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor | None, Tensor]:
-    """(ids [N], probabilities [N], not normalised) of the tokens that may be drawn; ids None: all [V] in order.
+    """(ids [N], probabilities [N], not normalized) of the tokens that may be drawn; ids None: all [V] in order.
 
     logits: [V] float32, divided by the temperature. top_k 0: all. A token belongs to the nucleus if those more probable
     than it do not reach top_p, so one always remains (Holtzman et al., arXiv:1904.09751).

@@ -74,7 +74,7 @@ class CompiledStep:
 
     def _pays(self, single: bool) -> bool:
         if self.compile is None:
-            fused = isinstance(self.lmm.adapter.layers(self.lmm.llm)[0], DecodeLayer)
+            fused = isinstance(self.lmm.family.layers(self.lmm.llm)[0], DecodeLayer)
             return not fused and self._seconds[single] > SECONDS_A_LAYER * self.lmm.num_layers
         return self.compile
 
@@ -109,7 +109,7 @@ class CompiledStep:
     ) -> Tensor:
         lmm = self.lmm
         view = KVView(k, v, slots, cu_q, cu_k, used, prefix, single=True)
-        embeds = nn.functional.embedding(ids, lmm.adapter.embedding(lmm.llm).weight)
+        embeds = nn.functional.embedding(ids, lmm.family.embedding(lmm.llm).weight)
         return lmm.decode(lmm.scale_embeddings(embeds), positions, kv=view)
 
 

@@ -1,8 +1,8 @@
-"""A loaded model's language model made ready for decoding: weights dense or quantised, products at memory speed.
+"""A loaded model's language model made ready for decoding: weights dense or quantized, products at memory speed.
 
 A step of decoding reads every weight once and does little else, so its time is bytes over bandwidth: huge pages raise
 the bandwidth, int8 halves the bytes, nf4 quarters them. More rows than ops.decode_linear takes (prompts, images) run
-through ops.prefill_linear on AMX and torch's GEMM elsewhere; nf4, and int8 for a GEMM, is dequantised for that product.
+through ops.prefill_linear on AMX and torch's GEMM elsewhere; nf4, and int8 for a GEMM, is dequantized for that product.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_finite(lmm: LMM, vocab: int, source: str) -> None:
     A softmax can hide one from the logits. vocab: rows of the embedding and the projection beyond it are padding, which
     was never trained and is never used.
     """
-    padded = {id(t) for t in (lmm.adapter.embedding(lmm.llm).weight, lmm.adapter.head(lmm.llm)[0])}
+    padded = {id(t) for t in (lmm.family.embedding(lmm.llm).weight, lmm.family.head(lmm.llm)[0])}
     for name, weight in lmm.named_parameters():
         if not all_finite(weight.detach()[:vocab] if id(weight) in padded else weight.detach()):
             raise CheckpointError(
@@ -51,32 +51,32 @@ def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
     """Replace the layers of infer/block.py's and infer/tower.py's kinds by those, and other linear ones, in place.
 
     weights: None or "bf16" (dense), "int8" (a scale for each output), "nf4" (layers; the projection, whose errors
-    choose tokens, in int8). A tied projection that is quantised leaves the embedding as it is, for look-ups. The model
+    choose tokens, in int8). A tied projection that is quantized leaves the embedding as it is, for look-ups. The model
     can then neither train nor be saved. Dense models on other devices, or in float16, stay as they are.
-    Raises UserError for unknown weights, and for quantised ones where the kernel does not run.
+    Raises UserError for unknown weights, and for quantized ones where the kernel does not run.
     """
     check_weights(weights)
     if lmm.device.type != "cpu" or lmm.dtype not in _RUNS:
         if weights in ("int8", "nf4"):
             raise UserError(
-                f"weights={weights!r}: quantised decoding runs on CPUs in float32 or bfloat16, the model is on "
+                f"weights={weights!r}: quantized decoding runs on CPUs in float32 or bfloat16, the model is on "
                 f"{lmm.device} in {str(lmm.dtype).removeprefix('torch.')}; load it with device='cpu', dtype='bfloat16'"
             )
         return
     prepare_tower(lmm.vision)
     dense = weights in (None, "bf16")
-    layers = lmm.adapter.layers(lmm.llm)
+    layers = lmm.family.layers(lmm.llm)
     for i, layer in enumerate(layers):  # one by one: the old weights of a layer are free before the next copy is made
         if takes(layer, lmm.llm.config):
             layers[i] = DecodeLayer(layer, weights).eval()
     for name in [name for name, _ in linears(lmm, "llm")]:
         _replace(lmm, name, DecodeLinear([lmm.get_submodule(name)], weights))
-    weight, bias = lmm.adapter.head(lmm.llm)
+    weight, bias = lmm.family.head(lmm.llm)
     if dense:
         weight.data = in_huge_pages(weight.data)  # in place: it may be the embedding's, too
-        lmm.project = lambda hidden: decode_linear(hidden, *lmm.adapter.head(lmm.llm))
+        lmm.project = lambda hidden: decode_linear(hidden, *lmm.family.head(lmm.llm))
         return
-    tied = weight is lmm.adapter.embedding(lmm.llm).weight
+    tied = weight is lmm.family.embedding(lmm.llm).weight
     head = DecodeLinear([SimpleNamespace(weight=weight, bias=bias)], "int8")
     lmm.project = head
     if not tied:

@@ -67,7 +67,7 @@ def import_peft() -> Any:
 
 def layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
     """(name, peft LoraLayer) of every adapted layer."""
-    if not lmm.config.adapter:
+    if not lmm.config.has_lora:
         return
     lora_layer = import_peft().tuners.lora.LoraLayer
     for name, module in lmm.named_modules():
@@ -93,7 +93,7 @@ def parameters_of(layer: Any) -> Iterator[nn.Parameter]:
 def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
     """Wrap the layers that a peft LoraConfig names, in place; A is drawn from the seed, B is zero (peft's start).
 
-    Quantised layers of bitsandbytes get peft's wrappers for them. Layers compute through lora_linear where they can.
+    Quantized layers of bitsandbytes get peft's wrappers for them. Layers compute through lora_linear where they can.
     dtype: of the new weights; None: the model's.
     """
     inject_in_place = import_peft().inject_adapter_in_model
@@ -106,7 +106,7 @@ def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = 
             inject_in_place(copy.deepcopy(config), model, _NAME)
     finally:
         del model.is_loaded_in_4bit, model.is_loaded_in_8bit
-    lmm.config.adapter = True
+    lmm.config.has_lora = True
     for _, layer in layers(lmm):
         for parameter in parameters_of(layer):
             parameter.data = parameter.data.to(dtype)
@@ -141,7 +141,7 @@ def fill(lmm: LMM, tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def lower(lmm: LMM, dtype: torch.dtype) -> None:
-    """Cast the adapter from float32 as an optimiser rounds its masters, so that it is what was trained, bit for bit."""
+    """Cast the adapter from float32 as an optimizer rounds its masters, so that it is what was trained, bit for bit."""
     for _, layer in layers(lmm):
         for parameter in parameters_of(layer):
             rounded = torch.empty_like(parameter, dtype=dtype)
@@ -151,7 +151,7 @@ def lower(lmm: LMM, dtype: torch.dtype) -> None:
 
 def take(lmm: LMM) -> Adapter | None:
     """Unwrap every layer without merging and return the adapter; None where there is none."""
-    if not lmm.config.adapter:
+    if not lmm.config.has_lora:
         return None
     config = _full_config(lmm)
     tensors = {k: t.detach().clone() for k, t in _tensors(lmm, lmm.state_dict()).items()}
@@ -263,7 +263,7 @@ def _check_ranks(fields: Fields, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _tensors(lmm: LMM, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not lmm.config.adapter:
+    if not lmm.config.has_lora:
         return {}
     from peft.utils import get_peft_model_state_dict
 
@@ -285,4 +285,4 @@ def _unwrap(lmm: LMM) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(lmm.get_submodule(parent), leaf, layer.get_base_layer())
     del lmm.peft_config
-    lmm.config.adapter = False
+    lmm.config.has_lora = False

@@ -83,7 +83,7 @@ def packed(
         raise ValueError(
             f"tlf_packed: {owner} passed neither cu_seqlens nor kv on to its attention function. Call the model "
             "through LMM.decode; if that is what you do, this architecture drops attention keyword arguments and "
-            "needs an adapter of its own: set model.llm.type to it, or add one to models/llm"
+            "needs a family of its own: set model.llm.type to it, or add one to models/llm"
         )
     window = sliding_window if sliding_window and sliding_window < k.shape[0] else 0  # a longer one hides nothing
     if window and prefix is not None:

@@ -17,7 +17,7 @@ from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 from tinyllava_fast.models.hf import cast_parameters
-from tinyllava_fast.models.llm.base import LLMS, LLMAdapter
+from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 from tinyllava_fast.models.lmm import LMM, LMMConfig
 from tinyllava_fast.models.sources import ask_hub, resolve
 from tinyllava_fast.models.vision.base import VISION, VisionTower
@@ -31,10 +31,10 @@ def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch
     """
     if model.path is not None:
         return io.load_model(_folder(model.path), dtype=dtype, merge_adapter=False)[0].train()
-    adapter, llm = _build_llm(model.llm, seed, dtype)
+    family, llm = _build_llm(model.llm, seed, dtype)
     vision = _build_vision(model.vision, seed + 1, dtype)
     connector = _build_connector(model.connector, vision.hidden_size, llm.config.hidden_size, seed + 2)
-    lmm = LMM(llm, vision, connector, adapter, LMMConfig())
+    lmm = LMM(llm, vision, connector, family, LMMConfig())
     lmm.config = io.describe(lmm)
     cast_parameters(lmm, dtype)
     log.info("model: %s", ", ".join(f"{k} {_millions(v)}" for k, v in lmm.component_parameters().items()))
@@ -107,13 +107,13 @@ def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAdapter, Any]:
-    adapter = _adapter(config)
+def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMFamily, Any]:
+    family = _family(config)
     if config.path is not None:
-        llm = adapter.from_pretrained(
+        llm = family.from_pretrained(
             config.path, gguf_file=config.gguf_file, overrides=config.config, dtype=dtype, where="model.llm"
         )
-        return adapter, llm
+        return family, llm
     values = dict(config.config)
     if not values:
         raise UserError(
@@ -121,10 +121,10 @@ def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMAda
         )
     if "vocab_size" not in values and config.tokenizer is not None:
         values["vocab_size"] = largest_id(_tokenizer(config))[1] + 1
-    return adapter, adapter.from_config(values, seed=seed, where="model.llm")
+    return family, family.from_config(values, seed=seed, where="model.llm")
 
 
-def _adapter(config: LLMConfig) -> LLMAdapter:
+def _family(config: LLMConfig) -> LLMFamily:
     cls = LLMS.get(config.type, "model.llm.type")
     return cls(parse_into(cls.Options, config.options, "", key="model.llm.options"))
 
@@ -158,7 +158,7 @@ def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     key = "path" if config.tokenizer is None else "tokenizer"
     source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm", key)
     tokenizer = io.read_tokenizer(source, gguf_file)
-    _adapter(config).prepare_tokenizer(tokenizer)
+    _family(config).prepare_tokenizer(tokenizer)
     return tokenizer
 
 

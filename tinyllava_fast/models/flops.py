@@ -71,7 +71,7 @@ def costs_of(lmm: LMM) -> Costs:
     """Read the costs off a built model, whatever its architecture."""
     text = lmm.llm.config.get_text_config()
     head_dim = lmm.head_dim
-    layers, heads = lmm.adapter.layers(lmm.llm), text.num_attention_heads  # OpenELM's differ from layer to layer
+    layers, heads = lmm.family.layers(lmm.llm), text.num_attention_heads  # OpenELM's differ from layer to layer
     return Costs(
         decoder_weights=_weights(layers),
         attention_width=(sum(heads) if isinstance(heads, list) else len(layers) * heads) * head_dim,

@@ -51,8 +51,8 @@ _NUMBERS: list[tuple[re.Pattern[str], Any]] = [
 _CUT_LAYERS = Annotated[int, Range(least=0, most=4096)]
 """Layers of a stored tower: one that is cut before its first layer has none."""
 
-# The language models of TinyLLaVA Factory's checkpoints: transformers model type -> name of our adapter.
-LEGACY_ADAPTERS = {
+# The language models of TinyLLaVA Factory's checkpoints: transformers model type -> name of our family.
+LEGACY_FAMILIES = {
     "gemma": "gemma",
     "llama": "tinyllama",
     "openelm": "openelm",
@@ -159,13 +159,13 @@ def legacy_text_config(values: dict[str, Any], where: str = "config.json") -> di
 
     values: ``text_config`` of its config.json, or such keys gathered from a flat one; ``model_type`` decides the
     class. where: the file, for messages. Keys that the class does not have are dropped, as transformers 4.40 ignored
-    them. The result suits ``LLMS.get(LEGACY_ADAPTERS[model_type])().from_config``. Raises UserError for another type.
+    them. The result suits ``LLMS.get(LEGACY_FAMILIES[model_type])().from_config``. Raises UserError for another type.
     """
     model_type = values.get("model_type")
-    if model_type not in LEGACY_ADAPTERS:
+    if model_type not in LEGACY_FAMILIES:
         raise UserError(
             f"{where}: text_config.model_type: {model_type!r} is none of TinyLLaVA Factory's language models; "
-            f"{nearest(str(model_type), LEGACY_ADAPTERS)}"
+            f"{nearest(str(model_type), LEGACY_FAMILIES)}"
         )
     LLMS.names()
     known = known_keys(CONFIG_MAPPING[model_type]) - _VOLATILE - {"use_cache"}
@@ -180,7 +180,7 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
 
     strict: refuse keys that the config class does not have (transformers itself stores them silently).
     """
-    LLMS.names()  # importing the adapters registers the architectures that transformers lacks
+    LLMS.names()  # importing the families registers the architectures that transformers lacks
     model_type = values.get("model_type", model_type)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         hint = nearest(str(model_type), ["llama", "qwen2", "phi", "gemma", "siglip_vision_model", "clip_vision_model"])
@@ -240,7 +240,7 @@ def config_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
 def seeded(seed: int | None) -> Iterator[None]:
     """Run the block, which fills weights from torch's global generator, under a seed and put the generator back.
 
-    None: weights are left uninitialised, for a model whose weights are loaded next.
+    None: weights are left uninitialized, for a model whose weights are loaded next.
     """
     if seed is None:
         with no_init_weights():

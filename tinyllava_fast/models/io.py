@@ -51,9 +51,9 @@ def describe(lmm: LMM) -> LMMConfig:
     """The LMMConfig that rebuilds this model's architecture."""
     return LMMConfig(
         llm={
-            "type": lmm.adapter.name,
+            "type": lmm.family.name,
             "config": config_to_dict(lmm.llm.config),
-            "options": asdict(lmm.adapter.options),
+            "options": asdict(lmm.family.options),
         },
         vision=lmm.vision.to_config(),
         connector=lmm.connector.to_config(),
@@ -121,7 +121,7 @@ def load_model(
         opened = open_checkpoint(folder, dtype=dtype, device=device, merge=merge_adapter)
         return opened.lmm, opened.tokenizer, opened.processor
     config, stored_dtype = read_config(folder)
-    adapted, config.adapter = config.adapter, False
+    adapted, config.has_lora = config.has_lora, False
     merging = adapted and merge_adapter
     lmm = skeleton(config, stored_dtype if merging else dtype or stored_dtype, str(folder / "config.json"))
     load_weights(lmm, folder)
@@ -176,6 +176,8 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     if found != MODEL_TYPE:
         raise CheckpointError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}: not a model of this toolkit")
     values.pop("versions", None)
+    if "adapter" in values:  # as folders before version 0.2 call it
+        values["has_lora"] = values.pop("adapter")
     dtype = getattr(torch, str(values.pop("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{path}: dtype is not a torch dtype")
@@ -306,18 +308,18 @@ def _sync(path: Path) -> None:
 
 
 def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
-    """The architecture with uninitialised weights. Raises UserError for a config that makes none."""
+    """The architecture with uninitialized weights. Raises UserError for a config that makes none."""
     with reading(f"{where}: no model can be made of it"):
         llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
-        adapter = llm_class(_options(llm_class.Options, config.llm, where, "llm.options"))
+        family = llm_class(_options(llm_class.Options, config.llm, where, "llm.options"))
         stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
-        llm = adapter.build(stored, seed=None, dtype=dtype, where=f"{where}: llm")
+        llm = family.build(stored, seed=None, dtype=dtype, where=f"{where}: llm")
         vision = tower_skeleton(config, dtype, where)
         kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
         options = _options(kind.Options, config.connector, where, "connector.options")
         connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
         try:
-            return LMM(llm, vision, connector, adapter, config)
+            return LMM(llm, vision, connector, family, config)
         except UserError as error:  # parts that do not fit each other, named as in a run's configuration
             raise UserError(f"{where}: {error}") from error
 
@@ -328,7 +330,7 @@ def _options(cls: type[T], part: Mapping[str, Any], where: str, key: str) -> T:
 
 
 def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionTower:
-    """The vision tower with uninitialised weights."""
+    """The vision tower with uninitialized weights."""
     tower = VISION.get(config.vision["type"], f"{where}: vision.type")
     return tower.from_config(
         config.vision["config"],

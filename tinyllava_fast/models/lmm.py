@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.connectors.base import Connector
-from tinyllava_fast.models.llm.base import LLMAdapter
+from tinyllava_fast.models.llm.base import LLMFamily
 from tinyllava_fast.models.vision.base import VisionTower
 from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllava_fast.ops.splice import splice
@@ -44,20 +44,20 @@ class LMMConfig:
     reading: PictureReading = REFERENCE  # of pictures; folders that say nothing were trained the reference's way
     turns: str = "conversation"
     origin: dict[str, str] = field(default_factory=dict)  # names of an imported model's parts: {llm, vision, ...}
-    adapter: bool = False  # LoRA layers in the model, and in a folder beside its weights (models/adapter.py)
+    has_lora: bool = False  # LoRA layers in the model, and in a folder beside its weights (models/adapter.py)
 
 
 class LMM(nn.Module):
     """A LLaVA-style model. ``lmm(**batch.tensors())`` is the training loss of a PackedBatch."""
 
     def __init__(
-        self, llm: PreTrainedModel, vision: VisionTower, connector: Connector, adapter: LLMAdapter, config: LMMConfig
+        self, llm: PreTrainedModel, vision: VisionTower, connector: Connector, family: LLMFamily, config: LMMConfig
     ) -> None:
         super().__init__()
         self.vision = vision
         self.connector = connector
         self.llm = llm
-        self.adapter = adapter
+        self.family = family
         self.config = config
         connector.check_widths(vision.widths)
         self.tokens_per_image = connector.num_tokens(vision.num_tokens)  # K
@@ -69,8 +69,8 @@ class LMM(nn.Module):
         # OpenELM's number differs from layer to layer
         self.num_kv_heads: list[int] = kv_heads if isinstance(kv_heads, list) else [kv_heads] * self.num_layers
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.embedding_scale = adapter.embedding_scale(llm)
-        self.logit_softcap = adapter.logit_softcap(llm)
+        self.embedding_scale = family.embedding_scale(llm)
+        self.logit_softcap = family.logit_softcap(llm)
         # another way to multiply by the head, [R, D] -> [R, V]: inference sets it (infer/weights.py)
         self.project: Callable[[Tensor], Tensor] | None = None
         self.label_smoothing, self.z_loss = 0.0, 0.0  # of the training loss; a stage sets them
@@ -78,22 +78,22 @@ class LMM(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
-        return self.adapter.embedding(self.llm).num_embeddings
+        return self.family.embedding(self.llm).num_embeddings
 
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated layers of tower and decoder, in the order they run."""
-        return [*self.vision.layers, *self.adapter.layers(self.llm)]
+        return [*self.vision.layers, *self.family.layers(self.llm)]
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of parameters and activations."""
-        return self.adapter.embedding(self.llm).weight.dtype
+        return self.family.embedding(self.llm).weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.adapter.embedding(self.llm).weight.device
+        return self.family.embedding(self.llm).weight.device
 
     def forward(
         self,
@@ -113,7 +113,7 @@ class LMM(nn.Module):
         features = self.encode_images(pixel_values).flatten(0, 1)  # [N * K, D]
         embeds = self.embed(input_ids, features, image_slots)
         hidden = self.decode(embeds, position_ids, cu_seqlens=cu_seqlens, prefix=prefix)
-        weight, bias = self.adapter.head(self.llm)
+        weight, bias = self.family.head(self.llm)
         return linear_cross_entropy(
             hidden,
             weight,
@@ -140,7 +140,7 @@ class LMM(nn.Module):
 
     def embed(self, input_ids: Tensor, features: Tensor, image_slots: Tensor) -> Tensor:
         """Token embeddings [T, D] with image rows [R, D] at image_slots [R]; slot T means nowhere."""
-        weight = self.adapter.embedding(self.llm).weight
+        weight = self.family.embedding(self.llm).weight
         return self.scale_embeddings(splice(input_ids, weight, features.to(weight.dtype), image_slots))
 
     def scale_embeddings(self, embeds: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class LMM(nn.Module):
 
         attention_kwargs: ``cu_seqlens`` and ``prefix`` of a PackedBatch, or ``kv``, a models.attention.KVView.
         """
-        hidden = self.adapter.hidden(self.llm, embeds.unsqueeze(0), position_ids.unsqueeze(0), **attention_kwargs)
+        hidden = self.family.hidden(self.llm, embeds.unsqueeze(0), position_ids.unsqueeze(0), **attention_kwargs)
         return hidden.squeeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class LMM(nn.Module):
         if self.project is not None:
             logits = self.project(hidden)
         else:
-            logits = nn.functional.linear(hidden, *self.adapter.head(self.llm))
+            logits = nn.functional.linear(hidden, *self.family.head(self.llm))
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
     def set_gradient_checkpointing(self, which: bool | Literal["selective"]) -> None:
@@ -181,7 +181,7 @@ class LMM(nn.Module):
         getattr(self.llm, f"{name}_checkpointing_enable")(**options)
         if which != "selective":
             return
-        layers: list[Any] = list(self.adapter.layers(self.llm))
+        layers: list[Any] = list(self.family.layers(self.llm))
         if not hasattr(layers[0], "gradient_checkpointing"):
             raise UserError(
                 f"engine.gradient_checkpointing: selective, but the layers of {type(self.llm).__name__} are "
@@ -196,8 +196,8 @@ class LMM(nn.Module):
 
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters that ``forward`` reads outside the module that owns them: ZeRO-3 has to gather them for it."""
-        weight, bias = self.adapter.head(self.llm)
-        used = [self.adapter.embedding(self.llm).weight, weight, bias]
+        weight, bias = self.family.head(self.llm)
+        used = [self.family.embedding(self.llm).weight, weight, bias]
         unique = {id(p): p for p in used if isinstance(p, nn.Parameter)}
         return list(unique.values())
 

@@ -28,7 +28,7 @@ from tinyllava_fast.ops.prefill_linear import check_product, pays, prefill_linea
 MOST_ROWS = 16
 """Up to so many rows of x this kernel is at least as fast as torch's GEMM (measured, docs/LOG.md); beyond, GEMM is."""
 MOST_ROWS_INT8 = 64
-"""The same of int8 weights, which a GEMM would have to dequantise first: the kernel reads them once per 16 rows."""
+"""The same of int8 weights, which a GEMM would have to dequantize first: the kernel reads them once per 16 rows."""
 
 
 def most_rows(int8: bool) -> int:

@@ -5,7 +5,7 @@
     nibble i  = the high half of packed[i // 2] for even i, the low half for odd i
 
 Blocks run over the flattened weight, so a row may start in the middle of one. Up to few_rows() rows of x read the
-packed weight; more of them multiply with the dequantised one, in a buffer of at most TILE_BYTES that a thread keeps.
+packed weight; more of them multiply with the dequantized one, in a buffer of at most TILE_BYTES that a thread keeps.
 Legend: N rows of x, K inputs, O outputs, P packed bytes, S blocks.
 """
 
@@ -35,7 +35,7 @@ FEW_ROWS = 16
 FEW_ROWS_IN_DOTS = 48
 """The same where vectors multiply bfloat16, which whole blocks of 64 let them (measured, docs/LOG.md)."""
 TILE_BYTES = 32 << 20
-"""Most bytes of a weight that are dequantised at once: one product is faster than several narrow ones."""
+"""Most bytes of a weight that are dequantized at once: one product is faster than several narrow ones."""
 
 
 class NF4(NamedTuple):
@@ -48,10 +48,10 @@ class NF4(NamedTuple):
 
 
 def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
-    """The plain tensors of a weight quantised by bitsandbytes.
+    """The plain tensors of a weight quantized by bitsandbytes.
 
     packed: what ``quantize_4bit`` returns, of any storage dtype (not copied). quant_state: its QuantState of type nf4;
-    scales that are themselves quantised (``compress_statistics``) are restored to float32, bit for bit as bitsandbytes
+    scales that are themselves quantized (``compress_statistics``) are restored to float32, bit for bit as bitsandbytes
     does it. Raises ValueError for another type, a weight that is no matrix, or blocks of scales of no power of two.
     """
     if quant_state.quant_type != "nf4":
@@ -66,7 +66,7 @@ def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
         # Inductor 2.13 leaves those of the last block unwritten.
         shift = nested.blocksize.bit_length() - 1
         if nested.blocksize != 1 << shift:
-            raise ValueError(f"nf4: scales quantised in blocks of {nested.blocksize}, expected a power of two")
+            raise ValueError(f"nf4: scales quantized in blocks of {nested.blocksize}, expected a power of two")
         scale = nested.absmax[torch.arange(len(absmax), device=absmax.device) >> shift]
         absmax = nested.code[absmax.long()] * scale + quant_state.offset
     shape = (int(quant_state.shape[0]), int(quant_state.shape[1]))
@@ -114,7 +114,7 @@ def linear_nf4(
     blocksize: int = 64,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias with W dequantised tile by tile.
+    """x Wᵀ + bias with W dequantized tile by tile.
 
     x: [..., K] float. packed, absmax, shape, blocksize: see dequantize_nf4(). bias: [O], x's dtype. Returns [..., O] of
     x's dtype. Differentiable in x and bias; W is frozen. Raises ValueError for shapes and dtypes.
@@ -146,7 +146,7 @@ def dense(packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: in
 
 
 def fill_tile(out: Tensor, packed: Tensor, absmax: Tensor, columns: int, blocksize: int, row: int, column: int) -> None:
-    """Dequantise W[row : row + h, column : column + w] into out [h, w] in C++; packed and absmax contiguous."""
+    """Dequantize W[row : row + h, column : column + w] into out [h, w] in C++; packed and absmax contiguous."""
     _cpp.extension().nf4_tile(
         *(packed.data_ptr(), absmax.data_ptr(), blocksize, columns, row, column),
         *(out.data_ptr(), out.stride(0), out.shape[0], out.shape[1], _cpp.DTYPE_CODES[out.dtype]),
@@ -209,7 +209,7 @@ def multiply_transposed(
 def _tiles(
     packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, W[start:stop]) for all rows of W, each dequantised into this thread's buffer."""
+    """(start, stop, W[start:stop]) for all rows of W, each dequantized into this thread's buffer."""
     height = max(1, min(rows, TILE_BYTES // max(1, columns * dtype.itemsize)))
     buffer = _cpp.scratch(height * columns * dtype.itemsize).view(dtype).view(height, columns)
     for start in range(0, rows, height):

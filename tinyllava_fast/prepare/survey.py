@@ -23,7 +23,7 @@ from tinyllava_fast.fields import shown
 
 LOOKED_AT = 500  # images that are opened, spread evenly over the data set
 ANSWER = 128  # tokens of room for an answer that is longer than those in the data
-_AT_ONCE = 1000  # records tokenised in one call
+_AT_ONCE = 1000  # records tokenized in one call
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tinyllava_fast.registry import Registry
 
 
 class ParameterGroup(TypedDict):
-    """One group for the optimiser."""
+    """One group for the optimizer."""
 
     name: str  # "llm", "llm.no_decay", ...
     params: list[nn.Parameter]
@@ -103,7 +103,7 @@ class BaseRecipe(Recipe):
 def apply_recipe(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig, *, seed: int = 0) -> list[ParameterGroup]:
     """Set requires_grad as the recipe says and return the trainable parameters in groups, each in exactly one.
 
-    LoRA layers are injected, with weights drawn from the seed, and frozen layers quantised where the recipe says so. An
+    LoRA layers are injected, with weights drawn from the seed, and frozen layers quantized where the recipe says so. An
     adapter that the model has goes on if the recipe asks for the same one; otherwise it is merged first.
     Weight decay goes to matrices; biases, norms and embeddings have none. Raises UserError naming the config key if
     the recipe is unknown, does not fit the model, or trains nothing.
@@ -179,7 +179,7 @@ def _layer_parameters(lmm: LMM, component: str, from_layer: int) -> list[nn.Para
         raise UserError(f"{key}: {from_layer} is out of range; the {component} has {count} layers, use 0..{count - 1}")
     if component == "vision":
         return lmm.vision.layer_parameters(from_layer)
-    layers = list(lmm.adapter.layers(lmm.llm))[from_layer:]
+    layers = list(lmm.family.layers(lmm.llm))[from_layer:]
     return [p for layer in layers for p in layer.parameters()]
 
 

@@ -1,4 +1,4 @@
-"""The linear layers of a component: what LoRA wraps and bitsandbytes quantises."""
+"""The linear layers of a component: what LoRA wraps and bitsandbytes quantizes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """QLoRA (arXiv 2305.14314): frozen linear layers kept in 4 or 8 bits by bitsandbytes.
 
-Model folders never hold quantised storage: ``plain_weights`` writes what the layers computed with, dequantised, in the
+Model folders never hold quantized storage: ``plain_weights`` writes what the layers computed with, dequantized, in the
 training dtype, so a folder of a QLoRA stage is an ordinary one with an adapter. (TinyLLaVA Factory stored int8 without
-its scales.) The next qlora stage quantises these values anew; that is exact for int8, and within the grid for nf4.
-Training checkpoints hold the quantised tensors themselves, bit for bit.
+its scales.) The next qlora stage quantizes these values anew; that is exact for int8, and within the grid for nf4.
+Training checkpoints hold the quantized tensors themselves, bit for bit.
 
 What bitsandbytes 0.50 cannot do is refused by name: see ``quantize`` and ``check_engine``.
 """
@@ -25,8 +25,8 @@ BLOCK = 64  # weights that share a scale in nf4
 
 
 def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None:
-    """Raise UserError if the engine cannot train quantised layers."""
-    for component in _quantised(recipe):
+    """Raise UserError if the engine cannot train quantized layers."""
+    for component in _quantized(recipe):
         if engine.type == "deepspeed" and engine.zero_stage == 3:
             raise UserError(
                 f"{where}.recipe.{component}.tune: qlora with engine.zero_stage: 3, which would shard packed weights "
@@ -41,7 +41,7 @@ def quantize(lmm: LMM, component: str, tune: TuneConfig) -> None:
     """
     bnb = check(lmm, component, tune)
     for name, linear in list(linears(lmm, component)):
-        _replace(lmm, name, _quantised_layer(bnb, linear, tune))
+        _replace(lmm, name, _quantized_layer(bnb, linear, tune))
 
 
 def check(lmm: LMM, component: str, tune: TuneConfig) -> Any:
@@ -52,22 +52,22 @@ def check(lmm: LMM, component: str, tune: TuneConfig) -> Any:
         if tune.quant == "nf4" and device.type == "cpu" and linear.in_features % BLOCK:
             raise UserError(
                 f"recipe.{component}.quant: nf4, but {name} has {linear.in_features} inputs, and on a CPU bitsandbytes "
-                f"dequantises only multiples of {BLOCK} correctly; set quant: int8"
+                f"dequantizes only multiples of {BLOCK} correctly; set quant: int8"
             )
     return bnb
 
 
 def dequantize(lmm: LMM) -> None:
-    """Put plain linear layers, in the dtype of the model, in the place of quantised ones. The model has no adapter."""
-    for name, layer in list(quantised_layers(lmm)):
+    """Put plain linear layers, in the dtype of the model, in the place of quantized ones. The model has no adapter."""
+    for name, layer in list(quantized_layers(lmm)):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(dequantized(layer, lmm.dtype))
         linear.bias = layer.bias
         _replace(lmm, name, linear.train(layer.training))
 
 
-def quantised_layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every layer that bitsandbytes keeps quantised."""
+def quantized_layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every layer that bitsandbytes keeps quantized."""
     for name, module in lmm.named_modules():
         if isinstance(module, nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
             yield name, module
@@ -84,32 +84,32 @@ def dequantized(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def plain_weights(lmm: LMM, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """State-dict tensors with quantised ones replaced by what they stand for. dtype: of the activations in training."""
+    """State-dict tensors with quantized ones replaced by what they stand for. dtype: of the activations in training."""
     drop, plain = state_names(lmm), dict(weights)
     for name in drop:
         plain.pop(name, None)
-    for name, layer in quantised_layers(lmm):
+    for name, layer in quantized_layers(lmm):
         plain[f"{name}.weight"] = dequantized(layer, dtype)
     return plain
 
 
 def state_names(lmm: LMM) -> set[str]:
-    """State-dict names of quantised weights and of their scales."""
+    """State-dict names of quantized weights and of their scales."""
     names: set[str] = set()
-    for name, layer in quantised_layers(lmm):
+    for name, layer in quantized_layers(lmm):
         names |= {f"{name}.{key}" for key in layer.state_dict() if key != "bias"}
     return names
 
 
 def load_state(lmm: LMM, tensors: Mapping[str, Tensor]) -> None:
-    """Restore quantised weights from a training checkpoint, bit for bit. Raises CheckpointError naming what lacks."""
-    for name, layer in quantised_layers(lmm):
+    """Restore quantized weights from a training checkpoint, bit for bit. Raises CheckpointError naming what lacks."""
+    for name, layer in quantized_layers(lmm):
         stored = {key: tensors[key] for key in tensors if key.startswith(f"{name}.weight") or key == f"{name}.SCB"}
         found = {key.removeprefix(f"{name}."): t for key, t in stored.items()}
         try:
             _restore(layer, found)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{name}: its quantised weight cannot be restored: {error}") from None
+            raise CheckpointError(f"{name}: its quantized weight cannot be restored: {error}") from None
 
 
 def _restore(layer: Any, found: dict[str, Tensor]) -> None:
@@ -129,7 +129,7 @@ def _restore(layer: Any, found: dict[str, Tensor]) -> None:
     _settle(layer)
 
 
-def _quantised_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module:
+def _quantized_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module:
     shape = (linear.in_features, linear.out_features)
     layer: Any
     if tune.quant == "nf4":
@@ -144,7 +144,7 @@ def _quantised_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module
         layer.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False)
     layer.bias = linear.bias
     device = linear.weight.device
-    layer.weight = layer.weight.to(device)  # this is where it quantises
+    layer.weight = layer.weight.to(device)  # this is where it quantizes
     _settle(layer)
     return layer.train(linear.training)
 
@@ -157,7 +157,7 @@ def _settle(layer: Any) -> None:
         layer.compute_type_is_set = True  # to None: that of the activations
 
 
-def _quantised(recipe: RecipeConfig) -> dict[str, TuneConfig]:
+def _quantized(recipe: RecipeConfig) -> dict[str, TuneConfig]:
     tunes = {name: getattr(recipe, name) for name in COMPONENTS}
     return {name: tune for name, tune in tunes.items() if tune.tune == "qlora"}
 

@@ -29,7 +29,7 @@ from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json, shown
 from tinyllava_fast.log import log
 from tinyllava_fast.train import seed
-from tinyllava_fast.train.engine.base import Engine, LazyTensor
+from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
 
 FORMAT = 1
 LATEST = "latest"
@@ -55,9 +55,9 @@ class TrainState:
     stage: str = ""
     stage_index: int = 0
     stage_step: int = 0
-    """Optimiser steps done in the stage."""
+    """Optimizer steps done in the stage."""
     step: int = 0
-    """Optimiser steps done in the run."""
+    """Optimizer steps done in the run."""
     loader: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
     """Counters of the whole run: wall_seconds, step_seconds, samples, tokens, supervised_tokens, capacity."""
@@ -126,7 +126,7 @@ class CheckpointStore:
             log.warning("%s: names no checkpoint (%s); taking the newest, %s", marker, shown(name), names[-1])
         return self.folder / names[-1] if names else None
 
-    def save(self, state: TrainState, engine: Engine) -> Path:
+    def save(self, state: TrainState, engine: TrainingEngine) -> Path:
         """Write a checkpoint; every rank calls it. Raises CheckpointError if it can't, the previous one intact."""
         target, tmp = self.folder / state.name, self.folder / f"{TMP}{state.name}"
         failure = ""

@@ -104,7 +104,7 @@ def way_on(way: Way, state: TrainState, said: str = "") -> str:
 
 
 def diverged(state: TrainState, recipe: RecipeConfig, groups: Iterable[str], loss: float, norm: float) -> UserError:
-    """The error for a loss or gradient norm that is no number. groups: names of the optimiser's, "llm.no_decay"."""
+    """The error for a loss or gradient norm that is no number. groups: names of the optimizer's, "llm.no_decay"."""
     parts = {group.partition(".")[0] for group in groups}
     own = [part for part in sorted(parts) if getattr(recipe, part).lr is not None]
     keys = ["optim.lr"] * (len(own) < len(parts)) + [f"recipe.{part}.lr" for part in own]

@@ -95,7 +95,7 @@ def keep_rotary_tables(graph: fx.Graph) -> None:
     for target in (aten.cos.default, aten.sin.default):
         for node in graph.find_nodes(op="call_function", target=target):
             if node.meta["val"].device.type == "cpu":
-                _materialise(graph, _scaled(node))
+                _materialize(graph, _scaled(node))
 
 
 def _scaled(node: fx.Node) -> fx.Node:
@@ -109,7 +109,7 @@ def _scaled(node: fx.Node) -> fx.Node:
     return node
 
 
-def _materialise(graph: fx.Graph, node: fx.Node) -> None:
+def _materialize(graph: fx.Graph, node: fx.Node) -> None:
     value = node.meta["val"]
     with graph.inserting_after(node):
         kept = graph.call_function(prims.inductor_force_stride_order.default, (node, list(value.stride())))

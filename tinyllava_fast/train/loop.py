@@ -34,6 +34,7 @@ from tinyllava_fast.train.compile import compile_forward, repays
 from tinyllava_fast.train.engine.launch import build_engine, start_process
 from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import FeatureCache, check_feature_cache
+from tinyllava_fast.train.lr_schedule import lr_factor
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
 from tinyllava_fast.train.parts import first_model
 from tinyllava_fast.train.prepare import Outlook, average_flops, build_loader, look_ahead, look_at_files
@@ -42,7 +43,6 @@ from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.reading import settle_reading
 from tinyllava_fast.train.rules import check_rule, moment_bytes
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
-from tinyllava_fast.train.schedule import lr_factor
 
 
 def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Stage:
         )
 
     def _load_weights(self, checkpoint: Path) -> None:
-        """Weights by the names that the recipe gives them: wrapped by LoRA, quantised."""
+        """Weights by the names that the recipe gives them: wrapped by LoRA, quantized."""
         io.load_weights(self.model, checkpoint, skip=quantize.state_names(self.model))
         with open_tensors(checkpoint / io.WEIGHTS) as tensors:
             quantize.load_state(self.model, tensors)
@@ -383,7 +383,7 @@ class Stage:
         run = self.run_
         weights = {item.name: item.fetch() for item in self.engine.model_state()}
         weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
-        # The next stage goes on from what the optimiser knows, not from weights rounded to the training dtype; so does
+        # The next stage goes on from what the optimizer knows, not from weights rounded to the training dtype; so does
         # whoever merges an adapter.
         following = self.state.stage_index + 1 < len(run.config.stages)
         exact = set(weights if following else adapter.parameter_names(self.model))

@@ -111,7 +111,7 @@ class MasterOptimizer:
             dither(master, p)
 
     def state(self) -> list[LazyTensor]:
-        """Step count, moments and masters by weight name (see Engine.optimizer_state)."""
+        """Step count, moments and masters by weight name (see TrainingEngine.optimizer_state)."""
         items = [LazyTensor.of("step", torch.tensor(float(self._rule.steps)))]
         for p, updated in self._updated.items():
             for kind, tensor in self._rule.state(updated).items():

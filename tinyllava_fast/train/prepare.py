@@ -1,7 +1,7 @@
 """What a stage needs before its first step, and the look at all later stages before the first one starts.
 
 A mistake in the second stage is found before the first one trains for hours: names and files of every stage, then
-every record of the later ones, parsed, tokenised, packed and dropped again. That costs one more pass over their
+every record of the later ones, parsed, tokenized, packed and dropped again. That costs one more pass over their
 records, and never holds two data sets in memory.
 """
 
@@ -46,7 +46,7 @@ _NAMED = re.compile(r"(?:^|\s)stages[.\[]")  # a key of a stage, which may be an
 
 @dataclass(frozen=True)
 class Outlook:
-    """A stage to come. steps: its optimiser steps. flops: of an average one, of this process."""
+    """A stage to come. steps: its optimizer steps. flops: of an average one, of this process."""
 
     steps: int
     flops: float

@@ -1,7 +1,7 @@
 """`tlf-train --profile`: where the time and memory of a step go, as a trace and a one-page table.
 
 Time is attributed by operator: a product of matrices to the component whose weight and number of rows it has, the ops
-of this toolkit by name, the optimiser and the wait for data by the regions that the loop marks. Kernels that Inductor
+of this toolkit by name, the optimizer and the wait for data by the regions that the loop marks. Kernels that Inductor
 fuses and element-wise operators belong to no component and are a row of their own.
 """
 
@@ -38,7 +38,7 @@ ROWS = {
     "attention": "attention, decoder and tower",
     "head": "output projection and loss",
     "fused": "fused and element-wise kernels",
-    "optimizer": "optimiser, gradient sums included",
+    "optimizer": "optimizer, gradient sums included",
     "data": "waiting for data",
     "rest": "rest",
 }
@@ -59,7 +59,7 @@ class _Share:
 class StepProfiler:
     """Records a few steps of a stage.
 
-    folder: of the run. model: after its recipe is applied. moments: bytes a weight that the optimiser keeps of them.
+    folder: of the run. model: after its recipe is applied. moments: bytes a weight that the optimizer keeps of them.
     """
 
     folder: Path
@@ -166,7 +166,7 @@ def state_bytes(model: LMM, moments: float = 8) -> dict[str, int]:
     for name, parameters in model.component_parameters().items():
         sizes[name] = sum(p.numel() * p.element_size() for _, p in parameters)
         learnt = [p for _, p in parameters if p.requires_grad]
-        sizes[f"{name}, optimiser"] = sum(
+        sizes[f"{name}, optimizer"] = sum(
             round(p.numel() * (moments + (0 if p.dtype == torch.float32 else 4))) for p in learnt
         )
     return sizes

@@ -1,7 +1,7 @@
 """Where a run continues: which checkpoint, and which keys of the configuration may differ from the checkpoint's.
 
 Everything of a stage that has not begun may change. Of what has begun, keys that only move work around may change, and
-those that say how the optimiser goes on while the stage has steps left. What decided the weights, the tokens or the
+those that say how the optimizer goes on while the stage has steps left. What decided the weights, the tokens or the
 packs so far may not: the refusal names each such key, says why, and names a way that works.
 """
 
@@ -45,12 +45,12 @@ STAGE_GOES_ON = frozenset(
 _WHY = {
     "model": "the weights of the checkpoint are of that model",
     "seed": "it decided the first weights and the order of the data",
-    "engine.dtype": "the weights and the optimiser's state are kept in it",
+    "engine.dtype": "the weights and the optimizer's state are kept in it",
     "name": "the stage has begun under that name",
     "batch": "it decides the packs, so the position in the data would mean nothing",
     "data": "it decides what the samples are, and with them the position in the data",
-    "recipe": "the optimiser's state belongs to the weights that trained so far",
-    "optim.type": "the optimiser's state is of that rule",
+    "recipe": "the optimizer's state belongs to the weights that trained so far",
+    "optim.type": "the optimizer's state is of that rule",
     "optim": "losses before and after would mean different things",
 }
 

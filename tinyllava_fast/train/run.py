@@ -25,7 +25,7 @@ from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_image_processor, build_tokenizer
 from tinyllava_fast.train import seed
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, write_bytes
-from tinyllava_fast.train.engine.base import Engine
+from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.failures import Way, stopped
 from tinyllava_fast.train.metrics import COUNTS, MetricsWriter, peak_device_bytes
@@ -137,7 +137,7 @@ class Run:
             with writing(self.folder / "summary.json"):
                 (self.folder / "summary.json").unlink(missing_ok=True)
 
-    def save(self, engine: Engine) -> None:
+    def save(self, engine: TrainingEngine) -> None:
         """A checkpoint of the current state; metrics up to it are on disk first."""
         self._count_time()
         if self.metrics:

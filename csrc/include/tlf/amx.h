@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 
 namespace tlf {
 namespace TLF_ISA {

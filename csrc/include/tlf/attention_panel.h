@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "tlf/attention_plan.h"
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 #if defined(TLF_ISA_IS_amx)
 #include "tlf/attention_amx.h"
 #endif

@@ -5,7 +5,7 @@
 // end, each query taken by G query heads of one key head: row = query * G + head. So heads that share keys share loads.
 #pragma once
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 
 namespace tlf {
 namespace TLF_ISA {

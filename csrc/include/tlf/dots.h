@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 
 #if defined(TLF_ISA_IS_avx512bf16)
 #define TLF_DOTS 1

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 #include "tlf/dots.h"
 #include "tlf/tiles.h"
 

@@ -1,4 +1,4 @@
-// bfloat16 and exp for kernel code, written so that the compiler vectorises the loops that call them.
+// bfloat16 and exp for kernel code, written so that the compiler vectorizes the loops that call them.
 //
 // Everything lives in tlf::TLF_ISA: each pass has its own copies, and no AVX-512 inline can be linked into the
 // baseline pass (see kernel.h).

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 
 namespace tlf {
 namespace TLF_ISA {

@@ -5,7 +5,7 @@
 // Only the amx pass has it; there TLF_TILES is defined.
 #pragma once
 
-#include "tlf/attention_simd.h"
+#include "tlf/simd.h"
 
 #if defined(TLF_ISA_IS_amx)
 #define TLF_TILES 1

@@ -69,7 +69,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=map(str, OPTIONS))
 def test_each_option_as_a_reply_names_itself_alone(tmp_path, options):
-    """Also options that normalisation makes equal or empty, and options that are letters."""
+    """Also options that normalization makes equal or empty, and options that are letters."""
     choices = [c for c in options if c != ""]
     for truth in choices:
         earned = [score(tmp_path, "choice", {"choices": choices, "answer": truth}, str(reply)) for reply in choices]
@@ -126,7 +126,7 @@ def test_an_empty_reply_earns_nothing(tmp_path, metric, truth, reply):
         ("exact", "-1", "1", 0),
         ("exact", "1", "-1", 0),
         ("exact", "-1", "-1.", 100),
-        ("exact", "-1", "\u22121", 0),  # the mathematical minus is a letter to the normalisation
+        ("exact", "-1", "\u22121", 0),  # the mathematical minus is a letter to the normalization
         ("exact", -2, "-2", 100),
         ("exact", 0.5, "0.5", 100),
         ("exact", 3, "three", 100),
@@ -138,7 +138,7 @@ def test_an_empty_reply_earns_nothing(tmp_path, metric, truth, reply):
         ("vqa", "<", "<", 100),
     ],
 )
-def test_truths_that_normalisation_empties_and_signs(tmp_path, metric, truth, reply, points):
+def test_truths_that_normalization_empties_and_signs(tmp_path, metric, truth, reply, points):
     answer = [truth] * 10 if metric == "vqa" else truth
     assert score(tmp_path, metric, {"answer": answer}, reply) == points
 

@@ -61,7 +61,7 @@ def test_an_upload_holds_every_id_once(tmp_path, suffix):
 
 
 def test_official_validation_format():
-    """Our answers are normalised before they are compared, so the expected numbers are those of results_m4c.json."""
+    """Our answers are normalized before they are compared, so the expected numbers are those of results_m4c.json."""
     files = {"questions": VAL / "questions.json", "annotations": VAL / "annotations.json", "images": Path("val2014")}
     bench, expected = VQAV2(Options(split="val2014")), value("vqa/official_val_format/expected.json")["accuracy"]
     questions = bench.questions(files)

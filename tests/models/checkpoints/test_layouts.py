@@ -47,9 +47,9 @@ def same_weights(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exactly_one_layout_recognises_it(name: str) -> None:
+def test_exactly_one_layout_recognizes_it(name: str) -> None:
     at = Folder(folder(name))
-    found = [layout for layout in LAYOUTS if LAYOUTS.get(layout)().recognises(at)]
+    found = [layout for layout in LAYOUTS if LAYOUTS.get(layout)().recognizes(at)]
     assert found == [LAYOUT.get(record(name)["layout"], "llava15")]
 
 
@@ -243,7 +243,7 @@ def test_qlora_takes_its_language_model_from_where_it_came(copy: Callable[..., P
     plain = {k.replace(".base_layer.", "."): v for k, v in stored.items()}
     torch.save(plain, tmp_path / "llm" / "pytorch_model.bin")
     torch.save({k: v.to(torch.int8) if "proj" in k else v for k, v in stored.items()}, path / file)
-    with pytest.raises(CheckpointError, match=r"is quantised and its scales are not stored.*--llm FOLDER"):
+    with pytest.raises(CheckpointError, match=r"is quantized and its scales are not stored.*--llm FOLDER"):
         open_checkpoint(path, sources=sources(name))
     given = Sources(vision=str(SIGLIP), llm=str(tmp_path / "llm"))
     assert same_weights(open_checkpoint(path, sources=given).lmm, opened(name).lmm)
@@ -272,7 +272,7 @@ def test_everything_that_does_not_fit_is_listed(copy: Callable[..., Path]) -> No
     lines = str(caught.value).splitlines()[1:]
     assert sorted(line.strip() for line in lines) == [
         "connector: layers.2.bias (stored as connector._connector.2.bias) has shape [65], its config says [64]",
-        "llm.lm_head.weight (stored as language_model.lm_head.weight) is torch.int8: quantised, and its scales are "
+        "llm.lm_head.weight (stored as language_model.lm_head.weight) is torch.int8: quantized, and its scales are "
         "not stored",
         "missing: llm.model.norm.weight [64]",
         "unexpected: language_model.model.layers.7.mlp.up_proj.weight [2]",

@@ -1,4 +1,4 @@
-"""Every registered connector: shapes, gradients, initialisation, fullgraph compile, config round trip, error texts."""
+"""Every registered connector: shapes, gradients, initialization, fullgraph compile, config round trip, error texts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_compiles_fullgraph_forward_and_backward(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONNECTORS.names())
 def test_no_image_gives_no_rows_and_zero_gradients(name: str) -> None:
-    """A step without images must leave the optimiser in the same state whatever the connector."""
+    """A step without images must leave the optimizer in the same state whatever the connector."""
     connector = small(name)
     out = connector(torch.zeros(0, GRID, WIDTH))
     assert out.shape == (0, connector.num_tokens(GRID), connector.llm_size)
@@ -83,7 +83,7 @@ def test_no_image_gives_no_rows_and_zero_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONNECTORS.names())
-def test_initialisation(name: str) -> None:
+def test_initialization(name: str) -> None:
     """N(0, 0.02) linears, zero biases, norms at one and zero; all of it from the generator."""
     first, again = small(name), small(name)
     for (key, mine), other in zip(first.named_parameters(), again.parameters(), strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tinyllava_fast.models.llm.base import LLMS, LLMAdapter
+from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 
 BASE = {
     "hidden_size": 32,
@@ -54,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, *, seed: int = 3, **changes: Any) -> tuple[LLMAdapter, PreTrainedModel]:
+def build(name: str, *, seed: int = 3, **changes: Any) -> tuple[LLMFamily, PreTrainedModel]:
     """The adapter and a seeded float32 model, with norms and biases that are not their neutral values."""
     adapter = LLMS.get(name)()
     llm = adapter.from_config(CONFIGS[name] | changes, seed=seed, where="model.llm")

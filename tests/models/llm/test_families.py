@@ -75,7 +75,7 @@ def lmm_of(name: str, **changes: Any) -> LMM:
 def packed_loss(lmm: LMM, case: Case) -> Tensor:
     embeds = lmm.embed(case.ids, case.features, case.slots)
     hidden = lmm.decode(embeds, case.positions, cu_seqlens=case.bounds)
-    weight, bias = lmm.adapter.head(lmm.llm)
+    weight, bias = lmm.family.head(lmm.llm)
     return linear_cross_entropy(hidden, weight, case.labels, bias=bias, softcap=lmm.logit_softcap)
 
 
@@ -134,7 +134,7 @@ def test_checkpointed_layers_run_twice(name: str) -> None:
     lmm, case, runs = lmm_of(name), Case.make(), []
     want = gradients(lmm.llm, packed_loss(lmm, case))
     lmm.train().set_gradient_checkpointing(True)
-    layer = lmm.adapter.layers(lmm.llm)[0]
+    layer = lmm.family.layers(lmm.llm)[0]
     attention = layer.attn if name == "openelm" else layer.self_attn
     attention.register_forward_pre_hook(lambda *_: runs.append(1))
     got = gradients(lmm.llm, packed_loss(lmm, case))
@@ -146,9 +146,9 @@ def test_folder_round_trip(name: str, tmp_path: Path) -> None:
     lmm, case = lmm_of(name), Case.make()
     folder = io.save_model(lmm, make_tokenizer(), VISION.get("siglip").image_processor(16), tmp_path / "model")
     again, _, _ = io.load_model(folder)
-    assert type(again.adapter) is LLMS.get(name) and again.config == lmm.config
+    assert type(again.family) is LLMS.get(name) and again.config == lmm.config
     assert torch.equal(packed_loss(again, case), packed_loss(lmm, case))
-    assert again.adapter.stop_ids(again.llm) == {2}
+    assert again.family.stop_ids(again.llm) == {2}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.hf import LEGACY_ADAPTERS, config_of, legacy_text_config
+from tinyllava_fast.models.hf import LEGACY_FAMILIES, config_of, legacy_text_config
 from tinyllava_fast.models.llm.base import LLMS
 
 MODELS = sorted((Path(__file__).parents[2] / "golden" / "models").glob("*-mono"))
@@ -24,14 +24,14 @@ def text_config(folder: Path) -> dict[str, Any]:
 
 
 def test_every_family_has_a_record() -> None:
-    assert {text_config(folder)["model_type"] for folder in MODELS} == set(LEGACY_ADAPTERS)
+    assert {text_config(folder)["model_type"] for folder in MODELS} == set(LEGACY_FAMILIES)
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda p: p.name)
 @torch.no_grad()
 def test_logits(folder: Path) -> None:
     stored = text_config(folder)
-    adapter = LLMS.get(LEGACY_ADAPTERS[stored["model_type"]])()
+    adapter = LLMS.get(LEGACY_FAMILIES[stored["model_type"]])()
     llm = adapter.from_config(legacy_text_config(stored), seed=0, where="model.llm").eval()
     weights = load_file(folder / "checkpoint" / "model.safetensors")
     own = {k.removeprefix(PREFIX): v for k, v in weights.items() if k.startswith(PREFIX)}
@@ -59,7 +59,7 @@ def test_left_out_keys_mean_the_defaults_of_the_release_that_wrote_them() -> Non
     assert got["hidden_act"] == "gelu_pytorch_tanh" and got["tie_word_embeddings"] and got["head_dim"] == 256
     assert legacy_text_config(gemma | {"hidden_activation": "relu"})["hidden_act"] == "relu"
     assert not {"torch_dtype", "_name_or_path", "auto_map", "hidden_activation"} & set(got)
-    for family in LEGACY_ADAPTERS:
+    for family in LEGACY_FAMILIES:
         values = legacy_text_config({"model_type": family, "junk": 1})
         assert config_of(None, values, "w").model_type == family, "every key is one of the class's"
     with pytest.raises(UserError, match=r"text_config.model_type: 'phi3' .*did you mean 'phi'"):

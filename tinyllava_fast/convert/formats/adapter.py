@@ -22,7 +22,7 @@ class AdapterFormat(Format):
         from tinyllava_fast.models import adapter
 
         lmm = model.lmm
-        if not lmm.config.adapter:
+        if not lmm.config.has_lora:
             raise UserError("the model has no adapter; --format llava or factory export the whole model")
         log.info(
             "this is the low-rank part alone: what trained in full beside it (a connector, biases) is not in it. "

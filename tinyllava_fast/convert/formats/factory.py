@@ -19,7 +19,7 @@ from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats.towers import completed, resized_positions
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.checkpoints.factory import PREFIXES
-from tinyllava_fast.models.hf import LEGACY_ADAPTERS, config_to_dict, legacy_text_config
+from tinyllava_fast.models.hf import LEGACY_FAMILIES, config_to_dict, legacy_text_config
 from tinyllava_fast.models.lmm import LMM
 
 _DINOV2 = {
@@ -122,8 +122,8 @@ def text_config(lmm: LMM) -> dict[str, Any]:
     """The language model's config with the keys of transformers 4.40."""
     values = config_to_dict(lmm.llm.config)
     kind = values["model_type"]
-    if kind not in LEGACY_ADAPTERS:
-        raise UserError(f"llm: the reference has no {kind}; it has {', '.join(LEGACY_ADAPTERS)}")
+    if kind not in LEGACY_FAMILIES:
+        raise UserError(f"llm: the reference has no {kind}; it has {', '.join(LEGACY_FAMILIES)}")
     keys: Iterable[str] = legacy_text_config({"model_type": kind})
     if kind == "openelm":  # never was in transformers: the class says what its keys are
         keys = type(lmm.llm.config).__annotations__

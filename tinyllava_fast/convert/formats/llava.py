@@ -86,7 +86,7 @@ def _check_llm(lmm: LMM) -> None:
         raise UserError(f"llm: {kind} is not in transformers, so its llava cannot hold it; --format factory can")
     if softcap := getattr(lmm.llm.config, "final_logit_softcapping", None):
         raise UserError(f"llm.config.final_logit_softcapping: {softcap}; transformers' llava has no such step")
-    _, bias = lmm.adapter.head(lmm.llm)
+    _, bias = lmm.family.head(lmm.llm)
     if bias is not None and bool(bias.ne(0).any()):
         raise UserError(
             f"llm: {kind}'s output projection has a bias (lm_head.bias), transformers' llava has none: its logits "
@@ -97,8 +97,8 @@ def _check_llm(lmm: LMM) -> None:
 def _language_model(lmm: LMM, image_token: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(text config, weights); a row of zeros for the image token where the vocabulary has no room for it."""
     config = config_to_dict(lmm.llm.config) | {"use_cache": True}
-    embedding = lmm.adapter.embedding(lmm.llm).weight
-    head, _ = lmm.adapter.head(lmm.llm)
+    embedding = lmm.family.embedding(lmm.llm).weight
+    head, _ = lmm.family.head(lmm.llm)
     extra = max(0, image_token + 1 - embedding.shape[0])
     tied = lmm.tied_names()
     weights = {}
@@ -163,7 +163,7 @@ def _set_generation(llava: Any, model: Model, image_token: int, rows: int) -> No
     from tinyllava_fast.data.templates.base import TEMPLATES
 
     template = TEMPLATES.get(model.lmm.config.template, "template")
-    ends = {template.stop_id(model.tokenizer), *model.lmm.adapter.stop_ids(model.lmm.llm)}
+    ends = {template.stop_id(model.tokenizer), *model.lmm.family.stop_ids(model.lmm.llm)}
     known = largest_id(model.tokenizer)[1] + 1
     generation = llava.generation_config
     generation.eos_token_id = sorted(ends)

@@ -19,7 +19,7 @@ from tinyllava_fast.errors import UserError
 
 SELECTIONS = {"patch": "default", "cls_patch": "full"}
 # Between the image token and the line break. SentencePiece tokenizers that mark the start of a text only once need a
-# space there: our prompts are tokenised piece by piece, and each piece gets that mark.
+# space there: our prompts are tokenized piece by piece, and each piece gets that mark.
 _GLUES = ("", " ")
 _CHAT = """\
 {%- if messages %}{{ SYSTEM }}{% endif -%}

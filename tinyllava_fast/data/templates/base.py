@@ -1,6 +1,6 @@
 """Chat templates: messages to token ids, with the positions that carry a label.
 
-A prompt is cut at ``<image>`` and every piece is tokenised by a call of its own, as the reference does, so the text
+A prompt is cut at ``<image>`` and every piece is tokenized by a call of its own, as the reference does, so the text
 after an image has the same ids whatever came before it. Of the tokens that a tokenizer adds to every text, a prompt has
 those that stand before it, once; an end token comes from the template alone. Which tokens are supervised follows from
 character offsets: those that reach into the space before an answer, the answer, or the end-of-answer string.
@@ -188,7 +188,7 @@ class Template:
         masks: MaskMode = "offsets",
         interleaved: Sequence[bool] | None = None,
     ) -> list[list[Segment]]:
-        """Samples as segments, all tokenised in one call.
+        """Samples as segments, all tokenized in one call.
 
         conversation: one segment a sample. independent: every turn sees only the system text and the images shown up to
         it, those of earlier turns at its front; several turns that begin with the same images become a prefix segment
@@ -215,7 +215,7 @@ class Template:
     def prompt_batch(
         self, conversations: Sequence[Conversation], tokenizer: Any, interleaved: Sequence[bool] | None = None
     ) -> list[Prompt]:
-        """Inference prompts (the last answer None), all tokenised in one call; interleaved as for ``encode``."""
+        """Inference prompts (the last answer None), all tokenized in one call; interleaved as for ``encode``."""
         flags = interleaved if interleaved is not None else [False] * len(conversations)
         pairs = zip(conversations, flags, strict=True)
         rendered = [self.render(turns_of(c), tokenizer, flag) for c, flag in pairs]

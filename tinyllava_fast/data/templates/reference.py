@@ -1,6 +1,6 @@
 """The reference's label masks, faults included: for results that must equal TinyLLaVA Factory's (``masks: reference``).
 
-It counts tokens of separately tokenised rounds, corrects the counts by constants for a family of tokenizers, and masks
+It counts tokens of separately tokenized rounds, corrects the counts by constants for a family of tokenizers, and masks
 the whole sample where the counts do not add up.
 """
 
@@ -46,7 +46,7 @@ def reference_spans(template: Template, tokenizer: Any, text: str, ids: list[int
 
 
 class _Counter:
-    """Number of ids of a text, each piece around ``<image>`` tokenised by its own call."""
+    """Number of ids of a text, each piece around ``<image>`` tokenized by its own call."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -23,7 +23,7 @@ from tinyllava_fast.eval.benchmarks.base import (
 from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, llava_questions
 from tinyllava_fast.eval.prompts import SHORT
 from tinyllava_fast.eval.statistics import by_group, mean_metric
-from tinyllava_fast.eval.vqa_text import normalise_m4c, official_accuracy
+from tinyllava_fast.eval.vqa_text import normalize_m4c, official_accuracy
 from tinyllava_fast.fields import Fields, read_jsonl, read_object, shown
 
 COUNTS = {"test-dev2015": (107394, 36807), "test2015": (447793, 81434), "val2014": (214354, 40504)}  # with images
@@ -86,11 +86,11 @@ class VQAv2(Benchmark):
         return [Count("questions", len(questions), asked), Count("images", len({q.images for q in questions}), images)]
 
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
-        """val2014: the challenge's accuracy of the normalised answers, a missing one being empty. Test: none."""
+        """val2014: the challenge's accuracy of the normalized answers, a missing one being empty. Test: none."""
         if self.options.split != "val2014":
             note = "The labels are private: upload official/*.json to challenge 830 on eval.ai for the score."
             return Score(notes=[note], counts={"empty in the upload": sum(not answers.get(q.key) for q in questions)})
-        credit = {q.key: official_accuracy(normalise_m4c(answers.get(q.key, "")), q.meta["answers"]) for q in questions}
+        credit = {q.key: official_accuracy(normalize_m4c(answers.get(q.key, "")), q.meta["answers"]) for q in questions}
         kinds = by_group(questions, credit, [q.category for q in questions])
         return Score(
             metrics=[mean_metric("overall", questions, credit), *kinds],
@@ -115,14 +115,14 @@ class VQAv2(Benchmark):
 
 
 def upload(ids: Sequence[str | int], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """Rows of an EvalAI upload: every test2015 id in order with its normalised answer, "" for those not asked.
+    """Rows of an EvalAI upload: every test2015 id in order with its normalized answer, "" for those not asked.
 
     Raises DataError if an answer belongs to none of them.
     """
     unknown = sorted(set(answers) - set(ids), key=str)
     if unknown:
         raise DataError(f"vqav2: {len(unknown)} answered ids are not in test2015, the first is {unknown[0]}")
-    return [{"question_id": id, "answer": normalise_m4c(answers.get(id, ""))} for id in ids]
+    return [{"question_id": id, "answer": normalize_m4c(answers.get(id, ""))} for id in ids]
 
 
 def _all_ids(path: Path) -> list[str | int]:

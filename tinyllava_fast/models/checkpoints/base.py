@@ -1,6 +1,6 @@
 """Checkpoint layouts of other projects, and the registry of those that can be opened.
 
-A layout is one file in this folder. It recognises a folder by what is in it (the keys of config.json, file names,
+A layout is one file in this folder. It recognizes a folder by what is in it (the keys of config.json, file names,
 tensor names), never by its path, and describes the model: architecture, and for each tensor where it is stored.
 Nothing a folder holds is executed: code files beside the weights are ignored.
 """
@@ -90,7 +90,7 @@ class Layout(ABC):
     """What such a folder holds, for the message that lists the known layouts."""
 
     @abstractmethod
-    def recognises(self, folder: Folder) -> bool:
+    def recognizes(self, folder: Folder) -> bool:
         """Whether the folder is laid out this way."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ LAYOUTS: Registry[type[Layout]] = Registry("checkpoint layout", "tinyllava_fast.
 def layout_of(folder: Folder) -> Layout:
     """The layout of a folder. Raises CheckpointError saying what it holds and which layouts are known."""
     for name in LAYOUTS:
-        if (layout := LAYOUTS.get(name)()).recognises(folder):
+        if (layout := LAYOUTS.get(name)()).recognizes(folder):
             return layout
     config = folder.config
     files = sorted(p.name + "/" * p.is_dir() for p in folder.path.iterdir())

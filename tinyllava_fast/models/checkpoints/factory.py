@@ -26,7 +26,7 @@ _SPLIT = {"llm": "language_model", "vision": "vision_tower", "connector": "conne
 class FactoryLayout(Layout):
     """What the three have in common: config.json."""
 
-    def recognises(self, folder: Folder) -> bool:
+    def recognizes(self, folder: Folder) -> bool:
         """See the base class."""
         return folder.config.get("model_type") == "tinyllava" and self.laid_out(folder)
 
@@ -119,7 +119,7 @@ class Lora(FactoryLayout):
             for component, found in _split_tensors(folder).items()
         }
         if any(not stored.dtype.is_floating_point for stored in tensors["llm"].values()):
-            tensors["llm"] = _unquantised(folder, sources)
+            tensors["llm"] = _unquantized(folder, sources)
         checkpoint = self.describe(folder, sources, tensors)
         ours = {stored.key.replace(".base_layer.", "."): name for name, stored in checkpoint.weights.items()}
 
@@ -142,12 +142,12 @@ def _is_split(folder: Folder) -> bool:
     return not holds_weights(folder.path) and all(holds_weights(folder.path / name) for name in _SPLIT.values())
 
 
-def _unquantised(folder: Folder, sources: Sources) -> dict[str, Stored]:
+def _unquantized(folder: Folder, sources: Sources) -> dict[str, Stored]:
     """The language model of a QLoRA folder: int8 without scales there, but it was frozen, so its own folder has it."""
     name = sources.llm or folder.config.get("llm_model_name_or_path")
     if not name or not holds_weights(Path(name)):
         raise CheckpointError(
-            f"{folder.path}: language_model/ is quantised and its scales are not stored; the language model that it "
+            f"{folder.path}: language_model/ is quantized and its scales are not stored; the language model that it "
             f"was made from, {name!r}, is no folder with weights; give that folder: --llm FOLDER"
         )
     return read_tensors(Path(name))

@@ -26,7 +26,7 @@ class LegacyLayout(Layout):
 
     text_types: Mapping[str, str]
 
-    def recognises(self, folder: Folder) -> bool:
+    def recognizes(self, folder: Folder) -> bool:
         """See the base class. transformers' own folders have model_type llava too, but a nested text_config."""
         config = folder.config
         known = config.get("model_type") in self.text_types and "text_config" not in config

@@ -28,7 +28,7 @@ class Projector(Layout):
     name = "legacy_pretrain"
     holds = "pretrain output of TinyLLaVABench or LLaVA: config.json, mm_projector.bin; the language model elsewhere"
 
-    def recognises(self, folder: Folder) -> bool:
+    def recognizes(self, folder: Folder) -> bool:
         """See the base class."""
         return _is_legacy(folder) and folder.has(_PROJECTOR_FILE) and not holds_weights(folder.path)
 
@@ -44,13 +44,13 @@ class Projector(Layout):
 
 
 @LAYOUTS.register("legacy_lora")
-class Adapter(Layout):
+class LoraAlone(Layout):
     """An adapter of peft and non_lora_trainables.bin."""
 
     name = "legacy_lora"
     holds = "LoRA output of TinyLLaVABench or LLaVA: adapter_config.json, non_lora_trainables.bin; the base elsewhere"
 
-    def recognises(self, folder: Folder) -> bool:
+    def recognizes(self, folder: Folder) -> bool:
         """See the base class."""
         return _is_legacy(folder) and folder.has(ADAPTER, _TRAINED_FILE) and not holds_weights(folder.path)
 

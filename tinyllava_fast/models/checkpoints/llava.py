@@ -34,7 +34,7 @@ class Llava(Layout):
     name = "llava"
     holds = "transformers' LlavaForConditionalGeneration: config.json (llava) with text_config and vision_config"
 
-    def recognises(self, folder: Folder) -> bool:
+    def recognizes(self, folder: Folder) -> bool:
         """See the base class. LLaVA-1.5's own folders are flat."""
         return folder.config.get("model_type") == "llava" and "text_config" in folder.config
 

@@ -50,9 +50,9 @@ def open_checkpoint(
     checkpoint = _describe(path, sources or Sources())
     lmm = _build(checkpoint, dtype, str(path), merge)
     tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
-    lmm.adapter.prepare_tokenizer(tokenizer)
+    lmm.family.prepare_tokenizer(tokenizer)
     fitting = template or parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
-    if fitting is None and tokenizer.chat_template and lmm.adapter.template == "tokenizer":
+    if fitting is None and tokenizer.chat_template and lmm.family.template == "tokenizer":
         fitting = "tokenizer"
     if template:
         TEMPLATES.get(template, "--template").check(tokenizer)
@@ -145,7 +145,7 @@ def _check(
     lines += [f"  unexpected: {weights[name].key} {list(weights[name].shape)}" for name in surplus]
     lines += [f"  unexpected: {key}" for key in unknown]
     lines += [
-        f"  {name} (stored as {weights[name].key}) is {weights[name].dtype}: quantised, and its scales are not stored"
+        f"  {name} (stored as {weights[name].key}) is {weights[name].dtype}: quantized, and its scales are not stored"
         for name, tensor in expected.items()
         if name in weights and tensor.is_floating_point() and not weights[name].dtype.is_floating_point
     ]

@@ -54,7 +54,7 @@ class Lora:
         return float(_given(self.config, "lora_alpha"))
 
     def scale(self, name: str) -> float:
-        """Factor of a weight's update: alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
+        """Factor of a weight's update: alpha / r, or alpha / sqrt(r) for rank-stabilized adapters."""
         rank = self.updates[name][0].shape[0]
         return self.alpha(name) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 

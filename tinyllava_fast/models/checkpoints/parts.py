@@ -15,7 +15,7 @@ from tinyllava_fast.models.checkpoints.base import Folder
 from tinyllava_fast.models.checkpoints.tensors import Stored
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.described import PROCESSORS, processor_fields
-from tinyllava_fast.models.hf import LEGACY_ADAPTERS
+from tinyllava_fast.models.hf import LEGACY_FAMILIES
 from tinyllava_fast.models.io import read_processor
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.vision.base import VISION
@@ -41,8 +41,8 @@ def under(prefix: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 def llm_part(config: dict[str, Any]) -> dict[str, Any]:
     """An LMMConfig's llm section for a complete transformers config."""
     kind = str(config["model_type"])
-    adapter = LEGACY_ADAPTERS.get(kind, kind)
-    return {"type": adapter if adapter in LLMS else "auto", "config": config, "options": {}}
+    family = LEGACY_FAMILIES.get(kind, kind)
+    return {"type": family if family in LLMS else "auto", "config": config, "options": {}}
 
 
 def llm_weights(tensors: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -18,7 +18,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "s
 class MLP(nn.Sequential):
     """Linear, then (depth - 1) times activation and Linear. Two plain layers run as one op that keeps less.
 
-    Layers that a recipe has wrapped (LoRA) or replaced (quantised) are called one by one: their forward is not a
+    Layers that a recipe has wrapped (LoRA) or replaced (quantized) are called one by one: their forward is not a
     product with ``weight``. activation: gelu, relu or silu.
     """
 

@@ -12,7 +12,7 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.attention import PACKED
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
-from tinyllava_fast.models.llm.base import LLMS, LLMAdapter, adapters_for
+from tinyllava_fast.models.llm.base import LLMS, LLMFamily, families_for
 from tinyllava_fast.models.sources import ask_hub, resolve
 
 # Transformations of the logits that the loss and the decoder of this package do not apply.
@@ -20,7 +20,7 @@ _LOGIT_CHANGES = {"logits_scaling": 1.0, "logit_scale": 1.0}
 
 
 @LLMS.register("auto")
-class AutoLLM(LLMAdapter):
+class AutoLLM(LLMFamily):
     """AutoModelForCausalLM with packed attention. Remote code is never executed."""
 
     name = "auto"
@@ -31,7 +31,7 @@ class AutoLLM(LLMAdapter):
         return self.build(config_of(default, config, f"{where}.config"), seed=seed, dtype=torch.float32, where=where)
 
     def build(self, config: PreTrainedConfig, *, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
-        """See the base class. seed None leaves the weights uninitialised."""
+        """See the base class. seed None leaves the weights uninitialized."""
         self._check(config, where)
         config.use_cache = False
         with (
@@ -39,14 +39,14 @@ class AutoLLM(LLMAdapter):
             seeded(seed),
         ):
             llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
-        llm.tie_weights()  # construction without initialisation skips it
+        llm.tie_weights()  # construction without initialization skips it
         self.adapt(llm)
         return llm
 
     def from_pretrained(
         self, path: str, *, gguf_file: str | None, overrides: dict[str, Any], dtype: torch.dtype, where: str
     ) -> PreTrainedModel:
-        """See the base class. GGUF weights are dequantised to plain tensors."""
+        """See the base class. GGUF weights are dequantized to plain tensors."""
         source, gguf_file = resolve(path, gguf_file, where)
         ask_hub(source, f"{where}.path")
         extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
@@ -119,7 +119,7 @@ class AutoLLM(LLMAdapter):
     def _check(self, config: PreTrainedConfig, where: str) -> None:
         """Raise UserError for a model of another family, or one that packed training would change."""
         if self.model_types and config.model_type not in self.model_types:
-            fitting = " or ".join(adapters_for(config.model_type))
+            fitting = " or ".join(families_for(config.model_type))
             raise UserError(
                 f"{where}.type: {self.name} takes {' or '.join(self.model_types)} models, this one is "
                 f"{config.model_type!r}; set {where}.type: {fitting}"
@@ -141,7 +141,7 @@ class AutoLLM(LLMAdapter):
 
 
 def _forget_quantization(llm: PreTrainedModel) -> None:
-    """A dequantised model is an ordinary one: saving and training must not meet its origin."""
+    """A dequantized model is an ordinary one: saving and training must not meet its origin."""
     if hasattr(llm.config, "quantization_config"):
         del llm.config.quantization_config
     for name, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):

@@ -1,4 +1,4 @@
-"""What the toolkit needs to know about a language model, and the registry of adapters that know it."""
+"""What the toolkit needs to know about a language model, and the registry of families that know it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tinyllava_fast.registry import Registry
 
 
-class LLMAdapter(ABC):
+class LLMFamily(ABC):
     """Builds a transformers causal LM and finds its parts. It holds no weights: the LM is a plain module beside it."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """Settings of this adapter alone."""
+        """Settings of this family alone."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -35,7 +35,7 @@ class LLMAdapter(ABC):
 
     @abstractmethod
     def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
-        """A float32 model with weights drawn from the seed (None: uninitialised) from a transformers config."""
+        """A float32 model with weights drawn from the seed (None: uninitialized) from a transformers config."""
 
     @abstractmethod
     def build(self, config: PreTrainedConfig, *, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
@@ -76,11 +76,11 @@ class LLMAdapter(ABC):
         """The decoder layers, first to last."""
 
 
-LLMS: Registry[type[LLMAdapter]] = Registry("language model", "tinyllava_fast.models.llm")
+LLMS: Registry[type[LLMFamily]] = Registry("language model", "tinyllava_fast.models.llm")
 
 
-def adapters_for(model_type: str) -> list[str]:
-    """Names of the adapters that state this transformers model type; ["auto"] if none does."""
+def families_for(model_type: str) -> list[str]:
+    """Names of the families that state this transformers model type; ["auto"] if none does."""
     return [name for name in LLMS if model_type in LLMS.get(name).model_types] or ["auto"]
 
 

@@ -128,7 +128,7 @@ def _divisible(value: float, divisor: int) -> int:
 
 
 class OpenELMAttention(nn.Module):
-    """Grouped-query attention with normalised heads; [B, T, D] -> [B, T, D]."""
+    """Grouped-query attention with normalized heads; [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: OpenELMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -345,7 +345,7 @@ class OpenELM(AutoLLM):
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """Settings of this adapter alone."""
+        """Settings of this family alone."""
 
         preset: str | None = None
         """Released size whose config random weights start from: 270M, 450M, 1_1B or 3B."""

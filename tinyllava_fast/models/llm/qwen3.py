@@ -1,4 +1,4 @@
-"""Qwen3 (arXiv:2505.09388): Qwen2 with normalised query and key heads."""
+"""Qwen3 (arXiv:2505.09388): Qwen2 with normalized query and key heads."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class VisionTower(nn.Module, ABC):
         where: str,
         strict: bool = True,
     ) -> VisionTower:
-        """A tower with weights drawn from the seed (None: uninitialised).
+        """A tower with weights drawn from the seed (None: uninitialized).
 
         feature_select None: the tower's default. strict: refuse config keys that transformers does not know.
         """

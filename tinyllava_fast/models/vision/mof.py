@@ -37,7 +37,7 @@ class MoFTower(VisionTower):
     """CLIP and DINOv2 features [N, K, V1 + V2], CLIP's channels first.
 
     ``path`` and ``config`` are CLIP's, ``options.dinov2`` describes the other half, which interpolates its position
-    table to CLIP's image size. Both see pixels normalised for CLIP. Both end at the same feature_layer and drop their
+    table to CLIP's image size. Both see pixels normalized for CLIP. Both end at the same feature_layer and drop their
     CLS tokens alike.
     """
 

@@ -33,8 +33,8 @@ class LazyTensor:
         return cls(name, tuple(held.shape), held.dtype, lambda: held)
 
 
-class Engine(Protocol):
-    """Runs forward, backward and optimiser steps of one model on one process of ``world_size``.
+class TrainingEngine(Protocol):
+    """Runs forward, backward and optimizer steps of one model on one process of ``world_size``.
 
     Gradients are *sums*: over the micro-batches of a step and over the ranks, each loss multiplied by the ``scale``
     given. With scale = 1 / (supervised tokens of the step over all ranks) the update is that of the mean token loss,
@@ -66,7 +66,7 @@ class Engine(Protocol):
         ...
 
     def optimizer_state(self) -> Sequence[LazyTensor]:
-        """Everything the optimiser knows, in a layout that depends neither on the engine nor on the number of ranks.
+        """Everything the optimizer knows, in a layout that depends neither on the engine nor on the number of ranks.
 
         "step" [] float32; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>".
         """

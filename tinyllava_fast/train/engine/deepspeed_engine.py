@@ -30,7 +30,7 @@ PERSISTENT_NUMEL = 10_000
 def deepspeed_config(
     *, zero_stage: int, offload: bool, micro_batches: int, clip_norm: float, bf16: bool, cuda: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON. micro_batches: packs of one process in one optimiser step."""
+    """DeepSpeed's JSON. micro_batches: packs of one process in one optimizer step."""
     zero: dict[str, Any] = {"stage": zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
     if zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
@@ -53,8 +53,11 @@ def deepspeed_config(
 
 
 class DeepSpeedEngine:
-    """Engine over DeepSpeed. model: whole, on every rank; its modules name in ``external_parameters()`` what they read
-    of other modules."""
+    """TrainingEngine over DeepSpeed.
+
+    model: whole, on every rank; its modules name in ``external_parameters()`` what they read of other modules.
+
+    """
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class DeepSpeedEngine:
         self._unfinished = False  # a backward pass whose engine.step() has not been called
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         if self._unfinished:
             self._engine.step()  # not the last micro-batch after all: DeepSpeed counts it and goes on
         loss = self._engine(**self._with_image(batch.to(self.device)).tensors())
@@ -117,7 +120,7 @@ class DeepSpeedEngine:
         return loss.detach()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lrs[group["name"]]
         self._engine.step()
@@ -125,16 +128,16 @@ class DeepSpeedEngine:
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         torch.distributed.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
-        """See Engine."""
+        """See TrainingEngine."""
         torch.distributed.barrier()
 
     def model_state(self) -> Sequence[LazyTensor]:
-        """See Engine."""
+        """See TrainingEngine."""
         state = self.model.state_dict(keep_vars=True)
         return [
             LazyTensor(name, shape, state[name].dtype, partial(self._whole, state[name]))
@@ -142,7 +145,7 @@ class DeepSpeedEngine:
         ]
 
     def optimizer_state(self) -> Sequence[LazyTensor]:
-        """See Engine."""
+        """See TrainingEngine."""
         step = self._adamw.state[self._flat_masters()[0]]["step"].cpu()
         items = [LazyTensor.of("step", step)]
         for p, name in self._names.items():
@@ -165,7 +168,7 @@ class DeepSpeedEngine:
         return items
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """See Engine."""
+        """See TrainingEngine."""
         step = checked(tensors, "step", torch.zeros(()))
         for flat in self._flat_masters():
             self._adamw.state[flat]["step"].copy_(step)
@@ -179,7 +182,7 @@ class DeepSpeedEngine:
                 self._fragments.safe_set_full_fp32_param(p, value)
 
     def close(self) -> None:
-        """See Engine."""
+        """See TrainingEngine."""
         self._engine.destroy()
 
     def _with_image(self, batch: PackedBatch) -> PackedBatch:

@@ -14,7 +14,7 @@ from torch import nn
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import torchrun_number
-from tinyllava_fast.train.engine.base import Engine, ParamGroups
+from tinyllava_fast.train.engine.base import ParamGroups, TrainingEngine
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
 
@@ -84,12 +84,12 @@ def build_engine(
     groups: ParamGroups,
     *,
     micro_batches: int,
-) -> Engine:
+) -> TrainingEngine:
     """The engine of engine.type around a model in float32 whose recipe is applied; its weights become engine.dtype.
 
     optim: type, betas, eps and clip_norm are read.
 
-    micro_batches: packs that one process takes in one optimiser step.
+    micro_batches: packs that one process takes in one optimizer step.
     """
     settings: dict[str, Any] = {
         "device": process.device,

@@ -14,7 +14,7 @@ from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
 class TorchEngine:
-    """Engine of a single process. model: already on ``device`` and of its training dtype.
+    """TrainingEngine of a single process. model: already on ``device`` and of its training dtype.
 
     cuda_graphs: gradients come out of memory that the next replay writes to, so they are copied.
     """
@@ -44,7 +44,7 @@ class TorchEngine:
         )
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         loss = self.model(**batch.to(self.device).tensors())
         if loss.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
             (loss * scale).backward()
@@ -56,53 +56,53 @@ class TorchEngine:
         return loss.detach()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         return self._optimizer.step(lrs)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         return tensor
 
     def barrier(self) -> None:
-        """See Engine."""
+        """See TrainingEngine."""
 
     def model_state(self) -> Sequence[LazyTensor]:
-        """See Engine."""
+        """See TrainingEngine."""
         return [LazyTensor.of(name, tensor) for name, tensor in plain_state(self.model).items()]
 
     def optimizer_state(self) -> Sequence[LazyTensor]:
-        """See Engine."""
+        """See TrainingEngine."""
         return self._optimizer.state()
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """See Engine."""
+        """See TrainingEngine."""
         self._optimizer.load(tensors)
 
     def close(self) -> None:
-        """See Engine."""
+        """See TrainingEngine."""
         for p in self.model.parameters():
             p.grad = None
 
 
 class DataParallelEngine(TorchEngine):
-    """Every process holds the whole model and optimiser; float32 gradients are summed over them before each update."""
+    """Every process holds the whole model and optimizer; float32 gradients are summed over them before each update."""
 
     def __init__(self, model: nn.Module, groups: ParamGroups, **settings: Any) -> None:
         super().__init__(model, groups, **settings)
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         pending = [torch.distributed.all_reduce(g, async_op=True) for g in self._optimizer.gradients()]
         for work in pending:
             work.wait()
         return super().step(lrs)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """See Engine."""
+        """See TrainingEngine."""
         torch.distributed.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
-        """See Engine."""
+        """See TrainingEngine."""
         torch.distributed.barrier()

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from tinyllava_fast.train.schedule import lr_factor, warmup_steps
+from tinyllava_fast.train.lr_schedule import lr_factor, warmup_steps
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -15,7 +15,7 @@ def lr_factor(
 ) -> float:
     """The factor in [0, 1] that multiplies the peak learning rate of the given step.
 
-    step: 0 for the first optimiser step of the stage, total_steps - 1 for the last. Warm-up rises linearly and never
+    step: 0 for the first optimizer step of the stage, total_steps - 1 for the last. Warm-up rises linearly and never
     uses 0: step i of w warm-up steps has (i + 1) / w. Then cosine or linear decay from 1 towards min_lr_ratio, which
     the step after the last would reach, or a constant 1. Raises ValueError for an unknown schedule.
     """
