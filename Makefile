@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 FUZZ_SECONDS ?= 600
 SANITIZED := build/sanitize
 # A test process takes about 1.5 GB and one core.
-WORKERS := -n auto --maxprocesses 4
+WORKERS := -n auto --maxprocesses 4 --max-worker-restart 0
 COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
 .PHONY: help demo test quick sanitize fuzz compilers lint format setup clean

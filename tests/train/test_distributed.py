@@ -27,7 +27,7 @@ def launch(folder: Path, *runs: str) -> None:
     pytest.importorskip("deepspeed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*command, str(folder), *runs], env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([*command, str(folder), *runs], env=env, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
