@@ -21,7 +21,10 @@ def width(segment: Segment, tokens_per_image: int) -> int:
 
 
 def targets(segment: Segment) -> int:
-    """Positions of a segment that carry a label: its supervised text tokens but a first token: nothing predicts it."""
+    """Return how many positions of a segment carry a label.
+
+    These are its supervised text tokens, except the first token of the segment, which no token predicts.
+    """
     return sum(segment.ids[i] != IMAGE_INDEX for start, stop in segment.spans for i in range(max(start, 1), stop))
 
 

@@ -91,7 +91,7 @@ class PackedDataset:
                     sizes.append(self._add(piece, sample, inputs))
                 if pace.due():
                     log.info(_TOKENIZED, data.records, records[-1].index + 1, (records[-1].index + 1) / pace.elapsed_s)
-        self.files.stop()
+        self.files.raise_if_missing()
         if not sizes:
             raise self._nothing_left()
         table = np.array(sizes, np.int64)

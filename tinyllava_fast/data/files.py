@@ -68,8 +68,8 @@ class ImageFiles:
         """Keep for ``stop`` what is wrong with an image of the record."""
         self._bad.append(f"{record.where}: image: {error}")
 
-    def stop(self) -> None:
-        """DataError if any file is missing or no picture, naming them together; what was measured is forgotten."""
+    def raise_if_missing(self) -> None:
+        """Raise one DataError that names every file which is missing or is no picture. Forget the sizes read so far."""
         found = []
         if self._missing:
             found.append(f"{len(self._missing)} records name a missing image file; check data.image_folder")
