@@ -16,6 +16,7 @@ from torch import Tensor
 from tinyllava_fast.hardware import keeps_memory
 
 ABI = 6
+"""Raise it when a kernel's signature changes: CMake builds this number into the extension, and load() compares."""
 _kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 _LARGE = 4 << 20  # bytes from which numpy asks for huge pages
