@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyllava_fast.ops import NF4, Int8, decode_linear, quantize_int8, quantize_nf4
+from tinyllava_fast.ops._policy import faster
 from tinyllava_fast.ops.decode_block import silu_gate
-from tinyllava_fast.ops.decode_linear import in_huge_pages, most_rows
-from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, pays, prefill_linear
+from tinyllava_fast.ops.decode_linear import in_huge_pages
+from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, prefill_linear
 
 
 class DecodeLinear(nn.Module):
@@ -55,7 +56,8 @@ class DecodeLinear(nn.Module):
 
     def fused(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [T, in] -> activation(product), of ops.prefill_linear, + residual: one call where there are many rows."""
-        if self.blocksize or len(x) <= most_rows(self.scales is not None) or not pays(x):
+        few = faster("decode_linear" if self.scales is None else "decode_linear int8", x, rows=len(x))
+        if self.blocksize or few or not faster("prefill_linear", x):
             y: Tensor = self(x)
             y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
             return y if residual is None else residual + y

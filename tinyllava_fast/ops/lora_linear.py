@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
-from tinyllava_fast.ops._lora_products import WHOLE, Mask, add_up, down, pays, up
+from tinyllava_fast.ops._lora_products import WHOLE, Mask, add_up, down, in_one_pass, up
 from tinyllava_fast.ops._lora_products import grad as narrow_grad
 from tinyllava_fast.ops._lora_samples import samples
 from tinyllava_fast.ops._op import define_op
@@ -283,7 +283,7 @@ def _cpp_bwd(
     v = down(grad, b, factor) if want[0] or want[3] else u
     if want[0]:
         # torch's product adds to the adapter's share, which has to be masked first; the kernel masks while it adds
-        share = None if pays(len(a), x) else up(v, a, 1.0, mask)
+        share = None if in_one_pass(len(a), x) else up(v, a, 1.0, mask)
         if weight is None:
             assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
             dx = multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize, into=share)
