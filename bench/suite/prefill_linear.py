@@ -11,7 +11,8 @@ from tinyllava_fast.bench.case import FORWARD, SUITE, Case, Run, Setting, Work, 
 from tinyllava_fast.log import log
 from tinyllava_fast.ops import quantize_int8
 from tinyllava_fast.ops._policy import faster
-from tinyllava_fast.ops.decode_linear import dense_weight, in_huge_pages
+from tinyllava_fast.ops.decode_linear import in_huge_pages
+from tinyllava_fast.ops.linear import dense_weight
 from tinyllava_fast.ops.prefill_linear import prefill_linear
 
 LAYERS = 16
