@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt tinyllava_fast/ops/_cpp.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FUZZ_SECONDS ?= 600
 SANITIZED := build/sanitize

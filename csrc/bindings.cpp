@@ -14,7 +14,7 @@ const char* isa_name(Isa isa);
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels of tinyllava_fast; call them through tinyllava_fast.ops";
   module.def("isa", [] { return tlf::isa_name(tlf::active_isa()); }, "the instruction set in use");
-  module.attr("ABI") = 6;  // raised when a kernel's signature changes; checked by ops/_cpp.py
+  module.attr("ABI") = TLF_ABI;  // of ops/_cpp.py, as it was when this was built
 #if defined(__clang__)
   // Code of clang runs on libomp, beside the libgomp of torch, and scratch is sized for torch's count of threads.
   module.def("set_threads", [](int count) { omp_set_num_threads(count); }, "threads of this thread's parallel regions");

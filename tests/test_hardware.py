@@ -15,8 +15,8 @@ from tinyllava_fast.log import log
 FAULTS = """
 import resource, sys
 if sys.argv[1] == "prepared":
-    from tinyllava_fast.hardware import prepare_memory
-    assert prepare_memory()
+    from tinyllava_fast.hardware import keeps_memory, prepare_memory
+    assert prepare_memory() and keeps_memory()
 import torch
 x = torch.ones(8 * 2**20)
 y = x + 1
@@ -42,9 +42,11 @@ def test_freed_tensors_are_reused_without_page_faults():
 
 def test_without_glibc_it_says_no(monkeypatch):
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    monkeypatch.setitem(hardware._memory, "kept", True)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not hardware.prepare_memory()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"  # the user's own value stays
+    assert not hardware.keeps_memory()
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096))
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _NEVER = 2**31 - 1  # mallopt takes an int
 _OLD_LIMIT = 32 * 2**20  # the largest mmap threshold that older glibc accepts
+_memory = {"kept": False}  # what prepare_memory has set up
 
 
 def torchrun_number(name: str, default: int) -> int:
@@ -49,7 +50,7 @@ def prepare_memory() -> bool:
 
     Call it before torch allocates: torch reads THP_MEM_ALLOC_ENABLE once. A value that the user has set stays.
     """
-    os.environ.setdefault(_HUGE_PAGES, "1")
+    _memory["kept"] = os.environ.setdefault(_HUGE_PAGES, "1") == "1"
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -59,8 +60,8 @@ def prepare_memory() -> bool:
 
 
 def keeps_memory() -> bool:
-    """Whether prepare_memory has told this process to find freed memory again, so that little is fresh."""
-    return os.environ.get(_HUGE_PAGES) == "1"
+    """Return whether prepare_memory has told this process to find freed memory again, so that little is fresh."""
+    return _memory["kept"]
 
 
 def gemm_flops_per_s(dtype: Any, device: str = "cpu") -> float:

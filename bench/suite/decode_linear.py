@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tinyllava_fast.bench.case import FORWARD, SUITE, Case, Run, Setting, Work, nbytes, pack_of
-from tinyllava_fast.ops import decode_linear, quantize_int8
-from tinyllava_fast.ops.decode_linear import dense_weight, in_huge_pages
+from tinyllava_fast.ops import linear, quantize_int8
+from tinyllava_fast.ops.decode_linear import in_huge_pages
+from tinyllava_fast.ops.linear import dense_weight
 
 LAYERS = 64
 
@@ -39,7 +40,7 @@ def _case(setting: Setting, rows: int, *, int8: bool) -> Case:
     def plain() -> Tensor:
         return torch.cat([functional.linear(x, w) for w in weights])
 
-    run: dict[str, Run] = {"torch": plain, "ours": lambda: torch.cat([decode_linear(x, w) for w in held])}
+    run: dict[str, Run] = {"torch": plain, "ours": lambda: torch.cat([linear(x, w) for w in held])}
     work = {FORWARD: Work(2.0 * rows * width * outputs * count, size + nbytes(x) * (1 + count * outputs / width))}
     label = f"N={rows} K={width} O={outputs}{' int8' if int8 else ''}, {count} layers"
     return Case("decode_linear", label, run, work)

@@ -10,8 +10,10 @@ from torch.nn import functional
 from tinyllava_fast.bench.case import FORWARD, SUITE, Case, Run, Setting, Work, nbytes, pack_of
 from tinyllava_fast.log import log
 from tinyllava_fast.ops import quantize_int8
-from tinyllava_fast.ops.decode_linear import dense_weight, in_huge_pages
-from tinyllava_fast.ops.prefill_linear import pays, prefill_linear
+from tinyllava_fast.ops._policy import faster
+from tinyllava_fast.ops.decode_linear import in_huge_pages
+from tinyllava_fast.ops.linear import dense_weight
+from tinyllava_fast.ops.prefill_linear import prefill_linear
 
 LAYERS = 16
 
@@ -19,7 +21,7 @@ LAYERS = 16
 @SUITE.register("prefill_linear")
 def cases(setting: Setting) -> Iterator[Case]:
     """Gate and up of SmolLM2-135M's MLP as one product, for a few rows, a prompt and several; weights also in int8."""
-    if not setting.quick and not pays(setting.randn(1, 1, grad=False)):
+    if not setting.quick and not faster("prefill_linear", setting.randn(1, 1, grad=False)):
         log.info("prefill_linear: left out, it runs only in AMX tiles; elsewhere the layers are torch's")
         return
     for rows in (20,) if setting.quick else (64, 240, 1024):

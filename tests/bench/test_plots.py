@@ -27,7 +27,7 @@ RESULT = {
         row("splice", 64, torch=2e-3, ours=1e-3, once=1e-3),
         row("splice", 16, torch=1e-3, ours=4e-4),
         row("splice", 16, FORWARD, torch=1e-3, ours=4e-4),
-        row("merge_states", 16, torch=1e-3, ours=4e-4),
+        row("adamw", 16, torch=1e-3, ours=4e-4),
     ],
 }
 
@@ -35,7 +35,7 @@ RESULT = {
 def test_curves_are_ascending_and_have_two_sizes() -> None:
     lines = plots.curves(RESULT, "splice")["tokens"]
     assert {name: [x for x, _ in points] for name, points in lines.items()} == {"torch": [16, 64], "ours": [16, 64]}
-    assert plots.curves(RESULT, "merge_states") == {}
+    assert plots.curves(RESULT, "adamw") == {}
 
 
 def test_one_picture_an_op(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_padding_and_truncation_of_the_tokenizer_do_not_count():
 def test_half_of_a_surrogate_pair(text):
     tok = families.tokenizer(("bpe", "bytelevel", "none", "front"))
     with pytest.raises(DataError, match="contains half of a surrogate pair") as caught:
-        TEMPLATES.get("phi").prompt(TEMPLATES.get("phi").question(text), tok)
+        TEMPLATES.get("phi").prompt([(f"<image>\n{text}", None)], tok)
     assert str(caught.value).isascii()
     assert encode_pieces(tok, ["\U0001f642"])["\U0001f642"].ids
 

@@ -134,7 +134,6 @@ def test_a_prompt_is_what_stood_before_the_answer(name, turn):
     [[segment]] = template().encode([TURNS], tok)
     prompt = template().prompt([*TURNS[:turn], (TURNS[turn][0], None)], tok)
     assert prompt.ids == segment.ids[: segment.spans[turn][0]]
-    assert prompt.prefix[-1] == IMAGE_INDEX and IMAGE_INDEX not in prompt.suffix
 
 
 @pytest.mark.parametrize("answer", ["", " ", "\nyes", "yes\n ", " assistant", "<s>", "<|im_start|>user\nno", "é 漢"])
@@ -191,7 +190,7 @@ def test_a_template_that_alters_earlier_turns():
     assert len(template().encode([TURNS], tok, "independent")[0]) == 4
     [[short]] = template().encode([[("q", "yes"), ("r", "a long answer")]], tok)  # nothing was altered
     assert learnt(tok, short) == ["yes<|im_end|>", "a long answer<|im_end|>"]
-    assert template().prompt([("q", "long answer"), ("r", None)], tok).suffix  # at inference it may do as it likes
+    assert template().prompt([("q", "long answer"), ("r", None)], tok).ids  # at inference it may do as it likes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tinyllava_fast.infer.linear import DecodeLinear
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.infer.weights import prepare_weights
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.ops.decode_linear import dense_weight
+from tinyllava_fast.ops.linear import dense_weight
 from tinyllava_fast.recipes.linears import linears
 
 QUESTIONS = [f"question {i}?" for i in range(18)]

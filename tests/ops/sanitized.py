@@ -73,8 +73,8 @@ import torch
 import tests.ops.sanitized as sanitized
 sanitized.pytest_configure()
 from tinyllava_fast.ops import _cpp
-rows, spare = torch.zeros(4, 8), torch.zeros(64)
-_cpp.extension().merge_states_fwd(*[t.data_ptr() for t in (rows, spare, spare, spare, rows, spare)], 5, 8, 0)
+rows, weight = torch.zeros(4, 8), torch.zeros(8)
+_cpp.extension().rms_norm(rows.data_ptr(), weight.data_ptr(), 1e-5, rows.data_ptr(), 5, 8, 0)
 """
 
 

@@ -32,3 +32,11 @@ def test_refusals() -> None:
         rotate.op(torch.ones(2, 1, 5), 1, x, x)
     with pytest.raises(ValueError, match="sine is"):
         rotate.op(torch.ones(2, 1, 4), 1, torch.ones(2, 4), torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_far_below_zero_is_shut(dtype: torch.dtype) -> None:
+    """Beyond 2^127 the exponential of the C++ kernel wrapped: silu(-95) was -95, silu(-89) nan."""
+    gate = torch.cat([torch.linspace(-500, 100, 2401), torch.tensor([-3e38, 3e38, torch.nan])]).to(dtype)
+    y = silu_gate.infer(torch.stack([gate, torch.ones_like(gate)], 1))[:, 0]
+    torch.testing.assert_close(y, torch.nn.functional.silu(gate), atol=1e-6, rtol=2e-2, equal_nan=True)

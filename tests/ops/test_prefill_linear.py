@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.agreement import distance
-from tinyllava_fast.ops import _cpp, decode_linear, quantize_int8, quantize_nf4
-from tinyllava_fast.ops.decode_linear import dense_weight
+from tinyllava_fast.ops import _cpp, quantize_int8
+from tinyllava_fast.ops.linear import dense_weight
 from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, prefill_linear
 
 SHAPES = ((96, 576), (37, 70), (130, 2080))  # outputs, columns
@@ -60,16 +60,6 @@ def test_a_row_depends_on_no_other() -> None:
     x[5, 7] = float("nan")
     spoilt = prefill_linear.op(x, w, None, bias, "none", None)
     assert spoilt[5].isnan().all() and torch.equal(spoilt[6:], together[6:])
-
-
-@pytest.mark.parametrize("quantize", [lambda w: w, quantize_int8, quantize_nf4])
-def test_decode_linear_takes_it_for_many_rows(quantize: object) -> None:
-    x, w, bias = made(80, 48, 128)
-    held = quantize(w)  # type: ignore[operator]
-    exact = F.linear(x.double(), dense_weight(held, torch.float64), bias.double())
-    allowed = 2 * distance(F.linear(x, dense_weight(held, x.dtype), bias), exact) + 1e-3
-    got = decode_linear(x.view(10, 8, 128), held, bias)
-    assert got.shape == (10, 8, 48) and distance(got.view(80, 48), exact) <= allowed
 
 
 def test_refusals() -> None:

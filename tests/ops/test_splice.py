@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tinyllava_fast import hardware
 from tinyllava_fast.ops import splice
 from tinyllava_fast.ops._op import force_backend
 
@@ -37,9 +38,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize(("threads", "kept"), [(1, "0"), (2, "1")])
-def test_equals_the_loop(case: str, backend: str, threads: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", kept)
+@pytest.mark.parametrize(("threads", "kept"), [(1, False), (2, True)])
+def test_equals_the_loop(case: str, backend: str, threads: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hardware._memory, "kept", kept)
     ids, weight, features, slots = CASES[case]
     torch.set_num_threads(threads)
     leaves = [weight.clone().requires_grad_(), features.clone().requires_grad_()]

@@ -69,9 +69,9 @@ class DecodeLayer(nn.Module):
         kwargs.setdefault("attention_mask", None)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, qkv[:, rotated:]))
         out = packed(attention, q, k, v, scaling=attention.scaling, sliding_window=self.window, **kwargs)[0]
-        x = self.o.fused(out.reshape(len(x), -1), residual=x)
-        y = self.gate_up.fused(_norm(x, self.post_attention_layernorm), "silu_gate")
-        return self.down.fused(y, residual=x)[None]
+        x = self.o(out.reshape(len(x), -1), residual=x)
+        y = self.gate_up(_norm(x, self.post_attention_layernorm), "silu_gate")
+        return self.down(y, residual=x)[None]
 
 
 def _norm(x: Tensor, module: Any) -> Tensor:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.ops import NF4, Int8, decode_linear, quantize_int8, quantize_nf4
-from tinyllava_fast.ops.decode_block import silu_gate
-from tinyllava_fast.ops.decode_linear import in_huge_pages, most_rows
-from tinyllava_fast.ops.prefill_linear import ACTIVATIONS, pays, prefill_linear
+from tinyllava_fast.ops import NF4, Int8, quantize_int8, quantize_nf4
+from tinyllava_fast.ops.decode_linear import in_huge_pages
+from tinyllava_fast.ops.linear import linear
 
 
 class DecodeLinear(nn.Module):
@@ -49,18 +48,9 @@ class DecodeLinear(nn.Module):
         bias: Any = self.bias
         return bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] of the model's dtype -> [..., out]."""
-        return decode_linear(x, self.held, self.shift)
-
-    def fused(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
-        """x [T, in] -> activation(product), of ops.prefill_linear, + residual: one call where there are many rows."""
-        if self.blocksize or len(x) <= most_rows(self.scales is not None) or not pays(x):
-            y: Tensor = self(x)
-            y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
-            return y if residual is None else residual + y
-        y = prefill_linear.infer(x, self.values, self.scales, self.bias, activation, residual)
-        return y
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """x [..., in] of the model's dtype -> [..., out], as ops.linear takes it."""
+        return linear(x, self.held, self.shift, activation=activation, residual=residual)
 
 
 def _side_by_side(layers: Sequence[Any]) -> Tensor | None:

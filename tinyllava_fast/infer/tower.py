@@ -51,9 +51,9 @@ class TowerLayer(nn.Module):
         qkv = self.qkv(self.layer_norm1(x)).view(images, tokens, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         mixed = full(self, q, k, v, attention_mask, scaling=self.scale)[0].reshape(images * tokens, width)
-        x = self.out.fused(mixed, residual=x)
-        y = self.fc1.fused(self.layer_norm2(x), self.activation)
-        return self.fc2.fused(y, residual=x).view(images, tokens, width)
+        x = self.out(mixed, residual=x)
+        y = self.fc1(self.layer_norm2(x), self.activation)
+        return self.fc2(y, residual=x).view(images, tokens, width)
 
 
 @torch.no_grad()

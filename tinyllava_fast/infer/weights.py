@@ -1,7 +1,7 @@
 """A loaded model's language model made ready for decoding: weights dense or quantized, products at memory speed.
 
 A step of decoding reads every weight once and does little else, so its time is bytes over bandwidth: huge pages raise
-the bandwidth, int8 halves the bytes, nf4 quarters them. More rows than ops.decode_linear takes (prompts, images) run
+the bandwidth, int8 halves the bytes, nf4 quarters them. More rows than decode_linear takes (prompts, images) run
 through ops.prefill_linear on AMX and torch's GEMM elsewhere; nf4, and int8 for a GEMM, is dequantized for that product.
 """
 
@@ -18,7 +18,7 @@ from tinyllava_fast.infer.linear import DecodeLinear
 from tinyllava_fast.infer.sampling import all_finite
 from tinyllava_fast.infer.tower import prepare_tower
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.ops import decode_linear
+from tinyllava_fast.ops import linear
 from tinyllava_fast.ops.decode_linear import in_huge_pages
 from tinyllava_fast.recipes.linears import linears
 
@@ -74,7 +74,7 @@ def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
     weight, bias = lmm.family.head(lmm.llm)
     if dense:
         weight.data = in_huge_pages(weight.data)  # in place: it may be the embedding's, too
-        lmm.project = lambda hidden: decode_linear(hidden, *lmm.family.head(lmm.llm))
+        lmm.project = lambda hidden: linear(hidden, *lmm.family.head(lmm.llm))
         return
     tied = weight is lmm.family.embedding(lmm.llm).weight
     head = DecodeLinear([SimpleNamespace(weight=weight, bias=bias)], "int8")

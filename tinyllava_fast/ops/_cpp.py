@@ -16,6 +16,8 @@ from torch import Tensor
 from tinyllava_fast.hardware import keeps_memory
 
 ABI = 6
+"""Raise it when a kernel's signature changes: CMake builds this number into the extension, and load() compares."""
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 _kept = threading.local()
 _ALIGN = 64  # bytes: one cache line, one AVX-512 register
 _LARGE = 4 << 20  # bytes from which numpy asks for huge pages
@@ -54,18 +56,21 @@ def _set_threads() -> Callable[[int], None] | None:
     return getattr(load()[0], "set_threads", None)
 
 
+@torch.compiler.assume_constant_result
+def isa() -> str:
+    """Return the one of ISAS that the kernels run on, or "" without the extension."""
+    return _isa()
+
+
 @functools.cache
+def _isa() -> str:
+    module = load()[0]
+    return "" if module is None else module.isa()
+
+
 def has_tiles() -> bool:
-    """Whether the kernels run on AMX tiles."""
-    module = load()[0]
-    return module is not None and module.isa() == "amx"
-
-
-@functools.cache
-def has_dots() -> bool:
-    """Whether the kernels multiply bfloat16 in vectors, for want of tiles."""
-    module = load()[0]
-    return module is not None and module.isa() == "avx512bf16"
+    """Return whether the kernels run on AMX tiles."""
+    return isa() == "amx"
 
 
 def runs(*dtypes: torch.dtype, kernel: str = "C++") -> Callable[..., str | None]:

@@ -1,7 +1,7 @@
 """The products of a LoRA layer with its adapter on a CPU, dropout applied on the way.
 
 Each has one wide factor, [N, K] or [N, O], whose reading takes longer than multiplying it by a few columns. Where
-vectors multiply bfloat16 (``_cpp.has_dots``) a C++ kernel reads it once; elsewhere the products are torch's. Elements
+vectors multiply bfloat16 (_policy.TABLE) a C++ kernel reads it once; elsewhere the products are torch's. Elements
 of a row are adjacent in the wide matrix, the narrow one [N, R] is contiguous, a factor may lie either way.
 
 Legend: N rows, C columns of the wide matrix, R rank.
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops._policy import faster
 from tinyllava_fast.ops.gemm import product
 
 ROWS = 512
 """Rows that are masked at a time for torch's product: the copy stays in the cache."""
-RANK = 512
-"""Rank up to which the kernels were measured to win."""
 
 
 class Mask(NamedTuple):
@@ -33,22 +32,16 @@ class Mask(NamedTuple):
 WHOLE = Mask()
 
 
-def pays(rank: int, wide: Tensor) -> bool:
-    """Whether the kernels take products of this rank with this wide matrix."""
-    return (
-        _cpp.has_dots()
-        and rank % 2 == 0
-        and 0 < rank <= RANK
-        and wide.dtype == torch.bfloat16
-        and wide.shape[1] % 2 == 0
-    )
+def in_one_pass(rank: int, wide: Tensor) -> bool:
+    """Return whether the C++ kernels do products of this rank with this wide matrix."""
+    return faster("lora_linear", wide, rank=rank, columns=wide.shape[1])
 
 
 def down(x: Tensor, factor: Tensor, scale: float, mask: Mask = WHOLE) -> Tensor:
     """scale (mask x) factor: x [N, C], factor [C, R] -> [N, R]."""
     (rows, columns), rank = x.shape, factor.shape[1]
     out = x.new_empty((rows, rank))
-    if pays(rank, x):
+    if in_one_pass(rank, x):
         (lies, turned), scratch = _lies(factor), _scratch(rows, columns, rank)  # held: a pointer alone keeps nothing
         _cpp.extension().lora_down(
             *(x.data_ptr(), x.stride(0), lies.data_ptr(), turned, out.data_ptr(), scratch.data_ptr()),
@@ -78,7 +71,7 @@ def up(u: Tensor, factor: Tensor, scale: float, mask: Mask = WHOLE) -> Tensor:
 def add_up(u: Tensor, factor: Tensor, scale: float, into: Tensor, mask: Mask = WHOLE) -> None:
     """into [N, C] += mask (scale u factor): u [N, R], factor [R, C]; into is contiguous."""
     (rows, rank), columns = u.shape, factor.shape[1]
-    if pays(rank, into):
+    if in_one_pass(rank, into):
         (lies, turned), scratch = _lies(factor), _scratch(rows, columns, rank)
         _cpp.extension().lora_up(
             *(u.data_ptr(), lies.data_ptr(), turned, into.data_ptr(), scratch.data_ptr()),
@@ -94,7 +87,7 @@ def grad(left: Tensor, right: Tensor, scale: float, mask: Mask = WHOLE, *, turne
     """scale leftᵀ (mask right): left [N, R], right [N, C] -> [R, C], or turned [C, R], which is contiguous too."""
     (rows, rank), columns = left.shape, right.shape[1]
     out = right.new_empty((columns, rank) if turned else (rank, columns))
-    if pays(rank, right):
+    if in_one_pass(rank, right):
         scratch = _scratch(rows, columns, rank)
         _cpp.extension().lora_grad(
             *(left.data_ptr(), right.data_ptr(), right.stride(0), out.data_ptr(), int(turned), scratch.data_ptr()),

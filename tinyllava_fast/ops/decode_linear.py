@@ -11,29 +11,17 @@ Inference only: there is no backward. Legend: N rows of x, K inputs, O outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
-from tinyllava_fast.ops.nf4 import NF4, dequantize_nf4, linear_nf4_fwd
-from tinyllava_fast.ops.prefill_linear import check_product, pays, prefill_linear, reference_product
-
-MOST_ROWS = 16
-"""Up to so many rows of x this kernel is at least as fast as torch's GEMM (measured, docs/LOG.md); beyond, GEMM is."""
-MOST_ROWS_INT8 = 64
-"""The same of int8 weights, which a GEMM would have to dequantize first: the kernel reads them once per 16 rows."""
-
-
-def most_rows(int8: bool) -> int:
-    """Rows of x up to which the kernel runs. int8: whether the weight is Int8."""
-    return MOST_ROWS_INT8 if int8 else MOST_ROWS
+from tinyllava_fast.ops._policy import most_rows
+from tinyllava_fast.ops.prefill_linear import check_product, reference_product
 
 
 class Int8(NamedTuple):
@@ -63,42 +51,14 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def decode_linear(x: Tensor, weight: Tensor | Int8 | NF4, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias; for more than MOST_ROWS (MOST_ROWS_INT8) rows by prefill_linear where it pays, else by torch.
-
-    x: [..., K] float. weight: [O, K] of x's dtype, Int8 or NF4. bias: [O], x's dtype. Returns [..., O] of x's dtype.
-    Raises ValueError for shapes and dtypes, and where a gradient is asked for: use functional.linear or linear_nf4.
-    """
-    tensors = [x, bias, weight if isinstance(weight, Tensor) else None]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError("decode_linear: it has no backward; call it under torch.inference_mode() or no_grad()")
-    rows = math.prod(x.shape[:-1])
-    outputs = weight.shape[0] if isinstance(weight, (NF4, Tensor)) else weight.values.shape[0]
-    flat, few = x.reshape(rows, x.shape[-1]), rows <= most_rows(isinstance(weight, Int8))
-    if not few and pays(x):
-        held = dequantize_nf4(*weight, x.dtype) if isinstance(weight, NF4) else weight
-        values, scale = held if isinstance(held, Int8) else (held, None)
-        y = prefill_linear.infer(flat, values, scale, bias, "none", None)
-    elif isinstance(weight, NF4):
-        y = linear_nf4_fwd.infer(flat, weight.packed, weight.absmax, *weight.shape, weight.blocksize, bias)
-    elif few:
-        values, scale = weight if isinstance(weight, Int8) else (weight, None)
-        y = decode_linear_fwd.infer(flat, values, scale, bias)
-    else:
-        y = functional.linear(flat, dense_weight(weight, x.dtype), bias)
-    return y.view(*x.shape[:-1], outputs)
-
-
-def dense_weight(weight: Tensor | Int8 | NF4, dtype: torch.dtype) -> Tensor:
-    """The weight [O, K] as a plain tensor of dtype."""
-    if isinstance(weight, NF4):
-        return dequantize_nf4(*weight, dtype)
-    return dequantize_int8(*weight, dtype) if isinstance(weight, Int8) else weight.to(dtype)
+def policy_name(int8: bool) -> str:
+    """Return the op's name in _policy.TABLE; a GEMM would have to dequantize int8 weights first."""
+    return "decode_linear int8" if int8 else "decode_linear"
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
     check_product("decode_linear", x, weight, scale, bias)
-    most = most_rows(scale is not None)
+    most = most_rows(policy_name(scale is not None))
     if x.shape[0] > most:
         raise ValueError(f"decode_linear: {x.shape[0]} rows, the kernel takes at most {most}")
 
@@ -142,5 +102,5 @@ def _samples() -> Iterator[Sample]:
     samples=_samples,
 )
 def decode_linear_fwd(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """[N, O]; see decode_linear(). N is at most MOST_ROWS or MOST_ROWS_INT8."""
+    """[N, O]; x Wᵀ + bias. N is at most what _policy.TABLE says."""
     return reference_product(x, weight, scale, bias)

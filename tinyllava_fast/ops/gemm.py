@@ -16,6 +16,7 @@ from torch import Tensor
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops._policy import faster
 
 OP = "gemm"
 
@@ -32,16 +33,10 @@ def _check(left: Tensor, right: Tensor, bias: Tensor | None) -> None:
 
 
 def pays(left: Tensor, right: Tensor) -> bool:
-    """Whether the kernel beats torch's product of these factors (measured, docs/LOG.md): bfloat16 on a CPU with AMX."""
+    """Return whether the kernel beats torch's product of these factors; the elements of a line have to be adjacent."""
     (rows, depth), columns = left.shape, right.shape[1]
-    return (
-        left.device.type == "cpu"
-        and left.dtype == torch.bfloat16
-        and min(rows, columns, depth) >= 64
-        and rows * columns * depth >= 1 << 24
-        and all(1 in factor.stride() for factor in (left, right))
-        and _cpp.has_tiles()
-    )
+    lie = all(1 in factor.stride() for factor in (left, right))
+    return lie and faster("gemm", left, rows=rows, columns=columns, depth=depth, work=rows * columns * depth)
 
 
 def _turned(factor: Tensor) -> tuple[Tensor, bool]:
@@ -114,7 +109,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left [M, K] right [K, N] without gradient, by whichever is fastest: for the backward passes of other ops."""
     if pays(left, right):
         return gemm.infer(left, right, None)
-    if left.stride(1) != 1 and left.is_cpu and left.dtype == torch.bfloat16 and _cpp.has_tiles():
+    if left.stride(1) != 1 and faster("transpose", left):
         left = transposed(left.t())
     return left @ right
 

@@ -16,7 +16,7 @@ scales them by the incoming scalar. Legend: T tokens, D hidden size, V vocabular
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,21 +61,26 @@ def linear_cross_entropy(
     return linear_cross_entropy_fwd.op(hidden, weight, bias, labels, supervised, *scalars, *want)[0]
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    supervised: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> None:
-    op = "linear_cross_entropy"
+class Args(NamedTuple):
+    """The arguments of linear_cross_entropy_fwd."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    supervised: Tensor | None
+    ignore_index: int
+    softcap: float
+    label_smoothing: float
+    z_loss: float
+    want_hidden: bool
+    want_weight: bool
+    want_bias: bool
+
+
+def _check(*args: Any) -> None:
+    op, given = "linear_cross_entropy", Args(*args)
+    hidden, weight, bias, labels, supervised = given[:5]
     expect(op, "hidden", hidden, "T D", FLOATS)
     expect(op, "weight", weight, "V D", (hidden.dtype,), like=hidden)
     expect(op, "labels", labels, "T", (torch.int64,), like=hidden)
@@ -89,32 +94,20 @@ def _check(
             raise ValueError(f"{op}: bias has {bias.shape[0]} entries for a vocabulary of {weight.shape[0]}")
     if supervised is not None:
         expect(op, "supervised", supervised, "M", (torch.int64,), like=hidden)
-    if softcap < 0:
-        raise ValueError(f"{op}: softcap must not be negative, got {softcap}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be in 0..1, got {label_smoothing}")
-    if z_loss < 0:
-        raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
+    if given.softcap < 0:
+        raise ValueError(f"{op}: softcap must not be negative, got {given.softcap}")
+    if not 0 <= given.label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be in 0..1, got {given.label_smoothing}")
+    if given.z_loss < 0:
+        raise ValueError(f"{op}: z_loss must not be negative, got {given.z_loss}")
 
 
-def _check_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    supervised: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> None:
-    op = "linear_cross_entropy"
+def _check_values(*args: Any) -> None:
+    op, given = "linear_cross_entropy", Args(*args)
+    labels, supervised, ignore_index = given.labels, given.supervised, given.ignore_index
     known = labels.masked_fill(labels == ignore_index, 0)
     expect_range(
-        op, "labels", known, 0, weight.shape[0] - 1, f"the vocabulary; {ignore_index} marks unsupervised tokens"
+        op, "labels", known, 0, given.weight.shape[0] - 1, f"the vocabulary; {ignore_index} marks unsupervised tokens"
     )
     if supervised is not None:
         expect_range(op, "supervised", supervised, 0, labels.shape[0], "positions, or the number of tokens as padding")
@@ -173,25 +166,14 @@ def _samples() -> Iterator[Sample]:
     yield case("smoothed, nothing supervised", 3, 11, 8, 0.0, slots=True, bias=True, smooth=0.2, z_loss=0.1)
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    supervised: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Args(*args)
+    hidden, weight = given.hidden, given.weight
     return (
         hidden.new_empty((), dtype=_loss_dtype(hidden)),
-        hidden.new_empty(hidden.shape if want_hidden else (0, hidden.shape[1])),
-        weight.new_empty(weight.shape if want_weight else (0, weight.shape[1])),
-        weight.new_empty(weight.shape[:1] if want_bias else (0,)),
+        hidden.new_empty(hidden.shape if given.want_hidden else (0, hidden.shape[1])),
+        weight.new_empty(weight.shape if given.want_weight else (0, weight.shape[1])),
+        weight.new_empty(weight.shape[:1] if given.want_bias else (0,)),
     )
 
 
@@ -199,21 +181,11 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _cpp_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    supervised: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = _rows(labels, supervised, ignore_index)
+def _cpp_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Args(*args)
+    hidden, weight, bias, labels = given.hidden, given.weight, given.bias, given.labels
+    want_hidden, want_weight, want_bias = given.want_hidden, given.want_weight, given.want_bias
+    rows = _rows(labels, given.supervised, given.ignore_index)
     x, y = hidden.index_select(0, rows), labels.index_select(0, rows)
     (count, dim), vocab, dtype = x.shape, weight.shape[0], weight.dtype
     loss = torch.empty(count, dtype=torch.float64)
@@ -231,7 +203,7 @@ def _cpp_fwd(
         graded = want_hidden or want_weight or want_bias
         _cpp.extension().cross_entropy_rows(
             *(z.data_ptr(), y[part].data_ptr(), loss[part].data_ptr(), len(z), vocab),
-            *(_cpp.DTYPE_CODES[dtype], graded, softcap, label_smoothing, z_loss),
+            *(_cpp.DTYPE_CODES[dtype], graded, given.softcap, given.label_smoothing, given.z_loss),
         )
         if want_hidden:
             torch.mm(z, weight, out=dx[part])

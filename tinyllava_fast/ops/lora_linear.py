@@ -11,7 +11,7 @@ Legend: N rows, K inputs, O outputs, R rank.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
-from tinyllava_fast.ops._lora_products import WHOLE, Mask, add_up, down, pays, up
+from tinyllava_fast.ops._lora_products import WHOLE, Mask, add_up, down, in_one_pass, up
 from tinyllava_fast.ops._lora_products import grad as narrow_grad
 from tinyllava_fast.ops._lora_samples import samples
 from tinyllava_fast.ops._op import define_op
@@ -90,18 +90,42 @@ def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x if seed is None or p == 0 else x * dropout_mask(seed, x.shape[0], x.shape[1], p)
 
 
-def _check_common(
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    a: Tensor,
-    b: Tensor,
-    p: float,
-    seed: Tensor | None,
-) -> None:
-    op = "lora_linear"
+class Forward(NamedTuple):
+    """The arguments of lora_linear_fwd."""
+
+    x: Tensor
+    weight: Tensor | None
+    packed: Tensor | None
+    absmax: Tensor | None
+    blocksize: int
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    p: float
+    seed: Tensor | None
+
+
+class Backward(NamedTuple):
+    """The arguments of lora_linear_bwd."""
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor | None
+    packed: Tensor | None
+    absmax: Tensor | None
+    blocksize: int
+    a: Tensor
+    b: Tensor
+    u: Tensor
+    scale: float
+    p: float
+    seed: Tensor | None
+    want: list[bool]
+
+
+def _check_common(given: Forward | Backward) -> None:
+    op, x, a, b, weight, seed = "lora_linear", given.x, given.a, given.b, given.weight, given.seed
     expect(op, "x", x, "N K", FLOATS)
     expect(op, "a", a, "R K", (x.dtype,), like=x)
     expect(op, "b", b, "O R", (x.dtype,), like=x)
@@ -111,77 +135,46 @@ def _check_common(
         expect(op, "weight", weight, "O K", (x.dtype,), like=x)
         if weight.shape[0] != b.shape[0] or weight.shape[1] != x.shape[1]:
             raise ValueError(f"{op}: weight is {list(weight.shape)}, the adapter is for {[b.shape[0], a.shape[1]]}")
-    elif packed is None or absmax is None:
+    elif given.packed is None or given.absmax is None:
         raise ValueError(f"{op}: give a dense weight or an NF4 one")
     else:
-        expect(op, "packed", packed, "P", (torch.uint8,), like=x)
-        check_nf4(op, packed, absmax, b.shape[0], x.shape[1], blocksize)
-    if not 0 <= p < 1:
-        raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {p}")
-    if p > 0 and seed is None:
-        raise ValueError(f"{op}: dropout_p is {p} and there is no seed")
+        expect(op, "packed", given.packed, "P", (torch.uint8,), like=x)
+        check_nf4(op, given.packed, given.absmax, b.shape[0], x.shape[1], given.blocksize)
+    if not 0 <= given.p < 1:
+        raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {given.p}")
+    if given.p > 0 and seed is None:
+        raise ValueError(f"{op}: dropout_p is {given.p} and there is no seed")
     if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device):
         raise ValueError(f"{op}: seed must be one int64 number on {x.device}, got {seed.dtype} {list(seed.shape)}")
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-) -> None:
-    _check_common(x, weight, packed, absmax, blocksize, a, b, p, seed)
-    if bias is not None:
-        expect("lora_linear", "bias", bias, "O", (x.dtype,), like=x)
-        if bias.shape[0] != b.shape[0]:
-            raise ValueError(f"lora_linear: bias has {bias.shape[0]} entries, the weight has {b.shape[0]} rows")
+def _check(*args: Any) -> None:
+    given = Forward(*args)
+    _check_common(given)
+    if given.bias is not None:
+        expect("lora_linear", "bias", given.bias, "O", (given.x.dtype,), like=given.x)
+        if given.bias.shape[0] != given.b.shape[0]:
+            raise ValueError(
+                f"lora_linear: bias has {given.bias.shape[0]} entries, the weight has {given.b.shape[0]} rows"
+            )
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x, a, b = (given := Forward(*args)).x, given.a, given.b
     return x.new_empty((x.shape[0], b.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
 
 
-def _cpp_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    x, factor, mask = _cpp.unit_stride(x), scale / (1 - p), _mask(p, seed)
-    u = down(x, a.t(), 1.0, mask)
+def _cpp_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    given = Forward(*args)
+    x, b, bias, weight = _cpp.unit_stride(given.x), given.b, given.bias, given.weight
+    u = down(x, given.a.t(), 1.0, _mask(given.p, given.seed))
     if weight is None:
-        assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
-        y = multiply(x, packed, absmax, len(b), x.shape[1], blocksize, bias)
+        assert given.packed is not None and given.absmax is not None  # noqa: S101 the check has seen them
+        y = multiply(x, given.packed, given.absmax, len(b), x.shape[1], given.blocksize, bias)
     else:
         y = _cpp.empty(len(x), len(b), dtype=x.dtype)
         torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
-    add_up(u, b.t(), factor, y)
+    add_up(u, b.t(), given.scale / (1 - given.p), y)
     return y, u
 
 
@@ -222,77 +215,35 @@ def _whole(
     return dense(packed, absmax, b.shape[0], x.shape[1], blocksize, x.dtype)
 
 
-def _check_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    a: Tensor,
-    b: Tensor,
-    u: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    want: list[bool],
-) -> None:
-    _check_common(x, weight, packed, absmax, blocksize, a, b, p, seed)
+def _check_bwd(*args: Any) -> None:
+    given = Backward(*args)
+    _check_common(given)
+    grad, x, b = given.grad, given.x, given.b
     expect("lora_linear", "grad", grad, "N O", (x.dtype,), like=x)
     if grad.shape[0] != x.shape[0] or grad.shape[1] != b.shape[0]:
         raise ValueError(f"lora_linear: grad is {list(grad.shape)}, expected {[x.shape[0], b.shape[0]]}")
 
 
-def _fake_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    a: Tensor,
-    b: Tensor,
-    u: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradients(x: Tensor, a: Tensor, b: Tensor, want: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return room for the gradients of x, weight, bias, a and b; the unwanted have no rows."""
     shapes = (x.shape, (b.shape[0], x.shape[1]), (b.shape[0],), a.shape, b.shape)
     made = [x.new_empty(shape if wanted else (0, *shape[1:])) for shape, wanted in zip(shapes, want, strict=True)]
     return made[0], made[1], made[2], made[3], made[4]
 
 
-def _cpp_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    a: Tensor,
-    b: Tensor,
-    u: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, grad, factor, mask = _cpp.unit_stride(x), _cpp.unit_stride(grad), scale / (1 - p), _mask(p, seed)
-    dx, dw, dbias, da, db = _fake_bwd(x, x, None, None, None, 0, a, b, u, scale, p, None, [False] * 5)
+def _fake_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = Backward(*args)
+    return _gradients(given.x, given.a, given.b, given.want)
+
+
+def _cpp_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = Backward(*args)
+    x, grad, a, b = _cpp.unit_stride(given.x), _cpp.unit_stride(given.grad), given.a, given.b
+    u, want, factor, mask = given.u, given.want, given.scale / (1 - given.p), _mask(given.p, given.seed)
+    dx, dw, dbias, da, db = _gradients(x, a, b, [False] * 5)
     v = down(grad, b, factor) if want[0] or want[3] else u
     if want[0]:
-        # torch's product adds to the adapter's share, which has to be masked first; the kernel masks while it adds
-        share = None if pays(len(a), x) else up(v, a, 1.0, mask)
-        if weight is None:
-            assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
-            dx = multiply_transposed(grad, packed, absmax, len(b), x.shape[1], blocksize, into=share)
-        elif share is None:
-            dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
-        else:
-            dx = share.addmm_(grad, weight)
-        if share is None:
-            add_up(v, a, 1.0, dx, mask)
+        dx = _cpp_dx(given._replace(x=x, grad=grad), v, mask)
     if want[1]:
         dw = product(grad.t(), x)
     if want[2]:
@@ -302,6 +253,27 @@ def _cpp_bwd(
     if want[4]:
         db = narrow_grad(u, grad, factor, turned=True)
     return dx, dw, dbias, da, db
+
+
+def _cpp_dx(given: Backward, v: Tensor, mask: Mask) -> Tensor:
+    """Return dy W + m (v A).
+
+    The kernel adds the adapter's share to W's product and masks on the way; torch's product adds to the share, which is
+    masked first.
+    """
+    x, grad, a, weight = given.x, given.grad, given.a, given.weight
+    share = None if in_one_pass(len(a), x) else up(v, a, 1.0, mask)
+    if weight is None:
+        assert given.packed is not None and given.absmax is not None  # noqa: S101 the check has seen them
+        held = given.packed, given.absmax, len(given.b), x.shape[1], given.blocksize
+        dx = multiply_transposed(grad, *held, into=share)
+    elif share is None:
+        dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
+    else:
+        dx = share.addmm_(grad, weight)
+    if share is None:
+        add_up(v, a, 1.0, dx, mask)
+    return dx
 
 
 @define_op(
@@ -329,7 +301,7 @@ def lora_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, a and b; the unwanted of these five have no rows."""
     factor = scale / (1 - p)
-    dx, dw, dbias, da, db = _fake_bwd(x, x, None, None, None, 0, a, b, u, scale, p, None, want)
+    dx, dw, dbias, da, db = _gradients(x, a, b, want)
     v = (grad @ b) * factor
     if want[0]:
         dx = grad @ _whole(x, weight, packed, absmax, blocksize, b) + _masked(v @ a, p, seed)
@@ -345,11 +317,11 @@ def lora_linear_bwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, packed, absmax, blocksize, _, a, b, scale, p, seed = inputs
-    ctx.save_for_backward(x, weight, packed, absmax, a, b, output[1], seed)
-    ctx.mark_non_differentiable(output[1])
+    given, u = Forward(*inputs), output[1]
+    ctx.save_for_backward(given.x, given.weight, given.packed, given.absmax, given.a, given.b, u, given.seed)
+    ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    ctx.settings = blocksize, scale, p
+    ctx.settings = given.blocksize, given.scale, given.p
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

@@ -4,8 +4,8 @@
     y         = x Wᵀ + bias                                        dx = dy W
     nibble i  = the high half of packed[i // 2] for even i, the low half for odd i
 
-Blocks run over the flattened weight, so a row may start in the middle of one. Up to few_rows() rows of x read the
-packed weight; more of them multiply with the dequantized one, in a buffer of at most TILE_BYTES that a thread keeps.
+Blocks run over the flattened weight, so a row may start in the middle of one. A few rows of x (_policy.TABLE) read
+the packed weight; more multiply with the dequantized one, in a buffer of at most TILE_BYTES that a thread keeps.
 Legend: N rows of x, K inputs, O outputs, P packed bytes, S blocks.
 """
 
@@ -22,6 +22,7 @@ from torch.nn import functional
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops._policy import faster
 
 CODEBOOK = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -30,10 +31,6 @@ CODEBOOK = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """Values of the 16 codes (appendix E of the paper)."""
-FEW_ROWS = 16
-"""So many rows of x are multiplied with the packed weight itself; beyond, torch's GEMM is faster."""
-FEW_ROWS_IN_DOTS = 48
-"""The same where vectors multiply bfloat16, which whole blocks of 64 let them (measured, docs/LOG.md)."""
 TILE_BYTES = 32 << 20
 """Most bytes of a weight that are dequantized at once: one product is faster than several narrow ones."""
 
@@ -153,19 +150,13 @@ def fill_tile(out: Tensor, packed: Tensor, absmax: Tensor, columns: int, blocksi
     )
 
 
-def few_rows(dtype: torch.dtype, columns: int, blocksize: int) -> int:
-    """Rows of x up to which the packed weight itself is multiplied."""
-    dots = _cpp.has_dots() and dtype == torch.bfloat16 and blocksize == 64 and columns % 64 == 0
-    return FEW_ROWS_IN_DOTS if dots else FEW_ROWS
-
-
 def multiply(
     x: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, bias: Tensor | None
 ) -> Tensor:
     """x Wᵀ + bias in C++ and torch's GEMM; x [N, K] float32 or bfloat16."""
     y = _cpp.empty(len(x), rows, dtype=x.dtype)
     packed, absmax = packed.contiguous(), absmax.contiguous()
-    if len(x) <= few_rows(x.dtype, columns, blocksize) and columns % 2 == 0:
+    if faster("linear_nf4", x, rows=len(x), columns=columns, blocksize=blocksize):
         x = _cpp.unit_stride(x)
         bias = None if bias is None else bias.contiguous()
         scratch = _cpp.row_scratch(columns)

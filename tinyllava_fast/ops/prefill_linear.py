@@ -28,6 +28,7 @@ from tinyllava_fast.errors import nearest
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops._policy import faster
 from tinyllava_fast.ops.decode_block import silu_gate
 
 _BLOCK = 32  # rows and columns of packed pieces
@@ -40,11 +41,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu_gate": silu_gate.reference,
 }
 """By name, in the order of their numbers in C++."""
-
-
-def pays(x: Tensor) -> bool:
-    """Whether the kernel is faster than torch's GEMM for x: bfloat16 on a CPU with AMX (measured, docs/LOG.md)."""
-    return x.is_cpu and x.dtype == torch.bfloat16 and _cpp.has_tiles()
 
 
 def check_product(op: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
@@ -95,7 +91,7 @@ def _check(
 def _cpp_forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor:
-    if not pays(x) or x.shape[1] == 0:
+    if not faster("prefill_linear", x) or x.shape[1] == 0:
         return prefill_linear.reference(x, weight, scale, bias, activation, residual)
     x, weight = _cpp.unit_stride(x), weight.contiguous()
     scale, bias, residual = (None if t is None else t.contiguous() for t in (scale, bias, residual))

@@ -14,7 +14,7 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from tinyllava_fast.ops import _cpp
+from tinyllava_fast.ops import _cpp, _policy
 from tinyllava_fast.ops.gemm import gemm, pays
 from tinyllava_fast.ops.splice import splice_bwd, splice_bwd_add
 
@@ -32,8 +32,7 @@ class TrainingPasses(CustomGraphPass):
 
     def uuid(self) -> Any:
         """The key of Inductor's cache has this in it: what is replaced depends on the ISA too."""
-        module = _cpp.load()[0]
-        return get_hash_for_files((__file__,)), module.isa() if module else ""
+        return get_hash_for_files((__file__, _policy.__file__)), _cpp.isa()
 
 
 def replace_products(graph: fx.Graph) -> None:

@@ -3,6 +3,7 @@
 // one for all layers.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "tlf/simd.h"
@@ -80,7 +81,9 @@ void gate_part(const T* gate, const T* up, T* y, int64_t width) {
   const auto open = [&](int64_t k, int count) {
     Vec g = {};
     for (int i = 0; i < count; ++i) g[i] = widen(gate[k + i]);
-    const Vec opened = g / (1.0f + exp2v(-kLog2e * g));
+    const Vec arg = -kLog2e * g;
+    const Vec e = arg > 127.0f ? splat(INFINITY) : exp2v(arg);  // exp2v wraps beyond 2^127
+    const Vec opened = g / (1.0f + e);
     for (int i = 0; i < count; ++i) narrow(rounded_to<T>(opened[i]) * widen(up[k + i]), y + k + i);
   };
   int64_t k = 0;

@@ -14,7 +14,6 @@ class AdapterFormat(Format):
     """adapter_config.json and adapter_model.safetensors."""
 
     name = "adapter"
-    summary = "the LoRA adapter alone, in peft's format"
     merge_adapter = False
 
     def write(self, model: Model, folder: Path) -> None:

@@ -25,7 +25,6 @@ class Format(ABC):
     """One kind of folder."""
 
     name: ClassVar[str]
-    summary: ClassVar[str]
     merge_adapter: ClassVar[bool] = True
     """Whether a LoRA adapter is added to the weights first."""
     takes_names: ClassVar[bool] = False

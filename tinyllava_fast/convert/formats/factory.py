@@ -51,7 +51,6 @@ class FactoryFormat(Format):
 
     name = "factory"
     takes_names = True
-    summary = "TinyLLaVA Factory's finetune output, as it and its hub releases have it"
 
     def write(self, model: Model, folder: Path) -> None:
         """See the base class."""

@@ -42,7 +42,6 @@ class LlavaFormat(Format):
     """Language models that transformers has, towers of one encoder, MLP and linear connectors."""
 
     name = "llava"
-    summary = "transformers' LlavaForConditionalGeneration, which needs nothing of ours to load"
     keeps_adapter = True
 
     def write(self, model: Model, folder: Path) -> None:

@@ -58,15 +58,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An inference prompt, cut after its last image: requests about one image share the prefix. Ids as in Segment."""
+    """An inference prompt."""
 
-    prefix: list[int]
-    suffix: list[int]
-
-    @property
-    def ids(self) -> list[int]:
-        """The whole prompt."""
-        return self.prefix + self.suffix
+    ids: list[int]
+    """Token ids as in Segment."""
 
 
 @dataclass(frozen=True)
@@ -219,27 +214,11 @@ class Template:
         flags = interleaved if interleaved is not None else [False] * len(conversations)
         pairs = zip(conversations, flags, strict=True)
         rendered = [self.render(turns_of(c), tokenizer, flag) for c, flag in pairs]
-        prompts = []
-        for encoded in self._encode_rendered(rendered, tokenizer):
-            ids = encoded.segment.ids
-            cut = max((i + 1 for i, token in enumerate(ids) if token == IMAGE_INDEX), default=0)
-            prompts.append(Prompt(ids[:cut], ids[cut:]))
-        return prompts
+        return [Prompt(encoded.segment.ids) for encoded in self._encode_rendered(rendered, tokenizer)]
 
     def prompt(self, conversation: Conversation, tokenizer: Any) -> Prompt:
         """One inference prompt; see ``prompt_batch``."""
         return self.prompt_batch([conversation], tokenizer)[0]
-
-    @staticmethod
-    def question(text: str, with_image: bool = True) -> list[dict[str, str | None]]:
-        """Messages that ask one question, about an image or not, and leave the answer open."""
-        value = f"{IMAGE_TOKEN}\n{text}" if with_image else text
-        return [{"from": "human", "value": value}, {"from": "gpt", "value": None}]
-
-    @property
-    def stop(self) -> str:
-        """Text that ends an answer."""
-        return self.eos
 
     def stop_id(self, tokenizer: Any) -> int:
         """Id of the token that ends an answer. UserError if this tokenizer has no such token."""
