@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
-from tests.shared_golden import shared_golden
+from tests import vectors
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "benchmarks"
+GOLDEN = vectors.GOLDEN / "benchmarks"
 
 
 def shared(path: str) -> Path:
     """Return a folder of benchmark vectors that are not ours to ship; skip the test where it does not lie there."""
-    return shared_golden(f"benchmarks/{path}")
+    return vectors.shared(f"benchmarks/{path}")
 
 
 def source(name: str, path: str) -> Path:
@@ -24,18 +22,16 @@ def source(name: str, path: str) -> Path:
 
 def text(path: str | Path) -> str:
     """Return a file's text, whether it is stored gzipped or not."""
-    file = GOLDEN / path
-    return file.read_text() if file.exists() else gzip.decompress((GOLDEN / f"{path}.gz").read_bytes()).decode()
+    return vectors.text(GOLDEN / path)
 
 
 def load(path: str | Path) -> Any:
     """Return the value of a .json file, or the list of a .jsonl file's, stored gzipped or not."""
-    content = text(path)
-    return [json.loads(line) for line in content.splitlines()] if Path(path).suffix == ".jsonl" else json.loads(content)
+    return vectors.load(GOLDEN / path)
 
 
 def unpack(path: str | Path, to: Path) -> Path:
     """Write the text of a file, stored gzipped or not, as a file of its own."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(text(path))
+    to.write_text(text(path), encoding="utf-8")
     return to

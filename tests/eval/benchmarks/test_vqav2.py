@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.golden import GOLDEN, load
+from tests.eval.golden import GOLDEN, load, unpack
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.eval.benchmarks.vqav2 import Options, upload
@@ -60,9 +60,10 @@ def test_an_upload_holds_every_id_once(tmp_path, suffix):
         VQAV2().questions(files)
 
 
-def test_official_validation_format():
+def test_official_validation_format(tmp_path):
     """Our answers are normalized before they are compared, so the expected numbers are those of results_m4c.json."""
-    files = {"questions": VAL / "questions.json", "annotations": VAL / "annotations.json", "images": Path("val2014")}
+    annotations = unpack(VAL / "annotations.json", tmp_path / "annotations.json")
+    files = {"questions": VAL / "questions.json", "annotations": annotations, "images": Path("val2014")}
     bench, expected = VQAV2(Options(split="val2014")), load("vqa/official_val_format/expected.json")["accuracy"]
     questions = bench.questions(files)
     answers = {str(r["question_id"]): r["answer"] for r in load("vqa/official_val_format/results_raw.json")}
