@@ -87,7 +87,7 @@ def test_gradients_of_the_adapter(pack: Callable[..., Any]) -> None:
 
 def _own(tmp_path: Path, recipe: Any, **llm: object) -> tuple[Path, Path]:
     """(folder of a model, folder of the same model with an adapter that was trained on it)."""
-    from tests.infer.tiny import make_model, make_tokenizer, tiny_config
+    from tests.tiny import make_model, make_tokenizer, tiny_config
     from tinyllava_fast.config.schema import OptimConfig
     from tinyllava_fast.models.build import build_image_processor
     from tinyllava_fast.recipes.base import apply_recipe

@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 import tinyllava_fast
-from tests.infer.tiny import make_model, make_tokenizer, tiny_config
 from tests.models.checkpoints import golden
+from tests.tiny import make_model, make_tokenizer, tiny_config
 from tests.train.conftest import prepare
 from tinyllava_fast.convert.cli import main as tlf_convert
 from tinyllava_fast.infer.assistant import Assistant

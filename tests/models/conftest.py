@@ -10,27 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import IMAGE, LLAMA
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.types import PackedBatch
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 61,
-    "tie_word_embeddings": True,
-}
-SIGLIP = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 16,
-    "patch_size": 8,
-}
+TIED = LLAMA | {"vocab_size": 61, "tie_word_embeddings": True}
+SIGLIP = IMAGE | {"num_hidden_layers": 3}
 
 
 @dataclasses.dataclass
@@ -50,7 +35,7 @@ def tiny() -> Callable[..., ModelConfig]:
         llm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, tower: str = "siglip", **more: Any
     ) -> ModelConfig:
         return ModelConfig(
-            llm=LLMConfig(config={**LLAMA, **(llm or {})}),
+            llm=LLMConfig(config={**TIED, **(llm or {})}),
             vision=VisionConfig(type=tower, config={**SIGLIP, **(vision or {})}, **more),
             connector=ConnectorConfig(),
         )

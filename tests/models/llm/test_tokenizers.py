@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.infer.tiny import make_tokenizer
+from tests.tiny import make_tokenizer
 from tests.vectors import GOLDEN, load
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig
 from tinyllava_fast.data.tokenizer import load_tokenizer

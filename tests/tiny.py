@@ -1,4 +1,4 @@
-"""A tiny seeded model whose greedy answers vary, its tokenizer, and an engine around them."""
+"""Tiny configurations; a tiny seeded model whose greedy answers vary, its tokenizer, and an engine around them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.models.build import build_image_processor, build_model
 from tinyllava_fast.models.lmm import LMM
 
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+LLAMA = {"model_type": "llama", **TEXT}
+IMAGE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 16,
+    "patch_size": 8,
+}
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 
@@ -31,26 +47,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(**llm: object) -> ModelConfig:
     text = {
-        "model_type": "llama",
+        **LLAMA,
         "hidden_size": 48,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "vocab_size": 272,
         "max_position_embeddings": 2048,
         "bos_token_id": 1,
         "eos_token_id": 2,
         **llm,
     }
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
+    vision = IMAGE | {"hidden_size": 32, "intermediate_size": 64, "image_size": 32}
     return ModelConfig(
         llm=LLMConfig(config=text),
         vision=VisionConfig(config=vision, feature_layer=-1),
