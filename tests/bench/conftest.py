@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from tests.vectors import GOLDEN
 from tinyllava_fast.bench import train
 from tinyllava_fast.config.load import to_dict
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
@@ -15,7 +16,7 @@ from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 
-TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizers" / "phi_bytebpe"
+TOKENIZER = GOLDEN / "tokenizers" / "phi_bytebpe"
 VOCABULARY = 97
 TINY_MODEL = ModelConfig(
     llm=LLMConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.models.checkpoints.golden import GOLDEN, arrays, folder, opened, sources
+from tests.models.checkpoints.golden import arrays, folder, grad_norms, opened, sources
 from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.errors import UserError
@@ -75,7 +74,7 @@ def test_gradients_of_the_adapter(pack: Callable[..., Any]) -> None:
     for parameter in lmm.parameters():
         parameter.requires_grad_(True)
     (lmm(**batch.tensors()) / batch.num_supervised).backward()
-    norms = json.loads((GOLDEN / "models" / LORA / "grad_norms.json").read_text())
+    norms = grad_norms(LORA)
     grads = {name: p.grad for name, p in lmm.named_parameters() if p.grad is not None}
     compared = 0
     for name, norm in norms.items():
@@ -88,7 +87,7 @@ def test_gradients_of_the_adapter(pack: Callable[..., Any]) -> None:
 
 def _own(tmp_path: Path, recipe: Any, **llm: object) -> tuple[Path, Path]:
     """(folder of a model, folder of the same model with an adapter that was trained on it)."""
-    from tests.infer.tiny import make_model, make_tokenizer, tiny_config
+    from tests.tiny import make_model, make_tokenizer, tiny_config
     from tinyllava_fast.config.schema import OptimConfig
     from tinyllava_fast.models.build import build_image_processor
     from tinyllava_fast.recipes.base import apply_recipe

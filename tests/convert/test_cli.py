@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.checkpoints.golden import GOLDEN, folder
+from tests.models.checkpoints.golden import folder
+from tests.vectors import GOLDEN
 from tinyllava_fast.convert.cli import main
 from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
 from tinyllava_fast.convert.formats.base import FORMATS

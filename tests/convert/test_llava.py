@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.models.checkpoints.golden import GOLDEN, folder, opened, record, sources
+from tests.models.checkpoints.golden import folder, opened, record, sources
+from tests.vectors import GOLDEN
 from tinyllava_fast.convert.convert import export_model, import_checkpoint
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError

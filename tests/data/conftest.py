@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.vectors import GOLDEN
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.dataset import build_dataset
 from tinyllava_fast.data.tokenizer import load_tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 

@@ -43,6 +43,51 @@ def test_every_field_by_hand():
     assert set(dtypes.values()) == {torch.int64}
 
 
+def token_by_token(samples, spare):
+    """The fields of a pack of samples of one segment, laid out one token at a time."""
+    ids, labels, positions, slots, bounds = [], [], [], [], [0]
+    for [segment] in samples:
+        row, target = [], []
+        for at, token in enumerate(segment.ids):
+            if token == IMG:
+                slots += range(bounds[-1] + len(row), bounds[-1] + len(row) + K)
+                row += [0] * K
+                target += [-100] * K
+            else:
+                row.append(token)
+                target.append(token if any(start <= at < stop for start, stop in segment.spans) else -100)
+        ids += row
+        labels += [*target[1:], -100]
+        positions += range(len(row))
+        bounds.append(len(ids))
+    supervised = [i for i, label in enumerate(labels) if label != -100]
+    total = len(ids) + spare
+    return {
+        "input_ids": ids + [0] * spare,
+        "labels": labels + [-100] * spare,
+        "position_ids": positions + [0] * spare,
+        "cu_seqlens": bounds + [bounds[-1]] * spare,
+        "image_slots": slots,
+        "supervised": supervised + [total] * (total - len(supervised)),
+        "prefix": [[0, 0]] * (len(samples) + spare),
+    }
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_equals_a_pack_made_token_by_token(spare):
+    rng = np.random.default_rng(spare)
+    samples = []
+    for _ in range(12):
+        ids = rng.integers(3, 99, rng.integers(4, 12)).tolist()
+        ids[1:1] = [IMG] * int(rng.integers(3))
+        learnt = np.flatnonzero(rng.random(len(ids)) < 0.4).tolist()
+        samples.append([Segment(ids, [(i, i + 1) for i in learnt if ids[i] != IMG])])
+    wanted = token_by_token(samples, spare)
+    sizes = {"tokens": len(wanted["input_ids"]), "max_segments": len(samples) + spare, "tokens_per_image": K}
+    batch = collate(samples, torch.zeros(len(wanted["image_slots"]) // K, 3, 2, 2), **sizes)
+    assert {name: getattr(batch, name).tolist() for name in wanted} == wanted
+
+
 def test_blank_images_fill_no_position():
     batch = pack(image_multiple=4)
     assert batch.pixel_values.shape == (4, 3, 2, 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.vectors import GOLDEN
 from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.data import images
 from tinyllava_fast.data.augment import augment
@@ -14,7 +15,6 @@ from tinyllava_fast.data.images import check_shape, load_image, pixel_shape, to_
 from tinyllava_fast.data.pictures import REFERENCE
 from tinyllava_fast.errors import DataError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PIXELS = np.load(GOLDEN / "pixels.npz")
 KEYS = [k for k in PIXELS if not (k.startswith("row3") and k.endswith("square"))]  # the reference misreads that one
 

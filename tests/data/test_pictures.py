@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from tests.data.picture_files import HEIGHT, RAMP, WIDTH, png, tiff, turned
+from tests.vectors import GOLDEN
 from tinyllava_fast.data.images import image_size, load_image
 from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading, of_object
 from tinyllava_fast.errors import DataError
@@ -279,5 +279,5 @@ def test_the_first_frame_is_seen(kind, tmp_path):
 
 
 def test_golden_pictures_are_read_as_rgb():
-    folder = Path(__file__).parents[1] / "golden" / "pixels"
+    folder = GOLDEN / "pixels"
     assert {load_image(p).mode for p in folder.glob("*.png")} == {"RGB"}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 
 import pytest
 
+from tests.vectors import GOLDEN, load
 from tinyllava_fast.data.templates.base import TEMPLATES, turns_of
 from tinyllava_fast.data.tokenizer import load_tokenizer
 from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX
 from tinyllava_fast.errors import DataError, UserError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-
 
 @functools.cache
 def golden(name):
-    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+    return load(GOLDEN / name)
 
 
 @functools.cache

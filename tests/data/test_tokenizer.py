@@ -3,16 +3,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.train.conftest import write_tokenizer
+from tests.vectors import GOLDEN, load
 from tinyllava_fast.data.tokenizer import has_tokenizer, largest_id, load_tokenizer
 from tinyllava_fast.errors import UserError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-ROWS = json.loads((GOLDEN / "tokenizer_text.json").read_text(encoding="utf-8"))["rows"]
+ROWS = load(GOLDEN / "tokenizer_text.json")["rows"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r["tokenizer"])

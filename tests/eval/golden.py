@@ -1,40 +1,37 @@
-"""Reading the committed vectors."""
+"""Reading the vectors of the benchmarks: those of the repository, and those that lie beside it only."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "benchmarks"
+from tests import vectors
+
+GOLDEN = vectors.GOLDEN / "benchmarks"
 
 
-def rows(path: str) -> list[dict[str, Any]]:
-    """Objects of a .jsonl or .jsonl.gz file."""
-    text = gzip.open(GOLDEN / path, "rt").read() if path.endswith(".gz") else (GOLDEN / path).read_text()
-    return [json.loads(line) for line in text.splitlines()]
+def shared(path: str) -> Path:
+    """Return a folder of benchmark vectors that are not ours to ship; skip the test where it does not lie there."""
+    return vectors.shared(f"benchmarks/{path}")
 
 
-def value(path: str) -> Any:
-    """Content of a .json file."""
-    return json.loads((GOLDEN / path).read_text())
+def source(name: str, path: str) -> Path:
+    """Return a folder of vectors: of the repository ("stored"), or as the official program was given it ("shared")."""
+    return GOLDEN / path if name == "stored" else shared(path)
 
 
-def unpack(path: str, to: Path) -> Path:
-    """A .gz file's content as a file of its own."""
+def text(path: str | Path) -> str:
+    """Return a file's text, whether it is stored gzipped or not."""
+    return vectors.text(GOLDEN / path)
+
+
+def load(path: str | Path) -> Any:
+    """Return the value of a .json file, or the list of a .jsonl file's, stored gzipped or not."""
+    return vectors.load(GOLDEN / path)
+
+
+def unpack(path: str | Path, to: Path) -> Path:
+    """Write the text of a file, stored gzipped or not, as a file of its own."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_bytes(gzip.decompress((GOLDEN / path).read_bytes()))
+    to.write_text(text(path), encoding="utf-8")
     return to
-
-
-def text(path: str) -> str:
-    """A file's text, whether it is stored gzipped or not."""
-    file = GOLDEN / path
-    return file.read_text() if file.exists() else gzip.decompress((GOLDEN / f"{path}.gz").read_bytes()).decode()
-
-
-def load(path: str) -> Any:
-    """The value of a .json file, or the list of a .jsonl file's, stored gzipped or not."""
-    content = text(path)
-    return [json.loads(line) for line in content.splitlines()] if path.endswith(".jsonl") else json.loads(content)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.eval.layouts import write_jsonl
 from tests.eval.own import RED, answers, finishes, picture
-from tests.infer.tiny import make_model, tiny_config
+from tests.tiny import make_model, tiny_config
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval import runner
 from tinyllava_fast.eval.benchmarks import custom

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.eval.golden import rows, value
+from tests.eval.golden import load
 from tinyllava_fast.eval.vqa_text import (
     CONTRACTIONS,
     m4c_accuracy,
@@ -15,14 +15,14 @@ from tinyllava_fast.eval.vqa_text import (
 
 
 def test_normalization_vectors():
-    vectors = rows("vqa/normalize.jsonl")
+    vectors = load("vqa/normalise.jsonl")
     assert len(vectors) == 178 and len(CONTRACTIONS) == 120
     assert [normalize_m4c(v["raw"]) for v in vectors] == [v["m4c"] for v in vectors]
     assert [normalize_official(v["raw"]) for v in vectors] == [v["vqa_eval"] for v in vectors]
 
 
 def test_accuracy_vectors():
-    vectors, means = rows("vqa/accuracy.jsonl"), value("vqa/accuracy_expected.json")
+    vectors, means = load("vqa/accuracy.jsonl"), load("vqa/accuracy_expected.json")
     for name, mean, score in (
         ("textvqa_m4c_accuracy", "textvqa_m4c_mean_percent", m4c_accuracy),
         ("vqa_eval_accuracy", "vqa_eval_mean_percent", official_accuracy),

@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 
 import tinyllava_fast
-from tests.infer.tiny import make_model, make_tokenizer, tiny_config
+from tests.models.checkpoints import golden
+from tests.tiny import make_model, make_tokenizer, tiny_config
 from tests.train.conftest import prepare
 from tinyllava_fast.convert.cli import main as tlf_convert
 from tinyllava_fast.infer.assistant import Assistant
@@ -59,11 +60,8 @@ def test_training_commands_parse(words: list[str], tmp_path: Path) -> None:
 def test_convert_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tiny checkpoints of the reference, put where the README says they are."""
     monkeypatch.chdir(tmp_path)
-    golden = ROOT / "tests" / "golden" / "models"
-    shutil.copytree(golden / "tinyllama-clip-mlp2x_gelu-mono/checkpoint", "checkpoints/old")
-    shutil.copytree(
-        golden / "phi-siglip-mlp2x_gelu-mono" / "checkpoint", "checkpoints/tiny-llava-phi-2-siglip-finetune"
-    )
+    shutil.copytree(golden.folder("tinyllama-clip-mlp2x_gelu-mono"), "checkpoints/old")
+    shutil.copytree(golden.folder("phi-siglip-mlp2x_gelu-mono"), "checkpoints/tiny-llava-phi-2-siglip-finetune")
     assert tlf_convert(["import", "checkpoints/old", "runs/my/final"]) == 0
     for words in commands("tlf-convert"):
         assert tlf_convert(words) == 0, words

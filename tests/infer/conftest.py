@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.infer.tiny import make_engine, make_model, make_tokenizer, tiny_config
+from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.models.build import build_image_processor
 from tinyllava_fast.models.io import save_model

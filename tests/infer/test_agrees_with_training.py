@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.infer.tiny import make_engine
+from tests.tiny import make_engine
 from tinyllava_fast.data.collate import collate
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.infer.types import Request, Sampling

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tinyllava_fast
-from tests.infer.tiny import make_engine
+from tests.tiny import make_engine
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.types import Request, Sampling
 

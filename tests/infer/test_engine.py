@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.infer.tiny import make_engine, make_model
+from tests.tiny import make_engine, make_model
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.engine import Engine

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.infer.test_engine import QUESTIONS, ask, generate
-from tests.infer.tiny import make_engine, tiny_config
 from tests.models.llm.families import CONFIGS, stock
+from tests.tiny import make_engine, tiny_config
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 

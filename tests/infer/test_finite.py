@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.eval.layouts import write_jsonl
 from tests.infer.test_engine import ask
-from tests.infer.tiny import make_engine, make_model
+from tests.tiny import make_engine, make_model
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.eval import cli as eval_cli
 from tinyllava_fast.infer import chat

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.infer.tiny import make_engine, make_model
+from tests.tiny import make_engine, make_model
 from tinyllava_fast.infer.decoder import PackedDecoder
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.infer.weights import prepare_weights

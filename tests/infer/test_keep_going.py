@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.infer.test_engine import ask
-from tests.infer.tiny import make_engine, make_model
+from tests.tiny import make_engine, make_model
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.types import Request, Sampling
 

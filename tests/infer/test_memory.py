@@ -12,7 +12,7 @@ import torch
 
 from tests.infer.test_engine import QUESTIONS, ask, mixed_requests
 from tests.infer.test_schedule import running
-from tests.infer.tiny import make_engine
+from tests.tiny import make_engine
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.batch import is_out_of_memory
 from tinyllava_fast.infer.pool import KVPool

@@ -7,7 +7,7 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from tests.infer.test_engine import ask
-from tests.infer.tiny import make_engine
+from tests.tiny import make_engine
 from tinyllava_fast.infer.sampling import NUCLEUS_GUESS, candidates, draw, next_tokens
 from tinyllava_fast.infer.types import Sampling
 

@@ -7,7 +7,7 @@ import torch
 
 import tinyllava_fast
 from tests.infer.test_engine import ask
-from tests.infer.tiny import make_engine
+from tests.tiny import make_engine
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.prompts import expand

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import tinyllava_fast
-from tests.infer.tiny import make_engine, make_model, make_tokenizer, tiny_config
+from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.data.anyres import tiles
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.data.templates.base import TEMPLATES

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tinyllava_fast
-from tests.infer.tiny import make_engine, make_model
+from tests.tiny import make_engine, make_model
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.block import DecodeLayer
 from tinyllava_fast.infer.linear import DecodeLinear

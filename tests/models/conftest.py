@@ -10,27 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import IMAGE, LLAMA
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
-from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.data.collate import collate, width
+from tinyllava_fast.data.templates.base import Segment
+from tinyllava_fast.data.types import IMAGE_INDEX, PackedBatch
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 61,
-    "tie_word_embeddings": True,
-}
-SIGLIP = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 16,
-    "patch_size": 8,
-}
+TIED = LLAMA | {"vocab_size": 61, "tie_word_embeddings": True}
+SIGLIP = IMAGE | {"num_hidden_layers": 3}
 
 
 @dataclasses.dataclass
@@ -50,7 +37,7 @@ def tiny() -> Callable[..., ModelConfig]:
         llm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, tower: str = "siglip", **more: Any
     ) -> ModelConfig:
         return ModelConfig(
-            llm=LLMConfig(config={**LLAMA, **(llm or {})}),
+            llm=LLMConfig(config={**TIED, **(llm or {})}),
             vision=VisionConfig(type=tower, config={**SIGLIP, **(vision or {})}, **more),
             connector=ConnectorConfig(),
         )
@@ -83,44 +70,20 @@ def ragged() -> Callable[..., list[Sequence]]:
 
 @pytest.fixture
 def pack() -> Callable[..., PackedBatch]:
-    """Lay samples end to end, K positions an image; ``spare`` positions and segments stay unused."""
+    """Return a function that lays samples end to end; ``spare`` positions and segments stay unused."""
 
     def make(samples: list[Sequence], tokens_per_image: int, *, spare: int = 3, size: int = 16) -> PackedBatch:
-        ids: list[int] = []
-        labels: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        bounds = [0]
+        segments = []
         for sample in samples:
-            row: list[int] = []
-            target: list[int] = []
-            for token, counts in zip(sample.ids, sample.supervised, strict=True):
-                if token is None:
-                    start = bounds[-1] + len(row)
-                    slots += range(start, start + tokens_per_image)
-                    row += [0] * tokens_per_image
-                    target += [-100] * tokens_per_image
-                else:
-                    row.append(token)
-                    target.append(token if counts else -100)
-            ids += row
-            labels += [*target[1:], -100]
-            positions += range(len(row))
-            bounds.append(len(ids))
-        total = len(ids) + spare
-        labels += [-100] * spare
-        at = [i for i, label in enumerate(labels) if label != -100]
+            ids = [IMAGE_INDEX if token is None else token for token in sample.ids]
+            segments.append(Segment(ids, [(i, i + 1) for i, counts in enumerate(sample.supervised) if counts]))
         images = [s.pixels for s in samples if s.pixels is not None]
-        return PackedBatch(
-            input_ids=torch.tensor(ids + [0] * spare),
-            labels=torch.tensor(labels),
-            position_ids=torch.tensor(positions + [0] * spare),
-            cu_seqlens=torch.tensor(bounds + [bounds[-1]] * spare, dtype=torch.int32),
-            prefix=torch.zeros(len(samples) + spare, 2, dtype=torch.int32),
-            image_slots=torch.tensor(slots, dtype=torch.int64),
-            supervised=torch.tensor(at + [total] * (total - len(at))),
-            pixel_values=torch.stack(images) if images else torch.zeros(0, 3, size, size),
-            num_supervised=len(at),
+        return collate(
+            [[segment] for segment in segments],
+            torch.stack(images) if images else torch.zeros(0, 3, size, size),
+            tokens=sum(width(segment, tokens_per_image) for segment in segments) + spare,
+            max_segments=len(samples) + spare,
+            tokens_per_image=tokens_per_image,
         )
 
     return make

@@ -9,18 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import TEXT
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.attention import KVView, full, packed
 from tinyllava_fast.models.llm.auto import AutoLLM
 
-BASE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 61,
-}
+BASE = TEXT | {"vocab_size": 61}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": BASE,
     "qwen2": BASE | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},

@@ -11,27 +11,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from tests import tiny as configs
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import sources
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer, check_vocabulary
 
-TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 61,
-}
-IMAGE = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 16,
-    "patch_size": 8,
-}
+TEXT = configs.TEXT | {"vocab_size": 61}
+IMAGE = configs.IMAGE | {"num_hidden_layers": 3}
 
 
 def test_seed_decides_every_weight_whatever_the_dtype(tiny: Callable) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.damage import DROP, changed
-from tests.infer.tiny import make_model, make_tokenizer, tiny_config
 from tests.models.checkpoints.golden import folder as golden_folder
 from tests.models.checkpoints.golden import sources
+from tests.tiny import make_model, make_tokenizer, tiny_config
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_image_processor

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.models.vision.families import BASE
+from tests.tiny import LLAMA
 from tinyllava_fast.config.schema import (
     ConnectorConfig,
     LLMConfig,
@@ -29,15 +30,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.recipes.base import apply_recipe
 
-LLM = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 61,
-}
+LLM = LLAMA | {"num_hidden_layers": 1, "vocab_size": 61}
 WIDE = BASE | {"hidden_size": 32, "image_size": 16}  # as wide as the language model: identity fits too
 HALF = BASE | {"hidden_size": 16, "image_size": 16}
 TOWERS: dict[str, dict[str, Any]] = {

@@ -72,7 +72,7 @@ def test_mistakes(own: Path, out: str, options: dict[str, object], message: str)
 
 
 def test_a_pretrained_language_model_brings_its_template(own: Path) -> None:
-    from tests.infer.tiny import make_tokenizer
+    from tests.tiny import make_tokenizer
 
     make_tokenizer().save_pretrained(own / "llm")
     (own / "llm" / "config.json").write_text('{"model_type": "llama"}')

@@ -9,29 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import tiny
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 
-LLAMA = {
-    "model_type": "llama",
+LLAMA = tiny.LLAMA | {
     "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "intermediate_size": 64,
     "vocab_size": 61,
     "attention_bias": True,
     "tie_word_embeddings": False,
 }
-SIGLIP = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 16,
-    "patch_size": 8,
-}
+SIGLIP = tiny.IMAGE | {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 64}
 
 
 @pytest.fixture

@@ -8,31 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from tests import tiny
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig, OptimConfig, RecipeConfig, TuneConfig, VisionConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import apply_recipe
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
+LLAMA = tiny.LLAMA | {
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
     "vocab_size": 61,
     "attention_bias": True,
     "tie_word_embeddings": True,
 }
-SIGLIP = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 16,
-    "patch_size": 8,
-}
+SIGLIP = tiny.IMAGE | {"num_hidden_layers": 3}
 FROZEN, FULL = TuneConfig(tune="frozen"), TuneConfig(tune="full")
 
 

@@ -14,27 +14,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests import tiny
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.log import log, setup_logging
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "tie_word_embeddings": True,
-}
-SIGLIP = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 16,
-    "patch_size": 8,
-}
+LLAMA = tiny.LLAMA | {"tie_word_embeddings": True}
+SIGLIP = tiny.IMAGE
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train.conftest import LLAMA
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import adapter, io
@@ -18,15 +19,7 @@ from tinyllava_fast.train.loop import train
 
 SETTINGS = {"r": 4, "alpha": 8, "dropout": 0.1}
 LORA = {"tune": "lora", "lora": SETTINGS}
-WIDE = {  # nf4 on a CPU needs multiples of 64
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "tie_word_embeddings": True,
-}
+WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 64}  # nf4 on a CPU needs multiples of 64
 
 
 def recipe(llm: dict[str, Any], **more: Any) -> dict[str, Any]:

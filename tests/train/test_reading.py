@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.infer.tiny import make_engine, make_model, make_tokenizer, tiny_config
+from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.dataset import build_dataset

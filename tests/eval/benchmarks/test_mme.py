@@ -1,4 +1,4 @@
-"""MME: the official numbers from the official answers."""
+"""MME: the official numbers for invented questions, and for the official answers where they lie."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Question, line_key
 from tinyllava_fast.eval.benchmarks.mme import GROUPS, MME, SUBTASKS, parse_yes_no
 
-SYNTHETIC = "mme/synthetic"
+REAL = "real_llava15_13b/mme"
 
 
 def numbers(score):
@@ -24,21 +24,34 @@ def official(expected):
     return {name: expected[name] for name in ("subtask", "perception", "cognition")}
 
 
-@pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mme")
-    for name, content in golden.load(f"{SYNTHETIC}/ground_truth_files.json").items():
+def texts_below(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.txt")}
+
+
+@pytest.fixture(scope="module", params=["stored", "shared"])
+def synthetic(request, tmp_path_factory):
+    """Invented questions with the truths of MME's first rows, as stored, and these rows as MME has them."""
+    root, at = tmp_path_factory.mktemp("mme"), golden.source(request.param, "mme/synthetic")
+    if request.param == "stored":  # one file stands for a folder
+        truths, written = (
+            golden.load(at / f"{name}.json") for name in ("ground_truth_files", "expected_eval_tool_txt")
+        )
+    else:
+        truths = texts_below(at / "MME_Benchmark_release_version")
+        written = texts_below(at / "expected_eval_tool_txt")
+    for name, content in truths.items():
         path = root / "MME_Benchmark_release_version" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    (root / "llava_mme.jsonl").write_text(golden.text(f"{SYNTHETIC}/llava_mme.jsonl"))
+    golden.unpack(at / "llava_mme.jsonl", root / "llava_mme.jsonl")
     bench = MME()
     files = bench.locate(root)
     questions = bench.questions(files)
-    lines = golden.load(f"{SYNTHETIC}/answers.jsonl")
+    lines = golden.load(at / "answers.jsonl")
     answers = {q.key: line["text"] for q, line in zip(questions, lines, strict=True)}
     assert all(bench.is_asked_by(q, line["prompt"]) for q, line in zip(questions, lines, strict=True))
-    return bench, files, questions, answers
+    expected = golden.load(at / "expected.json") | {"written": written}
+    return bench, files, questions, answers, expected
 
 
 @pytest.mark.parametrize("row", golden.load("mme/parse.jsonl"), ids=lambda r: repr(r["answer"]))
@@ -47,8 +60,7 @@ def test_parse(row):
 
 
 def test_synthetic_files(synthetic, tmp_path):
-    bench, files, questions, answers = synthetic
-    expected = golden.load(f"{SYNTHETIC}/expected.json")
+    bench, files, questions, answers, expected = synthetic
     score = bench.score(questions, answers)
     assert numbers(score) == official(expected)
     for subtask, counts in expected["counts"].items():
@@ -57,11 +69,11 @@ def test_synthetic_files(synthetic, tmp_path):
     assert score.counts["neither yes nor no"] == sum(c["other"] for c in expected["counts"].values())
     paths = bench.outputs(questions, answers, score, files, tmp_path, "model")
     texts = {p.name: p.read_text() for p in paths}
-    assert texts == golden.load(f"{SYNTHETIC}/expected_eval_tool_txt.json")
+    assert texts == expected["written"]
 
 
 def test_defects(synthetic):
-    bench, _, questions, answers = synthetic
+    bench, _, questions, answers, expected = synthetic
     first = [q for q in questions if q.category == "existence"]
     for missing in (first[1:2], first[1:3]):  # the official tool stops at one, and pairs wrongly after two
         rest = {key: text for key, text in answers.items() if key not in {q.key for q in missing}}
@@ -71,7 +83,7 @@ def test_defects(synthetic):
     for end in ("\t", "\nmore", "\n"):  # each stops the official tool
         changed = {**answers, first[0].key: answers[first[0].key] + end}
         assert bench.score(questions, changed).credit == whole
-    cases = {c["case"]: c["result"] for c in golden.load(f"{SYNTHETIC}/expected.json")["defect_cases"]}
+    cases = {c["case"]: c["result"] for c in expected["defect_cases"]}
     older = "with scikit-learn 1.3.2"
     empty = bench.score(questions, dict.fromkeys(answers, ""))
     assert numbers(empty) == official(cases["all empty"][older])
@@ -83,9 +95,9 @@ def test_defects(synthetic):
 @pytest.fixture(scope="module")
 def real():
     """LLaVA-1.5-13B's answers, joined to the truths as the benchmark does."""
-    answers = golden.load("mme/real/answers.jsonl")
+    answers = golden.load(golden.shared(REAL) / "answers.jsonl")
     truths = {}
-    for row in golden.load("mme/real/ground_truth.jsonl"):
+    for row in golden.load(golden.shared(REAL) / "ground_truth.jsonl"):
         truths.setdefault((row["subtask"], row["file"]), {})[" ".join(row["question"].split())] = row["answer"]
     questions = []
     for i, line in enumerate(answers):
@@ -103,7 +115,7 @@ def real():
 
 def test_llava_13b(real):
     questions, answers = real
-    expected = golden.load("mme/real/expected.json")
+    expected = golden.load(golden.shared(REAL) / "expected.json")
     score = MME().score(questions, answers)
     assert numbers(score) == official(expected)
     assert [str(c) for c in MME().counts({}, questions)] == ["questions: 2,374", "images: 1,187", "subtasks: 14"]

@@ -1,4 +1,4 @@
-"""MMMU: the official numbers from the official answers, random draws included."""
+"""MMMU: the official numbers, random draws included."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ def rounded(score):
     return {name: {"num": m.questions, "acc": round(m.value / 100, 3)} for name, m in rows.items()}
 
 
-@pytest.fixture(scope="module", params=["synthetic", "real"])
+@pytest.fixture(scope="module", params=["own", "small_set", "real"])
 def answered(request):
-    where = f"mmmu/{request.param}"
-    name = "responses" if request.param == "synthetic" else "raw_responses"
-    rows = golden.load(f"{where}/{name}.jsonl")
-    truths = golden.load(f"{where}/{'answer_dict' if request.param == 'synthetic' else 'answer_dict_val'}.json")
-    expected = golden.load(f"{where}/expected.json")
-    return request.param, questions_of(rows, truths), {r["id"]: r["response"] for r in rows}, expected
+    """Questions of our own, and (beside the repository) of MMMU: 58 of them, and all with LLaVA-1.5-13B's replies."""
+    real = request.param == "real"
+    if request.param == "own":
+        where = golden.GOLDEN / "mmmu" / "synthetic"
+    else:
+        where = golden.shared("real_llava15_13b/mmmu" if real else "mmmu/small_set")
+    rows = golden.load(where / ("raw_responses.jsonl" if real else "responses.jsonl"))
+    truths = golden.load(where / ("answer_dict_val.json" if real else "answer_dict.json"))
+    return where, questions_of(rows, truths), {r["id"]: r["response"] for r in rows}
 
 
 def test_letters():
@@ -94,28 +97,29 @@ def test_verdicts():
 
 
 def test_scores(answered, tmp_path):
-    name, questions, answers, expected = answered
+    where, questions, answers = answered
+    expected = golden.load(where / "expected.json")
     bench = MMMU()
     score = bench.score(questions, answers)
-    if name == "real":
+    if len(questions) == 900:
         assert score.counts["random draws"] == 2 and round(score["Overall"].value / 100, 3) == 0.367
         assert rounded(score) == expected["total_val_output_main_eval_only"]
-        official = golden.load("mmmu/real/total_val_output.json")
+        official = golden.load(where / "total_val_output.json")
         (path,) = bench.outputs(questions, answers, score, {}, tmp_path, "x")
         assert path.name == "x_output.json" and json.loads(path.read_text()).keys() == official.keys()
         again = bench.score(questions, official)  # parsed letters and open replies, as the official tool reads them
         assert rounded(again) == rounded(score) and again.counts["random draws"] == 0
-        second = bench.score(questions, golden.load("mmmu/real/llava1.5_13b_val.json"))
+        second = bench.score(questions, golden.load(where / "llava1.5_13b_val.json"))
         assert round(second["Overall"].value / 100, 3) == 0.36
     else:
         assert score.counts["random draws"] == expected["n_random_draws"]
         assert rounded(score) == expected["main_eval_only"]
-        assert parse(questions, answers, 42)[0] == golden.load("mmmu/synthetic/parsed_output.json")
+        assert parse(questions, answers, 42)[0] == golden.load(where / "parsed_output.json")
         assert score.credit == {id: verdict == "Correct" for id, verdict in expected["judge"].items()}
 
 
 def test_the_order_of_answers_means_nothing_and_the_seed_does(answered):
-    _, questions, answers, _ = answered
+    _, questions, answers = answered
     bench = MMMU()
     score = bench.score(questions, answers)
     shuffled = dict(random.Random(3).sample(list(answers.items()), len(answers)))

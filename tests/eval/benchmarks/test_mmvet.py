@@ -1,4 +1,4 @@
-"""MM-Vet: the official scores from the official grades, and a judge on this machine."""
+"""MM-Vet: the official scores from grades, and a judge on this machine."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def official(score, title, decimals):
 
 @pytest.mark.parametrize("runs", [1, 3])
 def test_llava_13b(runs):
-    expected = golden.load("mm-vet/real/expected.json")
-    questions = questions_of(golden.load("mm-vet/real/capabilities.json"), golden.load("mm-vet/real/bard_set.json"))
-    grades = golden.load(f"mm-vet/real/llava-v1.5-13b_gpt-4-grade-{runs}runs.json")
+    real = golden.shared("real_llava15_13b/mm-vet")
+    expected = golden.load(real / "expected.json")
+    questions = questions_of(golden.load(real / "capabilities.json"), golden.load(real / "bard_set.json"))
+    grades = golden.load(real / f"llava-v1.5-13b_gpt-4-grade-{runs}runs.json")
     graded = {key: row["score"] for key, row in grades.items()}
     score = MMVet(Options(runs=runs)).score(questions, {}, graded)
     assert str(score["total"]).split()[0] == {1: "36.1", 3: "36.3"}[runs]
@@ -100,10 +101,12 @@ def test_without_a_judge_the_upload_is_written(data, tmp_path):
     assert "not scored" in score.notes[0] and "OPENAI_API_KEY" in score.notes[0]
     upload = json.loads(paths[0].read_text())
     assert upload == data[2] and list(upload)[:2] == ["v1_0", "v1_1"]
-    rows = golden.load("mm-vet/real/answers.jsonl")
-    assert {f"v1_{r['question_id']}": r["text"] for r in rows} == golden.load(
-        "mm-vet/real/results_official_format.json"
-    )
+
+
+def test_the_form_of_the_upload():
+    real = golden.shared("real_llava15_13b/mm-vet")
+    said = {f"v1_{r['question_id']}": r["text"] for r in golden.load(real / "answers.jsonl")}
+    assert said == golden.load(real / "results_official_format.json")
 
 
 def test_graded_by_a_judge(data, tmp_path, monkeypatch):

@@ -6,19 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.golden import GOLDEN, rows, unpack, value
+from tests.eval.golden import GOLDEN, load, shared, source, unpack
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.eval.benchmarks.pope import SPLITS, Options, parse
 
 POPE = BENCHMARKS.get("pope")
-SYNTHETIC = GOLDEN / "pope" / "synthetic"
-FILES = {
-    "questions": SYNTHETIC / "llava_pope_test.jsonl",
-    "images": Path("val2014"),
-    **{split: SYNTHETIC / "coco" / f"coco_pope_{split}.json" for split in SPLITS},
-}
-ANSWERS = {str(r["question_id"]): r["text"] for r in rows("pope/synthetic/answers.jsonl")}
+
+
+def files_of(at: Path) -> dict[str, Path]:
+    """The files of a folder of synthetic vectors."""
+    splits = {split: at / "coco" / f"coco_pope_{split}.json" for split in SPLITS}
+    return {"questions": at / "llava_pope_test.jsonl", "images": Path("val2014"), **splits}
+
+
+FILES = files_of(GOLDEN / "pope" / "synthetic")
+ANSWERS = {str(r["question_id"]): r["text"] for r in load("pope/synthetic/answers.jsonl")}
 
 
 def check(score, expected, protocol):
@@ -29,10 +32,12 @@ def check(score, expected, protocol):
     assert score["accuracy_mean"].value == pytest.approx(expected["pope_acc_mean"][protocol], abs=1e-14)
 
 
+@pytest.mark.parametrize("where", ["stored", "shared"])
 @pytest.mark.parametrize("protocol", ["tinyllava", "llava"])
-def test_synthetic_vectors(protocol):
-    bench = POPE(Options(protocol=protocol))
-    questions, expected = bench.questions(FILES), value("pope/synthetic/expected.json")
+def test_synthetic_vectors(protocol, where):
+    """With the objects and pictures under invented names, as stored, and under POPE's."""
+    at, bench = source(where, "pope/synthetic"), POPE(Options(protocol=protocol))
+    questions, expected = bench.questions(files_of(at)), load(at / "expected.json")
     score = bench.score(questions, ANSWERS)
     check(score, expected, protocol)
     assert score.headline == ("f1_mean" if protocol == "llava" else "accuracy_mean")
@@ -51,16 +56,16 @@ def test_synthetic_vectors(protocol):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """Files and answers of LLaVA-1.5-13B."""
-    root, source = tmp_path_factory.mktemp("pope"), "real_llava15_13b/pope"
-    files = {split: unpack(f"{source}/coco/coco_pope_{split}.jsonl.gz", root / f"{split}.json") for split in SPLITS}
-    files["questions"] = unpack(f"{source}/questions.jsonl.gz", root / "questions.jsonl")
-    answers = {str(r["question_id"]): r["text"] for r in rows(f"{source}/answers.jsonl.gz")}
+    root, at = tmp_path_factory.mktemp("pope"), shared("real_llava15_13b/pope")
+    files = {split: unpack(at / f"coco/coco_pope_{split}.jsonl", root / f"{split}.json") for split in SPLITS}
+    files["questions"] = unpack(at / "questions.jsonl", root / "questions.jsonl")
+    answers = {str(r["question_id"]): r["text"] for r in load(at / "answers.jsonl")}
     return {**files, "images": Path("val2014")}, answers
 
 
 def test_real_answers(real):
     files, answers = real
-    expected = value("real_llava15_13b/pope/expected.json")
+    expected = load(shared("real_llava15_13b/pope") / "expected.json")
     for protocol in ("tinyllava", "llava"):
         bench = POPE(Options(protocol=protocol))
         score = bench.score(bench.questions(files), answers)
@@ -74,10 +79,8 @@ def test_real_answers(real):
 def test_todays_label_files_give_the_same_score(real, tmp_path):
     """Aligned by position, as the scripts do it, the newer random split gives F1 .4565."""
     files, answers = real
-    newer = {
-        split: unpack(f"real_llava15_13b/pope/coco_HEAD_08d957b/coco_pope_{split}.jsonl.gz", tmp_path / split)
-        for split in SPLITS
-    }
+    at = shared("real_llava15_13b/pope/coco_HEAD_08d957b")
+    newer = {split: unpack(at / f"coco_pope_{split}.jsonl", tmp_path / split) for split in SPLITS}
     assert len(newer["random"].read_text().splitlines()) == 3000
     bench = POPE()
     assert bench.score(bench.questions({**files, **newer}), answers) == bench.score(bench.questions(files), answers)
@@ -87,7 +90,7 @@ def test_todays_label_files_give_the_same_score(real, tmp_path):
 
 
 def test_parse():
-    vectors = rows("pope/parse.jsonl")
+    vectors = load("pope/parse.jsonl")
     assert [parse(v["text"]) for v in vectors] == [v["parsed"] for v in vectors]
 
 

@@ -1,4 +1,4 @@
-"""ScienceQA: the official numbers from the official answers."""
+"""ScienceQA: the official numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.benchmarks.sqa import LETTERS, Options, ScienceQA, option_index, parse_letter
 
-G = "scienceqa"
+G, REAL = "scienceqa", "real_llava15_13b/scienceqa"
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def test_letters(row):
 @pytest.fixture(scope="module")
 def real():
     """LLaVA-1.5-13B's questions and answers."""
+    at = golden.shared(REAL)
     questions = [
         Question(
             key=p["id"],
@@ -39,14 +40,14 @@ def real():
             truth=LETTERS[p["answer"]],
             choices=("",) * p["n_choices"],
         )
-        for p in golden.load(f"{G}/real/problems_trimmed.jsonl")
+        for p in golden.load(at / "problems_trimmed.jsonl")
     ]
-    return questions, {a["question_id"]: a["text"] for a in golden.load(f"{G}/real/answers.jsonl")}
+    return questions, {a["question_id"]: a["text"] for a in golden.load(at / "answers.jsonl")}
 
 
 def test_llava_13b(real, tmp_path):
     questions, answers = real
-    expected = golden.load(f"{G}/real/expected.json")
+    expected = golden.load(golden.shared(REAL) / "expected.json")
     bench = ScienceQA()
     score = bench.score(questions, answers)
     assert f"{score['Accuracy'].value:.2f}" == "74.39" and f"{score['IMG-Accuracy'].value:.2f}" == "71.64"
@@ -58,7 +59,7 @@ def test_llava_13b(real, tmp_path):
     paths = bench.outputs(questions, answers, score, {}, tmp_path, "x")
     assert [p.name for p in paths] == ["x_output.jsonl", "x_result.json"]
     result = json.loads(paths[1].read_text())
-    assert result["results"] == golden.load(f"{G}/real/official_result_indices.json")
+    assert result["results"] == golden.load(golden.shared(REAL) / "official_result_indices.json")
     assert (result["correct"], result["count"]) == (3155, 4241)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.golden import GOLDEN, rows, value
+from tests.eval.golden import GOLDEN, load
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.eval.benchmarks.textvqa import Options, prompt_question
@@ -24,7 +24,7 @@ FILES = {
 
 
 def test_synthetic_vectors(tmp_path):
-    bench, expected = TEXTVQA(), value("textvqa/synthetic/expected.json")
+    bench, expected = TEXTVQA(), load("textvqa/synthetic/expected.json")
     questions = bench.questions(FILES)
     answers = read_answers(SYNTHETIC / "answers.jsonl", bench, questions)
     score = bench.score(questions, answers)
@@ -41,7 +41,7 @@ def test_synthetic_vectors(tmp_path):
 
 
 def test_prompt_question():
-    vectors = rows("textvqa/prompt_question.jsonl")
+    vectors = load("textvqa/prompt_question.jsonl")
     assert [prompt_question(v["prompt"]) for v in vectors] == [v.get("question") for v in vectors]
 
 
@@ -69,7 +69,7 @@ def test_bad_questions(tmp_path, change, said):
 
 
 def test_nine_answers(tmp_path):
-    data = value("textvqa/synthetic/TextVQA_0.5.1_val.json")
+    data = load("textvqa/synthetic/TextVQA_0.5.1_val.json")
     data["data"][3]["answers"].pop()
     (tmp_path / "a.json").write_text(json.dumps(data))
     with pytest.raises(DataError, match=r"a\.json: data\[3\]: 9 answers instead of ten"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.golden import GOLDEN, value
+from tests.eval.golden import GOLDEN, load, unpack
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.eval.benchmarks.vqav2 import Options, upload
@@ -39,7 +39,7 @@ def test_upload(tmp_path):
     score = bench.score(questions, answers)
     assert not score.metrics and "private" in score.notes[0] and score.credit == {}
     (path,) = bench.outputs(questions, answers, score, files, tmp_path, "exp")
-    assert json.loads(path.read_text()) == value("vqav2_submission/expected_upload.json")
+    assert json.loads(path.read_text()) == load("vqav2_submission/expected_upload.json")
     assert bench.outputs(questions[:-1], answers, score, files, tmp_path, "exp") == []
 
     official = {"questions": [{"question_id": row["question_id"]} for row in json.loads(path.read_text())]}
@@ -60,12 +60,13 @@ def test_an_upload_holds_every_id_once(tmp_path, suffix):
         VQAV2().questions(files)
 
 
-def test_official_validation_format():
+def test_official_validation_format(tmp_path):
     """Our answers are normalized before they are compared, so the expected numbers are those of results_m4c.json."""
-    files = {"questions": VAL / "questions.json", "annotations": VAL / "annotations.json", "images": Path("val2014")}
-    bench, expected = VQAV2(Options(split="val2014")), value("vqa/official_val_format/expected.json")["accuracy"]
+    annotations = unpack(VAL / "annotations.json", tmp_path / "annotations.json")
+    files = {"questions": VAL / "questions.json", "annotations": annotations, "images": Path("val2014")}
+    bench, expected = VQAV2(Options(split="val2014")), load("vqa/official_val_format/expected.json")["accuracy"]
     questions = bench.questions(files)
-    answers = {str(r["question_id"]): r["answer"] for r in value("vqa/official_val_format/results_raw.json")}
+    answers = {str(r["question_id"]): r["answer"] for r in load("vqa/official_val_format/results_raw.json")}
     score, official = bench.score(questions, answers), expected["results_m4c.json"]
     assert round(score["overall"].value, 2) == official["overall"]
     assert {m.name: round(m.value, 2) for m in score.tables["answer type"]} == official["perAnswerType"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.models.checkpoints.golden import GOLDEN
+from tests.vectors import GOLDEN
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.lmm import LMM

@@ -8,19 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.tiny import TEXT
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 
-BASE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 61,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+BASE = TEXT | {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 WINDOW = 3
 CONFIGS: dict[str, dict[str, Any]] = {
     "auto": {**BASE, "model_type": "smollm3", "no_rope_layers": [1, 0]},

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.infer.tiny import make_tokenizer
 from tests.models.llm.families import CONFIGS, WINDOW, build, stock
+from tests.tiny import IMAGE, make_tokenizer
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
@@ -25,14 +25,6 @@ from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.ops import linear_cross_entropy
 
 LENGTHS = (5, 1, 9)
-IMAGE = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 16,
-    "patch_size": 8,
-}
 FAMILIES = sorted(CONFIGS)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.infer.tiny import make_tokenizer
+from tests.tiny import make_tokenizer
+from tests.vectors import GOLDEN, load
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig
 from tinyllava_fast.data.tokenizer import load_tokenizer
 from tinyllava_fast.models.build import build_tokenizer
 from tinyllava_fast.models.llm.base import LLMS
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-GROUPS = json.loads((GOLDEN / "templates.json").read_text())["groups"]
+GROUPS = load(GOLDEN / "templates.json")["groups"]
 CASES = sorted({(g["llm_hook"], g["tokenizer"]) for g in GROUPS})
 
 
