@@ -143,7 +143,7 @@ def test_a_half_written_folder_is_ignored_and_cleaned(store):
     assert not list(store.folder.glob(".tmp-*")) and store.latest() == path
 
 
-@pytest.mark.parametrize("victim", ["_write_tensor", "write_bytes", "sync_folder"])
+@pytest.mark.parametrize("victim", ["_write_tensor", "write_file", "sync", "put_folder"])
 def test_a_full_disk_keeps_the_previous_checkpoint(store, monkeypatch, victim):
     path = store.save(state(1), FakeEngine())
     monkeypatch.setattr(checkpoint, victim, no_space)

@@ -6,12 +6,9 @@ A folder needs nothing but itself to be loaded, no file is a pickle, and a save 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,6 +28,7 @@ from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.fields import Fields, read_json
+from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.described import check_parts, processor_fields, reading
@@ -244,67 +242,6 @@ def read_processor(tower: type[VisionTower], folder: str | Path) -> Any:
         if not np.isfinite(pixels).all():
             raise ValueError("it makes pixels that are not finite")
     return processor
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder; on success sync it to disk and put it at ``path``, else remove it.
-
-    What was at ``path`` stays until the new folder is complete. Raises CheckpointError on a write error.
-    """
-    final = Path(path)
-    temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        readable = temporary.stat().st_mode & 0o666  # as the umask has it; safetensors makes its files private
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                file.chmod(readable)
-            _sync(file)
-        _sync(temporary)
-        _put(temporary, final)
-        _sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{final}: cannot write the folder: {error}; what was there before is untouched. Free some space, "
-            "mend the disk, or name another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put(temporary: Path, final: Path) -> None:
-    """Rename; where ``final`` exists swap the two, atomically on Linux, so that the old one is then at temporary."""
-    if not final.exists():
-        temporary.rename(final)
-        return
-    if _exchange(temporary, final):
-        return
-    aside = final.parent / f".{final.name}.old-{os.getpid()}"
-    final.rename(aside)
-    temporary.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """renameat2(RENAME_EXCHANGE); False where the system or file system lacks it."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(cwd, os.fsencode(a), cwd, os.fsencode(b), exchange) == 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
