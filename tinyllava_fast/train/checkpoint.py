@@ -15,36 +15,27 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json, shown
 from tinyllava_fast.files import TMP, put_folder, remove, sync, write_file
 from tinyllava_fast.log import log
+from tinyllava_fast.tensors import DTYPES, TensorFile
 from tinyllava_fast.train import seed
 from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
 
 FORMAT = 1
 LATEST = "latest"
 _NAME = re.compile(r".+-\d{8}")
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -230,7 +221,7 @@ def _readable(folder: Path) -> bool:
     try:
         _state(Fields.of(read_json(folder / "state.json", CheckpointError), "", CheckpointError))
         for name in ("model.safetensors", "optimizer.safetensors"):
-            safe_open(str(folder / name), framework="pt")
+            TensorFile(folder / name)
     except (CheckpointError, SafetensorError, OSError):
         return False
     return True
@@ -249,43 +240,14 @@ def load_rng(folder: Path, rank: int) -> None:
             raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); {_another(folder)}") from None
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a mapping whose tensors are read when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete; {_another(path.parent)}")
-        try:
-            self._file = safe_open(str(path), framework="pt")
-            self._keys = list(self._file.keys())
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or damaged ({error}); {_another(path.parent)}") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._keys:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._file
-
-
 def open_tensors(path: Path) -> TensorFile:
     """Open a safetensors file of a checkpoint; CheckpointError if it is missing or damaged."""
-    return TensorFile(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete; {_another(path.parent)}")
+    try:
+        return TensorFile(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); {_another(path.parent)}") from None
 
 
 def write_tensors(
@@ -293,6 +255,7 @@ def write_tensors(
 ) -> None:
     """Stream tensors into a safetensors file and fsync it; only one of them is in memory at a time.
 
+    The library's save_file takes all of them at once, which a gathered state of a large model does not allow.
     write: False on ranks that only take part in fetching.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
