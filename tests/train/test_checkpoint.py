@@ -76,10 +76,7 @@ def test_written_tensors_read_back_with_the_safetensors_library(tmp_path):
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
     with open_tensors(path) as opened:
-        assert opened.metadata == {"note": "ü"} and len(opened) == 6 and set(opened) == set(tensors)
-        assert "nothing" not in opened
-        with pytest.raises(KeyError):
-            opened["nothing"]
+        assert opened.metadata == {"note": "ü"} and set(opened) == set(tensors)
 
 
 def test_save_and_latest(store):
@@ -143,7 +140,7 @@ def test_a_half_written_folder_is_ignored_and_cleaned(store):
     assert not list(store.folder.glob(".tmp-*")) and store.latest() == path
 
 
-@pytest.mark.parametrize("victim", ["_write_tensor", "write_bytes", "sync_folder"])
+@pytest.mark.parametrize("victim", ["_write_tensor", "write_file", "sync", "put_folder"])
 def test_a_full_disk_keeps_the_previous_checkpoint(store, monkeypatch, victim):
     path = store.save(state(1), FakeEngine())
     monkeypatch.setattr(checkpoint, victim, no_space)

@@ -54,10 +54,10 @@ def full(*_, **__):
 @pytest.mark.parametrize("file", ["config.yaml", "summary.json", "metrics.jsonl", "tensorboard", "model"])
 def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tiny_run, losses, monkeypatch, caplog, file):
     path = tiny_run(stages__pretrain__max_steps=2, stages__finetune__max_steps=2, checkpoint__every_steps=1)
-    folder, write = path.parent / "run", run.write_bytes
+    folder, write = path.parent / "run", run.write_file
     with monkeypatch.context() as patch:
         if file in ("config.yaml", "summary.json"):
-            patch.setattr(run, "write_bytes", lambda p, b: full() if p.name == file else write(p, b))
+            patch.setattr(run, "write_file", lambda p, b: full() if p.name == file else write(p, b))
         elif file == "tensorboard":
             patch.setattr(metrics, "_tensorboard", full)
         elif file == "model":

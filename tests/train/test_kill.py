@@ -86,7 +86,7 @@ def check(server, tiny_run, losses, kills: int, **changes) -> None:
     child.join(300)
     hits, in_save = hunt(server, path, run, kills, seed=kills)
     assert losses(run) == losses(whole)
-    assert not list(run.glob("checkpoints/.tmp-*")) and not list(run.glob(".*.tmp-*"))
+    assert not list(run.glob("checkpoints/.tmp-*")) and not list(run.glob(".tmp-*"))
     final, twin = ((r / "final" / "model.safetensors").read_bytes() for r in (run, whole))
     assert final == twin
     assert hits == kills and in_save >= kills // 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinyllava_fast.fields import is_text
 
-_MOST_BYTES = 200  # of 255 that file systems take; the rest is for what is put around a name, e.g. .NAME.tmp-12345
+_MOST_BYTES = 200  # of 255 that file systems take; the rest is for what is put around a name, e.g. .tmp-0123abcd-NAME
 
 
 def file_name_fault(name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from tinyllava_fast.convert.formats.base import FORMATS, Model
 from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io
 from tinyllava_fast.models.build import check_vocabulary
@@ -96,7 +97,7 @@ def export_model(
         raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
     _say_reading(source, format, lmm.config.reading)
     model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})})
-    with io.atomic_folder(target) as folder, torch.no_grad():
+    with atomic_folder(target) as folder, torch.no_grad():
         kind.write(model, folder)
     log.info("%s: exported from %s as %s", target, source, format)
     return Path(target)

@@ -13,11 +13,9 @@ leave the colour or the shape open, the caption leaves it out, and an image with
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from tinyllava_fast.data.bpe import pieces, train_tokenizer
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import read_objects
+from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.log import log, setup_logging
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -44,21 +43,14 @@ def prepare(out_dir: str | Path) -> Path:
     """Write the data set unless it is there already; returns its folder.
 
     It appears at once, when complete. UserError if the folder holds something else or the package is not installed,
-    DataError if the package does not hold the known numbers of images and questions.
+    DataError if the package does not hold the known numbers of images and questions, CheckpointError if the folder
+    cannot be written.
     """
     out = Path(out_dir)
     if _is_current(out):
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        _write(scratch, _source())
-        scratch.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with atomic_folder(out, durable=False) as folder:
+        _write(folder, _source())
     return out
 
 

@@ -16,11 +16,12 @@ import torch
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.eval.files import is_folder
+from tinyllava_fast.files import TMP
 from tinyllava_fast.hardware import cores, processor, total_memory_bytes
 
 PACKAGES = ("tinyllava-fast", "torch", "transformers", "tokenizers", "numpy", "pillow")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-OUTPUTS = ("results.json", "results.tmp", "report.html")
+OUTPUTS = ("results.json", "report.html")
 PLACES = re.compile(r"(?!_).*name_or_path2?|mm_vision_tower")
 """Fields of a config that say where a part of the model lies. _name_or_path only says where it came from."""
 
@@ -66,7 +67,7 @@ def model_digest(folder: str | Path, besides: str | Path | None = None) -> str:
     try:
         for file in _files_of(root):
             name = file.relative_to(root).as_posix()
-            if not (inside and name in OUTPUTS):
+            if not (inside and (name in OUTPUTS or name.startswith(TMP))):
                 digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
                 _add_content(digest, file)
         for file in _named_elsewhere(root):

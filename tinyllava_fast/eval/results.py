@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from tinyllava_fast.eval.files import is_file
 from tinyllava_fast.eval.official import write_llava_answers
 from tinyllava_fast.eval.plan import Plan
 from tinyllava_fast.fields import Fields, is_text, read_jsonl, read_object
+from tinyllava_fast.files import atomic_file
 from tinyllava_fast.infer.finish import CONTEXT, REFUSED, TOO_LONG, UNREADABLE
 from tinyllava_fast.log import log
 
@@ -241,10 +241,8 @@ def _write_verdicts(
 
 
 def _replace(path: Path, parts: Iterable[str]) -> None:
-    """Write a text file beside ``path``, then put it in its place."""
-    temporary = path.with_suffix(".tmp")
+    """Write a text file so that a reader sees the old one or the new one. UserError if it cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(parts)
-        os.replace(temporary, path)

@@ -29,6 +29,7 @@ from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, seeded
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops.adamw import dither
+from tinyllava_fast.tensors import mismatches
 
 FOLDER = "adapter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -133,10 +134,9 @@ def fill(lmm: LMM, tensors: Mapping[str, Tensor], where: str) -> None:
 
     with reading(f"{where}: the adapter does not fit this model"):
         outcome: Any = set_peft_model_state_dict(lmm, dict(tensors), _NAME)
-    own = set(parameter_names(lmm))
-    missing = [k for k in outcome.missing_keys if k in own]
-    if missing or outcome.unexpected_keys:
-        lines = [f"  missing: {k}" for k in missing] + [f"  unexpected: {k}" for k in outcome.unexpected_keys]
+    own = dict.fromkeys(parameter_names(lmm))
+    found = [*(name for name in own if name not in outcome.missing_keys), *outcome.unexpected_keys]
+    if lines := mismatches(own, dict.fromkeys(found)):
         raise CheckpointError(f"{where}: the adapter is of another architecture:\n" + "\n".join(lines))
 
 

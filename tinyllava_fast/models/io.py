@@ -6,12 +6,9 @@ A folder needs nothing but itself to be loaded, no file is a pickle, and a save 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,8 +18,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +27,7 @@ from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.fields import Fields, read_json
+from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.described import check_parts, processor_fields, reading
@@ -39,12 +36,12 @@ from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
 from tinyllava_fast.models.sources import folders_in
 from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.tensors import TensorFile, mismatches, open_weights
 
 MODEL_TYPE = "tinyllava_fast"
 WEIGHTS = "model.safetensors"
 T = TypeVar("T")
 _GIVE = "give a folder that tlf-train wrote"
-Shapes = dict[str, tuple[int, ...]]
 
 
 def describe(lmm: LMM) -> LMMConfig:
@@ -195,14 +192,14 @@ def load_weights(lmm: LMM, source: str | Path, *, skip: Collection[str] = ()) ->
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
     path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    _load_into(lmm, path, tied=lmm.tied_names(), skip=skip, prefix="")
+    _load_into(lmm, open_weights(path), tied=lmm.tied_names(), skip=skip, prefix="")
 
 
 def load_component(module: nn.Module, path: str | Path, component: str) -> None:
     """Fill one component from a .safetensors file, whose names may carry the component's prefix."""
-    shapes = _stored_shapes(Path(path))
-    prefix = f"{component}." if any(k.startswith(f"{component}.") for k in shapes) else ""
-    _load_into(module, Path(path), prefix=prefix)
+    file = open_weights(Path(path))
+    prefix = f"{component}." if any(k.startswith(f"{component}.") for k in file) else ""
+    _load_into(module, file, prefix=prefix)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -246,67 +243,6 @@ def read_processor(tower: type[VisionTower], folder: str | Path) -> Any:
     return processor
 
 
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder; on success sync it to disk and put it at ``path``, else remove it.
-
-    What was at ``path`` stays until the new folder is complete. Raises CheckpointError on a write error.
-    """
-    final = Path(path)
-    temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        readable = temporary.stat().st_mode & 0o666  # as the umask has it; safetensors makes its files private
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                file.chmod(readable)
-            _sync(file)
-        _sync(temporary)
-        _put(temporary, final)
-        _sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{final}: cannot write the folder: {error}; what was there before is untouched. Free some space, "
-            "mend the disk, or name another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put(temporary: Path, final: Path) -> None:
-    """Rename; where ``final`` exists swap the two, atomically on Linux, so that the old one is then at temporary."""
-    if not final.exists():
-        temporary.rename(final)
-        return
-    if _exchange(temporary, final):
-        return
-    aside = final.parent / f".{final.name}.old-{os.getpid()}"
-    final.rename(aside)
-    temporary.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """renameat2(RENAME_EXCHANGE); False where the system or file system lacks it."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(cwd, os.fsencode(a), cwd, os.fsencode(b), exchange) == 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
     """The architecture with uninitialized weights. Raises UserError for a config that makes none."""
     with reading(f"{where}: no model can be made of it"):
@@ -344,34 +280,12 @@ def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionT
     )
 
 
-def _stored_shapes(path: Path) -> Shapes:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the weights file does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from None
-
-
 def _load_into(
-    module: nn.Module, path: Path, *, prefix: str, tied: Collection[str] = (), skip: Collection[str] = ()
+    module: nn.Module, file: TensorFile, *, prefix: str, tied: Collection[str] = (), skip: Collection[str] = ()
 ) -> None:
-    found = {k.removeprefix(prefix): s for k, s in _stored_shapes(path).items() if k.startswith(prefix)}
+    found = {k.removeprefix(prefix): s for k, s in file.shapes.items() if k.startswith(prefix)}
     found = {k: s for k, s in found.items() if k not in skip}
     expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in tied and k not in skip}
-    _compare(expected, found, str(path))
-    stored = load_file(path)  # its header, and with it the length of the file, has just been checked
-    module.load_state_dict({k: stored[prefix + k] for k in found}, strict=False)
-
-
-def _compare(expected: Shapes, found: Shapes, where: str) -> None:
-    """Raise CheckpointError listing, in full, every name and shape that differs."""
-    lines = [f"  missing: {k} {list(s)}" for k, s in expected.items() if k not in found]
-    lines += [f"  unexpected: {k} {list(s)}" for k, s in found.items() if k not in expected]
-    for key, shape in expected.items():
-        if key in found and found[key] != shape:
-            component, _, name = key.partition(".")
-            lines.append(f"  {component}: {name} has shape {list(found[key])}, this model needs {list(shape)}")
-    if lines:
-        raise CheckpointError(f"{where}: the weights are of another architecture:\n" + "\n".join(lines))
+    if lines := mismatches(expected, found):
+        raise CheckpointError(f"{file.path}: the weights are of another architecture:\n" + "\n".join(lines))
+    module.load_state_dict({k: file[prefix + k] for k in found}, strict=False)

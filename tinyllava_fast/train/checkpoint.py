@@ -3,9 +3,9 @@
     <run>/checkpoints/<stage>-<step>/   state.json, model.safetensors, optimizer.safetensors, rng-<rank>.safetensors
     <run>/checkpoints/latest            name of the newest complete one
 
-A checkpoint is written into ``.tmp-<name>``, every file and the folder are fsynced, the folder is renamed, and only
-then ``latest`` is replaced. Whatever dies on the way leaves the previous checkpoint valid and a ``.tmp-`` folder that
-the next start removes.
+A checkpoint is written into ``.tmp-<name>`` by all processes, every file and the folder are fsynced, the folder is
+renamed, and only then ``latest`` is replaced. Whatever dies on the way leaves the previous checkpoint valid and a
+``.tmp-`` folder that the next start removes.
 """
 
 from __future__ import annotations
@@ -15,37 +15,27 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json, shown
+from tinyllava_fast.files import TMP, put_folder, remove, sync, write_file
 from tinyllava_fast.log import log
+from tinyllava_fast.tensors import DTYPES, TensorFile
 from tinyllava_fast.train import seed
 from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
 
 FORMAT = 1
 LATEST = "latest"
-TMP = ".tmp-"
 _NAME = re.compile(r".+-\d{8}")
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -101,7 +91,7 @@ class CheckpointStore:
         if self.folder.is_dir():
             for stale in self.folder.glob(f"{TMP}*"):
                 log.warning("removing %s, left by a run that was killed while saving", stale)
-                _remove(stale)
+                remove(stale)
 
     def clear(self) -> None:
         """Remove every checkpoint (--resume never)."""
@@ -136,19 +126,19 @@ class CheckpointStore:
             write_tensors(tmp / "model.safetensors", engine.model_state(), write=engine.rank == 0)
             write_tensors(tmp / "optimizer.safetensors", engine.optimizer_state(), write=engine.rank == 0)
             if engine.rank == 0:
-                write_bytes(tmp / "state.json", json.dumps(asdict(state), indent=1).encode())
+                write_file(tmp / "state.json", json.dumps(asdict(state), indent=1).encode())
         except OSError as error:
             failure = str(error)
         # A rank that failed tells the others before anyone publishes.
         if float(engine.all_reduce_sum(torch.tensor(float(bool(failure)), device=engine.device))) > 0:
             if engine.rank == 0:
-                _remove(tmp)
+                remove(tmp)
             raise self._refused(target, failure or "another process could not write its part")
         try:
             if engine.rank == 0:
                 self._publish(tmp, target)
         except OSError as error:
-            _remove(tmp)
+            remove(tmp)
             raise self._refused(target, str(error)) from error
         engine.barrier()
         return target
@@ -159,20 +149,12 @@ class CheckpointStore:
         write_tensors(folder / f"rng-{rank}.safetensors", items, metadata={"state": json.dumps(plain)})
 
     def _publish(self, tmp: Path, target: Path) -> None:
-        sync_folder(tmp)
-        if target.exists():  # resumed from an older checkpoint and reached this step again
-            aside = self.folder / f"{TMP}old-{target.name}"
-            target.rename(aside)
-        tmp.rename(target)
-        sync_folder(self.folder)
-        marker = self.folder / f"{TMP}{LATEST}"
-        write_bytes(marker, f"{target.name}\n".encode())
-        marker.replace(self.folder / LATEST)
-        sync_folder(self.folder)
+        sync(tmp)
+        put_folder(tmp, target)
+        write_file(self.folder / LATEST, f"{target.name}\n".encode())
         for name in [n for n in self.names() if n != target.name][: -(self.keep - 1) or None]:
-            _remove(self.folder / name)
-        for aside in self.folder.glob(f"{TMP}old-*"):
-            _remove(aside)
+            remove(self.folder / name)
+        remove(tmp)  # the same step, saved before this run was resumed from an older one
 
     def _refused(self, target: Path, reason: str) -> CheckpointError:
         return CheckpointError(f"{target}: could not be saved: {reason}; free some space, or mend the disk")
@@ -239,7 +221,7 @@ def _readable(folder: Path) -> bool:
     try:
         _state(Fields.of(read_json(folder / "state.json", CheckpointError), "", CheckpointError))
         for name in ("model.safetensors", "optimizer.safetensors"):
-            safe_open(str(folder / name), framework="pt")
+            TensorFile(folder / name)
     except (CheckpointError, SafetensorError, OSError):
         return False
     return True
@@ -258,43 +240,14 @@ def load_rng(folder: Path, rank: int) -> None:
             raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); {_another(folder)}") from None
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a mapping whose tensors are read when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete; {_another(path.parent)}")
-        try:
-            self._file = safe_open(str(path), framework="pt")
-            self._keys = list(self._file.keys())
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or damaged ({error}); {_another(path.parent)}") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._keys:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._file
-
-
 def open_tensors(path: Path) -> TensorFile:
     """Open a safetensors file of a checkpoint; CheckpointError if it is missing or damaged."""
-    return TensorFile(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete; {_another(path.parent)}")
+    try:
+        return TensorFile(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); {_another(path.parent)}") from None
 
 
 def write_tensors(
@@ -302,6 +255,7 @@ def write_tensors(
 ) -> None:
     """Stream tensors into a safetensors file and fsync it; only one of them is in memory at a time.
 
+    The library's save_file takes all of them at once, which a gathered state of a large model does not allow.
     write: False on ranks that only take part in fetching.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -344,28 +298,3 @@ def write_tensors(
 def _write_tensor(file: Any, tensor: Tensor) -> None:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(flat.numpy().data)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file and fsync it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that renames in it survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):  # the error that led here is the one to tell
-            path.unlink(missing_ok=True)

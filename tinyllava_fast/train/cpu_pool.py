@@ -14,13 +14,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.files import atomic_file
 from tinyllava_fast.hardware import cache_folder, total_memory_bytes
 from tinyllava_fast.log import log
 
@@ -111,13 +111,10 @@ def _build(*, anew: bool = False) -> Path:
     target = cache_folder() / f"cpu_pool-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if target.is_file() and not anew:
         return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
+    # Synced: half a library that a power cut leaves would crash whoever loads it.
+    with atomic_file(target) as built:
         flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
         command = [*compiler, *flags, f"-I{root / 'include'}", str(_SOURCE), "-o", str(built)]
         command += [f"-L{root / 'lib'}", "-lc10"]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
-        with built.open("rb") as file:
-            os.fsync(file.fileno())  # half a library that a power cut leaves would crash whoever loads it
-        built.replace(target)
     return target

@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 import time
 import zlib
 from dataclasses import replace
@@ -27,13 +26,13 @@ from torch import Tensor
 from tinyllava_fast.config.schema import AugmentConfig, DataConfig, EngineConfig, RecipeConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.files import TMP, write_file
 from tinyllava_fast.log import log
 from tinyllava_fast.models.vision.base import VisionTower
 
 FORMAT = 1
 _HEADER = struct.Struct("<4sIQ")
 _MAGIC = b"TLFF"
-_TMP = ".tmp-"
 _STALE_S = 3600.0  # a temporary file of that age has no writer any more
 _KEEP = 0.9  # share of the limit that is left after an eviction
 
@@ -127,14 +126,8 @@ class FeatureCache:
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=_TMP, dir=path.parent)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(_HEADER.pack(_MAGIC, zlib.crc32(body), len(body)) + body)
-                os.replace(temporary, path)
-            except OSError:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            # Not synced: the check sum tells what a power cut leaves, and it is computed again.
+            write_file(path, _HEADER.pack(_MAGIC, zlib.crc32(body), len(body)) + body, durable=False)
         except OSError as error:
             raise UserError(
                 f"data.feature_cache: {path} cannot be written ({error}); free some space, set TLF_CACHE to another "
@@ -152,7 +145,7 @@ class FeatureCache:
                 facts = path.stat()
             except FileNotFoundError:  # another process evicts too
                 continue
-            if not path.name.startswith(_TMP):
+            if not path.name.startswith(TMP):
                 entries.append((facts.st_mtime, facts.st_size, path))
             elif time.time() - facts.st_mtime > _STALE_S:
                 path.unlink(missing_ok=True)

@@ -19,12 +19,12 @@ from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.loader import STOP_SIGNALS
 from tinyllava_fast.errors import UserError, writing
+from tinyllava_fast.files import TMP, atomic_folder, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.log import log
-from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_image_processor, build_tokenizer
 from tinyllava_fast.train import seed
-from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, write_bytes
+from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.failures import Way, stopped
@@ -90,8 +90,8 @@ class Run:
             log.info("resuming from %s", self.checkpoint)
         if self.main:
             self.store.clean()
-            for stale in self.folder.glob(".*.tmp-*"):  # a model folder that a killed run was writing
-                shutil.rmtree(stale, ignore_errors=True)
+            for stale in self.folder.glob(f"{TMP}*"):  # what a killed run was writing
+                remove(stale)
         seed.seed_everything(self.config.seed, self.process.rank)
         self.tokenizer = build_tokenizer(self.config.model)
         self.processor = build_image_processor(self.config.model)
@@ -105,7 +105,7 @@ class Run:
         with writing(self.store.folder):
             self.store.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / "config.yaml"):
-            write_bytes(self.folder / "config.yaml", dump(self.config).encode())
+            write_file(self.folder / "config.yaml", dump(self.config).encode())
         self.metrics = MetricsWriter(self.folder, after_step=self.state.step)
 
     def _lock(self) -> None:
@@ -181,7 +181,7 @@ class Run:
         if self.main:
             _publish(self.folder / self.state.stage, self.folder / "final")
             with writing(self.folder / "summary.json"):
-                write_bytes(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+                write_file(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
             log.info(
                 "finished %d steps in %.1f s; model in %s",
                 self.state.step,
@@ -226,7 +226,7 @@ def _publish(model: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(source, destination)
 
-    with io.atomic_folder(target) as temporary:
+    with atomic_folder(target) as temporary:
         shutil.copytree(model, temporary, copy_function=link, dirs_exist_ok=True)
 
 

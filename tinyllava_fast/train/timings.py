@@ -12,7 +12,6 @@ still had the results.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from tinyllava_fast import hardware
+from tinyllava_fast.files import write_file
 from tinyllava_fast.log import log
 
 WARMUP = 2  # first steps of a stage that don't count: memory is touched, graphs are made
@@ -52,10 +52,8 @@ def write(kind: str, seconds: Sequence[float], compile_s: float | None) -> None:
     path = _path()
     known = _read_all(path)
     known[kind] = known.get(kind, {}) | found
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_file(path, (json.dumps(known, indent=1) + "\n").encode())
     except OSError as error:  # no reason to lose a finished stage
         log.warning("the times of this stage are not kept for engine.compile: auto: %s", error)
 

@@ -20,6 +20,7 @@ from tinyllava_fast.models.checkpoints.tensors import Stored
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.tensors import mismatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +111,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge:
         lmm = io.skeleton(_config(checkpoint), dtype, where)
     tied = lmm.tied_names()
     expected = {name: tensor for name, tensor in lmm.state_dict().items() if name not in tied}
-    surplus = {name: stored for name, stored in weights.items() if name not in expected}
-    known = [name for name in surplus if name in tied or _is_irrelevant(name, lmm)]
-    _check(expected, weights, [n for n in surplus if n not in known], checkpoint.unknown, where)
-    ignored = [*checkpoint.ignored, *(surplus[name].key for name in known)]
+    known = {n for n in weights if n not in expected and (n in tied or _is_irrelevant(n, lmm))}
+    _check(expected, {n: stored for n, stored in weights.items() if n not in known}, checkpoint.unknown, where)
+    ignored = [*checkpoint.ignored, *(weights[name].key for name in known)]
     if ignored:
         log.info("%s: of no use to this model, not loaded: %s", where, ", ".join(sorted(ignored)))
     with torch.no_grad():
@@ -137,25 +137,19 @@ def _is_irrelevant(name: str, lmm: LMM) -> bool:
     return parts.irrelevant(component, rest)
 
 
-def _check(
-    expected: dict[str, torch.Tensor], weights: dict[str, Stored], surplus: list[str], unknown: list[str], where: str
-) -> None:
-    """Raise CheckpointError listing every tensor that is missing, unexpected or of another shape."""
-    lines = [f"  missing: {name} {list(t.shape)}" for name, t in expected.items() if name not in weights]
-    lines += [f"  unexpected: {weights[name].key} {list(weights[name].shape)}" for name in surplus]
+def _check(expected: dict[str, torch.Tensor], weights: dict[str, Stored], unknown: list[str], where: str) -> None:
+    """Raise CheckpointError listing every tensor that is missing, unexpected, quantized or of another shape."""
+    lines = mismatches(
+        {name: tuple(tensor.shape) for name, tensor in expected.items()},
+        {name: stored.shape for name, stored in weights.items()},
+        needs="its config says",
+        stored_as={name: stored.key for name, stored in weights.items()},
+    )
     lines += [f"  unexpected: {key}" for key in unknown]
     lines += [
         f"  {name} (stored as {weights[name].key}) is {weights[name].dtype}: quantized, and its scales are not stored"
         for name, tensor in expected.items()
         if name in weights and tensor.is_floating_point() and not weights[name].dtype.is_floating_point
     ]
-    for name, tensor in expected.items():
-        if name in weights and weights[name].shape != tuple(tensor.shape):
-            component, _, rest = name.partition(".")
-            stored = weights[name]
-            lines.append(
-                f"  {component}: {rest} (stored as {stored.key}) has shape {list(stored.shape)}, "
-                f"its config says {list(tensor.shape)}"
-            )
     if lines:
         raise CheckpointError(f"{where}: weights and config.json do not agree:\n" + "\n".join(lines))

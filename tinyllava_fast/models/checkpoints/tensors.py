@@ -5,6 +5,7 @@ A torch file is a pickle. It is opened with ``weights_only=True``, which execute
 
 from __future__ import annotations
 
+import functools
 import pickle
 import re
 import zipfile
@@ -13,26 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.log import log
+from tinyllava_fast.tensors import open_weights
 
 # Tried in this order inside a folder.
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -129,17 +119,11 @@ def _sharded(index: Path) -> dict[str, Stored]:
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
-    try:
-        file = safe_open(path, framework="pt")
-        return {key: _slice(file, key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file: {error}") from None
-
-
-def _slice(file: safe_open, key: str) -> Stored:
-    header = file.get_slice(key)
-    dtype = _DTYPES.get(header.get_dtype(), torch.uint8)
-    return Stored(key, tuple(header.get_shape()), dtype, lambda: file.get_tensor(key))
+    file = open_weights(path)
+    return {
+        key: Stored(key, shape, file.dtypes[key], functools.partial(file.__getitem__, key))
+        for key, shape in file.shapes.items()
+    }
 
 
 def _torch(path: Path) -> dict[str, Stored]:
