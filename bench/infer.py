@@ -26,8 +26,8 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.fast_model.prepare import prepare_weights
 from tinyllava_fast.infer.types import Request, Sampling
-from tinyllava_fast.infer.weights import prepare_weights
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
 
 WORKLOAD = Path(__file__).parent / "workloads" / "smollm2.yaml"

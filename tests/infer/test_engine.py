@@ -10,7 +10,7 @@ from tests.infer.tiny import make_engine, make_model
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.engine import Engine
-from tinyllava_fast.infer.prompts import expand
+from tinyllava_fast.infer.scheduling.prompts import expand
 from tinyllava_fast.infer.types import Request, Sampling
 
 QUESTIONS = ("what is this?", "what colour?", "why", "is there a circle in the image?", "describe the scene in detail")

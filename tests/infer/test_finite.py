@@ -17,8 +17,8 @@ from tests.infer.tiny import make_engine, make_model
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.eval import cli as eval_cli
 from tinyllava_fast.infer import chat
+from tinyllava_fast.infer.fast_model.prepare import check_finite, prepare_weights
 from tinyllava_fast.infer.sampling import all_finite
-from tinyllava_fast.infer.weights import check_finite, prepare_weights
 
 NAN, INF = float("nan"), float("inf")
 PARTS = [

@@ -110,7 +110,7 @@ def test_questions_about_the_same_images_share_their_work(lmm, tokenizer, images
 def test_more_inputs_than_one_pass_takes(lmm, tokenizer, images, monkeypatch):
     requests = requests_about(images)
     expected = [a.tokens for a in make_engine(lmm, tokenizer, image_mode="anyres").answers(requests)]
-    monkeypatch.setattr("tinyllava_fast.infer.images.IMAGES_PER_PASS", 2)
+    monkeypatch.setattr("tinyllava_fast.infer.scheduling.images.IMAGES_PER_PASS", 2)
     assert [a.tokens for a in make_engine(lmm, tokenizer, image_mode="anyres").answers(requests)] == expected
 
 

@@ -13,8 +13,8 @@ from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.fast_model.prepare import check_finite, check_weights, prepare_weights
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
-from tinyllava_fast.infer.weights import check_finite, check_weights, prepare_weights
 from tinyllava_fast.models.io import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

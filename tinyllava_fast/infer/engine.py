@@ -23,14 +23,14 @@ from torch import Tensor
 from tinyllava_fast.data.images import ImageMode
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
-from tinyllava_fast.infer.batch import Batch, Limits
-from tinyllava_fast.infer.decoder import PackedDecoder
+from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT
-from tinyllava_fast.infer.images import ImageEncoder
-from tinyllava_fast.infer.pool import row_bytes
-from tinyllava_fast.infer.prompts import Prompts
 from tinyllava_fast.infer.sampling import all_finite, next_tokens
-from tinyllava_fast.infer.schedule import Running, group_requests
+from tinyllava_fast.infer.scheduling.admission import Running, group_requests
+from tinyllava_fast.infer.scheduling.batch import Batch, Limits
+from tinyllava_fast.infer.scheduling.images import ImageEncoder
+from tinyllava_fast.infer.scheduling.pool import row_bytes
+from tinyllava_fast.infer.scheduling.prompts import Prompts
 from tinyllava_fast.infer.scoring import Collector, log_probabilities
 from tinyllava_fast.infer.types import Answer, Request, Scores
 from tinyllava_fast.models.build import check_vocabulary
@@ -63,7 +63,7 @@ class Engine:
         kv_cache_bytes: its size in bytes instead, a row being K and V of one token in every layer. Give one of them.
     prefill_tokens: most tokens of one prefill pass, which bounds activations (a single larger prompt still runs alone).
     lookahead: requests read ahead and grouped by image; those about one image should be no further apart.
-    threads: image decoders. compile: the decode step; True, False, or None: when it pays (infer/step.py).
+    threads: image decoders. compile: the decode step; True, False, or None: when it pays (compiled_step.py).
     source: what the model is called in messages, its folder.
     UserError for a pool too small to hold anything, and for a tokenizer with ids that the model has no embedding for.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tinyllava_fast.infer.schedule import Running
+from tinyllava_fast.infer.scheduling.admission import Running
 from tinyllava_fast.infer.types import Request, Scores
 
 

@@ -71,7 +71,7 @@ class LMM(nn.Module):
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.embedding_scale = family.embedding_scale(llm)
         self.logit_softcap = family.logit_softcap(llm)
-        # another way to multiply by the head, [R, D] -> [R, V]: inference sets it (infer/weights.py)
+        # another way to multiply by the head, [R, D] -> [R, V]: inference sets it (infer/fast_model/prepare.py)
         self.project: Callable[[Tensor], Tensor] | None = None
         self.label_smoothing, self.z_loss = 0.0, 0.0  # of the training loss; a stage sets them
 

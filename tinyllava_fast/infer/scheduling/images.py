@@ -14,7 +14,7 @@ from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, ti
 from tinyllava_fast.data.images import ImageMode, check_shape, image_size, load_image, to_pixels
 from tinyllava_fast.data.pictures import naming, object_size, of_object
 from tinyllava_fast.errors import DataError, UserError
-from tinyllava_fast.infer.schedule import image_key
+from tinyllava_fast.infer.scheduling.admission import image_key
 from tinyllava_fast.infer.types import ImageLike, Request
 
 IMAGES_PER_PASS = 32

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from tinyllava_fast.infer.pool import KVPool, Spans
+from tinyllava_fast.infer.scheduling.pool import KVPool, Spans
 from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import Images, Request
 

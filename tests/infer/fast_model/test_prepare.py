@@ -11,10 +11,10 @@ from torch import nn
 import tinyllava_fast
 from tests.infer.tiny import make_engine, make_model
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.block import DecodeLayer
-from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer
+from tinyllava_fast.infer.fast_model.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.prepare import prepare_weights
 from tinyllava_fast.infer.types import Request, Sampling
-from tinyllava_fast.infer.weights import prepare_weights
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops.decode_linear import dense_weight
 from tinyllava_fast.recipes.linears import linears

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyllava_fast.infer.fused import FusedStep
-from tinyllava_fast.infer.pool import KVPool
-from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
-from tinyllava_fast.infer.step import CompiledStep, StepTokens
+from tinyllava_fast.infer.fast_model.compiled_step import CompiledStep, StepTokens
+from tinyllava_fast.infer.fast_model.fused_step import FusedStep
+from tinyllava_fast.infer.scheduling.admission import IMAGE_ROW, Running
+from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.models.attention import KVView
 
 

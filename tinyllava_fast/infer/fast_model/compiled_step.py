@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.infer.block import DecodeLayer
-from tinyllava_fast.infer.pool import KVPool
+from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer
+from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.log import log
 from tinyllava_fast.models.attention import KVView
 from tinyllava_fast.ops._op import unchecked
@@ -44,7 +44,7 @@ class CompiledStep:
 
     compile: True: at the first step. False: never. None: once plain steps have taken as long as compiling would, so
     that the whole is at most twice the better of the two, however long the queue turns out to be; never for the fused
-    layers of infer/block.py, whose calls cost more from a graph than directly (one sequence of SmolLM2-135M: 78 ms
+    layers of decoder_layer.py, whose calls cost more from a graph than directly (one sequence of SmolLM2-135M: 78 ms
     instead of 18). Where compiling fails (no C++ compiler), a warning says so and plain steps go on.
     """
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
-from tinyllava_fast.infer.block import DecodeLayer, takes
-from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer, takes
+from tinyllava_fast.infer.fast_model.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.tower_layer import prepare_tower
 from tinyllava_fast.infer.sampling import all_finite
-from tinyllava_fast.infer.tower import prepare_tower
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops import decode_linear
 from tinyllava_fast.ops.decode_linear import in_huge_pages
@@ -48,7 +48,7 @@ def check_finite(lmm: LMM, vocab: int, source: str) -> None:
 
 
 def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
-    """Replace the layers of infer/block.py's and infer/tower.py's kinds by those, and other linear ones, in place.
+    """Replace the layers of decoder_layer.py's and tower_layer.py's kinds by those, and other linear ones, in place.
 
     weights: None or "bf16" (dense), "int8" (a scale for each output), "nf4" (layers; the projection, whose errors
     choose tokens, in int8). A tied projection that is quantized leaves the embedding as it is, for look-ups. The model

@@ -12,7 +12,7 @@ from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import is_text, shown
 from tinyllava_fast.infer.finish import REFUSED, TOO_LONG, UNREADABLE
-from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
+from tinyllava_fast.infer.scheduling.admission import IMAGE_ROW, Running
 from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import ImageLike, Message, Request
 

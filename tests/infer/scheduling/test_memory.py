@@ -10,13 +10,13 @@ from itertools import count, pairwise
 import pytest
 import torch
 
+from tests.infer.scheduling.test_admission import running
 from tests.infer.test_engine import QUESTIONS, ask, mixed_requests
-from tests.infer.test_schedule import running
 from tests.infer.tiny import make_engine
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.batch import is_out_of_memory
-from tinyllava_fast.infer.pool import KVPool
-from tinyllava_fast.infer.schedule import RESERVE, Group, Running, admit, grow, release, requeue
+from tinyllava_fast.infer.scheduling.admission import RESERVE, Group, Running, admit, grow, release, requeue
+from tinyllava_fast.infer.scheduling.batch import is_out_of_memory
+from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.log import log
 
 
@@ -74,7 +74,7 @@ def test_a_long_queue_takes_no_more_memory_than_a_short_one(lmm, tokenizer):
 def occupancy(monkeypatch, reserve: int) -> float:
     """Share of a pool's rows in use, refilled as the engine does, on ten questions an image behind 230 shared tokens:
     most answers are words, some are paragraphs, 512 tokens are allowed."""
-    monkeypatch.setattr("tinyllava_fast.infer.schedule.RESERVE", reserve)
+    monkeypatch.setattr("tinyllava_fast.infer.scheduling.admission.RESERVE", reserve)
     rng, numbers = random.Random(0), count()
     pool = KVPool(16384, [1], 1, dtype=torch.float32, device=torch.device("cpu"))
     left: dict[Running, int] = {}
@@ -175,7 +175,7 @@ def test_out_of_memory_of_one_request_names_it(lmm, tokenizer):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_steps_say_the_same(lmm, tokenizer, engine, images, monkeypatch, backend):
-    monkeypatch.setattr("tinyllava_fast.infer.step.BACKEND", backend)
+    monkeypatch.setattr("tinyllava_fast.infer.fast_model.compiled_step.BACKEND", backend)
     requests = mixed_requests(images)[:7]
     compiled = make_engine(lmm, tokenizer, compile=True)
     assert [a.tokens for a in compiled.answers(requests)] == [a.tokens for a in engine.answers(requests)]

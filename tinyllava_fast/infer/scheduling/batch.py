@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.errors import DataError, UserError
-from tinyllava_fast.infer.decoder import PackedDecoder, Span
+from tinyllava_fast.infer.fast_model.runner import PackedDecoder, Span
 from tinyllava_fast.infer.finish import UNREADABLE
-from tinyllava_fast.infer.images import ImageEncoder
-from tinyllava_fast.infer.pool import Spans
-from tinyllava_fast.infer.schedule import (
+from tinyllava_fast.infer.scheduling.admission import (
     IMAGE_ROW,
     Group,
     Running,
@@ -33,6 +31,8 @@ from tinyllava_fast.infer.schedule import (
     release,
     requeue,
 )
+from tinyllava_fast.infer.scheduling.images import ImageEncoder
+from tinyllava_fast.infer.scheduling.pool import Spans
 from tinyllava_fast.log import log
 
 Handler = Callable[[list[Running], Tensor, np.ndarray], None]

@@ -1,4 +1,4 @@
-"""One call a step equals the layers of infer/block.py one after the other, hidden states and pool alike."""
+"""One call a step equals the layers of decoder_layer.py one after the other, hidden states and pool alike."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.infer.tiny import make_engine, make_model
-from tinyllava_fast.infer.decoder import PackedDecoder
+from tinyllava_fast.infer.fast_model.prepare import prepare_weights
+from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.types import Request, Sampling
-from tinyllava_fast.infer.weights import prepare_weights
 from tinyllava_fast.ops._op import force_backend
 
 ROWS = 2600

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinyllava_fast.infer.pool import KVPool, Spans
-from tinyllava_fast.infer.schedule import (
+from tinyllava_fast.infer.scheduling.admission import (
     IMAGE_ROW,
     Running,
     admit,
@@ -17,6 +16,7 @@ from tinyllava_fast.infer.schedule import (
     image_key,
     release,
 )
+from tinyllava_fast.infer.scheduling.pool import KVPool, Spans
 from tinyllava_fast.infer.types import Request, Sampling
 
 
