@@ -23,6 +23,7 @@ from torch import Tensor
 from tinyllava_fast.data.images import ImageMode
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT
 from tinyllava_fast.infer.sampling import all_finite, next_tokens
@@ -34,6 +35,7 @@ from tinyllava_fast.infer.scheduling.prompts import Prompts
 from tinyllava_fast.infer.scoring import Collector, log_probabilities
 from tinyllava_fast.infer.types import Answer, Request, Scores
 from tinyllava_fast.models.build import check_vocabulary
+from tinyllava_fast.models.lmm import LMM
 
 LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
 BATCH_TOKENS = 16384
@@ -56,7 +58,8 @@ class Counters:
 class Engine:
     """Runs a model of this toolkit on many requests at once. Greedy answers equal transformers' ``generate``.
 
-    lmm: an LMM in eval mode. tokenizer: transformers tokenizer. processor: the tower's image processor.
+    model: a PreparedModel, or an LMM in eval mode, which is left as it is. tokenizer: transformers tokenizer.
+    processor: the tower's image processor.
     template: chat template of the toolkit. image_mode: "square", "pad" or "anyres", as the model was trained.
     image_grid: the resolutions (width, height) of anyres; empty: the default ones.
     batch_tokens: rows of the K/V pool, which prompts and answers in flight never exceed (default 16384);
@@ -70,7 +73,7 @@ class Engine:
 
     def __init__(
         self,
-        lmm: Any,
+        model: LMM | PreparedModel,
         tokenizer: Any,
         processor: Any,
         template: Any,
@@ -85,7 +88,8 @@ class Engine:
         compile: bool | None = None,
         source: str | Path = "",
     ) -> None:
-        self.lmm = lmm
+        self.model = PreparedModel(model) if isinstance(model, LMM) else model
+        self.lmm = lmm = self.model.lmm
         self.source = str(source) or type(lmm.llm).__name__
         self.tokenizer = tokenizer
         self.processor = processor
@@ -103,7 +107,7 @@ class Engine:
         self._prompts = Prompts(
             template, tokenizer, self._images.rows, context, self.batch_tokens, self.eos, ahead=lookahead
         )
-        self._decoder = PackedDecoder(lmm, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
+        self._decoder = PackedDecoder(self.model, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
         self._limits = Limits(prefill_tokens)
         self._counters = Counters()
 
@@ -226,7 +230,7 @@ class Engine:
         for i in range(0, len(sequences), LOGIT_ROWS):
             # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
             rows = hidden[i : i + LOGIT_ROWS]
-            logits = self.lmm.logits(rows)[:, : self.vocab]  # [R, V]
+            logits = self.model.logits(rows)[:, : self.vocab]  # [R, V]
             part = sequences[i : i + LOGIT_ROWS]
             self._check_finite(part, rows, logits)
             chosen += next_tokens(logits, [s.request.sampling for s in part], [len(s.tokens) for s in part])
@@ -240,7 +244,7 @@ class Engine:
         rows = np.concatenate([np.arange(e - len(s.scored), e) + 1 for s, e in zip(sequences, ends, strict=True)])
         hidden = hidden[torch.from_numpy(rows).to(hidden.device)]
         targets = torch.tensor([t for s in sequences for t in s.scored], device=hidden.device)
-        each, best = log_probabilities(self.lmm.logits, hidden, targets, rows=LOGIT_ROWS, vocab=self.vocab)
+        each, best = log_probabilities(self.model.logits, hidden, targets, rows=LOGIT_ROWS, vocab=self.vocab)
         self._check_finite(sequences, hidden, each)
         counts = [len(s.scored) for s in sequences]
         return list(zip(each.split(counts), best.split(counts), strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 from tinyllava_fast.infer.fast_model.cpp_step import DTYPES, Product, StepLayer, StepPlan
 from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer
 from tinyllava_fast.infer.fast_model.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.log import log_once
 from tinyllava_fast.ops import _cpp
@@ -27,8 +28,9 @@ _FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # the other kinds depen
 class FusedStep:
     """Calls cpp_step.StepPlan for a model and its pool; builds the plan when first asked, and anew when they change."""
 
-    def __init__(self, lmm: Any, pool: KVPool, *, share_prefix: bool) -> None:
-        self.lmm = lmm
+    def __init__(self, model: PreparedModel, pool: KVPool, *, share_prefix: bool) -> None:
+        self.lmm: Any = model.lmm
+        self._ready = model.ready
         self.pool = pool
         self._share_prefix = share_prefix
         self._checked = False
@@ -57,7 +59,7 @@ class FusedStep:
         reason = self._why_not()
         if reason is not None:
             self._plan, self._built_from = None, ()
-            if self.lmm.project is not None:  # the model was made ready for decoding
+            if self._ready:
                 log_once(f"decoding goes layer by layer: {reason}")
             return
         parts = self._parts()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tinyllava_fast.infer.fast_model.compiled_step import CompiledStep, StepTokens
 from tinyllava_fast.infer.fast_model.fused_step import FusedStep
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.scheduling.admission import IMAGE_ROW, Running
 from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.models.attention import KVView
@@ -39,14 +39,14 @@ class Span:
 class PackedDecoder:
     """Runs an LMM's decoder over spans of new tokens; K and V go to the pool's rows."""
 
-    def __init__(self, lmm: Any, rows: int, *, share_prefix: bool, compile: bool | None = None) -> None:
+    def __init__(self, model: PreparedModel, rows: int, *, share_prefix: bool, compile: bool | None = None) -> None:
         """share_prefix: whether spans have prefixes. compile: as CompiledStep takes it."""
-        self.lmm = lmm
+        self.lmm = lmm = model.lmm
         self.pool = KVPool(rows, lmm.num_kv_heads, lmm.head_dim, dtype=lmm.dtype, device=lmm.device)
         self.computed_tokens = self.steps = 0
         self._share_prefix = share_prefix
         self._run_step = CompiledStep(lmm, self.pool, compile)
-        self._fused = None if compile else FusedStep(lmm, self.pool, share_prefix=share_prefix)
+        self._fused = None if compile else FusedStep(model, self.pool, share_prefix=share_prefix)
 
     def __call__(self, spans: list[Span]) -> Tensor:
         """Hidden states [T, D] of the spans' tokens, laid end to end. Spans must ascend by start."""
