@@ -86,7 +86,7 @@ def test_shared_work_is_done_once(engine, images):
 
 def test_without_prefix_sharing(engine, lmm, tokenizer, images):
     alone = make_engine(lmm, tokenizer)
-    alone.share_prefix = False
+    alone._core.scheduler.share_prefix = False
     requests = mixed_requests(images)
     assert [a.tokens for a in alone.answers(requests)] == [a.tokens for a in engine.answers(requests)]
 

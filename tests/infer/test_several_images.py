@@ -77,7 +77,7 @@ def requests_about(images):
 @pytest.mark.parametrize("share", [True, False])
 def test_greedy_equals_full_recomputation(plain, lmm, tokenizer, images, share):
     engine = make_engine(lmm, tokenizer)
-    engine.share_prefix = share
+    engine._core.scheduler.share_prefix = share
     requests = requests_about(images)
     expected = [recompute(plain, engine, r) for r in requests]
     assert [a.tokens for a in engine.answers(requests)] == expected

@@ -36,7 +36,7 @@ class StepTokens(NamedTuple):
     cu_q: Tensor  # [R + 1] int32: these and the following as in KVView
     cu_k: Tensor  # [R + 1] int32
     used: Tensor  # [R] int32
-    prefix: Tensor | None  # [R, 2] int32
+    shared_rows: Tensor | None  # [R, 2] int32: as prefix of KVView
 
 
 class CompiledStep:
@@ -103,12 +103,12 @@ class CompiledStep:
         cu_q: Tensor,
         cu_k: Tensor,
         used: Tensor,
-        prefix: Tensor | None,
+        shared_rows: Tensor | None,
         k: list[Tensor],
         v: list[Tensor],
     ) -> Tensor:
         lmm = self.lmm
-        view = KVView(k, v, slots, cu_q, cu_k, used, prefix, single=True)
+        view = KVView(k, v, slots, cu_q, cu_k, used, shared_rows, single=True)
         embeds = nn.functional.embedding(ids, lmm.family.embedding(lmm.llm).weight)
         return lmm.decode(lmm.scale_embeddings(embeds), positions, kv=view)
 
