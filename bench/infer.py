@@ -26,8 +26,8 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.fast_model.prepare import prepare_model
 from tinyllava_fast.infer.types import Request, Sampling
-from tinyllava_fast.infer.weights import prepare_weights
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
 
 WORKLOAD = Path(__file__).parent / "workloads" / "smollm2.yaml"
@@ -78,8 +78,8 @@ def build(config: Path, dtype: str, *, weights: str | None = None, compile: bool
     template = TEMPLATES.get(run.stages[0].data.template)
     peer = Peer(lmm, tokenizer, processor, template, run.model.vision.feature_layer, DTYPES[dtype])
     lmm.to(DTYPES[dtype])
-    prepare_weights(lmm, weights)  # as tinyllava_fast.load does
-    engine = Engine(lmm, tokenizer, processor, template, compile=compile)
+    model = prepare_model(lmm, weights)  # as tinyllava_fast.load does
+    engine = Engine(model, tokenizer, processor, template, compile=compile)
     return Sides(engine, peer)
 
 
@@ -156,7 +156,7 @@ def latency(sides: Sides, questions: Sequence[Question], settings: Settings) -> 
     """{"ours" | "peer": {"first": [...], "next": [...]}}: seconds to the first token and between tokens, batch 1."""
     sampling = Sampling(max_new_tokens=settings.latency_tokens, eos_token_id=())
     stamps: list[float] = []
-    logits = sides.engine.lmm.logits
+    logits = sides.engine.model.logits
 
     def stamped(hidden: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = logits(hidden)
@@ -172,7 +172,7 @@ def latency(sides: Sides, questions: Sequence[Question], settings: Settings) -> 
     asked = spaced(questions, settings.requests)
     prepared = sides.peer.prepare(asked)
     series: dict[str, dict[str, list[float]]] = {s: {"first": [], "next": []} for s in ("ours", "peer")}
-    sides.engine.lmm.logits = stamped
+    sides.engine.model.logits = stamped  # type: ignore[method-assign]
     try:
         ours(asked[0])
         pairs = list(zip(asked, prepared, strict=True))
@@ -183,7 +183,7 @@ def latency(sides: Sides, questions: Sequence[Question], settings: Settings) -> 
                 series[side]["first"].append(gaps[0])
                 series[side]["next"] += gaps[1:]
     finally:
-        del sides.engine.lmm.logits
+        del sides.engine.model.logits
     return series
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.models.build import build_image_processor, build_model
 from tinyllava_fast.models.lmm import LMM
 
@@ -77,7 +78,7 @@ def make_model(seed: int = 0, **llm: object) -> LMM:
     return lmm
 
 
-def make_engine(lmm: LMM, tokenizer: PreTrainedTokenizerFast, **options: object) -> Engine:
+def make_engine(model: LMM | PreparedModel, tokenizer: PreTrainedTokenizerFast, **options: object) -> Engine:
     processor = build_image_processor(tiny_config())
     options = {"batch_tokens": 4096, "prefill_tokens": 1024, **options}
-    return Engine(lmm, tokenizer, processor, TEMPLATES.get("llama"), **options)
+    return Engine(model, tokenizer, processor, TEMPLATES.get("llama"), **options)

@@ -10,7 +10,7 @@ from tests.tiny import make_engine, make_model
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.engine import Engine
-from tinyllava_fast.infer.prompts import expand
+from tinyllava_fast.infer.scheduling.prompts import expand
 from tinyllava_fast.infer.types import Request, Sampling
 
 QUESTIONS = ("what is this?", "what colour?", "why", "is there a circle in the image?", "describe the scene in detail")
@@ -86,7 +86,7 @@ def test_shared_work_is_done_once(engine, images):
 
 def test_without_prefix_sharing(engine, lmm, tokenizer, images):
     alone = make_engine(lmm, tokenizer)
-    alone.share_prefix = False
+    alone._core.scheduler.share_prefix = False
     requests = mixed_requests(images)
     assert [a.tokens for a in alone.answers(requests)] == [a.tokens for a in engine.answers(requests)]
 

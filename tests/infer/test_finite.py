@@ -17,8 +17,8 @@ from tests.tiny import make_engine, make_model
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.eval import cli as eval_cli
 from tinyllava_fast.infer import chat
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel, check_finite, prepare_model
 from tinyllava_fast.infer.sampling import all_finite
-from tinyllava_fast.infer.weights import check_finite, prepare_weights
 
 NAN, INF = float("nan"), float("inf")
 PARTS = [
@@ -43,9 +43,8 @@ WAYS |= {"int8": (torch.bfloat16, "int8"), "nf4": (torch.float32, "nf4")}
 def engine_of(lmm, tokenizer, way, **options):
     dtype, weights = WAYS[way]
     lmm = lmm.to(dtype)
-    if weights != "raw":
-        prepare_weights(lmm, weights)
-    return make_engine(lmm, tokenizer, batch_tokens=1024, source="runs/broken", **options)
+    model = PreparedModel(lmm) if weights == "raw" else prepare_model(lmm, weights)
+    return make_engine(model, tokenizer, batch_tokens=1024, source="runs/broken", **options)
 
 
 def named(lmm, ending):

@@ -10,7 +10,7 @@ from tests.infer.test_engine import ask
 from tests.tiny import make_engine
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.prompts import expand
+from tinyllava_fast.infer.scheduling.prompts import expand
 
 OPTIONS = [("yes", "no", "not at all"), ("A", "B", "C", "D"), ("a long answer of many tokens", "x")]
 

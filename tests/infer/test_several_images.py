@@ -77,7 +77,7 @@ def requests_about(images):
 @pytest.mark.parametrize("share", [True, False])
 def test_greedy_equals_full_recomputation(plain, lmm, tokenizer, images, share):
     engine = make_engine(lmm, tokenizer)
-    engine.share_prefix = share
+    engine._core.scheduler.share_prefix = share
     requests = requests_about(images)
     expected = [recompute(plain, engine, r) for r in requests]
     assert [a.tokens for a in engine.answers(requests)] == expected
@@ -110,7 +110,7 @@ def test_questions_about_the_same_images_share_their_work(lmm, tokenizer, images
 def test_more_inputs_than_one_pass_takes(lmm, tokenizer, images, monkeypatch):
     requests = requests_about(images)
     expected = [a.tokens for a in make_engine(lmm, tokenizer, image_mode="anyres").answers(requests)]
-    monkeypatch.setattr("tinyllava_fast.infer.images.IMAGES_PER_PASS", 2)
+    monkeypatch.setattr("tinyllava_fast.infer.scheduling.images.IMAGES_PER_PASS", 2)
     assert [a.tokens for a in make_engine(lmm, tokenizer, image_mode="anyres").answers(requests)] == expected
 
 

@@ -13,8 +13,8 @@ from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.fast_model.prepare import check_finite, check_weights, prepare_model
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
-from tinyllava_fast.infer.weights import check_finite, check_weights, prepare_weights
 from tinyllava_fast.models.io import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,7 +58,7 @@ class Assistant:
         _check_folder(path)
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
         check_finite(lmm, largest_id(tokenizer)[1] + 1, str(path))
-        prepare_weights(lmm, weights)
+        model = prepare_model(lmm.eval(), weights)
         template = _with_system(
             TEMPLATES.get(lmm.config.template, "config.json: template"), lmm.config.template, system
         )
@@ -66,7 +66,7 @@ class Assistant:
         engine_options.setdefault("source", path)
         if engine_options["image_mode"] == "anyres":
             engine_options.setdefault("image_grid", lmm.config.image_grid)
-        return cls(Engine(lmm.eval(), tokenizer, processor, template, **engine_options))
+        return cls(Engine(model, tokenizer, processor, template, **engine_options))
 
     def answer(
         self,

@@ -10,35 +10,32 @@ Legend: R sequences, T tokens of a pass, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from tinyllava_fast.data.images import ImageMode
 from tinyllava_fast.data.tokenizer import largest_id
-from tinyllava_fast.errors import CheckpointError, UserError
-from tinyllava_fast.infer.batch import Batch, Limits
-from tinyllava_fast.infer.decoder import PackedDecoder
-from tinyllava_fast.infer.finish import CONTEXT
-from tinyllava_fast.infer.images import ImageEncoder
-from tinyllava_fast.infer.pool import row_bytes
-from tinyllava_fast.infer.prompts import Prompts
-from tinyllava_fast.infer.sampling import all_finite, next_tokens
-from tinyllava_fast.infer.schedule import Running, group_requests
-from tinyllava_fast.infer.scoring import Collector, log_probabilities
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.core import Core
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
+from tinyllava_fast.infer.fast_model.runner import PackedDecoder
+from tinyllava_fast.infer.finish import CONTEXT, FAILED
+from tinyllava_fast.infer.scheduling.images import ImageEncoder
+from tinyllava_fast.infer.scheduling.pool import row_bytes
+from tinyllava_fast.infer.scheduling.prompts import Prompts
+from tinyllava_fast.infer.scheduling.scheduler import Limits, Scheduler
+from tinyllava_fast.infer.scheduling.sequence import OnToken, Sequence
+from tinyllava_fast.infer.scoring import Collector
 from tinyllava_fast.infer.types import Answer, Request, Scores
 from tinyllava_fast.models.build import check_vocabulary
+from tinyllava_fast.models.lmm import LMM
 
-LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
 BATCH_TOKENS = 16384
-
-OnToken = Callable[[str, str], None]
 
 
 @dataclass
@@ -56,27 +53,28 @@ class Counters:
 class Engine:
     """Runs a model of this toolkit on many requests at once. Greedy answers equal transformers' ``generate``.
 
-    lmm: an LMM in eval mode. tokenizer: transformers tokenizer. processor: the tower's image processor.
+    model: a PreparedModel, or an LMM in eval mode, which is left as it is. tokenizer: transformers tokenizer.
+    processor: the tower's image processor.
     template: chat template of the toolkit. image_mode: "square", "pad" or "anyres", as the model was trained.
     image_grid: the resolutions (width, height) of anyres; empty: the default ones.
     batch_tokens: rows of the K/V pool, which prompts and answers in flight never exceed (default 16384);
         kv_cache_bytes: its size in bytes instead, a row being K and V of one token in every layer. Give one of them.
     prefill_tokens: most tokens of one prefill pass, which bounds activations (a single larger prompt still runs alone).
     lookahead: requests read ahead and grouped by image; those about one image should be no further apart.
-    threads: image decoders. compile: the decode step; True, False, or None: when it pays (infer/step.py).
+    threads: image decoders. compile: the decode step; True, False, or None: when it pays (compiled_step.py).
     source: what the model is called in messages, its folder.
     UserError for a pool too small to hold anything, and for a tokenizer with ids that the model has no embedding for.
     """
 
     def __init__(
         self,
-        lmm: Any,
+        model: LMM | PreparedModel,
         tokenizer: Any,
         processor: Any,
         template: Any,
         *,
         image_mode: ImageMode = "square",
-        image_grid: Sequence[tuple[int, int]] = (),
+        image_grid: Items[tuple[int, int]] = (),
         batch_tokens: int | None = None,
         kv_cache_bytes: int | None = None,
         prefill_tokens: int = 4096,
@@ -85,7 +83,8 @@ class Engine:
         compile: bool | None = None,
         source: str | Path = "",
     ) -> None:
-        self.lmm = lmm
+        self.model = PreparedModel(model) if isinstance(model, LMM) else model
+        self.lmm = lmm = self.model.lmm
         self.source = str(source) or type(lmm.llm).__name__
         self.tokenizer = tokenizer
         self.processor = processor
@@ -103,9 +102,19 @@ class Engine:
         self._prompts = Prompts(
             template, tokenizer, self._images.rows, context, self.batch_tokens, self.eos, ahead=lookahead
         )
-        self._decoder = PackedDecoder(lmm, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
-        self._limits = Limits(prefill_tokens)
+        self._decoder = PackedDecoder(self.model, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
+        scheduler = Scheduler(
+            self._decoder.pool,
+            Limits(prefill_tokens),
+            window=lookahead,
+            max_group_rows=self.batch_tokens // 2,
+            share_prefix=self.share_prefix,
+        )
+        self._core = Core(self.model, self._images, self._decoder, scheduler, vocab=self.vocab, source=self.source)
         self._counters = Counters()
+        self._inboxes: dict[Sequence, deque[Sequence]] = {}  # where each sequence in flight goes when it has ended
+        self._added: dict[str, Sequence] = {}  # of add_request, until step has returned their answers
+        self._answered: deque[Sequence] = deque()  # those of them that have ended
 
     @property
     def counters(self) -> Counters:
@@ -114,6 +123,7 @@ class Engine:
             self._counters,
             images_encoded=self._images.encoded,
             computed_tokens=self._decoder.computed_tokens,
+            generated_tokens=self._core.generated_tokens,
             decode_steps=self._decoder.steps,
         )
 
@@ -121,6 +131,49 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         """Bytes of the K/V pool."""
         return self._decoder.pool.nbytes
+
+    def add_request(self, request: Request, on_token: OnToken | None = None) -> None:
+        """Take in a request beside those that run; ``step`` computes and returns its answer.
+
+        on_token: as for ``run``. A request that cannot be put to the model, or not with the memory of the engine, costs
+        nobody else anything: see Answer.finish. UserError for an id that is missing, or that an unfinished request has.
+        """
+        if not request.id or request.id in self._added:
+            raise UserError(f"request id {request.id!r}: expected one that no unfinished request has; name another")
+        (sequence,) = self._prompts.sequences([request], on_token, truncate=True)
+        self._added[request.id] = sequence
+        self._take([sequence], self._answered)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request of ``add_request``. Return False if there is none of that id.
+
+        The next ``step`` frees its rows and returns the answer as far as it has come, with finish "aborted".
+        """
+        sequence = self._added.get(request_id)
+        if sequence is not None:
+            self._core.scheduler.abort(sequence)
+        return sequence is not None
+
+    def step(self) -> list[Answer]:
+        """Do one pass, a prefill or one token for each running sequence; return the answers that are complete.
+
+        Every request of ``add_request`` is answered once, be it by its error. Requests may be added and aborted between
+        steps, and aborted by ``on_token``; all by the thread that calls ``step``.
+        Raises CheckpointError if the model's numbers are not finite; the requests of that pass have failed then.
+        """
+        if not self._answered:
+            self._deliver(self._core.step())
+        ended = list(self._answered)
+        self._answered.clear()
+        for sequence in ended:
+            del self._added[sequence.request.id]
+        self._forget_if_idle()
+        return [self._answer(sequence) for sequence in ended]
+
+    @property
+    def unfinished(self) -> int:
+        """Requests of ``add_request`` that ``step`` has not answered yet."""
+        return len(self._added)
 
     def run(
         self, requests: Iterable[Request], on_token: OnToken | None = None, *, keep_going: bool = False
@@ -132,20 +185,12 @@ class Engine:
         Raises UserError, naming the request, for image markers that do not match its images or a prompt that does not
         fit the model's context or the pool, and DataError for an unreadable image. keep_going: what is wrong with one
         request costs that request alone: see Answer.finish. A prompt that the context has room for but the pool has not
-        still raises, and so does a model whose numbers are not finite (CheckpointError). One run at a time per engine.
+        still raises, and so does a model whose numbers are not finite (CheckpointError).
         """
-
-        def handle(sequences: list[Running], hidden: Tensor, ends: np.ndarray) -> None:
-            self._generate(sequences, hidden, ends, on_token)
-
-        refused: list[Running] = []
-        refuse = refused.append if keep_going else None
-        sequences = self._prompts.sequences(requests, on_token is not None, refuse)
-        for sequence in self._batch(sequences, handle, keep_going).finished():
-            yield from self._drain(refused)
-            self._count(sequence)
+        for sequence in self._through(self._prompts.sequences(requests, on_token, truncate=keep_going)):
+            if sequence.error is not None and not (keep_going and sequence.finish != FAILED):
+                raise sequence.error
             yield self._answer(sequence)
-        yield from self._drain(refused)
 
     def surely_fits(self, request: Request) -> bool:
         """Return whether a request is so short that ``refusals`` cannot find it too long. Costs no tokenizing."""
@@ -157,10 +202,11 @@ class Engine:
         Raises UserError for a prompt that does not fit the pool. Images are not decoded, so unreadable ones are found
         here only where a prompt's length depends on their size.
         """
-        refused: list[Running] = []
-        for _ in self._prompts.sequences(requests, refuse=refused.append):
-            yield from self._drain(refused)
-        yield from self._drain(refused)
+        for sequence in self._prompts.sequences(requests, truncate=True):
+            if sequence.error is not None:
+                if sequence.finish == FAILED:
+                    raise sequence.error
+                yield self._answer(sequence)
 
     def answers(self, requests: Iterable[Request], on_token: OnToken | None = None) -> list[Answer]:
         """All answers, in the order of the requests. on_token: as for ``run``.
@@ -186,7 +232,7 @@ class Engine:
         found = {a.id: a for a in self.run(unique(), named if on_token is not None else None)}
         return [replace(found[name], id=own) for name, own in ids.items()]
 
-    def score(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[Scores]:
+    def score(self, questions: Iterable[tuple[Request, Items[str]]]) -> Iterator[Scores]:
         """How probable each option is as the answer to its request; yields a question when all its options are done.
 
         The tower runs once per image, the K/V of what the prompts about an image share are computed once, and all
@@ -194,108 +240,79 @@ class Engine:
         UserError for a question without options, and as for ``run``.
         """
         collector = Collector()
-
-        def handle(sequences: list[Running], hidden: Tensor, ends: np.ndarray) -> None:
-            for sequence, result in zip(sequences, self._log_probabilities(sequences, hidden, ends), strict=True):
-                sequence.result, sequence.finish = result, "scored"
-
         sequences = self._prompts.scored(collector.watch(questions))
-        for sequence in self._batch(collector.register(sequences), handle).finished():
+        for sequence in self._through(collector.register(sequences)):
+            if sequence.error is not None:
+                raise sequence.error
             done = collector.add(sequence)
             if done is not None:
                 self._count(sequence)
                 yield done
 
-    def _drain(self, refused: list[Running]) -> Iterator[Answer]:
-        while refused:
-            sequence = refused.pop(0)
-            self._count(sequence)
-            yield self._answer(sequence)
+    def _through(self, source: Iterator[Sequence]) -> Iterator[Sequence]:
+        """Yield sequences as they end, reading them as there is room for them. Those that are left are aborted."""
+        ended: deque[Sequence] = deque()
+        scheduler, left, more = self._core.scheduler, 0, True
+        try:
+            while True:
+                while more and scheduler.wants_more():
+                    some = list(islice(source, self.lookahead))
+                    self._take(some, ended)
+                    left, more = left + len(some), bool(some)
+                if not left and not more:
+                    return
+                self._deliver(self._core.step())
+                while ended:
+                    left -= 1
+                    yield ended.popleft()
+        finally:
+            unread = [s for s, inbox in self._inboxes.items() if inbox is ended]
+            for sequence in unread:
+                scheduler.abort(sequence)
+            self._deliver(scheduler.collect())
+            for sequence in unread:
+                self._inboxes.pop(sequence, None)
+            if self._forget_if_idle():
+                scheduler.reset()
 
-    def _batch(self, sequences: Iterator[Running], handle: Any, keep_going: bool = False) -> Batch:
-        queue = group_requests(
-            sequences, window=self.lookahead, max_rows=self.batch_tokens // 2, share_prefix=self.share_prefix
-        )
-        return Batch(self._decoder, self._images, queue, handle, self._limits, keep_going)
+    def _take(self, sequences: Iterable[Sequence], inbox: deque[Sequence]) -> None:
+        """Hand sequences to the core; each comes to the inbox when it has ended."""
+        for sequence in sequences:
+            self._inboxes[sequence] = inbox
+            self._core.scheduler.add(sequence)
 
-    def _generate(self, sequences: list[Running], hidden: Tensor, ends: np.ndarray, on_token: OnToken | None) -> None:
-        """Append one token to each sequence and note where it ends. hidden [T, D]; ends [R]: rows of last tokens."""
-        if len(ends) < len(hidden):
-            hidden = hidden[torch.from_numpy(ends).to(hidden.device)]
-        chosen: list[int] = []
-        for i in range(0, len(sequences), LOGIT_ROWS):
-            # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
-            rows = hidden[i : i + LOGIT_ROWS]
-            logits = self.lmm.logits(rows)[:, : self.vocab]  # [R, V]
-            part = sequences[i : i + LOGIT_ROWS]
-            self._check_finite(part, rows, logits)
-            chosen += next_tokens(logits, [s.request.sampling for s in part], [len(s.tokens) for s in part])
-        self._counters.generated_tokens += len(sequences)
-        for sequence, token in zip(sequences, chosen, strict=True):
-            piece = _advance(sequence, token)
-            if piece and on_token is not None:
-                on_token(sequence.request.id, piece)
+    def _deliver(self, ended: Iterable[Sequence]) -> None:
+        for sequence in ended:
+            self._inboxes.pop(sequence).append(sequence)
 
-    def _log_probabilities(self, sequences: list[Running], hidden: Tensor, ends: np.ndarray) -> list[Any]:
-        rows = np.concatenate([np.arange(e - len(s.scored), e) + 1 for s, e in zip(sequences, ends, strict=True)])
-        hidden = hidden[torch.from_numpy(rows).to(hidden.device)]
-        targets = torch.tensor([t for s in sequences for t in s.scored], device=hidden.device)
-        each, best = log_probabilities(self.lmm.logits, hidden, targets, rows=LOGIT_ROWS, vocab=self.vocab)
-        self._check_finite(sequences, hidden, each)
-        counts = [len(s.scored) for s in sequences]
-        return list(zip(each.split(counts), best.split(counts), strict=True))
+    def _forget_if_idle(self) -> bool:
+        """Drop the features of images once nothing is in flight: the files may change."""
+        idle = self._core.scheduler.idle
+        if idle:
+            self._images.forget()
+        return idle
 
-    def _check_finite(self, sequences: Sequence[Running], *numbers: Tensor) -> None:
-        """CheckpointError if some number is none, before any choice is made of them: a token, a score."""
-        if all(all_finite(some) for some in numbers):
-            return
-        dtype = str(self.lmm.dtype).removeprefix("torch.")
-        remedy = "; in float16 they may have overflowed: try dtype bfloat16" if dtype == "float16" else ""
-        names = ", ".join(s.request.named for s in sequences[:3]) + ", ..." * (len(sequences) > 3)
-        raise CheckpointError(
-            f"{self.source}: the model's numbers are not finite (nan or infinity) for {names}: a weight is "
-            f"damaged or the training diverged; take an earlier checkpoint or copy the folder again{remedy}"
-        )
-
-    def _count(self, sequence: Running) -> None:
+    def _count(self, sequence: Sequence) -> None:
         self._counters.requests += 1
         self._counters.prompt_tokens += len(sequence.prompt)
 
-    def _answer(self, sequence: Running) -> Answer:
-        tokens = sequence.tokens
+    def _answer(self, sequence: Sequence) -> Answer:
+        self._count(sequence)
+        tokens, failed = sequence.tokens, sequence.error is not None
         # Not every tokenizer counts the end token of its chat template as a special one.
         said = tokens[:-1] if sequence.finish == "eos" else tokens
         if sequence.text is not None:
             text = sequence.text.text
         else:
             text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
-        finish = CONTEXT if sequence.cut and sequence.finish == "length" else sequence.finish
         return Answer(
             id=sequence.request.id,
-            text=text,
-            tokens=tokens,
-            finish=finish,
-            prompt_tokens=0 if sequence.why else len(sequence.prompt),
-            why=sequence.why,
+            text="" if failed else text,
+            tokens=[] if failed else tokens,
+            finish=CONTEXT if sequence.truncated and sequence.finish == "length" else sequence.finish,
+            prompt_tokens=0 if failed else len(sequence.prompt),
+            why=(str(sequence.error) or type(sequence.error).__name__) if failed else "",
         )
-
-
-def _advance(sequence: Running, token: int) -> str:
-    """Append a token, set ``finish`` if it is the last, and return the text that is certain now."""
-    sequence.tokens.append(token)
-    text, piece = sequence.text, ""
-    if token in sequence.ends:
-        sequence.finish = "eos"
-    elif text is not None:
-        piece = text.push(token)
-        sequence.finish = "stop" if text.stopped else ""
-    if not sequence.finish and len(sequence.tokens) >= sequence.request.sampling.max_new_tokens:
-        sequence.finish = "length"
-    if sequence.finish and text is not None:
-        piece += text.close()
-        if text.stopped:
-            sequence.finish = "stop"
-    return piece
 
 
 def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:

@@ -6,13 +6,14 @@ Legend: N scored tokens, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tinyllava_fast.infer.schedule import Running
+from tinyllava_fast.infer.scheduling.sequence import Sequence
 from tinyllava_fast.infer.types import Request, Scores
 
 
@@ -49,15 +50,15 @@ class Collector:
 
     def __init__(self) -> None:
         self._questions: deque[_Open] = deque()  # read, but not all of their sequences seen
-        self._owner: dict[Running, tuple[_Open, int]] = {}  # of each sequence in flight: its question and option
+        self._owner: dict[Sequence, tuple[_Open, int]] = {}  # of each sequence in flight: its question and option
 
-    def watch(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[tuple[Request, tuple[str, ...]]]:
+    def watch(self, questions: Iterable[tuple[Request, Items[str]]]) -> Iterator[tuple[Request, tuple[str, ...]]]:
         """The questions as they are, remembered."""
         for request, options in questions:
             self._questions.append(_Open(request, tuple(options)))
             yield request, self._questions[-1].options
 
-    def register(self, sequences: Iterator[Running]) -> Iterator[Running]:
+    def register(self, sequences: Iterator[Sequence]) -> Iterator[Sequence]:
         """The sequences as they are, one per option in the order of ``watch``, each remembered with its question."""
         for sequence in sequences:
             question = self._questions[0]
@@ -68,9 +69,10 @@ class Collector:
                 self._questions.popleft()
             yield sequence
 
-    def add(self, sequence: Running) -> Scores | None:
+    def add(self, sequence: Sequence) -> Scores | None:
         """Take a finished sequence; the scores of its question if it was the last one."""
         question, option = self._owner.pop(sequence)
+        assert sequence.result is not None  # noqa: S101 it has ended, and no error is left to be raised
         question.results[option] = sequence.result
         if len(question.results) < len(question.options):
             return None

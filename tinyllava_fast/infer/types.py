@@ -127,13 +127,13 @@ class Answer:
     finish: str
     """"eos", "stop" (one of the stop texts) or "length".
 
-    Of an engine that keeps going also those of infer/finish.py: CONTEXT, and TOO_LONG, UNREADABLE or REFUSED with an
-    empty answer to a request that could not be put to the model.
+    Of ``Engine.step`` and of a run that keeps going also those of infer/finish.py: CONTEXT, ABORTED, and TOO_LONG,
+    UNREADABLE, REFUSED or FAILED with an empty answer to a request that could not be answered.
     """
     prompt_tokens: int
     """Length of the prompt, image tokens included; 0 if it was not put to the model."""
     why: str = ""
-    """What was wrong with a request that could not be put to the model."""
+    """What was wrong with a request that could not be answered."""
 
 
 @dataclass(frozen=True, kw_only=True)

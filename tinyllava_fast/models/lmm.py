@@ -71,8 +71,6 @@ class LMM(nn.Module):
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.embedding_scale = family.embedding_scale(llm)
         self.logit_softcap = family.logit_softcap(llm)
-        # another way to multiply by the head, [R, D] -> [R, V]: inference sets it (infer/weights.py)
-        self.project: Callable[[Tensor], Tensor] | None = None
         self.label_smoothing, self.z_loss = 0.0, 0.0  # of the training loss; a stage sets them
 
     @property
@@ -161,10 +159,10 @@ class LMM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, V] in the model's dtype."""
-        if self.project is not None:
-            logits = self.project(hidden)
-        else:
-            logits = nn.functional.linear(hidden, *self.family.head(self.llm))
+        return self.cap_logits(nn.functional.linear(hidden, *self.family.head(self.llm)))
+
+    def cap_logits(self, logits: Tensor) -> Tensor:
+        """Return products with the head [R, V] as logits: Gemma 2 squashes them into +-softcap."""
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
     def set_gradient_checkpointing(self, which: bool | Literal["selective"]) -> None:

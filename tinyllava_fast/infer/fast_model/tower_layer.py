@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.linear import DecodeLinear
 from tinyllava_fast.models.attention import full
 
 _KINDS = (CLIPEncoderLayer, SiglipEncoderLayer)

@@ -14,10 +14,16 @@ from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, ti
 from tinyllava_fast.data.images import ImageMode, check_shape, image_size, load_image, to_pixels
 from tinyllava_fast.data.pictures import naming, object_size, of_object
 from tinyllava_fast.errors import DataError, UserError
-from tinyllava_fast.infer.schedule import image_key
-from tinyllava_fast.infer.types import ImageLike, Request
+from tinyllava_fast.infer.types import ImageLike, Images, Request
 
 IMAGES_PER_PASS = 32
+
+
+def image_key(image: Images | None) -> object:
+    """What makes two images the same one: a path's text, or the identity of an image object; of a list, its items'."""
+    if isinstance(image, (list, tuple)):
+        return tuple(image_key(one) for one in image)
+    return id(image) if isinstance(image, Image.Image) else str(image)
 
 
 class ImageEncoder:

@@ -14,7 +14,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.linear import DecodeLinear
 from tinyllava_fast.models.attention import packed
 from tinyllava_fast.ops.decode_block import rms_norm, rotate
 

@@ -7,16 +7,17 @@ through ops.prefill_linear on AMX and torch's GEMM elsewhere; nf4, and int8 for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
-from tinyllava_fast.infer.block import DecodeLayer, takes
-from tinyllava_fast.infer.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer, takes
+from tinyllava_fast.infer.fast_model.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.tower_layer import prepare_tower
 from tinyllava_fast.infer.sampling import all_finite
-from tinyllava_fast.infer.tower import prepare_tower
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops import linear
 from tinyllava_fast.ops.decode_linear import in_huge_pages
@@ -47,8 +48,25 @@ def check_finite(lmm: LMM, vocab: int, source: str) -> None:
             )
 
 
-def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
-    """Replace the layers of infer/block.py's and infer/tower.py's kinds by those, and other linear ones, in place.
+class PreparedModel:
+    """An LMM as the engine runs it: made ready for decoding by ``prepare_model``, or left as it is.
+
+    head: how hidden states [R, D] become products with the output head [R, V], once the model is ready; None: the
+    model is left as it is and multiplies by its own head.
+    """
+
+    def __init__(self, lmm: LMM, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.lmm = lmm
+        self.ready = head is not None
+        self._head = head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [R, V] of hidden states [R, D], in the model's dtype."""
+        return self.lmm.logits(hidden) if self._head is None else self.lmm.cap_logits(self._head(hidden))
+
+
+def prepare_model(lmm: LMM, weights: str | None = None) -> PreparedModel:
+    """Replace the layers that decoder_layer.py, tower_layer.py and linear.py compute faster by theirs, in place.
 
     weights: None or "bf16" (dense), "int8" (a scale for each output), "nf4" (layers; the projection, whose errors
     choose tokens, in int8). A tied projection that is quantized leaves the embedding as it is, for look-ups. The model
@@ -62,7 +80,7 @@ def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
                 f"weights={weights!r}: quantized decoding runs on CPUs in float32 or bfloat16, the model is on "
                 f"{lmm.device} in {str(lmm.dtype).removeprefix('torch.')}; load it with device='cpu', dtype='bfloat16'"
             )
-        return
+        return PreparedModel(lmm)
     prepare_tower(lmm.vision)
     dense = weights in (None, "bf16")
     layers = lmm.family.layers(lmm.llm)
@@ -74,13 +92,12 @@ def prepare_weights(lmm: LMM, weights: str | None = None) -> None:
     weight, bias = lmm.family.head(lmm.llm)
     if dense:
         weight.data = in_huge_pages(weight.data)  # in place: it may be the embedding's, too
-        lmm.project = lambda hidden: linear(hidden, *lmm.family.head(lmm.llm))
-        return
+        return PreparedModel(lmm, lambda hidden: linear(hidden, *lmm.family.head(lmm.llm)))
     tied = weight is lmm.family.embedding(lmm.llm).weight
     head = DecodeLinear([SimpleNamespace(weight=weight, bias=bias)], "int8")
-    lmm.project = head
     if not tied:
         weight.data = weight.data.new_empty(0)
+    return PreparedModel(lmm, head)
 
 
 def _replace(lmm: LMM, name: str, layer: nn.Module) -> None:

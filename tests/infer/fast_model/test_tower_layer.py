@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from tinyllava_fast.infer.tower import TowerLayer, prepare_tower, takes
+from tinyllava_fast.infer.fast_model.tower_layer import TowerLayer, prepare_tower, takes
 from tinyllava_fast.models.attention import FULL
 
 SIZES = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}

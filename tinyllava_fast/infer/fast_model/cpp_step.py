@@ -5,7 +5,7 @@
     x  += Wo attention(q, the sequence's rows and those of its prefix)
     x  += Wdown (silu(gate) up),  gate, up = Wgate_up norm(x)         after the last layer: norm(x)
 
-Layer by layer the same is infer/block.py, its reference, some 19,000 Python calls a token for 30 layers; here the
+Layer by layer the same is decoder_layer.py, its reference, some 19,000 Python calls a token for 30 layers; here the
 threads meet at barriers instead. CPU only, inference only: rows of the pool are written.
 Legend: R sequences, D hidden width, H, Hkv heads, Dh head size, F inner width, P pool rows, L positions.
 """

@@ -10,13 +10,14 @@ from itertools import count, pairwise
 import pytest
 import torch
 
+from tests.infer.scheduling.test_admission import waiting
 from tests.infer.test_engine import QUESTIONS, ask, mixed_requests
-from tests.infer.test_schedule import running
 from tests.tiny import make_engine
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.batch import is_out_of_memory
-from tinyllava_fast.infer.pool import KVPool
-from tinyllava_fast.infer.schedule import RESERVE, Group, Running, admit, grow, release, requeue
+from tinyllava_fast.infer.core import is_out_of_memory
+from tinyllava_fast.infer.scheduling.admission import admit, grow, release, requeue
+from tinyllava_fast.infer.scheduling.pool import KVPool
+from tinyllava_fast.infer.scheduling.sequence import RESERVE, Group, Sequence
 from tinyllava_fast.log import log
 
 
@@ -29,7 +30,9 @@ def test_pool_is_sized_by_bytes_and_never_exceeded(lmm, tokenizer, engine, image
     step = small._decoder.step
 
     def watched(sequences):
-        ranges = sorted({s.shared for s in sequences if s.shared[1]} | {(s.start, s.reserved) for s in sequences})
+        ranges = sorted(
+            {s.shared_rows for s in sequences if s.shared_rows[1]} | {(s.start, s.num_reserved_rows) for s in sequences}
+        )
         assert all(a + n <= b for (a, n), (b, _) in pairwise(ranges)) and sum(ranges[-1]) <= 500
         used.append(500 - small._decoder.pool.rows.free_rows)
         return step(sequences)
@@ -74,28 +77,28 @@ def test_a_long_queue_takes_no_more_memory_than_a_short_one(lmm, tokenizer):
 def occupancy(monkeypatch, reserve: int) -> float:
     """Share of a pool's rows in use, refilled as the engine does, on ten questions an image behind 230 shared tokens:
     most answers are words, some are paragraphs, 512 tokens are allowed."""
-    monkeypatch.setattr("tinyllava_fast.infer.schedule.RESERVE", reserve)
+    monkeypatch.setattr("tinyllava_fast.infer.scheduling.sequence.RESERVE", reserve)
     rng, numbers = random.Random(0), count()
     pool = KVPool(16384, [1], 1, dtype=torch.float32, device=torch.device("cpu"))
-    left: dict[Running, int] = {}
+    left: dict[Sequence, int] = {}
 
     def group() -> Group:
         prompts = [[*range(230), *(1000 + next(numbers) for _ in range(rng.randint(20, 60)))] for _ in range(10)]
-        members = [running(prompt, "x", new=512) for prompt in prompts]
+        members = [waiting(prompt, "x", new=512) for prompt in prompts]
         left.update({m: rng.randint(30, 400) if rng.random() < 0.3 else rng.randint(1, 8) for m in members})
         return Group("x", members, 230)
 
-    waiting, flight, shares = [group()], [], []
+    queue, flight, shares = [group()], [], []
     for step in range(900):
         roomy = pool.rows.free_rows * 2 >= 16384
-        while roomy and (taken := admit(waiting, pool.rows, room=1)):
+        while roomy and (taken := admit(queue, pool.rows, room=1)):
             for member in (m for g in taken for m in g.members):
-                member.length = len(member.prompt) - member.shared[1] + len(member.tokens)
+                member.num_cached_tokens = len(member.prompt) + len(member.tokens)
                 flight.append(member)
-            waiting = waiting or [group()]
-        prefixes = {m.group: m.group.prefix for m in flight}
+            queue = queue or [group()]
+        prefixes = {m.group: m.group.num_shared_tokens for m in flight}
         if step >= 200:
-            shares.append((sum(m.length for m in flight) + sum(prefixes.values())) / 16384)
+            shares.append((sum(m.num_own_cached for m in flight) + sum(prefixes.values())) / 16384)
         for member in list(flight):
             if member not in flight:
                 continue
@@ -105,9 +108,9 @@ def occupancy(monkeypatch, reserve: int) -> float:
                 release(member, pool.rows)
                 continue
             member.tokens.append(0)
-            member.length += 1
-            while member in flight and member.length >= member.reserved and not grow(member, pool):
-                waiting[:0] = requeue([flight.pop()], pool.rows)
+            member.num_cached_tokens += 1
+            while member in flight and member.num_own_cached >= member.num_reserved_rows and not grow(member, pool):
+                queue[:0] = requeue([flight.pop()], pool.rows)
     return sum(shares) / len(shares)
 
 
@@ -175,7 +178,7 @@ def test_out_of_memory_of_one_request_names_it(lmm, tokenizer):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_steps_say_the_same(lmm, tokenizer, engine, images, monkeypatch, backend):
-    monkeypatch.setattr("tinyllava_fast.infer.step.BACKEND", backend)
+    monkeypatch.setattr("tinyllava_fast.infer.fast_model.compiled_step.BACKEND", backend)
     requests = mixed_requests(images)[:7]
     compiled = make_engine(lmm, tokenizer, compile=True)
     assert [a.tokens for a in compiled.answers(requests)] == [a.tokens for a in engine.answers(requests)]

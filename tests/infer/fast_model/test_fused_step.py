@@ -1,4 +1,4 @@
-"""One call a step equals the layers of infer/block.py one after the other, hidden states and pool alike."""
+"""One call a step equals the layers of decoder_layer.py one after the other, hidden states and pool alike."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.tiny import make_engine, make_model
-from tinyllava_fast.infer.decoder import PackedDecoder
+from tinyllava_fast.infer.fast_model.prepare import prepare_model
+from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.types import Request, Sampling
-from tinyllava_fast.infer.weights import prepare_weights
 from tinyllava_fast.ops._op import force_backend
 
 ROWS = 2600
@@ -38,8 +38,7 @@ def decoder_of(family: str, dtype: torch.dtype, weights: str | None) -> PackedDe
             if parameter.ndim == 1:  # norms and biases that are not their neutral values
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     lmm.to(dtype)
-    prepare_weights(lmm, weights)
-    decoder = PackedDecoder(lmm, ROWS, share_prefix=family not in ("mistral", "qwen2"))
+    decoder = PackedDecoder(prepare_model(lmm, weights), ROWS, share_prefix=family not in ("mistral", "qwen2"))
     for tensor in (*decoder.pool.k, *decoder.pool.v):
         tensor.normal_(generator=generator)
     return decoder
@@ -121,8 +120,7 @@ def test_what_it_does_not_know_goes_layer_by_layer(tokenizer: Any) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "longest sequence"),
     ):
         lmm = make_model(**kinds)
-        prepare_weights(lmm)
-        engine = make_engine(lmm, tokenizer)
+        engine = make_engine(prepare_model(lmm), tokenizer)
         assert len(engine.answers([many])[0].tokens) == 3
         fused = engine._decoder._fused
         assert fused is not None and fused._plan is None and because in str(fused._why_not())

@@ -7,21 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinyllava_fast.infer.pool import KVPool, Spans
-from tinyllava_fast.infer.schedule import (
-    IMAGE_ROW,
-    Running,
+from tinyllava_fast.infer.scheduling.admission import (
     admit,
     common_prefix,
-    group_requests,
-    image_key,
+    group_sequences,
     release,
+    without_ended,
 )
+from tinyllava_fast.infer.scheduling.images import image_key
+from tinyllava_fast.infer.scheduling.pool import KVPool, Spans
+from tinyllava_fast.infer.scheduling.sequence import IMAGE_ROW, Group, Sequence, Status
 from tinyllava_fast.infer.types import Request, Sampling
 
 
-def running(prompt: list[int], image: str | None = None, new: int = 4) -> Running:
-    return Running(Request.ask("q", image, sampling=Sampling(max_new_tokens=new)), prompt)
+def waiting(prompt: list[int], image: str | None = None, new: int = 4) -> Sequence:
+    return Sequence(Request.ask("q", image, sampling=Sampling(max_new_tokens=new)), prompt)
 
 
 def test_common_prefix_leaves_a_token_and_never_cuts_an_image():
@@ -61,37 +61,41 @@ def test_spans_never_overlap_and_all_come_back(data):
     assert spans.take(40) == 0
 
 
-def test_groups_by_image_within_the_window_and_splits_large_ones():
-    queue = [running([1, 2, i], image) for i in range(6) for image in ("a.png", "b.png")]
-    whole = list(group_requests(queue, window=100, max_rows=100, share_prefix=True))
-    assert [(g.image, len(g.members), g.prefix) for g in whole] == [("a.png", 6, 2), ("b.png", 6, 2)]
-    queue = [running([1, 2, i], image) for i in range(6) for image in ("a.png", "b.png")]
-    windowed = list(group_requests(queue, window=4, max_rows=100, share_prefix=True))
-    assert [len(g.members) for g in windowed] == [2] * 6
-    queue = [running([1, 2, i], "a.png") for i in range(6)]
-    split = list(group_requests(queue, window=100, max_rows=10, share_prefix=True))
+def test_groups_by_image_and_splits_large_ones():
+    queue = [waiting([1, 2, i], image) for i in range(6) for image in ("a.png", "b.png")]
+    whole = group_sequences(queue, max_rows=100, share_prefix=True)
+    assert [(g.image, len(g.members), g.num_shared_tokens) for g in whole] == [("a.png", 6, 2), ("b.png", 6, 2)]
+    queue = [waiting([1, 2, i], "a.png") for i in range(6)]
+    split = group_sequences(queue, max_rows=10, share_prefix=True)
     assert [len(g.members) for g in split] == [2, 2, 2]
-    assert all(g.prefix == 0 for g in group_requests(queue, window=9, max_rows=99, share_prefix=False))
+    assert all(g.num_shared_tokens == 0 for g in group_sequences(queue, max_rows=99, share_prefix=False))
 
 
 def test_admission_is_all_or_nothing_and_release_returns_every_row():
-    groups = list(
-        group_requests(
-            [running([1, 2, i], image) for i in range(3) for image in ("a", "b", "c")],
-            window=99,
-            max_rows=99,
-            share_prefix=True,
-        )
-    )  # each: 2 shared rows and 3 x 4 own ones
+    queue = [waiting([1, 2, i], image) for i in range(3) for image in ("a", "b", "c")]
+    groups = group_sequences(queue, max_rows=99, share_prefix=True)  # each: 2 shared rows and 3 x 4 own ones
     spans = Spans(30)
     taken = admit(groups, spans, room=1000)
     assert [g.image for g in taken] == ["a", "b"] and [g.image for g in groups] == ["c"]
     assert spans.free_rows == 2
-    for group in taken:
-        for member in group.members:
-            release(member, spans)
+    for member in (m for group in taken for m in group.members):
+        assert member.status is Status.RUNNING and member.num_cached_tokens == 2
+        release(member, spans)
     assert spans.free_rows == 30
     assert admit(groups, spans, room=1) and not groups  # the first is admitted whatever its prefill
+
+
+def test_a_group_without_those_that_have_ended():
+    group = Group("a", [waiting([1, 2, 3, i], "a") for i in range(3)], 2)
+    assert without_ended(group) is group
+    group.members[1].abort()
+    rest = without_ended(group)
+    assert rest is not None and [m.prompt[3] for m in rest.members] == [0, 2] and rest.num_shared_tokens == 3
+    group.members[0].abort()
+    rest = without_ended(rest)
+    assert rest is not None and rest.num_shared_tokens == 0 and rest.members[0].group is rest
+    group.members[2].abort()
+    assert without_ended(rest) is None
 
 
 def test_image_key():

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.infer.block import DecodeLayer
-from tinyllava_fast.infer.pool import KVPool
+from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer
+from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.log import log
 from tinyllava_fast.models.attention import KVView
 from tinyllava_fast.ops._op import unchecked
@@ -36,7 +36,7 @@ class StepTokens(NamedTuple):
     cu_q: Tensor  # [R + 1] int32: these and the following as in KVView
     cu_k: Tensor  # [R + 1] int32
     used: Tensor  # [R] int32
-    prefix: Tensor | None  # [R, 2] int32
+    shared_rows: Tensor | None  # [R, 2] int32: as prefix of KVView
 
 
 class CompiledStep:
@@ -44,7 +44,7 @@ class CompiledStep:
 
     compile: True: at the first step. False: never. None: once plain steps have taken as long as compiling would, so
     that the whole is at most twice the better of the two, however long the queue turns out to be; never for the fused
-    layers of infer/block.py, whose calls cost more from a graph than directly (one sequence of SmolLM2-135M: 78 ms
+    layers of decoder_layer.py, whose calls cost more from a graph than directly (one sequence of SmolLM2-135M: 78 ms
     instead of 18). Where compiling fails (no C++ compiler), a warning says so and plain steps go on.
     """
 
@@ -103,12 +103,12 @@ class CompiledStep:
         cu_q: Tensor,
         cu_k: Tensor,
         used: Tensor,
-        prefix: Tensor | None,
+        shared_rows: Tensor | None,
         k: list[Tensor],
         v: list[Tensor],
     ) -> Tensor:
         lmm = self.lmm
-        view = KVView(k, v, slots, cu_q, cu_k, used, prefix, single=True)
+        view = KVView(k, v, slots, cu_q, cu_k, used, shared_rows, single=True)
         embeds = nn.functional.embedding(ids, lmm.family.embedding(lmm.llm).weight)
         return lmm.decode(lmm.scale_embeddings(embeds), positions, kv=view)
 

@@ -1,4 +1,4 @@
-"""What a step computes is held against the layers in tests/infer/test_fused.py; here: what it refuses."""
+"""What a step computes is held against the layers in test_fused_step.py; here: what it refuses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from tinyllava_fast.infer.fast_model.cpp_step import Product, StepLayer, StepPlan
 from tinyllava_fast.ops import quantize_int8, quantize_nf4
-from tinyllava_fast.ops.decode_step import Product, StepLayer, StepPlan
 
 D, H, KV, SIZE, INNER, POOL, VOCAB = 12, 2, 1, 4, 10, 6, 9
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, repeat
@@ -11,16 +12,9 @@ from typing import Any
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import is_text, shown
-from tinyllava_fast.infer.finish import REFUSED, TOO_LONG, UNREADABLE
-from tinyllava_fast.infer.schedule import IMAGE_ROW, Running
+from tinyllava_fast.infer.scheduling.sequence import IMAGE_ROW, NoRoomError, OnToken, Sequence, TooLongError
 from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import ImageLike, Message, Request
-
-Refuse = Callable[[Running], None]
-
-
-class TooLongError(UserError):
-    """A prompt that alone is longer than the model's context."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +35,38 @@ class Prompts:
     ahead: int
 
     def sequences(
-        self, requests: Iterable[Request], streamed: bool = False, refuse: Refuse | None = None
-    ) -> Iterator[Running]:
-        """One sequence per request, in order, read lazily. streamed: text is needed while it is generated.
+        self, requests: Iterable[Request], on_token: OnToken | None = None, *, truncate: bool = False
+    ) -> Iterator[Sequence]:
+        """Yield one sequence per request, in order, read lazily. on_token: takes text while it is generated.
 
-        Raises UserError naming the request for markers that do not match its images and for a prompt that does not fit,
-        DataError for an image whose size has to be known and cannot be read. refuse: takes the sequences of such
-        requests, ``finish`` and ``why`` set, instead; a request whose prompt fits but not with all of its new tokens
-        then gets as many as fit. A prompt that fits the model but not the pool always raises.
+        A request that cannot be run has failed already. Its error is a UserError that names it: for markers that do not
+        match its images and for a prompt that does not fit the context, NoRoomError if it does not fit the pool,
+        DataError for an image whose size has to be known and cannot be read. truncate: a request whose prompt fits the
+        context but not with all of its new tokens gets as many as fit.
         """
         source = iter(requests)
         while chunk := list(islice(source, self.ahead)):
-            for request, ids in self._each(chunk, refuse):
-                try:
-                    sequence = self._fitting(request, ids, room=refuse is not None)
-                except UserError as error:
-                    if refuse is None:
-                        raise
-                    refuse(_refused(request, error))
-                    continue
-                self._check_pool(sequence, sequence.request.sampling.max_new_tokens)
-                sampling = sequence.request.sampling
-                sequence.ends = sampling.end_ids(self.eos)
-                if streamed or sampling.stop:
-                    sequence.text = TextStream(self.tokenizer, sampling.stop_strings)
-                yield sequence
+            for request, ids in self._each(chunk):
+                yield self._ready_or_failed(request, ids, on_token, truncate)
+
+    def _ready_or_failed(
+        self, request: Request, ids: list[int] | UserError, on_token: OnToken | None, truncate: bool
+    ) -> Sequence:
+        try:
+            if isinstance(ids, UserError):
+                raise ids
+            sequence = self._fitting(request, ids, truncate)
+            self._check_pool(sequence, sequence.request.sampling.max_new_tokens)
+        except UserError as error:
+            failed = Sequence(request, [])
+            failed.fail(error)
+            return failed
+        sampling = sequence.request.sampling
+        sequence.stop_ids = sampling.end_ids(self.eos)
+        sequence.on_token = on_token
+        if on_token is not None or sampling.stop:
+            sequence.text = TextStream(self.tokenizer, sampling.stop_strings)
+        return sequence
 
     def surely_fits(self, request: Request) -> bool:
         """Return whether a request is so short that it fits the context and the pool, without tokenizing it.
@@ -89,27 +90,24 @@ class Prompts:
         """Tokens that the template puts around one question."""
         return len(self._ids([Request.ask("")])[0])
 
-    def _each(self, chunk: Sequence[Request], refuse: Refuse | None) -> Iterator[tuple[Request, list[int]]]:
-        """Requests and their ids, tokenized in one call; one by one where a request of the chunk is refused."""
+    def _each(self, chunk: Items[Request]) -> list[tuple[Request, list[int] | UserError]]:
+        """Requests and their ids, tokenized in one call; one by one where a request of the chunk has an error."""
         try:
-            yield from zip(chunk, self._ids(chunk), strict=True)
-            return
+            return list(zip(chunk, self._ids(chunk), strict=True))
         except UserError:
-            if refuse is None:
-                raise
-        for request in chunk:
-            try:
-                (ids,) = self._ids([request])
-            except UserError as error:
-                refuse(_refused(request, error))
-            else:
-                yield request, ids
+            return [(request, self._ids_or_error(request)) for request in chunk]
 
-    def _fitting(self, request: Request, ids: list[int], room: bool) -> Running:
-        """The sequence of a request, whose prompt and new tokens fit the context. room: fewer new tokens may do."""
+    def _ids_or_error(self, request: Request) -> list[int] | UserError:
+        try:
+            return self._ids([request])[0]
+        except UserError as error:
+            return error
+
+    def _fitting(self, request: Request, ids: list[int], truncate: bool) -> Sequence:
+        """The sequence of a request, whose prompt and new tokens fit the context. truncate: fewer new tokens may do."""
         sequence = self._sequence(request, ids)
         wanted = request.sampling.max_new_tokens
-        if room and self.context is not None:
+        if truncate and self.context is not None:
             left = self.context - len(sequence.prompt)
             if left < 1:
                 raise TooLongError(
@@ -118,12 +116,12 @@ class Prompts:
                 )
             if left < wanted:
                 sampling = replace(request.sampling, max_new_tokens=left)
-                sequence.request, sequence.cut = replace(request, sampling=sampling), True
+                sequence.request, sequence.truncated = replace(request, sampling=sampling), True
                 return sequence
         self._check_context(sequence, wanted, "lower max_new_tokens")
         return sequence
 
-    def scored(self, questions: Iterable[tuple[Request, Sequence[str]]]) -> Iterator[Running]:
+    def scored(self, questions: Iterable[tuple[Request, Items[str]]]) -> Iterator[Sequence]:
         """One sequence per option of each question, in order, read lazily; errors as for ``sequences``.
 
         An option is tokenized as the answer of a training sample, so a space that melts into its first token does so
@@ -145,7 +143,7 @@ class Prompts:
                     self._check_pool(sequence, 1)
                     yield sequence
 
-    def _option_ids(self, pairs: Sequence[tuple[Request, str]]) -> list[tuple[list[int], int]]:
+    def _option_ids(self, pairs: Items[tuple[Request, str]]) -> list[tuple[list[int], int]]:
         """For each (request, option) the ids up to the option's last token, and where its first one is."""
         conversations = [[*_conversation(r)[:-1], {"from": "gpt", "value": option}] for r, option in pairs]
         flags = [r.interleaved for r, _ in pairs]
@@ -159,50 +157,44 @@ class Prompts:
             found.append((ids[:stop], start))
         return found
 
-    def _ids(self, requests: Sequence[Request]) -> list[list[int]]:
+    def _ids(self, requests: Items[Request]) -> list[list[int]]:
         """Token ids, one IMAGE_INDEX an image; tokenized in one call."""
         conversations = [_conversation(r) for r in requests]
         prompts = self.template.prompt_batch(conversations, self.tokenizer, [r.interleaved for r in requests])
         return [prompt.ids for prompt in prompts]
 
-    def _sequence(self, request: Request, ids: list[int], scored: Sequence[int] = ()) -> Running:
+    def _sequence(self, request: Request, ids: list[int], scored: Items[int] = ()) -> Sequence:
         markers, images = ids.count(IMAGE_INDEX), request.images
         if markers and not images:
             raise UserError(f"{request.named}: the chat template needs an image; give it one")
-        shown = range(markers) if request.interleaved else [0] * markers
+        marker_images = range(markers) if request.interleaved else [0] * markers
         try:
             rows = [self.rows_of(image) for image in images]
         except DataError as error:
             raise DataError(f"{request.named}: {error}") from error
-        return Running(request, expand(ids, [rows[i] for i in shown]), shown, scored)
+        return Sequence(request, expand(ids, [rows[i] for i in marker_images]), marker_images, scored)
 
-    def _check_context(self, sequence: Running, new: int, remedy: str) -> None:
+    def _check_context(self, sequence: Sequence, new: int, remedy: str) -> None:
         length = len(sequence.prompt)
         if self.context is not None and length + new > self.context:
             raise UserError(
                 f"{_needs(sequence, new)} exceed the model's context of {self.context}; shorten the prompt or {remedy}"
             )
 
-    def _check_pool(self, sequence: Running, new: int) -> None:
+    def _check_pool(self, sequence: Sequence, new: int) -> None:
         needed = len(sequence.prompt) + new
         if needed > self.most:
-            raise UserError(
+            raise NoRoomError(
                 f"{_needs(sequence, new)} exceed the K/V pool; raise it to {needed} or more "
                 "tokens (batch_tokens or kv_cache_bytes)"
             )
 
 
-def _needs(sequence: Running, new: int) -> str:
+def _needs(sequence: Sequence, new: int) -> str:
     return f"{sequence.request.named}: {len(sequence.prompt)} prompt tokens and {new} new ones"
 
 
-def _refused(request: Request, error: UserError) -> Running:
-    """The ended sequence of a request that cannot be put to the model."""
-    kinds: dict[type[UserError], str] = {TooLongError: TOO_LONG, DataError: UNREADABLE}
-    return Running(request, [], finish=kinds.get(type(error), REFUSED), why=str(error))
-
-
-def expand(ids: list[int], rows: int | Sequence[int]) -> list[int]:
+def expand(ids: list[int], rows: int | Items[int]) -> list[int]:
     """Replace each image marker by as many IMAGE_ROW entries as its image has tokens; rows: of all, or of each.
 
     >>> expand([1, -200, 5, -200], [2, 1])

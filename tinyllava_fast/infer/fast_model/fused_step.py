@@ -1,4 +1,4 @@
-"""The decoding step in one call, for models made of infer/block.py's layers; the others go layer by layer.
+"""The decoding step in one call, for models made of decoder_layer.py's layers; the others go layer by layer.
 
 Legend: R sequences, D hidden width.
 """
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyllava_fast.infer.block import DecodeLayer
-from tinyllava_fast.infer.linear import DecodeLinear
-from tinyllava_fast.infer.pool import KVPool
+from tinyllava_fast.infer.fast_model.cpp_step import DTYPES, Product, StepLayer, StepPlan
+from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer
+from tinyllava_fast.infer.fast_model.linear import DecodeLinear
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
+from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.log import log_once
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._op import backend_wanted
-from tinyllava_fast.ops.decode_step import DTYPES, Product, StepLayer, StepPlan
 
 MOST_SEQUENCES = {torch.float32: 16, torch.bfloat16: 64}
 """Up to so many sequences the one call is used, for dense weights; it wins at 32 in bfloat16 (not measured beyond)."""
@@ -25,10 +26,11 @@ _FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # the other kinds depen
 
 
 class FusedStep:
-    """Calls ops.decode_step for a model and its pool; builds the plan when first asked, and anew when they change."""
+    """Calls cpp_step.StepPlan for a model and its pool; builds the plan when first asked, and anew when they change."""
 
-    def __init__(self, lmm: Any, pool: KVPool, *, share_prefix: bool) -> None:
-        self.lmm = lmm
+    def __init__(self, model: PreparedModel, pool: KVPool, *, share_prefix: bool) -> None:
+        self.lmm: Any = model.lmm
+        self._ready = model.ready
         self.pool = pool
         self._share_prefix = share_prefix
         self._checked = False
@@ -57,7 +59,7 @@ class FusedStep:
         reason = self._why_not()
         if reason is not None:
             self._plan, self._built_from = None, ()
-            if self.lmm.project is not None:  # the model was made ready for decoding
+            if self._ready:
                 log_once(f"decoding goes layer by layer: {reason}")
             return
         parts = self._parts()

@@ -1,0 +1,175 @@
+"""The live core of the engine: sequences in, ended sequences out, one pass of the model at a time.
+
+Each step is schedule, run, postprocess. Between two steps sequences may be added and aborted, and what is wrong with
+one of them ends that one alone.
+
+Legend: R sequences, T tokens of a pass, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllava_fast.errors import CheckpointError, DataError
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
+from tinyllava_fast.infer.fast_model.runner import PackedDecoder
+from tinyllava_fast.infer.sampling import all_finite, next_tokens
+from tinyllava_fast.infer.scheduling.images import ImageEncoder, image_key
+from tinyllava_fast.infer.scheduling.scheduler import Scheduled, Scheduler
+from tinyllava_fast.infer.scheduling.sequence import Sequence
+from tinyllava_fast.infer.scoring import log_probabilities
+
+LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
+
+
+class Core:
+    """Runs sequences on a model.
+
+    vocab: tokens that may be generated, the first rows of the embedding. source: what messages call the model.
+    """
+
+    def __init__(
+        self,
+        model: PreparedModel,
+        images: ImageEncoder,
+        decoder: PackedDecoder,
+        scheduler: Scheduler,
+        *,
+        vocab: int,
+        source: str,
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.decoder = decoder
+        self.scheduler = scheduler
+        self.vocab = vocab
+        self.source = source
+        self.generated_tokens = 0
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Do one pass, a prefill or one token for each running sequence, and return the sequences that have ended.
+
+        A sequence that fails or is aborted before it runs is returned at once, without a pass.
+        Raises CheckpointError if the model's numbers are not finite; the sequences of the pass have failed then.
+        """
+        if ended := self.scheduler.collect():
+            return ended
+        scheduled = self.scheduler.schedule()
+        if scheduled is not None:
+            try:
+                hidden, ends = self._run(scheduled)
+                self._postprocess(scheduled.sequences, hidden, ends)
+            except BaseException as error:
+                self._recover(scheduled, error)
+        return self.scheduler.collect()
+
+    def _run(self, scheduled: Scheduled) -> tuple[Tensor, np.ndarray]:
+        """Return hidden states [T, D] of the pass, and the row of each sequence's last token [R]."""
+        if not scheduled.is_prefill:
+            return self.decoder.step(scheduled.sequences), np.arange(len(scheduled.sequences))
+        features = self._encode_images(scheduled)
+        return self.decoder.prefill(scheduled.groups, scheduled.sequences, features)
+
+    def _encode_images(self, scheduled: Scheduled) -> dict[object, Tensor]:
+        """Return features by image. Sequences whose images cannot be read fail and leave the pass."""
+        failed: dict[object, DataError] = {}
+        features = self.images.encode((g.members[0].request for g in scheduled.groups), failed)
+        for sequence in scheduled.sequences if failed else ():
+            keys = (image_key(image) for image in sequence.request.images)
+            error = next((failed[key] for key in keys if key in failed), None)
+            if error is not None:
+                cause = error.__cause__ or error
+                own = DataError(f"{sequence.request.named}: {cause}")
+                own.__cause__ = cause
+                sequence.fail(own)
+        scheduled.drop_ended()
+        return features
+
+    def _postprocess(self, sequences: list[Sequence], hidden: Tensor, ends: np.ndarray) -> None:
+        """Give each sequence what the pass has found for it: its next token, or the probabilities it asks for."""
+        scores = np.array([bool(s.scored) for s in sequences], dtype=bool)
+        if not scores.any():
+            self._generate(sequences, hidden, ends)
+        else:
+            self._score([s for s in sequences if s.scored], hidden, ends[scores])
+            self._generate([s for s in sequences if not s.scored], hidden, ends[~scores])
+        for sequence, length in zip(sequences, np.diff(ends, prepend=-1).tolist(), strict=True):
+            sequence.num_cached_tokens += length
+
+    def _generate(self, sequences: list[Sequence], hidden: Tensor, ends: np.ndarray) -> None:
+        """Append one token to each sequence. hidden [T, D]; ends [R]: rows of last tokens."""
+        if len(ends) < len(hidden):
+            hidden = hidden[torch.from_numpy(ends).to(hidden.device)]
+        chosen: list[int] = []
+        for i in range(0, len(sequences), LOGIT_ROWS):
+            # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
+            rows = hidden[i : i + LOGIT_ROWS]
+            logits = self.model.logits(rows)[:, : self.vocab]  # [R, V]
+            part = sequences[i : i + LOGIT_ROWS]
+            self._check_finite(part, rows, logits)
+            chosen += next_tokens(logits, [s.request.sampling for s in part], [len(s.tokens) for s in part])
+        self.generated_tokens += len(sequences)
+        for sequence, token in zip(sequences, chosen, strict=True):
+            if not sequence.ended:  # what ``on_token`` of another one may have done
+                _append(sequence, token)
+
+    def _score(self, sequences: list[Sequence], hidden: Tensor, ends: np.ndarray) -> None:
+        """Note the probabilities of each sequence's scored tokens, which ends it."""
+        rows = np.concatenate([np.arange(e - len(s.scored), e) + 1 for s, e in zip(sequences, ends, strict=True)])
+        hidden = hidden[torch.from_numpy(rows).to(hidden.device)]
+        targets = torch.tensor([t for s in sequences for t in s.scored], device=hidden.device)
+        each, best = log_probabilities(self.model.logits, hidden, targets, rows=LOGIT_ROWS, vocab=self.vocab)
+        self._check_finite(sequences, hidden, each)
+        counts = [len(s.scored) for s in sequences]
+        for sequence, result in zip(sequences, zip(each.split(counts), best.split(counts), strict=True), strict=True):
+            sequence.result = result
+            sequence.end("scored")
+
+    def _check_finite(self, sequences: list[Sequence], *numbers: Tensor) -> None:
+        """CheckpointError if some number is none, before any choice is made of them: a token, a score."""
+        if all(all_finite(some) for some in numbers):
+            return
+        dtype = str(self.model.lmm.dtype).removeprefix("torch.")
+        remedy = "; in float16 they may have overflowed: try dtype bfloat16" if dtype == "float16" else ""
+        names = ", ".join(s.request.named for s in sequences[:3]) + ", ..." * (len(sequences) > 3)
+        raise CheckpointError(
+            f"{self.source}: the model's numbers are not finite (nan or infinity) for {names}: a weight is "
+            f"damaged or the training diverged; take an earlier checkpoint or copy the folder again{remedy}"
+        )
+
+    def _recover(self, scheduled: Scheduled, error: BaseException) -> None:
+        """Shrink the batch after a pass that ran out of memory; any other error fails its sequences and is raised."""
+        if not is_out_of_memory(error):
+            _fail(scheduled.sequences, error)
+            raise error
+        self.scheduler.shrink(scheduled, error.with_traceback(None))  # its frames hold the tensors of the pass
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated: on a CPU torch has no class of its own for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _append(sequence: Sequence, token: int) -> None:
+    """Append a token and hand on its text. What goes wrong in ``on_token`` ends this sequence alone."""
+    piece = sequence.append(token)
+    if piece and sequence.on_token is not None:
+        try:
+            sequence.on_token(sequence.request.id, piece)
+        except Exception as error:
+            sequence.fail(error)
+
+
+def _fail(sequences: Iterable[Sequence], error: BaseException) -> None:
+    for sequence in sequences:
+        if not sequence.ended:
+            sequence.fail(error)

@@ -1,0 +1,139 @@
+"""Packed passes of the decoder against the K/V pool.
+
+Legend: T packed tokens of a pass, S sequences, D hidden width, K tokens an image, P pool rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyllava_fast.infer.fast_model.compiled_step import CompiledStep, StepTokens
+from tinyllava_fast.infer.fast_model.fused_step import FusedStep
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel
+from tinyllava_fast.infer.scheduling.images import image_key
+from tinyllava_fast.infer.scheduling.pool import KVPool
+from tinyllava_fast.infer.scheduling.sequence import IMAGE_ROW, Group, Sequence
+from tinyllava_fast.models.attention import KVView
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence in a pass.
+
+    ids: tokens, IMAGE_ROW where the next row of ``features`` goes. start: first pool row of the sequence's own tokens.
+    done: own rows already written. shared_rows: (start, length) of the pool's rows that the sequence begins with.
+    features: [rows, D] of each image among the tokens, in order; the rows of one image are never split between two
+    passes.
+    """
+
+    ids: list[int]
+    start: int
+    done: int = 0
+    shared_rows: tuple[int, int] = (0, 0)
+    features: Items[Tensor] = ()
+
+
+class PackedDecoder:
+    """Runs an LMM's decoder over spans of new tokens; K and V go to the pool's rows."""
+
+    def __init__(self, model: PreparedModel, rows: int, *, share_prefix: bool, compile: bool | None = None) -> None:
+        """share_prefix: whether sequences share rows. compile: as CompiledStep takes it."""
+        self.lmm = lmm = model.lmm
+        self.pool = KVPool(rows, lmm.num_kv_heads, lmm.head_dim, dtype=lmm.dtype, device=lmm.device)
+        self.computed_tokens = self.steps = 0
+        self._share_prefix = share_prefix
+        self._run_step = CompiledStep(lmm, self.pool, compile)
+        self._fused = None if compile else FusedStep(model, self.pool, share_prefix=share_prefix)
+
+    def __call__(self, spans: list[Span]) -> Tensor:
+        """Hidden states [T, D] of the spans' tokens, laid end to end. Spans must ascend by start."""
+        lengths = np.array([len(s.ids) for s in spans])
+        ids = np.concatenate([np.array(s.ids, dtype=np.int64) for s in spans])
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        done = np.array([s.done for s in spans])
+        starts = np.array([s.start for s in spans])
+        shared = np.array([s.shared_rows for s in spans])
+        # Index of each token among its sequence's own tokens.
+        steps = np.arange(len(ids)) + np.repeat(done - bounds[:-1], lengths)
+        view = KVView(
+            k=self.pool.k,
+            v=self.pool.v,
+            slots=self._tensor(steps + np.repeat(starts, lengths)),
+            cu_seqlens_q=self._tensor(bounds, torch.int32),
+            cu_seqlens_k=self._tensor(np.append(starts, self.pool.rows.size), torch.int32),
+            seqused_k=self._tensor(done + lengths, torch.int32),
+            prefix=self._tensor(shared, torch.int32) if shared.any() else None,
+        )
+        self.computed_tokens += len(ids)
+        if self._fused is not None:
+            self._fused.look_again()
+        embeds = self._embed(ids, [f for s in spans for f in s.features])
+        return self.lmm.decode(embeds, self._tensor(steps + np.repeat(shared[:, 1], lengths)), kv=view)
+
+    def prefill(
+        self, groups: Items[Group], sequences: Items[Sequence], features: Mapping[object, Tensor]
+    ) -> tuple[Tensor, np.ndarray]:
+        """Compute what the prompts of each group share, then the rest of every sequence; K and V go to the pool.
+
+        sequences: all members of the groups, ascending by start. features: [rows, D] of each image, by image_key.
+        Returns hidden states [T, D] of the rest, sequence after sequence, and the row of each one's last token [R].
+        """
+        if not sequences:
+            return torch.empty(0, self.lmm.hidden_size), np.empty(0, dtype=np.int64)
+        sharing = sorted((g for g in groups if g.num_shared_tokens), key=lambda g: g.shared_start)
+        if sharing:
+            parts = [_split_features(g.members[0], features)[0] for g in sharing]
+            self([Span(g.shared_ids, g.shared_start, features=f) for g, f in zip(sharing, parts, strict=True)])
+        spans = []
+        for sequence in sequences:
+            ids = sequence.prompt[sequence.shared_rows[1] :] + sequence.tokens
+            rest = _split_features(sequence, features)[1]
+            spans.append(Span(ids, sequence.start, 0, sequence.shared_rows, rest))
+        return self(spans), np.cumsum([len(s.ids) for s in spans]) - 1
+
+    def step(self, sequences: Items[Sequence]) -> Tensor:
+        """Hidden states [R, D] of the last token of each sequence, which is at least one. They must ascend by start."""
+        rows = np.array([(s.tokens[-1], s.start, s.num_own_cached, *s.shared_rows) for s in sequences], dtype=np.int64)
+        self.computed_tokens += len(rows)
+        self.steps += 1
+        hidden = None if self._fused is None else self._fused(rows)
+        return self._run_step(self._step_tokens(rows)) if hidden is None else hidden
+
+    def _step_tokens(self, rows: np.ndarray) -> StepTokens:
+        """Return the rows [R, 5] that FusedStep takes in the form that attention takes."""
+        count = len(rows)
+        last, start, length, shared_start, num_shared = rows.T
+        wide = self._tensor(np.stack([last, length + num_shared, start + length]))
+        bounds = np.arange(count + 1)
+        shared = np.stack([shared_start, num_shared], 1).ravel()
+        short = self._tensor(np.concatenate([bounds, start, [self.pool.rows.size], length + 1, shared]), torch.int32)
+        cu_q, cu_k, used, spans = short.split([count + 1, count + 1, count, 2 * count])
+        shares = spans.view(count, 2) if self._share_prefix else None
+        ids, positions, slots = wide.unbind()
+        return StepTokens(ids, positions, slots, cu_q, cu_k, used, shares)
+
+    def _embed(self, ids: np.ndarray, features: list[Tensor]) -> Tensor:
+        lmm = self.lmm
+        rows = torch.cat(features) if features else torch.empty(0, lmm.hidden_size, dtype=lmm.dtype, device=lmm.device)
+        slots = self._tensor(np.flatnonzero(ids == IMAGE_ROW))
+        return lmm.embed(self._tensor(np.maximum(ids, 0)), rows, slots)
+
+    def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.lmm.device, dtype)
+
+
+def _split_features(sequence: Sequence, features: Mapping[object, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the features of the images in a sequence's shared tokens, which cut no image, and of those after them."""
+    images = sequence.request.images
+    rows = [features[image_key(images[i])] for i in sequence.marker_images]
+    left, count = sequence.prompt[: sequence.shared_rows[1]].count(IMAGE_ROW), 0
+    while left > 0:
+        left -= len(rows[count])
+        count += 1
+    return rows[:count], rows[count:]

@@ -1,0 +1,200 @@
+"""What runs next: a prefill of sequences that wait while the pool has room for them, else one token for each that runs.
+
+When a pass runs out of memory the batch shrinks and the sequences go on: after a prefill its token budget halves, after
+a step the number of sequences in flight does; what was in the pass returns to the front of the queue with the tokens it
+has generated, and a warning says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tinyllava_fast.infer.scheduling.admission import (
+    admit,
+    group_sequences,
+    grow,
+    halve,
+    release,
+    requeue,
+    without_ended,
+)
+from tinyllava_fast.infer.scheduling.pool import KVPool, Spans
+from tinyllava_fast.infer.scheduling.sequence import Group, NoRoomError, Sequence, Status
+from tinyllava_fast.log import log
+
+
+@dataclass
+class Limits:
+    """How much a pass may hold; shrinks when memory runs out, for as long as the engine lives."""
+
+    prefill_tokens: int
+    sequences: int | None = None  # None: as many as the pool has rows for
+
+
+@dataclass
+class Scheduled:
+    """What one pass computes. sequences: ascending by their first row. groups: of a prefill; none: one token each."""
+
+    sequences: list[Sequence]
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the pass computes prompts."""
+        return bool(self.groups)
+
+    def drop_ended(self) -> None:
+        """Leave out the sequences that have ended, and the groups that have no other."""
+        self.sequences = [s for s in self.sequences if not s.ended]
+        self.groups = [g for g in self.groups if not all(m.ended for m in g.members)]
+
+
+class Scheduler:
+    """Holds the sequences of an engine: those that wait, and those that run on the rows of its pool.
+
+    window: how many waiting sequences are grouped together. max_group_rows: most rows that a group begins with.
+    share_prefix: whether the sequences of a group share the K/V of the beginning of their prompts.
+    """
+
+    def __init__(self, pool: KVPool, limits: Limits, *, window: int, max_group_rows: int, share_prefix: bool) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.window = window
+        self.max_group_rows = max_group_rows
+        self.share_prefix = share_prefix
+        self._arrived: list[Sequence] = []  # not grouped yet
+        self._waiting: list[Group] = []
+        self._running: list[Sequence] = []
+        self._ended: list[Sequence] = []  # before they ran
+        self._filling = False  # the last pass was a prefill, and there may be room for another
+
+    @property
+    def idle(self) -> bool:
+        """Whether it holds no sequence at all."""
+        return not (self._arrived or self._waiting or self._running or self._ended)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in. One that has failed already comes out of the next ``collect``."""
+        (self._ended if sequence.ended else self._arrived).append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence, unless it has ended; the next ``collect`` frees its rows."""
+        if sequence.ended:
+            return
+        if sequence.status is Status.WAITING:
+            self._ended.append(sequence)
+        sequence.abort()
+
+    def wants_more(self) -> bool:
+        """Whether the next pass could prefill more than what waits. A long queue need not be read before."""
+        if self._ended or not self._has_room():
+            return False
+        return self._group_arrived() > 0
+
+    def schedule(self) -> Scheduled | None:
+        """Choose the next pass; None if nothing can run."""
+        if self._has_room():
+            self._group_arrived()
+            groups = admit(self._waiting, self.pool.rows, self.limits.prefill_tokens, self._most_new())
+            self._filling = bool(groups)
+            if groups:
+                members = [m for g in groups for m in g.members]
+                self._running += members
+                return Scheduled(sorted(members, key=lambda s: s.start), groups)
+        self._make_room()
+        self._running.sort(key=lambda s: s.start)
+        return Scheduled(list(self._running)) if self._running else None
+
+    def collect(self) -> list[Sequence]:
+        """Take out the sequences that have ended since the last call. Their rows are free."""
+        before, self._ended = self._ended, []
+        if any(s.status is Status.ABORTED for s in before):
+            self._arrived = [s for s in self._arrived if not s.ended]
+            self._waiting = [g for group in self._waiting if (g := without_ended(group)) is not None]
+        ended = [s for s in self._running if s.ended]
+        if ended:
+            self._running = [s for s in self._running if not s.ended]
+            for sequence in ended:
+                release(sequence, self.pool.rows)
+        for sequence in (*before, *ended):
+            sequence.group = None  # the two refer to each other: a long queue would wait for the collector
+        return before + ended
+
+    def shrink(self, scheduled: Scheduled, error: BaseException) -> None:
+        """Make passes smaller after one that ran out of memory, and let its sequences wait for another.
+
+        A sequence that was alone in the pass fails with NoRoomError.
+        """
+        scheduled.drop_ended()
+        if scheduled.is_prefill:
+            self._shrink_prefill(scheduled, error)
+        elif scheduled.sequences:
+            self._shrink_step(scheduled.sequences, error)
+
+    def reset(self) -> None:
+        """Make every row of the pool free again; for a scheduler that is idle."""
+        self.pool.rows = Spans(self.pool.rows.size)
+
+    def _has_room(self) -> bool:
+        """Whether it is time for prefills: a pool half full is worth filling, a fuller one decodes first."""
+        rows = self.pool.rows
+        return self._filling or not self._running or rows.free_rows * 2 >= rows.size
+
+    def _group_arrived(self) -> int:
+        """Group what has arrived until enough for one prefill waits; return how many tokens are missing to that."""
+        room = self.limits.prefill_tokens - sum(g.num_prefill_tokens for g in self._waiting)
+        while room > 0 and self._arrived:
+            part, self._arrived = self._arrived[: self.window], self._arrived[self.window :]
+            groups = group_sequences(part, max_rows=self.max_group_rows, share_prefix=self.share_prefix)
+            self._waiting += groups
+            room -= sum(g.num_prefill_tokens for g in groups)
+        return room
+
+    def _most_new(self) -> int | None:
+        limit = self.limits.sequences
+        return None if limit is None else limit - len(self._running)
+
+    def _make_room(self) -> None:
+        """Rows for the next token of each sequence; those that started last go back to the queue if there are none."""
+        full = [s for s in self._running if s.num_own_cached >= s.num_reserved_rows]
+        for sequence in full:
+            while sequence.status is Status.RUNNING and not grow(sequence, self.pool):
+                self._send_back(self._running[-1:])
+
+    def _send_back(self, sequences: list[Sequence]) -> None:
+        gone = set(sequences)
+        self._running = [s for s in self._running if s not in gone]
+        self._waiting[:0] = requeue(sequences, self.pool.rows)
+
+    def _shrink_prefill(self, scheduled: Scheduled, error: BaseException) -> None:
+        groups = scheduled.groups
+        members = [m for g in groups for m in g.members if not m.ended]
+        tokens = sum(g.num_prefill_tokens for g in groups)
+        if len(members) == 1:
+            where = f"a pass of {tokens} tokens, which cannot be split"
+            _out_of_memory(members[0], where, ", or shorten the prompt", error)
+            return
+        self.limits.prefill_tokens = max(1, min(self.limits.prefill_tokens, tokens) // 2)
+        self._send_back(members)
+        if len(groups) == 1:
+            self._waiting[:1] = halve(self._waiting[0])
+        log.warning(
+            "out of memory in a prefill of %d tokens: prefill_tokens is now %d", tokens, self.limits.prefill_tokens
+        )
+
+    def _shrink_step(self, sequences: list[Sequence], error: BaseException) -> None:
+        count = len(sequences)
+        if count == 1:
+            _out_of_memory(sequences[0], "a step of one sequence", "", error)
+            return
+        self.limits.sequences = count // 2
+        self._send_back(sequences[count // 2 :])
+        log.warning("out of memory in a step of %d sequences: at most %d run together now", count, count // 2)
+
+
+def _out_of_memory(sequence: Sequence, where: str, remedy: str, error: BaseException) -> None:
+    failure = NoRoomError(
+        f"{sequence.request.named}: out of memory in {where}; lower kv_cache_bytes or batch_tokens{remedy}"
+    )
+    failure.__cause__ = error
+    sequence.fail(failure)

@@ -1,0 +1,161 @@
+"""Sequences, what the engine makes of requests, and groups of those that share the beginning of their prompts.
+
+Legend: a prompt is a list of token ids in which every image marker has been expanded to its image's rows of IMAGE_ROW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor
+
+from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.infer.finish import ABORTED, FAILED, REFUSED, TOO_LONG, UNREADABLE
+from tinyllava_fast.infer.text import TextStream
+from tinyllava_fast.infer.types import Images, Request
+
+IMAGE_ROW = -1
+RESERVE = 16  # rows for new tokens that a sequence holds in advance
+
+OnToken = Callable[[str, str], None]
+"""Takes a request's id and the next piece of its text."""
+
+
+class TooLongError(UserError):
+    """A prompt that alone is longer than the model's context."""
+
+
+class NoRoomError(UserError):
+    """A request that the model could answer, but not with the memory that its engine was given."""
+
+
+_FINISH: dict[type[BaseException], str] = {TooLongError: TOO_LONG, DataError: UNREADABLE, UserError: REFUSED}
+
+
+class Status(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    """It holds no rows of the pool."""
+    RUNNING = "running"
+    """It holds rows of the pool."""
+    FINISHED = "finished"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence of tokens: its request, where its rows lie in the pool, and what it has produced.
+
+    scored: instead of generating, the probabilities of these tokens are wanted; the last position of the prompt
+    predicts the last of them.
+    """
+
+    request: Request
+    prompt: list[int]
+    marker_images: Items[int] = ()  # for each image marker of the prompt the index of its image in the request
+    scored: Items[int] = ()
+    status: Status = Status.WAITING
+    group: Group | None = None
+    start: int = 0  # first pool row of the sequence's own tokens, which follow the shared ones
+    num_reserved_rows: int = 0  # own rows held
+    num_cached_tokens: int = 0  # tokens, shared ones included, whose K and V are in the pool
+    tokens: list[int] = field(default_factory=list)  # generated
+    finish: str = ""  # why it has ended; "" while it has not
+    error: BaseException | None = None  # of a failed sequence
+    truncated: bool = False  # its request wanted more new tokens than the model's context has room for
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it
+    text: TextStream | None = None  # where text is needed before the end
+    on_token: OnToken | None = None
+    result: tuple[Tensor, Tensor] | None = None  # of a scored sequence: log p and greedy of each scored token
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has finished, failed or been aborted."""
+        return self.finish != ""
+
+    @property
+    def shared_rows(self) -> tuple[int, int]:
+        """(start, length) of its group's shared tokens in the pool; (0, 0) if there are none."""
+        group = self.group
+        if group is None or not group.num_shared_tokens:
+            return 0, 0
+        return group.shared_start, group.num_shared_tokens
+
+    @property
+    def num_own_cached(self) -> int:
+        """Own rows written so far."""
+        return self.num_cached_tokens - self.shared_rows[1]
+
+    @property
+    def most_rows(self) -> int:
+        """Own rows of the whole sequence: all tokens after the shared ones but the last, which is never fed back."""
+        new = 1 if self.scored else self.request.sampling.max_new_tokens
+        return len(self.prompt) - self.shared_rows[1] + new - 1
+
+    @property
+    def first_rows(self) -> int:
+        """Own rows that it is admitted with: what its prefill writes, and room for a short answer."""
+        return min(self.most_rows, len(self.prompt) - self.shared_rows[1] + len(self.tokens) + RESERVE)
+
+    def append(self, token: int) -> str:
+        """Append a generated token, end if it is the last one, and return the text that is certain now."""
+        self.tokens.append(token)
+        text, piece, finish = self.text, "", ""
+        if token in self.stop_ids:
+            finish = "eos"
+        elif text is not None:
+            piece = text.push(token)
+            finish = "stop" if text.stopped else ""
+        if not finish and len(self.tokens) >= self.request.sampling.max_new_tokens:
+            finish = "length"
+        if finish and text is not None:
+            piece += text.close()
+            if text.stopped:
+                finish = "stop"
+        if finish:
+            self.end(finish)
+        return piece
+
+    def end(self, finish: str) -> None:
+        """Note that it has ended by itself, and why."""
+        self.status, self.finish = Status.FINISHED, finish
+
+    def fail(self, error: BaseException) -> None:
+        """Note that it cannot go on; ``finish`` tells errors of the request (see finish.py) from FAILED, all others."""
+        self.status, self.error, self.finish = Status.FAILED, error, _FINISH.get(type(error), FAILED)
+
+    def abort(self) -> None:
+        """Note that nobody wants its answer any more."""
+        self.status, self.finish = Status.ABORTED, ABORTED
+
+
+@dataclass(eq=False)
+class Group:
+    """Sequences that ask about the same images and share the first ``num_shared_tokens`` of their prompts."""
+
+    image: Images | None
+    members: list[Sequence]
+    num_shared_tokens: int = 0
+    shared_start: int = 0  # first pool row of the shared tokens
+    num_alive: int = 0  # members that hold rows, and with them the shared ones
+
+    def __post_init__(self) -> None:
+        self.num_alive = len(self.members)
+        for member in self.members:
+            member.group = self
+
+    @property
+    def shared_ids(self) -> list[int]:
+        """The shared tokens themselves."""
+        return self.members[0].prompt[: self.num_shared_tokens]
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that its prefill computes."""
+        shared = self.num_shared_tokens
+        return shared + sum(len(m.prompt) + len(m.tokens) - shared for m in self.members)
