@@ -111,9 +111,9 @@ def test_the_record_is_valid() -> None:
 
 
 def test_the_worked_plugin_trains_and_answers(tmp_path: Path) -> None:
-    """The files that docs/plugins.md shows, in a run and in Python."""
+    """The connector that docs/plugins.md shows, in a run and in Python."""
     text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"^```(python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    shown = dict(re.findall(r"^```(python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[:2])
     (tmp_path / "mine.py").write_text(shown["python"], encoding="utf-8")
     path = prepare(tmp_path)
     run, extra = (yaml.safe_load(t) for t in (path.read_text(encoding="utf-8"), shown["yaml"]))

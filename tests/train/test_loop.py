@@ -13,10 +13,11 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_model
-from tinyllava_fast.train import checkpoint, cli, loop, prepare, resume, rules
+from tinyllava_fast.train import checkpoint, cli, loop, prepare, resume
 from tinyllava_fast.train import compile as compiling
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.loop import train
+from tinyllava_fast.train.optimizers import bitsandbytes
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_data_root_holds_every_file_and_may_move(tiny_run, losses, whole):
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw8bit"])
 def test_bf16_masters_resume_bit_for_bit(tiny_run, losses, monkeypatch, rule):
-    monkeypatch.setattr(rules, "SMALLEST", 1024)  # bitsandbytes' own is larger than any weight of this model
+    monkeypatch.setattr(bitsandbytes, "SMALLEST", 1024)  # bitsandbytes' own is larger than any weight of this model
     path = tiny_run(engine__dtype="bfloat16", stages__finetune__optim={"lr": 3e-3, "type": rule})
     train(load_run(path))
     run = path.parent / "run"

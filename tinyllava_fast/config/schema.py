@@ -27,7 +27,6 @@ from tinyllava_fast.config.ranges import (
 )
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
-OptimizerType = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion", "lion8bit", "paged_lion8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,10 +245,10 @@ class RecipeConfig:
 class OptimConfig:
     """The update rule, its schedule and the loss it minimizes."""
 
-    type: OptimizerType = "adamw"
-    """adamw: torch's. The others are bitsandbytes': adamw8bit, lion, lion8bit keep moments in 8 bits or keep one alone;
-    paged_adamw, paged_adamw8bit, paged_lion8bit let CUDA move them to the host when the GPU is full. Lion wants a third
-    to a tenth of AdamW's lr, and betas of (0.9, 0.99)."""
+    type: Text = "adamw"
+    """Registered optimizer. adamw: torch's. Of bitsandbytes: adamw8bit, lion and lion8bit keep moments in 8 bits or
+    keep one alone; paged_adamw, paged_adamw8bit and paged_lion8bit let CUDA move them to the host when the GPU is full.
+    Lion wants a third to a tenth of AdamW's lr, and betas of (0.9, 0.99)."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate of components without their own."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
@@ -269,6 +268,8 @@ class OptimConfig:
     """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of the logits, added to each token's loss (1e-4 keeps logits from drifting)."""
+    options: Settings = field(default_factory=dict)
+    """Settings of this optimizer alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def _run(argv: list[str]) -> int:
     from tinyllava_fast.train.run import StopRequest
 
     try:
-        train(config, resume=resume, profile="--profile" in flags)
+        train(config, resume=resume, profile="--profile" in flags, file=path)
     except StopRequest as stop:
         log.warning("%s", stop.said)
         return stop.exit_code

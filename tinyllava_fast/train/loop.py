@@ -36,28 +36,30 @@ from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import FeatureCache, check_feature_cache
 from tinyllava_fast.train.lr_schedule import lr_factor
 from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
+from tinyllava_fast.train.optimizers.base import OPTIMIZERS, check_optimizer, find_optimizer
 from tinyllava_fast.train.parts import first_model
 from tinyllava_fast.train.prepare import Outlook, average_flops, build_loader, look_ahead, look_at_files
 from tinyllava_fast.train.profile import StepProfiler
 from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.reading import settle_reading
-from tinyllava_fast.train.rules import check_rule, moment_bytes
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
 
 
-def train(config: RunConfig, *, resume: str = "auto", profile: bool = False) -> dict[str, Any]:
+def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, file: str = "") -> dict[str, Any]:
     """Run every stage and return the summary (also written to summary.json).
 
-    profile: record a few steps of each stage (train/profile.py). Raises UserError for anything the user can mend,
-    StopRequest after a signal.
+    profile: record a few steps of each stage (train/profile.py). file: that the configuration came from, for messages.
+    Raises UserError for anything the user can mend, StopRequest after a signal.
     """
     for stage in config.stages:
         check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
         check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
     load_plugins(config.plugins)
+    for stage in config.stages:
+        find_optimizer(stage.optim, f"stages.{stage.name}", file)
     process = start_process(config.engine)
     for stage in config.stages:
-        check_rule(stage.optim, config.engine, process.device, f"stages.{stage.name}")
+        check_optimizer(stage.optim, config.engine, process.device, f"stages.{stage.name}")
     if process.device.type == "cpu":
         cpu_pool.install()
     run = Run(config, process)
@@ -117,7 +119,7 @@ class Stage:
         self.profiler: StepProfiler | None = None
         if run.profile and run.main:
             dtype = getattr(torch, run.config.engine.dtype)
-            moments = moment_bytes(self.config.optim.type)
+            moments = OPTIMIZERS.get(self.config.optim.type).moment_bytes
             self.profiler = StepProfiler(run.folder, self.config.name, self.model, self.config.recipe, dtype, moments)
         if resumed is not None and self.state.stage_step > 0:
             with open_tensors(resumed / "optimizer.safetensors") as tensors:
