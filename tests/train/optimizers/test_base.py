@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.examples import write_example
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
@@ -19,19 +20,14 @@ from tinyllava_fast.train.loop import train
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS, check_optimizer
 
 NAMES = ["adamw", "adamw8bit", "lion", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
-EXAMPLE = Path(__file__).parents[3] / "docs" / "plugins.md"
 Losses = Callable[[Path], list[tuple[int, str, float]]]
 
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The optimizer of docs/plugins.md as a file; what it registers is forgotten after the test."""
-    blocks = EXAMPLE.read_text(encoding="utf-8").split("```python\n")[1:]
-    code = next(block.partition("```")[0] for block in blocks if "@OPTIMIZERS.register" in block)
-    path = tmp_path / "signum.py"
-    path.write_text(code)
+    """The optimizer of docs/plugins.md; what it registers is forgotten after the test."""
     monkeypatch.setattr(OPTIMIZERS, "_entries", {name: OPTIMIZERS.get(name) for name in OPTIMIZERS})
-    return path
+    return write_example(tmp_path, "signum.py")
 
 
 def test_the_package_has_these() -> None:
