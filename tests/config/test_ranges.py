@@ -20,6 +20,7 @@ from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.recipes.base import RECIPES
+from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 
 NAN, INF = float("nan"), float("inf")
 VALUES: dict[str, Any] = {
@@ -129,7 +130,8 @@ def test_every_key_of_a_run(key: str) -> None:
 def options() -> dict[str, type]:
     """Every registered component's options, by kind and name."""
     registries: dict[str, Any] = {
-        "llm": LLMS, "vision": VISION, "connector": CONNECTORS, "recipe": RECIPES, "benchmark": BENCHMARKS
+        "llm": LLMS, "vision": VISION, "connector": CONNECTORS, "recipe": RECIPES, "optimizer": OPTIMIZERS,
+        "benchmark": BENCHMARKS,
     }  # fmt: skip
     return {f"{kind}.{name}": registry.get(name).Options for kind, registry in registries.items() for name in registry}
 

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 import tinyllava_fast
+from tests.examples import write_example
 from tests.models.checkpoints import golden
 from tests.tiny import make_model, make_tokenizer, tiny_config
 from tests.train.conftest import prepare
@@ -109,12 +110,12 @@ def test_the_record_is_valid() -> None:
 
 
 def test_the_worked_plugin_trains_and_answers(tmp_path: Path) -> None:
-    """The files that docs/plugins.md shows, in a run and in Python."""
+    """The connector that docs/plugins.md shows, in a run and in Python."""
     text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"^```(python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    (tmp_path / "mine.py").write_text(shown["python"], encoding="utf-8")
+    shown = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
+    write_example(tmp_path, "mine.py")
     path = prepare(tmp_path)
-    run, extra = (yaml.safe_load(t) for t in (path.read_text(encoding="utf-8"), shown["yaml"]))
+    run, extra = (yaml.safe_load(t) for t in (path.read_text(encoding="utf-8"), shown))
     run["plugins"], run["model"]["connector"] = extra["plugins"], extra["model"]["connector"]
     run["stages"] = [run["stages"][1] | {"max_steps": 2}]
     path.write_text(yaml.safe_dump(run), encoding="utf-8")

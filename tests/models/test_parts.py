@@ -11,7 +11,6 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.models.vision.families import BASE
 from tests.tiny import LLAMA
 from tinyllava_fast.config.schema import (
     ConnectorConfig,
@@ -31,26 +30,10 @@ from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.recipes.base import apply_recipe
 
 LLM = LLAMA | {"num_hidden_layers": 1, "vocab_size": 61}
-WIDE = BASE | {"hidden_size": 32, "image_size": 16}  # as wide as the language model: identity fits too
-HALF = BASE | {"hidden_size": 16, "image_size": 16}
-TOWERS: dict[str, dict[str, Any]] = {
-    "clip": {"config": WIDE | {"intermediate_size": 40}},
-    "siglip": {"config": WIDE | {"intermediate_size": 40}},
-    "siglip2": {
-        "config": {k: v for k, v in WIDE.items() if k != "image_size"}
-        | {"model_type": "siglip2_vision_model", "num_patches": 4, "intermediate_size": 40}
-    },
-    "dinov2": {"config": WIDE | {"image_size": 32}, "options": {"image_size": 16, "interpolation": "transformers4"}},
-    "dinov2_with_registers": {"config": WIDE},
-    "mof": {
-        "config": HALF | {"intermediate_size": 24},
-        "options": {"dinov2": {"config": HALF | {"image_size": 32}, "interpolation": "transformers4"}},
-    },
-}
-CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {
-    "qformer": {"num_queries": 3, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24},
-    "resampler": {"num_queries": 3, "num_layers": 2, "num_heads": 2, "head_size": 4},
-}
+TOWERS: dict[str, dict[str, Any]] = {name: VISION.get(name).tiny() for name in VISION}
+WIDE = TOWERS["dinov2_with_registers"]["config"]
+HALF = WIDE | {"hidden_size": 16}
+CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {name: CONNECTORS.get(name).tiny() for name in CONNECTORS}
 FIELD_NAMES = [n for n in CONNECTORS if n.startswith("mlp") and n != "mlp"]
 KINDS = [n for n in CONNECTORS if n not in FIELD_NAMES]
 # the two that join the features of two towers stand on no other one; the field's names are one MLP
@@ -62,7 +45,7 @@ def config_of(tower: str, connector: str, **vision: Any) -> ModelConfig:
     return ModelConfig(
         llm=LLMConfig(config=LLM),
         vision=VisionConfig(type=tower, **(TOWERS[tower] | vision)),
-        connector=ConnectorConfig(type=connector, options=CONNECTOR_OPTIONS.get(connector, {})),
+        connector=ConnectorConfig(type=connector, options=CONNECTOR_OPTIONS[connector]),
     )
 
 
@@ -70,8 +53,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), unk_token="a")
 
 
-def test_every_tower_is_here() -> None:
-    assert set(TOWERS) == set(VISION) and len(PAIRS) >= 45
+def test_there_are_many_pairs() -> None:
+    assert len(PAIRS) >= 45
 
 
 @pytest.mark.parametrize(("tower", "connector"), PAIRS)

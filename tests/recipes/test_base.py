@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.examples import write_example
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig, OptimConfig, RecipeConfig, TuneConfig, VisionConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.recipes.base import apply_recipe
+from tinyllava_fast.plugins import load_plugins
+from tinyllava_fast.recipes.base import RECIPES, apply_recipe
 
 LLAMA = tiny.LLAMA | {
     "num_hidden_layers": 3,
@@ -127,3 +130,12 @@ def test_counts_are_logged(lmm: LMM, caplog: pytest.LogCaptureFixture, monkeypat
 def test_errors(recipe: RecipeConfig, message: str, lmm: LMM) -> None:
     with pytest.raises(UserError, match=message):
         apply_recipe(lmm, recipe, OptimConfig())
+
+
+def test_the_recipe_that_the_documentation_shows(lmm: LMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RECIPES, "_entries", {name: RECIPES.get(name) for name in RECIPES})
+    load_plugins([str(write_example(tmp_path, "biases.py"))])
+    groups = apply_recipe(lmm, RecipeConfig(type="biases"), OptimConfig(weight_decay=0.1))
+    trains = {name for name, p in lmm.named_parameters() if p.requires_grad}
+    assert trains and all(name.endswith(".bias") for name in trains)
+    assert all(group["weight_decay"] == 0 for group in groups)

@@ -6,8 +6,14 @@ import sys
 import pytest
 import yaml
 
+from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.llm.base import LLMS
+from tinyllava_fast.models.vision.base import VISION
+from tinyllava_fast.recipes.base import RECIPES
 from tinyllava_fast.train import cli, loop
+from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 from tinyllava_fast.train.run import stop_on_signals
 
 
@@ -51,6 +57,10 @@ def test_help_lists_every_key(capsys):
     shown = capsys.readouterr().out
     for part in ("usage: tlf-train CONFIG", "--resume never", "stages.<name>.optim.lr: float", "engine.zero_stage"):
         assert part in shown
+    registries = (LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS)
+    words = " ".join(shown.split())
+    for registry in registries:
+        assert f"Known: {', '.join(registry)}." in words, registry.kind
     assert cli.main([]) == 2
     assert len(capsys.readouterr().out.splitlines()) < 25, "without arguments: the usage, not every key"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tinyllava_fast.train import cli, loop, metrics, prepare, run
+from tinyllava_fast.train import cli, loop, metrics, prepare, run, stage
 from tinyllava_fast.train.checkpoint import CheckpointStore
 
 
@@ -150,7 +150,7 @@ def test_a_signal_between_the_steps_stops_at_once(tiny_run, losses, monkeypatch,
     places = {
         "start": (run, "build_tokenizer"),
         "look_ahead": (prepare, "check_recipe"),
-        "data": (loop, "build_loader"),
+        "data": (stage, "build_loader"),
         "model folder": (loop.io, "save_model"),
         "end": (run, "_publish"),
     }

@@ -13,10 +13,11 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_model
-from tinyllava_fast.train import checkpoint, cli, loop, prepare, resume, rules
+from tinyllava_fast.train import checkpoint, cli, prepare, resume, stage
 from tinyllava_fast.train import compile as compiling
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.loop import train
+from tinyllava_fast.train.optimizers import bitsandbytes
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_data_root_holds_every_file_and_may_move(tiny_run, losses, whole):
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw8bit"])
 def test_bf16_masters_resume_bit_for_bit(tiny_run, losses, monkeypatch, rule):
-    monkeypatch.setattr(rules, "SMALLEST", 1024)  # bitsandbytes' own is larger than any weight of this model
+    monkeypatch.setattr(bitsandbytes, "SMALLEST", 1024)  # bitsandbytes' own is larger than any weight of this model
     path = tiny_run(engine__dtype="bfloat16", stages__finetune__optim={"lr": 3e-3, "type": rule})
     train(load_run(path))
     run = path.parent / "run"
@@ -147,8 +148,8 @@ def test_a_configuration_from_before_a_key_existed_resumes_with_its_default(tiny
     shutil.rmtree(newest)
     for folder in (p for p in (run / "checkpoints").iterdir() if p.is_dir()):
         state = json.loads((folder / "state.json").read_text())
-        for stage in state["config"]["stages"]:
-            del stage["optim"]["type"], stage["optim"]["z_loss"]
+        for entry in state["config"]["stages"]:
+            del entry["optim"]["type"], entry["optim"]["z_loss"]
         (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"stages\.finetune\.optim\.type: checkpoint 'adamw', now 'adamw8bit'"):
         train(load_run(path, [*short, "stages.finetune.optim.type=adamw8bit"]))
@@ -295,7 +296,7 @@ def test_label_smoothing_and_z_loss_reach_the_loss_of_their_stage(tiny_run, loss
 def test_auto_is_decided_once_a_stage_and_kept_by_a_resumed_run(tiny_run, losses, monkeypatch, tmp_path):
     answers = []
     monkeypatch.setenv("TLF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loop, "repays", lambda steps, **facts: answers.append((steps, facts)) or False)
+    monkeypatch.setattr(stage, "repays", lambda steps, **facts: answers.append((steps, facts)) or False)
     path = tiny_run(engine__compile="auto", checkpoint__keep=9)
     train(load_run(path))
     run = path.parent / "run"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.train.conftest import LLAMA
 from tinyllava_fast.config.load import load_run
+from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import adapter, io
 from tinyllava_fast.train.loop import train
@@ -72,8 +73,8 @@ def test_the_folder_computes_what_was_trained(tiny_run, monkeypatch, name, dtype
     save = io.save_model
     monkeypatch.setattr(loop.io, "save_model", lambda lmm, *a, **k: (trained.append(lmm), save(lmm, *a, **k))[1])
     seen = []
-    pack = loop.Loader.__iter__
-    monkeypatch.setattr(loop.Loader, "__iter__", lambda self: map(lambda b: (seen.append(b), b)[1], pack(self)))
+    pack = Loader.__iter__
+    monkeypatch.setattr(Loader, "__iter__", lambda self: map(lambda b: (seen.append(b), b)[1], pack(self)))
     path = tiny_run(model__llm__config=WIDE, stages__finetune__recipe=RECIPES[name], engine__dtype=dtype)
     train(load_run(path))
     final, batch = path.parent / "run" / "final", seen[-1].tensors()

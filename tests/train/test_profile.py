@@ -53,6 +53,7 @@ def test_the_command_takes_the_flag(tiny_run, monkeypatch):
 
     seen = {}
     monkeypatch.setattr(loop, "train", lambda config, **options: seen.update(options))
-    assert cli.main([str(tiny_run()), "--profile"]) == 0
-    assert seen == {"resume": "auto", "profile": True}
+    path = str(tiny_run())
+    assert cli.main([path, "--profile"]) == 0
+    assert seen == {"resume": "auto", "profile": True, "file": path}
     assert cli.main(["--profile"]) == 2

@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -21,6 +21,7 @@ import yaml
 from tinyllava_fast.config.compose import Section, expand, read_section, section_of
 from tinyllava_fast.config.names import file_name_fault
 from tinyllava_fast.config.overrides import apply_overrides
+from tinyllava_fast.config.ranges import Named
 from tinyllava_fast.config.schema import ModelConfig, RunConfig
 from tinyllava_fast.config.values import place, range_of, read_value, type_name
 from tinyllava_fast.errors import UserError, nearest
@@ -93,10 +94,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def describe(cls: type = RunConfig, prefix: str = "", default: Any = None) -> str:
+def describe(
+    cls: type = RunConfig, prefix: str = "", default: Any = None, *, names: Mapping[str, Sequence[str]] | None = None
+) -> str:
     """Every key of a configuration with its type, default, range and meaning: the body of ``tlf-train --help``.
 
-    default: an object whose values are the defaults; None: those of the class.
+    default: an object whose values are the defaults; None: those of the class. names: kind of a registry -> the names
+    that it knows, shown with the keys that take them.
     """
     docs, hints, lines = _field_docs(cls), get_type_hints(cls, include_extras=True), []
     for spec in dataclasses.fields(cls):
@@ -106,13 +110,15 @@ def describe(cls: type = RunConfig, prefix: str = "", default: Any = None) -> st
         if section is not None:
             one = section is hint
             inner = value if one and value is not dataclasses.MISSING else None
-            lines.append(describe(section, name if one else f"{name}.<name>", inner))
+            lines.append(describe(section, name if one else f"{name}.<name>", inner, names=names))
             continue
         text = "required" if value is dataclasses.MISSING else shown(value)
         allowed = range_of(hint)
         lines.append(f"  {name}: {type_name(hint)} = {text}" + (f"  ({allowed})" if allowed else ""))
+        kinds = [mark.kind for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Named)]
+        known = [f"Known: {', '.join(names[kind])}." for kind in kinds if kind in names] if names else []
         if spec.name in docs:
-            lines.append(textwrap.indent(textwrap.fill(docs[spec.name], 100), "      "))
+            lines.append(textwrap.indent(textwrap.fill(" ".join([docs[spec.name], *known]), 100), "      "))
     return "\n".join(lines)
 
 

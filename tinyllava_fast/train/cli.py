@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tinyllava_fast.commands import nearest_flag, version
 from tinyllava_fast.errors import UserError
@@ -56,7 +57,7 @@ def _run(argv: list[str]) -> int:
     if "--help" in flags:
         from tinyllava_fast.config.load import describe
 
-        sys.stdout.write(f"{USAGE}\nConfiguration keys:\n{describe()}\n")
+        sys.stdout.write(f"{USAGE}\nConfiguration keys:\n{describe(names=_registered())}\n")
         return 0
     if not argv:
         sys.stdout.write(f"{USAGE}\ntlf-train --help lists every key of a configuration\n")
@@ -73,11 +74,25 @@ def _run(argv: list[str]) -> int:
     from tinyllava_fast.train.run import StopRequest
 
     try:
-        train(config, resume=resume, profile="--profile" in flags)
+        train(config, resume=resume, profile="--profile" in flags, file=path)
     except StopRequest as stop:
         log.warning("%s", stop.said)
         return stop.exit_code
     return 0
+
+
+def _registered() -> dict[str, list[str]]:
+    """Return the names of all components of a run by the kind of their registry."""
+    from tinyllava_fast.data.templates.base import TEMPLATES
+    from tinyllava_fast.models.connectors.base import CONNECTORS
+    from tinyllava_fast.models.llm.base import LLMS
+    from tinyllava_fast.models.vision.base import VISION
+    from tinyllava_fast.recipes.base import RECIPES
+    from tinyllava_fast.registry import Registry
+    from tinyllava_fast.train.optimizers.base import OPTIMIZERS
+
+    registries: list[Registry[Any]] = [LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS]
+    return {registry.kind: registry.names() for registry in registries}
 
 
 def parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:

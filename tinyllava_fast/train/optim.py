@@ -3,12 +3,13 @@
 A weight below float32 gets a float32 master: an update of 1e-5 is less than half a unit in the last place of a typical
 bf16 weight and would be rounded away. Sums over micro-batches lose bits likewise, so the second micro-batch of a step
 makes float32 sums; the gradient of a single one stays as it came, which is the same number in half the memory. float32
-weights are updated in place and cost nothing extra. The arithmetic is the update rule's (train/rules.py).
+weights are updated in place and cost nothing extra. The arithmetic is the optimizer's (train/optimizers/).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,18 @@ from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.hf import cast_parameters
 from tinyllava_fast.ops.adamw import dither, square_sum
 from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups
-from tinyllava_fast.train.rules import build_rule
+from tinyllava_fast.train.optimizers.adamw import AdamW
+from tinyllava_fast.train.optimizers.base import Optimizer, OptimizerSettings
 
 Masters = Mapping[nn.Parameter, Tensor]
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MasterOptimizer:
-    """An update rule with masters, float32 accumulation and clipping.
+    """An optimizer with masters, float32 accumulation and clipping.
 
     groups: as apply_recipe returns them. names: weight -> stock name, for the saved state. clip_norm: 0 = no clipping.
     masters: float32 values of weights below float32; one that is missing starts at its rounded weight.
-    kind: optim.type. exact: weights whose moments stay float32 in the 8-bit rules.
+    kind, options: of optim.type. exact: weights whose moments stay float32 in the 8-bit optimizers.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class MasterOptimizer:
         eps: float,
         clip_norm: float,
         masters: Masters | None = None,
-        kind: str = "adamw",
+        kind: type[Optimizer] = AdamW,
+        options: Any = None,
         exact: Set[Tensor] = frozenset(),
     ) -> None:
         self._names = dict(names)
@@ -53,11 +55,12 @@ class MasterOptimizer:
         self._found: dict[Tensor, Tensor] = {}
         self._plain = [p for p in names if p.dtype == torch.float32]
         master_of = dict(zip(self._low, self._masters, strict=True))
-        self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor that the rule updates
+        self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor that the optimizer updates
         own = [{**g, "params": [self._updated[p] for p in g["params"]]} for g in groups if g["params"]]
         kept = frozenset(updated for p, updated in self._updated.items() if p in exact)
         weights = dict(zip(self._masters, self._low, strict=True))
-        self._rule = build_rule(kind, own, betas=betas, eps=eps, exact=kept, weights=weights)
+        settings = OptimizerSettings(betas=betas, eps=eps, options=options, exact=kept, weights=weights)
+        self._optimizer = kind.build(own, settings)
 
     def accumulate(self) -> None:
         """Take in the gradients of one micro-batch. float32 weights accumulate by themselves."""
@@ -73,14 +76,15 @@ class MasterOptimizer:
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """One update; lrs: learning rate of each group name. Returns the gradient norm before clipping, [] float32."""
-        if not self._rule.fused:
+        if not self._optimizer.fused:
             self.gradients()
         found = {updated: self._found.get(p, p.grad) for p, updated in self._updated.items()}
         norm = self._norm([gradient for gradient in found.values() if gradient is not None])
-        for group in self._rule.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lrs[group["name"]]
-        self._rule.step(found, norm, self._clip_norm)
-        if not self._rule.fused:
+        self._optimizer.steps += 1
+        self._optimizer.step(found, norm, self._clip_norm)
+        if not self._optimizer.fused:
             self._round()
         for p in self._plain:
             p.grad = None
@@ -100,7 +104,7 @@ class MasterOptimizer:
         return [self._found[p] for p in self._low] + [p.grad for p in self._plain if p.grad is not None]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        if not self._rule.fused:
+        if not self._optimizer.fused:
             return torch.nn.utils.get_total_norm(gradients, foreach=True)
         squares = [square_sum.infer(gradient) for gradient in gradients]
         return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
@@ -112,9 +116,9 @@ class MasterOptimizer:
 
     def state(self) -> list[LazyTensor]:
         """Step count, moments and masters by weight name (see TrainingEngine.optimizer_state)."""
-        items = [LazyTensor.of("step", torch.tensor(float(self._rule.steps)))]
+        items = [LazyTensor.of("step", torch.tensor(float(self._optimizer.steps)))]
         for p, updated in self._updated.items():
-            for kind, tensor in self._rule.state(updated).items():
+            for kind, tensor in self._optimizer.state(updated).items():
                 items.append(LazyTensor.of(f"{kind}/{self._names[p]}", tensor))
             if updated is not p:
                 items.append(LazyTensor.of(f"master/{self._names[p]}", updated))
@@ -124,11 +128,12 @@ class MasterOptimizer:
         """Restore ``state()``; a master that the file lacks (a float32 run's) keeps the loaded weight's value."""
         for p, updated in self._updated.items():
             name = self._names[p]
-            kept = self._rule.state(updated).items()
+            kept = self._optimizer.state(updated).items()
             state = {kind: checked(tensors, f"{kind}/{name}", like, like.dtype) for kind, like in kept}
             if "step" not in tensors:
                 raise CheckpointError("optimizer state: 'step' is missing; the checkpoint is not one of this toolkit")
-            self._rule.load(updated, state, int(tensors["step"]))
+            self._optimizer.steps = int(tensors["step"])
+            self._optimizer.load(updated, state)
             if updated is not p and f"master/{name}" in tensors:
                 updated.copy_(checked(tensors, f"master/{name}", p))
         self._round()

@@ -1,4 +1,4 @@
-"""A tiny config of every language model adapter, and its model beside transformers' own run of it."""
+"""The tiny config of every language model family, and its model beside transformers' own run of it."""
 
 from __future__ import annotations
 
@@ -8,41 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny import TEXT
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 
-BASE = TEXT | {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-WINDOW = 3
-CONFIGS: dict[str, dict[str, Any]] = {
-    "auto": {**BASE, "model_type": "smollm3", "no_rope_layers": [1, 0]},
-    "gemma": {**BASE, "head_dim": 8},
-    "gemma2": {
-        **BASE,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": WINDOW,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 1.5,
-    },
-    "openelm": {
-        "model_dim": 32,
-        "num_transformer_layers": 3,
-        "head_dim": 8,
-        "num_gqa_groups": 2,
-        "qkv_multipliers": [0.5, 1.5],
-        "ffn_multipliers": [0.5, 2.0],
-        "ffn_dim_divisor": 8,
-        "normalize_qk_projections": True,
-        "share_input_output_layers": True,
-        "vocab_size": 61,
-    },
-    "phi": {**BASE, "resid_pdrop": 0.0},
-    "qwen2": {**BASE, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "qwen3": {**BASE, "head_dim": 16},
-    "smollm2": {**BASE, "tie_word_embeddings": True},
-    "stablelm": {**BASE, "use_qkv_bias": True, "qk_layernorm": True, "partial_rotary_factor": 0.5},
-    "tinyllama": BASE,
-}
+WINDOW = 3  # of the tiny models that have one
+CONFIGS: dict[str, dict[str, Any]] = {name: LLMS.get(name).tiny() for name in LLMS}
 
 
 def build(name: str, *, seed: int = 3, **changes: Any) -> tuple[LLMFamily, PreTrainedModel]:

@@ -87,10 +87,6 @@ def gradients(module: Any, loss: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in module.named_parameters()}
 
 
-def test_every_adapter_has_a_case() -> None:
-    assert set(FAMILIES) == set(LLMS.names())
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_training_equals_one_sequence_at_a_time(name: str) -> None:
     lmm, case = lmm_of(name), Case.make()

@@ -13,6 +13,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import convert_ima
 
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.models.vision.base import VISION
+from tinyllava_fast.models.vision.encoder import EncoderTower
 
 BASE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
 SIZES = BASE | {"intermediate_size": 40, "image_size": 32}
@@ -39,6 +40,16 @@ class Family:
             if name.endswith(("register_tokens", "position_embeddings")):
                 torch.nn.init.normal_(parameter, std=0.3)
         return model
+
+
+def derived(name: str) -> Family | None:
+    """The family of an encoder that has no entry below, from what the tower says of itself."""
+    kind = VISION.get(name)
+    if name in {family.tower for family in FAMILIES.values()} or not issubclass(kind, EncoderTower):
+        return None
+    model = kind.model_classes[0]
+    values = kind.tiny()["config"] | {"hidden_size": 24, "image_size": 32}
+    return Family(name, model, model.config_class, values, prefix=kind.prefix_tokens(model.config_class(**values)))
 
 
 FAMILIES = {
@@ -68,6 +79,7 @@ FAMILIES = {
         prefix=4,
     ),
 }
+FAMILIES |= {family.tower: family for family in map(derived, VISION) if family is not None}
 # The mixture has no stock model: its halves do.
 MOF = {"dinov2": {"config": DINO | {"image_size": 48}}}
 

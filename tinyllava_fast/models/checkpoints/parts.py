@@ -135,11 +135,15 @@ def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) 
     return stored or VISION.get(tower).image_processor(image_size)
 
 
-def fitting_template(tokenizer: Any, family: str) -> str | None:
-    """The chat template whose end-of-answer text is the tokenizer's end token; of several, the one of this family."""
+def fitting_template(tokenizer: Any, model_type: str) -> str | None:
+    """Return the chat template whose end-of-answer text is the tokenizer's end token, None if there is none.
+
+    Of several it is the one that a family of this transformers model type names as its own.
+    """
     fits = [name for name in TEMPLATES if TEMPLATES.get(name).eos and TEMPLATES.get(name).eos == tokenizer.eos_token]
-    own = [name for name in fits if name.partition("_")[0] == family]
-    return next(iter(own or fits), None)
+    families = (LLMS.get(name) for name in LLMS)
+    own = {family.template for family in families if model_type in family.model_types}
+    return next((name for name in fits if name in own), next(iter(fits), None))
 
 
 def need(config: Mapping[str, Any], key: str, where: str) -> Any:

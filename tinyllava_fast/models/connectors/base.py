@@ -30,6 +30,11 @@ class Connector(nn.Module, ABC):
         self.llm_size = llm_size
         self.options: Any = options if options is not None else self.Options()
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Return options of a small one, for tests."""
+        return {}
+
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
         """[N, K, V] -> [N, num_tokens(K), D]."""

@@ -46,6 +46,11 @@ class QFormerConnector(Connector):
             if self.hidden_size % self.num_heads:
                 raise UserError(f"hidden_size: {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return {"num_queries": 3, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
+
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
         super().__init__(vision_size, llm_size, options)
         o = self.options

@@ -33,6 +33,11 @@ class ResamplerConnector(Connector):
         expansion: Size = 4
         """Width inside the feed-forward layers, in multiples of D."""
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return {"num_queries": 3, "num_layers": 2, "num_heads": 2, "head_size": 4}
+
     def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
         super().__init__(vision_size, llm_size, options)
         o = self.options

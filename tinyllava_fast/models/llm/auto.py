@@ -25,6 +25,11 @@ class AutoLLM(LLMFamily):
 
     name = "auto"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class. A family that takes any model names one that has no family of its own."""
+        return super().tiny() | ({} if cls.model_types else {"model_type": "smollm3", "no_rope_layers": [1, 0]})
+
     def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
         """See the base class. Keys that the config class does not have are refused."""
         default = self.model_types[0] if self.model_types else None

@@ -29,6 +29,21 @@ class LLMFamily(ABC):
     template: ClassVar[str] = "tokenizer"
     """Chat template that models of the family are trained with unless a run names another."""
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Return the transformers config of a model of a few kilobytes, 32 wide, with 61 tokens, for tests."""
+        return {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "vocab_size": 61,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+        }
+
     @abstractmethod
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """Give special tokens the roles that the family's training gave them; applying it twice changes nothing."""

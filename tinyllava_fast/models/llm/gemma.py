@@ -16,6 +16,11 @@ class Gemma(AutoLLM):
     model_types = ("gemma",)
     template = "gemma"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return super().tiny() | {"head_dim": 8}
+
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """See the base class."""
         pad_with_unk(tokenizer)

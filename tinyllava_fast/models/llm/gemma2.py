@@ -16,6 +16,17 @@ class Gemma2(AutoLLM):
     model_types = ("gemma2",)
     template = "gemma"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return super().tiny() | {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 3,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+        }
+
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """See the base class."""
         pad_with_unk(tokenizer)

@@ -343,6 +343,22 @@ class OpenELM(AutoLLM):
     model_types = ("openelm",)
     template = "llama"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return {
+            "model_dim": 32,
+            "num_transformer_layers": 3,
+            "head_dim": 8,
+            "num_gqa_groups": 2,
+            "qkv_multipliers": [0.5, 1.5],
+            "ffn_multipliers": [0.5, 2.0],
+            "ffn_dim_divisor": 8,
+            "normalize_qk_projections": True,
+            "share_input_output_layers": True,
+            "vocab_size": 61,
+        }
+
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """Settings of this family alone."""

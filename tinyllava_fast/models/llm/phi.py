@@ -16,6 +16,11 @@ class Phi(AutoLLM):
     model_types = ("phi",)
     template = "phi"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return super().tiny() | {"resid_pdrop": 0.0}
+
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """See the base class."""
         pad_with_unk(tokenizer)

@@ -16,6 +16,11 @@ class Qwen2(AutoLLM):
     model_types = ("qwen2",)
     template = "qwen2_base"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return super().tiny() | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """See the base class."""
         if tokenizer.pad_token is not None:

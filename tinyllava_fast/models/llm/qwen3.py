@@ -16,6 +16,11 @@ class Qwen3(AutoLLM):
     model_types = ("qwen3",)
     template = "qwen2_instruct"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return super().tiny() | {"head_dim": 16}
+
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """See the base class."""
         if tokenizer.pad_token is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tinyllava_fast.models.llm.auto import AutoLLM
 from tinyllava_fast.models.llm.base import LLMS
 
@@ -13,3 +15,8 @@ class SmolLM2(AutoLLM):
     name = "smollm2"
     model_types = ("llama",)
     template = "phi"
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return super().tiny() | {"tie_word_embeddings": True}

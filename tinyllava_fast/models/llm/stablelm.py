@@ -35,6 +35,11 @@ class StableLM(AutoLLM):
     model_types = ("stablelm",)
     template = "phi"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return super().tiny() | {"use_qkv_bias": True, "qk_layernorm": True, "partial_rotary_factor": 0.5}
+
     def adapt(self, llm: PreTrainedModel) -> None:
         """See the base class. Parameters, their names and hooks on the layers stay what they are."""
         for layer in self.layers(llm):

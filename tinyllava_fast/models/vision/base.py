@@ -31,6 +31,12 @@ class VisionTower(nn.Module, ABC):
     num_layers: int  # layers that are built
     feature_select: str  # "patch" or "cls_patch"
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """Return ``config`` and ``options`` of ``model.vision`` for tests: 32 wide, images of 16 pixels."""
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+        return {"config": sizes | {"patch_size": 8, "image_size": 16}}
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, image_size, image_size] -> [N, K, V] in the tower's dtype."""

@@ -35,6 +35,13 @@ class Dinov2Tower(EncoderTower):
     model_classes: ClassVar[tuple[type[PreTrainedModel], ...]] = (Dinov2Model,)
     processor_class = BitImageProcessorPil
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class; its position table is of larger images."""
+        config = {k: v for k, v in super().tiny()["config"].items() if k != "intermediate_size"}
+        options = {"image_size": 16, "interpolation": "transformers4"}
+        return {"config": config | {"image_size": 32}, "options": options}
+
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """Settings of DINOv2 towers."""

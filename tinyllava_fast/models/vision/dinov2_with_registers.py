@@ -21,6 +21,11 @@ class Dinov2WithRegistersTower(Dinov2Tower):
     name = "dinov2_with_registers"
     model_classes = (Dinov2WithRegistersModel,)
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class."""
+        return {"config": super().tiny()["config"] | {"image_size": 16}}
+
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """Settings of DINOv2 towers with registers."""

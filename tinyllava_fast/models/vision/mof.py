@@ -44,6 +44,14 @@ class MoFTower(VisionTower):
     name = "mof"
     processor_class = CLIPTower.processor_class
 
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class; each half is 16 wide."""
+        other = Dinov2Tower.tiny()
+        half = {"config": other["config"] | {"hidden_size": 16}, "interpolation": other["options"]["interpolation"]}
+        config = super().tiny()["config"] | {"hidden_size": 16, "intermediate_size": 24}
+        return {"config": config, "options": {"dinov2": half}}
+
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """Settings of a mixture of features."""

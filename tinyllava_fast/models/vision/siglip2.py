@@ -25,6 +25,12 @@ class Siglip2Tower(SiglipTower):
     model_classes = (SiglipVisionModel, Siglip2VisionModel)
 
     @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        """See the base class; one for NaFlex."""
+        config = {k: v for k, v in super().tiny()["config"].items() if k != "image_size"}
+        return {"config": config | {"model_type": "siglip2_vision_model", "num_patches": 4}}
+
+    @classmethod
     def input_side(cls, config: Any, options: Any) -> int:
         """NaFlex configs state a number of patches instead of a size."""
         if config.model_type == "siglip_vision_model":

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups, plain_state, trainable_names
-from tinyllava_fast.train.optim import MOMENTS, Masters, checked
+from tinyllava_fast.train.optim import Masters, checked
+from tinyllava_fast.train.optimizers.adamw import MOMENTS
 
 PERSISTENT_NUMEL = 10_000
 """ZeRO-3 keeps weights below this size whole: norms and biases, not worth a gather."""

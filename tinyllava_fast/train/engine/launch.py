@@ -17,6 +17,7 @@ from tinyllava_fast.hardware import torchrun_number
 from tinyllava_fast.train.engine.base import ParamGroups, TrainingEngine
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
+from tinyllava_fast.train.optimizers.base import find_optimizer
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def build_engine(
 ) -> TrainingEngine:
     """The engine of engine.type around a model in float32 whose recipe is applied; its weights become engine.dtype.
 
-    optim: type, betas, eps and clip_norm are read.
+    optim: type, options, betas, eps and clip_norm are read.
 
     micro_batches: packs that one process takes in one optimizer step.
     """
@@ -98,10 +99,10 @@ def build_engine(
         "clip_norm": optim.clip_norm,
         "masters": lower(model, getattr(torch, config.dtype)),
     }
-    if config.type == "torch":
-        return TorchEngine(model, groups, **settings, kind=optim.type, cuda_graphs=config.cuda_graphs)
-    if config.zero_stage == 0:
-        return DataParallelEngine(model, groups, **settings, kind=optim.type, cuda_graphs=config.cuda_graphs)
+    if config.type == "torch" or config.zero_stage == 0:
+        kind, options = find_optimizer(optim)
+        engine = TorchEngine if config.type == "torch" else DataParallelEngine
+        return engine(model, groups, **settings, kind=kind, options=options, cuda_graphs=config.cuda_graphs)
     from tinyllava_fast.train.engine.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(

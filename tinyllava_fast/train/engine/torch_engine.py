@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups, plain_state, trainable_names
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
+from tinyllava_fast.train.optimizers.adamw import AdamW
+from tinyllava_fast.train.optimizers.base import Optimizer
 
 
 class TorchEngine:
     """TrainingEngine of a single process. model: already on ``device`` and of its training dtype.
 
-    cuda_graphs: gradients come out of memory that the next replay writes to, so they are copied.
+    kind, options: of optim.type. cuda_graphs: gradients come out of memory that the next replay writes to, so they are
+    copied.
     """
 
     rank = 0
@@ -32,7 +35,8 @@ class TorchEngine:
         eps: float,
         clip_norm: float,
         masters: Masters | None = None,
-        kind: str = "adamw",
+        kind: type[Optimizer] = AdamW,
+        options: Any = None,
         cuda_graphs: bool = False,
     ) -> None:
         self.device, self._cuda_graphs = device, cuda_graphs
@@ -40,7 +44,15 @@ class TorchEngine:
         names = trainable_names(model, groups)
         exact = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         self._optimizer = MasterOptimizer(
-            groups, names, betas=betas, eps=eps, clip_norm=clip_norm, masters=masters, kind=kind, exact=exact
+            groups,
+            names,
+            betas=betas,
+            eps=eps,
+            clip_norm=clip_norm,
+            masters=masters,
+            kind=kind,
+            options=options,
+            exact=exact,
         )
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:

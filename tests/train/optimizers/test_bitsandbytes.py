@@ -1,4 +1,4 @@
-"""The update rules of bitsandbytes: the formula, what they keep, what a checkpoint restores, what is refused."""
+"""The optimizers of bitsandbytes: the formula, what they keep, what a checkpoint restores, what is refused."""
 
 import copy
 
@@ -10,7 +10,7 @@ from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.train.engine.base import trainable_names
 from tinyllava_fast.train.optim import MasterOptimizer
-from tinyllava_fast.train.rules import check_rule, moment_bytes
+from tinyllava_fast.train.optimizers.base import OPTIMIZERS, check_optimizer
 
 LRS = {"decay": 1e-3, "plain": 2e-3}
 CPU = torch.device("cpu")
@@ -34,7 +34,8 @@ def make(kind, dtype=torch.float32, clip_norm=0.0):
         {"name": "decay", "params": [net.wide.weight], "lr": 0.0, "weight_decay": 0.1},
         {"name": "plain", "params": [net.wide.bias, net.table.weight], "lr": 0.0, "weight_decay": 0.0},
     ]
-    settings = {"betas": (0.9, 0.99), "eps": 1e-8, "clip_norm": clip_norm, "kind": kind, "exact": {net.table.weight}}
+    settings = {"betas": (0.9, 0.99), "eps": 1e-8, "clip_norm": clip_norm, "exact": {net.table.weight}}
+    settings["kind"] = OPTIMIZERS.get(kind)
     return net, MasterOptimizer(groups, trainable_names(net, groups), **settings)
 
 
@@ -87,7 +88,7 @@ def test_moments_of_large_matrices_are_bytes(kind, names):
     for name in names:
         assert state[f"{name}/wide.weight"].dtype == torch.uint8 and len(state[f"{name}_scale/wide.weight"]) == 18
         assert state[f"{name}/table.weight"].dtype == state[f"{name}/wide.bias"].dtype == torch.float32
-    assert moment_bytes(kind) == len(names) * (1 + 4 / 256)
+    assert OPTIMIZERS.get(kind).moment_bytes == len(names) * (1 + 4 / 256)
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "lion8bit", "lion"])
@@ -105,7 +106,7 @@ def test_a_restored_state_continues_bit_for_bit(kind):
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
 
 
-def test_moments_of_another_rule_are_refused():
+def test_moments_of_another_optimizer_are_refused():
     net, optimizer = make("adamw")
     steps(net, optimizer, 1)
     saved = {i.name: i.fetch() for i in optimizer.state()}
@@ -123,9 +124,9 @@ def test_moments_of_another_rule_are_refused():
 )
 def test_what_does_not_exist_is_refused_before_training(kind, engine, device, said):
     with pytest.raises(UserError, match=rf"stages\.x\.optim\.type: .*{said}"):
-        check_rule(OptimConfig(type=kind), EngineConfig(**engine), device, "stages.x")
+        check_optimizer(OptimConfig(type=kind), EngineConfig(**engine), device, "stages.x")
 
 
 def test_what_exists_is_not():
-    check_rule(OptimConfig(type="lion8bit"), EngineConfig(type="deepspeed", zero_stage=0), CPU, "stages.x")
-    check_rule(OptimConfig(type="paged_adamw"), EngineConfig(), torch.device("cuda"), "stages.x")
+    check_optimizer(OptimConfig(type="lion8bit"), EngineConfig(type="deepspeed", zero_stage=0), CPU, "stages.x")
+    check_optimizer(OptimConfig(type="paged_adamw"), EngineConfig(), torch.device("cuda"), "stages.x")
