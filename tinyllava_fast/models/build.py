@@ -16,11 +16,13 @@ from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+from tinyllava_fast.models.construct import describe
 from tinyllava_fast.models.hf import cast_parameters
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 from tinyllava_fast.models.lmm import LMM, LMMConfig
-from tinyllava_fast.models.sources import ask_hub, resolve
+from tinyllava_fast.models.sources import ask_hub, read_tokenizer, resolve
 from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.weights_file import load_component
 
 
 def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LMM:
@@ -35,7 +37,7 @@ def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch
     vision = _build_vision(model.vision, seed + 1, dtype)
     connector = _build_connector(model.connector, vision.hidden_size, llm.config.hidden_size, seed + 2)
     lmm = LMM(llm, vision, connector, family, LMMConfig())
-    lmm.config = io.describe(lmm)
+    lmm.config = describe(lmm)
     cast_parameters(lmm, dtype)
     log.info("model: %s", ", ".join(f"{k} {_millions(v)}" for k, v in lmm.component_parameters().items()))
     return lmm.train()
@@ -147,7 +149,7 @@ def _build_connector(config: ConnectorConfig, vision_size: int, llm_size: int, s
     connector = cls(vision_size, llm_size, parse_into(cls.Options, config.options, "", key="model.connector.options"))
     connector.reset(torch.Generator().manual_seed(seed))
     if config.path is not None:
-        io.load_component(connector, config.path, "connector")
+        load_component(connector, config.path, "connector")
     return connector
 
 
@@ -157,7 +159,7 @@ def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
         raise UserError("model.llm.tokenizer: a language model with random weights needs a tokenizer folder")
     key = "path" if config.tokenizer is None else "tokenizer"
     source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm", key)
-    tokenizer = io.read_tokenizer(source, gguf_file)
+    tokenizer = read_tokenizer(source, gguf_file)
     _family(config).prepare_tokenizer(tokenizer)
     return tokenizer
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import ModelConfig
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_model
+from tinyllava_fast.models.construct import describe
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.train.checkpoint import TrainState
 
@@ -42,7 +42,7 @@ def first_model(
 
 def _digests(model: LMM, tokenizer: PreTrainedTokenizerBase, processor: Any) -> dict[str, str]:
     """Return a checksum of each part that no checkpoint holds."""
-    described = io.describe(model)
+    described = describe(model)
     words = {
         "ids": getattr(tokenizer, "backend_tokenizer").to_str(),  # noqa: B009 only fast tokenizers get here
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

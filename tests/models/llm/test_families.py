@@ -18,6 +18,7 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.construct import describe
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
@@ -68,7 +69,7 @@ def lmm_of(name: str, **changes: Any) -> LMM:
         IMAGE, feature_layer=-1, feature_select="cls_patch", options=kind.Options(), seed=0, where="model.vision"
     )
     lmm = LMM(llm, vision, connector(24, 32, connector.Options()), adapter, LMMConfig())
-    lmm.config = io.describe(lmm)
+    lmm.config = describe(lmm)
     return lmm.eval()
 
 

@@ -12,14 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.log import log
-from tinyllava_fast.models import io
+from tinyllava_fast.models import adapter
 from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
 from tinyllava_fast.models.checkpoints.lora import Lora
 from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.construct import describe, skeleton, tower_skeleton
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.models.sources import read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ def open_checkpoint(
     """
     checkpoint = _describe(path, sources or Sources())
     lmm = _build(checkpoint, dtype, str(path), merge)
-    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
+    tokenizer = read_tokenizer(checkpoint.tokenizer, None)
     lmm.family.prepare_tokenizer(tokenizer)
     fitting = template or parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
     if fitting is None and tokenizer.chat_template and lmm.family.template == "tokenizer":
@@ -64,7 +66,7 @@ def open_checkpoint(
             tokenizer.eos_token,
         )
     lmm.config = dataclasses.replace(
-        io.describe(lmm), template=fitting or "", image_mode=checkpoint.image_mode, origin=checkpoint.origin
+        describe(lmm), template=fitting or "", image_mode=checkpoint.image_mode, origin=checkpoint.origin
     )
     processor = parts.image_processor(checkpoint.vision["type"], lmm.image_size, checkpoint.processor_sources)
     log.info("%s: opened as %s, template %s", path, checkpoint.layout, fitting)
@@ -76,7 +78,7 @@ def open_checkpoint(
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of such a folder."""
     checkpoint = _describe(path, Sources())
-    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
+    tokenizer = read_tokenizer(checkpoint.tokenizer, None)
     LLMS.get(checkpoint.llm["type"])().prepare_tokenizer(tokenizer)
     return tokenizer
 
@@ -85,7 +87,7 @@ def open_processor(path: str | Path) -> Any:
     """The image processor of such a folder."""
     checkpoint = _describe(path, Sources())
     with torch.device("meta"):
-        tower = io.tower_skeleton(_config(checkpoint), torch.float32, str(path))
+        tower = tower_skeleton(_config(checkpoint), torch.float32, str(path))
     return parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
 
 
@@ -107,7 +109,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge:
     if checkpoint.adapter is not None and merge:
         weights = checkpoint.adapter.merge(weights, where)
     with reading(f"{Path(where) / 'config.json'}: no model can be made of it"):
-        lmm = io.skeleton(_config(checkpoint), dtype, where)
+        lmm = skeleton(_config(checkpoint), dtype, where)
     tied = lmm.tied_names()
     expected = {name: tensor for name, tensor in lmm.state_dict().items() if name not in tied}
     surplus = {name: stored for name, stored in weights.items() if name not in expected}
@@ -123,8 +125,6 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge:
 
 
 def _attach(lmm: LMM, lora: Lora, where: str) -> None:
-    from tinyllava_fast.models import adapter
-
     settings, tensors = lora.for_peft()
     config = adapter.import_peft().LoraConfig(**settings)
     adapter.attach(lmm, adapter.Adapter(config, tensors, {}), where)

@@ -14,9 +14,8 @@ from tinyllava_fast.log import log
 from tinyllava_fast.models.checkpoints.base import Folder
 from tinyllava_fast.models.checkpoints.tensors import Stored
 from tinyllava_fast.models.connectors.base import CONNECTORS
-from tinyllava_fast.models.described import PROCESSORS, processor_fields
+from tinyllava_fast.models.described import PROCESSORS, processor_fields, read_processor
 from tinyllava_fast.models.hf import LEGACY_FAMILIES
-from tinyllava_fast.models.io import read_processor
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.vision.base import VISION
 
