@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models import adapter
+from tinyllava_fast.models.architecture import LMMConfig
 from tinyllava_fast.models.checkpoints.load import open_checkpoint, open_processor, open_tokenizer
-from tinyllava_fast.models.construct import skeleton
+from tinyllava_fast.models.construct import build
 from tinyllava_fast.models.described import check_parts, read_processor
 from tinyllava_fast.models.hf import cast_parameters
-from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.sources import folders_in, read_tokenizer
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.models.weights_file import WEIGHTS, load_weights
@@ -101,11 +102,14 @@ def load_model(
         opened = open_checkpoint(folder, dtype=dtype, device=device, merge=merge_adapter)
         return opened.lmm, opened.tokenizer, opened.processor
     config, stored_dtype = read_config(folder)
-    adapted, config.has_lora = config.has_lora, False
-    merging = adapted and merge_adapter
-    lmm = skeleton(config, stored_dtype if merging else dtype or stored_dtype, str(folder / "config.json"))
+    merging = config.has_lora and merge_adapter
+    lmm = build(
+        replace(config, has_lora=False),
+        dtype=stored_dtype if merging else dtype or stored_dtype,
+        file=str(folder / "config.json"),
+    )
     load_weights(lmm, folder)
-    if adapted:
+    if config.has_lora:
         path = folder / adapter.FOLDER
         live = lmm.dtype
         adapter.attach(lmm, adapter.read(path), str(path), dtype=torch.float32)
@@ -162,6 +166,8 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{path}: dtype is not a torch dtype")
     check_parts(Fields(values, str(path), CheckpointError))
+    for name in ("llm", "vision", "connector"):  # options may be null
+        values[name] = {k: v for k, v in values[name].items() if v is not None}
     try:
         return parse_into(LMMConfig, values, str(path)), dtype
     except UserError as error:
@@ -180,7 +186,7 @@ def load_processor(folder: str | Path) -> Any:
     if is_foreign(folder):
         return open_processor(folder)
     config, _ = read_config(folder)
-    return read_processor(VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type"), folder)
+    return read_processor(VISION.get(config.vision.type, f"{Path(folder) / 'config.json'}: vision.type"), folder)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class Stage:
         groups = apply_recipe(self.model, self.config.recipe, self.config.optim, seed=run.config.seed)
         if resumed is not None:
             self._load_weights(resumed)
-        self.model.label_smoothing, self.model.z_loss = self.config.optim.label_smoothing, self.config.optim.z_loss
+        self.model.set_loss(label_smoothing=self.config.optim.label_smoothing, z_loss=self.config.optim.z_loss)
         self.peak_lrs = {g["name"]: g["lr"] for g in groups}
         self.model.set_gradient_checkpointing(run.config.engine.gradient_checkpointing)
         self.loader = self._loader()
@@ -134,11 +134,9 @@ class Stage:
             before = self.run_.folder / config.stages[index - 1].name
             model = io.load_model(before, dtype=dtype, merge_adapter=False)[0].train()
         check_vocabulary(model, self.run_.tokenizer)
-        data = self.config.data
-        model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
         new = index == 0 and config.model.path is None
         inherited = None if new else model.config.reading
-        model.config.reading = settle_reading(self.state, data, inherited, resumed is not None)
+        self.reading = settle_reading(self.state, self.config.data, inherited, resumed is not None)
         return model.to(self.run_.process.device)
 
     def _look_ahead(self, index: int) -> None:
@@ -150,6 +148,7 @@ class Stage:
             tokenizer=run.tokenizer,
             processor=run.processor,
             model=self.model,
+            reading=self.reading,
         )
 
     def _compiles(self) -> bool:
@@ -196,13 +195,20 @@ class Stage:
         loader = build_loader(
             run.config,
             self.config,
-            self.model.config.reading,
+            self.reading,
             process=run.process,
             tokenizer=run.tokenizer,
             processor=run.processor,
             model=self.model,
         )
-        self.model.config.image_grid = loader.dataset.files.grid
+        data = self.config.data
+        self.model.describe_training(
+            template=data.template,
+            turns=data.turns,
+            image_mode=data.image_mode,
+            image_grid=loader.dataset.files.grid,
+            reading=self.reading,
+        )
         self.report = loader.dataset.report.as_dict()
         if state.loader:
             loader.load_state_dict(state.loader)
