@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tinyllava_fast.version import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 
     from tinyllava_fast.infer.assistant import Assistant
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 

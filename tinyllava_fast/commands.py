@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from tinyllava_fast import __version__
+from tinyllava_fast.version import __version__
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_back_again(name: str, tmp_path: Path) -> None:
     mine, other = again.state_dict(), model.state_dict()
     assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
     assert (again.config.template, again.config.image_mode) == (model.config.template, model.config.image_mode)
-    assert again.config.vision["feature_select"] == model.config.vision["feature_select"]
+    assert again.config.vision.feature_select == model.config.vision.feature_select
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_models_of_our_own(connector: str, options: dict, tmp_path: Path) -> Non
     model = build_model(config).eval()
     with torch.no_grad():
         torch.nn.init.normal_(model.vision.embeddings.position_embeddings)
-    model.config.template = "qwen2_base"
+    model.config = replace(model.config, template="qwen2_base")
     io.save_model(model, source.tokenizer, VISION.get("dinov2").image_processor(56), tmp_path / "ours")
     with pytest.raises(UserError, match="give --llm-name, --vision-name ID"):
         export_model(tmp_path / "ours", tmp_path / "none", "factory")

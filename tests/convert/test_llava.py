@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,10 @@ def test_more_that_llava_lacks(tmp_path: Path) -> None:
         ("template", "pretrain", "template: pretrain has no chat form"),
         ("image_mode", "anyres", "image_mode: anyres"),
     ):
-        before = getattr(plain.lmm.config, field)
-        setattr(plain.lmm.config, field, value)
+        before = plain.lmm.config
+        plain.lmm.config = replace(before, **{field: value})
         io.save_model(plain.lmm, plain.tokenizer, plain.processor, tmp_path / field)
-        setattr(plain.lmm.config, field, before)
+        plain.lmm.config = before
         with pytest.raises(UserError, match=message):
             export_model(tmp_path / field, tmp_path / "llava", "llava")
 

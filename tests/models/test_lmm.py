@@ -73,7 +73,7 @@ class StockTower(VisionTower):
     def layer_parameters(self, from_layer: int) -> Any:
         raise NotImplementedError
 
-    def to_config(self) -> Any:
+    def describe(self) -> Any:
         raise NotImplementedError
 
 
@@ -252,7 +252,7 @@ def test_label_smoothing_and_z_loss_are_of_the_training_loss(tiny: Callable, rag
     logits, labels = lmm.logits(hidden[kept]), batch.labels[kept]
     plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.testing.assert_close(lmm(**inputs), plain)
-    lmm.label_smoothing, lmm.z_loss = 0.2, 0.01
+    lmm.set_loss(label_smoothing=0.2, z_loss=0.01)
     smoothed = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.2)
     torch.testing.assert_close(lmm(**inputs), smoothed + 0.01 * (torch.logsumexp(logits, -1) ** 2).sum())
 

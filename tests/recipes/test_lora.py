@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -130,7 +131,7 @@ def test_equals_pefts_own_model(
     expected_names = [n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad]
     assert [n for n, p in ours.named_parameters() if p.requires_grad] == expected_names
     noise(ours)
-    theirs.config.has_lora = True
+    theirs.config = replace(theirs.config, has_lora=True)
     noise(theirs)
     loss, reference = ours(**batch), model(**batch)
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_pictures_do_not_change_when_a_run_resumes(tiny_run, losses, kind):
 @pytest.mark.parametrize("reading", [UPRIGHT, REFERENCE, MIXED, PictureReading("stored", "white")])
 def test_training_and_inference_see_the_same_pixels(reading, mode, tmp_path):
     lmm, tokenizer, processor = make_model(), make_tokenizer(), build_image_processor(tiny_config())
-    lmm.config.reading = reading
+    lmm.config = replace(lmm.config, reading=reading)
     save_model(lmm, tokenizer, processor, tmp_path / "final")
     assert read_config(tmp_path / "final")[0].reading == reading
     rows = []

@@ -14,7 +14,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = 
             inject_in_place(copy.deepcopy(config), model, _NAME)
     finally:
         del model.is_loaded_in_4bit, model.is_loaded_in_8bit
-    lmm.config.has_lora = True
+    lmm.config = replace(lmm.config, has_lora=True)
     for _, layer in layers(lmm):
         for parameter in parameters_of(layer):
             parameter.data = parameter.data.to(dtype)
@@ -285,4 +285,4 @@ def _unwrap(lmm: LMM) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(lmm.get_submodule(parent), leaf, layer.get_base_layer())
     del lmm.peft_config
-    lmm.config.has_lora = False
+    lmm.config = replace(lmm.config, has_lora=False)

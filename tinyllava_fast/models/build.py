@@ -9,34 +9,38 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tinyllava_fast.config.load import parse_into
-from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
+from tinyllava_fast.config.schema import LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
-from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
-from tinyllava_fast.models.hf import cast_parameters
+from tinyllava_fast.models.architecture import ConnectorPart, LLMPart, LMMConfig, VisionPart
+from tinyllava_fast.models.construct import Weights, build
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
-from tinyllava_fast.models.lmm import LMM, LMMConfig
-from tinyllava_fast.models.sources import ask_hub, resolve
-from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.sources import ask_hub, read_tokenizer, resolve
+from tinyllava_fast.models.vision.base import VISION
 
 
 def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LMM:
     """The model of a run: pretrained parts from their paths, the others with weights drawn from the seed.
 
-    Random weights are drawn in float32 and then cast, so they do not depend on dtype. A LoRA adapter of ``path`` stays
-    live: the recipe merges it or goes on with it. Raises UserError naming the config key.
+    A LoRA adapter of ``path`` stays live: the recipe merges it or goes on with it.
+    Raises UserError naming the config key.
     """
     if model.path is not None:
         return io.load_model(_folder(model.path), dtype=dtype, merge_adapter=False)[0].train()
-    family, llm = _build_llm(model.llm, seed, dtype)
-    vision = _build_vision(model.vision, seed + 1, dtype)
-    connector = _build_connector(model.connector, vision.hidden_size, llm.config.hidden_size, seed + 2)
-    lmm = LMM(llm, vision, connector, family, LMMConfig())
-    lmm.config = io.describe(lmm)
-    cast_parameters(lmm, dtype)
+    llm, vision, connector = model.llm, model.vision, model.connector
+    architecture = LMMConfig(
+        llm=LLMPart(type=llm.type, config=_llm_config(llm), options=llm.options),
+        vision=VisionPart(
+            type=vision.type, config=vision.config, feature_select=vision.feature_select, options=vision.options
+        ),
+        connector=ConnectorPart(type=connector.type, options=connector.options),
+    )
+    weights = Weights(llm=llm.path, gguf_file=llm.gguf_file, vision=vision.path, connector=connector.path, seed=seed)
+    lmm = build(architecture, weights, dtype=dtype, feature_layer=vision.feature_layer)
     log.info("model: %s", ", ".join(f"{k} {_millions(v)}" for k, v in lmm.component_parameters().items()))
     return lmm.train()
 
@@ -107,48 +111,17 @@ def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _build_llm(config: LLMConfig, seed: int, dtype: torch.dtype) -> tuple[LLMFamily, Any]:
-    family = _family(config)
-    if config.path is not None:
-        llm = family.from_pretrained(
-            config.path, gguf_file=config.gguf_file, overrides=config.config, dtype=dtype, where="model.llm"
-        )
-        return family, llm
-    values = dict(config.config)
-    if not values:
-        raise UserError(
-            "model.llm: give path (pretrained) or config (random weights), e.g. config: {model_type: llama}"
-        )
-    if "vocab_size" not in values and config.tokenizer is not None:
-        values["vocab_size"] = largest_id(_tokenizer(config))[1] + 1
-    return family, family.from_config(values, seed=seed, where="model.llm")
+def _llm_config(config: LLMConfig) -> dict[str, Any]:
+    """The transformers config of random weights, or what overrides the pretrained one."""
+    given = config.path is not None or not config.config or "vocab_size" in config.config
+    if given or config.tokenizer is None:
+        return config.config
+    return config.config | {"vocab_size": largest_id(_tokenizer(config))[1] + 1}
 
 
 def _family(config: LLMConfig) -> LLMFamily:
     cls = LLMS.get(config.type, "model.llm.type")
     return cls(parse_into(cls.Options, config.options, "", key="model.llm.options"))
-
-
-def _build_vision(config: VisionConfig, seed: int, dtype: torch.dtype) -> VisionTower:
-    cls = VISION.get(config.type, "model.vision.type")
-    common: dict[str, Any] = {
-        "feature_layer": config.feature_layer,
-        "feature_select": config.feature_select,
-        "options": parse_into(cls.Options, config.options, "", key="model.vision.options"),
-        "where": "model.vision",
-    }
-    if config.path is not None:
-        return cls.from_pretrained(config.path, overrides=config.config, dtype=dtype, **common)
-    return cls.from_config(config.config, seed=seed, **common)
-
-
-def _build_connector(config: ConnectorConfig, vision_size: int, llm_size: int, seed: int) -> Connector:
-    cls = CONNECTORS.get(config.type, "model.connector.type")
-    connector = cls(vision_size, llm_size, parse_into(cls.Options, config.options, "", key="model.connector.options"))
-    connector.reset(torch.Generator().manual_seed(seed))
-    if config.path is not None:
-        io.load_component(connector, config.path, "connector")
-    return connector
 
 
 def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
@@ -157,7 +130,7 @@ def _tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
         raise UserError("model.llm.tokenizer: a language model with random weights needs a tokenizer folder")
     key = "path" if config.tokenizer is None else "tokenizer"
     source, gguf_file = resolve(path, config.gguf_file if config.tokenizer is None else None, "model.llm", key)
-    tokenizer = io.read_tokenizer(source, gguf_file)
+    tokenizer = read_tokenizer(source, gguf_file)
     _family(config).prepare_tokenizer(tokenizer)
     return tokenizer
 

@@ -11,9 +11,16 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
 
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.fields import Fields, read_json
+
+if TYPE_CHECKING:
+    from tinyllava_fast.models.vision.base import VisionTower
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _MOST_PIXELS = 1 << 14  # of a side
@@ -85,6 +92,17 @@ def processor_fields(folder: str | Path) -> Fields | None:
             _check_processor(fields)
             return fields
     return None
+
+
+def read_processor(tower: type[VisionTower], folder: str | Path) -> Any:
+    """The image processor of a folder, as the PIL class of a tower. Raises CheckpointError unless it makes pixels."""
+    fields = processor_fields(folder)
+    with reading(f"{fields.where if fields else folder}: the image processor cannot be read"):
+        processor = tower.processor_class.from_pretrained(str(folder))
+        pixels = processor(Image.new("RGB", (16, 16)), return_tensors="np")["pixel_values"]
+        if not np.isfinite(pixels).all():
+            raise ValueError("it makes pixels that are not finite")
+    return processor
 
 
 def _check_processor(fields: Fields) -> None:

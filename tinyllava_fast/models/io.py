@@ -8,53 +8,36 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import tinyllava_fast
 from tinyllava_fast.config.load import parse_into
-from tinyllava_fast.data.tokenizer import load_tokenizer as read_plain_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.models import adapter
-from tinyllava_fast.models.connectors.base import CONNECTORS
-from tinyllava_fast.models.described import check_parts, processor_fields, reading
-from tinyllava_fast.models.hf import cast_parameters, config_of, config_to_dict
-from tinyllava_fast.models.llm.base import LLMS
-from tinyllava_fast.models.lmm import LMM, LMMConfig
-from tinyllava_fast.models.sources import folders_in
-from tinyllava_fast.models.vision.base import VISION, VisionTower
-from tinyllava_fast.tensors import TensorFile, mismatches, open_weights
+from tinyllava_fast.models.architecture import LMMConfig
+from tinyllava_fast.models.checkpoints.load import open_checkpoint, open_processor, open_tokenizer
+from tinyllava_fast.models.construct import build
+from tinyllava_fast.models.described import check_parts, read_processor
+from tinyllava_fast.models.hf import cast_parameters
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.sources import folders_in, read_tokenizer
+from tinyllava_fast.models.vision.base import VISION
+from tinyllava_fast.models.weights_file import WEIGHTS, load_weights
+from tinyllava_fast.version import __version__
 
 MODEL_TYPE = "tinyllava_fast"
-WEIGHTS = "model.safetensors"
-T = TypeVar("T")
 _GIVE = "give a folder that tlf-train wrote"
-
-
-def describe(lmm: LMM) -> LMMConfig:
-    """The LMMConfig that rebuilds this model's architecture."""
-    return LMMConfig(
-        llm={
-            "type": lmm.family.name,
-            "config": config_to_dict(lmm.llm.config),
-            "options": asdict(lmm.family.options),
-        },
-        vision=lmm.vision.to_config(),
-        connector=lmm.connector.to_config(),
-    )
 
 
 def save_model(
@@ -79,7 +62,7 @@ def save_model(
         **asdict(lmm.config),
         "dtype": str(_dtype_of(stored)).removeprefix("torch."),
         "versions": {
-            "tinyllava_fast": tinyllava_fast.__version__,
+            "tinyllava_fast": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -113,16 +96,17 @@ def load_model(
     """
     folder = Path(folder)
     if is_foreign(folder):
-        from tinyllava_fast.models.checkpoints.load import open_checkpoint
-
         opened = open_checkpoint(folder, dtype=dtype, device=device, merge=merge_adapter)
         return opened.lmm, opened.tokenizer, opened.processor
     config, stored_dtype = read_config(folder)
-    adapted, config.has_lora = config.has_lora, False
-    merging = adapted and merge_adapter
-    lmm = skeleton(config, stored_dtype if merging else dtype or stored_dtype, str(folder / "config.json"))
+    merging = config.has_lora and merge_adapter
+    lmm = build(
+        replace(config, has_lora=False),
+        dtype=stored_dtype if merging else dtype or stored_dtype,
+        file=str(folder / "config.json"),
+    )
     load_weights(lmm, folder)
-    if adapted:
+    if config.has_lora:
         path = folder / adapter.FOLDER
         live = lmm.dtype
         adapter.attach(lmm, adapter.read(path), str(path), dtype=torch.float32)
@@ -179,113 +163,24 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{path}: dtype is not a torch dtype")
     check_parts(Fields(values, str(path), CheckpointError))
+    for name in ("llm", "vision", "connector"):  # options may be null
+        values[name] = {k: v for k, v in values[name].items() if v is not None}
     try:
         return parse_into(LMMConfig, values, str(path)), dtype
     except UserError as error:
         raise CheckpointError(str(error)) from None
 
 
-def load_weights(lmm: LMM, source: str | Path, *, skip: Collection[str] = ()) -> None:
-    """Copy the weights of a model folder (or .safetensors file) into the model; every name and shape must fit.
-
-    skip: names that the caller fills.
-    Raises CheckpointError listing what is missing, unexpected or of another shape.
-    """
-    path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    _load_into(lmm, open_weights(path), tied=lmm.tied_names(), skip=skip, prefix="")
-
-
-def load_component(module: nn.Module, path: str | Path, component: str) -> None:
-    """Fill one component from a .safetensors file, whose names may carry the component's prefix."""
-    file = open_weights(Path(path))
-    prefix = f"{component}." if any(k.startswith(f"{component}.") for k in file) else ""
-    _load_into(module, file, prefix=prefix)
-
-
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a model folder."""
     if is_foreign(folder):
-        from tinyllava_fast.models.checkpoints.load import open_tokenizer
-
         return open_tokenizer(folder)
     return read_tokenizer(str(folder), None)
-
-
-def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, hub id or GGUF file."""
-    if gguf_file is None:
-        with reading(f"{source}: its tokenizer's files cannot be read", UserError):
-            return read_plain_tokenizer(source)
-    from transformers import AutoTokenizer
-
-    with reading(f"{Path(source) / gguf_file}: no tokenizer can be read from it", UserError):
-        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
 
 
 def load_processor(folder: str | Path) -> Any:
     """The image processor stored in a model folder: the PIL class of its tower."""
     if is_foreign(folder):
-        from tinyllava_fast.models.checkpoints.load import open_processor
-
         return open_processor(folder)
     config, _ = read_config(folder)
-    return read_processor(VISION.get(config.vision["type"], f"{Path(folder) / 'config.json'}: vision.type"), folder)
-
-
-def read_processor(tower: type[VisionTower], folder: str | Path) -> Any:
-    """The image processor of a folder, as the PIL class of a tower. Raises CheckpointError unless it makes pixels."""
-    fields = processor_fields(folder)
-    with reading(f"{fields.where if fields else folder}: the image processor cannot be read"):
-        processor = tower.processor_class.from_pretrained(str(folder))
-        pixels = processor(Image.new("RGB", (16, 16)), return_tensors="np")["pixel_values"]
-        if not np.isfinite(pixels).all():
-            raise ValueError("it makes pixels that are not finite")
-    return processor
-
-
-def skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> LMM:
-    """The architecture with uninitialized weights. Raises UserError for a config that makes none."""
-    with reading(f"{where}: no model can be made of it"):
-        llm_class = LLMS.get(config.llm["type"], f"{where}: llm.type")
-        family = llm_class(_options(llm_class.Options, config.llm, where, "llm.options"))
-        stored = config_of(None, config.llm["config"], f"{where}: llm.config", strict=False)
-        llm = family.build(stored, seed=None, dtype=dtype, where=f"{where}: llm")
-        vision = tower_skeleton(config, dtype, where)
-        kind = CONNECTORS.get(config.connector["type"], f"{where}: connector.type")
-        options = _options(kind.Options, config.connector, where, "connector.options")
-        connector = kind(vision.hidden_size, llm.config.hidden_size, options).to(dtype)
-        try:
-            return LMM(llm, vision, connector, family, config)
-        except UserError as error:  # parts that do not fit each other, named as in a run's configuration
-            raise UserError(f"{where}: {error}") from error
-
-
-def _options(cls: type[T], part: Mapping[str, Any], where: str, key: str) -> T:
-    """Return the options of a part. Raise UserError for a key or value that the component does not take."""
-    return parse_into(cls, part.get("options") or {}, where, key=key)
-
-
-def tower_skeleton(config: LMMConfig, dtype: torch.dtype, where: str) -> VisionTower:
-    """The vision tower with uninitialized weights."""
-    tower = VISION.get(config.vision["type"], f"{where}: vision.type")
-    return tower.from_config(
-        config.vision["config"],
-        feature_layer=-1,
-        feature_select=config.vision["feature_select"],
-        options=_options(tower.Options, config.vision, where, "vision.options"),
-        seed=None,
-        dtype=dtype,
-        where=f"{where}: vision",
-        strict=False,
-    )
-
-
-def _load_into(
-    module: nn.Module, file: TensorFile, *, prefix: str, tied: Collection[str] = (), skip: Collection[str] = ()
-) -> None:
-    found = {k.removeprefix(prefix): s for k, s in file.shapes.items() if k.startswith(prefix)}
-    found = {k: s for k, s in found.items() if k not in skip}
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in tied and k not in skip}
-    if lines := mismatches(expected, found):
-        raise CheckpointError(f"{file.path}: the weights are of another architecture:\n" + "\n".join(lines))
-    module.load_state_dict({k: file[prefix + k] for k in found}, strict=False)
+    return read_processor(VISION.get(config.vision.type, f"{Path(folder) / 'config.json'}: vision.type"), folder)

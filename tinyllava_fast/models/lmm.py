@@ -10,15 +10,16 @@ Legend: T tokens, N images, K tokens an image, D width, V vocabulary, S segments
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tinyllava_fast.data.pictures import REFERENCE, PictureReading
+from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.architecture import LMMConfig
 from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.llm.base import LLMFamily
 from tinyllava_fast.models.vision.base import VisionTower
@@ -26,25 +27,6 @@ from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy
 from tinyllava_fast.ops.splice import splice
 
 COMPONENTS = ("vision", "connector", "llm")
-
-
-@dataclass
-class LMMConfig:
-    """What a model folder's config.json says: the architecture, and how prompts and images were made in training.
-
-    JSON-able, and enough to rebuild the model without the files it was built from.
-    """
-
-    llm: dict[str, Any] = field(default_factory=dict)  # {type, config, options}
-    vision: dict[str, Any] = field(default_factory=dict)  # {type, config, feature_select, options}
-    connector: dict[str, Any] = field(default_factory=dict)  # {type, options}
-    template: str = "llama"
-    image_mode: str = "square"
-    image_grid: list[tuple[int, int]] = field(default_factory=list)  # resolutions (width, height) of anyres
-    reading: PictureReading = REFERENCE  # of pictures; folders that say nothing were trained the reference's way
-    turns: str = "conversation"
-    origin: dict[str, str] = field(default_factory=dict)  # names of an imported model's parts: {llm, vision, ...}
-    has_lora: bool = False  # LoRA layers in the model, and in a folder beside its weights (models/adapter.py)
 
 
 class LMM(nn.Module):
@@ -71,7 +53,7 @@ class LMM(nn.Module):
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.embedding_scale = family.embedding_scale(llm)
         self.logit_softcap = family.logit_softcap(llm)
-        self.label_smoothing, self.z_loss = 0.0, 0.0  # of the training loss; a stage sets them
+        self.set_loss(label_smoothing=0.0, z_loss=0.0)
 
     @property
     def vocab_size(self) -> int:
@@ -164,6 +146,21 @@ class LMM(nn.Module):
     def cap_logits(self, logits: Tensor) -> Tensor:
         """Return products with the head [R, V] as logits: Gemma 2 squashes them into +-softcap."""
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
+
+    def set_loss(self, *, label_smoothing: float, z_loss: float) -> None:
+        """Set what the training loss has besides the cross-entropy, as ops.linear_cross_entropy defines it.
+
+        A new model's loss has none.
+        """
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+
+    def describe_training(
+        self, *, template: str, turns: str, image_mode: str, image_grid: list[tuple[int, int]], reading: PictureReading
+    ) -> None:
+        """State in ``config`` how prompts and images are made in training: whoever uses the model has to know."""
+        self.config = replace(
+            self.config, template=template, turns=turns, image_mode=image_mode, image_grid=image_grid, reading=reading
+        )
 
     def set_gradient_checkpointing(self, which: bool | Literal["selective"]) -> None:
         """Recompute decoder layers in the backward pass instead of keeping their activations: all, or every other one.

@@ -7,8 +7,12 @@ from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from tinyllava_fast.data.hub import is_hub_id, no_answer
+from tinyllava_fast.data.tokenizer import load_tokenizer
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.described import reading
 
 _PREFIX = "package:"
 
@@ -35,6 +39,17 @@ def resolve(path: str, gguf_file: str | None, where: str, key: str = "path") -> 
         have = [p.name for p in folder.glob("*.gguf")]
         raise UserError(f"{where}.gguf_file: {folder / gguf_file} does not exist; {nearest(gguf_file, have)}")
     return str(folder), gguf_file
+
+
+def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, hub id or GGUF file."""
+    if gguf_file is None:
+        with reading(f"{source}: its tokenizer's files cannot be read", UserError):
+            return load_tokenizer(source)
+    from transformers import AutoTokenizer
+
+    with reading(f"{Path(source) / gguf_file}: no tokenizer can be read from it", UserError):
+        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False)
 
 
 def check_hub_id(path: str, where: str) -> None:

@@ -17,7 +17,7 @@ import os
 import struct
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -162,7 +162,9 @@ class FeatureCache:
 
 def digest_tower(tower: VisionTower) -> bytes:
     """A digest of the weights and of everything else that decides a tower's features."""
-    digest = hashlib.sha256(json.dumps([FORMAT, type(tower).__name__, tower.to_config()], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([FORMAT, type(tower).__name__, asdict(tower.describe())], sort_keys=True).encode()
+    )
     for name, tensor in tower.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
@@ -10,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import ModelConfig
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.train.checkpoint import TrainState
@@ -42,14 +42,13 @@ def first_model(
 
 def _digests(model: LMM, tokenizer: PreTrainedTokenizerBase, processor: Any) -> dict[str, str]:
     """Return a checksum of each part that no checkpoint holds."""
-    described = io.describe(model)
     words = {
         "ids": getattr(tokenizer, "backend_tokenizer").to_str(),  # noqa: B009 only fast tokenizers get here
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
     }
     parts = {
-        "architecture": [described.llm, described.vision, described.connector],
+        "architecture": [asdict(part) for part in (model.config.llm, model.config.vision, model.config.connector)],
         "tokenizer": words,
         "image processor": processor.to_dict(),
     }

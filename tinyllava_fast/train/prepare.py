@@ -73,13 +73,20 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
 
 
 def look_ahead(
-    config: RunConfig, later: Sequence[StageConfig], *, process: Process, tokenizer: Any, processor: Any, model: LMM
+    config: RunConfig,
+    later: Sequence[StageConfig],
+    *,
+    process: Process,
+    tokenizer: Any,
+    processor: Any,
+    model: LMM,
+    reading: PictureReading,
 ) -> list[Outlook]:
     """Check the recipe, every record and the packs of each later stage as it would do itself; UserError.
 
-    model: of the stage before, no recipe applied; it is left as it is.
+    model: of the stage before, no recipe applied; it is left as it is. reading: how that stage reads pictures.
     """
-    found, reading = [], model.config.reading
+    found = []
     held = adapter.take(model) if later else None
     for stage in later:
         with of_stage(stage.name):

@@ -10,6 +10,7 @@ import torch
 
 from tinyllava_fast.config.schema import StageConfig
 from tinyllava_fast.data.loader import Loader
+from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import cache_folder
 from tinyllava_fast.models import io
@@ -53,15 +54,15 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     """Return stage ``index``, ready at its first step, or at the step of the checkpoint that the run goes on from."""
     config, engine_config = run.config.stages[index], run.config.engine
     resumed = _enter(run, index)
-    model = _open_model(run, config, resumed)
+    model, reading = _open_model(run, config, resumed)
     if run.outlooks is None:
-        _look_ahead(run, model)  # before a recipe changes the model, and before this stage trains for hours
+        _look_ahead(run, model, reading)  # before a recipe changes the model, and before this stage trains for hours
     groups = apply_recipe(model, config.recipe, config.optim, seed=run.config.seed)
     if resumed is not None:
         _load_weights(model, resumed)  # which have the names that the recipe gives them
-    model.label_smoothing, model.z_loss = config.optim.label_smoothing, config.optim.z_loss
+    model.set_loss(label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
     model.set_gradient_checkpointing(engine_config.gradient_checkpointing)
-    loader = _open_loader(run, config, model)
+    loader = _open_loader(run, config, model, reading)
     report = loader.dataset.report.as_dict()
     _go_to_position(run, config, loader)
     flops = average_flops(model, config, loader)
@@ -101,8 +102,11 @@ def _enter(run: Run, index: int) -> Path | None:
     return resumed
 
 
-def _open_model(run: Run, stage: StageConfig, resumed: Path | None) -> LMM:
-    """Return the model that the stage begins with, in float32: the engine lowers it, and keeps the exact values."""
+def _open_model(run: Run, stage: StageConfig, resumed: Path | None) -> tuple[LMM, PictureReading]:
+    """Return the model that the stage begins with, and how the stage reads pictures.
+
+    The model is in float32: the engine lowers it, and keeps the exact values.
+    """
     config, index = run.config, run.state.stage_index
     dtype = torch.float32
     if index == 0 or resumed is not None:
@@ -111,15 +115,13 @@ def _open_model(run: Run, stage: StageConfig, resumed: Path | None) -> LMM:
         before = run.folder / config.stages[index - 1].name
         model = io.load_model(before, dtype=dtype, merge_adapter=False)[0].train()
     check_vocabulary(model, run.tokenizer)
-    data = stage.data
-    model.config.template, model.config.image_mode, model.config.turns = data.template, data.image_mode, data.turns
     new = index == 0 and config.model.path is None
     inherited = None if new else model.config.reading
-    model.config.reading = settle_reading(run.state, data, inherited, resumed is not None)
-    return model.to(run.process.device)
+    reading = settle_reading(run.state, stage.data, inherited, resumed is not None)
+    return model.to(run.process.device), reading
 
 
-def _look_ahead(run: Run, model: LMM) -> None:
+def _look_ahead(run: Run, model: LMM, reading: PictureReading) -> None:
     """Check every later stage and note its steps in ``run.outlooks``."""
     following = run.state.stage_index + 1
     run.outlooks = [Outlook(0, 0.0)] * following + look_ahead(
@@ -129,6 +131,7 @@ def _look_ahead(run: Run, model: LMM) -> None:
         tokenizer=run.tokenizer,
         processor=run.processor,
         model=model,
+        reading=reading,
     )
 
 
@@ -139,18 +142,25 @@ def _load_weights(model: LMM, checkpoint: Path) -> None:
         quantize.load_state(model, tensors)
 
 
-def _open_loader(run: Run, stage: StageConfig, model: LMM) -> Loader:
-    """Return the stage's data in a loader at its first pack; the model's configuration learns the grid of images."""
+def _open_loader(run: Run, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
+    """Return the stage's data in a loader at its first pack; the model's configuration states how it is trained."""
     loader = build_loader(
         run.config,
         stage,
-        model.config.reading,
+        reading,
         process=run.process,
         tokenizer=run.tokenizer,
         processor=run.processor,
         model=model,
     )
-    model.config.image_grid = loader.dataset.files.grid
+    data = stage.data
+    model.describe_training(
+        template=data.template,
+        turns=data.turns,
+        image_mode=data.image_mode,
+        image_grid=loader.dataset.files.grid,
+        reading=reading,
+    )
     return loader
 
 

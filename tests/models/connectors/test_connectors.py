@@ -9,6 +9,7 @@ import torch
 
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.architecture import ConnectorPart
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -48,10 +49,10 @@ def test_contract(name: str) -> None:
     out.square().sum().backward()
     assert rows.grad is not None and all(p.grad is not None and p.grad.any() for p in connector.parameters())
     torch.testing.assert_close(connector(rows[:1]), out[:1])  # images do not see one another
-    config = connector.to_config()
-    kind = CONNECTORS.get(config["type"])
-    again = kind(connector.vision_size, connector.llm_size, parse_into(kind.Options, config["options"], "x")).eval()
-    assert again.to_config() == config, "what is stored is canonical"
+    config = connector.describe()
+    kind = CONNECTORS.get(config.type)
+    again = kind(connector.vision_size, connector.llm_size, parse_into(kind.Options, config.options, "x")).eval()
+    assert again.describe() == config, "what is stored is canonical"
     again.load_state_dict(connector.state_dict())
     assert torch.equal(again(rows), out)
 
@@ -123,7 +124,7 @@ def test_activations(activation: str, kind: type) -> None:
 
 def test_the_fields_names_are_stored_as_mlp() -> None:
     connector = build("mlp3x_silu")
-    assert connector.to_config() == {"type": "mlp", "options": {"depth": 3, "activation": "silu"}}
+    assert connector.describe() == ConnectorPart(type="mlp", options={"depth": 3, "activation": "silu"})
     same = build("mlp", depth=3, activation="silu")
     assert torch.equal(connector(features()), same(features()))
 

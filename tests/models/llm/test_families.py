@@ -16,11 +16,12 @@ from tests.tiny import IMAGE, make_tokenizer
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
+from tinyllava_fast.models.architecture import LMMConfig
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.llm.base import LLMS
-from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.ops import linear_cross_entropy
 
@@ -59,9 +60,9 @@ def lmm_of(name: str, **changes: Any) -> LMM:
     vision = kind.from_config(
         IMAGE, feature_layer=-1, feature_select="cls_patch", options=kind.Options(), seed=0, where="model.vision"
     )
-    lmm = LMM(llm, vision, connector(24, 32, connector.Options()), adapter, LMMConfig())
-    lmm.config = io.describe(lmm)
-    return lmm.eval()
+    mapping = connector(24, 32, connector.Options())
+    config = LMMConfig(llm=adapter.describe(llm), vision=vision.describe(), connector=mapping.describe())
+    return LMM(llm, vision, mapping, adapter, config).eval()
 
 
 def packed_loss(lmm: LMM, case: Case) -> Tensor:

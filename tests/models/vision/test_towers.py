@@ -49,7 +49,7 @@ def test_equals_hidden_states(name: str, layer: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "select"), [(n, "patch" if f.prefix else "cls_patch") for n, f in FAMILIES.items()])
 def test_default_selection_drops_what_is_not_a_patch(name: str, select: str) -> None:
     tower = random_tower(name, select=None)
-    assert tower.feature_select == select == tower.to_config()["feature_select"]
+    assert tower.feature_select == select == tower.describe().feature_select
     assert tower.num_tokens == 16 == tower(images()).shape[1]
 
 
@@ -80,18 +80,18 @@ def test_seed_decides_the_weights(name: str) -> None:
 def test_config_round_trip(name: str) -> None:
     """What a model folder stores rebuilds the tower, whatever the layer that was selected."""
     tower = random_tower(name, layer=1, select=None)
-    stored = tower.to_config()
-    kind = VISION.get(stored["type"])
+    stored = tower.describe()
+    kind = VISION.get(stored.type)
     again = kind.from_config(
-        stored["config"],
+        stored.config,
         feature_layer=-1,
-        feature_select=stored["feature_select"],
-        options=parse_into(kind.Options, stored["options"], "x"),
+        feature_select=stored.feature_select,
+        options=parse_into(kind.Options, stored.options, "x"),
         seed=None,
         where="x",
         strict=False,
     )
-    assert again.to_config() == stored and again.num_layers == tower.num_layers == 1
+    assert again.describe() == stored and again.num_layers == tower.num_layers == 1
     again.load_state_dict(tower.state_dict())
     assert torch.equal(again(images()), tower(images()))
 
@@ -214,7 +214,7 @@ def test_mof_is_both_towers_side_by_side(tmp_path: Path) -> None:
     out = tower(images())
     assert torch.equal(out, torch.cat([half(images()) for half in halves], -1))
     assert (tower.num_tokens, tower.hidden_size, tower.widths, tower.feature_select) == (16, 48, (24, 24), "patch")
-    assert tower.to_config()["options"]["dinov2"]["path"] is None, "a folder needs nothing but itself"
+    assert tower.describe().options["dinov2"]["path"] is None, "a folder needs nothing but itself"
     tuned = {n for n, p in tower.named_parameters() if any(p is q for q in tower.layer_parameters(1))}
     assert {n.partition(".1.")[0] for n in tuned} == {"clip.encoder.layers", "dinov2.encoder.layer"}
     assert len(tuned) == sum(len(h.layer_parameters(1)) for h in halves)
@@ -293,7 +293,7 @@ def test_sizes_are_the_processors(tmp_path: Path) -> None:
         config = SIZES if name == "mof" else FAMILIES[name].values
         if name != "mof":
             config = config | {"model_type": FAMILIES[name].config.model_type}
-        options = parse_into(kind.Options, tower.to_config()["options"], "x")
+        options = parse_into(kind.Options, tower.describe().options, "x")
         assert kind.input_size(None, config, options, "model.vision") == tower.image_size == 32
     FAMILIES["dinov2"].stock().save_pretrained(tmp_path)
     kind = VISION.get("dinov2")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json
+from tinyllava_fast.models.architecture import Architecture
 from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
 from tinyllava_fast.registry import Registry
 
@@ -61,10 +62,7 @@ class Checkpoint:
     """A folder of another project, described in our terms."""
 
     layout: str
-    llm: dict[str, Any]
-    """{type, config, options}, as in LMMConfig."""
-    vision: dict[str, Any]
-    connector: dict[str, Any]
+    architecture: Architecture
     image_mode: str
     weights: dict[str, Stored]
     """By the names of ``LMM.state_dict()``."""

@@ -7,11 +7,13 @@ features has no config at all. Code that hub releases bring along is not looked 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.models.architecture import Architecture, VisionPart
 from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
@@ -44,8 +46,9 @@ class FactoryLayout(Layout):
         ]
         vision = _vision(config, sources, processors, where)
         connector = parts.connector_part(parts.need(config, "connector_type", where), config, where)
-        tower, left_out = parts.vision_weights(vision["type"], tensors["vision"])
-        adapting, dropped = parts.connector_weights(connector["type"], tensors["connector"])
+        tower, left_out = parts.vision_weights(vision.type, tensors["vision"])
+        adapting, dropped = parts.connector_weights(connector.type, tensors["connector"])
+        text = legacy_text_config(parts.need(config, "text_config", where), where)
         origin = {
             "llm": config.get("llm_model_name_or_path"),
             "tokenizer": config.get("tokenizer_name_or_path") or config.get("llm_model_name_or_path"),
@@ -54,9 +57,7 @@ class FactoryLayout(Layout):
         }
         return Checkpoint(
             layout=self.name,
-            llm=parts.llm_part(legacy_text_config(parts.need(config, "text_config", where), where)),
-            vision=vision,
-            connector=connector,
+            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
             image_mode=parts.image_mode(config, where),
             weights={**parts.llm_weights(tensors["llm"]), **tower, **adapting},
             ignored=[*left_out, *dropped],
@@ -121,14 +122,15 @@ class Lora(FactoryLayout):
         if any(not stored.dtype.is_floating_point for stored in tensors["llm"].values()):
             tensors["llm"] = _unquantized(folder, sources)
         checkpoint = self.describe(folder, sources, tensors)
+        vision = checkpoint.architecture.vision
         ours = {stored.key.replace(".base_layer.", "."): name for name, stored in checkpoint.weights.items()}
 
         def rename(name: str) -> str | None:
             for component, prefix in PREFIXES.items():
                 if name.startswith(prefix):
                     number = towers.layer_number(name) if component == "vision" else None
-                    single = checkpoint.vision["type"] != "mof"  # the layers of two towers are counted apart
-                    if single and number is not None and number >= checkpoint.vision["config"]["num_hidden_layers"]:
+                    single = vision.type != "mof"  # the layers of two towers are counted apart
+                    if single and number is not None and number >= vision.config["num_hidden_layers"]:
                         return NO_USE
                     inner = "_connector." if component == "connector" else ""
                     return ours.get(inner + name.removeprefix(prefix))
@@ -159,7 +161,7 @@ def _split_tensors(folder: Folder) -> dict[str, dict[str, Stored]]:
     return found
 
 
-def _vision(config: dict[str, Any], sources: Sources, processors: list[str | None], where: str) -> dict[str, Any]:
+def _vision(config: dict[str, Any], sources: Sources, processors: list[str | None], where: str) -> VisionPart:
     """The tower, or the two towers of a mixture, that config.json describes.
 
     DINOv2's position table is resized as transformers 4.40 did. The size of its images is only in its image processor,
@@ -168,19 +170,18 @@ def _vision(config: dict[str, Any], sources: Sources, processors: list[str | Non
     layer = config.get("vision_feature_layer", -2)
     stored = towers.legacy_vision_config(parts.need(config, "vision_config", where), where)
     first = towers.truncated(stored, layer, where)
-    vision: dict[str, Any] = {
-        "type": towers.tower_type(first, where),
-        "config": first,
-        "feature_select": config.get("vision_feature_select_strategy", "patch"),
-        "options": {},
-    }
+    vision = VisionPart(
+        type=towers.tower_type(first, where),
+        config=first,
+        feature_select=config.get("vision_feature_select_strategy", "patch"),
+    )
     if str(config.get("vision_model_name_or_path")).partition(":")[0] == "mof":
         name = str(parts.need(config, "vision_model_name_or_path2", where)).rpartition(":")[2]
         second = towers.truncated(towers.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
         half = {"config": second, "interpolation": "transformers4"}
-        return vision | {"type": "mof", "options": {"dinov2": half}}
-    if vision["type"] == "dinov2":
+        return replace(vision, type="mof", options={"dinov2": half})
+    if vision.type == "dinov2":
         processor = parts.stored_processor("dinov2", processors)
         side = pixel_shape(processor)[1] if processor else 224
-        return vision | {"options": {"image_size": side, "interpolation": "transformers4"}}
+        return replace(vision, options={"image_size": side, "interpolation": "transformers4"})
     return vision

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast.models.architecture import Architecture, VisionPart
 from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights
@@ -54,26 +55,18 @@ class LegacyLayout(Layout):
         full = towers.tower_config(name, sources.vision, where, "--vision")
         kind = towers.tower_type(full, where)
         select = self.selection(kind, config)
-        vision = {
-            "type": kind,
-            "config": towers.truncated(full, layer, where),
-            "feature_select": select,
-            "options": {},
-        }
+        vision = VisionPart(type=kind, config=towers.truncated(full, layer, where), feature_select=select)
         connector = parts.connector_part(projector, config, where)
         stored = parts.under(TOWER, tensors)
         if not stored:
             stored = towers.pretrained_tower(kind, name, sources.vision, where)
         tower, left_out = parts.vision_weights(kind, stored)
-        adapting, dropped = parts.connector_weights(connector["type"], parts.under(PROJECTOR, tensors))
+        adapting, dropped = parts.connector_weights(connector.type, parts.under(PROJECTOR, tensors))
         llm = {k: v for k, v in tensors.items() if not k.startswith((TOWER, PROJECTOR))}
+        text = legacy_text_config(config | {"model_type": self.text_types[config["model_type"]]}, where)
         return Checkpoint(
             layout=self.name,
-            llm=parts.llm_part(
-                legacy_text_config(config | {"model_type": self.text_types[config["model_type"]]}, where)
-            ),
-            vision=vision,
-            connector=connector,
+            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
             image_mode=parts.image_mode(config, where),
             weights={**parts.llm_weights(llm), **tower, **adapting},
             ignored=[*left_out, *dropped],

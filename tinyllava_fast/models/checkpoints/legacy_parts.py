@@ -62,6 +62,7 @@ class LoraAlone(Layout):
             trained = {k.removeprefix("model."): v for k, v in trained.items()}
         stored = tensors | trained
         checkpoint = _describe(self.name, folder, sources, base, stored)
+        vision = checkpoint.architecture.vision
         names = {id(tensor): name for name, tensor in stored.items()}
         ours = {names[id(tensor)]: name for name, tensor in checkpoint.weights.items() if id(tensor) in names}
 
@@ -70,8 +71,8 @@ class LoraAlone(Layout):
                 return ours.get(name)
             # The tower's weights may be from a folder of its own, under other names: its class says which is which.
             inner = name.removeprefix(TOWER)
-            found, _ = parts.vision_weights(checkpoint.vision["type"], {inner: Stored.of(name, torch.empty(0))})
-            number, kept = towers.layer_number(inner), checkpoint.vision["config"]["num_hidden_layers"]
+            found, _ = parts.vision_weights(vision.type, {inner: Stored.of(name, torch.empty(0))})
+            number, kept = towers.layer_number(inner), vision.config["num_hidden_layers"]
             if number is not None and number >= kept:
                 return NO_USE
             return next((ours_too for ours_too in found if ours_too in checkpoint.weights), None)

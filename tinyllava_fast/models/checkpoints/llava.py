@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError, nearest
+from tinyllava_fast.models.architecture import Architecture, ConnectorPart, VisionPart
 from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints.tensors import Stored
@@ -47,15 +48,13 @@ class Llava(Layout):
         rows = 1 / math.sqrt(text["hidden_size"]) if text["model_type"] in SCALED else 1.0
         connector, adapting = _connector(config, projector, rows, where)
         vision = _vision(config, where)
-        tower, left_out = parts.vision_weights(vision["type"], tower)
+        tower, left_out = parts.vision_weights(vision.type, tower)
         if text["model_type"] == "phi":
             llm.setdefault("lm_head.bias", Stored.of("no lm_head.bias", torch.zeros(text["vocab_size"])))
         sources_of_processor = [str(folder.path), sources.vision]
         return Checkpoint(
             layout=self.name,
-            llm=parts.llm_part(text),
-            vision=vision,
-            connector=connector,
+            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
             image_mode="pad" if parts.processor_values(sources_of_processor).get("do_pad") else "square",
             weights={**parts.llm_weights(llm), **tower, **adapting},
             ignored=left_out,
@@ -101,7 +100,7 @@ def _sort(
     return llm, tower, projector, unknown
 
 
-def _vision(config: Any, where: str) -> dict[str, Any]:
+def _vision(config: Any, where: str) -> VisionPart:
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         if len(layer) != 1:
@@ -114,13 +113,13 @@ def _vision(config: Any, where: str) -> dict[str, Any]:
     select = SELECTIONS[config.vision_feature_select_strategy]
     if select == "patch" and values.get("num_register_tokens"):
         raise CheckpointError(f"{where}: vision_feature_select_strategy 'default' would keep this tower's registers")
-    return {"type": kind, "config": values, "feature_select": select, "options": {}}
+    return VisionPart(type=kind, config=values, feature_select=select)
 
 
 def _connector(
     config: Any, tensors: Mapping[str, Stored], rows: float, where: str
-) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """(connector section, weights) of the projector, its output multiplied by ``rows``."""
+) -> tuple[ConnectorPart, dict[str, Stored]]:
+    """(connector, weights) of the projector, its output multiplied by ``rows``."""
     found = {f"{_PROJECTOR[k.split('.')[0]]}.{k.split('.')[-1]}": v for k, v in tensors.items()}
     if not config.multimodal_projector_bias:
         for index in "02":
@@ -132,11 +131,11 @@ def _connector(
     act = config.projector_hidden_act
     if act == "linear":
         weights, _ = parts.connector_weights("linear", _product(found))
-        return {"type": "linear", "options": {}}, weights
+        return ConnectorPart(type="linear"), weights
     if act not in ACTIVATIONS:
         raise CheckpointError(f"{where}: projector_hidden_act {act!r}; {nearest(act, [*ACTIVATIONS, 'linear'])}")
     weights, _ = parts.connector_weights("mlp", found)
-    return {"type": "mlp", "options": {"depth": 2, "activation": ACTIVATIONS[act]}}, weights
+    return ConnectorPart(type="mlp", options={"depth": 2, "activation": ACTIVATIONS[act]}), weights
 
 
 def _product(found: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -12,14 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.log import log
-from tinyllava_fast.models import io
+from tinyllava_fast.models import adapter
+from tinyllava_fast.models.architecture import LMMConfig
 from tinyllava_fast.models.checkpoints import parts, towers
 from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
 from tinyllava_fast.models.checkpoints.lora import Lora
 from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.construct import build, build_tower
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
-from tinyllava_fast.models.lmm import LMM, LMMConfig
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.sources import read_tokenizer
 from tinyllava_fast.tensors import mismatches
 
 
@@ -49,26 +52,20 @@ def open_checkpoint(
     unknown layout and for tensors that are damaged, missing, unexpected or of another shape, listing all of them.
     """
     checkpoint = _describe(path, sources or Sources())
-    lmm = _build(checkpoint, dtype, str(path), merge)
-    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
-    lmm.family.prepare_tokenizer(tokenizer)
-    fitting = template or parts.fitting_template(tokenizer, checkpoint.llm["config"]["model_type"])
-    if fitting is None and tokenizer.chat_template and lmm.family.template == "tokenizer":
-        fitting = "tokenizer"
-    if template:
-        TEMPLATES.get(template, "--template").check(tokenizer)
-    if fitting is None:
-        log.warning(
-            "%s: no chat template ends answers with %r; before asking it questions, import it with "
-            "tlf-convert import --template NAME",
-            path,
-            tokenizer.eos_token,
-        )
-    lmm.config = dataclasses.replace(
-        io.describe(lmm), template=fitting or "", image_mode=checkpoint.image_mode, origin=checkpoint.origin
+    architecture = checkpoint.architecture
+    tokenizer = _tokenizer(checkpoint)
+    template = _template(checkpoint, tokenizer, template, str(path))
+    config = LMMConfig(
+        llm=architecture.llm,
+        vision=architecture.vision,
+        connector=architecture.connector,
+        template=template or "",
+        image_mode=checkpoint.image_mode,
+        origin=checkpoint.origin,
     )
-    processor = parts.image_processor(checkpoint.vision["type"], lmm.image_size, checkpoint.processor_sources)
-    log.info("%s: opened as %s, template %s", path, checkpoint.layout, fitting)
+    lmm = _build(checkpoint, config, dtype, str(path), merge)
+    processor = parts.image_processor(architecture.vision.type, lmm.image_size, checkpoint.processor_sources)
+    log.info("%s: opened as %s, template %s", path, checkpoint.layout, template)
     if checkpoint.adapter is not None and not merge:
         _attach(lmm, checkpoint.adapter, str(path))
     return Opened(lmm.to(device).eval(), tokenizer, processor, checkpoint.layout)
@@ -76,17 +73,14 @@ def open_checkpoint(
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of such a folder."""
-    checkpoint = _describe(path, Sources())
-    tokenizer = io.read_tokenizer(checkpoint.tokenizer, None)
-    LLMS.get(checkpoint.llm["type"])().prepare_tokenizer(tokenizer)
-    return tokenizer
+    return _tokenizer(_describe(path, Sources()))
 
 
 def open_processor(path: str | Path) -> Any:
     """The image processor of such a folder."""
     checkpoint = _describe(path, Sources())
     with torch.device("meta"):
-        tower = io.tower_skeleton(_config(checkpoint), torch.float32, str(path))
+        tower = build_tower(checkpoint.architecture.vision, file=str(path))
     return parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
 
 
@@ -96,19 +90,39 @@ def _describe(path: str | Path, sources: Sources) -> Checkpoint:
         return layout_of(folder).open(folder, sources)
 
 
-def _config(checkpoint: Checkpoint) -> LMMConfig:
-    return LMMConfig(llm=checkpoint.llm, vision=checkpoint.vision, connector=checkpoint.connector)
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    tokenizer = read_tokenizer(checkpoint.tokenizer, None)
+    LLMS.get(checkpoint.architecture.llm.type)().prepare_tokenizer(tokenizer)
+    return tokenizer
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge: bool) -> LMM:
+def _template(checkpoint: Checkpoint, tokenizer: Any, given: str | None, where: str) -> str | None:
+    """Return the given chat template, or the one that fits the tokenizer; None, with a warning, if none does."""
+    if given:
+        TEMPLATES.get(given, "--template").check(tokenizer)
+        return given
+    llm = checkpoint.architecture.llm
+    if fitting := parts.fitting_template(tokenizer, llm.config["model_type"]):
+        return fitting
+    if tokenizer.chat_template and LLMS.get(llm.type).template == "tokenizer":
+        return "tokenizer"
+    log.warning(
+        "%s: no chat template ends answers with %r; before asking it questions, import it with "
+        "tlf-convert import --template NAME",
+        where,
+        tokenizer.eos_token,
+    )
+    return None
+
+
+def _build(checkpoint: Checkpoint, config: LMMConfig, dtype: torch.dtype | None, where: str, merge: bool) -> LMM:
     weights = checkpoint.weights
     if dtype is None:
         stored = (w.dtype for name, w in weights.items() if name.startswith("llm.") and w.dtype.is_floating_point)
         dtype = next(stored, torch.float32)
     if checkpoint.adapter is not None and merge:
         weights = checkpoint.adapter.merge(weights, where)
-    with reading(f"{Path(where) / 'config.json'}: no model can be made of it"):
-        lmm = io.skeleton(_config(checkpoint), dtype, where)
+    lmm = build(config, dtype=dtype, file=where)
     tied = lmm.tied_names()
     expected = {name: tensor for name, tensor in lmm.state_dict().items() if name not in tied}
     known = {n for n in weights if n not in expected and (n in tied or _is_irrelevant(n, lmm))}
@@ -123,8 +137,6 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, merge:
 
 
 def _attach(lmm: LMM, lora: Lora, where: str) -> None:
-    from tinyllava_fast.models import adapter
-
     settings, tensors = lora.for_peft()
     config = adapter.import_peft().LoraConfig(**settings)
     adapter.attach(lmm, adapter.Adapter(config, tensors, {}), where)

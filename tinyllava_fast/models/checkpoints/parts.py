@@ -11,12 +11,12 @@ from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.data.tokenizer import has_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
 from tinyllava_fast.log import log
+from tinyllava_fast.models.architecture import ConnectorPart, LLMPart
 from tinyllava_fast.models.checkpoints.base import Folder
 from tinyllava_fast.models.checkpoints.tensors import Stored
 from tinyllava_fast.models.connectors.base import CONNECTORS
-from tinyllava_fast.models.described import PROCESSORS, processor_fields
+from tinyllava_fast.models.described import PROCESSORS, processor_fields, read_processor
 from tinyllava_fast.models.hf import LEGACY_FAMILIES
-from tinyllava_fast.models.io import read_processor
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.vision.base import VISION
 
@@ -38,11 +38,11 @@ def under(prefix: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     return {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
 
 
-def llm_part(config: dict[str, Any]) -> dict[str, Any]:
-    """An LMMConfig's llm section for a complete transformers config."""
+def llm_part(config: dict[str, Any]) -> LLMPart:
+    """Return the language model of a complete transformers config."""
     kind = str(config["model_type"])
     family = LEGACY_FAMILIES.get(kind, kind)
-    return {"type": family if family in LLMS else "auto", "config": config, "options": {}}
+    return LLMPart(type=family if family in LLMS else "auto", config=config)
 
 
 def llm_weights(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -78,8 +78,8 @@ def _named(
     return weights, dropped
 
 
-def connector_part(kind: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An LMMConfig's connector section for a connector type of the LLaVA family."""
+def connector_part(kind: str, config: Mapping[str, Any], where: str) -> ConnectorPart:
+    """Return the connector of a connector type of the LLaVA family."""
     options: dict[str, Any] = {}
     if kind in ("mlp", "linear", "identity"):
         name = kind
@@ -98,7 +98,7 @@ def connector_part(kind: str, config: Mapping[str, Any], where: str) -> dict[str
     else:
         known = ["identity", "linear", "mlp2x_gelu", "mof_mlp", "qformer", "resampler"]
         raise CheckpointError(f"{where}: unknown connector type {kind!r}; {nearest(kind, known)}")
-    return {"type": name, "options": options}
+    return ConnectorPart(type=name, options=options)
 
 
 def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:

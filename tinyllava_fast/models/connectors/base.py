@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.models.architecture import ConnectorPart
 from tinyllava_fast.registry import Registry
 
 INIT_STD = 0.02  # TinyLLaVA's connectors: N(0, 0.02) weights and zero biases, not torch's default
@@ -59,9 +60,9 @@ class Connector(nn.Module, ABC):
         """Weights under TinyLLaVA Factory's names, its prefix ``_connector.`` removed, under ours."""
         return dict(state)
 
-    def to_config(self) -> dict[str, Any]:
-        """JSON values from which the connector is rebuilt."""
-        return {"type": self.name, "options": asdict(self.options)}
+    def describe(self) -> ConnectorPart:
+        """Return the description from which the connector is rebuilt."""
+        return ConnectorPart(type=self.name, options=asdict(self.options))
 
 
 CONNECTORS: Registry[type[Connector]] = Registry("connector", "tinyllava_fast.models.connectors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.architecture import LLMPart
 from tinyllava_fast.models.attention import PACKED
 from tinyllava_fast.models.described import reading
-from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, seeded
+from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, seeded
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily, families_for
 from tinyllava_fast.models.sources import ask_hub, resolve
 
@@ -30,20 +32,25 @@ class AutoLLM(LLMFamily):
         """See the base class. A family that takes any model names one that has no family of its own."""
         return super().tiny() | ({} if cls.model_types else {"model_type": "smollm3", "no_rope_layers": [1, 0]})
 
-    def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
-        """See the base class. Keys that the config class does not have are refused."""
-        default = self.model_types[0] if self.model_types else None
-        return self.build(config_of(default, config, f"{where}.config"), seed=seed, dtype=torch.float32, where=where)
-
-    def build(self, config: PreTrainedConfig, *, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
-        """See the base class. seed None leaves the weights uninitialized."""
-        self._check(config, where)
-        config.use_cache = False
+    def from_config(
+        self,
+        config: dict[str, Any],
+        *,
+        seed: int | None,
+        dtype: torch.dtype = torch.float32,
+        where: str,
+        strict: bool = True,
+    ) -> PreTrainedModel:
+        """See the base class."""
+        default = self.model_types[0] if self.model_types and strict else None
+        built = config_of(default, config, f"{where}.config", strict=strict)
+        self._check(built, where)
+        built.use_cache = False
         with (
-            reading(f"{where}.config: this {config.model_type} is not usable as a language model", UserError),
+            reading(f"{where}.config: this {built.model_type} is not usable as a language model", UserError),
             seeded(seed),
         ):
-            llm = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype)
+            llm = AutoModelForCausalLM.from_config(built, attn_implementation=PACKED, dtype=dtype)
         llm.tie_weights()  # construction without initialization skips it
         self.adapt(llm)
         return llm
@@ -81,6 +88,10 @@ class AutoLLM(LLMFamily):
         cast_parameters(llm, dtype)
         self.adapt(llm)
         return llm.train()
+
+    def describe(self, llm: PreTrainedModel) -> LLMPart:
+        """See the base class."""
+        return LLMPart(type=self.name, config=config_to_dict(llm.config), options=asdict(self.options))
 
     def adapt(self, llm: PreTrainedModel) -> None:
         """Change what has to be changed in a built model; nothing, for a family that transformers runs as it is."""

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from tinyllava_fast.models.architecture import LLMPart
 from tinyllava_fast.registry import Registry
 
 
@@ -49,12 +50,23 @@ class LLMFamily(ABC):
         """Give special tokens the roles that the family's training gave them; applying it twice changes nothing."""
 
     @abstractmethod
-    def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
-        """A float32 model with weights drawn from the seed (None: uninitialized) from a transformers config."""
+    def from_config(
+        self,
+        config: dict[str, Any],
+        *,
+        seed: int | None,
+        dtype: torch.dtype = torch.float32,
+        where: str,
+        strict: bool = True,
+    ) -> PreTrainedModel:
+        """A model with weights drawn from the seed (None: uninitialized).
+
+        strict: refuse config keys that transformers does not know; one without model_type is of the family's first.
+        """
 
     @abstractmethod
-    def build(self, config: PreTrainedConfig, *, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
-        """A model of a transformers config, as a model folder stores it."""
+    def describe(self, llm: PreTrainedModel) -> LLMPart:
+        """Return the description from which ``from_config`` builds the architecture."""
 
     @abstractmethod
     def from_pretrained(

@@ -366,12 +366,21 @@ class OpenELM(AutoLLM):
         preset: str | None = None
         """Released size whose config random weights start from: 270M, 450M, 1_1B or 3B."""
 
-    def from_config(self, config: dict[str, Any], *, seed: int | None, where: str) -> PreTrainedModel:
+    def from_config(
+        self,
+        config: dict[str, Any],
+        *,
+        seed: int | None,
+        dtype: torch.dtype = torch.float32,
+        where: str,
+        strict: bool = True,
+    ) -> PreTrainedModel:
         """See the base class; the preset's keys come first."""
         preset = self.options.preset
         if preset is not None and preset not in PRESETS:
             raise UserError(f"{where}.options.preset: unknown size {preset!r}; {nearest(preset, PRESETS)}")
-        return super().from_config(PRESETS.get(preset, {}) | config, seed=seed, where=where)
+        values = PRESETS.get(preset, {}) | config
+        return super().from_config(values, seed=seed, dtype=dtype, where=where, strict=strict)
 
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """See the base class."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.models.architecture import VisionPart
 from tinyllava_fast.registry import Registry
 
 
@@ -56,8 +57,8 @@ class VisionTower(nn.Module, ABC):
         """Parameters of layers from_layer..num_layers - 1."""
 
     @abstractmethod
-    def to_config(self) -> dict[str, Any]:
-        """JSON values {type, config, feature_select, options} from which ``from_config`` builds the architecture."""
+    def describe(self) -> VisionPart:
+        """Return the description from which ``from_config`` builds the architecture."""
 
     @classmethod
     def from_config(

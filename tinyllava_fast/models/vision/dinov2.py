@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from tinyllava_fast.config.ranges import Pixels
+from tinyllava_fast.models.architecture import VisionPart
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.models.vision.encoder import EncoderTower
 
@@ -83,11 +84,10 @@ class Dinov2Tower(EncoderTower):
         positions = interpolate_by_factor(module.position_embeddings, self.image_size // self.config.patch_size)
         return module.dropout(hidden + positions)
 
-    def to_config(self) -> dict[str, Any]:
+    def describe(self) -> VisionPart:
         """See the base class."""
-        stored = super().to_config()
-        stored["config"] = {k: v for k, v in stored["config"].items() if k not in _BACKBONE_KEYS}
-        return stored
+        part = super().describe()
+        return replace(part, config={k: v for k, v in part.config.items() if k not in _BACKBONE_KEYS})
 
     @classmethod
     def image_processor(cls, image_size: int) -> Any:

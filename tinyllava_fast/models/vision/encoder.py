@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.architecture import VisionPart
 from tinyllava_fast.models.attention import FULL
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, seeded
@@ -210,14 +211,14 @@ class EncoderTower(VisionTower):
         """See the base class."""
         return [p for layer in list(self.layers)[from_layer:] for p in layer.parameters()]
 
-    def to_config(self) -> dict[str, Any]:
-        """See the base class. The stored config ends at the selected layer, so it is read with feature_layer -1."""
-        return {
-            "type": self.name,
-            "config": config_to_dict(self.config),
-            "feature_select": self.feature_select,
-            "options": asdict(self.options),
-        }
+    def describe(self) -> VisionPart:
+        """See the base class. The config ends at the selected layer, so it is read with feature_layer -1."""
+        return VisionPart(
+            type=self.name,
+            config=config_to_dict(self.config),
+            feature_select=self.feature_select,
+            options=asdict(self.options),
+        )
 
     @classmethod
     def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

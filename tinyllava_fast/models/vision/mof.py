@@ -6,7 +6,7 @@ Legend: N images, K tokens an image after selection, V tower width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.config.ranges import Settings, Text
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.architecture import VisionPart
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 from tinyllava_fast.models.vision.clip import CLIPTower
 from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, Interpolation
@@ -164,11 +165,11 @@ class MoFTower(VisionTower):
         """Of both halves."""
         return [*self.clip.layer_parameters(from_layer), *self.dinov2.layer_parameters(from_layer)]
 
-    def to_config(self) -> dict[str, Any]:
+    def describe(self) -> VisionPart:
         """See the base class."""
-        other = self.dinov2.to_config()
-        half = Dinov2Half(config=other["config"], interpolation=other["options"]["interpolation"])
-        return self.clip.to_config() | {"type": self.name, "options": asdict(self.Options(dinov2=half))}
+        other = self.dinov2.describe()
+        half = Dinov2Half(config=other.config, interpolation=other.options["interpolation"])
+        return replace(self.clip.describe(), type=self.name, options=asdict(self.Options(dinov2=half)))
 
     @classmethod
     def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
