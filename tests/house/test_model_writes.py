@@ -15,7 +15,7 @@ MODELS = ROOT / "tinyllava_fast" / "models"
 MODEL = re.compile(r"(?:.*\.)?(?:lmm|model)(?:\.config)?")
 ALLOWED = {
     ("tinyllava_fast/train/compile.py", "model.forward"),  # put back when the stage ends, as torch.compile has it
-    ("bench/infer.py", "sides.engine.lmm.logits"),  # a stopwatch around it, removed again
+    ("bench/infer.py", "sides.engine.model.logits"),  # a stopwatch around the prepared model, removed again
 }
 
 
