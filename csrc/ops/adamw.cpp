@@ -1,10 +1,10 @@
 // adamw: an optimizer step of one weight in one pass over memory, and the sum of squares that clipping needs.
 #include <cstdint>
 
-#include "tlf/simd.h"
 #include "tlf/kernel.h"
 #include "tlf/numeric.h"
 #include "tlf/rows.h"
+#include "tlf/simd.h"
 
 namespace tlf {
 namespace TLF_ISA {

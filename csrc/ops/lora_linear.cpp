@@ -12,8 +12,8 @@
 
 #include <cstdint>
 
-#include "tlf/simd.h"
 #include "tlf/kernel.h"
+#include "tlf/simd.h"
 
 namespace tlf {
 namespace TLF_ISA {

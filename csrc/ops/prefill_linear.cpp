@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "tlf/simd.h"
 #include "tlf/kernel.h"
+#include "tlf/simd.h"
 #include "tlf/tiles.h"
 
 #if defined(TLF_TILES)

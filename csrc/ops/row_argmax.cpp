@@ -2,8 +2,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tlf/simd.h"
 #include "tlf/kernel.h"
+#include "tlf/simd.h"
 
 namespace tlf {
 namespace TLF_ISA {

@@ -2,9 +2,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tlf/simd.h"
 #include "tlf/kernel.h"
 #include "tlf/numeric.h"
+#include "tlf/simd.h"
 
 namespace tlf {
 namespace TLF_ISA {

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tlf/simd.h"
 #include "tlf/dots.h"
+#include "tlf/simd.h"
 #include "tlf/tiles.h"
 
 namespace tlf {
