@@ -277,8 +277,8 @@ _INERT = {
     schema.RecipeConfig: "type llm vision connector options",
     schema.TuneConfig: "tune from_layer lr lora quant double_quant",
     schema.LoRAConfig: "r alpha dropout bias target_modules rslora dora rank_pattern alpha_pattern",
-    schema.OptimConfig: "type options lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio label_smoothing "
-    "z_loss",
+    schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio label_smoothing "
+    "z_loss options",
     schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload threads "
     "workers prefetch",
     schema.CheckpointConfig: "every_steps keep",
