@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 _REMEDIES = {
     errno.ENOSPC: "free some space there and run the same command again",
@@ -46,6 +48,16 @@ def writing(path: str | Path) -> Iterator[None]:
         remedy = _REMEDIES.get(number, "check the disk and the permissions, or name another folder")
         name = error.filename2 or error.filename or path  # of two, the second is what the first was to replace
         raise UserError(f"{name}: cannot be written: {reason}; {remedy}") from error
+
+
+def import_optional(module: str, what: str) -> Any:
+    """Return a module of the extra ``train``. Raise UserError if it does not import. what: its user, for messages."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs {module}, which does not import ({error}); pip install 'tinyllava-fast[train]'"
+        ) from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

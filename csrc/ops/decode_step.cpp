@@ -1,7 +1,7 @@
 // decode_step: one new token of each sequence through all layers of a Llama-style decoder, in one parallel region.
 //
-// The model is a table of int64: pointers and sizes, in the order of the structures here, which ops/decode_step.py
-// writes. Roundings lie where the layers of infer/fast_model/decoder_layer.py have them.
+// The model is a table of int64: pointers and sizes, in the order of the structures here, which
+// infer/fast_model/cpp_step.py writes. Roundings lie where the layers of infer/fast_model/decoder_layer.py have them.
 #include <cstdint>
 
 #include "tlf/decode.h"

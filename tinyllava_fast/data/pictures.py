@@ -38,7 +38,7 @@ IMAGE_ALIASES = (
     *("img", "imgs", "picture", "pictures", "photo", "file", "file_name", "filename", "path", "image_path"),
     *("image_paths", "image_file", "image_files"),
 )
-"""What other formats call the field of an image."""
+"""Names that other formats have for the field of an image."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -153,7 +153,7 @@ class Core:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be allocated: on a CPU torch has no class of its own for it."""
+    """Return whether an error says that memory ran out. On a CPU torch has no class of its own for it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

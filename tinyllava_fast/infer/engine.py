@@ -18,7 +18,10 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 from tinyllava_fast.data.images import ImageMode
+from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.core import Core
@@ -69,9 +72,9 @@ class Engine:
     def __init__(
         self,
         model: LMM | PreparedModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         processor: Any,
-        template: Any,
+        template: Template,
         *,
         image_mode: ImageMode = "square",
         image_grid: Items[tuple[int, int]] = (),
@@ -304,7 +307,7 @@ class Engine:
         if sequence.text is not None:
             text = sequence.text.text
         else:
-            text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+            text = str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
         return Answer(
             id=sequence.request.id,
             text="" if failed else text,
@@ -315,7 +318,7 @@ class Engine:
         )
 
 
-def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:
+def _pool_rows(lmm: LMM, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:
     """Rows of the pool. UserError if both sizes are given or nothing fits."""
     if kv_cache_bytes is None:
         rows, said = BATCH_TOKENS if batch_tokens is None else batch_tokens, f"batch_tokens is {batch_tokens}"
@@ -331,7 +334,7 @@ def _pool_rows(lmm: Any, batch_tokens: int | None, kv_cache_bytes: int | None) -
     return rows
 
 
-def _has_window(config: Any) -> bool:
+def _has_window(config: PreTrainedConfig) -> bool:
     """True if some layer attends only to the last tokens."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

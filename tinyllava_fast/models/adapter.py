@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.errors import CheckpointError, import_optional
 from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models import adapter_forward
 from tinyllava_fast.models.described import reading
@@ -56,14 +56,8 @@ class Adapter:
 
 
 def import_peft() -> Any:
-    """The peft module. Raises UserError if it does not import."""
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            f"LoRA needs peft, which does not import ({error}); pip install 'tinyllava-fast[train]'"
-        ) from None
-    return peft
+    """Return the peft module. Raise UserError if it does not import."""
+    return import_optional("peft", "LoRA")
 
 
 def layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
@@ -282,7 +276,6 @@ def _full_config(lmm: LMM) -> Any:
 
 def _unwrap(lmm: LMM) -> None:
     for name, layer in list(layers(lmm)):
-        parent, _, leaf = name.rpartition(".")
-        setattr(lmm.get_submodule(parent), leaf, layer.get_base_layer())
+        lmm.set_submodule(name, layer.get_base_layer())
     del lmm.peft_config
     lmm.config = replace(lmm.config, has_lora=False)

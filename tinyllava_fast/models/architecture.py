@@ -1,4 +1,4 @@
-"""What a model is: its parts, and how it was trained. This is what config.json of a model folder says, key by key."""
+"""The description of a model: its parts, and how it was trained. config.json of a model folder holds it, key by key."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from tinyllava_fast.models.weights_file import load_component
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where weights come from: those of a part with a path from there, the others from the seed.
+    """The source of weights: those of a part with a path from there, the others from the seed.
 
     Without a seed they are left empty, for a model whose weights are loaded next.
     """

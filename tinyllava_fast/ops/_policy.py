@@ -1,4 +1,4 @@
-"""Where a kernel beats torch: one table by op, instruction set, dtype and shape, and what each number was measured by.
+"""The calls for which a kernel beats torch: one table by op, instruction set, dtype and shape, with the measurements.
 
 Machines A (2 cores, Zen 4: AVX-512 BF16), B (2 cores, Xeon: AMX) and C (2 cores, Zen 5), all in bfloat16 with two
 threads unless said otherwise; docs/LOG.md has the whole measurements. "ours / torch" are times of one call. Whether a
@@ -25,7 +25,7 @@ class Size(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Where a kernel wins; None: on any instruction set, or device, and in any dtype."""
+    """The calls for which a kernel wins; None: on any instruction set, or device, and in any dtype."""
 
     sizes: tuple[Size, ...] = ()
     isas: tuple[str, ...] | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyllava_fast.config.schema import EngineConfig, RecipeConfig, TuneConfig
-from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.errors import CheckpointError, UserError, import_optional
 from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.recipes.linears import linears
 
@@ -41,12 +41,12 @@ def quantize(lmm: LMM, component: str, tune: TuneConfig) -> None:
     """
     bnb = check(lmm, component, tune)
     for name, linear in list(linears(lmm, component)):
-        _replace(lmm, name, _quantized_layer(bnb, linear, tune))
+        lmm.set_submodule(name, _quantized_layer(bnb, linear, tune))
 
 
 def check(lmm: LMM, component: str, tune: TuneConfig) -> Any:
     """The bitsandbytes module. Raises UserError if it does not import, or gets a layer wrong on this device."""
-    bnb = _bitsandbytes(component)
+    bnb = import_optional("bitsandbytes", f"recipe.{component}.tune: qlora")
     for name, linear in linears(lmm, component):
         device = linear.weight.device
         if tune.quant == "nf4" and device.type == "cpu" and linear.in_features % BLOCK:
@@ -63,7 +63,7 @@ def dequantize(lmm: LMM) -> None:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(dequantized(layer, lmm.dtype))
         linear.bias = layer.bias
-        _replace(lmm, name, linear.train(layer.training))
+        lmm.set_submodule(name, linear.train(layer.training))
 
 
 def quantized_layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
@@ -160,19 +160,3 @@ def _settle(layer: Any) -> None:
 def _quantized(recipe: RecipeConfig) -> dict[str, TuneConfig]:
     tunes = {name: getattr(recipe, name) for name in COMPONENTS}
     return {name: tune for name, tune in tunes.items() if tune.tune == "qlora"}
-
-
-def _replace(lmm: LMM, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(lmm.get_submodule(parent), leaf, module)
-
-
-def _bitsandbytes(component: str) -> Any:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError(
-            f"recipe.{component}.tune: qlora needs bitsandbytes, which does not import ({error}); "
-            "pip install 'tinyllava-fast[train]'"
-        ) from None
-    return bitsandbytes

@@ -3,7 +3,7 @@
 // Large blocks come from one reserved range of addresses: best fit, lowest address first, neighbours merged. glibc's
 // heap cannot do that: torch asks for aligned memory, so a hole of the right size is never large enough, and small
 // objects that outlive a step pin the end of it. Blocks below SMALL go to torch's own allocator.
-// Built at run time against the headers of the torch that is installed (train/allocator.py).
+// Built at run time against the headers of the torch that is installed (train/cpu_pool.py).
 
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>

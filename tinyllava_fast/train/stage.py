@@ -34,7 +34,7 @@ from tinyllava_fast.train.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyStage:
-    """What the loop steps with. kind: what the time of a step depends on. report: of the data set. flops: of a step."""
+    """A stage, ready to step. kind: what the time of a step depends on. report: of the data set. flops: of a step."""
 
     config: StageConfig
     model: LMM

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
 from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer, takes
@@ -57,8 +57,12 @@ class PreparedModel:
 
     def __init__(self, lmm: LMM, head: Callable[[Tensor], Tensor] | None = None) -> None:
         self.lmm = lmm
-        self.ready = head is not None
         self._head = head
+
+    @property
+    def ready(self) -> bool:
+        """Return whether prepare_model has replaced its layers."""
+        return self._head is not None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] of hidden states [R, D], in the model's dtype."""
@@ -88,7 +92,7 @@ def prepare_model(lmm: LMM, weights: str | None = None) -> PreparedModel:
         if takes(layer, lmm.llm.config):
             layers[i] = DecodeLayer(layer, weights).eval()
     for name in [name for name, _ in linears(lmm, "llm")]:
-        _replace(lmm, name, DecodeLinear([lmm.get_submodule(name)], weights))
+        lmm.set_submodule(name, DecodeLinear([lmm.get_submodule(name)], weights).eval())
     weight, bias = lmm.family.head(lmm.llm)
     if dense:
         weight.data = in_huge_pages(weight.data)  # in place: it may be the embedding's, too
@@ -98,8 +102,3 @@ def prepare_model(lmm: LMM, weights: str | None = None) -> PreparedModel:
     if not tied:
         weight.data = weight.data.new_empty(0)
     return PreparedModel(lmm, head)
-
-
-def _replace(lmm: LMM, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(lmm.get_submodule(parent), leaf, layer.eval())

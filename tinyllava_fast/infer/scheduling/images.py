@@ -15,12 +15,13 @@ from tinyllava_fast.data.images import ImageMode, check_shape, image_size, load_
 from tinyllava_fast.data.pictures import naming, object_size, of_object
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.types import ImageLike, Images, Request
+from tinyllava_fast.models.lmm import LMM
 
 IMAGES_PER_PASS = 32
 
 
 def image_key(image: Images | None) -> object:
-    """What makes two images the same one: a path's text, or the identity of an image object; of a list, its items'."""
+    """Return what makes two images the same: the text of a path, the identity of an object, the keys of a list."""
     if isinstance(image, (list, tuple)):
         return tuple(image_key(one) for one in image)
     return id(image) if isinstance(image, Image.Image) else str(image)
@@ -35,7 +36,7 @@ class ImageEncoder:
     """
 
     def __init__(
-        self, lmm: Any, processor: Any, *, mode: ImageMode, threads: int, grid: Sequence[tuple[int, int]] = ()
+        self, lmm: LMM, processor: Any, *, mode: ImageMode, threads: int, grid: Sequence[tuple[int, int]] = ()
     ) -> None:
         self.lmm = lmm
         self.processor = processor

@@ -7,8 +7,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, repeat
-from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import is_text, shown
@@ -26,8 +28,8 @@ class Prompts:
     end an answer unless the request says otherwise. ahead: requests read and tokenized together.
     """
 
-    template: Any
-    tokenizer: Any
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
     rows_of: Callable[[ImageLike], int]
     context: int | None
     most: int

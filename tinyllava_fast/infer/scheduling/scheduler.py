@@ -1,4 +1,4 @@
-"""What runs next: a prefill of sequences that wait while the pool has room for them, else one token for each that runs.
+"""The next pass: a prefill of waiting sequences while the pool has room, else a token for each that runs.
 
 When a pass runs out of memory the batch shrinks and the sequences go on: after a prefill its token budget halves, after
 a step the number of sequences in flight does; what was in the pass returns to the front of the queue with the tokens it
@@ -33,14 +33,14 @@ class Limits:
 
 @dataclass
 class Scheduled:
-    """What one pass computes. sequences: ascending by their first row. groups: of a prefill; none: one token each."""
+    """The work of one pass. sequences: ascending by their first row. groups: of a prefill; none: one token each."""
 
     sequences: list[Sequence]
     groups: list[Group] = field(default_factory=list)
 
     @property
     def is_prefill(self) -> bool:
-        """Whether the pass computes prompts."""
+        """Return whether the pass computes prompts."""
         return bool(self.groups)
 
     def drop_ended(self) -> None:
@@ -70,7 +70,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether it holds no sequence at all."""
+        """Return whether it holds no sequence at all."""
         return not (self._arrived or self._waiting or self._running or self._ended)
 
     def add(self, sequence: Sequence) -> None:
@@ -86,7 +86,7 @@ class Scheduler:
         sequence.abort()
 
     def wants_more(self) -> bool:
-        """Whether the next pass could prefill more than what waits. A long queue need not be read before."""
+        """Return whether the next pass could prefill more than what waits. A long queue need not be read before."""
         if self._ended or not self._has_room():
             return False
         return self._group_arrived() > 0
@@ -136,7 +136,7 @@ class Scheduler:
         self.pool.rows = Spans(self.pool.rows.size)
 
     def _has_room(self) -> bool:
-        """Whether it is time for prefills: a pool half full is worth filling, a fuller one decodes first."""
+        """Return whether it is time for prefills: a pool half full is worth filling, a fuller one decodes first."""
         rows = self.pool.rows
         return self._filling or not self._running or rows.free_rows * 2 >= rows.size
 

@@ -36,7 +36,7 @@ _FINISH: dict[type[BaseException], str] = {TooLongError: TOO_LONG, DataError: UN
 
 
 class Status(Enum):
-    """Where a sequence stands."""
+    """The stages of a sequence."""
 
     WAITING = "waiting"
     """It holds no rows of the pool."""
@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def ended(self) -> bool:
-        """Whether it has finished, failed or been aborted."""
+        """Return whether it has finished, failed or been aborted."""
         return self.finish != ""
 
     @property

@@ -32,6 +32,10 @@ class AutoLLM(LLMFamily):
         """See the base class. A family that takes any model names one that has no family of its own."""
         return super().tiny() | ({} if cls.model_types else {"model_type": "smollm3", "no_rope_layers": [1, 0]})
 
+    def complete(self, config: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return the config of a model that is built from one, with what the family's options add to it."""
+        return config
+
     def from_config(
         self,
         config: dict[str, Any],
@@ -43,7 +47,7 @@ class AutoLLM(LLMFamily):
     ) -> PreTrainedModel:
         """See the base class."""
         default = self.model_types[0] if self.model_types and strict else None
-        built = config_of(default, config, f"{where}.config", strict=strict)
+        built = config_of(default, self.complete(config, where), f"{where}.config", strict=strict)
         self._check(built, where)
         built.use_cache = False
         with (

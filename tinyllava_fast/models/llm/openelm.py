@@ -366,21 +366,12 @@ class OpenELM(AutoLLM):
         preset: str | None = None
         """Released size whose config random weights start from: 270M, 450M, 1_1B or 3B."""
 
-    def from_config(
-        self,
-        config: dict[str, Any],
-        *,
-        seed: int | None,
-        dtype: torch.dtype = torch.float32,
-        where: str,
-        strict: bool = True,
-    ) -> PreTrainedModel:
+    def complete(self, config: dict[str, Any], where: str) -> dict[str, Any]:
         """See the base class; the preset's keys come first."""
         preset = self.options.preset
         if preset is not None and preset not in PRESETS:
             raise UserError(f"{where}.options.preset: unknown size {preset!r}; {nearest(preset, PRESETS)}")
-        values = PRESETS.get(preset, {}) | config
-        return super().from_config(values, seed=seed, dtype=dtype, where=where, strict=strict)
+        return PRESETS.get(preset, {}) | config
 
     def prepare_tokenizer(self, tokenizer: Any) -> None:
         """See the base class."""

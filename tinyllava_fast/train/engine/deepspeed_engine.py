@@ -57,7 +57,6 @@ class DeepSpeedEngine:
     """TrainingEngine over DeepSpeed.
 
     model: whole, on every rank; its modules name in ``external_parameters()`` what they read of other modules.
-
     """
 
     def __init__(

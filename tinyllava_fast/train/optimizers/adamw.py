@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyllava_fast.config.schema import EngineConfig
 from tinyllava_fast.ops.adamw import adamw
-from tinyllava_fast.train.optimizers.base import OPTIMIZERS, Gradients, Groups, Optimizer, OptimizerSettings
+from tinyllava_fast.train.optimizers.base import OPTIMIZERS, Gradients, Optimizer, OptimizerSettings, ParamGroups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -24,7 +24,7 @@ class AdamW(Optimizer):
 
     moment_bytes = 8.0
 
-    def __init__(self, groups: Groups, settings: OptimizerSettings) -> None:
+    def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
         super().__init__(groups, settings)
         own = [{**g, "betas": self.betas, "eps": self.eps} for g in groups]
         self._adamw = torch.optim.AdamW(own, fused=True)
@@ -35,7 +35,7 @@ class AdamW(Optimizer):
         """Accept every engine and device."""
 
     @classmethod
-    def build(cls, groups: Groups, settings: OptimizerSettings) -> Optimizer:
+    def build(cls, groups: ParamGroups, settings: OptimizerSettings) -> Optimizer:
         """Return the one-pass optimizer where all masters are on a CPU."""
         if settings.weights and all(p.is_cpu for p in settings.weights):
             return FusedAdamW(groups, settings)
@@ -68,7 +68,7 @@ class FusedAdamW(Optimizer):
     moment_bytes = AdamW.moment_bytes
     fused = True
 
-    def __init__(self, groups: Groups, settings: OptimizerSettings) -> None:
+    def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
         super().__init__(groups, settings)
         self._weights = dict(settings.weights)
         self._moments: dict[Tensor, dict[str, Tensor]] = {}  # there from the first step on

@@ -19,16 +19,15 @@ from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.config.values import place
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.registry import Registry
+from tinyllava_fast.train.engine.base import ParamGroups
 
-Groups = list[dict[str, Any]]
-"""[{name: str, params: list[Tensor], lr: float, weight_decay: float}]"""
 Gradients = Mapping[Tensor, Tensor | None]
 """Tensor that the optimizer updates -> its gradient, None: zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """What an optimizer is built with. betas, eps: of ``optim``."""
+    """The settings that an optimizer is built with. betas, eps: of ``optim``."""
 
     betas: tuple[float, float]
     eps: float
@@ -55,8 +54,8 @@ class Optimizer(ABC):
     moment_bytes: ClassVar[float]
     fused: ClassVar[bool] = False
 
-    def __init__(self, groups: Groups, settings: OptimizerSettings) -> None:
-        self.param_groups: Groups = [dict(group) for group in groups]
+    def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
+        self.param_groups: ParamGroups = [dict(group) for group in groups]
         """The groups; the caller sets each ``lr`` before a step."""
         self.options: Any = settings.options if settings.options is not None else self.Options()
         self.betas, self.eps = settings.betas, settings.eps
@@ -74,7 +73,7 @@ class Optimizer(ABC):
             )
 
     @classmethod
-    def build(cls, groups: Groups, settings: OptimizerSettings) -> Optimizer:
+    def build(cls, groups: ParamGroups, settings: OptimizerSettings) -> Optimizer:
         """Return the optimizer; of several implementations, the one for these tensors."""
         return cls(groups, settings)
 

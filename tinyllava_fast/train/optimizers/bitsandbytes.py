@@ -1,4 +1,4 @@
-"""What bitsandbytes has: AdamW and Lion (arXiv 2302.06675) with moments in 8 bits, or in memory that CUDA pages.
+"""Optimizers of bitsandbytes: AdamW and Lion (arXiv 2302.06675) with moments in 8 bits, or in memory that CUDA pages.
 
 The 8-bit optimizers keep each moment as one byte a weight and a float32 scale for every 256 of them (arXiv 2110.02861);
 weights of fewer than 4,096 elements, and embeddings, whose rows move at very different rates, keep float32 moments. The
@@ -10,14 +10,14 @@ refused here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tinyllava_fast.config.schema import EngineConfig
-from tinyllava_fast.errors import UserError
-from tinyllava_fast.train.optimizers.base import OPTIMIZERS, Gradients, Groups, Optimizer, OptimizerSettings
+from tinyllava_fast.errors import UserError, import_optional
+from tinyllava_fast.train.optimizers.base import OPTIMIZERS, Gradients, Optimizer, OptimizerSettings, ParamGroups
 
 BLOCK = 256  # weights that share a scale
 SMALLEST = 4096  # elements of a weight whose moments are kept in 8 bits
@@ -32,9 +32,9 @@ class BitsAndBytes(Optimizer):
     bits: ClassVar[Literal[8, 32]]
     unpaged: ClassVar[str] = ""
 
-    def __init__(self, groups: Groups, settings: OptimizerSettings) -> None:
+    def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
         super().__init__(groups, settings)
-        bnb = _import_bitsandbytes(f"the optimizer {type(self).__name__}").optim
+        bnb = import_optional("bitsandbytes", f"the optimizer {type(self).__name__}").optim
         chosen = {"betas": self.betas, "is_paged": bool(self.unpaged), "min_8bit_size": SMALLEST}
         chosen["optim_bits"] = self.bits
         if self.algorithm == "AdamW":
@@ -51,7 +51,7 @@ class BitsAndBytes(Optimizer):
     @classmethod
     def check(cls, engine: EngineConfig, device: torch.device, where: str) -> None:
         """See Optimizer. Raise UserError as well where bitsandbytes is missing, or does not page on this device."""
-        _import_bitsandbytes(where)
+        import_optional("bitsandbytes", where)
         super().check(engine, device, where)
         if cls.unpaged and device.type == "cpu":
             raise UserError(f"{where} on a CPU, where bitsandbytes has no paged memory; set type: {cls.unpaged}")
@@ -120,14 +120,3 @@ class PagedLion8bit(Lion8bit):
     """lion8bit, paged."""
 
     unpaged = "lion8bit"
-
-
-def _import_bitsandbytes(what: str) -> Any:
-    """Return the bitsandbytes module. Raise UserError if it does not import. what: needs it, for the message."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError(
-            f"{what} needs bitsandbytes, which does not import ({error}); pip install 'tinyllava-fast[train]'"
-        ) from None
-    return bitsandbytes
