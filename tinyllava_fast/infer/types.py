@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllava_fast.data.objects import ImageInput, ImageLike, image_objects
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.grammar import Grammar
+
+MOST_LOGPROBS = 20
+"""Most tokens that ``Sampling.logprobs`` shows beside the one generated."""
 
 Images = ImageInput | Sequence[ImageInput]
 Message = dict[str, Any]  # {"from": "human" | "gpt", "value": str}
@@ -22,17 +26,40 @@ class Sampling:
     max_new_tokens: int = 64
     """Most tokens generated."""
     temperature: float = 0.0
-    """0: greedy. Above: softmax(logits / temperature) is sampled, after top_k and then top_p."""
+    """0: greedy. Above: softmax(logits / temperature) is sampled, after top_k, then top_p, then min_p.
+
+    These logits are the model's with the penalties, then logit_bias, then the grammar applied to them.
+    """
     top_k: int = 0
     """Only the k most probable tokens are sampled; 0: all."""
     top_p: float = 1.0
     """Only the fewest most probable tokens whose probabilities reach this sum are sampled; 1: all."""
+    min_p: float = 0.0
+    """Only tokens at least this times as probable as the most probable one are sampled; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens of the prompt and of the answer so far become less likely; below 1: likelier.
+
+    As transformers does it: a positive logit is divided by it, a negative one multiplied.
+    """
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that is in the answer so far, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of each token as often as it is in the answer so far, -2 to 2."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
     seed: int = 0
     """Seed of this request's own draws, which do not depend on what runs beside it; for temperature > 0."""
     stop: str | Sequence[str] = ()
     """Texts that end the answer; it is cut before the one that comes first. A single text may stand alone."""
     eos_token_id: int | Sequence[int] | None = None
     """Tokens that end the answer. None: the model's own and the chat template's; (): none."""
+    stop_token_ids: Sequence[int] = ()
+    """Further tokens that end the answer, which are not of its text."""
+    logprobs: int | None = None
+    """None, or: the answer tells the log-probability of each token, and of so many of the likeliest beside it."""
+    grammar: Grammar | None = None
+    """What the answer must look like. It can end only where this is complete, and ends where nothing more can follow;
+    max_new_tokens and stop texts may still cut it."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -43,8 +70,24 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be in [0, 1]")
+        self._check_penalties()
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be None or from 0 to {MOST_LOGPROBS}")
         if "" in self.stop_strings:
             raise ValueError("stop holds an empty text, which would end every answer at once; remove it")
+
+    def _check_penalties(self) -> None:
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number (1: none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not -2 <= value <= 2:
+                raise ValueError(f"{name} is {value}; it must be from -2 to 2")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not math.isfinite(bias):
+                raise ValueError(f"logit_bias is {bias} for token {token}; it must be finite, and the token an id")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -52,10 +95,12 @@ class Sampling:
         return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
 
     def end_ids(self, default: frozenset[int]) -> frozenset[int]:
-        """``eos_token_id`` as a set; default: where it is None."""
+        """Return all tokens that end the answer. default: those of the model, where ``eos_token_id`` is None."""
         if self.eos_token_id is None:
-            return default
-        return frozenset([self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id)
+            ids = default
+        else:
+            ids = frozenset([self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id)
+        return ids.union(self.stop_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +159,20 @@ class Request:
         return [*messages, {"from": "gpt", "value": None}]
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable the model found a token that it generated.
+
+    The probabilities are those of softmax over the tokenizer's vocabulary, of the model's own logits: before penalties,
+    bias, grammar and temperature, as OpenAI's.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(id, log-probability) of the likeliest tokens, likeliest first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What the model said to one request."""
@@ -124,7 +183,7 @@ class Answer:
     tokens: list[int]
     """Generated ids; the end-of-sequence token, if reached, is the last."""
     finish: str
-    """"eos", "stop" (one of the stop texts) or "length".
+    """"eos", "stop" (a stop text, a stop token, or a grammar that nothing more can follow) or "length".
 
     Of ``Engine.step`` and of a run that keeps going also those of infer/finish.py: CONTEXT, ABORTED, and TOO_LONG,
     UNREADABLE, REFUSED or FAILED with an empty answer to a request that could not be answered.
@@ -135,6 +194,10 @@ class Answer:
     """Tokens of the prompt whose K/V were there already, from an earlier request that begins with them."""
     why: str = ""
     """What was wrong with a request that could not be answered."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each of ``tokens``, if the request asked for them."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose K and V another request had computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
