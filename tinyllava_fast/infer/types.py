@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllava_fast.data.objects import ImageInput, ImageLike, image_objects
-from tinyllava_fast.data.types import IMAGE_TOKEN
+from tinyllava_fast.data.types import IMAGE_TOKEN, ImagePart
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.grammar import Grammar
 
@@ -16,7 +16,18 @@ MOST_LOGPROBS = 20
 """Most tokens that ``Sampling.logprobs`` shows beside the one generated."""
 
 Images = ImageInput | Sequence[ImageInput]
-Message = dict[str, Any]  # {"from": "human" | "gpt", "value": str}
+IMAGE = ImagePart.IMAGE  # a part of a message that stands for the next image
+Parts = list[str | ImagePart] | tuple[str | ImagePart, ...]
+Message = dict[str, Any]  # {"from": "human" | "gpt" | "system", "value": str | Parts}
+
+
+def markers(value: str | Parts) -> int:
+    """Return how many image markers a message's value holds.
+
+    >>> markers("<image> is it red?"), markers([IMAGE, "what is <image>?"])
+    (1, 1)
+    """
+    return value.count(IMAGE) if isinstance(value, (list, tuple)) else str(value).count(IMAGE_TOKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +121,11 @@ class Request:
     image: path, PIL image, NumPy array (uint8, [H, W, 3]), bytes of an image file or an open one; None for text only.
         Every image marker of the messages stands for this image. Or a list of them: then the i-th marker is the i-th
         image, wherever it stands, and their numbers must agree. DataError for anything else.
-    messages: LLaVA turns, human first, the last one human. If there are images and no message holds the marker
-        ``<image>``, the images are placed at the front of the first turn, in order.
+    messages: LLaVA turns, human first, the last one human. A value is a text of whoever wrote the program, in which
+        ``<image>`` is a marker and the tokenizer's control tokens are what they are; or a sequence of parts: a str is
+        literal, for what others typed, so nothing in it is a marker or a control token, and IMAGE is a marker. A
+        leading message from "system" replaces the template's system text; it is literal in both forms.
+        If there are images and no marker, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
     priority: of requests that come one by one (``Engine.add_request``), smaller ones run first.
     """
@@ -153,9 +167,13 @@ class Request:
     def conversation(self) -> list[Message]:
         """The messages and the open answer; image markers go in the first turn if there is none yet."""
         messages = [dict(m) for m in self.messages]
-        marked = any(IMAGE_TOKEN in str(m["value"]) for m in messages)
-        if not marked and messages:
-            messages[0]["value"] = f"{IMAGE_TOKEN}\n" * len(self.images) + str(messages[0]["value"])
+        turns = messages[1:] if messages and messages[0]["from"] == "system" else messages
+        if turns and not any(markers(m["value"]) for m in turns):
+            first = turns[0]["value"]
+            if isinstance(first, (list, tuple)):
+                turns[0]["value"] = [IMAGE, "\n"] * len(self.images) + list(first)
+            else:
+                turns[0]["value"] = f"{IMAGE_TOKEN}\n" * len(self.images) + str(first)
         return [*messages, {"from": "gpt", "value": None}]
 
 
