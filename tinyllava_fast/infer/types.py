@@ -214,8 +214,6 @@ class Answer:
     """What was wrong with a request that could not be answered."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each of ``tokens``, if the request asked for them."""
-    cached_tokens: int = 0
-    """Tokens of the prompt whose K and V another request had computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
