@@ -1,8 +1,8 @@
 """Sequences that come one by one: who is next, and how much of whose prompt a pass computes.
 
-While others generate, a prompt is computed in chunks, one between two steps of decoding, each about as long as the step
-itself: the time between two tokens at most doubles. When more wait than run, chunks grow in proportion, since then the
-throughput is what everybody waits for.
+While others generate, prompts are computed in chunks, one between two steps of decoding, as long as one step for each
+request that waits for its first token: a newcomer doubles the time between two tokens of the others, and when many
+wait, chunks are large, since then the throughput is what everybody waits for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.infer.scheduling.prefixes import PrefixCache
 from tinyllava_fast.infer.scheduling.sequence import Sequence, Status
 
-LEAST_CHUNK = 16
+LEAST_CHUNK = 8  # a pass over fewer tokens takes hardly less time: all weights are read
 FIRST_CHUNK = 64  # while it is not known how long passes take
 NEWS = 0.3  # weight of the last pass in the averages
 
@@ -37,7 +37,7 @@ class Pace:
         if tokens:
             self.token_seconds = _average(self.token_seconds, seconds / tokens)
 
-    def chunk(self, backlog: float) -> int:
+    def chunk(self, backlog: int) -> int:
         """Return the tokens of a chunk that takes as long as ``backlog`` steps."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens

@@ -210,7 +210,7 @@ class Scheduler:
             return []
         room = self.limits.prefill_tokens
         if decoding:
-            room = min(room, self.pace.chunk(max(1.0, len(self._online) / decoding)))
+            room = min(room, self.pace.chunk(len(self._online)))
         parts = self._online.next_parts(room, self._most_new())
         known = set(self._running)
         self._running += [s for s, _ in parts if s not in known]
