@@ -16,7 +16,7 @@ from tinyllava_fast.convert.convert import export_model, import_checkpoint, merg
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 
 LORA = "tinyllama-siglip-mlp2x_gelu-lora"
 

@@ -23,7 +23,7 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.models import io
-from tinyllava_fast.models.checkpoints.load import Opened
+from tinyllava_fast.models.checkpoints._load import Opened
 
 EXPRESSIBLE = [
     "gemma-siglip-mlp2x_gelu-mono",

@@ -20,7 +20,7 @@ from tests.tiny import make_model, make_tokenizer, tiny_config
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_image_processor
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 
 CHANGES = [DROP, None, 7, -1, 0, "text", "", [], {}, True, float("nan"), 1e30, 10**9]
 FOREIGN = [

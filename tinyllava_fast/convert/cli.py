@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
-    from tinyllava_fast.models.checkpoints.base import Sources
+    from tinyllava_fast.models.checkpoints._base import Sources
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.command == "merge":

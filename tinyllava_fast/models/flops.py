@@ -14,7 +14,7 @@ from torch import nn
 
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.models.vision.encoder import EncoderTower
+from tinyllava_fast.models.vision._encoder import EncoderTower
 
 
 @dataclass(frozen=True)

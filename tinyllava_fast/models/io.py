@@ -26,7 +26,7 @@ from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.architecture import LMMConfig
-from tinyllava_fast.models.checkpoints.load import open_checkpoint, open_processor, open_tokenizer
+from tinyllava_fast.models.checkpoints._load import open_checkpoint, open_processor, open_tokenizer
 from tinyllava_fast.models.construct import build
 from tinyllava_fast.models.described import check_parts, read_processor
 from tinyllava_fast.models.hf import cast_parameters

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.vectors import GOLDEN, shared
-from tinyllava_fast.models.checkpoints.base import Folder, Sources, layout_of
-from tinyllava_fast.models.checkpoints.load import Opened, open_checkpoint
+from tinyllava_fast.models.checkpoints._base import Folder, Sources, layout_of
+from tinyllava_fast.models.checkpoints._load import Opened, open_checkpoint
 
 STORED = sorted(p.name for p in (GOLDEN / "models").iterdir() if p.is_dir())
 BESIDE = [  # the repository: too large for it

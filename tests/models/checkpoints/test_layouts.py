@@ -21,8 +21,8 @@ from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.adapter import layers
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Folder, Sources
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Folder, Sources
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 
 MONO, LEGACY, LLAVA15 = "tinyllama-clip-mlp2x_gelu-mono", "legacy-tinyllama-siglip", "llava15-tinyllama-clip"
 SIGLIP, CLIP = GOLDEN / "components" / "tiny-siglip", GOLDEN / "components" / "tiny-clip"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinyllava_fast.errors import CheckpointError, UserError
-from tinyllava_fast.models.checkpoints.tensors import read_tensors
+from tinyllava_fast.models.checkpoints._tensors import read_tensors
 from tinyllava_fast.models.llm.base import LLMS
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"

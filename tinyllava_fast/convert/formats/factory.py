@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
-from tinyllava_fast.convert.formats.towers import completed, resized_positions
+from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._towers import completed, resized_positions
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.checkpoints.factory import PREFIXES
 from tinyllava_fast.models.hf import LEGACY_FAMILIES, config_to_dict, legacy_text_config

@@ -7,7 +7,7 @@ Logits equal ours. What has to be said differently there:
 - Gemma's factor on image rows goes into the projector's last layer, since transformers scales text rows only.
 - DINOv2's position table is stored at the size that is used.
 - ``<image>`` becomes a token; it and the padding rows of the vocabulary are never generated.
-- An adapter that is kept apart goes to ``adapter/``, which peft loads onto the model (llava_adapter.py).
+- An adapter that is kept apart goes to ``adapter/``, which peft loads onto the model (_llava_adapter.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._llava_adapter import write_adapter
+from tinyllava_fast.convert.formats._llava_processor import build_processor
+from tinyllava_fast.convert.formats._towers import completed, resized_positions
 from tinyllava_fast.convert.formats.factory import factory_has
-from tinyllava_fast.convert.formats.llava_adapter import write_adapter
-from tinyllava_fast.convert.formats.llava_processor import build_processor
-from tinyllava_fast.convert.formats.towers import completed, resized_positions
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import adapter

@@ -11,9 +11,9 @@ from typing import Any
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.architecture import Architecture, VisionPart
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
-from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints._tensors import Stored, holds_weights
 from tinyllava_fast.models.hf import legacy_text_config
 
 TOWER, PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
@@ -50,27 +50,27 @@ class LegacyLayout(Layout):
         projector = str(config.get("mm_projector_type") or "linear")
         if projector in ("resampler", "qformer"):
             raise CheckpointError(f"{where}: TinyLLaVABench's {projector} is another one than TinyLLaVA Factory's")
-        name = str(parts.need(config, "mm_vision_tower", where))
+        name = str(_parts.need(config, "mm_vision_tower", where))
         layer = int(config.get("mm_vision_select_layer", -2))
-        full = towers.tower_config(name, sources.vision, where, "--vision")
-        kind = towers.tower_type(full, where)
+        full = _towers.tower_config(name, sources.vision, where, "--vision")
+        kind = _towers.tower_type(full, where)
         select = self.selection(kind, config)
-        vision = VisionPart(type=kind, config=towers.truncated(full, layer, where), feature_select=select)
-        connector = parts.connector_part(projector, config, where)
-        stored = parts.under(TOWER, tensors)
+        vision = VisionPart(type=kind, config=_towers.truncated(full, layer, where), feature_select=select)
+        connector = _parts.connector_part(projector, config, where)
+        stored = _parts.under(TOWER, tensors)
         if not stored:
-            stored = towers.pretrained_tower(kind, name, sources.vision, where)
-        tower, left_out = parts.vision_weights(kind, stored)
-        adapting, dropped = parts.connector_weights(connector.type, parts.under(PROJECTOR, tensors))
+            stored = _towers.pretrained_tower(kind, name, sources.vision, where)
+        tower, left_out = _parts.vision_weights(kind, stored)
+        adapting, dropped = _parts.connector_weights(connector.type, _parts.under(PROJECTOR, tensors))
         llm = {k: v for k, v in tensors.items() if not k.startswith((TOWER, PROJECTOR))}
         text = legacy_text_config(config | {"model_type": self.text_types[config["model_type"]]}, where)
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
-            image_mode=parts.image_mode(config, where),
-            weights={**parts.llm_weights(llm), **tower, **adapting},
+            architecture=Architecture(llm=_parts.llm_part(text), vision=vision, connector=connector),
+            image_mode=_parts.image_mode(config, where),
+            weights={**_parts.llm_weights(llm), **tower, **adapting},
             ignored=[*left_out, *dropped],
-            tokenizer=parts.tokenizer_source(folder, sources.llm, where),
+            tokenizer=_parts.tokenizer_source(folder, sources.llm, where),
             processor_sources=[str(folder.path), sources.vision, name],
             origin={"vision": name},
         )

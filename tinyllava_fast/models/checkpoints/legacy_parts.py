@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints._lora import CONFIG as ADAPTER
+from tinyllava_fast.models.checkpoints._lora import NO_USE, read_lora
+from tinyllava_fast.models.checkpoints._tensors import Stored, holds_weights, read_tensors
 from tinyllava_fast.models.checkpoints.legacy import BENCH, LLAVA, PROJECTOR, TOWER, Bench, LegacyLayout, Llava15
-from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
-from tinyllava_fast.models.checkpoints.lora import NO_USE, read_lora
-from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights, read_tensors
 
 _PROJECTOR_FILE, _TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -71,8 +71,8 @@ class LoraAlone(Layout):
                 return ours.get(name)
             # The tower's weights may be from a folder of its own, under other names: its class says which is which.
             inner = name.removeprefix(TOWER)
-            found, _ = parts.vision_weights(vision.type, {inner: Stored.of(name, torch.empty(0))})
-            number, kept = towers.layer_number(inner), vision.config["num_hidden_layers"]
+            found, _ = _parts.vision_weights(vision.type, {inner: Stored.of(name, torch.empty(0))})
+            number, kept = _towers.layer_number(inner), vision.config["num_hidden_layers"]
             if number is not None and number >= kept:
                 return NO_USE
             return next((ours_too for ours_too in found if ours_too in checkpoint.weights), None)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError, nearest
 from tinyllava_fast.models.architecture import Architecture, ConnectorPart, VisionPart
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.hf import config_to_dict
 
 SELECTIONS = {"default": "patch", "full": "cls_patch"}
@@ -48,17 +48,17 @@ class Llava(Layout):
         rows = 1 / math.sqrt(text["hidden_size"]) if text["model_type"] in SCALED else 1.0
         connector, adapting = _connector(config, projector, rows, where)
         vision = _vision(config, where)
-        tower, left_out = parts.vision_weights(vision.type, tower)
+        tower, left_out = _parts.vision_weights(vision.type, tower)
         if text["model_type"] == "phi":
             llm.setdefault("lm_head.bias", Stored.of("no lm_head.bias", torch.zeros(text["vocab_size"])))
         sources_of_processor = [str(folder.path), sources.vision]
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
-            image_mode="pad" if parts.processor_values(sources_of_processor).get("do_pad") else "square",
-            weights={**parts.llm_weights(llm), **tower, **adapting},
+            architecture=Architecture(llm=_parts.llm_part(text), vision=vision, connector=connector),
+            image_mode="pad" if _parts.processor_values(sources_of_processor).get("do_pad") else "square",
+            weights={**_parts.llm_weights(llm), **tower, **adapting},
             ignored=left_out,
-            tokenizer=parts.tokenizer_source(folder, sources.llm, where),
+            tokenizer=_parts.tokenizer_source(folder, sources.llm, where),
             processor_sources=sources_of_processor,
             unknown=unknown,
         )
@@ -108,8 +108,8 @@ def _vision(config: Any, where: str) -> VisionPart:
                 f"{where}: vision_feature_layer {layer}: features of several layers are not supported"
             )
         layer = layer[0]
-    values = towers.truncated(config_to_dict(config.vision_config), layer, where)
-    kind = towers.tower_type(values, where)
+    values = _towers.truncated(config_to_dict(config.vision_config), layer, where)
+    kind = _towers.tower_type(values, where)
     select = SELECTIONS[config.vision_feature_select_strategy]
     if select == "patch" and values.get("num_register_tokens"):
         raise CheckpointError(f"{where}: vision_feature_select_strategy 'default' would keep this tower's registers")
@@ -130,11 +130,11 @@ def _connector(
             found[name] = _map(found[name], lambda t: t * rows)
     act = config.projector_hidden_act
     if act == "linear":
-        weights, _ = parts.connector_weights("linear", _product(found))
+        weights, _ = _parts.connector_weights("linear", _product(found))
         return ConnectorPart(type="linear"), weights
     if act not in ACTIVATIONS:
         raise CheckpointError(f"{where}: projector_hidden_act {act!r}; {nearest(act, [*ACTIVATIONS, 'linear'])}")
-    weights, _ = parts.connector_weights("mlp", found)
+    weights, _ = _parts.connector_weights("mlp", found)
     return ConnectorPart(type="mlp", options={"depth": 2, "activation": ACTIVATIONS[act]}), weights
 
 

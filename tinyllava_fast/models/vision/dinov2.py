@@ -13,8 +13,8 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from tinyllava_fast.config.ranges import Pixels
 from tinyllava_fast.models.architecture import VisionPart
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 Interpolation = Literal["transformers5", "transformers4"]
 _RENAMED = {

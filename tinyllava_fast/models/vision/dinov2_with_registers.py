@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import Dinov2WithRegistersModel, PreTrainedModel
 
 from tinyllava_fast.config.ranges import Pixels
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.models.vision.dinov2 import Dinov2Tower
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @VISION.register("dinov2_with_registers")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tinyllava_fast.config.ranges import Settings, Text
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.architecture import VisionPart
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION, VisionTower
 from tinyllava_fast.models.vision.clip import CLIPTower
 from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, Interpolation
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @dataclass(frozen=True, kw_only=True)

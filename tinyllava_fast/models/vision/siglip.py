@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @VISION.register("siglip")

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from tinyllava_fast.convert.formats.base import Model
+from tinyllava_fast.convert.formats._base import Model
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN

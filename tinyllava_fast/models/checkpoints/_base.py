@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.models.architecture import Architecture
-from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
+from tinyllava_fast.models.checkpoints._tensors import Stored, read_tensors
 from tinyllava_fast.registry import Registry
 
 if TYPE_CHECKING:
-    from tinyllava_fast.models.checkpoints.lora import Lora
+    from tinyllava_fast.models.checkpoints._lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)

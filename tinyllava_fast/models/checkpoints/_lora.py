@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json
-from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
+from tinyllava_fast.models.checkpoints._tensors import Stored, read_tensors
 from tinyllava_fast.models.described import reading
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -14,10 +14,10 @@ from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.architecture import LMMConfig
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
-from tinyllava_fast.models.checkpoints.lora import Lora
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import Checkpoint, Folder, Sources, layout_of
+from tinyllava_fast.models.checkpoints._lora import Lora
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.construct import build, build_tower
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
@@ -64,7 +64,7 @@ def open_checkpoint(
         origin=checkpoint.origin,
     )
     lmm = _build(checkpoint, config, dtype, str(path), merge)
-    processor = parts.image_processor(architecture.vision.type, lmm.image_size, checkpoint.processor_sources)
+    processor = _parts.image_processor(architecture.vision.type, lmm.image_size, checkpoint.processor_sources)
     log.info("%s: opened as %s, template %s", path, checkpoint.layout, template)
     if checkpoint.adapter is not None and not merge:
         _attach(lmm, checkpoint.adapter, str(path))
@@ -81,7 +81,7 @@ def open_processor(path: str | Path) -> Any:
     checkpoint = _describe(path, Sources())
     with torch.device("meta"):
         tower = build_tower(checkpoint.architecture.vision, file=str(path))
-    return parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
+    return _parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
 
 
 def _describe(path: str | Path, sources: Sources) -> Checkpoint:
@@ -102,7 +102,7 @@ def _template(checkpoint: Checkpoint, tokenizer: Any, given: str | None, where: 
         TEMPLATES.get(given, "--template").check(tokenizer)
         return given
     llm = checkpoint.architecture.llm
-    if fitting := parts.fitting_template(tokenizer, llm.config["model_type"]):
+    if fitting := _parts.fitting_template(tokenizer, llm.config["model_type"]):
         return fitting
     if tokenizer.chat_template and LLMS.get(llm.type).template == "tokenizer":
         return "tokenizer"
@@ -144,9 +144,9 @@ def _attach(lmm: LMM, lora: Lora, where: str) -> None:
 
 def _is_irrelevant(name: str, lmm: LMM) -> bool:
     component, _, rest = name.partition(".")
-    if component == "vision" and (number := towers.layer_number(rest)) is not None:
+    if component == "vision" and (number := _towers.layer_number(rest)) is not None:
         return number >= lmm.vision.num_layers
-    return parts.irrelevant(component, rest)
+    return _parts.irrelevant(component, rest)
 
 
 def _check(expected: dict[str, torch.Tensor], weights: dict[str, Stored], unknown: list[str], where: str) -> None:

@@ -12,8 +12,8 @@ from tinyllava_fast.data.tokenizer import has_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
 from tinyllava_fast.log import log
 from tinyllava_fast.models.architecture import ConnectorPart, LLMPart
-from tinyllava_fast.models.checkpoints.base import Folder
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.checkpoints._base import Folder
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.described import PROCESSORS, processor_fields, read_processor
 from tinyllava_fast.models.hf import LEGACY_FAMILIES

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
-from tinyllava_fast.models.checkpoints.base import Folder
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.checkpoints._base import Folder
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.sources import ask_hub
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION, VisionTower
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 # Keys of a stored config that say where it came from, not what the tower is.
 _PROVENANCE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
