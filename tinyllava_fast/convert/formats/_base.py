@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.registry import Registry
@@ -16,8 +18,8 @@ class Model:
     """What is exported. lmm: in eval mode. names: hub ids of the parts, {llm, tokenizer, vision, vision2}."""
 
     lmm: LMM
-    tokenizer: Any
-    processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    processor: BaseImageProcessor
     names: dict[str, str]
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.hf import config_to_dict
-from tinyllava_fast.models.vision.dinov2 import interpolate_by_factor
+from tinyllava_fast.models.vision._encoder import EncoderTower
+from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, interpolate_by_factor
 
 # What transformers derives for backbones from the number of layers.
 _DERIVED = ("stage_names", "out_features", "out_indices")
 _FINAL_NORM = re.compile(r"(post_)?layernorm\.weight")
 
 
-def completed(vision: Any, **changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(transformers config, every weight of the transformers class) of an EncoderTower.
+def completed(vision: EncoderTower, **changes: object) -> tuple[Values, dict[str, Tensor]]:
+    """(transformers config, every weight of the transformers class) of a tower.
 
     Its last layer is ours, so one more follows and feature layer -2 is what we read. That layer's weights are zero:
     only its residual path is left, and it changes nothing. Nor does the rest that is filled in: norms of ones, heads
@@ -28,7 +29,7 @@ def completed(vision: Any, **changes: Any) -> tuple[dict[str, Any], dict[str, Te
     model_class = vision.model_classes[vision.model_types().index(config["model_type"])]
     given = {k: v for k, v in config.items() if k != "model_type"}
     with torch.device("meta"):
-        whole = model_class(model_class.config_class(**given))
+        whole = model_class(type(vision.config)(**given))
     weights = dict(vision.state_dict())
     dtype = next(iter(weights.values())).dtype
     for name, like in whole.named_parameters():
@@ -38,10 +39,10 @@ def completed(vision: Any, **changes: Any) -> tuple[dict[str, Any], dict[str, Te
     return config, weights
 
 
-def resized_positions(dinov2: Any) -> Tensor:
-    """DINOv2's position table at the size of its input, resized as the tower does it."""
+def resized_positions(dinov2: Dinov2Tower) -> Tensor:
+    """Return DINOv2's position table at the size of its input, resized as the tower does it."""
     module, grid = dinov2.embeddings, dinov2.image_size // dinov2.config.patch_size
-    if dinov2.options.interpolation == "transformers4":
+    if dinov2.interpolation == "transformers4":
         return interpolate_by_factor(module.position_embeddings, grid).contiguous()
     tokens = module.position_embeddings.new_zeros(1, grid * grid + 1, dinov2.hidden_size)
     return module.interpolate_pos_encoding(tokens, dinov2.image_size, dinov2.image_size).contiguous()

@@ -10,11 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json
-from tinyllava_fast.models.architecture import Architecture
+from tinyllava_fast.models.architecture import Architecture, Values
 from tinyllava_fast.models.checkpoints._tensors import Stored, read_tensors
 from tinyllava_fast.registry import Registry
 
@@ -45,7 +45,7 @@ class Folder:
         """Whether all these files or folders are in it."""
         return all((self.path / name).exists() for name in names)
 
-    def json(self, name: str) -> dict[str, Any]:
+    def json(self, name: str) -> Values:
         """A JSON object in it. Raises CheckpointError if the file is missing or holds anything else."""
         path = self.path / name
         if not path.is_file():

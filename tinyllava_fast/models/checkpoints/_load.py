@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError
@@ -32,7 +31,7 @@ class Opened:
 
     lmm: LMM
     tokenizer: PreTrainedTokenizerBase
-    processor: Any
+    processor: BaseImageProcessor
     layout: str
 
 
@@ -76,7 +75,7 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return _tokenizer(_describe(path, Sources()))
 
 
-def open_processor(path: str | Path) -> Any:
+def open_processor(path: str | Path) -> BaseImageProcessor:
     """The image processor of such a folder."""
     checkpoint = _describe(path, Sources())
     with torch.device("meta"):
@@ -96,7 +95,7 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _template(checkpoint: Checkpoint, tokenizer: Any, given: str | None, where: str) -> str | None:
+def _template(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, given: str | None, where: str) -> str | None:
     """Return the given chat template, or the one that fits the tokenizer; None, with a warning, if none does."""
     if given:
         TEMPLATES.get(given, "--template").check(tokenizer)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.checkpoints._base import Folder
 from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.sources import ask_hub
@@ -32,7 +32,7 @@ _CLIP_L = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-_PUBLISHED: dict[str, dict[str, Any]] = {
+_PUBLISHED: dict[str, Values] = {
     "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
     "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
     "google/siglip-so400m-patch14-384": {
@@ -63,7 +63,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
 }
 # Class defaults of transformers 4.40, which nested configs of its time leave out.
 _LEGACY_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
-_LEGACY_VISION: dict[str, dict[str, Any]] = {
+_LEGACY_VISION: dict[str, Values] = {
     "clip_vision_model": _LEGACY_VIT
     | {
         "intermediate_size": 3072,
@@ -87,7 +87,7 @@ _LEGACY_VISION: dict[str, dict[str, Any]] = {
 }
 
 
-def tower_type(config: Mapping[str, Any], where: str) -> str:
+def tower_type(config: Mapping[str, object], where: str) -> str:
     """Our tower for a transformers vision config."""
     known = {kind: name for name in sorted(VISION, reverse=True) for kind in _model_types(VISION.get(name))}
     kind = str(config.get("model_type"))
@@ -100,7 +100,7 @@ def _model_types(tower: type[VisionTower]) -> list[str]:
     return tower.model_types() if issubclass(tower, EncoderTower) else []
 
 
-def legacy_vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def legacy_vision_config(config: Mapping[str, object], where: str) -> Values:
     """A nested vision config with the defaults that it leaves out."""
     kind = str(config.get("model_type"))
     if kind not in _LEGACY_VISION:
@@ -108,9 +108,9 @@ def legacy_vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any
     return _LEGACY_VISION[kind] | dict(config)
 
 
-def truncated(config: Mapping[str, Any], feature_layer: int, where: str) -> dict[str, Any]:
+def truncated(config: Mapping[str, object], feature_layer: int, where: str) -> Values:
     """The vision config without provenance, ending at the layer that is read."""
-    values = {k: v for k, v in config.items() if k not in _PROVENANCE}
+    values: Values = {k: v for k, v in config.items() if k not in _PROVENANCE}
     layers = int(values.setdefault("num_hidden_layers", 12))
     kept = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if not 0 <= kept <= layers:
@@ -118,7 +118,7 @@ def truncated(config: Mapping[str, Any], feature_layer: int, where: str) -> dict
     return values | {"num_hidden_layers": kept}
 
 
-def tower_config(name: str, override: str | None, where: str, flag: str) -> dict[str, Any]:
+def tower_config(name: str, override: str | None, where: str, flag: str) -> Values:
     """The full transformers vision config of a tower that a checkpoint only names.
 
     From the override if given, a local folder, a built-in table of published towers, or the hub, in that order.

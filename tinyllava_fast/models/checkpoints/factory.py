@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.architecture import Architecture, VisionPart
+from tinyllava_fast.models.architecture import Architecture, Values, VisionPart
 from tinyllava_fast.models.checkpoints import _parts, _towers
 from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints._lora import CONFIG as ADAPTER
@@ -45,10 +44,10 @@ class FactoryLayout(Layout):
             (config.get("vision_config") or {}).get("model_name_or_path"),
         ]
         vision = _vision(config, sources, processors, where)
-        connector = _parts.connector_part(_parts.need(config, "connector_type", where), config, where)
+        connector = _parts.connector_part(_parts.need_text(config, "connector_type", where), config, where)
         tower, left_out = _parts.vision_weights(vision.type, tensors["vision"])
         adapting, dropped = _parts.connector_weights(connector.type, tensors["connector"])
-        text = legacy_text_config(_parts.need(config, "text_config", where), where)
+        text = legacy_text_config(_parts.need_section(config, "text_config", where), where)
         origin = {
             "llm": config.get("llm_model_name_or_path"),
             "tokenizer": config.get("tokenizer_name_or_path") or config.get("llm_model_name_or_path"),
@@ -161,14 +160,14 @@ def _split_tensors(folder: Folder) -> dict[str, dict[str, Stored]]:
     return found
 
 
-def _vision(config: dict[str, Any], sources: Sources, processors: list[str | None], where: str) -> VisionPart:
+def _vision(config: Values, sources: Sources, processors: list[str | None], where: str) -> VisionPart:
     """The tower, or the two towers of a mixture, that config.json describes.
 
     DINOv2's position table is resized as transformers 4.40 did. The size of its images is only in its image processor,
     whose crop is 224 in every release.
     """
     layer = config.get("vision_feature_layer", -2)
-    stored = _towers.legacy_vision_config(_parts.need(config, "vision_config", where), where)
+    stored = _towers.legacy_vision_config(_parts.need_section(config, "vision_config", where), where)
     first = _towers.truncated(stored, layer, where)
     vision = VisionPart(
         type=_towers.tower_type(first, where),
@@ -176,7 +175,7 @@ def _vision(config: dict[str, Any], sources: Sources, processors: list[str | Non
         feature_select=config.get("vision_feature_select_strategy", "patch"),
     )
     if str(config.get("vision_model_name_or_path")).partition(":")[0] == "mof":
-        name = str(_parts.need(config, "vision_model_name_or_path2", where)).rpartition(":")[2]
+        name = _parts.need_text(config, "vision_model_name_or_path2", where).rpartition(":")[2]
         second = _towers.truncated(_towers.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
         half = {"config": second, "interpolation": "transformers4"}
         return replace(vision, type="mof", options={"dinov2": half})

@@ -7,7 +7,6 @@ Folders that hold only what a stage trained (a projector, an adapter) are in leg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.architecture import Architecture, VisionPart
@@ -37,7 +36,7 @@ class LegacyLayout(Layout):
         """See the base class."""
         return self.describe(folder, sources, folder.tensors())
 
-    def selection(self, tower: str, config: Mapping[str, Any]) -> str:
+    def selection(self, tower: str, config: Mapping[str, object]) -> str:
         """Which tower tokens are kept."""
         return str(config.get("mm_vision_select_feature") or "patch")
 
@@ -50,7 +49,7 @@ class LegacyLayout(Layout):
         projector = str(config.get("mm_projector_type") or "linear")
         if projector in ("resampler", "qformer"):
             raise CheckpointError(f"{where}: TinyLLaVABench's {projector} is another one than TinyLLaVA Factory's")
-        name = str(_parts.need(config, "mm_vision_tower", where))
+        name = _parts.need_text(config, "mm_vision_tower", where)
         layer = int(config.get("mm_vision_select_layer", -2))
         full = _towers.tower_config(name, sources.vision, where, "--vision")
         kind = _towers.tower_type(full, where)
@@ -84,7 +83,7 @@ class Bench(LegacyLayout):
     holds = "TinyLLaVABench: config.json (tiny_llava_phi, tiny_llava_stablelm, tiny_llava) with mm_vision_tower"
     text_types = BENCH
 
-    def selection(self, tower: str, config: Mapping[str, Any]) -> str:
+    def selection(self, tower: str, config: Mapping[str, object]) -> str:
         """See the base class."""
         return "cls_patch" if tower.startswith("siglip") else super().selection(tower, config)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import LlavaConfig, PreTrainedConfig
 
 from tinyllava_fast.errors import CheckpointError, nearest
-from tinyllava_fast.models.architecture import Architecture, ConnectorPart, VisionPart
+from tinyllava_fast.models.architecture import Architecture, ConnectorPart, Values, VisionPart
 from tinyllava_fast.models.checkpoints import _parts, _towers
 from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints._tensors import Stored
@@ -44,7 +45,7 @@ class Llava(Layout):
         where = str(folder.path / "config.json")
         config = _config(folder.config, where)
         llm, tower, projector, unknown = _sort(folder.tensors())
-        text = config_to_dict(config.text_config)
+        text = config_to_dict(config.get_text_config())
         rows = 1 / math.sqrt(text["hidden_size"]) if text["model_type"] in SCALED else 1.0
         connector, adapting = _connector(config, projector, rows, where)
         vision = _vision(config, where)
@@ -64,9 +65,7 @@ class Llava(Layout):
         )
 
 
-def _config(values: dict[str, Any], where: str) -> Any:
-    from transformers import LlavaConfig
-
+def _config(values: Values, where: str) -> LlavaConfig:
     try:
         return LlavaConfig.from_dict(values)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
@@ -100,7 +99,7 @@ def _sort(
     return llm, tower, projector, unknown
 
 
-def _vision(config: Any, where: str) -> VisionPart:
+def _vision(config: LlavaConfig, where: str) -> VisionPart:
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         if len(layer) != 1:
@@ -108,7 +107,7 @@ def _vision(config: Any, where: str) -> VisionPart:
                 f"{where}: vision_feature_layer {layer}: features of several layers are not supported"
             )
         layer = layer[0]
-    values = _towers.truncated(config_to_dict(config.vision_config), layer, where)
+    values = _towers.truncated(config_to_dict(cast("PreTrainedConfig", config.vision_config)), layer, where)
     kind = _towers.tower_type(values, where)
     select = SELECTIONS[config.vision_feature_select_strategy]
     if select == "patch" and values.get("num_register_tokens"):
@@ -117,14 +116,14 @@ def _vision(config: Any, where: str) -> VisionPart:
 
 
 def _connector(
-    config: Any, tensors: Mapping[str, Stored], rows: float, where: str
+    config: LlavaConfig, tensors: Mapping[str, Stored], rows: float, where: str
 ) -> tuple[ConnectorPart, dict[str, Stored]]:
     """(connector, weights) of the projector, its output multiplied by ``rows``."""
     found = {f"{_PROJECTOR[k.split('.')[0]]}.{k.split('.')[-1]}": v for k, v in tensors.items()}
     if not config.multimodal_projector_bias:
         for index in "02":
-            size = config.text_config.hidden_size
-            found[f"{index}.bias"] = Stored.of("no projector bias", torch.zeros(size))
+            zeros = torch.zeros(config.get_text_config().hidden_size)
+            found[f"{index}.bias"] = Stored.of("no projector bias", zeros)
     if rows != 1.0:
         for name in ("2.weight", "2.bias"):
             found[name] = _map(found[name], lambda t: t * rows)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tinyllava_fast.models.architecture import LLMPart
+from tinyllava_fast.models.architecture import LLMPart, Values
+from tinyllava_fast.models.attention import KVView
 from tinyllava_fast.registry import Registry
 
 
@@ -21,8 +22,8 @@ class LLMFamily(ABC):
     class Options:
         """Settings of this family alone."""
 
-    def __init__(self, options: Any = None) -> None:
-        self.options: Any = options if options is not None else self.Options()
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options if options is not None else self.Options()
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -31,7 +32,7 @@ class LLMFamily(ABC):
     """Chat template that models of the family are trained with unless a run names another."""
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """Return the transformers config of a model of a few kilobytes, 32 wide, with 61 tokens, for tests."""
         return {
             "hidden_size": 32,
@@ -46,13 +47,13 @@ class LLMFamily(ABC):
         }
 
     @abstractmethod
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give special tokens the roles that the family's training gave them; applying it twice changes nothing."""
 
     @abstractmethod
     def from_config(
         self,
-        config: dict[str, Any],
+        config: Values,
         *,
         seed: int | None,
         dtype: torch.dtype = torch.float32,
@@ -70,7 +71,7 @@ class LLMFamily(ABC):
 
     @abstractmethod
     def from_pretrained(
-        self, path: str, *, gguf_file: str | None, overrides: dict[str, Any], dtype: torch.dtype, where: str
+        self, path: str, *, gguf_file: str | None, overrides: Values, dtype: torch.dtype, where: str
     ) -> PreTrainedModel:
         """A model with the weights of a folder, hub id or "package:<name>", in the given dtype."""
 
@@ -83,7 +84,9 @@ class LLMFamily(ABC):
         """Factor on every input row. Gemma multiplies rows by sqrt(D), image rows included."""
 
     @abstractmethod
-    def hidden(self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
+    def hidden(
+        self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Tensor | KVView | None
+    ) -> Tensor:
         """The decoder body: [1, T, D] embeds and [1, T] positions -> [1, T, D] after the final norm."""
 
     @abstractmethod
@@ -111,7 +114,7 @@ def families_for(model_type: str) -> list[str]:
     return [name for name in LLMS if model_type in LLMS.get(name).model_types] or ["auto"]
 
 
-def pad_with_unk(tokenizer: Any) -> None:
+def pad_with_unk(tokenizer: PreTrainedTokenizerBase) -> None:
     """Pad with the unknown token, as many families do; a tokenizer without one keeps what it has."""
     if tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token

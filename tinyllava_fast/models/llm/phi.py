@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PreTrainedTokenizerBase
 
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
 from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
 
@@ -17,10 +18,10 @@ class Phi(AutoLLM):
     template = "phi"
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"resid_pdrop": 0.0}
 
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See the base class."""
         pad_with_unk(tokenizer)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PreTrainedTokenizerBase
 
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
 from tinyllava_fast.models.llm.base import LLMS
 
@@ -17,11 +18,11 @@ class Qwen2(AutoLLM):
     template = "qwen2_base"
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See the base class."""
         if tokenizer.pad_token is not None:
             tokenizer.unk_token = tokenizer.pad_token

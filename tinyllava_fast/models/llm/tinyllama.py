@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PreTrainedTokenizerBase
 
 from tinyllava_fast.models.llm.auto import AutoLLM
 from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
@@ -16,6 +16,6 @@ class TinyLlama(AutoLLM):
     model_types = ("llama",)
     template = "llama"
 
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See the base class."""
         pad_with_unk(tokenizer)
