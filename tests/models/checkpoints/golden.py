@@ -8,7 +8,6 @@ import lzma
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ def _place(name: str) -> Path:
     return shared(f"models/{name}") if name in BESIDE else stored
 
 
-def _value(name: str, file: str) -> Any:
+def _value(name: str, file: str) -> object:
     return json.loads((_place(name) / file).read_text(encoding="utf-8"))
 
 
@@ -74,7 +73,7 @@ def folder(name: str) -> Path:
 
 
 @functools.cache
-def record(name: str) -> dict[str, Any]:
+def record(name: str) -> dict[str, object]:
     return _value(name, "record.json")
 
 
