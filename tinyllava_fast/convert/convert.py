@@ -121,7 +121,7 @@ def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype 
 
 
 def _is_adapter(source: str | Path) -> bool:
-    """Whether a folder holds a peft adapter and no model."""
+    """Return whether a folder holds a peft adapter and no model."""
     folder = Path(source)
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 

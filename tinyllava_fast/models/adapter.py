@@ -45,7 +45,7 @@ _PREFIX = "base_model.model."
 
 
 class LayerSettings(NamedTuple):
-    """What decides the shape and the scale of one layer's adapter."""
+    """The settings that decide the shape and the scale of one layer's adapter."""
 
     r: int
     alpha: float

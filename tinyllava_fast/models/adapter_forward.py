@@ -89,7 +89,7 @@ def _pefts(layer: AdaptedLayer, x: Tensor) -> Tensor:
 
 
 def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor | NF4 | None:
-    """What the op multiplies by; None if it would not be what bitsandbytes multiplies by."""
+    """Return the weight as the op takes it; None if bitsandbytes would multiply by another one."""
     weight = base.weight
     if type(base) is nn.Linear:
         return weight if weight.dtype == dtype else None

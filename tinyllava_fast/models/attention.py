@@ -28,7 +28,7 @@ FULL = "tlf_full"
 
 @dataclass
 class KVView:
-    """Where one inference call's keys and values live in a preallocated pool, and which of them each query sees.
+    """The rows of a preallocated pool that hold the keys and values of one inference call, and those each query sees.
 
     The call's own K and V rows are written to ``slots`` first, so a sequence's new tokens see one another.
     """

@@ -1,4 +1,4 @@
-"""What the files of a model folder may say, and one place where what other libraries raise at them becomes a sentence.
+"""Checks of a model folder's files, and one place where the errors of the libraries that read them become sentences.
 
 A damaged file makes transformers, tokenizers, peft and torch raise nearly anything: KeyError, ZeroDivisionError,
 RecursionError, a panic of Rust. ``reading`` names the file instead.

@@ -19,7 +19,7 @@ from tinyllava_fast.models.vision._encoder import EncoderTower
 
 @dataclass(frozen=True)
 class Costs:
-    """What the FLOPs of a model are made of."""
+    """The sizes from which the FLOPs of a model follow."""
 
     decoder_weights: int  # elements of the decoder layers' matrices
     attention_width: int  # layers x heads x head size
@@ -31,7 +31,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Trains:
-    """Which components get weight gradients."""
+    """The components that get weight gradients."""
 
     llm: bool = True
     connector: bool = True

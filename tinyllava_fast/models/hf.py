@@ -1,4 +1,4 @@
-"""What every wrapper of a transformers model needs: strict configs, seeded construction, safe dtype changes."""
+"""Common parts of all wrappers of transformers models: strict configs, seeded construction, safe changes of dtype."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def load_model(
 
 
 def is_foreign(folder: str | Path) -> bool:
-    """Whether the folder has a config.json that another project wrote."""
+    """Return whether the folder has a config.json that another project wrote."""
     try:
         values = read_json(Path(folder) / "config.json")
     except UserError:

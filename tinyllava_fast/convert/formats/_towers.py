@@ -10,11 +10,18 @@ from torch import Tensor
 from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.vision._encoder import EncoderTower
-from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, interpolate_by_factor
+from tinyllava_fast.models.vision.base import VisionTower
+from tinyllava_fast.models.vision.dinov2 import BACKBONE_KEYS, Dinov2Tower, interpolate_by_factor
 
-# What transformers derives for backbones from the number of layers.
-_DERIVED = ("stage_names", "out_features", "out_indices")
+TOWERS = ("clip", "siglip", "siglip2", "dinov2")
 _FINAL_NORM = re.compile(r"(post_)?layernorm\.weight")
+
+
+def plain_encoder(vision: VisionTower) -> EncoderTower | None:
+    """Return the tower if it is one that transformers 4 has, on images of one size."""
+    if not isinstance(vision, EncoderTower) or vision.name not in TOWERS:
+        return None
+    return None if vision.config.model_type == "siglip2_vision_model" else vision
 
 
 def completed(vision: EncoderTower, **changes: object) -> tuple[Values, dict[str, Tensor]]:
@@ -25,7 +32,7 @@ def completed(vision: EncoderTower, **changes: object) -> tuple[Values, dict[str
     of zeros. changes: config keys that the format has differently.
     """
     config = config_to_dict(vision.config) | {"num_hidden_layers": vision.num_layers + 1} | changes
-    config = {k: v for k, v in config.items() if k not in _DERIVED}
+    config = {k: v for k, v in config.items() if k not in BACKBONE_KEYS}
     model_class = vision.model_classes[vision.model_types().index(config["model_type"])]
     given = {k: v for k, v in config.items() if k != "model_type"}
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
-from tinyllava_fast.convert.formats._towers import completed, resized_positions
+from tinyllava_fast.convert.formats._towers import completed, plain_encoder, resized_positions
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.checkpoints.factory import PREFIXES
@@ -24,17 +24,9 @@ from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.hf import LEGACY_FAMILIES, config_to_dict, legacy_text_config
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision._encoder import EncoderTower
-from tinyllava_fast.models.vision.dinov2 import Dinov2Tower
+from tinyllava_fast.models.vision.dinov2 import RENAMED, Dinov2Tower
 from tinyllava_fast.models.vision.mof import MoFTower
 
-_DINOV2 = {
-    ".attention.q_proj.": ".attention.attention.query.",
-    ".attention.k_proj.": ".attention.attention.key.",
-    ".attention.v_proj.": ".attention.attention.value.",
-    ".attention.o_proj.": ".attention.output.dense.",
-    ".mlp.down_proj.": ".mlp.weights_out.",
-}
-_TOWERS = ("clip", "siglip", "siglip2", "dinov2")
 # Sizes that the reference's connectors have fixed.
 _FIXED = {
     "resampler": {"num_heads": 8, "head_size": 64, "expansion": 4},
@@ -161,13 +153,10 @@ def _vision(lmm: LMM, model: Model) -> tuple[Values, dict[str, Tensor]]:
         return config, {
             f"{half}.{k}": v for half, part in (("clip", clip), ("dinov2", dinov2)) for k, v in part.items()
         }
-    if (
-        not isinstance(vision, EncoderTower)
-        or vision.name not in _TOWERS
-        or vision.config.model_type == "siglip2_vision_model"
-    ):
+    encoder = plain_encoder(vision)
+    if encoder is None:
         raise UserError(f"vision.type: the reference has no {vision.name}; it has clip, siglip, dinov2 and mof")
-    return _encoder(vision)
+    return _encoder(encoder)
 
 
 def _native(dinov2: Dinov2Tower) -> bool:
@@ -193,7 +182,7 @@ def _plain(config: Values) -> Values:
 def _dinov2_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in weights.items():
-        for new, old in _DINOV2.items():
+        for old, new in RENAMED.items():
             name = name.replace(new, old)
         if ".mlp.gate_proj." in name:
             other = weights[name.replace("gate_proj", "up_proj")]
@@ -204,7 +193,7 @@ def _dinov2_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def factory_has(connector: Connector) -> bool:
-    """Whether the reference has a connector of this kind and of these fixed sizes."""
+    """Return whether the reference has a connector of this kind and of these fixed sizes."""
     fixed = _FIXED.get(connector.name, {})
     return connector.name in CONNECTORS and all(getattr(connector.options, k) == v for k, v in fixed.items())
 

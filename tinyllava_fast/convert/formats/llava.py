@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats._llava_adapter import write_adapter
 from tinyllava_fast.convert.formats._llava_processor import build_processor
-from tinyllava_fast.convert.formats._towers import completed, resized_positions
+from tinyllava_fast.convert.formats._towers import TOWERS, completed, plain_encoder, resized_positions
 from tinyllava_fast.convert.formats.factory import factory_has
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
@@ -32,11 +32,9 @@ from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision._encoder import EncoderTower
-from tinyllava_fast.models.vision.base import VisionTower
 from tinyllava_fast.models.vision.dinov2 import Dinov2Tower
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu"}
-_TOWERS = ("clip", "siglip", "siglip2", "dinov2")
 
 
 @FORMATS.register("llava")
@@ -51,7 +49,10 @@ class LlavaFormat(Format):
         lmm = model.lmm
         apart = adapter.take(lmm)
         _check_llm(lmm)
-        encoder = _encoder(lmm.vision)
+        encoder = plain_encoder(lmm.vision)
+        if encoder is None:
+            name = lmm.vision.name
+            raise UserError(f"vision.type: {name} is no tower of transformers' llava; it takes {', '.join(TOWERS)}")
         vision, tower = _tower(encoder)
         act, projector = _projector(lmm)
         processor = build_processor(model, encoder)
@@ -111,17 +112,6 @@ def _language_model(lmm: LMM, image_token: int) -> tuple[Values, dict[str, Tenso
             tensor = torch.cat([tensor, tensor.new_zeros(extra, tensor.shape[1])])
         weights[name if name.startswith("lm_head.") else f"model.language_model.{name.removeprefix('model.')}"] = tensor
     return config | {"vocab_size": embedding.shape[0] + extra}, weights
-
-
-def _encoder(vision: VisionTower) -> EncoderTower:
-    """Return the tower. Raises UserError if transformers' llava has none of its kind."""
-    if (
-        not isinstance(vision, EncoderTower)
-        or vision.name not in _TOWERS
-        or vision.config.model_type == "siglip2_vision_model"
-    ):
-        raise UserError(f"vision.type: {vision.name} is no tower of transformers' llava; it takes {', '.join(_TOWERS)}")
-    return vision
 
 
 def _tower(vision: EncoderTower) -> tuple[Values, dict[str, Tensor]]:

@@ -51,19 +51,11 @@ def open_checkpoint(
     unknown layout and for tensors that are damaged, missing, unexpected or of another shape, listing all of them.
     """
     checkpoint = _describe(path, sources or Sources())
-    architecture = checkpoint.architecture
     tokenizer = _tokenizer(checkpoint)
     template = _template(checkpoint, tokenizer, template, str(path))
-    config = LMMConfig(
-        llm=architecture.llm,
-        vision=architecture.vision,
-        connector=architecture.connector,
-        template=template or "",
-        image_mode=checkpoint.image_mode,
-        origin=checkpoint.origin,
-    )
+    config = dataclasses.replace(checkpoint.config, template=template or "")
     lmm = _build(checkpoint, config, dtype, str(path), merge)
-    processor = _parts.image_processor(architecture.vision.type, lmm.image_size, checkpoint.processor_sources)
+    processor = _parts.image_processor(config.vision.type, lmm.image_size, checkpoint.processor_sources)
     log.info("%s: opened as %s, template %s", path, checkpoint.layout, template)
     if checkpoint.adapter is not None and not merge:
         _attach(lmm, checkpoint.adapter, str(path))
@@ -79,7 +71,7 @@ def open_processor(path: str | Path) -> BaseImageProcessor:
     """The image processor of such a folder."""
     checkpoint = _describe(path, Sources())
     with torch.device("meta"):
-        tower = build_tower(checkpoint.architecture.vision, file=str(path))
+        tower = build_tower(checkpoint.config.vision, file=str(path))
     return _parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
 
 
@@ -91,7 +83,7 @@ def _describe(path: str | Path, sources: Sources) -> Checkpoint:
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     tokenizer = read_tokenizer(checkpoint.tokenizer, None)
-    LLMS.get(checkpoint.architecture.llm.type)().prepare_tokenizer(tokenizer)
+    LLMS.get(checkpoint.config.llm.type)().prepare_tokenizer(tokenizer)
     return tokenizer
 
 
@@ -100,7 +92,7 @@ def _template(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, given:
     if given:
         TEMPLATES.get(given, "--template").check(tokenizer)
         return given
-    llm = checkpoint.architecture.llm
+    llm = checkpoint.config.llm
     if fitting := _parts.fitting_template(tokenizer, llm.config["model_type"]):
         return fitting
     if tokenizer.chat_template and LLMS.get(llm.type).template == "tokenizer":

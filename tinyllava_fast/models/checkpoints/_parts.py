@@ -1,4 +1,4 @@
-"""What layouts have in common: components, names, towers, connectors, processors, and which template fits."""
+"""Helpers of all layouts: components, names of tensors, connectors, processors, and the template that fits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _IRRELEVANT = {
 
 
 def irrelevant(component: str, name: str) -> bool:
-    """Whether a stored name of a component, as its project names it, is known to be of no use."""
+    """Return whether a stored name of a component, as its project names it, is known to be of no use."""
     return re.fullmatch(_IRRELEVANT[component], name) is not None
 
 

@@ -15,11 +15,12 @@ from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.sources import ask_hub
 from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.vision.dinov2 import BACKBONE_KEYS
 
 # Keys of a stored config that say where it came from, not what the tower is.
 _PROVENANCE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
 _PROVENANCE |= {"model_name_or_path", "model_name_or_path2"}
-_PROVENANCE |= {"stage_names", "out_features", "out_indices"}  # derived from the number of layers
+_PROVENANCE |= BACKBONE_KEYS
 # Configs of towers that checkpoints name without describing them, from their hub repositories.
 _CLIP_L = {
     "model_type": "clip_vision_model",
@@ -31,6 +32,15 @@ _CLIP_L = {
     "projection_dim": 768,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
+}
+_DINOV2 = {
+    "patch_size": 14,
+    "mlp_ratio": 4,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": True,
+    "layerscale_value": 1.0,
+    "use_swiglu_ffn": False,
 }
 _PUBLISHED: dict[str, Values] = {
     "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
@@ -46,19 +56,13 @@ _PUBLISHED: dict[str, Values] = {
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
     },
-    "facebook/dinov2-large": {
+    "facebook/dinov2-large": _DINOV2
+    | {
         "model_type": "dinov2",
         "hidden_size": 1024,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
-        "mlp_ratio": 4,
         "image_size": 518,
-        "patch_size": 14,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "layerscale_value": 1.0,
-        "use_swiglu_ffn": False,
     },
 }
 # Class defaults of transformers 4.40, which nested configs of its time leave out.
@@ -74,16 +78,7 @@ _LEGACY_VISION: dict[str, Values] = {
     },
     "siglip_vision_model": _LEGACY_VIT
     | {"intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-    "dinov2": _LEGACY_VIT
-    | {
-        "patch_size": 14,
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "layerscale_value": 1.0,
-        "use_swiglu_ffn": False,
-    },
+    "dinov2": _LEGACY_VIT | _DINOV2,
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.architecture import Architecture, Values, VisionPart
+from tinyllava_fast.models.architecture import LMMConfig, Values, VisionPart
 from tinyllava_fast.models.checkpoints import _parts, _towers
 from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints._lora import CONFIG as ADAPTER
@@ -25,14 +25,14 @@ _SPLIT = {"llm": "language_model", "vision": "vision_tower", "connector": "conne
 
 
 class FactoryLayout(Layout):
-    """What the three have in common: config.json."""
+    """The common part of the three layouts: config.json."""
 
     def recognizes(self, folder: Folder) -> bool:
         """See the base class."""
         return folder.config.get("model_type") == "tinyllava" and self.laid_out(folder)
 
     def laid_out(self, folder: Folder) -> bool:
-        """Whether the weights are where this layout has them."""
+        """Return whether the weights are where this layout has them."""
         raise NotImplementedError
 
     def describe(self, folder: Folder, sources: Sources, tensors: Mapping[str, Mapping[str, Stored]]) -> Checkpoint:
@@ -56,13 +56,17 @@ class FactoryLayout(Layout):
         }
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=_parts.llm_part(text), vision=vision, connector=connector),
-            image_mode=_parts.image_mode(config, where),
+            config=LMMConfig(
+                llm=_parts.llm_part(text),
+                vision=vision,
+                connector=connector,
+                image_mode=_parts.image_mode(config, where),
+                origin={k: str(v) for k, v in origin.items() if v},
+            ),
             weights={**_parts.llm_weights(tensors["llm"]), **tower, **adapting},
             ignored=[*left_out, *dropped],
             tokenizer=_parts.tokenizer_source(folder, sources.llm or origin["tokenizer"], where),
             processor_sources=processors,
-            origin={k: str(v) for k, v in origin.items() if v},
         )
 
 
@@ -121,7 +125,7 @@ class Lora(FactoryLayout):
         if any(not stored.dtype.is_floating_point for stored in tensors["llm"].values()):
             tensors["llm"] = _unquantized(folder, sources)
         checkpoint = self.describe(folder, sources, tensors)
-        vision = checkpoint.architecture.vision
+        vision = checkpoint.config.vision
         ours = {stored.key.replace(".base_layer.", "."): name for name, stored in checkpoint.weights.items()}
 
         def rename(name: str) -> str | None:

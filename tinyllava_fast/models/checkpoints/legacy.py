@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.architecture import Architecture, VisionPart
+from tinyllava_fast.models.architecture import LMMConfig, VisionPart
 from tinyllava_fast.models.checkpoints import _parts, _towers
 from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints._tensors import Stored, holds_weights
@@ -22,7 +22,7 @@ LLAVA = {"llava_llama": "llama", "llava": "llama"}
 
 
 class LegacyLayout(Layout):
-    """What both have in common."""
+    """The common part of both layouts: config.json and the names of tensors."""
 
     text_types: Mapping[str, str]
 
@@ -37,7 +37,7 @@ class LegacyLayout(Layout):
         return self.describe(folder, sources, folder.tensors())
 
     def selection(self, tower: str, config: Mapping[str, object]) -> str:
-        """Which tower tokens are kept."""
+        """Return our name for the tower's tokens that are kept."""
         return str(config.get("mm_vision_select_feature") or "patch")
 
     def describe(self, folder: Folder, sources: Sources, tensors: Mapping[str, Stored]) -> Checkpoint:
@@ -65,13 +65,17 @@ class LegacyLayout(Layout):
         text = legacy_text_config(config | {"model_type": self.text_types[config["model_type"]]}, where)
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=_parts.llm_part(text), vision=vision, connector=connector),
-            image_mode=_parts.image_mode(config, where),
+            config=LMMConfig(
+                llm=_parts.llm_part(text),
+                vision=vision,
+                connector=connector,
+                image_mode=_parts.image_mode(config, where),
+                origin={"vision": name},
+            ),
             weights={**_parts.llm_weights(llm), **tower, **adapting},
             ignored=[*left_out, *dropped],
             tokenizer=_parts.tokenizer_source(folder, sources.llm, where),
             processor_sources=[str(folder.path), sources.vision, name],
-            origin={"vision": name},
         )
 
 

@@ -1,4 +1,4 @@
-"""What LLaVA's and TinyLLaVABench's stages leave behind when not all of the model was trained: a projector, an adapter.
+"""Folders of LLaVA and TinyLLaVABench that hold only the part that a stage trained: a projector or an adapter.
 
 The language model they belong to is elsewhere: in the folder that config.json names or ``--llm`` gives, either a
 language model of its own or a whole checkpoint under LLaVA's names.
@@ -62,7 +62,7 @@ class LoraAlone(Layout):
             trained = {k.removeprefix("model."): v for k, v in trained.items()}
         stored = tensors | trained
         checkpoint = _describe(self.name, folder, sources, base, stored)
-        vision = checkpoint.architecture.vision
+        vision = checkpoint.config.vision
         names = {id(tensor): name for name, tensor in stored.items()}
         ours = {names[id(tensor)]: name for name, tensor in checkpoint.weights.items() if id(tensor) in names}
 
@@ -102,5 +102,5 @@ def _describe(layout: str, folder: Folder, sources: Sources, base: Path, tensors
     kind: LegacyLayout = Bench() if folder.config["model_type"] in BENCH else Llava15()
     checkpoint = kind.describe(folder, Sources(llm=str(base), vision=sources.vision), tensors)
     checkpoint.layout = layout
-    checkpoint.origin["llm"] = str(base)
+    checkpoint.config.origin["llm"] = str(base)
     return checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedConfig
 
 from tinyllava_fast.errors import CheckpointError, nearest
-from tinyllava_fast.models.architecture import Architecture, ConnectorPart, Values, VisionPart
+from tinyllava_fast.models.architecture import ConnectorPart, LMMConfig, Values, VisionPart
 from tinyllava_fast.models.checkpoints import _parts, _towers
 from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
 from tinyllava_fast.models.checkpoints._tensors import Stored
@@ -55,8 +55,12 @@ class Llava(Layout):
         sources_of_processor = [str(folder.path), sources.vision]
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=_parts.llm_part(text), vision=vision, connector=connector),
-            image_mode="pad" if _parts.processor_values(sources_of_processor).get("do_pad") else "square",
+            config=LMMConfig(
+                llm=_parts.llm_part(text),
+                vision=vision,
+                connector=connector,
+                image_mode="pad" if _parts.processor_values(sources_of_processor).get("do_pad") else "square",
+            ),
             weights={**_parts.llm_weights(llm), **tower, **adapting},
             ignored=left_out,
             tokenizer=_parts.tokenizer_source(folder, sources.llm, where),

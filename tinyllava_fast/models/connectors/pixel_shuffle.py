@@ -60,7 +60,7 @@ class PixelShuffleConnector(Connector):
 
 
 def _not_square(tokens: int) -> str:
-    """What to change: the tower's selection is off by the tokens in front of the patches, or by SigLIP's first one."""
+    """Return advice: the selection is off by the tokens in front of the patches, or by SigLIP's first one."""
     above = (math.isqrt(tokens) + 1) ** 2
     if above - tokens == 1:
         return f"{tokens} are one short of {above}: set model.vision.feature_select: cls_patch"

@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.architecture import LLMPart, Values
-from tinyllava_fast.models.attention import PACKED, KVView
+from tinyllava_fast.models.attention import PACKED
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, load_pretrained, seeded
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily, families_for
@@ -97,44 +89,6 @@ class AutoLLM(LLMFamily):
 
     def adapt(self, llm: PreTrainedModel) -> None:
         """Change what has to be changed in a built model; nothing, for a family that transformers runs as it is."""
-
-    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See the base class; a tokenizer is used as it is."""
-
-    def embedding(self, llm: nn.Module) -> nn.Embedding:
-        """See the base class."""
-        return llm.get_input_embeddings()  # type: ignore[operator]
-
-    def embedding_scale(self, llm: nn.Module) -> float:
-        """See the base class. transformers 5 keeps Gemma's factor in the embedding module, which we do not call."""
-        return float(getattr(self.embedding(llm), "scalar_embed_scale", 1.0))
-
-    def hidden(
-        self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Tensor | KVView | None
-    ) -> Tensor:
-        """See the base class."""
-        body = llm.base_model
-        return body(  # type: ignore[operator]
-            inputs_embeds=embeds, position_ids=position_ids, use_cache=False, **attention_kwargs
-        ).last_hidden_state
-
-    def head(self, llm: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """See the base class."""
-        projection = llm.get_output_embeddings()  # type: ignore[operator]
-        return projection.weight, getattr(projection, "bias", None)
-
-    def layers(self, llm: nn.Module) -> nn.ModuleList:
-        """See the base class."""
-        return llm.base_model.layers  # type: ignore[union-attr,return-value]
-
-    def logit_softcap(self, llm: nn.Module) -> float:
-        """See the base class."""
-        return float(getattr(llm.config, "final_logit_softcapping", None) or 0.0)
-
-    def stop_ids(self, llm: nn.Module) -> frozenset[int]:
-        """See the base class. A generation_config.json is not asked: a model folder does not keep it."""
-        named = llm.config.eos_token_id  # type: ignore[union-attr]
-        return frozenset(named if isinstance(named, list) else [] if named is None else [named])
 
     def _check(self, config: PreTrainedConfig, where: str) -> None:
         """Raise UserError for a model of another family, or one that packed training would change."""

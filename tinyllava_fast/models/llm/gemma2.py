@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
-
 from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+from tinyllava_fast.models.llm.base import LLMS, PAD_WITH_UNK
 
 
 @LLMS.register("gemma2")
@@ -16,6 +14,7 @@ class Gemma2(AutoLLM):
     name = "gemma2"
     model_types = ("gemma2",)
     template = "gemma"
+    roles = PAD_WITH_UNK
 
     @classmethod
     def tiny(cls) -> Values:
@@ -27,7 +26,3 @@ class Gemma2(AutoLLM):
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 1.5,
         }
-
-    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See the base class."""
-        pad_with_unk(tokenizer)

@@ -16,14 +16,7 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -35,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS, LLMFamily, pad_with_unk
+from tinyllava_fast.models.llm.base import LLMS, PAD_WITH_UNK, LLMFamily
 
 _NORM_EPS = 1e-6
 _SHARED: Values = {
@@ -217,7 +210,7 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
 
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about the architecture."""
+    """The features of the architecture that transformers asks for."""
 
     config_class = OpenELMConfig
     base_model_prefix = "transformer"
@@ -350,6 +343,7 @@ class OpenELM(AutoLLM):
     name = "openelm"
     model_types = ("openelm",)
     template = "llama"
+    roles = PAD_WITH_UNK
 
     @classmethod
     def tiny(cls) -> Values:
@@ -382,7 +376,3 @@ class OpenELM(AutoLLM):
         if preset is not None and preset not in PRESETS:
             raise UserError(f"{where}.options.preset: unknown size {preset!r}; {nearest(preset, PRESETS)}")
         return (PRESETS[preset] if preset else {}) | config
-
-    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See the base class."""
-        pad_with_unk(tokenizer)

@@ -18,7 +18,7 @@ from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION, VisionTower, W
 
 Interpolation = Literal["transformers5", "transformers4"]
-_RENAMED = {
+RENAMED = {
     ".attention.attention.query.": ".attention.q_proj.",
     ".attention.attention.key.": ".attention.k_proj.",
     ".attention.attention.value.": ".attention.v_proj.",
@@ -26,7 +26,7 @@ _RENAMED = {
     ".mlp.weights_out.": ".mlp.down_proj.",
 }
 # What transformers derives for backbones from the number of layers, which truncation changes.
-_BACKBONE_KEYS = ("stage_names", "out_features", "out_indices")
+BACKBONE_KEYS = {"stage_names", "out_features", "out_indices"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class Dinov2Tower(EncoderTower):
         """Settings of DINOv2 towers."""
 
         interpolation: Interpolation = "transformers5"
-        """How the position table is resized (bicubic): to the grid's size, or by the scale factor (grid + 0.1) / table
-        of transformers 4, which gives other values; TinyLLaVA Factory's models were trained with the latter."""
+        """Rule by which the position table is resized (bicubic): to the grid's size, or by the scale factor of
+        transformers 4, (grid + 0.1) / table, which gives other values; it trained TinyLLaVA Factory's models."""
 
     @classmethod
     def prefix_tokens(cls, config: PreTrainedConfig) -> int:
@@ -101,7 +101,7 @@ class Dinov2Tower(EncoderTower):
     def describe(self) -> VisionPart:
         """See the base class."""
         part = super().describe()
-        return replace(part, config={k: v for k, v in part.config.items() if k not in _BACKBONE_KEYS})
+        return replace(part, config={k: v for k, v in part.config.items() if k not in BACKBONE_KEYS})
 
     @classmethod
     def image_processor(cls, image_size: int) -> BitImageProcessorPil:
@@ -118,7 +118,7 @@ class Dinov2Tower(EncoderTower):
         """See the base class; transformers 4 named the attention otherwise and fused the gate of SwiGLU layers."""
         renamed: dict[str, W] = {}
         for name, tensor in super().from_reference_names(state).items():
-            for old, new in _RENAMED.items():
+            for old, new in RENAMED.items():
                 name = name.replace(old, new)
             if ".mlp.weights_in." in name:
                 gate, up = tensor.chunk(2)

@@ -30,7 +30,7 @@ class Dinov2Half:
     config: Settings = field(default_factory=dict)
     """transformers Dinov2Config of a tower with random weights. With ``path``: overrides."""
     interpolation: Interpolation = "transformers5"
-    """How the position table is resized to CLIP's grid; see the option of the dinov2 tower."""
+    """Rule by which the position table is resized to CLIP's grid; see the option of the dinov2 tower."""
 
 
 @VISION.register("mof")
