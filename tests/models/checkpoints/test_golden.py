@@ -143,7 +143,7 @@ def test_batch(name: str, pack: Callable[..., PackedBatch]) -> None:
     if record(name)["layout"] == "lora":
         with torch.inference_mode():
             assert float(lmm(**tensors)) / batch.num_supervised == pytest.approx(wanted["loss"], abs=1e-4)
-        return  # its gradients are those of the adapter: tests/convert/test_adapter.py
+        return  # its gradients are those of the adapter: tests/convert/formats/test_adapter.py
     lmm.zero_grad()
     loss = lmm(**tensors) / batch.num_supervised
     assert float(loss.detach()) == pytest.approx(wanted["loss"], abs=1e-4)
