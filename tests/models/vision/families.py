@@ -131,13 +131,12 @@ def open_tower(
 ) -> VisionTower:
     """A tower of a registered name with the weights of a folder."""
     kind = VISION.get(name)
-    return kind.from_pretrained(
-        str(path),
-        overrides=overrides,
+    return kind.from_config(
+        overrides,
+        path=str(path),
         feature_layer=layer,
         feature_select=select,
         options=parse_into(kind.Options, options or {}, "model.vision.options"),
-        dtype=torch.float32,
         where="model.vision",
     )
 

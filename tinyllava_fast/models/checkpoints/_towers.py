@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
 from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.checkpoints._base import Folder
@@ -149,9 +147,7 @@ def pretrained_tower(tower: str, name: str, override: str | None, where: str) ->
     source = override or name
     cls = VISION.get(tower)
     try:
-        loaded = cls.from_pretrained(
-            source, overrides={}, feature_layer=-1, feature_select=None, dtype=torch.float32, where=where
-        )
+        loaded = cls.from_config({}, path=source, feature_layer=-1, feature_select=None, where=where)
     except UserError as error:
         raise CheckpointError(
             f"{where}: the checkpoint has no weights of its vision tower {name!r}, and {source!r} has none either "

@@ -94,41 +94,32 @@ class EncoderTower(VisionTower):
         cls: type[E],
         config: Values,
         *,
+        path: str | None = None,
         feature_layer: int,
         feature_select: str | None,
         options: VisionTower.Options | None = None,
-        seed: int | None,
+        seed: int | None = None,
         dtype: torch.dtype = torch.float32,
         where: str,
         strict: bool = True,
     ) -> E:
         """See the base class."""
-        built = cls._given(config, where, strict=strict)
+        built = cls._stored(path, config, where) if path is not None else cls._given(config, where, strict=strict)
         cls._check(built, options, where)
         cls._truncate(built, feature_layer, where)
-        with (
-            reading(f"{where}.config: this {built.model_type} is not usable as a {cls.name} tower", UserError),
-            seeded(seed),
-        ):
-            model = cls._model_class(built.model_type)._from_config(built, attn_implementation=FULL, dtype=dtype)
+        model = cls._load(path, built, dtype, where) if path is not None else cls._draw(built, seed, dtype, where)
         return cls(model, feature_select, options, where).train()
 
     @classmethod
-    def from_pretrained(
-        cls: type[E],
-        path: str,
-        *,
-        overrides: Values,
-        feature_layer: int,
-        feature_select: str | None,
-        options: VisionTower.Options | None = None,
-        dtype: torch.dtype,
-        where: str,
-    ) -> E:
-        """See the base class."""
-        config = cls._stored(path, overrides, where)
-        cls._check(config, options, where)
-        cls._truncate(config, feature_layer, where)
+    def _draw(cls, config: PreTrainedConfig, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
+        with (
+            reading(f"{where}.config: this {config.model_type} is not usable as a {cls.name} tower", UserError),
+            seeded(seed),
+        ):
+            return cls._model_class(config.model_type)._from_config(config, attn_implementation=FULL, dtype=dtype)
+
+    @classmethod
+    def _load(cls, path: str, config: PreTrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
         with reading(f"{where}.path: cannot load {path!r} as a {cls.name} tower", UserError):
             model, missing = load_pretrained(
                 cls._model_class(config.model_type), path, config=config, dtype=dtype, attn_implementation=FULL
@@ -136,7 +127,7 @@ class EncoderTower(VisionTower):
         if missing := [name for name in missing if name.startswith(cls.children_kept)]:
             raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(missing)}")
         cast_parameters(model, dtype)
-        return cls(model, feature_select, options, where).train()
+        return model
 
     @classmethod
     def _given(cls, values: Values, where: str, *, strict: bool) -> PreTrainedConfig:

@@ -76,33 +76,21 @@ class VisionTower(nn.Module, ABC):
         cls,
         config: Values,
         *,
+        path: str | None = None,
         feature_layer: int,
         feature_select: str | None,
         options: Options | None = None,
-        seed: int | None,
+        seed: int | None = None,
         dtype: torch.dtype = torch.float32,
         where: str,
         strict: bool = True,
     ) -> VisionTower:
-        """A tower with weights drawn from the seed (None: uninitialized).
+        """Return a tower with weights drawn from the seed (None: uninitialized).
 
-        feature_select None: the tower's default. strict: refuse config keys that transformers does not know.
+        path: folder or hub id of the tower alone or of a whole image-text model, whose weights it has instead; config
+        then holds what overrides the one there. feature_select None: the tower's default. strict: refuse config keys
+        that transformers does not know.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        overrides: Values,
-        feature_layer: int,
-        feature_select: str | None,
-        options: Options | None = None,
-        dtype: torch.dtype,
-        where: str,
-    ) -> VisionTower:
-        """A tower with the weights of a folder or hub id: the tower alone or the whole image-text model."""
         raise NotImplementedError
 
     @classmethod

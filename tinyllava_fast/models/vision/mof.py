@@ -15,7 +15,6 @@ from transformers import BaseImageProcessor
 from tinyllava_fast.config.ranges import Settings, Text
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.architecture import Values, VisionPart
-from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION, VisionTower, W
 from tinyllava_fast.models.vision.clip import CLIPTower
 from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, Interpolation
@@ -81,65 +80,33 @@ class MoFTower(VisionTower):
         cls,
         config: Values,
         *,
+        path: str | None = None,
         feature_layer: int,
         feature_select: str | None,
         options: VisionTower.Options | None = None,
-        seed: int | None,
+        seed: int | None = None,
         dtype: torch.dtype = torch.float32,
         where: str,
         strict: bool = True,
     ) -> MoFTower:
         """See the base class."""
-        half = cls._half(options)
-        if half.path is not None:
+        half = options.dinov2 if isinstance(options, cls.Options) else Dinov2Half()
+        if path is None and half.path is not None:
             raise UserError(f"{where}.options.dinov2.path: given without {where}.path; give both or neither")
+        if path is not None and half.path is None:
+            raise UserError(f"{where}.options.dinov2.path: missing; {where}.path is CLIP's, give DINOv2's too")
         common: Values = {"feature_layer": feature_layer, "feature_select": feature_select}
         common |= {"dtype": dtype, "strict": strict}
-        clip = CLIPTower.from_config(config, seed=seed, where=where, **common)
-        # Another seed, since the halves must not draw the same numbers.
+        clip = CLIPTower.from_config(config, path=path, seed=seed, where=where, **common)
         dinov2 = Dinov2Tower.from_config(
             half.config,
-            options=cls._dinov2_options(half, clip),
-            seed=None if seed is None else seed + 1_000_003,
+            path=half.path,
+            options=Dinov2Tower.Options(image_size=clip.image_size, interpolation=half.interpolation),
+            seed=None if seed is None else seed + 1_000_003,  # the halves must not draw the same numbers
             where=f"{where}.options.dinov2",
             **common,
         )
         return cls(clip, dinov2, where).train()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        overrides: Values,
-        feature_layer: int,
-        feature_select: str | None,
-        options: VisionTower.Options | None = None,
-        dtype: torch.dtype,
-        where: str,
-    ) -> MoFTower:
-        """See the base class."""
-        half = cls._half(options)
-        if half.path is None:
-            raise UserError(f"{where}.options.dinov2.path: missing; {where}.path is CLIP's, give DINOv2's too")
-        common: Values = {"feature_layer": feature_layer, "feature_select": feature_select, "dtype": dtype}
-        clip = CLIPTower.from_pretrained(path, overrides=overrides, where=where, **common)
-        dinov2 = Dinov2Tower.from_pretrained(
-            half.path,
-            overrides=half.config,
-            options=cls._dinov2_options(half, clip),
-            where=f"{where}.options.dinov2",
-            **common,
-        )
-        return cls(clip, dinov2, where).train()
-
-    @classmethod
-    def _half(cls, options: VisionTower.Options | None) -> Dinov2Half:
-        return options.dinov2 if isinstance(options, cls.Options) else Dinov2Half()
-
-    @staticmethod
-    def _dinov2_options(half: Dinov2Half, clip: EncoderTower) -> Dinov2Tower.Options:
-        return Dinov2Tower.Options(image_size=clip.image_size, interpolation=half.interpolation)
 
     @classmethod
     def input_size(cls, path: str | None, config: Values, options: VisionTower.Options, where: str) -> int:
