@@ -86,7 +86,7 @@ def adapt_peer(peer: LlavaForConditionalGeneration, lmm: LMM, recipe: RecipeConf
     assert held is not None  # noqa: S101 injected above
     ours, theirs = f"llm.{lmm.llm.base_model_prefix}.", "model.language_model."
     config = copy.deepcopy(held.config)
-    config.target_modules = {theirs + name.removeprefix(ours) for name in held.layers}
+    config.target_modules = [theirs + name.removeprefix(ours) for name in held.layers]
     config.lora_dropout = plan.dropout["llm"]
     peft.inject_adapter_in_model(config, peer)
     tensors = {theirs + name.removeprefix(ours): tensor for name, tensor in held.tensors.items()}

@@ -11,11 +11,11 @@ from tests.models.checkpoints.golden import folder
 from tests.vectors import GOLDEN
 from tinyllava_fast.convert.cli import main
 from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
-from tinyllava_fast.convert.formats.base import FORMATS
+from tinyllava_fast.convert.formats._base import FORMATS
 from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
-from tinyllava_fast.models.checkpoints.base import Sources
+from tinyllava_fast.models.checkpoints._base import Sources
 
 NAME = "llava15-tinyllama-clip"
 CLIP = str(GOLDEN / "components" / "tiny-clip")

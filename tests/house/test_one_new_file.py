@@ -79,7 +79,7 @@ from tests.models.vision.families import FAMILIES, random_tower
 from tinyllava_fast.config.load import describe
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
-from tinyllava_fast.models.checkpoints.parts import fitting_template
+from tinyllava_fast.models.checkpoints._parts import fitting_template
 from tinyllava_fast.train.cli import _registered
 
 text = " ".join(describe(names=_registered()).split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -34,7 +33,10 @@ def tiny() -> Callable[..., ModelConfig]:
     """A small ModelConfig; keyword arguments change the transformers configs."""
 
     def make(
-        llm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, tower: str = "siglip", **more: Any
+        llm: dict[str, object] | None = None,
+        vision: dict[str, object] | None = None,
+        tower: str = "siglip",
+        **more: object,
     ) -> ModelConfig:
         return ModelConfig(
             llm=LLMConfig(config={**TIED, **(llm or {})}),

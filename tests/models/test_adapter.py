@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tinyllava_fast.config.schema import LoRAConfig, ModelConfig, OptimConfig, RecipeConfig, TuneConfig
 from tinyllava_fast.errors import CheckpointError
@@ -25,7 +24,7 @@ from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.recipes.base import apply_recipe
 
 
-def lora(**settings: Any) -> TuneConfig:
+def lora(**settings: object) -> TuneConfig:
     return TuneConfig(tune="lora", lora=LoRAConfig(**{"r": 4, "alpha": 8, "dropout": 0.0, **settings}))
 
 
@@ -46,8 +45,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def save(tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
-    def write(lmm: LMM, name: str = "model", **kwargs: Any) -> Path:
+def save(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., Path]:
+    def write(lmm: LMM, name: str = "model", **kwargs: object) -> Path:
         return io.save_model(lmm, tokenizer, VISION.get("siglip").image_processor(16), tmp_path / name, **kwargs)
 
     return write

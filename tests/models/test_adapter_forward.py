@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tests.ops.agreement import distance, saved_bytes
@@ -21,7 +21,7 @@ K, O, ROWS = 128, 64, 40  # noqa: E741
 def quantized(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
     import bitsandbytes as bnb
 
-    layer: Any
+    layer: bnb.nn.Linear8bitLt | bnb.nn.Linear4bit
     if kind == "int8":
         layer = bnb.nn.Linear8bitLt(K, O, bias=True, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
@@ -33,13 +33,13 @@ def quantized(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
     return layer
 
 
-def adapted(kind: str = "dense", *, dropout: float = 0.0, bound: bool = True, **settings: Any) -> Any:
+def adapted(kind: str = "dense", *, dropout: float = 0.0, bound: bool = True, **settings: object) -> LoraLayer:
     """One adapted layer with its input width K and output width O, alike for every call."""
     torch.manual_seed(0)
     linear: nn.Module = nn.Linear(K, O)
     if kind != "dense":
         linear = quantized(linear, kind, kind == "nf4, double")
-    model: Any = nn.Sequential(OrderedDict(layer=linear))
+    model = nn.Sequential(OrderedDict(layer=linear))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
     config = LoraConfig(**{"r": 8, "lora_alpha": 12, "lora_dropout": dropout, "target_modules": ["layer"], **settings})
     inject_adapter_in_model(config, model)
@@ -50,7 +50,7 @@ def adapted(kind: str = "dense", *, dropout: float = 0.0, bound: bool = True, **
     return layer
 
 
-def trained(layer: Any, x: Tensor) -> list[Tensor]:
+def trained(layer: nn.Module, x: Tensor) -> list[Tensor]:
     """The output, and the gradients of x and of what trains."""
     leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     y = layer(x)
@@ -64,7 +64,7 @@ def rows(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "r": 3}], ids=str)
 @pytest.mark.parametrize("kind", ["dense", "nf4", "nf4, double"])
-def test_equals_pefts_forward(kind: str, settings: dict[str, Any]) -> None:
+def test_equals_pefts_forward(kind: str, settings: dict[str, object]) -> None:
     x = rows()
     layer = adapted(kind, **settings)
     assert "lora_linear" in layer(x).grad_fn.next_functions[0][0].name().lower() + str(layer(x).grad_fn).lower()
@@ -116,7 +116,7 @@ def test_disabled_and_merged_layers_are_pefts() -> None:
 )
 def test_what_keeps_pefts_forward_says_why(
     kind: str,
-    settings: dict[str, Any],
+    settings: dict[str, object],
     reason: str,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.tiny import TEXT
 from tinyllava_fast.errors import UserError
@@ -15,7 +15,7 @@ from tinyllava_fast.models.attention import KVView, full, packed
 from tinyllava_fast.models.llm.auto import AutoLLM
 
 BASE = TEXT | {"vocab_size": 61}
-FAMILIES: dict[str, dict[str, Any]] = {
+FAMILIES: dict[str, dict[str, object]] = {
     "llama": BASE,
     "qwen2": BASE | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "phi": BASE | {"resid_pdrop": 0.0},
@@ -31,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LENGTHS = (5, 1, 7)
 
 
-def build(family: str, **changes: Any) -> Any:
+def build(family: str, **changes: object) -> PreTrainedModel:
     config = {"model_type": family, **FAMILIES[family], **changes}
     return AutoLLM().from_config(config, seed=3, where="model.llm")
 
@@ -45,7 +45,7 @@ def inputs(lengths: tuple[int, ...] = LENGTHS, spare: int = 2) -> tuple[Tensor, 
     return embeds, positions, bounds
 
 
-def alone(llm: Any, embeds: Tensor, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+def alone(llm: PreTrainedModel, embeds: Tensor, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
     """Each sequence through transformers' eager attention, its own mask and positions."""
     plain = copy.deepcopy(llm)
     plain.set_attn_implementation("eager")
@@ -128,7 +128,7 @@ def test_full_is_bidirectional_per_image(dtype: torch.dtype) -> None:
         ({"s_aux": torch.ones(1)}, "attention sinks"),
     ],
 )
-def test_refuses_by_name(change: dict[str, Any], message: str) -> None:
+def test_refuses_by_name(change: dict[str, object], message: str) -> None:
     q = torch.zeros(1, 2, 3, 4)
     keywords = {"attention_mask": None, **change}
     with pytest.raises(ValueError, match=message):
@@ -194,6 +194,6 @@ def test_refuses_a_batch() -> None:
         ({"model_type": "llama", **BASE, "rope_theta": 0}, "rope_theta: expected a number above 0, got 0"),
     ],
 )
-def test_config_errors(config: dict[str, Any], message: str) -> None:
+def test_config_errors(config: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AutoLLM().from_config(config, seed=0, where="model.llm")

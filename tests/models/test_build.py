@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -151,7 +150,7 @@ def test_errors(config: ModelConfig, message: str, monkeypatch: pytest.MonkeyPat
         ({"connector": ConnectorConfig(options={"depht": 1})}, "model.connector.options.depht: .* 'depth'"),
     ],
 )
-def test_component_errors(change: dict[str, Any], message: str, tiny: Callable) -> None:
+def test_component_errors(change: dict[str, object], message: str, tiny: Callable) -> None:
     base = tiny()
     parts = {"llm": base.llm, "vision": base.vision, "connector": base.connector} | change
     with pytest.raises(UserError, match=message):

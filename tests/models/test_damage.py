@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ from tests.tiny import make_model, make_tokenizer, tiny_config
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_image_processor
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 
 CHANGES = [DROP, None, 7, -1, 0, "text", "", [], {}, True, float("nan"), 1e30, 10**9]
 FOREIGN = [
@@ -38,7 +37,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return io.save_model(make_model(), make_tokenizer(), build_image_processor(tiny_config()), target)
 
 
-def places(value: Any, at: At = ()) -> Iterator[At]:
+def places(value: object, at: At = ()) -> Iterator[At]:
     """Every field, and the first two items of every list."""
     inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
     for key, item in inner:
@@ -55,7 +54,7 @@ def cases(file: Path, *, every: int) -> list[str]:
     return [*whole, *(json.dumps(changed(values, place, new)) for place, new in wanted[::every])]
 
 
-def try_all(folder: Path, name: str, *, every: int, load: Any) -> None:
+def try_all(folder: Path, name: str, *, every: int, load: Callable[[Path], object]) -> None:
     file = folder / name
     before = file.read_bytes()
     for text in cases(file, every=every):
@@ -113,7 +112,7 @@ def test_a_damaged_config_of_other_projects(name: str, every: int, tmp_path: Pat
         ("preprocessor_config.json", ("do_resize",), "text", r"do_resize: expected true or false"),
     ],
 )
-def test_the_field_is_named(file: str, at: At, new: Any, message: str, ours: Path, tmp_path: Path) -> None:
+def test_the_field_is_named(file: str, at: At, new: object, message: str, ours: Path, tmp_path: Path) -> None:
     shutil.copytree(ours, tmp_path / "model")
     path = tmp_path / "model" / file
     values = changed(json.loads(path.read_text(encoding="utf-8")), at, new)

@@ -10,13 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tinyllava_fast.config.schema import ModelConfig
 from tinyllava_fast.errors import CheckpointError
@@ -37,7 +36,7 @@ Saved = tuple[LMM, Path]
 
 
 @pytest.fixture
-def saved(tiny: Callable, tokenizer: Any, tmp_path: Path) -> Saved:
+def saved(tiny: Callable, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Saved:
     lmm = build_model(tiny(), seed=1)
     lmm.config = replace(lmm.config, template="phi", image_mode="pad", turns="independent")
     folder = io.save_model(lmm, tokenizer, VISION.get("siglip").image_processor(16), tmp_path / "model")
@@ -54,7 +53,14 @@ def saved(tiny: Callable, tokenizer: Any, tmp_path: Path) -> Saved:
     ],
 )
 def test_round_trip(
-    llm: dict, tower: str, select: str, tiny: Callable, ragged: Callable, pack: Callable, tokenizer: Any, tmp_path: Path
+    llm: dict,
+    tower: str,
+    select: str,
+    tiny: Callable,
+    ragged: Callable,
+    pack: Callable,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
 ) -> None:
     lmm = build_model(tiny(llm=llm, tower=tower, feature_select=select), seed=1).eval()
     batch = pack(ragged(5), lmm.tokens_per_image).tensors()
@@ -87,7 +93,7 @@ def test_what_is_in_the_folder(saved: Saved) -> None:
     assert [p.name for p in folder.parent.iterdir()] == ["model"], "nothing temporary stays"
 
 
-def test_dtype(saved: Saved, tokenizer: Any, tmp_path: Path) -> None:
+def test_dtype(saved: Saved, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     _, folder = saved
     half = io.load_model(folder, dtype=torch.bfloat16)[0]
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -105,7 +111,7 @@ def test_a_folder_is_a_model_config(saved: Saved) -> None:
     assert len(build_tokenizer(config)) == 5 and build_image_processor(config).size["height"] == 16
 
 
-def test_weights_gathered_elsewhere(saved: Saved, tokenizer: Any, tmp_path: Path) -> None:
+def test_weights_gathered_elsewhere(saved: Saved, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     lmm, _ = saved
     gathered = {k: torch.full_like(v, 2.0) for k, v in lmm.state_dict().items()}
     io.save_model(lmm, tokenizer, VISION.get("siglip").image_processor(16), tmp_path / "m", state_dict=gathered)
@@ -203,7 +209,7 @@ def assert_untouched(saved: Saved) -> None:
     assert torch.equal(io.load_model(folder)[0].llm.lm_head.weight, lmm.llm.lm_head.weight)
 
 
-def test_a_write_error_leaves_the_old_folder(saved: Saved, tiny: Callable, tokenizer: Any) -> None:
+def test_a_write_error_leaves_the_old_folder(saved: Saved, tiny: Callable, tokenizer: PreTrainedTokenizerBase) -> None:
     other, processor = build_model(tiny(), seed=9), VISION.get("siglip").image_processor(16)
     with no_room(), pytest.raises(CheckpointError, match="what was there before is untouched"):
         io.save_model(other, tokenizer, processor, saved[1])
@@ -211,7 +217,7 @@ def test_a_write_error_leaves_the_old_folder(saved: Saved, tiny: Callable, token
 
 
 def test_a_full_disk_leaves_the_old_folder(
-    saved: Saved, tiny: Callable, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    saved: Saved, tiny: Callable, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: object, path: Path, **__: object) -> None:
         Path(path).write_bytes(b"half")
@@ -223,7 +229,9 @@ def test_a_full_disk_leaves_the_old_folder(
     assert_untouched(saved)
 
 
-def test_overwriting_replaces_the_whole_folder(saved: Saved, tiny: Callable, tokenizer: Any) -> None:
+def test_overwriting_replaces_the_whole_folder(
+    saved: Saved, tiny: Callable, tokenizer: PreTrainedTokenizerBase
+) -> None:
     _, folder = saved
     (folder / "stale.txt").write_text("old")
     other = build_model(tiny(), seed=9)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import SiglipVisionModel
 
 from tinyllava_fast.data.collate import collate
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.types import IMAGE_INDEX, PackedBatch
+from tinyllava_fast.models.architecture import VisionPart
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.vision.base import VisionTower
@@ -32,7 +32,7 @@ class Sequence:
     pixels: Tensor | None
 
 
-def reference_loss(lmm: LMM, sample: Any, padded: int) -> Tensor:
+def reference_loss(lmm: LMM, sample: Sequence, padded: int) -> Tensor:
     """SUM loss of one right-padded sample: stock tower and hidden_states, sdpa with a mask, dense logits."""
     llm = lmm.llm
     ids = [i for i in sample.ids if i is not None]
@@ -57,7 +57,7 @@ def reference_loss(lmm: LMM, sample: Any, padded: int) -> Tensor:
 class StockTower(VisionTower):
     """Stands in for the tower and shares its weights: transformers' whole model, one layer deeper."""
 
-    def __init__(self, tower: Any) -> None:
+    def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         config = copy.deepcopy(tower.config)
         config.num_hidden_layers = FULL_LAYERS
@@ -70,10 +70,10 @@ class StockTower(VisionTower):
     def forward(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def layer_parameters(self, from_layer: int) -> Any:
+    def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:
         raise NotImplementedError
 
-    def describe(self) -> Any:
+    def describe(self) -> VisionPart:
         raise NotImplementedError
 
 
@@ -213,7 +213,7 @@ def test_no_image_never_calls_a_frozen_tower(
     text = [s for s in ragged(7) if s.pixels is None]
     batch = pack(text, lmm.tokens_per_image)
 
-    def fail(*_: Any) -> Tensor:
+    def fail(*_: object) -> Tensor:
         raise AssertionError("the tower ran")
 
     monkeypatch.setattr(type(lmm.vision), "forward", fail)

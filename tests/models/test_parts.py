@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,10 +29,10 @@ from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.recipes.base import apply_recipe
 
 LLM = LLAMA | {"num_hidden_layers": 1, "vocab_size": 61}
-TOWERS: dict[str, dict[str, Any]] = {name: VISION.get(name).tiny() for name in VISION}
+TOWERS = {name: VISION.get(name).tiny() for name in VISION}
 WIDE = TOWERS["dinov2_with_registers"]["config"]
 HALF = WIDE | {"hidden_size": 16}
-CONNECTOR_OPTIONS: dict[str, dict[str, Any]] = {name: CONNECTORS.get(name).tiny() for name in CONNECTORS}
+CONNECTOR_OPTIONS = {name: CONNECTORS.get(name).tiny() for name in CONNECTORS}
 FIELD_NAMES = [n for n in CONNECTORS if n.startswith("mlp") and n != "mlp"]
 KINDS = [n for n in CONNECTORS if n not in FIELD_NAMES]
 # the two that join the features of two towers stand on no other one; the field's names are one MLP
@@ -41,7 +40,7 @@ PAIRS = [(t, c) for t in TOWERS for c in KINDS if t == "mof" or not c.startswith
 PAIRS += [("siglip", c) for c in FIELD_NAMES]
 
 
-def config_of(tower: str, connector: str, **vision: Any) -> ModelConfig:
+def config_of(tower: str, connector: str, **vision: object) -> ModelConfig:
     return ModelConfig(
         llm=LLMConfig(config=LLM),
         vision=VisionConfig(type=tower, **(TOWERS[tower] | vision)),

@@ -1,4 +1,4 @@
-"""Where pretrained files come from."""
+"""Sources of pretrained files."""
 
 from __future__ import annotations
 

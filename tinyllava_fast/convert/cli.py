@@ -13,6 +13,11 @@ from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import add_flag, load_plugins
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_SOURCES = {
+    "llm": "language model that a projector or adapter alone needs",
+    "vision": "vision tower that the checkpoint only names",
+    "vision2": "the second tower of a mixture of features (its config)",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,18 +49,8 @@ def parser() -> argparse.ArgumentParser:
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
     for command in (into, out):
         add_flag(command)
-        command.add_argument(
-            "--llm", type=path_argument, metavar="DIR", help="language model that a projector or adapter alone needs"
-        )
-        command.add_argument(
-            "--vision", type=path_argument, metavar="DIR", help="vision tower that the checkpoint only names"
-        )
-        command.add_argument(
-            "--vision2",
-            type=path_argument,
-            metavar="DIR",
-            help="the second tower of a mixture of features (its config)",
-        )
+        for part, what in _SOURCES.items():
+            command.add_argument(f"--{part}", type=path_argument, metavar="DIR", help=what)
     merge = commands.add_parser("merge", help="add a model folder's LoRA adapter to its weights")
     merge.add_argument("source", type=path_argument, help="model folder with an adapter, e.g. runs/lora/final")
     merge.add_argument("target", type=path_argument, help="model folder to write; must not exist")
@@ -82,7 +77,7 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
-    from tinyllava_fast.models.checkpoints.base import Sources
+    from tinyllava_fast.models.checkpoints._base import Sources
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.command == "merge":

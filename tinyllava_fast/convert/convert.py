@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from tinyllava_fast.convert.formats.base import FORMATS, Model
+from tinyllava_fast.convert.formats._base import FORMATS, Model
 from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io
 from tinyllava_fast.models.build import check_vocabulary
-from tinyllava_fast.models.checkpoints.base import Sources
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._base import Sources
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 
 
 def import_checkpoint(
@@ -121,7 +121,7 @@ def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype 
 
 
 def _is_adapter(source: str | Path) -> bool:
-    """Whether a folder holds a peft adapter and no model."""
+    """Return whether a folder holds a peft adapter and no model."""
     folder = Path(source)
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 

@@ -16,7 +16,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,12 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops.adamw import dither
 from tinyllava_fast.tensors import mismatches
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    from tinyllava_fast.models.adapter_forward import AdaptedLayer
+
 FOLDER = "adapter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's name for the only adapter
@@ -38,7 +45,7 @@ _PREFIX = "base_model.model."
 
 
 class LayerSettings(NamedTuple):
-    """What decides the shape and the scale of one layer's adapter."""
+    """The settings that decide the shape and the scale of one layer's adapter."""
 
     r: int
     alpha: float
@@ -50,18 +57,18 @@ class LayerSettings(NamedTuple):
 class Adapter:
     """An adapter off its model. config: peft's LoraConfig. tensors: by peft's names, without its prefix."""
 
-    config: Any
+    config: LoraConfig
     tensors: dict[str, Tensor]
     layers: dict[str, LayerSettings]
 
 
-def import_peft() -> Any:
+def import_peft() -> ModuleType:
     """Return the peft module. Raise UserError if it does not import."""
     return import_optional("peft", "LoRA")
 
 
-def layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
-    """(name, peft LoraLayer) of every adapted layer."""
+def layers(lmm: LMM) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Yield the name and the module of every adapted layer."""
     if not lmm.config.has_lora:
         return
     lora_layer = import_peft().tuners.lora.LoraLayer
@@ -80,27 +87,28 @@ def parameter_names(lmm: LMM) -> list[str]:
     ]
 
 
-def parameters_of(layer: Any) -> Iterator[nn.Parameter]:
+def parameters_of(layer: AdaptedLayer) -> Iterator[nn.Parameter]:
     """The adapter's parameters in one layer."""
     return (p for name in layer.adapter_layer_names for p in getattr(layer, name).parameters())
 
 
-def inject(lmm: LMM, config: Any, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
+def inject(lmm: LMM, config: LoraConfig, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
     """Wrap the layers that a peft LoraConfig names, in place; A is drawn from the seed, B is zero (peft's start).
 
     Quantized layers of bitsandbytes get peft's wrappers for them. Layers compute through lora_linear where they can.
     dtype: of the new weights; None: the model's.
     """
     inject_in_place = import_peft().inject_adapter_in_model
-    model: Any = lmm
     dtype = dtype or lmm.dtype
     # peft asks the model, not the layer, whether bitsandbytes' layers may be in it.
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
+    asked = dict.fromkeys(("is_loaded_in_4bit", "is_loaded_in_8bit"), True)
+    vars(lmm).update(asked)
     try:
         with seeded(seed):
-            inject_in_place(copy.deepcopy(config), model, _NAME)
+            inject_in_place(copy.deepcopy(config), lmm, _NAME)
     finally:
-        del model.is_loaded_in_4bit, model.is_loaded_in_8bit
+        for name in asked:
+            delattr(lmm, name)
     lmm.config = replace(lmm.config, has_lora=True)
     for _, layer in layers(lmm):
         for parameter in parameters_of(layer):
@@ -127,7 +135,7 @@ def fill(lmm: LMM, tensors: Mapping[str, Tensor], where: str) -> None:
     from peft.utils import set_peft_model_state_dict
 
     with reading(f"{where}: the adapter does not fit this model"):
-        outcome: Any = set_peft_model_state_dict(lmm, dict(tensors), _NAME)
+        outcome = cast("_IncompatibleKeys", set_peft_model_state_dict(lmm, dict(tensors), _NAME))
     own = dict.fromkeys(parameter_names(lmm))
     found = [*(name for name in own if name not in outcome.missing_keys), *outcome.unexpected_keys]
     if lines := mismatches(own, dict.fromkeys(found)):
@@ -157,8 +165,7 @@ def take(lmm: LMM) -> Adapter | None:
 def merge(lmm: LMM, dtype: torch.dtype | None = None) -> None:
     """Add the adapter to the weights and unwrap. The sums are float32, rounded once, to dtype (None: the weight's)."""
     for _, layer in layers(lmm):
-        weight = layer.get_base_layer().weight
-        target = dtype or weight.dtype
+        target = dtype or layer.base_layer.weight.dtype
         layer.float()
         layer.merge(adapter_names=[_NAME])
         cast_parameters(layer.get_base_layer(), target)
@@ -201,7 +208,7 @@ def write(lmm: LMM, tensors: Mapping[str, Tensor], folder: Path) -> None:
     write_folder(_full_config(lmm), tensors, folder)
 
 
-def write_folder(config: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def write_folder(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write an adapter folder. config: peft's LoraConfig. tensors: by peft's names, without its prefix."""
     folder.mkdir()
     config.inference_mode = True  # as peft itself stores it
@@ -265,11 +272,10 @@ def _tensors(lmm: LMM, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return get_peft_model_state_dict(lmm, state_dict=own, adapter_name=_NAME, save_embedding_layers=False)
 
 
-def _full_config(lmm: LMM) -> Any:
+def _full_config(lmm: LMM) -> LoraConfig:
     """The LoraConfig with every layer named in full; peft shortens long lists to ends that happen to be unique."""
-    held: Any = lmm.peft_config
-    config = copy.deepcopy(held[_NAME])
-    config.target_modules = {name for name, _ in layers(lmm)}
+    config: LoraConfig = copy.deepcopy(vars(lmm)["peft_config"][_NAME])
+    config.target_modules = sorted(name for name, _ in layers(lmm))
     config.bias = "none"  # trained biases are the model's own weights
     return config
 

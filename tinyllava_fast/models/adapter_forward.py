@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,33 @@ from tinyllava_fast.log import log_once
 from tinyllava_fast.ops.lora_linear import lora_linear
 from tinyllava_fast.ops.nf4 import NF4, unpack_nf4
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def bind(layer: Any, name: str) -> None:
+    from bitsandbytes.nn import Params4bit
+
+    class AdaptedLayer(nn.Module):
+        """A module with LoRA, of peft's: what we use of it. Its dictionaries are by the adapter's name."""
+
+        adapter_layer_names: tuple[str, ...]
+        base_layer: nn.Linear
+        lora_A: dict[str, nn.Linear]  # noqa: N815 peft's name
+        lora_B: dict[str, nn.Linear]  # noqa: N815
+        lora_dropout: dict[str, nn.Module]
+        lora_variant: dict[str, object]
+        r: dict[str, int]
+        lora_alpha: dict[str, float]
+        scaling: dict[str, float]
+        use_dora: dict[str, bool]
+        use_rslora: dict[str, bool]
+        disable_adapters: bool
+        merged: bool
+        external_parameters: Callable[[], list[nn.Parameter]]
+        get_base_layer: Callable[[], nn.Module]
+        merge: Callable[..., None]
+
+
+def bind(layer: AdaptedLayer, name: str) -> None:
     """Let a peft LoraLayer compute through ``lora_linear``, or say once why it keeps peft's forward.
 
     name: of its only adapter. Scaling (rsLoRA, ranks of their own) and dropout are read at each call.
@@ -32,7 +57,7 @@ def bind(layer: Any, name: str) -> None:
     layer.external_parameters = partial(_reads, layer, name)
 
 
-def _why_not(layer: Any, name: str) -> str | None:
+def _why_not(layer: AdaptedLayer, name: str) -> str | None:
     base = layer.get_base_layer()
     if name in layer.lora_variant:
         return f"{type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')} is another formula"
@@ -45,7 +70,7 @@ def _why_not(layer: Any, name: str) -> str | None:
     return None
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
+def _forward(layer: AdaptedLayer, x: Tensor) -> Tensor:
     (name,) = layer.lora_A
     a, b, base = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.base_layer
     if layer.disable_adapters or layer.merged or not x.dtype == a.dtype == b.dtype:
@@ -58,22 +83,22 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     return lora_linear(x, weight, base.bias, a, b, layer.scaling[name], p)
 
 
-def _pefts(layer: Any, x: Tensor) -> Tensor:
+def _pefts(layer: AdaptedLayer, x: Tensor) -> Tensor:
     out: Tensor = type(layer).forward(layer, x)
     return out
 
 
-def _weight(base: Any, dtype: torch.dtype) -> Tensor | NF4 | None:
-    """What the op multiplies by; None if it would not be what bitsandbytes multiplies by."""
+def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor | NF4 | None:
+    """Return the weight as the op takes it; None if bitsandbytes would multiply by another one."""
     weight = base.weight
     if type(base) is nn.Linear:
         return weight if weight.dtype == dtype else None
-    state = weight.quant_state
+    state = cast("Params4bit", weight).quant_state
     return unpack_nf4(weight.data, state) if state.dtype in (torch.float32, dtype) else None
 
 
-def _reads(layer: Any, name: str) -> list[nn.Parameter]:
+def _reads(layer: AdaptedLayer, name: str) -> list[nn.Parameter]:
     """Parameters of other modules that the forward reads: ZeRO-3 has to gather them for it."""
     base = layer.base_layer
     used = (layer.lora_A[name].weight, layer.lora_B[name].weight, base.weight, base.bias)
-    return [p for p in used if p is not None]
+    return [p for p in used if isinstance(p, nn.Parameter)]

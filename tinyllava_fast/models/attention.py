@@ -13,7 +13,6 @@ Legend: B batch, T tokens, H heads, Hkv key/value heads, Dh head size, S segment
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ FULL = "tlf_full"
 
 @dataclass
 class KVView:
-    """Where one inference call's keys and values live in a preallocated pool, and which of them each query sees.
+    """The rows of a preallocated pool that hold the keys and values of one inference call, and those each query sees.
 
     The call's own K and V rows are written to ``slots`` first, so a sequence's new tokens see one another.
     """
@@ -58,7 +57,7 @@ def packed(
     prefix: Tensor | None = None,
     kv: KVView | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Attention function of decoders.
 
@@ -118,7 +117,7 @@ def full(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Attention function of vision towers: query, key, value [N, H, K, Dh] -> ([N, K, H, Dh], None), no mask."""
     if dropout or attention_mask is not None:

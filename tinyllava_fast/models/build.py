@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.config.schema import LLMConfig, ModelConfig, VisionConfig
@@ -15,7 +14,7 @@ from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
-from tinyllava_fast.models.architecture import ConnectorPart, LLMPart, LMMConfig, VisionPart
+from tinyllava_fast.models.architecture import ConnectorPart, LLMPart, LMMConfig, Values, VisionPart
 from tinyllava_fast.models.construct import Weights, build
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 from tinyllava_fast.models.lmm import LMM
@@ -52,7 +51,7 @@ def build_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return _tokenizer(model.llm)
 
 
-def build_image_processor(model: ModelConfig) -> Any:
+def build_image_processor(model: ModelConfig) -> BaseImageProcessor:
     """The PIL image processor of the tower: its own files where the path has them, else made from image_size."""
     if model.path is not None:
         return io.load_processor(_folder(model.path))
@@ -73,7 +72,7 @@ def _folder(path: str) -> str:
     return path
 
 
-def _image_processor(config: VisionConfig) -> Any:
+def _image_processor(config: VisionConfig) -> BaseImageProcessor:
     cls = VISION.get(config.type, "model.vision.type")
     options = parse_into(cls.Options, config.options, "", key="model.vision.options")
     stored = None
@@ -95,7 +94,7 @@ def _image_processor(config: VisionConfig) -> Any:
     return stored
 
 
-def _pixels(processor: Any) -> str:
+def _pixels(processor: BaseImageProcessor) -> str:
     _, height, width = pixel_shape(processor)
     return f"{width} x {height}"
 
@@ -111,7 +110,7 @@ def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _llm_config(config: LLMConfig) -> dict[str, Any]:
+def _llm_config(config: LLMConfig) -> Values:
     """The transformers config of random weights, or what overrides the pretrained one."""
     given = config.path is not None or not config.config or "vocab_size" in config.config
     if given or config.tokenizer is None:

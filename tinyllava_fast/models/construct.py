@@ -81,25 +81,15 @@ def build_tower(
     """Return the vision tower alone; arguments as of ``build``."""
     cls = VISION.get(part.type, _key(file, "vision.type"))
     options = parse_into(cls.Options, part.options, "", key=_key(file, "vision.options"))
-    where = _key(file, "vision")
-    if weights.vision is not None:
-        return cls.from_pretrained(
-            weights.vision,
-            overrides=part.config,
-            feature_layer=feature_layer,
-            feature_select=part.feature_select,
-            options=options,
-            dtype=dtype,
-            where=where,
-        )
     return cls.from_config(
         part.config,
+        path=weights.vision,
         feature_layer=feature_layer,
         feature_select=part.feature_select,
         options=options,
         seed=None if weights.seed is None else weights.seed + 1,
-        dtype=dtype if weights.seed is None else torch.float32,
-        where=where,
+        dtype=torch.float32 if weights.vision is None and weights.seed is not None else dtype,
+        where=_key(file, "vision"),
         strict=file is None,
     )
 

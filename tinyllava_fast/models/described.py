@@ -1,4 +1,4 @@
-"""What the files of a model folder may say, and one place where what other libraries raise at them becomes a sentence.
+"""Checks of a model folder's files, and one place where the errors of the libraries that read them become sentences.
 
 A damaged file makes transformers, tokenizers, peft and torch raise nearly anything: KeyError, ZeroDivisionError,
 RecursionError, a panic of Rust. ``reading`` names the file instead.
@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,8 @@ from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.fields import Fields, read_json
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
     from tinyllava_fast.models.vision.base import VisionTower
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -94,7 +96,7 @@ def processor_fields(folder: str | Path) -> Fields | None:
     return None
 
 
-def read_processor(tower: type[VisionTower], folder: str | Path) -> Any:
+def read_processor(tower: type[VisionTower], folder: str | Path) -> BaseImageProcessor:
     """The image processor of a folder, as the PIL class of a tower. Raises CheckpointError unless it makes pixels."""
     fields = processor_fields(folder)
     with reading(f"{fields.where if fields else folder}: the image processor cannot be read"):

@@ -14,12 +14,12 @@ from torch import nn
 
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.models.vision.encoder import EncoderTower
+from tinyllava_fast.models.vision._encoder import EncoderTower
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the FLOPs of a model are made of."""
+    """The sizes from which the FLOPs of a model follow."""
 
     decoder_weights: int  # elements of the decoder layers' matrices
     attention_width: int  # layers x heads x head size
@@ -31,7 +31,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Trains:
-    """Which components get weight gradients."""
+    """The components that get weight gradients."""
 
     llm: bool = True
     connector: bool = True

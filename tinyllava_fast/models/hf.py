@@ -1,4 +1,4 @@
-"""What every wrapper of a transformers model needs: strict configs, seeded construction, safe dtype changes."""
+"""Common parts of all wrappers of transformers models: strict configs, seeded construction, safe changes of dtype."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, cast
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tinyllava_fast.config.ranges import (
@@ -26,6 +26,7 @@ from tinyllava_fast.config.ranges import (
 )
 from tinyllava_fast.config.values import read_value
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
 
@@ -39,16 +40,16 @@ _LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "model_ty
 _WIDTHS = "hidden_size intermediate_size ffn_hidden_size embedding_size vocab_size num_channels head_dim"
 _WIDTHS += " max_position_embeddings num_attention_heads num_key_value_heads projection_dim num_query_heads"
 _WIDTHS += " num_kv_heads model_dim num_patches"
-_NUMBERS: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile("image_size|patch_size"), Pixels),
-    (re.compile("num_hidden_layers|num_transformer_layers|depth"), Layers),
-    (re.compile(_WIDTHS.replace(" ", "|")), Size),
-    (re.compile(r".*(dropout|_pdrop|drop_path_rate)"), ShareBelowOne),
-    (re.compile(r".*_(eps|epsilon)|initializer_range"), NonNegativeFloat),
-    (re.compile(r"rope_theta|mlp_ratio"), PositiveFloat),
-    (re.compile(r"num_.*"), Annotated[int, Range(least=0, most=2**24)]),
+_NUMBERS: list[tuple[re.Pattern[str], object]] = [
+    (re.compile("image_size|patch_size"), Pixels | None),
+    (re.compile("num_hidden_layers|num_transformer_layers|depth"), Layers | None),
+    (re.compile(_WIDTHS.replace(" ", "|")), Size | None),
+    (re.compile(r".*(dropout|_pdrop|drop_path_rate)"), ShareBelowOne | None),
+    (re.compile(r".*_(eps|epsilon)|initializer_range"), NonNegativeFloat | None),
+    (re.compile(r"rope_theta|mlp_ratio"), PositiveFloat | None),
+    (re.compile(r"num_.*"), Annotated[int, Range(least=0, most=2**24)] | None),
 ]
-_CUT_LAYERS = Annotated[int, Range(least=0, most=4096)]
+_CUT_LAYERS = Annotated[int, Range(least=0, most=4096)] | None
 """Layers of a stored tower: one that is cut before its first layer has none."""
 
 # The language models of TinyLLaVA Factory's checkpoints: transformers model type -> name of our family.
@@ -144,7 +145,7 @@ _LEGACY_STABLELM = {
     "use_qkv_bias": False,
     "vocab_size": 50304,
 }
-_LEGACY_DEFAULTS: dict[str, dict[str, Any]] = {
+_LEGACY_DEFAULTS: dict[str, Values] = {
     "gemma": _LEGACY_COMMON | _LEGACY_GEMMA,
     "llama": _LEGACY_COMMON | _LEGACY_LLAMA,
     "openelm": {},
@@ -154,7 +155,7 @@ _LEGACY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def legacy_text_config(values: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
+def legacy_text_config(values: Mapping[str, object], where: str = "config.json") -> Values:
     """The config of a language model as TinyLLaVA Factory stored it, with every default that it left out.
 
     values: ``text_config`` of its config.json, or such keys gathered from a flat one; ``model_type`` decides the
@@ -175,7 +176,7 @@ def legacy_text_config(values: dict[str, Any], where: str = "config.json") -> di
     return result
 
 
-def config_of(model_type: str | None, values: dict[str, Any], where: str, *, strict: bool = True) -> PreTrainedConfig:
+def config_of(model_type: str | None, values: Values, where: str, *, strict: bool = True) -> PreTrainedConfig:
     """A transformers config of a model type from its keys.
 
     strict: refuse keys that the config class does not have (transformers itself stores them silently).
@@ -195,7 +196,7 @@ def config_of(model_type: str | None, values: dict[str, Any], where: str, *, str
         return cls(**given)
 
 
-def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
+def check_keys(cls: type, values: Mapping[str, object], where: str) -> None:
     """Raise UserError for a key that the transformers config class does not know, or a number that makes no sense."""
     known = known_keys(cls)
     for key in values:
@@ -204,7 +205,7 @@ def check_keys(cls: type, values: dict[str, Any], where: str) -> None:
     check_numbers(cls, values, where)
 
 
-def check_numbers(cls: type, values: dict[str, Any], where: str, *, cut: bool = False) -> None:
+def check_numbers(cls: type, values: Mapping[str, object], where: str, *, cut: bool = False) -> None:
     """Raise UserError for a size that no model has, a dropout that is no share, and the like, by whatever name.
 
     A class's own default passes. nan and infinity are refused at any depth. cut: the config may be that of a tower
@@ -222,7 +223,7 @@ def check_numbers(cls: type, values: dict[str, Any], where: str, *, cut: bool = 
             hint = _CUT_LAYERS
         if hint is not None:
             for item in value if isinstance(value, (list, tuple)) else [value]:
-                read_value(hint | None, item, "", f"{where}.{key}")
+                read_value(hint, item, "", f"{where}.{key}")
 
 
 def known_keys(cls: type) -> set[str]:
@@ -230,10 +231,20 @@ def known_keys(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)} | set(getattr(cls, "attribute_map", {})) | _LEGACY_KEYS
 
 
-def config_to_dict(config: PreTrainedConfig) -> dict[str, Any]:
+def config_to_dict(config: PreTrainedConfig) -> Values:
     """Every key of the config as JSON values, defaults included: a later change of a default cannot alter a model."""
     values = json.loads(config.to_json_string(use_diff=False))
     return {k: v for k, v in values.items() if k not in _VOLATILE}
+
+
+def load_pretrained(
+    cls: type[PreTrainedModel | AutoModelForCausalLM], source: str, **settings: object
+) -> tuple[PreTrainedModel, list[str]]:
+    """(model, names of the weights that the files lack) of a folder or hub id. settings: of ``from_pretrained``."""
+    load: Callable[..., object] = cls.from_pretrained
+    loaded = load(source, output_loading_info=True, **settings)
+    model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    return model, sorted(report["missing_keys"])
 
 
 @contextlib.contextmanager

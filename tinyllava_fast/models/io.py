@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.errors import CheckpointError, UserError
@@ -26,7 +25,7 @@ from tinyllava_fast.fields import Fields, read_json
 from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.architecture import LMMConfig
-from tinyllava_fast.models.checkpoints.load import open_checkpoint, open_processor, open_tokenizer
+from tinyllava_fast.models.checkpoints._load import open_checkpoint, open_processor, open_tokenizer
 from tinyllava_fast.models.construct import build
 from tinyllava_fast.models.described import check_parts, read_processor
 from tinyllava_fast.models.hf import cast_parameters
@@ -43,7 +42,7 @@ _GIVE = "give a folder that tlf-train wrote"
 def save_model(
     lmm: LMM,
     tokenizer: PreTrainedTokenizerBase,
-    processor: Any,
+    processor: BaseImageProcessor,
     folder: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -87,7 +86,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     merge_adapter: bool = True,
-) -> tuple[LMM, PreTrainedTokenizerBase, Any]:
+) -> tuple[LMM, PreTrainedTokenizerBase, BaseImageProcessor]:
     """(model in eval mode, tokenizer, image processor) of a model folder. dtype None: the stored one.
 
     The folder may also be of another project, in a layout that models/checkpoints knows; it is opened in place.
@@ -119,7 +118,7 @@ def load_model(
 
 
 def is_foreign(folder: str | Path) -> bool:
-    """Whether the folder has a config.json that another project wrote."""
+    """Return whether the folder has a config.json that another project wrote."""
     try:
         values = read_json(Path(folder) / "config.json")
     except UserError:
@@ -178,7 +177,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return read_tokenizer(str(folder), None)
 
 
-def load_processor(folder: str | Path) -> Any:
+def load_processor(folder: str | Path) -> BaseImageProcessor:
     """The image processor stored in a model folder: the PIL class of its tower."""
     if is_foreign(folder):
         return open_processor(folder)

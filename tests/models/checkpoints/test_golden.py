@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ from tests.models.checkpoints.golden import (
 from tests.vectors import GOLDEN, shared
 from tinyllava_fast.data.images import load_image, to_pixels
 from tinyllava_fast.data.templates.base import TEMPLATES
-from tinyllava_fast.data.types import IMAGE_INDEX
+from tinyllava_fast.data.types import IMAGE_INDEX, PackedBatch
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
 
@@ -34,7 +33,7 @@ STEPS = 16
 
 
 def equal_tensors(mine: Path, original: Path) -> bool:
-    """Whether two weights files hold the same numbers under the same names."""
+    """Return whether two weights files hold the same numbers under the same names."""
     a, b = (load_file(f) if f.suffix == ".safetensors" else torch.load(f, weights_only=True) for f in (mine, original))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -112,7 +111,7 @@ def test_greedy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_batch(name: str, pack: Callable[..., Any]) -> None:
+def test_batch(name: str, pack: Callable[..., PackedBatch]) -> None:
     lmm, wanted, golden = opened(name).lmm, record(name)["batch"], arrays(name)
     samples = []
     for row in range(3):
@@ -144,7 +143,7 @@ def test_batch(name: str, pack: Callable[..., Any]) -> None:
     if record(name)["layout"] == "lora":
         with torch.inference_mode():
             assert float(lmm(**tensors)) / batch.num_supervised == pytest.approx(wanted["loss"], abs=1e-4)
-        return  # its gradients are those of the adapter: tests/convert/test_adapter.py
+        return  # its gradients are those of the adapter: tests/convert/formats/test_adapter.py
     lmm.zero_grad()
     loss = lmm(**tensors) / batch.num_supervised
     assert float(loss.detach()) == pytest.approx(wanted["loss"], abs=1e-4)

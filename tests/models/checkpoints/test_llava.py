@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ IMAGE = 639
 
 
 def make(
-    target: Path, text: str, vision: str, tokenizer: str, **options: Any
+    target: Path, text: str, vision: str, tokenizer: str, **options: object
 ) -> tuple[LlavaForConditionalGeneration, Path]:
     extra = {"head_dim": 16} if text in ("gemma", "qwen3") else {}
     config = LlavaConfig(

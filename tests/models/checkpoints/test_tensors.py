@@ -7,20 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tinyllava_fast.errors import CheckpointError, UserError
-from tinyllava_fast.models.checkpoints.tensors import read_tensors
+from tinyllava_fast.models.checkpoints._tensors import read_tensors
 from tinyllava_fast.models.llm.base import LLMS
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def write_index(folder: Path, weight_map: Any) -> None:
+def write_index(folder: Path, weight_map: object) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -42,7 +41,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
         ({"a": "one.safetensors", "c": "two.safetensors"}, r"index\.json: a stands in two\.safetensors and in another"),
     ],
 )
-def test_a_damaged_index_is_named(weight_map: Any, message: str, tmp_path: Path) -> None:
+def test_a_damaged_index_is_named(weight_map: object, message: str, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
     save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "two.safetensors")
     write_index(tmp_path, weight_map)
@@ -74,7 +73,7 @@ class Code:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return (os.mkdir, (str(self.path),))
 
 

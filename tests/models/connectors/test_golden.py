@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +12,9 @@ from safetensors.torch import load_file
 from tests.vectors import GOLDEN, load, shared
 from tinyllava_fast.models.connectors.base import CONNECTORS
 
-CASES: dict[str, dict[str, Any]] = load(GOLDEN / "connectors" / "connectors.json")["connectors"]
+CASES: dict[str, dict[str, object]] = load(GOLDEN / "connectors" / "connectors.json")["connectors"]
 BESIDE = ("resampler", "qformer_small")  # the repository: too large for it
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, object]] = {
     "resampler": {"num_queries": 6, "num_layers": 2},
     "qformer_small": {
         "num_queries": 6,

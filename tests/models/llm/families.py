@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -11,10 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 
 WINDOW = 3  # of the tiny models that have one
-CONFIGS: dict[str, dict[str, Any]] = {name: LLMS.get(name).tiny() for name in LLMS}
+CONFIGS = {name: LLMS.get(name).tiny() for name in LLMS}
 
 
-def build(name: str, *, seed: int = 3, **changes: Any) -> tuple[LLMFamily, PreTrainedModel]:
+def build(name: str, *, seed: int = 3, **changes: object) -> tuple[LLMFamily, PreTrainedModel]:
     """The adapter and a seeded float32 model, with norms and biases that are not their neutral values."""
     adapter = LLMS.get(name)()
     llm = adapter.from_config(CONFIGS[name] | changes, seed=seed, where="model.llm")

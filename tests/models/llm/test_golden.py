@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ MONO = [name for name in MODELS if name.endswith("-mono")]
 PREFIX = "language_model."
 
 
-def text_config(name: str) -> dict[str, Any]:
+def text_config(name: str) -> dict[str, object]:
     return json.loads((folder(name) / "config.json").read_text())["text_config"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,7 @@ GROUPS = load(GOLDEN / "templates.json")["groups"]
 CASES = sorted({(g["llm_hook"], g["tokenizer"]) for g in GROUPS})
 
 
-def group(hook: str, tokenizer: str) -> dict[str, Any]:
+def group(hook: str, tokenizer: str) -> dict[str, object]:
     return next(g for g in GROUPS if (g["llm_hook"], g["tokenizer"]) == (hook, tokenizer))
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from tinyllava_fast.config.load import parse_into
-from tinyllava_fast.models.vision.base import VISION
-from tinyllava_fast.models.vision.encoder import EncoderTower
+from tinyllava_fast.models.vision._encoder import EncoderTower
+from tinyllava_fast.models.vision.base import VISION, VisionTower
 
 BASE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
 SIZES = BASE | {"intermediate_size": 40, "image_size": 32}
@@ -25,14 +26,14 @@ class Family:
     """A tower's registered name, transformers' classes for it, a tiny config and the tokens before its patches."""
 
     tower: str
-    model: Any
-    config: Any
-    values: dict[str, Any]
+    model: type[PreTrainedModel]
+    config: type[PreTrainedConfig]
+    values: dict[str, object]
     prefix: int = 0
-    whole: tuple[Any, Any] | None = None  # the image-text model that holds the tower, and its config
-    options: dict[str, Any] = field(default_factory=dict)
+    whole: tuple[type[PreTrainedModel], type[PreTrainedConfig]] | None = None
+    """The image-text model that holds the tower, and its config."""
 
-    def stock(self, seed: int = 0) -> Any:
+    def stock(self, seed: int = 0) -> PreTrainedModel:
         """transformers' own model with random weights, every one of them drawn (registers start at zero)."""
         torch.manual_seed(seed)
         model = self.model(self.config(**self.values)).eval()
@@ -84,7 +85,7 @@ FAMILIES |= {family.tower: family for family in map(derived, VISION) if family i
 MOF = {"dinov2": {"config": DINO | {"image_size": 48}}}
 
 
-def hidden_states(model: Any, pixels: Tensor, layer: int) -> Tensor:
+def hidden_states(model: PreTrainedModel, pixels: Tensor, layer: int) -> Tensor:
     """hidden_states[layer] of a whole transformers tower."""
     if isinstance(model, hf.Siglip2VisionModel):
         patch = model.config.patch_size
@@ -96,8 +97,13 @@ def hidden_states(model: Any, pixels: Tensor, layer: int) -> Tensor:
 
 
 def random_tower(
-    family: str, layer: int = -2, select: str | None = "cls_patch", seed: int = 0, options: Any = None, **config: Any
-) -> Any:
+    family: str,
+    layer: int = -2,
+    select: str | None = "cls_patch",
+    seed: int = 0,
+    options: Mapping[str, object] | None = None,
+    **config: object,
+) -> VisionTower:
     """A tower with random weights; keyword arguments change its transformers config. "mof" is a family too."""
     if family == "mof":
         name, values, given = "mof", SIZES, MOF
@@ -120,18 +126,17 @@ def open_tower(
     path: Path | str,
     layer: int = -2,
     select: str | None = "cls_patch",
-    options: Any = None,
-    **overrides: Any,
-) -> Any:
+    options: Mapping[str, object] | None = None,
+    **overrides: object,
+) -> VisionTower:
     """A tower of a registered name with the weights of a folder."""
     kind = VISION.get(name)
-    return kind.from_pretrained(
-        str(path),
-        overrides=overrides,
+    return kind.from_config(
+        overrides,
+        path=str(path),
         feature_layer=layer,
         feature_select=select,
         options=parse_into(kind.Options, options or {}, "model.vision.options"),
-        dtype=torch.float32,
         where="model.vision",
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,16 +34,16 @@ def weights(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def is_read(name: str, tower: VisionTower) -> bool:
-    """Whether a weight belongs to a layer that the tower has."""
+    """Return whether a weight belongs to a layer that the tower has."""
     layer = re.search(r"\.layers?\.(\d+)\.", name)
     return layer is None or int(layer[1]) < tower.num_layers
 
 
-def build_tower(config: dict[str, Any]) -> VisionTower:
+def build_tower(config: dict[str, object]) -> VisionTower:
     vision = {k: v for k, v in config["vision_config"].items() if not k.startswith("model_name_or_path")}
     mof = config["vision_model_name_or_path"].startswith("mof:")
     kind = VISION.get("mof" if mof else TOWERS[vision["model_type"]])
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if mof:
         half = json.loads((GOLDEN / "components" / "tiny-dinov2" / "config.json").read_text())
         options = {"dinov2": {"config": half, "interpolation": "transformers4"}}

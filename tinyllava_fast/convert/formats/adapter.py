@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 

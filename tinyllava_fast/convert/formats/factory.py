@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
-from tinyllava_fast.convert.formats.towers import completed, resized_positions
+from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._towers import completed, plain_encoder, resized_positions
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.checkpoints.factory import PREFIXES
+from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.hf import LEGACY_FAMILIES, config_to_dict, legacy_text_config
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.vision._encoder import EncoderTower
+from tinyllava_fast.models.vision.dinov2 import RENAMED, Dinov2Tower
+from tinyllava_fast.models.vision.mof import MoFTower
 
-_DINOV2 = {
-    ".attention.q_proj.": ".attention.attention.query.",
-    ".attention.k_proj.": ".attention.attention.key.",
-    ".attention.v_proj.": ".attention.attention.value.",
-    ".attention.o_proj.": ".attention.output.dense.",
-    ".mlp.down_proj.": ".mlp.weights_out.",
-}
-_TOWERS = ("clip", "siglip", "siglip2", "dinov2")
 # Sizes that the reference's connectors have fixed.
 _FIXED = {
     "resampler": {"num_heads": 8, "head_size": 64, "expansion": 4},
@@ -70,7 +67,7 @@ class FactoryFormat(Format):
         model.processor.save_pretrained(folder)
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: Model) -> Values:
     lmm, names = model.lmm, model.names
     mixed = lmm.vision.name == "mof"
     flags = {"llm": "--llm-name", "vision": "--vision-name"} | ({"vision2": "--vision2-name"} if mixed else {})
@@ -117,7 +114,7 @@ def _config(model: Model) -> dict[str, Any]:
     } | {f"tune_type_{part}": "frozen" for part in ("llm", "vision_tower", "connector")}
 
 
-def text_config(lmm: LMM) -> dict[str, Any]:
+def text_config(lmm: LMM) -> Values:
     """The language model's config with the keys of transformers 4.40."""
     values = config_to_dict(lmm.llm.config)
     kind = values["model_type"]
@@ -143,10 +140,10 @@ def text_config(lmm: LMM) -> dict[str, Any]:
     return result | {"model_type": kind, "torch_dtype": str(lmm.dtype).removeprefix("torch.")}
 
 
-def _vision(lmm: LMM, model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    vision: Any = lmm.vision
-    if vision.name == "mof":
-        if vision.dinov2.options.interpolation != "transformers4" and not _native(vision.dinov2):
+def _vision(lmm: LMM, model: Model) -> tuple[Values, dict[str, Tensor]]:
+    vision = lmm.vision
+    if isinstance(vision, MoFTower):
+        if vision.dinov2.interpolation != "transformers4" and not _native(vision.dinov2):
             raise UserError(
                 "vision.options.dinov2.interpolation: transformers5 is not how the reference resizes position tables; "
                 "train with transformers4"
@@ -156,36 +153,36 @@ def _vision(lmm: LMM, model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return config, {
             f"{half}.{k}": v for half, part in (("clip", clip), ("dinov2", dinov2)) for k, v in part.items()
         }
-    if vision.name not in _TOWERS or vision.config.model_type == "siglip2_vision_model":
+    encoder = plain_encoder(vision)
+    if encoder is None:
         raise UserError(f"vision.type: the reference has no {vision.name}; it has clip, siglip, dinov2 and mof")
-    return _encoder(vision)
+    return _encoder(encoder)
 
 
-def _native(dinov2: Any) -> bool:
+def _native(dinov2: Dinov2Tower) -> bool:
     return dinov2.image_size == dinov2.config.image_size
 
 
-def _encoder(vision: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _encoder(vision: EncoderTower) -> tuple[Values, dict[str, Tensor]]:
     """(config, weights under the names of transformers 4) of one encoder."""
-    if vision.name != "dinov2":
+    if not isinstance(vision, Dinov2Tower):
         config, weights = completed(vision, **({"vision_use_head": True} if vision.name != "clip" else {}))
         return _plain(config), {f"vision_model.{name}": tensor for name, tensor in weights.items()}
-    rule = vision.options.interpolation
-    resized = {} if rule == "transformers4" or _native(vision) else {"image_size": vision.image_size}
+    resized = {} if vision.interpolation == "transformers4" or _native(vision) else {"image_size": vision.image_size}
     config, weights = completed(vision, use_mask_token=True, **resized)
     if resized:
         weights["embeddings.position_embeddings"] = resized_positions(vision)
     return _plain(config), dict(_dinov2_names(weights))
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _plain(config: Values) -> Values:
     return {k: v for k, v in config.items() if k not in _NO_VISION_KEYS and not k.startswith("_") and v is not None}
 
 
 def _dinov2_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in weights.items():
-        for new, old in _DINOV2.items():
+        for old, new in RENAMED.items():
             name = name.replace(new, old)
         if ".mlp.gate_proj." in name:
             other = weights[name.replace("gate_proj", "up_proj")]
@@ -195,36 +192,36 @@ def _dinov2_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def factory_has(connector: Any) -> bool:
-    """Whether the reference has a connector of this kind and of these fixed sizes."""
+def factory_has(connector: Connector) -> bool:
+    """Return whether the reference has a connector of this kind and of these fixed sizes."""
     fixed = _FIXED.get(connector.name, {})
     return connector.name in CONNECTORS and all(getattr(connector.options, k) == v for k, v in fixed.items())
 
 
-def _connector(lmm: LMM) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _connector(lmm: LMM) -> tuple[Values, dict[str, Tensor]]:
     """(config keys, weights under the reference's names)."""
-    kind, options = lmm.connector.name, lmm.connector.options
+    kind, options = lmm.connector.name, asdict(lmm.connector.options)
     state = lmm.connector.state_dict()
     for key, value in _FIXED.get(kind, {}).items():
-        if getattr(options, key) != value:
-            raise UserError(f"connector.options.{key}: {getattr(options, key)}; the reference's {kind} has {value}")
-    keys: dict[str, Any] = {"connector_type": kind, "num_queries": 128, "num_resampler_layers": 3}
+        if options[key] != value:
+            raise UserError(f"connector.options.{key}: {options[key]}; the reference's {kind} has {value}")
+    keys: Values = {"connector_type": kind, "num_queries": 128, "num_resampler_layers": 3}
     if kind == "mlp":
-        if options.activation != "gelu":
-            raise UserError(f"connector.options.activation: {options.activation}; the reference's MLPs have gelu")
-        keys["connector_type"] = f"mlp{options.depth}x_gelu"
+        if options["activation"] != "gelu":
+            raise UserError(f"connector.options.activation: {options['activation']}; the reference's MLPs have gelu")
+        keys["connector_type"] = f"mlp{options['depth']}x_gelu"
         return keys, {k.removeprefix("layers."): v for k, v in state.items()}
     if kind == "linear":
         return keys, {k.removeprefix("linear."): v for k, v in state.items()}
     if kind == "resampler":
-        return keys | {"num_queries": options.num_queries, "num_resampler_layers": options.num_layers}, state
+        return keys | {"num_queries": options["num_queries"], "num_resampler_layers": options["num_layers"]}, state
     if kind == "qformer":
         state = {
             f"bert.{k}" if k.startswith("encoder.") else k: v
             for k, v in ((k.replace("attention.attention.", "attention.self."), v) for k, v in state.items())
         }
         state["bert.embeddings.position_ids"] = torch.arange(512).unsqueeze(0)
-        return keys | {"num_queries": options.num_queries}, state
+        return keys | {"num_queries": options["num_queries"]}, state
     if kind in ("identity", "mof_mlp"):
         return keys, state
     raise UserError(

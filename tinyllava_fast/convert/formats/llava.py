@@ -7,34 +7,34 @@ Logits equal ours. What has to be said differently there:
 - Gemma's factor on image rows goes into the projector's last layer, since transformers scales text rows only.
 - DINOv2's position table is stored at the size that is used.
 - ``<image>`` becomes a token; it and the padding rows of the vocabulary are never generated.
-- An adapter that is kept apart goes to ``adapter/``, which peft loads onto the model (llava_adapter.py).
+- An adapter that is kept apart goes to ``adapter/``, which peft loads onto the model (_llava_adapter.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from tinyllava_fast.convert.formats.base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._llava_adapter import write_adapter
+from tinyllava_fast.convert.formats._llava_processor import build_processor
+from tinyllava_fast.convert.formats._towers import TOWERS, completed, plain_encoder, resized_positions
 from tinyllava_fast.convert.formats.factory import factory_has
-from tinyllava_fast.convert.formats.llava_adapter import write_adapter
-from tinyllava_fast.convert.formats.llava_processor import build_processor
-from tinyllava_fast.convert.formats.towers import completed, resized_positions
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import adapter
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.hf import config_to_dict
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.models.vision.base import VisionTower
+from tinyllava_fast.models.vision._encoder import EncoderTower
+from tinyllava_fast.models.vision.dinov2 import Dinov2Tower
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu"}
-_TOWERS = ("clip", "siglip", "siglip2", "dinov2")
 
 
 @FORMATS.register("llava")
@@ -49,9 +49,13 @@ class LlavaFormat(Format):
         lmm = model.lmm
         apart = adapter.take(lmm)
         _check_llm(lmm)
-        vision, tower = _tower(lmm.vision)
+        encoder = plain_encoder(lmm.vision)
+        if encoder is None:
+            name = lmm.vision.name
+            raise UserError(f"vision.type: {name} is no tower of transformers' llava; it takes {', '.join(TOWERS)}")
+        vision, tower = _tower(encoder)
         act, projector = _projector(lmm)
-        processor = build_processor(model)
+        processor = build_processor(model, encoder)
         token = processor.image_token_id
         text, llm = _language_model(lmm, token)
         config = LlavaConfig(
@@ -66,7 +70,7 @@ class LlavaFormat(Format):
         )
         config.dtype = lmm.dtype
         with torch.device("meta"):
-            llava: Any = LlavaForConditionalGeneration(config)
+            llava = LlavaForConditionalGeneration(config)
         weights = {**llm, **tower, **projector}
         left = llava.load_state_dict(weights, assign=True, strict=False)
         tied = {"lm_head.weight"} if lmm.tied_names() else set()
@@ -93,7 +97,7 @@ def _check_llm(lmm: LMM) -> None:
         )
 
 
-def _language_model(lmm: LMM, image_token: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _language_model(lmm: LMM, image_token: int) -> tuple[Values, dict[str, Tensor]]:
     """(text config, weights); a row of zeros for the image token where the vocabulary has no room for it."""
     config = config_to_dict(lmm.llm.config) | {"use_cache": True}
     embedding = lmm.family.embedding(lmm.llm).weight
@@ -110,32 +114,31 @@ def _language_model(lmm: LMM, image_token: int) -> tuple[dict[str, Any], dict[st
     return config | {"vocab_size": embedding.shape[0] + extra}, weights
 
 
-def _tower(vision: VisionTower) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _tower(vision: EncoderTower) -> tuple[Values, dict[str, Tensor]]:
     """(vision config with one more layer, weights)."""
-    if vision.name not in _TOWERS or vision.config.model_type == "siglip2_vision_model":  # type: ignore[union-attr]
-        raise UserError(f"vision.type: {vision.name} is no tower of transformers' llava; it takes {', '.join(_TOWERS)}")
-    resized = {"image_size": vision.image_size} if vision.name == "dinov2" else {}
-    config, weights = completed(vision, **resized)
-    if resized:
+    if isinstance(vision, Dinov2Tower):
+        config, weights = completed(vision, image_size=vision.image_size)
         weights["embeddings.position_embeddings"] = resized_positions(vision)
+    else:
+        config, weights = completed(vision)
     return config, {f"model.vision_tower.{name}": tensor for name, tensor in weights.items()}
 
 
 def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
     """(activation, weights of the two linear maps)."""
-    kind, options = lmm.connector.name, lmm.connector.options
+    kind, options = lmm.connector.name, asdict(lmm.connector.options)
     state = lmm.connector.state_dict()
     width, dtype = lmm.hidden_size, lmm.dtype
     unit, zero = torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype)
-    if kind == "mlp" and options.depth == 2:
-        act = _ACTIVATIONS[options.activation]
+    if kind == "mlp" and options["depth"] == 2:
+        act = _ACTIVATIONS[options["activation"]]
         maps = [state[f"layers.{i}.{part}"] for i in (0, 2) for part in ("weight", "bias")]
     elif kind in ("mlp", "linear") and len(state) == 2:
         act, maps = "linear", [*sorted(state.values(), key=lambda t: -t.dim()), unit, zero]
     elif kind == "identity":
         act, maps = "linear", [unit, zero, unit, zero]
     else:
-        settings = ", ".join(f"{name}: {value}" for name, value in asdict(options).items()) or "no options"
+        settings = ", ".join(f"{name}: {value}" for name, value in options.items()) or "no options"
         other = (
             "--format factory keeps it"
             if factory_has(lmm.connector)
@@ -157,7 +160,7 @@ def _projector(lmm: LMM) -> tuple[str, dict[str, Tensor]]:
     }
 
 
-def _set_generation(llava: Any, model: Model, image_token: int, rows: int) -> None:
+def _set_generation(llava: LlavaForConditionalGeneration, model: Model, image_token: int, rows: int) -> None:
     """End tokens as in our engine; ids past the tokenizer and the image token are never generated."""
     from tinyllava_fast.data.templates.base import TEMPLATES
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.architecture import Architecture, VisionPart
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
-from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
-from tinyllava_fast.models.checkpoints.lora import NO_USE, read_lora
-from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights, read_tensors
+from tinyllava_fast.models.architecture import LMMConfig, Values, VisionPart
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints._lora import CONFIG as ADAPTER
+from tinyllava_fast.models.checkpoints._lora import NO_USE, read_lora
+from tinyllava_fast.models.checkpoints._tensors import Stored, holds_weights, read_tensors
 from tinyllava_fast.models.hf import legacy_text_config
 
 PREFIXES = {"llm": "language_model.", "vision": "vision_tower._vision_tower.", "connector": "connector._connector."}
@@ -26,14 +25,14 @@ _SPLIT = {"llm": "language_model", "vision": "vision_tower", "connector": "conne
 
 
 class FactoryLayout(Layout):
-    """What the three have in common: config.json."""
+    """The common part of the three layouts: config.json."""
 
     def recognizes(self, folder: Folder) -> bool:
         """See the base class."""
         return folder.config.get("model_type") == "tinyllava" and self.laid_out(folder)
 
     def laid_out(self, folder: Folder) -> bool:
-        """Whether the weights are where this layout has them."""
+        """Return whether the weights are where this layout has them."""
         raise NotImplementedError
 
     def describe(self, folder: Folder, sources: Sources, tensors: Mapping[str, Mapping[str, Stored]]) -> Checkpoint:
@@ -45,10 +44,10 @@ class FactoryLayout(Layout):
             (config.get("vision_config") or {}).get("model_name_or_path"),
         ]
         vision = _vision(config, sources, processors, where)
-        connector = parts.connector_part(parts.need(config, "connector_type", where), config, where)
-        tower, left_out = parts.vision_weights(vision.type, tensors["vision"])
-        adapting, dropped = parts.connector_weights(connector.type, tensors["connector"])
-        text = legacy_text_config(parts.need(config, "text_config", where), where)
+        connector = _parts.connector_part(_parts.need_text(config, "connector_type", where), config, where)
+        tower, left_out = _parts.vision_weights(vision.type, tensors["vision"])
+        adapting, dropped = _parts.connector_weights(connector.type, tensors["connector"])
+        text = legacy_text_config(_parts.need_section(config, "text_config", where), where)
         origin = {
             "llm": config.get("llm_model_name_or_path"),
             "tokenizer": config.get("tokenizer_name_or_path") or config.get("llm_model_name_or_path"),
@@ -57,13 +56,17 @@ class FactoryLayout(Layout):
         }
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
-            image_mode=parts.image_mode(config, where),
-            weights={**parts.llm_weights(tensors["llm"]), **tower, **adapting},
+            config=LMMConfig(
+                llm=_parts.llm_part(text),
+                vision=vision,
+                connector=connector,
+                image_mode=_parts.image_mode(config, where),
+                origin={k: str(v) for k, v in origin.items() if v},
+            ),
+            weights={**_parts.llm_weights(tensors["llm"]), **tower, **adapting},
             ignored=[*left_out, *dropped],
-            tokenizer=parts.tokenizer_source(folder, sources.llm or origin["tokenizer"], where),
+            tokenizer=_parts.tokenizer_source(folder, sources.llm or origin["tokenizer"], where),
             processor_sources=processors,
-            origin={k: str(v) for k, v in origin.items() if v},
         )
 
 
@@ -81,7 +84,7 @@ class Finetuned(FactoryLayout):
     def open(self, folder: Folder, sources: Sources) -> Checkpoint:
         """See the base class."""
         tensors = folder.tensors()
-        checkpoint = self.describe(folder, sources, {c: parts.under(p, tensors) for c, p in PREFIXES.items()})
+        checkpoint = self.describe(folder, sources, {c: _parts.under(p, tensors) for c, p in PREFIXES.items()})
         checkpoint.unknown = [k for k in tensors if not k.startswith(tuple(PREFIXES.values()))]
         return checkpoint
 
@@ -122,13 +125,13 @@ class Lora(FactoryLayout):
         if any(not stored.dtype.is_floating_point for stored in tensors["llm"].values()):
             tensors["llm"] = _unquantized(folder, sources)
         checkpoint = self.describe(folder, sources, tensors)
-        vision = checkpoint.architecture.vision
+        vision = checkpoint.config.vision
         ours = {stored.key.replace(".base_layer.", "."): name for name, stored in checkpoint.weights.items()}
 
         def rename(name: str) -> str | None:
             for component, prefix in PREFIXES.items():
                 if name.startswith(prefix):
-                    number = towers.layer_number(name) if component == "vision" else None
+                    number = _towers.layer_number(name) if component == "vision" else None
                     single = vision.type != "mof"  # the layers of two towers are counted apart
                     if single and number is not None and number >= vision.config["num_hidden_layers"]:
                         return NO_USE
@@ -161,27 +164,27 @@ def _split_tensors(folder: Folder) -> dict[str, dict[str, Stored]]:
     return found
 
 
-def _vision(config: dict[str, Any], sources: Sources, processors: list[str | None], where: str) -> VisionPart:
+def _vision(config: Values, sources: Sources, processors: list[str | None], where: str) -> VisionPart:
     """The tower, or the two towers of a mixture, that config.json describes.
 
     DINOv2's position table is resized as transformers 4.40 did. The size of its images is only in its image processor,
     whose crop is 224 in every release.
     """
     layer = config.get("vision_feature_layer", -2)
-    stored = towers.legacy_vision_config(parts.need(config, "vision_config", where), where)
-    first = towers.truncated(stored, layer, where)
+    stored = _towers.legacy_vision_config(_parts.need_section(config, "vision_config", where), where)
+    first = _towers.truncated(stored, layer, where)
     vision = VisionPart(
-        type=towers.tower_type(first, where),
+        type=_towers.tower_type(first, where),
         config=first,
         feature_select=config.get("vision_feature_select_strategy", "patch"),
     )
     if str(config.get("vision_model_name_or_path")).partition(":")[0] == "mof":
-        name = str(parts.need(config, "vision_model_name_or_path2", where)).rpartition(":")[2]
-        second = towers.truncated(towers.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
+        name = _parts.need_text(config, "vision_model_name_or_path2", where).rpartition(":")[2]
+        second = _towers.truncated(_towers.tower_config(name, sources.vision2, where, "--vision2"), layer, where)
         half = {"config": second, "interpolation": "transformers4"}
         return replace(vision, type="mof", options={"dinov2": half})
     if vision.type == "dinov2":
-        processor = parts.stored_processor("dinov2", processors)
+        processor = _parts.stored_processor("dinov2", processors)
         side = pixel_shape(processor)[1] if processor else 224
         return replace(vision, options={"image_size": side, "interpolation": "transformers4"})
     return vision

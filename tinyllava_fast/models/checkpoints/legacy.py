@@ -7,13 +7,12 @@ Folders that hold only what a stage trained (a projector, an adapter) are in leg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.architecture import Architecture, VisionPart
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
-from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights
+from tinyllava_fast.models.architecture import LMMConfig, VisionPart
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints._tensors import Stored, holds_weights
 from tinyllava_fast.models.hf import legacy_text_config
 
 TOWER, PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
@@ -23,7 +22,7 @@ LLAVA = {"llava_llama": "llama", "llava": "llama"}
 
 
 class LegacyLayout(Layout):
-    """What both have in common."""
+    """The common part of both layouts: config.json and the names of tensors."""
 
     text_types: Mapping[str, str]
 
@@ -37,8 +36,8 @@ class LegacyLayout(Layout):
         """See the base class."""
         return self.describe(folder, sources, folder.tensors())
 
-    def selection(self, tower: str, config: Mapping[str, Any]) -> str:
-        """Which tower tokens are kept."""
+    def selection(self, tower: str, config: Mapping[str, object]) -> str:
+        """Return our name for the tower's tokens that are kept."""
         return str(config.get("mm_vision_select_feature") or "patch")
 
     def describe(self, folder: Folder, sources: Sources, tensors: Mapping[str, Stored]) -> Checkpoint:
@@ -50,29 +49,33 @@ class LegacyLayout(Layout):
         projector = str(config.get("mm_projector_type") or "linear")
         if projector in ("resampler", "qformer"):
             raise CheckpointError(f"{where}: TinyLLaVABench's {projector} is another one than TinyLLaVA Factory's")
-        name = str(parts.need(config, "mm_vision_tower", where))
+        name = _parts.need_text(config, "mm_vision_tower", where)
         layer = int(config.get("mm_vision_select_layer", -2))
-        full = towers.tower_config(name, sources.vision, where, "--vision")
-        kind = towers.tower_type(full, where)
+        full = _towers.tower_config(name, sources.vision, where, "--vision")
+        kind = _towers.tower_type(full, where)
         select = self.selection(kind, config)
-        vision = VisionPart(type=kind, config=towers.truncated(full, layer, where), feature_select=select)
-        connector = parts.connector_part(projector, config, where)
-        stored = parts.under(TOWER, tensors)
+        vision = VisionPart(type=kind, config=_towers.truncated(full, layer, where), feature_select=select)
+        connector = _parts.connector_part(projector, config, where)
+        stored = _parts.under(TOWER, tensors)
         if not stored:
-            stored = towers.pretrained_tower(kind, name, sources.vision, where)
-        tower, left_out = parts.vision_weights(kind, stored)
-        adapting, dropped = parts.connector_weights(connector.type, parts.under(PROJECTOR, tensors))
+            stored = _towers.pretrained_tower(kind, name, sources.vision, where)
+        tower, left_out = _parts.vision_weights(kind, stored)
+        adapting, dropped = _parts.connector_weights(connector.type, _parts.under(PROJECTOR, tensors))
         llm = {k: v for k, v in tensors.items() if not k.startswith((TOWER, PROJECTOR))}
         text = legacy_text_config(config | {"model_type": self.text_types[config["model_type"]]}, where)
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
-            image_mode=parts.image_mode(config, where),
-            weights={**parts.llm_weights(llm), **tower, **adapting},
+            config=LMMConfig(
+                llm=_parts.llm_part(text),
+                vision=vision,
+                connector=connector,
+                image_mode=_parts.image_mode(config, where),
+                origin={"vision": name},
+            ),
+            weights={**_parts.llm_weights(llm), **tower, **adapting},
             ignored=[*left_out, *dropped],
-            tokenizer=parts.tokenizer_source(folder, sources.llm, where),
+            tokenizer=_parts.tokenizer_source(folder, sources.llm, where),
             processor_sources=[str(folder.path), sources.vision, name],
-            origin={"vision": name},
         )
 
 
@@ -84,7 +87,7 @@ class Bench(LegacyLayout):
     holds = "TinyLLaVABench: config.json (tiny_llava_phi, tiny_llava_stablelm, tiny_llava) with mm_vision_tower"
     text_types = BENCH
 
-    def selection(self, tower: str, config: Mapping[str, Any]) -> str:
+    def selection(self, tower: str, config: Mapping[str, object]) -> str:
         """See the base class."""
         return "cls_patch" if tower.startswith("siglip") else super().selection(tower, config)
 

@@ -1,4 +1,4 @@
-"""What LLaVA's and TinyLLaVABench's stages leave behind when not all of the model was trained: a projector, an adapter.
+"""Folders of LLaVA and TinyLLaVABench that hold only the part that a stage trained: a projector or an adapter.
 
 The language model they belong to is elsewhere: in the folder that config.json names or ``--llm`` gives, either a
 language model of its own or a whole checkpoint under LLaVA's names.
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints._lora import CONFIG as ADAPTER
+from tinyllava_fast.models.checkpoints._lora import NO_USE, read_lora
+from tinyllava_fast.models.checkpoints._tensors import Stored, holds_weights, read_tensors
 from tinyllava_fast.models.checkpoints.legacy import BENCH, LLAVA, PROJECTOR, TOWER, Bench, LegacyLayout, Llava15
-from tinyllava_fast.models.checkpoints.lora import CONFIG as ADAPTER
-from tinyllava_fast.models.checkpoints.lora import NO_USE, read_lora
-from tinyllava_fast.models.checkpoints.tensors import Stored, holds_weights, read_tensors
 
 _PROJECTOR_FILE, _TRAINED_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 
@@ -62,7 +62,7 @@ class LoraAlone(Layout):
             trained = {k.removeprefix("model."): v for k, v in trained.items()}
         stored = tensors | trained
         checkpoint = _describe(self.name, folder, sources, base, stored)
-        vision = checkpoint.architecture.vision
+        vision = checkpoint.config.vision
         names = {id(tensor): name for name, tensor in stored.items()}
         ours = {names[id(tensor)]: name for name, tensor in checkpoint.weights.items() if id(tensor) in names}
 
@@ -71,8 +71,8 @@ class LoraAlone(Layout):
                 return ours.get(name)
             # The tower's weights may be from a folder of its own, under other names: its class says which is which.
             inner = name.removeprefix(TOWER)
-            found, _ = parts.vision_weights(vision.type, {inner: Stored.of(name, torch.empty(0))})
-            number, kept = towers.layer_number(inner), vision.config["num_hidden_layers"]
+            found, _ = _parts.vision_weights(vision.type, {inner: Stored.of(name, torch.empty(0))})
+            number, kept = _towers.layer_number(inner), vision.config["num_hidden_layers"]
             if number is not None and number >= kept:
                 return NO_USE
             return next((ours_too for ours_too in found if ours_too in checkpoint.weights), None)
@@ -102,5 +102,5 @@ def _describe(layout: str, folder: Folder, sources: Sources, base: Path, tensors
     kind: LegacyLayout = Bench() if folder.config["model_type"] in BENCH else Llava15()
     checkpoint = kind.describe(folder, Sources(llm=str(base), vision=sources.vision), tensors)
     checkpoint.layout = layout
-    checkpoint.origin["llm"] = str(base)
+    checkpoint.config.origin["llm"] = str(base)
     return checkpoint

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import LlavaConfig, PreTrainedConfig
 
 from tinyllava_fast.errors import CheckpointError, nearest
-from tinyllava_fast.models.architecture import Architecture, ConnectorPart, VisionPart
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Checkpoint, Folder, Layout, Sources
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.architecture import ConnectorPart, LMMConfig, Values, VisionPart
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Checkpoint, Folder, Layout, Sources
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.hf import config_to_dict
 
 SELECTIONS = {"default": "patch", "full": "cls_patch"}
@@ -44,29 +45,31 @@ class Llava(Layout):
         where = str(folder.path / "config.json")
         config = _config(folder.config, where)
         llm, tower, projector, unknown = _sort(folder.tensors())
-        text = config_to_dict(config.text_config)
+        text = config_to_dict(config.get_text_config())
         rows = 1 / math.sqrt(text["hidden_size"]) if text["model_type"] in SCALED else 1.0
         connector, adapting = _connector(config, projector, rows, where)
         vision = _vision(config, where)
-        tower, left_out = parts.vision_weights(vision.type, tower)
+        tower, left_out = _parts.vision_weights(vision.type, tower)
         if text["model_type"] == "phi":
             llm.setdefault("lm_head.bias", Stored.of("no lm_head.bias", torch.zeros(text["vocab_size"])))
         sources_of_processor = [str(folder.path), sources.vision]
         return Checkpoint(
             layout=self.name,
-            architecture=Architecture(llm=parts.llm_part(text), vision=vision, connector=connector),
-            image_mode="pad" if parts.processor_values(sources_of_processor).get("do_pad") else "square",
-            weights={**parts.llm_weights(llm), **tower, **adapting},
+            config=LMMConfig(
+                llm=_parts.llm_part(text),
+                vision=vision,
+                connector=connector,
+                image_mode="pad" if _parts.processor_values(sources_of_processor).get("do_pad") else "square",
+            ),
+            weights={**_parts.llm_weights(llm), **tower, **adapting},
             ignored=left_out,
-            tokenizer=parts.tokenizer_source(folder, sources.llm, where),
+            tokenizer=_parts.tokenizer_source(folder, sources.llm, where),
             processor_sources=sources_of_processor,
             unknown=unknown,
         )
 
 
-def _config(values: dict[str, Any], where: str) -> Any:
-    from transformers import LlavaConfig
-
+def _config(values: Values, where: str) -> LlavaConfig:
     try:
         return LlavaConfig.from_dict(values)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
@@ -100,7 +103,7 @@ def _sort(
     return llm, tower, projector, unknown
 
 
-def _vision(config: Any, where: str) -> VisionPart:
+def _vision(config: LlavaConfig, where: str) -> VisionPart:
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         if len(layer) != 1:
@@ -108,8 +111,8 @@ def _vision(config: Any, where: str) -> VisionPart:
                 f"{where}: vision_feature_layer {layer}: features of several layers are not supported"
             )
         layer = layer[0]
-    values = towers.truncated(config_to_dict(config.vision_config), layer, where)
-    kind = towers.tower_type(values, where)
+    values = _towers.truncated(config_to_dict(cast("PreTrainedConfig", config.vision_config)), layer, where)
+    kind = _towers.tower_type(values, where)
     select = SELECTIONS[config.vision_feature_select_strategy]
     if select == "patch" and values.get("num_register_tokens"):
         raise CheckpointError(f"{where}: vision_feature_select_strategy 'default' would keep this tower's registers")
@@ -117,24 +120,24 @@ def _vision(config: Any, where: str) -> VisionPart:
 
 
 def _connector(
-    config: Any, tensors: Mapping[str, Stored], rows: float, where: str
+    config: LlavaConfig, tensors: Mapping[str, Stored], rows: float, where: str
 ) -> tuple[ConnectorPart, dict[str, Stored]]:
     """(connector, weights) of the projector, its output multiplied by ``rows``."""
     found = {f"{_PROJECTOR[k.split('.')[0]]}.{k.split('.')[-1]}": v for k, v in tensors.items()}
     if not config.multimodal_projector_bias:
         for index in "02":
-            size = config.text_config.hidden_size
-            found[f"{index}.bias"] = Stored.of("no projector bias", torch.zeros(size))
+            zeros = torch.zeros(config.get_text_config().hidden_size)
+            found[f"{index}.bias"] = Stored.of("no projector bias", zeros)
     if rows != 1.0:
         for name in ("2.weight", "2.bias"):
             found[name] = _map(found[name], lambda t: t * rows)
     act = config.projector_hidden_act
     if act == "linear":
-        weights, _ = parts.connector_weights("linear", _product(found))
+        weights, _ = _parts.connector_weights("linear", _product(found))
         return ConnectorPart(type="linear"), weights
     if act not in ACTIVATIONS:
         raise CheckpointError(f"{where}: projector_hidden_act {act!r}; {nearest(act, [*ACTIVATIONS, 'linear'])}")
-    weights, _ = parts.connector_weights("mlp", found)
+    weights, _ = _parts.connector_weights("mlp", found)
     return ConnectorPart(type="mlp", options={"depth": 2, "activation": ACTIVATIONS[act]}), weights
 
 

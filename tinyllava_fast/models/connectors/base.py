@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.models.architecture import ConnectorPart
+from tinyllava_fast.models.architecture import ConnectorPart, Values
 from tinyllava_fast.registry import Registry
 
 INIT_STD = 0.02  # TinyLLaVA's connectors: N(0, 0.02) weights and zero biases, not torch's default
+
+W = TypeVar("W")
 
 
 class Connector(nn.Module, ABC):
@@ -25,14 +27,14 @@ class Connector(nn.Module, ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    def __init__(self, vision_size: int, llm_size: int, options: Options | None = None) -> None:
         super().__init__()
         self.vision_size = vision_size
         self.llm_size = llm_size
-        self.options: Any = options if options is not None else self.Options()
+        self.options = options if options is not None else self.Options()
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """Return options of a small one, for tests."""
         return {}
 
@@ -56,7 +58,7 @@ class Connector(nn.Module, ABC):
                     nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """Weights under TinyLLaVA Factory's names, its prefix ``_connector.`` removed, under ours."""
         return dict(state)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from tinyllava_fast.errors import UserError
@@ -16,7 +14,7 @@ class IdentityConnector(Connector):
 
     name = "identity"
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
         super().__init__(vision_size, llm_size, options)
         if vision_size != llm_size:
             raise UserError(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
-from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+from tinyllava_fast.models.connectors.base import CONNECTORS, Connector, W
 
 
 @CONNECTORS.register("linear")
@@ -16,7 +15,7 @@ class LinearConnector(Connector):
 
     name = "linear"
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
         super().__init__(vision_size, llm_size, options)
         self.linear = nn.Linear(vision_size, llm_size)
 
@@ -25,6 +24,6 @@ class LinearConnector(Connector):
         return self.linear(features)
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """See the base class: the reference's linear map is the connector itself."""
         return {f"linear.{name}": tensor for name, tensor in state.items()}

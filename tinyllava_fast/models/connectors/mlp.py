@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from tinyllava_fast.config.ranges import Layers
-from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
+from tinyllava_fast.models.connectors.base import CONNECTORS, Connector, W
 from tinyllava_fast.ops.connector_mlp import connector_mlp
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
@@ -31,18 +31,22 @@ class MLP(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., V] -> [..., D]."""
-        if not self._is_one_op():
+        pair = self._plain_pair()
+        if pair is None:
             return super().forward(features)
-        first: Any = self[0]
-        last: Any = self[2]
+        first, last = pair
         return connector_mlp(features, first.weight, first.bias, last.weight, last.bias, self._activation)
 
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters of other modules that ``forward`` reads: ZeRO-3 has to gather them for it."""
-        return list(self.parameters()) if self._is_one_op() else []
+        return list(self.parameters()) if self._plain_pair() else []
 
-    def _is_one_op(self) -> bool:
-        return len(self) == 3 and type(self[0]) is nn.Linear and type(self[2]) is nn.Linear
+    def _plain_pair(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """The two layers that run as one op, if they do."""
+        if len(self) != 3:
+            return None
+        first, last = self[0], self[2]
+        return (first, last) if type(first) is nn.Linear and type(last) is nn.Linear else None
 
 
 @CONNECTORS.register("mlp")
@@ -52,7 +56,7 @@ class MLPConnector(Connector):
     name = "mlp"
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(Connector.Options):
         """Settings of the MLP."""
 
         depth: Layers = 2
@@ -60,7 +64,9 @@ class MLPConnector(Connector):
         activation: Literal["gelu", "relu", "silu"] = "gelu"
         """Between the linear layers; gelu is the exact erf form."""
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    options: Options
+
+    def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
         super().__init__(vision_size, llm_size, options)
         self.layers = MLP(vision_size, llm_size, depth=self.options.depth, activation=self.options.activation)
 
@@ -69,7 +75,7 @@ class MLPConnector(Connector):
         return self.layers(features)
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """See the base class: the reference's Sequential has no name of its own."""
         return {f"layers.{name}": tensor for name, tensor in state.items()}
 
@@ -78,9 +84,11 @@ def _register_field_name(depth: int, activation: str) -> None:
     """``mlp{depth}x_{activation}`` builds the same MLP and is stored as ``mlp`` with its options."""
 
     class Named(MLPConnector):
-        Options: Any = Connector.Options  # the name says everything
+        @dataclass(frozen=True, kw_only=True)
+        class Options(Connector.Options):
+            """None: the name says everything."""
 
-        def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+        def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
             super().__init__(vision_size, llm_size, MLPConnector.Options(depth=depth, activation=activation))  # type: ignore[arg-type]
 
     CONNECTORS.register(f"mlp{depth}x_{activation}")(Named)

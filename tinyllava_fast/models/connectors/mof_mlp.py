@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ class MoFConnector(Connector):
 
     name = "mof_mlp"
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
         super().__init__(vision_size, llm_size, options)
         self.clip = MLP(vision_size // 2, llm_size)
         self.dinov2 = MLP(vision_size // 2, llm_size)

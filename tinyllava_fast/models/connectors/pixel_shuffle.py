@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,13 +22,15 @@ class PixelShuffleConnector(Connector):
     name = "pixel_shuffle"
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(Connector.Options):
         """Settings of the pixel shuffle."""
 
         factor: Pixels = 2
         """Patches a side of the block that becomes one token."""
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    options: Options
+
+    def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
         super().__init__(vision_size, llm_size, options)
         self.linear = nn.Linear(vision_size * self.options.factor**2, llm_size, bias=False)
 
@@ -59,7 +60,7 @@ class PixelShuffleConnector(Connector):
 
 
 def _not_square(tokens: int) -> str:
-    """What to change: the tower's selection is off by the tokens in front of the patches, or by SigLIP's first one."""
+    """Return advice: the selection is off by the tokens in front of the patches, or by SigLIP's first one."""
     above = (math.isqrt(tokens) + 1) ** 2
     if above - tokens == 1:
         return f"{tokens} are one short of {above}: set model.vision.feature_select: cls_patch"

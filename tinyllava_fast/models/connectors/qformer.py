@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,8 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
 
 from tinyllava_fast.config.ranges import Layers, ShareBelowOne, Size
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.connectors.base import CONNECTORS, INIT_STD, Connector
+from tinyllava_fast.models.architecture import Values
+from tinyllava_fast.models.connectors.base import CONNECTORS, INIT_STD, Connector, W
 
 
 @CONNECTORS.register("qformer")
@@ -26,7 +26,7 @@ class QFormerConnector(Connector):
     name = "qformer"
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(Connector.Options):
         """Settings of the Q-Former; the defaults are BERT-base's."""
 
         num_queries: Size = 128
@@ -47,11 +47,13 @@ class QFormerConnector(Connector):
                 raise UserError(f"hidden_size: {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return {"num_queries": 3, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    options: Options
+
+    def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
         super().__init__(vision_size, llm_size, options)
         o = self.options
         config = Blip2QFormerConfig(
@@ -88,7 +90,7 @@ class QFormerConnector(Connector):
         return self.projector(read.last_hidden_state)
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """See the base class: BERT's names for BLIP-2's, without the position buffer that nothing reads."""
         return {
             name.removeprefix("bert.").replace("attention.self.", "attention.attention."): tensor

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyllava_fast.config.ranges import Layers, Size
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 
 
@@ -19,7 +19,7 @@ class ResamplerConnector(Connector):
     name = "resampler"
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(Connector.Options):
         """Settings of the resampler."""
 
         num_queries: Size = 128
@@ -34,17 +34,19 @@ class ResamplerConnector(Connector):
         """Width inside the feed-forward layers, in multiples of D."""
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return {"num_queries": 3, "num_layers": 2, "num_heads": 2, "head_size": 4}
 
-    def __init__(self, vision_size: int, llm_size: int, options: Any = None) -> None:
+    options: Options
+
+    def __init__(self, vision_size: int, llm_size: int, options: Connector.Options | None = None) -> None:
         super().__init__(vision_size, llm_size, options)
         o = self.options
         self.latents = nn.Parameter(torch.zeros(o.num_queries, llm_size))
         self.linear = nn.Linear(vision_size, llm_size)
         self.layers = nn.ModuleList(
-            nn.ModuleList([_Attention(llm_size, o.num_heads, o.head_size), _feed_forward(llm_size, o.expansion)])
+            _Layer([_Attention(llm_size, o.num_heads, o.head_size), _feed_forward(llm_size, o.expansion)])
             for _ in range(o.num_layers)
         )
         self.norm = nn.LayerNorm(llm_size)
@@ -62,11 +64,18 @@ class ResamplerConnector(Connector):
         """[N, K, V] -> [N, num_queries, D]."""
         media = self.linear(features)
         latents = self.latents.expand(features.shape[0], -1, -1)
-        layer: Any
         for layer in self.layers:
-            latents = layer[0](media, latents) + latents
-            latents = layer[1](latents) + latents
+            latents = layer(media, latents)
         return self.norm(latents)
+
+
+class _Layer(nn.ModuleList):
+    """Attention and a feed-forward layer, each with its residual."""
+
+    def forward(self, media: Tensor, latents: Tensor) -> Tensor:
+        """Image [N, K, D], latents [N, Q, D] -> [N, Q, D]."""
+        latents = self[0](media, latents) + latents
+        return self[1](latents) + latents
 
 
 class _Attention(nn.Module):

@@ -1,19 +1,17 @@
-"""Any transformers causal LM whose attention goes through AttentionInterface: llama, qwen2, phi, gemma, smollm3, ..."""
+"""transformers' causal LMs whose attention goes through AttentionInterface: llama, qwen2, phi, gemma, smollm3, ..."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.architecture import LLMPart
+from tinyllava_fast.models.architecture import LLMPart, Values
 from tinyllava_fast.models.attention import PACKED
 from tinyllava_fast.models.described import reading
-from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, seeded
+from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, load_pretrained, seeded
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily, families_for
 from tinyllava_fast.models.sources import ask_hub, resolve
 
@@ -28,17 +26,17 @@ class AutoLLM(LLMFamily):
     name = "auto"
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class. A family that takes any model names one that has no family of its own."""
         return super().tiny() | ({} if cls.model_types else {"model_type": "smollm3", "no_rope_layers": [1, 0]})
 
-    def complete(self, config: dict[str, Any], where: str) -> dict[str, Any]:
+    def complete(self, config: Values, where: str) -> Values:
         """Return the config of a model that is built from one, with what the family's options add to it."""
         return config
 
     def from_config(
         self,
-        config: dict[str, Any],
+        config: Values,
         *,
         seed: int | None,
         dtype: torch.dtype = torch.float32,
@@ -60,12 +58,12 @@ class AutoLLM(LLMFamily):
         return llm
 
     def from_pretrained(
-        self, path: str, *, gguf_file: str | None, overrides: dict[str, Any], dtype: torch.dtype, where: str
+        self, path: str, *, gguf_file: str | None, overrides: Values, dtype: torch.dtype, where: str
     ) -> PreTrainedModel:
         """See the base class. GGUF weights are dequantized to plain tensors."""
         source, gguf_file = resolve(path, gguf_file, where)
         ask_hub(source, f"{where}.path")
-        extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+        extra: Values = {"gguf_file": gguf_file} if gguf_file else {}
         with reading(f"{where}.path: cannot load {path!r} as a language model", UserError):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
             check_keys(type(config), overrides, f"{where}.config")
@@ -75,18 +73,10 @@ class AutoLLM(LLMFamily):
             config.use_cache = False
             if gguf_file:  # transformers 5 keeps blocks packed unless told otherwise, and every matmul then casts
                 extra["quantization_config"] = GgufConfig(dequantize=True)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                attn_implementation=PACKED,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **extra,
-            )
-        llm, report = loaded
-        if report["missing_keys"]:
-            raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(sorted(report['missing_keys']))}")
+            settings: Values = {"config": config, "dtype": dtype, "attn_implementation": PACKED, **extra}
+            llm, missing = load_pretrained(AutoModelForCausalLM, source, trust_remote_code=False, **settings)
+        if missing:
+            raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(missing)}")
         if gguf_file:
             _forget_quantization(llm)
         cast_parameters(llm, dtype)
@@ -99,42 +89,6 @@ class AutoLLM(LLMFamily):
 
     def adapt(self, llm: PreTrainedModel) -> None:
         """Change what has to be changed in a built model; nothing, for a family that transformers runs as it is."""
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class; a tokenizer is used as it is."""
-
-    def embedding(self, llm: nn.Module) -> nn.Embedding:
-        """See the base class."""
-        return llm.get_input_embeddings()  # type: ignore[operator]
-
-    def embedding_scale(self, llm: nn.Module) -> float:
-        """See the base class. transformers 5 keeps Gemma's factor in the embedding module, which we do not call."""
-        return float(getattr(self.embedding(llm), "scalar_embed_scale", 1.0))
-
-    def hidden(self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
-        """See the base class."""
-        body = llm.base_model
-        return body(  # type: ignore[operator]
-            inputs_embeds=embeds, position_ids=position_ids, use_cache=False, **attention_kwargs
-        ).last_hidden_state
-
-    def head(self, llm: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """See the base class."""
-        projection = llm.get_output_embeddings()  # type: ignore[operator]
-        return projection.weight, getattr(projection, "bias", None)
-
-    def layers(self, llm: nn.Module) -> nn.ModuleList:
-        """See the base class."""
-        return llm.base_model.layers  # type: ignore[union-attr,return-value]
-
-    def logit_softcap(self, llm: nn.Module) -> float:
-        """See the base class."""
-        return float(getattr(llm.config, "final_logit_softcapping", None) or 0.0)
-
-    def stop_ids(self, llm: nn.Module) -> frozenset[int]:
-        """See the base class. A generation_config.json is not asked: a model folder does not keep it."""
-        named = llm.config.eos_token_id  # type: ignore[union-attr]
-        return frozenset(named if isinstance(named, list) else [] if named is None else [named])
 
     def _check(self, config: PreTrainedConfig, where: str) -> None:
         """Raise UserError for a model of another family, or one that packed training would change."""

@@ -1,17 +1,22 @@
-"""What the toolkit needs to know about a language model, and the registry of families that know it."""
+"""The contract of language model families, and their registry."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tinyllava_fast.models.architecture import LLMPart
+from tinyllava_fast.models.architecture import LLMPart, Values
+from tinyllava_fast.models.attention import KVView
 from tinyllava_fast.registry import Registry
+
+PAD_WITH_UNK = {"pad_token": "unk_token"}  # as most families do
+UNK_AS_PAD = {"unk_token": "pad_token"}
 
 
 class LLMFamily(ABC):
@@ -21,17 +26,19 @@ class LLMFamily(ABC):
     class Options:
         """Settings of this family alone."""
 
-    def __init__(self, options: Any = None) -> None:
-        self.options: Any = options if options is not None else self.Options()
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options if options is not None else self.Options()
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]] = ()
     """transformers model types it takes, the first one where a config names none; (): any."""
     template: ClassVar[str] = "tokenizer"
     """Chat template that models of the family are trained with unless a run names another."""
+    roles: ClassVar[Mapping[str, str]] = {}
+    """Special tokens that take the text of another one, unless the tokenizer lacks that: {"pad_token": "unk_token"}."""
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """Return the transformers config of a model of a few kilobytes, 32 wide, with 61 tokens, for tests."""
         return {
             "hidden_size": 32,
@@ -45,14 +52,16 @@ class LLMFamily(ABC):
             "pad_token_id": None,
         }
 
-    @abstractmethod
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give special tokens the roles that the family's training gave them; applying it twice changes nothing."""
+        for role, source in self.roles.items():
+            if (text := getattr(tokenizer, source)) is not None:
+                setattr(tokenizer, role, text)
 
     @abstractmethod
     def from_config(
         self,
-        config: dict[str, Any],
+        config: Values,
         *,
         seed: int | None,
         dtype: torch.dtype = torch.float32,
@@ -70,37 +79,50 @@ class LLMFamily(ABC):
 
     @abstractmethod
     def from_pretrained(
-        self, path: str, *, gguf_file: str | None, overrides: dict[str, Any], dtype: torch.dtype, where: str
+        self, path: str, *, gguf_file: str | None, overrides: Values, dtype: torch.dtype, where: str
     ) -> PreTrainedModel:
         """A model with the weights of a folder, hub id or "package:<name>", in the given dtype."""
 
-    @abstractmethod
     def embedding(self, llm: nn.Module) -> nn.Embedding:
-        """The input embedding; its weight is [V, D]."""
+        """Return the input embedding; its weight is [V, D]."""
+        return llm.get_input_embeddings()  # type: ignore[operator]
 
-    @abstractmethod
     def embedding_scale(self, llm: nn.Module) -> float:
-        """Factor on every input row. Gemma multiplies rows by sqrt(D), image rows included."""
+        """Return the factor on every input row. Gemma multiplies rows by sqrt(D), image rows included.
 
-    @abstractmethod
-    def hidden(self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Any) -> Tensor:
-        """The decoder body: [1, T, D] embeds and [1, T] positions -> [1, T, D] after the final norm."""
+        transformers 5 keeps it in the embedding module, which we do not call.
+        """
+        return float(getattr(self.embedding(llm), "scalar_embed_scale", 1.0))
 
-    @abstractmethod
+    def hidden(
+        self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Tensor | KVView | None
+    ) -> Tensor:
+        """Run the decoder body: [1, T, D] embeds and [1, T] positions -> [1, T, D] after the final norm."""
+        body = llm.base_model
+        return body(  # type: ignore[operator]
+            inputs_embeds=embeds, position_ids=position_ids, use_cache=False, **attention_kwargs
+        ).last_hidden_state
+
     def head(self, llm: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """The output projection: weight [V, D] and bias [V] or None."""
+        """Return the output projection: weight [V, D] and bias [V] or None."""
+        projection = llm.get_output_embeddings()  # type: ignore[operator]
+        return projection.weight, getattr(projection, "bias", None)
 
-    @abstractmethod
     def logit_softcap(self, llm: nn.Module) -> float:
-        """c where logits are c tanh(z / c) of the head's output z (Gemma 2); 0: they are z itself."""
+        """Return c where logits are c tanh(z / c) of the head's output z (Gemma 2); 0: they are z itself."""
+        return float(getattr(llm.config, "final_logit_softcapping", None) or 0.0)
 
-    @abstractmethod
     def stop_ids(self, llm: nn.Module) -> frozenset[int]:
-        """Tokens that end an answer according to the model's config, besides the template's own."""
+        """Return the tokens that end an answer according to the model's config, besides the template's own.
 
-    @abstractmethod
+        A generation_config.json is not asked: a model folder does not keep it.
+        """
+        named = llm.config.eos_token_id  # type: ignore[union-attr]
+        return frozenset(named if isinstance(named, list) else [] if named is None else [named])
+
     def layers(self, llm: nn.Module) -> nn.ModuleList:
-        """The decoder layers, first to last."""
+        """Return the decoder layers, first to last."""
+        return llm.base_model.layers  # type: ignore[union-attr,return-value]
 
 
 LLMS: Registry[type[LLMFamily]] = Registry("language model", "tinyllava_fast.models.llm")
@@ -109,9 +131,3 @@ LLMS: Registry[type[LLMFamily]] = Registry("language model", "tinyllava_fast.mod
 def families_for(model_type: str) -> list[str]:
     """Names of the families that state this transformers model type; ["auto"] if none does."""
     return [name for name in LLMS if model_type in LLMS.get(name).model_types] or ["auto"]
-
-
-def pad_with_unk(tokenizer: Any) -> None:
-    """Pad with the unknown token, as many families do; a tokenizer without one keeps what it has."""
-    if tokenizer.unk_token is not None:
-        tokenizer.pad_token = tokenizer.unk_token

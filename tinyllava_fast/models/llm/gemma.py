@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+from tinyllava_fast.models.llm.base import LLMS, PAD_WITH_UNK
 
 
 @LLMS.register("gemma")
@@ -15,12 +14,9 @@ class Gemma(AutoLLM):
     name = "gemma"
     model_types = ("gemma",)
     template = "gemma"
+    roles = PAD_WITH_UNK
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"head_dim": 8}
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class."""
-        pad_with_unk(tokenizer)

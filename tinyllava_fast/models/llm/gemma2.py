@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+from tinyllava_fast.models.llm.base import LLMS, PAD_WITH_UNK
 
 
 @LLMS.register("gemma2")
@@ -15,9 +14,10 @@ class Gemma2(AutoLLM):
     name = "gemma2"
     model_types = ("gemma2",)
     template = "gemma"
+    roles = PAD_WITH_UNK
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {
             "head_dim": 8,
@@ -26,7 +26,3 @@ class Gemma2(AutoLLM):
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 1.5,
         }
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class."""
-        pad_with_unk(tokenizer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,18 +26,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+from tinyllava_fast.models.llm.base import LLMS, PAD_WITH_UNK, LLMFamily
 
 _NORM_EPS = 1e-6
-_SHARED: dict[str, Any] = {
+_SHARED: Values = {
     "num_gqa_groups": 4,
     "normalize_qk_projections": True,
     "share_input_output_layers": True,
     "ffn_multipliers": [0.5, 4.0],
     "qkv_multipliers": [0.5, 1.0],
 }
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Values] = {
     name: {"num_transformer_layers": layers, "model_dim": dim, "head_dim": head, **_SHARED}
     for name, layers, dim, head in (
         ("270M", 16, 1280, 64),
@@ -92,7 +93,7 @@ class OpenELMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         """Derive the layers' sizes from the multipliers."""
         super().__post_init__(**kwargs)
         if self.normalization_layer_name != "rms_norm":
@@ -107,11 +108,11 @@ class OpenELMConfig(PreTrainedConfig):
     @property
     def ffn_sizes(self) -> list[int]:
         """F of each layer."""
-        multipliers: Any = self.ffn_multipliers
+        multipliers = self.ffn_multipliers if isinstance(self.ffn_multipliers, list) else [self.ffn_multipliers]
         return [_divisible(m * self.model_dim, self.ffn_dim_divisor) for m in multipliers]
 
 
-def _per_layer(multipliers: float | list[Any], layers: int) -> list[float]:
+def _per_layer(multipliers: float | list[int | float], layers: int) -> list[float]:
     if not isinstance(multipliers, list):
         return [multipliers] * layers
     if len(multipliers) == 2:  # the files state these values with two decimals, and the sizes are made from those
@@ -155,7 +156,7 @@ class OpenELMAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """position_embeddings: cosines and sines [B, T, Dh] in float32. Other keywords go to the attention function."""
         shape = hidden_states.shape[:-1]
@@ -202,14 +203,14 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
         self.attn_norm = LlamaRMSNorm(config.model_dim, eps=_NORM_EPS)
         self.ffn_norm = LlamaRMSNorm(config.model_dim, eps=_NORM_EPS)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
         """hidden_states [B, T, D] -> the same shape; keywords as in OpenELMAttention."""
         hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
         return hidden_states + self.ffn(self.ffn_norm(hidden_states))
 
 
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about the architecture."""
+    """The features of the architecture that transformers asks for."""
 
     config_class = OpenELMConfig
     base_model_prefix = "transformer"
@@ -244,7 +245,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> BaseModelOutputWithPast:
         """Either input_ids [B, T] or inputs_embeds [B, T, D]; position_ids [B, T], by default those after the cache."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -310,7 +311,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] of the last ``logits_to_keep`` positions (0: of all), and with labels [B, T] the loss."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -342,9 +343,10 @@ class OpenELM(AutoLLM):
     name = "openelm"
     model_types = ("openelm",)
     template = "llama"
+    roles = PAD_WITH_UNK
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return {
             "model_dim": 32,
@@ -360,19 +362,17 @@ class OpenELM(AutoLLM):
         }
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(LLMFamily.Options):
         """Settings of this family alone."""
 
         preset: str | None = None
         """Released size whose config random weights start from: 270M, 450M, 1_1B or 3B."""
 
-    def complete(self, config: dict[str, Any], where: str) -> dict[str, Any]:
+    options: Options
+
+    def complete(self, config: Values, where: str) -> Values:
         """See the base class; the preset's keys come first."""
         preset = self.options.preset
         if preset is not None and preset not in PRESETS:
             raise UserError(f"{where}.options.preset: unknown size {preset!r}; {nearest(preset, PRESETS)}")
-        return PRESETS.get(preset, {}) | config
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class."""
-        pad_with_unk(tokenizer)
+        return (PRESETS[preset] if preset else {}) | config

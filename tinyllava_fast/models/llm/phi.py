@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+from tinyllava_fast.models.llm.base import LLMS, PAD_WITH_UNK
 
 
 @LLMS.register("phi")
@@ -15,12 +14,9 @@ class Phi(AutoLLM):
     name = "phi"
     model_types = ("phi",)
     template = "phi"
+    roles = PAD_WITH_UNK
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"resid_pdrop": 0.0}
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class."""
-        pad_with_unk(tokenizer)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS
+from tinyllava_fast.models.llm.base import LLMS, UNK_AS_PAD
 
 
 @LLMS.register("qwen2")
@@ -15,13 +14,9 @@ class Qwen2(AutoLLM):
     name = "qwen2"
     model_types = ("qwen2",)
     template = "qwen2_base"
+    roles = UNK_AS_PAD
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class."""
-        if tokenizer.pad_token is not None:
-            tokenizer.unk_token = tokenizer.pad_token

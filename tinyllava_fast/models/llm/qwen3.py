@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS
+from tinyllava_fast.models.llm.base import LLMS, UNK_AS_PAD
 
 
 @LLMS.register("qwen3")
@@ -15,13 +14,9 @@ class Qwen3(AutoLLM):
     name = "qwen3"
     model_types = ("qwen3",)
     template = "qwen2_instruct"
+    roles = UNK_AS_PAD
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"head_dim": 16}
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class."""
-        if tokenizer.pad_token is not None:
-            tokenizer.unk_token = tokenizer.pad_token

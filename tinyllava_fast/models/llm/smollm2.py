@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
 from tinyllava_fast.models.llm.base import LLMS
 
@@ -17,6 +16,6 @@ class SmolLM2(AutoLLM):
     template = "phi"
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"tie_word_embeddings": True}

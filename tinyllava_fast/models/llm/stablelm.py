@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer
 
+from tinyllava_fast.models.architecture import Values
 from tinyllava_fast.models.llm.auto import AutoLLM
 from tinyllava_fast.models.llm.base import LLMS
 
@@ -18,7 +17,7 @@ class PackedStableLmDecoderLayer(StableLmDecoderLayer):
     transformers' own forward accepts and drops them.
     """
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:  # type: ignore[override]
         """hidden_states [1, T, D] -> the same shape; other arguments as in the attention module."""
         normed = self.input_layernorm(hidden_states)
         attended = hidden_states + self.self_attn(normed, **kwargs)[0]
@@ -36,7 +35,7 @@ class StableLM(AutoLLM):
     template = "phi"
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> Values:
         """See the base class."""
         return super().tiny() | {"use_qkv_bias": True, "qk_layernorm": True, "partial_rotary_factor": 0.5}
 

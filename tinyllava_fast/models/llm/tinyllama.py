@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tinyllava_fast.models.llm.auto import AutoLLM
-from tinyllava_fast.models.llm.base import LLMS, pad_with_unk
+from tinyllava_fast.models.llm.base import LLMS, PAD_WITH_UNK
 
 
 @LLMS.register("tinyllama")
@@ -15,7 +13,4 @@ class TinyLlama(AutoLLM):
     name = "tinyllama"
     model_types = ("llama",)
     template = "llama"
-
-    def prepare_tokenizer(self, tokenizer: Any) -> None:
-        """See the base class."""
-        pad_with_unk(tokenizer)
+    roles = PAD_WITH_UNK

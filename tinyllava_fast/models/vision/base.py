@@ -8,13 +8,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import BaseImageProcessor
 
-from tinyllava_fast.models.architecture import VisionPart
+from tinyllava_fast.models.architecture import Values, VisionPart
 from tinyllava_fast.registry import Registry
+
+W = TypeVar("W", bound="Splittable")
+C = TypeVar("C")
+
+
+class Splittable(Protocol):
+    """A weight, read or not."""
+
+    def chunk(self: C, chunks: int, dim: int = 0) -> Sequence[C]:
+        """Return equal parts, as Tensor.chunk does."""
 
 
 class VisionTower(nn.Module, ABC):
@@ -25,7 +36,7 @@ class VisionTower(nn.Module, ABC):
         """Settings of this tower alone."""
 
     name: ClassVar[str]
-    processor_class: ClassVar[Any]  # a transformers *ImageProcessorPil
+    processor_class: ClassVar[type[BaseImageProcessor]]  # a transformers *ImageProcessorPil
     hidden_size: int  # V
     num_tokens: int  # K
     image_size: int  # pixels, square
@@ -33,9 +44,9 @@ class VisionTower(nn.Module, ABC):
     feature_select: str  # "patch" or "cls_patch"
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> dict[str, Values]:
         """Return ``config`` and ``options`` of ``model.vision`` for tests: 32 wide, images of 16 pixels."""
-        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+        sizes: Values = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
         return {"config": sizes | {"patch_size": 8, "image_size": 16}}
 
     @abstractmethod
@@ -63,49 +74,37 @@ class VisionTower(nn.Module, ABC):
     @classmethod
     def from_config(
         cls,
-        config: dict[str, Any],
+        config: Values,
         *,
+        path: str | None = None,
         feature_layer: int,
         feature_select: str | None,
-        options: Any = None,
-        seed: int | None,
+        options: Options | None = None,
+        seed: int | None = None,
         dtype: torch.dtype = torch.float32,
         where: str,
         strict: bool = True,
     ) -> VisionTower:
-        """A tower with weights drawn from the seed (None: uninitialized).
+        """Return a tower with weights drawn from the seed (None: uninitialized).
 
-        feature_select None: the tower's default. strict: refuse config keys that transformers does not know.
+        path: folder or hub id of the tower alone or of a whole image-text model, whose weights it has instead; config
+        then holds what overrides the one there. feature_select None: the tower's default. strict: refuse config keys
+        that transformers does not know.
         """
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        overrides: dict[str, Any],
-        feature_layer: int,
-        feature_select: str | None,
-        options: Any = None,
-        dtype: torch.dtype,
-        where: str,
-    ) -> VisionTower:
-        """A tower with the weights of a folder or hub id: the tower alone or the whole image-text model."""
-        raise NotImplementedError
-
-    @classmethod
-    def input_size(cls, path: str | None, config: dict[str, Any], options: Any, where: str) -> int:
+    def input_size(cls, path: str | None, config: Values, options: Options, where: str) -> int:
         """Side in pixels of the images that such a tower takes, without building it."""
         raise NotImplementedError
 
     @classmethod
-    def image_processor(cls, image_size: int) -> Any:
+    def image_processor(cls, image_size: int) -> BaseImageProcessor:
         """The PIL image processor of this family for a size: no pretrained files needed."""
         raise NotImplementedError
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """Weights under TinyLLaVA Factory's names (transformers 4.40, its tower prefix removed) under ours.
 
         What no tower of ours has, such as pooling heads, is left out; layers above the selected one are not.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @VISION.register("clip")
@@ -21,12 +19,12 @@ class CLIPTower(EncoderTower):
     children_kept = ("embeddings", "pre_layrnorm", "encoder")
 
     @classmethod
-    def prefix_tokens(cls, config: Any) -> int:
+    def prefix_tokens(cls, config: PreTrainedConfig) -> int:
         """The CLS token."""
         return 1
 
     @classmethod
-    def image_processor(cls, image_size: int) -> Any:
+    def image_processor(cls, image_size: int) -> CLIPImageProcessorPil:
         """Shortest edge to image_size (bicubic), centre crop, CLIP's mean and std."""
         return CLIPImageProcessorPil(
             size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings, Dinov2Encoder
 
 from tinyllava_fast.config.ranges import Pixels
-from tinyllava_fast.models.architecture import VisionPart
-from tinyllava_fast.models.vision.base import VISION
-from tinyllava_fast.models.vision.encoder import EncoderTower
+from tinyllava_fast.models.architecture import Values, VisionPart
+from tinyllava_fast.models.vision._encoder import EncoderTower
+from tinyllava_fast.models.vision.base import VISION, VisionTower, W
 
 Interpolation = Literal["transformers5", "transformers4"]
-_RENAMED = {
+RENAMED = {
     ".attention.attention.query.": ".attention.q_proj.",
     ".attention.attention.key.": ".attention.k_proj.",
     ".attention.attention.value.": ".attention.v_proj.",
@@ -25,7 +26,16 @@ _RENAMED = {
     ".mlp.weights_out.": ".mlp.down_proj.",
 }
 # What transformers derives for backbones from the number of layers, which truncation changes.
-_BACKBONE_KEYS = ("stage_names", "out_features", "out_indices")
+BACKBONE_KEYS = {"stage_names", "out_features", "out_indices"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(VisionTower.Options):
+    """Settings of every DINOv2 tower."""
+
+    image_size: Pixels | None = None
+    """Side of the input images in pixels; None: the size of the position table (518 in the released models,
+    whose own image processor makes 224)."""
 
 
 @VISION.register("dinov2")
@@ -35,34 +45,33 @@ class Dinov2Tower(EncoderTower):
     name = "dinov2"
     model_classes: ClassVar[tuple[type[PreTrainedModel], ...]] = (Dinov2Model,)
     processor_class = BitImageProcessorPil
+    embeddings: Dinov2Embeddings
+    encoder: Dinov2Encoder
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> dict[str, Values]:
         """See the base class; its position table is of larger images."""
         config = {k: v for k, v in super().tiny()["config"].items() if k != "intermediate_size"}
         options = {"image_size": 16, "interpolation": "transformers4"}
         return {"config": config | {"image_size": 32}, "options": options}
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(SizeOptions):
         """Settings of DINOv2 towers."""
 
-        image_size: Pixels | None = None
-        """Side of the input images in pixels; None: the size of the position table (518 in the released models,
-        whose own image processor makes 224)."""
         interpolation: Interpolation = "transformers5"
-        """How the position table is resized (bicubic): to the grid's size, or by the scale factor (grid + 0.1) / table
-        of transformers 4, which gives other values; TinyLLaVA Factory's models were trained with the latter."""
+        """Rule by which the position table is resized (bicubic): to the grid's size, or by the scale factor of
+        transformers 4, (grid + 0.1) / table, which gives other values; it trained TinyLLaVA Factory's models."""
 
     @classmethod
-    def prefix_tokens(cls, config: Any) -> int:
+    def prefix_tokens(cls, config: PreTrainedConfig) -> int:
         """The CLS token."""
         return 1
 
     @classmethod
-    def input_side(cls, config: Any, options: Any) -> int:
+    def input_side(cls, config: PreTrainedConfig, options: VisionTower.Options) -> int:
         """The option, else the size that the position table is made for."""
-        return int(options.image_size or config.image_size)
+        return int((isinstance(options, SizeOptions) and options.image_size) or config.image_size)
 
     @classmethod
     def _truncate(cls, config: PreTrainedConfig, feature_layer: int, where: str) -> None:
@@ -72,13 +81,18 @@ class Dinov2Tower(EncoderTower):
     @property
     def layers(self) -> nn.ModuleList:
         """The encoder's layers that are built."""
-        return self.encoder.layer  # type: ignore[return-value, union-attr]
+        return self.encoder.layer
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """The rule by which the position table is resized."""
+        return self.options.interpolation if isinstance(self.options, Dinov2Tower.Options) else "transformers5"
 
     def embed(self, pixels: Tensor) -> Tensor:
         """See the base class."""
-        if self.options.interpolation == "transformers5":
+        if self.interpolation == "transformers5":
             return super().embed(pixels)
-        module: Any = self.embeddings
+        module = self.embeddings
         patches = module.patch_embeddings(pixels)
         hidden = torch.cat([module.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         positions = interpolate_by_factor(module.position_embeddings, self.image_size // self.config.patch_size)
@@ -87,10 +101,10 @@ class Dinov2Tower(EncoderTower):
     def describe(self) -> VisionPart:
         """See the base class."""
         part = super().describe()
-        return replace(part, config={k: v for k, v in part.config.items() if k not in _BACKBONE_KEYS})
+        return replace(part, config={k: v for k, v in part.config.items() if k not in BACKBONE_KEYS})
 
     @classmethod
-    def image_processor(cls, image_size: int) -> Any:
+    def image_processor(cls, image_size: int) -> BitImageProcessorPil:
         """Shortest edge to 8/7 of image_size (bicubic), centre crop, ImageNet's mean and std: 256 -> 224."""
         return BitImageProcessorPil(
             size={"shortest_edge": round(image_size * 256 / 224)},
@@ -100,11 +114,11 @@ class Dinov2Tower(EncoderTower):
         )
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """See the base class; transformers 4 named the attention otherwise and fused the gate of SwiGLU layers."""
-        renamed: dict[str, Tensor] = {}
+        renamed: dict[str, W] = {}
         for name, tensor in super().from_reference_names(state).items():
-            for old, new in _RENAMED.items():
+            for old, new in RENAMED.items():
                 name = name.replace(old, new)
             if ".mlp.weights_in." in name:
                 gate, up = tensor.chunk(2)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
-from transformers import Dinov2WithRegistersModel, PreTrainedModel
+from transformers import Dinov2WithRegistersModel, PreTrainedConfig, PreTrainedModel
 
-from tinyllava_fast.config.ranges import Pixels
-from tinyllava_fast.models.vision.base import VISION
-from tinyllava_fast.models.vision.dinov2 import Dinov2Tower
-from tinyllava_fast.models.vision.encoder import EncoderTower
+from tinyllava_fast.models.architecture import Values
+from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, SizeOptions
 
 
 @VISION.register("dinov2_with_registers")
@@ -22,30 +19,26 @@ class Dinov2WithRegistersTower(Dinov2Tower):
     model_classes = (Dinov2WithRegistersModel,)
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> dict[str, Values]:
         """See the base class."""
         return {"config": super().tiny()["config"] | {"image_size": 16}}
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
-        """Settings of DINOv2 towers with registers."""
-
-        image_size: Pixels | None = None
-        """Side of the input images in pixels; None: the size of the position table (518 in the released models,
-        whose own image processor makes 224)."""
+    class Options(SizeOptions):
+        """Settings of DINOv2 towers with registers, which TinyLLaVA Factory lacks: their tables are resized one way."""
 
     def __init__(
-        self, model: PreTrainedModel, feature_select: str | None, options: Any = None, where: str = ""
+        self,
+        model: PreTrainedModel,
+        feature_select: str | None,
+        options: VisionTower.Options | None = None,
+        where: str = "",
     ) -> None:
         super().__init__(model, feature_select, options, where)
-        embeddings: Any = self.embeddings
-        embeddings.mask_token = None  # of masked-image training; the config cannot leave it out
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """See the base class; there is no other numerics, since TinyLLaVA Factory lacks this tower."""
-        return EncoderTower.embed(self, pixels)
+        # The token of masked-image training; the config cannot leave it out.
+        self.embeddings.register_parameter("mask_token", None)
 
     @classmethod
-    def prefix_tokens(cls, config: Any) -> int:
+    def prefix_tokens(cls, config: PreTrainedConfig) -> int:
         """CLS and the registers."""
         return 1 + int(config.num_register_tokens)

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BaseImageProcessor
 
 from tinyllava_fast.config.ranges import Settings, Text
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.architecture import VisionPart
-from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.architecture import Values, VisionPart
+from tinyllava_fast.models.vision.base import VISION, VisionTower, W
 from tinyllava_fast.models.vision.clip import CLIPTower
 from tinyllava_fast.models.vision.dinov2 import Dinov2Tower, Interpolation
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class Dinov2Half:
     config: Settings = field(default_factory=dict)
     """transformers Dinov2Config of a tower with random weights. With ``path``: overrides."""
     interpolation: Interpolation = "transformers5"
-    """How the position table is resized to CLIP's grid; see the option of the dinov2 tower."""
+    """Rule by which the position table is resized to CLIP's grid; see the option of the dinov2 tower."""
 
 
 @VISION.register("mof")
@@ -46,7 +45,7 @@ class MoFTower(VisionTower):
     processor_class = CLIPTower.processor_class
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> dict[str, Values]:
         """See the base class; each half is 16 wide."""
         other = Dinov2Tower.tiny()
         half = {"config": other["config"] | {"hidden_size": 16}, "interpolation": other["options"]["interpolation"]}
@@ -54,13 +53,13 @@ class MoFTower(VisionTower):
         return {"config": config, "options": {"dinov2": half}}
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(VisionTower.Options):
         """Settings of a mixture of features."""
 
         dinov2: Dinov2Half = field(default_factory=Dinov2Half)
         """The DINOv2 half."""
 
-    def __init__(self, clip: EncoderTower, dinov2: EncoderTower, where: str = "") -> None:
+    def __init__(self, clip: CLIPTower, dinov2: Dinov2Tower, where: str = "") -> None:
         super().__init__()
         if clip.num_tokens != dinov2.num_tokens:
             raise UserError(
@@ -79,71 +78,43 @@ class MoFTower(VisionTower):
     @classmethod
     def from_config(
         cls,
-        config: dict[str, Any],
+        config: Values,
         *,
+        path: str | None = None,
         feature_layer: int,
         feature_select: str | None,
-        options: Any = None,
-        seed: int | None,
+        options: VisionTower.Options | None = None,
+        seed: int | None = None,
         dtype: torch.dtype = torch.float32,
         where: str,
         strict: bool = True,
     ) -> MoFTower:
         """See the base class."""
-        half = (options or cls.Options()).dinov2
-        if half.path is not None:
+        half = options.dinov2 if isinstance(options, cls.Options) else Dinov2Half()
+        if path is None and half.path is not None:
             raise UserError(f"{where}.options.dinov2.path: given without {where}.path; give both or neither")
-        common: dict[str, Any] = {"feature_layer": feature_layer, "feature_select": feature_select}
+        if path is not None and half.path is None:
+            raise UserError(f"{where}.options.dinov2.path: missing; {where}.path is CLIP's, give DINOv2's too")
+        common: Values = {"feature_layer": feature_layer, "feature_select": feature_select}
         common |= {"dtype": dtype, "strict": strict}
-        clip = CLIPTower.from_config(config, seed=seed, where=where, **common)
-        # Any other seed does: the halves must not draw the same numbers.
+        clip = CLIPTower.from_config(config, path=path, seed=seed, where=where, **common)
         dinov2 = Dinov2Tower.from_config(
             half.config,
-            options=cls._dinov2_options(half, clip),
-            seed=None if seed is None else seed + 1_000_003,
+            path=half.path,
+            options=Dinov2Tower.Options(image_size=clip.image_size, interpolation=half.interpolation),
+            seed=None if seed is None else seed + 1_000_003,  # the halves must not draw the same numbers
             where=f"{where}.options.dinov2",
             **common,
         )
         return cls(clip, dinov2, where).train()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        overrides: dict[str, Any],
-        feature_layer: int,
-        feature_select: str | None,
-        options: Any = None,
-        dtype: torch.dtype,
-        where: str,
-    ) -> MoFTower:
-        """See the base class."""
-        half = (options or cls.Options()).dinov2
-        if half.path is None:
-            raise UserError(f"{where}.options.dinov2.path: missing; {where}.path is CLIP's, give DINOv2's too")
-        common: dict[str, Any] = {"feature_layer": feature_layer, "feature_select": feature_select, "dtype": dtype}
-        clip = CLIPTower.from_pretrained(path, overrides=overrides, where=where, **common)
-        dinov2 = Dinov2Tower.from_pretrained(
-            half.path,
-            overrides=half.config,
-            options=cls._dinov2_options(half, clip),
-            where=f"{where}.options.dinov2",
-            **common,
-        )
-        return cls(clip, dinov2, where).train()
-
-    @staticmethod
-    def _dinov2_options(half: Dinov2Half, clip: EncoderTower) -> Any:
-        return Dinov2Tower.Options(image_size=clip.image_size, interpolation=half.interpolation)
-
-    @classmethod
-    def input_size(cls, path: str | None, config: dict[str, Any], options: Any, where: str) -> int:
+    def input_size(cls, path: str | None, config: Values, options: VisionTower.Options, where: str) -> int:
         """CLIP's."""
         return CLIPTower.input_size(path, config, CLIPTower.Options(), where)
 
     @classmethod
-    def image_processor(cls, image_size: int) -> Any:
+    def image_processor(cls, image_size: int) -> BaseImageProcessor:
         """CLIP's."""
         return CLIPTower.image_processor(image_size)
 
@@ -167,14 +138,13 @@ class MoFTower(VisionTower):
 
     def describe(self) -> VisionPart:
         """See the base class."""
-        other = self.dinov2.describe()
-        half = Dinov2Half(config=other.config, interpolation=other.options["interpolation"])
+        half = Dinov2Half(config=self.dinov2.describe().config, interpolation=self.dinov2.interpolation)
         return replace(self.clip.describe(), type=self.name, options=asdict(self.Options(dinov2=half)))
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """See the base class; the halves' prefixes are the same."""
-        renamed: dict[str, Tensor] = {}
+        renamed: dict[str, W] = {}
         for prefix, half in (("clip.", CLIPTower), ("dinov2.", Dinov2Tower)):
             part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             renamed |= {prefix + k: v for k, v in half.from_reference_names(part).items()}

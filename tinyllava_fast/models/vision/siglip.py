@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION
-from tinyllava_fast.models.vision.encoder import EncoderTower
 
 
 @VISION.register("siglip")
@@ -25,6 +25,6 @@ class SiglipTower(EncoderTower):
         config.vision_use_head = False
 
     @classmethod
-    def image_processor(cls, image_size: int) -> Any:
+    def image_processor(cls, image_size: int) -> SiglipImageProcessorPil:
         """Squash to image_size x image_size (bicubic), mean and std 0.5."""
         return SiglipImageProcessorPil(size={"height": image_size, "width": image_size})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
-from transformers import Siglip2VisionModel, SiglipVisionModel
+from transformers import PreTrainedConfig, Siglip2VisionModel, SiglipVisionModel
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.vision.base import VISION
+from tinyllava_fast.models.architecture import Values
+from tinyllava_fast.models.vision.base import VISION, VisionTower
 from tinyllava_fast.models.vision.siglip import SiglipTower
 
 
@@ -25,20 +26,20 @@ class Siglip2Tower(SiglipTower):
     model_classes = (SiglipVisionModel, Siglip2VisionModel)
 
     @classmethod
-    def tiny(cls) -> dict[str, Any]:
+    def tiny(cls) -> dict[str, Values]:
         """See the base class; one for NaFlex."""
         config = {k: v for k, v in super().tiny()["config"].items() if k != "image_size"}
         return {"config": config | {"model_type": "siglip2_vision_model", "num_patches": 4}}
 
     @classmethod
-    def input_side(cls, config: Any, options: Any) -> int:
+    def input_side(cls, config: PreTrainedConfig, options: VisionTower.Options) -> int:
         """NaFlex configs state a number of patches instead of a size."""
         if config.model_type == "siglip_vision_model":
             return int(config.image_size)
         return math.isqrt(config.num_patches) * int(config.patch_size)
 
     @classmethod
-    def _check(cls, config: Any, options: Any, where: str) -> None:
+    def _check(cls, config: PreTrainedConfig, options: VisionTower.Options | None, where: str) -> None:
         patches = getattr(config, "num_patches", 1)
         if math.isqrt(patches) ** 2 != patches:
             raise UserError(f"{where}.config: num_patches {patches} is not a square; NaFlex runs on its native grid")
@@ -46,13 +47,12 @@ class Siglip2Tower(SiglipTower):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """See the base class."""
-        if self.config.model_type == "siglip_vision_model":
+        if not isinstance(self.embeddings, Siglip2VisionEmbeddings):
             return super().embed(pixels)
         images, channels, _, _ = pixels.shape
         patch = self.config.patch_size
         grid = self.image_size // patch
         rows = pixels.reshape(images, channels, grid, patch, grid, patch)
         rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, patches, patch * patch * channels]
-        module: Any = self.embeddings
-        weight = module.position_embedding.weight  # [patches, V]
-        return module.patch_embedding(rows.to(weight.dtype)) + weight
+        weight = self.embeddings.position_embedding.weight  # [patches, V]
+        return self.embeddings.patch_embedding(rows.to(weight.dtype)) + weight

@@ -51,7 +51,7 @@ class Stored:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether ``read_tensors`` finds files in the folder."""
+    """Return whether ``read_tensors`` finds files in the folder."""
     return any((folder / name).is_file() for name in NAMES)
 
 

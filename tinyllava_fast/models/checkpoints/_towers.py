@@ -5,21 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
-from tinyllava_fast.models.checkpoints.base import Folder
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.architecture import Values
+from tinyllava_fast.models.checkpoints._base import Folder
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.sources import ask_hub
+from tinyllava_fast.models.vision._encoder import EncoderTower
 from tinyllava_fast.models.vision.base import VISION, VisionTower
-from tinyllava_fast.models.vision.encoder import EncoderTower
+from tinyllava_fast.models.vision.dinov2 import BACKBONE_KEYS
 
 # Keys of a stored config that say where it came from, not what the tower is.
 _PROVENANCE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
 _PROVENANCE |= {"model_name_or_path", "model_name_or_path2"}
-_PROVENANCE |= {"stage_names", "out_features", "out_indices"}  # derived from the number of layers
+_PROVENANCE |= BACKBONE_KEYS
 # Configs of towers that checkpoints name without describing them, from their hub repositories.
 _CLIP_L = {
     "model_type": "clip_vision_model",
@@ -32,7 +31,16 @@ _CLIP_L = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-_PUBLISHED: dict[str, dict[str, Any]] = {
+_DINOV2 = {
+    "patch_size": 14,
+    "mlp_ratio": 4,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": True,
+    "layerscale_value": 1.0,
+    "use_swiglu_ffn": False,
+}
+_PUBLISHED: dict[str, Values] = {
     "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
     "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
     "google/siglip-so400m-patch14-384": {
@@ -46,24 +54,18 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
     },
-    "facebook/dinov2-large": {
+    "facebook/dinov2-large": _DINOV2
+    | {
         "model_type": "dinov2",
         "hidden_size": 1024,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
-        "mlp_ratio": 4,
         "image_size": 518,
-        "patch_size": 14,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "layerscale_value": 1.0,
-        "use_swiglu_ffn": False,
     },
 }
 # Class defaults of transformers 4.40, which nested configs of its time leave out.
 _LEGACY_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
-_LEGACY_VISION: dict[str, dict[str, Any]] = {
+_LEGACY_VISION: dict[str, Values] = {
     "clip_vision_model": _LEGACY_VIT
     | {
         "intermediate_size": 3072,
@@ -74,20 +76,11 @@ _LEGACY_VISION: dict[str, dict[str, Any]] = {
     },
     "siglip_vision_model": _LEGACY_VIT
     | {"intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-    "dinov2": _LEGACY_VIT
-    | {
-        "patch_size": 14,
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "layerscale_value": 1.0,
-        "use_swiglu_ffn": False,
-    },
+    "dinov2": _LEGACY_VIT | _DINOV2,
 }
 
 
-def tower_type(config: Mapping[str, Any], where: str) -> str:
+def tower_type(config: Mapping[str, object], where: str) -> str:
     """Our tower for a transformers vision config."""
     known = {kind: name for name in sorted(VISION, reverse=True) for kind in _model_types(VISION.get(name))}
     kind = str(config.get("model_type"))
@@ -100,7 +93,7 @@ def _model_types(tower: type[VisionTower]) -> list[str]:
     return tower.model_types() if issubclass(tower, EncoderTower) else []
 
 
-def legacy_vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def legacy_vision_config(config: Mapping[str, object], where: str) -> Values:
     """A nested vision config with the defaults that it leaves out."""
     kind = str(config.get("model_type"))
     if kind not in _LEGACY_VISION:
@@ -108,9 +101,9 @@ def legacy_vision_config(config: Mapping[str, Any], where: str) -> dict[str, Any
     return _LEGACY_VISION[kind] | dict(config)
 
 
-def truncated(config: Mapping[str, Any], feature_layer: int, where: str) -> dict[str, Any]:
+def truncated(config: Mapping[str, object], feature_layer: int, where: str) -> Values:
     """The vision config without provenance, ending at the layer that is read."""
-    values = {k: v for k, v in config.items() if k not in _PROVENANCE}
+    values: Values = {k: v for k, v in config.items() if k not in _PROVENANCE}
     layers = int(values.setdefault("num_hidden_layers", 12))
     kept = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if not 0 <= kept <= layers:
@@ -118,7 +111,7 @@ def truncated(config: Mapping[str, Any], feature_layer: int, where: str) -> dict
     return values | {"num_hidden_layers": kept}
 
 
-def tower_config(name: str, override: str | None, where: str, flag: str) -> dict[str, Any]:
+def tower_config(name: str, override: str | None, where: str, flag: str) -> Values:
     """The full transformers vision config of a tower that a checkpoint only names.
 
     From the override if given, a local folder, a built-in table of published towers, or the hub, in that order.
@@ -154,9 +147,7 @@ def pretrained_tower(tower: str, name: str, override: str | None, where: str) ->
     source = override or name
     cls = VISION.get(tower)
     try:
-        loaded = cls.from_pretrained(
-            source, overrides={}, feature_layer=-1, feature_select=None, dtype=torch.float32, where=where
-        )
+        loaded = cls.from_config({}, path=source, feature_layer=-1, feature_select=None, where=where)
     except UserError as error:
         raise CheckpointError(
             f"{where}: the checkpoint has no weights of its vision tower {name!r}, and {source!r} has none either "

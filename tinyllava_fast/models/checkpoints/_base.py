@@ -10,16 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json
-from tinyllava_fast.models.architecture import Architecture
-from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
+from tinyllava_fast.models.architecture import LMMConfig, Values
+from tinyllava_fast.models.checkpoints._tensors import Stored, read_tensors
 from tinyllava_fast.registry import Registry
 
 if TYPE_CHECKING:
-    from tinyllava_fast.models.checkpoints.lora import Lora
+    from tinyllava_fast.models.checkpoints._lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,10 @@ class Folder:
         self.config = self.json("config.json")
 
     def has(self, *names: str) -> bool:
-        """Whether all these files or folders are in it."""
+        """Return whether all these files or folders are in it."""
         return all((self.path / name).exists() for name in names)
 
-    def json(self, name: str) -> dict[str, Any]:
+    def json(self, name: str) -> Values:
         """A JSON object in it. Raises CheckpointError if the file is missing or holds anything else."""
         path = self.path / name
         if not path.is_file():
@@ -62,8 +62,8 @@ class Checkpoint:
     """A folder of another project, described in our terms."""
 
     layout: str
-    architecture: Architecture
-    image_mode: str
+    config: LMMConfig
+    """Its parts and what is known of its training: the template is not, it follows from the tokenizer."""
     weights: dict[str, Stored]
     """By the names of ``LMM.state_dict()``."""
     ignored: list[str]
@@ -76,8 +76,6 @@ class Checkpoint:
     """Stored names that belong to no component."""
     adapter: Lora | None = None
     """Low-rank updates of some weights, not yet merged into them."""
-    origin: dict[str, str] = field(default_factory=dict)
-    """Names of the parts that it was made of: llm, tokenizer, vision, vision2."""
 
 
 class Layout(ABC):
@@ -85,11 +83,11 @@ class Layout(ABC):
 
     name: ClassVar[str]
     holds: ClassVar[str]
-    """What such a folder holds, for the message that lists the known layouts."""
+    """The content of such a folder, for the message that lists the known layouts."""
 
     @abstractmethod
     def recognizes(self, folder: Folder) -> bool:
-        """Whether the folder is laid out this way."""
+        """Return whether the folder is laid out this way."""
 
     @abstractmethod
     def open(self, folder: Folder, sources: Sources) -> Checkpoint:

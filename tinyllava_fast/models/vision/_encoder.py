@@ -11,21 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tinyllava_fast.errors import UserError, nearest
-from tinyllava_fast.models.architecture import VisionPart
+from tinyllava_fast.models.architecture import Values, VisionPart
 from tinyllava_fast.models.attention import FULL
 from tinyllava_fast.models.described import reading
-from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, seeded
+from tinyllava_fast.models.hf import cast_parameters, check_keys, config_of, config_to_dict, load_pretrained, seeded
 from tinyllava_fast.models.sources import ask_hub
-from tinyllava_fast.models.vision.base import VISION, VisionTower
+from tinyllava_fast.models.vision.base import VISION, VisionTower, W
 
 SELECTIONS = ("patch", "cls_patch")
+
+E = TypeVar("E", bound="EncoderTower")
 
 
 class EncoderTower(VisionTower):
@@ -40,7 +42,11 @@ class EncoderTower(VisionTower):
     children_kept: ClassVar[tuple[str, ...]] = ("embeddings", "encoder")  # in the order they run
 
     def __init__(
-        self, model: PreTrainedModel, feature_select: str | None, options: Any = None, where: str = ""
+        self,
+        model: PreTrainedModel,
+        feature_select: str | None,
+        options: VisionTower.Options | None = None,
+        where: str = "",
     ) -> None:
         super().__init__()
         config = model.config
@@ -49,7 +55,7 @@ class EncoderTower(VisionTower):
             raise UserError(f"{where}.feature_select: {feature_select!r}; {nearest(feature_select, SELECTIONS)}")
         self.config = config
         self.feature_select = feature_select or ("patch" if prefix else "cls_patch")
-        self.options: Any = options if options is not None else self.Options()
+        self.options = options if options is not None else self.Options()
         for name in self.children_kept:
             self.add_module(name, getattr(model, name))
         self.hidden_size = config.hidden_size
@@ -68,81 +74,70 @@ class EncoderTower(VisionTower):
         return cls.model_classes[cls.model_types().index(model_type)]
 
     @classmethod
-    def prefix_tokens(cls, config: Any) -> int:
+    def prefix_tokens(cls, config: PreTrainedConfig) -> int:
         """Tokens in front of the patches, such as CLIP's CLS."""
         return 0
 
     @classmethod
-    def input_side(cls, config: Any, options: Any) -> int:
+    def input_side(cls, config: PreTrainedConfig, options: VisionTower.Options) -> int:
         """Side of the input images in pixels."""
         return int(config.image_size)
 
     @classmethod
-    def input_size(cls, path: str | None, config: dict[str, Any], options: Any, where: str) -> int:
+    def input_size(cls, path: str | None, config: Values, options: VisionTower.Options, where: str) -> int:
         """See the base class."""
         built = cls._stored(path, config, where) if path is not None else cls._given(config, where, strict=True)
         return cls.input_side(built, options)
 
     @classmethod
     def from_config(
-        cls,
-        config: dict[str, Any],
+        cls: type[E],
+        config: Values,
         *,
+        path: str | None = None,
         feature_layer: int,
         feature_select: str | None,
-        options: Any = None,
-        seed: int | None,
+        options: VisionTower.Options | None = None,
+        seed: int | None = None,
         dtype: torch.dtype = torch.float32,
         where: str,
         strict: bool = True,
-    ) -> EncoderTower:
+    ) -> E:
         """See the base class."""
-        built = cls._given(config, where, strict=strict)
+        built = cls._stored(path, config, where) if path is not None else cls._given(config, where, strict=strict)
         cls._check(built, options, where)
         cls._truncate(built, feature_layer, where)
+        model = cls._load(path, built, dtype, where) if path is not None else cls._draw(built, seed, dtype, where)
+        return cls(model, feature_select, options, where).train()
+
+    @classmethod
+    def _draw(cls, config: PreTrainedConfig, seed: int | None, dtype: torch.dtype, where: str) -> PreTrainedModel:
         with (
-            reading(f"{where}.config: this {built.model_type} is not usable as a {cls.name} tower", UserError),
+            reading(f"{where}.config: this {config.model_type} is not usable as a {cls.name} tower", UserError),
             seeded(seed),
         ):
-            model = cls._model_class(built.model_type)._from_config(built, attn_implementation=FULL, dtype=dtype)
-        return cls(model, feature_select, options, where).train()
+            return cls._model_class(config.model_type)._from_config(config, attn_implementation=FULL, dtype=dtype)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        overrides: dict[str, Any],
-        feature_layer: int,
-        feature_select: str | None,
-        options: Any = None,
-        dtype: torch.dtype,
-        where: str,
-    ) -> EncoderTower:
-        """See the base class."""
-        config = cls._stored(path, overrides, where)
-        cls._check(config, options, where)
-        cls._truncate(config, feature_layer, where)
+    def _load(cls, path: str, config: PreTrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
         with reading(f"{where}.path: cannot load {path!r} as a {cls.name} tower", UserError):
-            loaded: Any = cls._model_class(config.model_type).from_pretrained(
-                path, config=config, dtype=dtype, attn_implementation=FULL, output_loading_info=True
+            model, missing = load_pretrained(
+                cls._model_class(config.model_type), path, config=config, dtype=dtype, attn_implementation=FULL
             )
-        model, report = loaded
-        missing = [k for k in report["missing_keys"] if k.startswith(cls.children_kept)]
-        if missing:
-            raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(sorted(missing))}")
+        if missing := [name for name in missing if name.startswith(cls.children_kept)]:
+            raise UserError(f"{where}.path: {path!r} lacks weights: {', '.join(missing)}")
         cast_parameters(model, dtype)
-        return cls(model, feature_select, options, where).train()
+        return model
 
     @classmethod
-    def _given(cls, values: dict[str, Any], where: str, *, strict: bool) -> PreTrainedConfig:
+    def _given(cls, values: Values, where: str, *, strict: bool) -> PreTrainedConfig:
         """The transformers config of a tower that is described in full."""
         built = config_of(cls.model_types()[0], values, f"{where}.config", strict=strict)
         cls._check_type(built, where)
         return built
 
     @classmethod
-    def _stored(cls, path: str, overrides: dict[str, Any], where: str) -> PreTrainedConfig:
+    def _stored(cls, path: str, overrides: Values, where: str) -> PreTrainedConfig:
         """The transformers config of pretrained weights, with overrides."""
         from transformers import AutoConfig
 
@@ -173,7 +168,7 @@ class EncoderTower(VisionTower):
         raise UserError(f"{where}: a {config.model_type} is not a {cls.name} tower{hint}")
 
     @classmethod
-    def _check(cls, config: Any, options: Any, where: str) -> None:
+    def _check(cls, config: PreTrainedConfig, options: VisionTower.Options | None, where: str) -> None:
         side = cls.input_side(config, options if options is not None else cls.Options())
         if side % config.patch_size:
             raise UserError(f"{where}.config: image_size {side} is not a multiple of patch_size {config.patch_size}")
@@ -221,7 +216,7 @@ class EncoderTower(VisionTower):
         )
 
     @classmethod
-    def from_reference_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
         """See the base class. transformers 4 put CLIP's and SigLIP's towers under ``vision_model.``."""
         renamed = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
         buffers = ("embeddings.position_ids",)  # written by transformers before 4.31

@@ -11,23 +11,24 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.fields import Fields, read_json
-from tinyllava_fast.models.checkpoints.tensors import Stored, read_tensors
+from tinyllava_fast.models.architecture import Values
+from tinyllava_fast.models.checkpoints._tensors import Stored, read_tensors
 from tinyllava_fast.models.described import reading
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NO_USE = ""  # our name for a weight that the model leaves out, such as those of tower layers above the one read
 _FILES = (WEIGHTS, "adapter_model.bin")
 _PREFIX = "base_model.model."
+_RANK, _ALPHA = 8, 8.0  # peft's defaults
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 # Features of peft that change what an adapter means; their neutral values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_dora": (False, None),
     "modules_to_save": (None, []),
     "bias": ("none", None),
@@ -40,23 +41,25 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter. config: peft's. updates: A [r, in] and B [out, r] by the name of the weight they change."""
+    """An adapter. config: peft's, checked. updates: A [r, in] and B [out, r] by the name of the weight they change."""
 
-    config: dict[str, Any]
+    config: Fields
     updates: dict[str, tuple[Stored, Stored]]
 
     def alpha(self, name: str) -> float:
         """alpha of a weight's update; peft's patterns match the end of the module's stored name."""
         module = _module(self.updates[name][0].key)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if module is not None and re.fullmatch(rf"(.*\.)?({pattern})", module[1]):
-                return float(value)
-        return float(_given(self.config, "lora_alpha"))
+        patterns = self.config.mapping("alpha_pattern", None)
+        if patterns is not None and module is not None:
+            for pattern in patterns.values:
+                if re.fullmatch(rf"(.*\.)?({pattern})", module[1]):
+                    return patterns.number(pattern)
+        return self.config.number("lora_alpha", _ALPHA)
 
     def scale(self, name: str) -> float:
         """Factor of a weight's update: alpha / r, or alpha / sqrt(r) for rank-stabilized adapters."""
         rank = self.updates[name][0].shape[0]
-        return self.alpha(name) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return self.alpha(name) / (math.sqrt(rank) if self.config.boolean("use_rslora", False) else rank)
 
     def merge(self, weights: Mapping[str, Stored], where: str) -> dict[str, Stored]:
         """The weights with the updates added, still unread. Raises CheckpointError where they do not fit."""
@@ -81,11 +84,11 @@ class Lora:
 
         return read
 
-    def for_peft(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def for_peft(self) -> tuple[Values, dict[str, Tensor]]:
         """(settings of a LoraConfig with our module names, tensors by peft's names without its prefix)."""
         modules = {name: name.removesuffix(".weight") for name in self.updates}
-        rank, alpha = _given(self.config, "r"), float(_given(self.config, "lora_alpha"))
-        settings = {key: self.config[key] for key in _SETTINGS if self.config.get(key) is not None}
+        rank, alpha = self.config.integer("r", _RANK), self.config.number("lora_alpha", _ALPHA)
+        settings: Values = {key: self.config.values[key] for key in _SETTINGS if key in self.config}
         settings |= {
             "target_modules": list(modules.values()),
             "rank_pattern": {modules[name]: a.shape[0] for name, (a, _) in self.updates.items() if a.shape[0] != rank},
@@ -99,11 +102,6 @@ class Lora:
         return settings, tensors
 
 
-def _given(config: Mapping[str, Any], name: str) -> Any:
-    """A setting, or peft's default of r and lora_alpha."""
-    return 8 if config.get(name) is None else config[name]
-
-
 def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
     """The adapter of a folder.
 
@@ -114,21 +112,21 @@ def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
     path = folder / CONFIG
     fields = Fields.of(read_json(path, CheckpointError), str(path), CheckpointError)
     _check(fields)
-    config = dict(fields.values)
+    config = fields.values
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise CheckpointError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
     for key, neutral in _NEUTRAL.items():
         if config.get(key) not in neutral and config.get(key) is not None:
             raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be merged")
     file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / WEIGHTS)
-    return Lora(config, _pairs(read_tensors(file), rename, str(file)))
+    return Lora(fields, _pairs(read_tensors(file), rename, str(file)))
 
 
 def _check(fields: Fields) -> None:
     """Raise for a setting that merging reads and that is not of its kind."""
     fields.text("peft_type", None)
-    fields.integer("r", 8, least=1)
-    fields.number("lora_alpha", 8)
+    fields.integer("r", _RANK, least=1)
+    fields.number("lora_alpha", _ALPHA)
     fields.number("lora_dropout", 0, least=0)
     fields.boolean("use_rslora", False)
     if patterns := fields.mapping("alpha_pattern", None):

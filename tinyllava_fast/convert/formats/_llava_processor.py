@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from collections.abc import Callable
 
 from PIL import Image
 from tokenizers import AddedToken
-from transformers import LlavaProcessor
+from transformers import BaseImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from tinyllava_fast.convert.formats.base import Model
+from tinyllava_fast.convert.formats._base import Model
 from tinyllava_fast.data.images import pixel_shape
 from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.vision._encoder import EncoderTower
 
 SELECTIONS = {"patch": "default", "cls_patch": "full"}
 # Between the image token and the line break. SentencePiece tokenizers that mark the start of a text only once need a
@@ -44,9 +45,8 @@ _PROBES: tuple[list[tuple[str, str | None]], ...] = (
 )
 
 
-def build_processor(model: Model) -> LlavaProcessor:
-    """The processor. Raises UserError if no processor of transformers makes our ids or pixels."""
-    vision: Any = model.lmm.vision
+def build_processor(model: Model, vision: EncoderTower) -> LlavaProcessor:
+    """Return the processor of a model and its tower. Raises UserError if none makes our ids and pixels."""
     name = model.lmm.config.template
     template = TEMPLATES.get(name, "template")
     if type(template) is not Template:
@@ -72,7 +72,7 @@ def build_processor(model: Model) -> LlavaProcessor:
     raise UserError("tokenizer: as one text, prompts of this tokenizer do not have the ids that it was trained with")
 
 
-def _with_image_token(tokenizer: Any) -> Any:
+def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A copy that knows ``<image>`` and is loaded from its tokenizer.json as it is, not rebuilt from the vocabulary."""
     copied = copy.deepcopy(tokenizer)
     if IMAGE_TOKEN not in copied.get_vocab():
@@ -93,25 +93,25 @@ def _chat_template(template: Template, glue: str) -> str:
     return "\n".join([*heads, _CHAT])
 
 
-def _image_processor(model: Model) -> Any:
+def _image_processor(model: Model) -> BaseImageProcessor:
     processor = model.processor
     if model.lmm.config.image_mode == "square":
         return processor
     if model.lmm.config.image_mode != "pad":
         raise UserError(f"image_mode: {model.lmm.config.image_mode}; transformers' llava has one square image a marker")
     _, height, width = pixel_shape(processor)
-    if getattr(processor, "do_center_crop", False) and dict(processor.size).get("shortest_edge") != height:
-        raise UserError(
-            f"image processor: size {dict(processor.size)} and crop {height} cannot be combined with padding"
-        )
+    settings = vars(processor)
+    size = dict(settings["size"])
+    if settings.get("do_center_crop") and size.get("shortest_edge") != height:
+        raise UserError(f"image processor: size {size} and crop {height} cannot be combined with padding")
     return LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": height},
         crop_size={"height": height, "width": width},
-        resample=processor.resample,
+        resample=settings["resample"],
         rescale_factor=processor.rescale_factor,
-        image_mean=list(processor.image_mean),
-        image_std=list(processor.image_std),
+        image_mean=list(settings["image_mean"]),
+        image_std=list(settings["image_std"]),
     )
 
 
@@ -119,13 +119,14 @@ def _agrees(processor: LlavaProcessor, model: Model, template: Template, turns: 
     ids: list[int] = []
     for token in template.prompt(turns, model.tokenizer).ids:
         ids += [processor.image_token_id] * model.lmm.tokens_per_image if token == IMAGE_INDEX else [token]
-    messages: list[Any] = []
+    messages: list[dict[str, object]] = []
     for question, answer in turns:
         content: list[dict[str, str]] = [{"type": "text", "text": question.replace(IMAGE_TOKEN, "").strip()}]
         messages.append({"role": "user", "content": [{"type": "image"}] * (IMAGE_TOKEN in question) + content})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    render: Callable[..., str] = processor.apply_chat_template
+    text = render(messages, add_generation_prompt=True)
     _, height, width = pixel_shape(model.processor)
     images = [Image.new("RGB", (width, height))] * text.count(IMAGE_TOKEN)
     made = processor(text=text, images=images or None, return_tensors=None)["input_ids"]

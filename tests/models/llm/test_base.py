@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tests.models.llm.families import CONFIGS, WINDOW, build, stock
 from tests.tiny import IMAGE, make_tokenizer
@@ -54,7 +54,7 @@ class Case:
         return Case(ids, labels, positions, bounds, slots, torch.randn(4, 32, generator=g))
 
 
-def lmm_of(name: str, **changes: Any) -> LMM:
+def lmm_of(name: str, **changes: object) -> LMM:
     adapter, llm = build(name, **changes)
     kind, connector = VISION.get("siglip"), CONNECTORS.get("mlp")
     vision = kind.from_config(
@@ -72,7 +72,7 @@ def packed_loss(lmm: LMM, case: Case) -> Tensor:
     return linear_cross_entropy(hidden, weight, case.labels, bias=bias, softcap=lmm.logit_softcap)
 
 
-def loss_one_by_one(lmm: LMM, plain: Any, case: Case) -> Tensor:
+def loss_one_by_one(lmm: LMM, plain: PreTrainedModel, case: Case) -> Tensor:
     rows = plain.get_input_embeddings()(case.ids)
     rows = rows.index_copy(0, case.slots, case.features * lmm.embedding_scale)
     total = rows.new_zeros(())
@@ -82,7 +82,7 @@ def loss_one_by_one(lmm: LMM, plain: Any, case: Case) -> Tensor:
     return total
 
 
-def gradients(module: Any, loss: Tensor) -> dict[str, Tensor]:
+def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     module.zero_grad()
     loss.backward()
     return {n: p.grad.clone() for n, p in module.named_parameters()}
@@ -198,6 +198,6 @@ def test_windows_refuse_longer_prefixes() -> None:
         ("openelm", {"model_dims": 3}, "not a key of OpenELMConfig; did you mean 'model_dim'"),
     ],
 )
-def test_config_errors(name: str, config: dict[str, Any], message: str) -> None:
+def test_config_errors(name: str, config: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LLMS.get(name)().from_config(config, seed=0, where="model.llm")

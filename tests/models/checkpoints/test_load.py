@@ -1,4 +1,4 @@
-"""Which folder is which layout, what is opened in place, and what is refused."""
+"""Folders of every layout are recognized, opened in place, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.adapter import layers
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
-from tinyllava_fast.models.checkpoints.base import LAYOUTS, Folder, Sources
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._base import LAYOUTS, Folder, Sources
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 
 MONO, LEGACY, LLAVA15 = "tinyllama-clip-mlp2x_gelu-mono", "legacy-tinyllama-siglip", "llava15-tinyllama-clip"
 SIGLIP, CLIP = GOLDEN / "components" / "tiny-siglip", GOLDEN / "components" / "tiny-clip"
@@ -32,7 +31,7 @@ SIGLIP, CLIP = GOLDEN / "components" / "tiny-siglip", GOLDEN / "components" / "t
 def copy(tmp_path: Path) -> Callable[..., Path]:
     """A checkpoint to change; keyword arguments replace keys of its config.json, None removes them."""
 
-    def make(name: str, **changes: Any) -> Path:
+    def make(name: str, **changes: object) -> Path:
         target = tmp_path / name
         shutil.copytree(folder(name), target)
         config = json.loads((target / "config.json").read_text()) | changes
@@ -42,7 +41,7 @@ def copy(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def same_weights(a: Any, b: Any) -> bool:
+def same_weights(a: object, b: object) -> bool:
     mine, other = a.state_dict(), b.state_dict()
     return mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
 
@@ -284,7 +283,7 @@ def test_everything_that_does_not_fit_is_listed(copy: Callable[..., Path]) -> No
 
 def pickle_with_code(path: Path) -> None:
     class Evil:
-        def __reduce__(self) -> Any:
+        def __reduce__(self) -> tuple[object, ...]:
             return (shutil.rmtree, ("/nonexistent",))
 
     torch.save({"lm_head.weight": torch.zeros(2), "evil": Evil()}, path)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.architecture import LMMConfig
-from tinyllava_fast.models.checkpoints import parts, towers
-from tinyllava_fast.models.checkpoints.base import Checkpoint, Folder, Sources, layout_of
-from tinyllava_fast.models.checkpoints.lora import Lora
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.checkpoints import _parts, _towers
+from tinyllava_fast.models.checkpoints._base import Checkpoint, Folder, Sources, layout_of
+from tinyllava_fast.models.checkpoints._lora import Lora
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.construct import build, build_tower
 from tinyllava_fast.models.described import reading
 from tinyllava_fast.models.llm.base import LLMS
@@ -32,7 +31,7 @@ class Opened:
 
     lmm: LMM
     tokenizer: PreTrainedTokenizerBase
-    processor: Any
+    processor: BaseImageProcessor
     layout: str
 
 
@@ -52,19 +51,11 @@ def open_checkpoint(
     unknown layout and for tensors that are damaged, missing, unexpected or of another shape, listing all of them.
     """
     checkpoint = _describe(path, sources or Sources())
-    architecture = checkpoint.architecture
     tokenizer = _tokenizer(checkpoint)
     template = _template(checkpoint, tokenizer, template, str(path))
-    config = LMMConfig(
-        llm=architecture.llm,
-        vision=architecture.vision,
-        connector=architecture.connector,
-        template=template or "",
-        image_mode=checkpoint.image_mode,
-        origin=checkpoint.origin,
-    )
+    config = dataclasses.replace(checkpoint.config, template=template or "")
     lmm = _build(checkpoint, config, dtype, str(path), merge)
-    processor = parts.image_processor(architecture.vision.type, lmm.image_size, checkpoint.processor_sources)
+    processor = _parts.image_processor(config.vision.type, lmm.image_size, checkpoint.processor_sources)
     log.info("%s: opened as %s, template %s", path, checkpoint.layout, template)
     if checkpoint.adapter is not None and not merge:
         _attach(lmm, checkpoint.adapter, str(path))
@@ -76,12 +67,12 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return _tokenizer(_describe(path, Sources()))
 
 
-def open_processor(path: str | Path) -> Any:
+def open_processor(path: str | Path) -> BaseImageProcessor:
     """The image processor of such a folder."""
     checkpoint = _describe(path, Sources())
     with torch.device("meta"):
-        tower = build_tower(checkpoint.architecture.vision, file=str(path))
-    return parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
+        tower = build_tower(checkpoint.config.vision, file=str(path))
+    return _parts.image_processor(tower.name, tower.image_size, checkpoint.processor_sources)
 
 
 def _describe(path: str | Path, sources: Sources) -> Checkpoint:
@@ -92,17 +83,17 @@ def _describe(path: str | Path, sources: Sources) -> Checkpoint:
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     tokenizer = read_tokenizer(checkpoint.tokenizer, None)
-    LLMS.get(checkpoint.architecture.llm.type)().prepare_tokenizer(tokenizer)
+    LLMS.get(checkpoint.config.llm.type)().prepare_tokenizer(tokenizer)
     return tokenizer
 
 
-def _template(checkpoint: Checkpoint, tokenizer: Any, given: str | None, where: str) -> str | None:
+def _template(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, given: str | None, where: str) -> str | None:
     """Return the given chat template, or the one that fits the tokenizer; None, with a warning, if none does."""
     if given:
         TEMPLATES.get(given, "--template").check(tokenizer)
         return given
-    llm = checkpoint.architecture.llm
-    if fitting := parts.fitting_template(tokenizer, llm.config["model_type"]):
+    llm = checkpoint.config.llm
+    if fitting := _parts.fitting_template(tokenizer, llm.config["model_type"]):
         return fitting
     if tokenizer.chat_template and LLMS.get(llm.type).template == "tokenizer":
         return "tokenizer"
@@ -144,9 +135,9 @@ def _attach(lmm: LMM, lora: Lora, where: str) -> None:
 
 def _is_irrelevant(name: str, lmm: LMM) -> bool:
     component, _, rest = name.partition(".")
-    if component == "vision" and (number := towers.layer_number(rest)) is not None:
+    if component == "vision" and (number := _towers.layer_number(rest)) is not None:
         return number >= lmm.vision.num_layers
-    return parts.irrelevant(component, rest)
+    return _parts.irrelevant(component, rest)
 
 
 def _check(expected: dict[str, torch.Tensor], weights: dict[str, Stored], unknown: list[str], where: str) -> None:

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
 from tests.models.checkpoints.golden import folder, opened, record, sources
 from tests.vectors import GOLDEN
@@ -23,7 +22,7 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.models import io
-from tinyllava_fast.models.checkpoints.load import Opened
+from tinyllava_fast.models.checkpoints._load import Opened
 
 EXPRESSIBLE = [
     "gemma-siglip-mlp2x_gelu-mono",
@@ -45,7 +44,7 @@ def export(name: str, tmp_path: Path) -> Path:
     return export_model(tmp_path / "ours", tmp_path / "llava", "llava")
 
 
-def inputs(processor: Any, image: Image.Image) -> Any:
+def inputs(processor: ProcessorMixin, image: Image.Image) -> BatchFeature:
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(text=text, images=image, return_tensors="pt")
@@ -134,6 +133,7 @@ def test_loads_where_we_are_not_installed(tmp_path: Path) -> None:
     code = f"""
 import json, sys, torch
 from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained({str(path)!r})
 processor = AutoProcessor.from_pretrained({str(path)!r})

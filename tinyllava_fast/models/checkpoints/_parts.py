@@ -1,19 +1,21 @@
-"""What layouts have in common: components, names, towers, connectors, processors, and which template fits."""
+"""Helpers of all layouts: components, names of tensors, connectors, processors, and the template that fits."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.data.tokenizer import has_tokenizer
 from tinyllava_fast.errors import CheckpointError, UserError, nearest
+from tinyllava_fast.fields import Fields
 from tinyllava_fast.log import log
-from tinyllava_fast.models.architecture import ConnectorPart, LLMPart
-from tinyllava_fast.models.checkpoints.base import Folder
-from tinyllava_fast.models.checkpoints.tensors import Stored
+from tinyllava_fast.models.architecture import ConnectorPart, LLMPart, Values
+from tinyllava_fast.models.checkpoints._base import Folder
+from tinyllava_fast.models.checkpoints._tensors import Stored
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.described import PROCESSORS, processor_fields, read_processor
 from tinyllava_fast.models.hf import LEGACY_FAMILIES
@@ -29,7 +31,7 @@ _IRRELEVANT = {
 
 
 def irrelevant(component: str, name: str) -> bool:
-    """Whether a stored name of a component, as its project names it, is known to be of no use."""
+    """Return whether a stored name of a component, as its project names it, is known to be of no use."""
     return re.fullmatch(_IRRELEVANT[component], name) is not None
 
 
@@ -38,7 +40,7 @@ def under(prefix: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     return {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
 
 
-def llm_part(config: dict[str, Any]) -> LLMPart:
+def llm_part(config: Values) -> LLMPart:
     """Return the language model of a complete transformers config."""
     kind = str(config["model_type"])
     family = LEGACY_FAMILIES.get(kind, kind)
@@ -52,14 +54,12 @@ def llm_weights(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def vision_weights(tower: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
     """(tensors under our names, stored names left out) of a tower under transformers 4 names."""
-    renamed: Any = VISION.get(tower).from_reference_names(tensors)  # type: ignore[arg-type]
-    return _named("vision", renamed, tensors)
+    return _named("vision", VISION.get(tower).from_reference_names(tensors), tensors)
 
 
 def connector_weights(connector: str, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
     """(tensors under our names, stored names left out) of a connector under TinyLLaVA Factory's names."""
-    renamed: Any = CONNECTORS.get(connector).from_reference_names(tensors)  # type: ignore[arg-type]
-    return _named("connector", renamed, tensors)
+    return _named("connector", CONNECTORS.get(connector).from_reference_names(tensors), tensors)
 
 
 def _named(
@@ -78,9 +78,9 @@ def _named(
     return weights, dropped
 
 
-def connector_part(kind: str, config: Mapping[str, Any], where: str) -> ConnectorPart:
+def connector_part(kind: str, config: Mapping[str, object], where: str) -> ConnectorPart:
     """Return the connector of a connector type of the LLaVA family."""
-    options: dict[str, Any] = {}
+    options: Values = {}
     if kind in ("mlp", "linear", "identity"):
         name = kind
     elif match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
@@ -110,24 +110,24 @@ def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:
     return name
 
 
-def stored_processor(tower: str, sources: Sequence[str | None]) -> Any:
+def stored_processor(tower: str, sources: Sequence[str | None]) -> BaseImageProcessor | None:
     """The image processor in the first local folder that has one; None without any."""
     for source in sources:
         if source and any((Path(source) / name).is_file() for name in PROCESSORS):
             processor = read_processor(VISION.get(tower), source)
             if getattr(processor, "do_pad", False):  # the image mode of the model does that
-                processor.do_pad = False
+                vars(processor)["do_pad"] = False
             return processor
     return None
 
 
-def processor_values(sources: Sequence[str | None]) -> dict[str, Any]:
+def processor_values(sources: Sequence[str | None]) -> Values:
     """The keys of the image processor that ``stored_processor`` would read."""
     found = (processor_fields(source) for source in sources if source)
     return next((dict(fields.values) for fields in found if fields is not None), {})
 
 
-def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) -> Any:
+def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) -> BaseImageProcessor:
     """The stored image processor, else the tower's defaults for the size."""
     stored = stored_processor(tower, sources)
     if stored is None:
@@ -135,7 +135,7 @@ def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) 
     return stored or VISION.get(tower).image_processor(image_size)
 
 
-def fitting_template(tokenizer: Any, model_type: str) -> str | None:
+def fitting_template(tokenizer: PreTrainedTokenizerBase, model_type: str) -> str | None:
     """Return the chat template whose end-of-answer text is the tokenizer's end token, None if there is none.
 
     Of several it is the one that a family of this transformers model type names as its own.
@@ -146,14 +146,23 @@ def fitting_template(tokenizer: Any, model_type: str) -> str | None:
     return next((name for name in fits if name in own), next(iter(fits), None))
 
 
-def need(config: Mapping[str, Any], key: str, where: str) -> Any:
-    """A key of config.json that the layout cannot do without."""
+def need_text(config: Mapping[str, object], key: str, where: str) -> str:
+    """Return a text of config.json that the layout cannot do without."""
+    return _needed(config, key, where).text(key)
+
+
+def need_section(config: Mapping[str, object], key: str, where: str) -> Values:
+    """Return an object of config.json that the layout cannot do without."""
+    return dict(_needed(config, key, where).mapping(key).values)
+
+
+def _needed(config: Mapping[str, object], key: str, where: str) -> Fields:
     if config.get(key) is None:
         raise CheckpointError(f"{where}: config.json lacks {key}")
-    return config[key]
+    return Fields(config, where, CheckpointError)
 
 
-def image_mode(config: Mapping[str, Any], where: str) -> str:
+def image_mode(config: Mapping[str, object], where: str) -> str:
     """Our image mode for an ``image_aspect_ratio``."""
     ratio = config.get("image_aspect_ratio") or "square"
     if ratio not in ("square", "pad"):

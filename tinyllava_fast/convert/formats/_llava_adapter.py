@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+
+from transformers import LlavaForConditionalGeneration
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import adapter
@@ -19,7 +20,7 @@ _NAMES = (
 )
 
 
-def write_adapter(apart: adapter.Adapter, llava: Any, scale: float, folder: Path) -> None:
+def write_adapter(apart: adapter.Adapter, llava: LlavaForConditionalGeneration, scale: float, folder: Path) -> None:
     """Write the adapter of a model to a folder that ``peft.PeftModel.from_pretrained(llava, folder)`` reads.
 
     apart: the adapter, off its model. llava: the exported model. scale: what the exported projector's rows are
@@ -32,7 +33,7 @@ def write_adapter(apart: adapter.Adapter, llava: Any, scale: float, folder: Path
             "model; leave out --keep-adapter, which merges it"
         )
     config = copy.deepcopy(apart.config)
-    config.target_modules = set(layers.values())
+    config.target_modules = sorted(layers.values())
     settings = {layers[name]: each for name, each in apart.layers.items()}
     config.rank_pattern = {name: each.r for name, each in settings.items() if each.r != config.r}
     config.alpha_pattern = {name: each.alpha for name, each in settings.items() if each.alpha != config.lora_alpha}
@@ -43,7 +44,7 @@ def write_adapter(apart: adapter.Adapter, llava: Any, scale: float, folder: Path
     adapter.write_folder(config, tensors, folder)
 
 
-def _renamed(name: str, llava: Any) -> str:
+def _renamed(name: str, llava: LlavaForConditionalGeneration) -> str:
     for ours, theirs in _NAMES:
         if name.startswith(ours):
             renamed = theirs + name.removeprefix(ours)

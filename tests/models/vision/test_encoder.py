@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_seed_decides_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_config_round_trip(name: str) -> None:
-    """What a model folder stores rebuilds the tower, whatever the layer that was selected."""
+    """The description in a model folder rebuilds the tower, whatever the layer that was selected."""
     tower = random_tower(name, layer=1, select=None)
     stored = tower.describe()
     kind = VISION.get(stored.type)
@@ -130,7 +130,7 @@ def test_bfloat16(name: str) -> None:
     torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.1)
 
 
-def wrong_type(tower: str, model_type: str) -> Any:
+def wrong_type(tower: str, model_type: str) -> Callable[[], object]:
     return VISION.get(tower).from_config(
         {"model_type": model_type}, feature_layer=-2, feature_select=None, seed=0, where="model.vision"
     )
@@ -155,7 +155,7 @@ def wrong_type(tower: str, model_type: str) -> Any:
         (lambda: VISION.get("siglp", "model.vision.type"), "did you mean 'siglip'. Known: clip, dinov2"),
     ],
 )
-def test_errors(call: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(call: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         call()
@@ -239,7 +239,7 @@ def test_mof_is_both_towers_side_by_side(tmp_path: Path) -> None:
         (MOF, {"num_hidden_layers": 14}, r"options.dinov2.feature_layer: -14 is outside"),
     ],
 )
-def test_mof_errors(options: Any, config: Any, message: str) -> None:
+def test_mof_errors(options: object, config: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         random_tower("mof", layer=-14 if config else -2, options=options, **config)
 

@@ -17,7 +17,7 @@ from tinyllava_fast.convert.convert import export_model, import_checkpoint
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_model
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 from tinyllava_fast.models.hf import legacy_text_config
 from tinyllava_fast.models.vision.base import VISION
 

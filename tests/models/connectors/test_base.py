@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.architecture import ConnectorPart
 from tinyllava_fast.models.connectors.base import CONNECTORS, Connector
 
-SMALL: dict[str, dict[str, Any]] = {
+SMALL: dict[str, dict[str, object]] = {
     "qformer": {"num_queries": 5, "hidden_size": 16, "num_layers": 3, "num_heads": 2, "intermediate_size": 24},
     "resampler": {"num_queries": 5, "num_layers": 2, "num_heads": 2, "head_size": 4, "expansion": 2},
 }
 WIDTH, GRID = 12, 16  # V and K
 
 
-def build(name: str, vision_size: int = WIDTH, llm_size: int = 20, **options: Any) -> Connector:
+def build(name: str, vision_size: int = WIDTH, llm_size: int = 20, **options: object) -> Connector:
     kind = CONNECTORS.get(name)
     connector = kind(vision_size, llm_size, parse_into(kind.Options, options, "model.connector.options"))
     connector.reset(torch.Generator().manual_seed(0))
@@ -170,6 +170,6 @@ def test_mof_interleaves() -> None:
         (lambda: build("mof_mlp").check_widths((24,)), "use model.vision.type: mof"),
     ],
 )
-def test_errors(call: Any, message: str) -> None:
+def test_errors(call: Callable[[], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()

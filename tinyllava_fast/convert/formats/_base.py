@@ -1,11 +1,13 @@
-"""What a model can be exported as, and the registry of those formats."""
+"""The contract of export formats, and their registry."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.registry import Registry
@@ -13,11 +15,11 @@ from tinyllava_fast.registry import Registry
 
 @dataclass(frozen=True)
 class Model:
-    """What is exported. lmm: in eval mode. names: hub ids of the parts, {llm, tokenizer, vision, vision2}."""
+    """A model to export. lmm: in eval mode. names: hub ids of the parts, {llm, tokenizer, vision, vision2}."""
 
     lmm: LMM
-    tokenizer: Any
-    processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    processor: BaseImageProcessor
     names: dict[str, str]
 
 
@@ -26,11 +28,11 @@ class Format(ABC):
 
     name: ClassVar[str]
     merge_adapter: ClassVar[bool] = True
-    """Whether a LoRA adapter is added to the weights first."""
+    """True: a LoRA adapter is added to the weights first."""
     takes_names: ClassVar[bool] = False
-    """Whether it states hub ids of the parts, which ``names`` of a model gives."""
+    """True: it states hub ids of the parts, which ``names`` of a model gives."""
     keeps_adapter: ClassVar[bool] = False
-    """Whether it can hold an adapter apart from the weights, for --keep-adapter."""
+    """True: it can hold an adapter apart from the weights, for --keep-adapter."""
 
     @abstractmethod
     def write(self, model: Model, folder: Path) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.models.checkpoints.golden import arrays, folder, grad_norms, opened, sources
+from tinyllava_fast.config.schema import RecipeConfig
 from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter
-from tinyllava_fast.data.types import IMAGE_INDEX
+from tinyllava_fast.data.types import IMAGE_INDEX, PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
-from tinyllava_fast.models.checkpoints.load import open_checkpoint
+from tinyllava_fast.models.checkpoints._load import open_checkpoint
 
 LORA = "tinyllama-siglip-mlp2x_gelu-lora"
 
@@ -60,7 +60,7 @@ def test_nothing_to_keep_or_export(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_gradients_of_the_adapter(pack: Callable[..., Any]) -> None:
+def test_gradients_of_the_adapter(pack: Callable[..., PackedBatch]) -> None:
     lmm = open_checkpoint(folder(LORA), sources=sources(LORA), merge=False).lmm
     golden = arrays(LORA)
     samples = []
@@ -85,7 +85,7 @@ def test_gradients_of_the_adapter(pack: Callable[..., Any]) -> None:
     assert compared == 32
 
 
-def _own(tmp_path: Path, recipe: Any, **llm: object) -> tuple[Path, Path]:
+def _own(tmp_path: Path, recipe: RecipeConfig, **llm: object) -> tuple[Path, Path]:
     """(folder of a model, folder of the same model with an adapter that was trained on it)."""
     from tests.tiny import make_model, make_tokenizer, tiny_config
     from tinyllava_fast.config.schema import OptimConfig
@@ -103,7 +103,7 @@ def _own(tmp_path: Path, recipe: Any, **llm: object) -> tuple[Path, Path]:
     return base, io.save_model(lmm.eval(), *parts, tmp_path / "lora")
 
 
-def _recipe(**parts: object) -> Any:
+def _recipe(**parts: object) -> RecipeConfig:
     from tinyllava_fast.config.schema import LoRAConfig, RecipeConfig, TuneConfig
 
     frozen = TuneConfig(tune="frozen")
@@ -123,7 +123,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-def test_an_exported_adapter_is_taken_back(recipe: Any, tmp_path: Path) -> None:
+def test_an_exported_adapter_is_taken_back(recipe: RecipeConfig, tmp_path: Path) -> None:
     base, lora = _own(tmp_path, recipe)
     alone = export_model(lora, tmp_path / "alone", "adapter")
     kept = import_checkpoint(alone, tmp_path / "kept", base=base, keep_adapter=True)
@@ -139,7 +139,7 @@ def test_an_exported_adapter_is_taken_back(recipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
-def test_peft_loads_the_adapter_beside_an_exported_llava(recipe: Any, tmp_path: Path) -> None:
+def test_peft_loads_the_adapter_beside_an_exported_llava(recipe: RecipeConfig, tmp_path: Path) -> None:
     import peft
     from transformers import AutoModelForImageTextToText
 
