@@ -220,7 +220,7 @@ class PackedDataset:
         key = "batch.tokens" if budget == self.batch.tokens else "data.max_tokens"
         shown = _shown(encoded, inputs)
         sample = widen(encoded, [n for _, n in shown])
-        length = sum(width(segment, count) for segment in sample)
+        length = width(sample, count)
         if length > budget:
             largest = count * max((n for _, n in shown), default=0)
             if largest >= budget:
@@ -231,7 +231,7 @@ class PackedDataset:
             encoded = truncate(encoded, budget, count, [n for _, n in shown])
             shown = _shown(encoded, inputs)
             sample = widen(encoded, [n for _, n in shown])
-            length = sum(width(segment, count) for segment in sample)
+            length = width(sample, count)
             self.report.truncated += 1
         images = sum(n for _, n in shown)
         for need, limit, name in (
@@ -241,7 +241,7 @@ class PackedDataset:
             if need > limit:
                 what = name.removeprefix("max_")
                 raise self._error(record, "conversations", f"{need} {what} exceed batch.{name}={limit}; raise it")
-        learnt = sum(map(targets, sample))
+        learnt = targets(sample)
         self.report.records += 1
         self.report.text_only += not record.images
         self.report.tokens += length

@@ -36,20 +36,12 @@ class Record:
     """The record's own id, or its index."""
     line: int
     """Line of the file on which the record begins, from 1."""
-    image: str | tuple[str, ...] | None
-    """Image path relative to the image folder, or the paths of a list: then the i-th marker is the i-th image."""
+    images: tuple[str, ...]
+    """Image paths relative to the image folder; empty for text alone."""
+    interleaved: bool
+    """True if the images are a list, so that each marker stays where it is and stands for its own image."""
     turns: tuple[tuple[str, str], ...]
     """(question, answer) pairs."""
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """Its image paths; empty for text alone."""
-        return (self.image,) if isinstance(self.image, str) else self.image or ()
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether the images are a list, so that each marker stays where it is and stands for its own."""
-        return isinstance(self.image, tuple)
 
     @property
     def where(self) -> str:
@@ -219,7 +211,7 @@ def _checked(index: int, line: int, value: Any) -> Record:
     name = value.get("id")
     if name is not None and not (isinstance(name, str) and is_text(name)):
         name = record.word("id")
-    image = _image(record)
+    images, interleaved = _images(record)
     messages = value.get("conversations")
     if messages is None:
         raise _FaultError(f"conversations: missing; {_instead_of_conversations(record)}")
@@ -244,24 +236,30 @@ def _checked(index: int, line: int, value: Any) -> Record:
         raise _FaultError(f"conversations: {error}") from None
     if not turns:
         raise _FaultError("conversations: no question; add a 'human' message and its answer")
-    return Record(index, str(index) if name is None else name, line, image, tuple((q, a or "") for q, a in turns))
+    pairs = tuple((question, answer or "") for question, answer in turns)
+    return Record(index, str(index) if name is None else name, line, images, interleaved, pairs)
 
 
 class _FaultError(DataError):
     """What is wrong with a record, before its place is known: putting the place of every good one in words is slow."""
 
 
-def _image(record: Fields) -> str | tuple[str, ...] | None:
-    """The record's image, or its images. DataError for a field that seems to be a misspelt "image"."""
-    if "images" in record:
-        if "image" in record:
-            raise _FaultError("images: given beside 'image'; keep one of them")
-        return tuple(record.paths("images", single=False)) or None
-    if "image" not in record:
+def _images(record: Fields) -> tuple[tuple[str, ...], bool]:
+    """Return the record's image paths, and True if they are a list that is not empty.
+
+    DataError for a field that seems to be a misspelt "image".
+    """
+    image, images = record.values.get("image"), record.values.get("images")
+    if image is not None and images is not None:
+        raise _FaultError("images: given beside 'image'; keep one of them")
+    if images is not None:
+        paths = record.paths("images", single=False)
+    elif image is not None:
+        paths = record.paths("image")
+    else:
         _refuse_misspelt_image(record)
-        return None
-    paths = record.paths("image")
-    return paths[0] if isinstance(record.values["image"], str) else tuple(paths) or None
+        return (), False
+    return tuple(paths), bool(paths) and not isinstance(image, str)
 
 
 def _refuse_misspelt_image(record: Fields) -> None:

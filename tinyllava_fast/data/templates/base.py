@@ -10,13 +10,11 @@ A template is one file in this folder; the registry finds it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-from tokenizers import Encoding
-
-from tinyllava_fast.data.templates._pieces import Offsets, added_ids, encode_pieces, named_errors
+from tinyllava_fast.data.templates._pieces import Encoded, Rendered, added_ids, encode_texts, named_errors
 from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import shown
@@ -62,14 +60,6 @@ class Prompt:
 
     ids: list[int]
     """Token ids as in Segment."""
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Prompt text with literal ``<image>`` and the character ranges that are supervised."""
-
-    text: str
-    spans: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -196,14 +186,14 @@ class Template:
         samples = [self._units(turns_of(c), turns, flag) for c, flag in zip(conversations, flags, strict=True)]
         units = [unit for sample in samples for unit in sample]
         rendered = [self.render(unit.turns, tokenizer, unit.interleaved) for unit in units]
-        encoded = self._encode_rendered(rendered, tokenizer)
+        encoded = encode_texts(tokenizer, rendered, with_front=self.adds_special_tokens)
         if masks == "reference":
             segments = [self._as_reference(*pair, tokenizer) for pair in zip(rendered, encoded, strict=True)]
         else:
             end = self.end_id(tokenizer)
             for unit, item, one in zip(units, rendered, encoded, strict=True):
                 self._check_answers(unit, item, one, end)
-            segments = [one.segment for one in encoded]
+            segments = [Segment(one.ids, one.spans) for one in encoded]
         each = iter(segments)
         return [_share([_numbered(next(each), unit.images) for unit in sample]) for sample in samples]
 
@@ -214,7 +204,8 @@ class Template:
         flags = interleaved if interleaved is not None else [False] * len(conversations)
         pairs = zip(conversations, flags, strict=True)
         rendered = [self.render(turns_of(c), tokenizer, flag) for c, flag in pairs]
-        return [Prompt(encoded.segment.ids) for encoded in self._encode_rendered(rendered, tokenizer)]
+        encoded = encode_texts(tokenizer, rendered, with_front=self.adds_special_tokens)
+        return [Prompt(one.ids) for one in encoded]
 
     def prompt(self, conversation: Conversation, tokenizer: Any) -> Prompt:
         """One inference prompt; see ``prompt_batch``."""
@@ -268,24 +259,15 @@ class Template:
             units.append(_Unit([(marker * before + question, answer)], True, tuple(range(seen)), number))
         return units
 
-    def _encode_rendered(self, rendered: list[Rendered], tokenizer: Any) -> list[_Encoded]:
-        texts = [r.text.split(IMAGE_TOKEN) for r in rendered]
-        encodings = encode_pieces(tokenizer, [piece for pieces in texts for piece in pieces])
-        front = added_ids(tokenizer)[0] if self.adds_special_tokens else []
-        greedy = {number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
-        pairs = zip(rendered, texts, strict=True)
-        return [_join(item, pieces, [encodings[piece] for piece in pieces], front, greedy) for item, pieces in pairs]
-
-    def _as_reference(self, item: Rendered, encoded: _Encoded, tokenizer: Any) -> Segment:
+    def _as_reference(self, item: Rendered, encoded: Encoded, tokenizer: Any) -> Segment:
         from tinyllava_fast.data.templates.reference import reference_spans
 
-        ids = encoded.segment.ids
-        return Segment(ids, reference_spans(self, tokenizer, item.text, ids))
+        return Segment(encoded.ids, reference_spans(self, tokenizer, item.text, encoded.ids))
 
-    def _check_answers(self, unit: _Unit, item: Rendered, encoded: _Encoded, end: int | None) -> None:
+    def _check_answers(self, unit: _Unit, item: Rendered, encoded: Encoded, end: int | None) -> None:
         """Raise DataError if something of an answer would not be learnt: some of its characters, or its end token."""
         for number, (start, stop) in enumerate(item.spans):
-            text, lost = item.text[start:stop], encoded.lost.get(number)
+            text, lost, learnt = item.text[start:stop], encoded.lost[number], encoded.learnt[number]
             if lost:
                 raise DataError(
                     f"{self._answer(unit, number, text)}: the tokenizer makes no token of {lost!r}, which would not be "
@@ -293,7 +275,6 @@ class Template:
                 )
             if end is None:
                 continue
-            learnt = encoded.learnt(number)
             wanted = text.count(self.eos) if self.eos else 1
             if learnt[-1:] != [end] or learnt.count(end) != wanted:
                 raise DataError(
@@ -331,49 +312,6 @@ def _tail(unit: Segment, cut: int, images: int) -> Segment:
     """The unit without its first ``cut`` tokens, which it shares."""
     spans = [(start - cut, stop - cut) for start, stop in unit.spans]
     return Segment(unit.ids[cut:], spans, on_prefix=True, images=unit.images[images:])
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A rendered prompt as tokens, and what became of its ranges of characters."""
-
-    segment: Segment
-    ranges: list[int]
-    """Number of the range that each span of the segment belongs to: it has one for each piece that it reaches into."""
-    lost: dict[int, str]
-    """Characters of a range that no token shows, where there are any."""
-
-    def learnt(self, number: int) -> list[int]:
-        """Supervised ids of a range."""
-        pairs = zip(self.ranges, self.segment.spans, strict=True)
-        return [i for n, (start, stop) in pairs if n == number for i in self.segment.ids[start:stop]]
-
-
-def _join(
-    item: Rendered, pieces: list[str], encodings: list[Encoding], front: list[int], greedy: Container[int]
-) -> _Encoded:
-    """Concatenate the pieces with one marker an image between them, behind the ids that stand before every text."""
-    ids, spans, numbers, lost = list(front), [], [], {}
-    begin = 0
-    for number, (piece, encoding) in enumerate(zip(pieces, encodings, strict=True)):
-        if number:
-            ids.append(IMAGE_INDEX)
-        ranges = [
-            (n, max(start - begin, 0), min(stop - begin, len(piece))) for n, (start, stop) in enumerate(item.spans)
-        ]
-        ranges = [(n, start, stop) for n, start, stop in ranges if start < stop]
-        offsets = Offsets(encoding.offsets if ranges else [])
-        for n, start, stop in ranges:
-            if missing := offsets.lost(piece, start, stop):
-                lost[n] = missing
-            if (span := offsets.span(start, stop)) is not None:
-                # a token of the prompt that swallows white space behind it, as that of an answer, is not learnt
-                first = span[0] + (encoding.ids[span[0]] in greedy and encoding.offsets[span[0]][0] < start)
-                spans.append((first + len(ids), span[1] + len(ids)))
-                numbers.append(n)
-        ids += encoding.ids
-        begin += len(piece) + len(IMAGE_TOKEN)
-    return _Encoded(Segment(ids, spans), numbers, lost)
 
 
 TEMPLATES: Registry[Template] = Registry("chat template", "tinyllava_fast.data.templates")
