@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from tinyllava_fast.data.images import pixel_shape, short_edge
 from tinyllava_fast.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
 Size = tuple[int, int]
 _DEFAULT = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # tiles across and down
 
 
-def tile_size(processor: Any) -> Size:
+def tile_size(processor: BaseImageProcessor) -> Size:
     """(width, height) of a tile: what the tower sees of one image."""
     _, height, width = pixel_shape(processor)
     return width, height
 
 
-def resolve_grid(grid: Sequence[Size], processor: Any) -> list[Size]:
+def resolve_grid(grid: Sequence[Size], processor: BaseImageProcessor) -> list[Size]:
     """The resolutions that images may be enlarged to; none given: LLaVA-1.6's shapes, in tiles of this tower.
 
     UserError for one that is not made of whole tiles.
@@ -57,7 +60,7 @@ def count_inputs(size: Size, grid: Sequence[Size], tile: Size) -> int:
     return (width // tile[0]) * (height // tile[1]) + 1
 
 
-def tiles(image: Image.Image, grid: Sequence[Size], processor: Any) -> list[Image.Image]:
+def tiles(image: Image.Image, grid: Sequence[Size], processor: BaseImageProcessor) -> list[Image.Image]:
     """The whole image squeezed to a square, then the tiles row by row; all for the mode ``square``.
 
     The enlarged copy keeps its proportions and is centred on black.

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from zlib import crc32
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
@@ -26,6 +27,9 @@ from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.ops import pack_plan
 from tinyllava_fast.pace import Pace
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 _CHUNK = 512  # records tokenized in one call
 _TOKENIZED = "%s: %d records tokenized so far, %.0f a second"
@@ -59,7 +63,14 @@ class PackedDataset:
     """
 
     def __init__(
-        self, data: DataConfig, batch: BatchConfig, *, tokenizer: Any, processor: Any, tokens_per_image: int, seed: int
+        self,
+        data: DataConfig,
+        batch: BatchConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: BaseImageProcessor,
+        tokens_per_image: int,
+        seed: int,
     ) -> None:
         self.data = data
         self.batch = batch
@@ -151,7 +162,7 @@ class PackedDataset:
         """A pack without samples, for a process that has none in the last step."""
         return self._collate([], [], [])
 
-    def _collate(self, samples: list[list[Segment]], pictures: list[Any], names: list[str]) -> PackedBatch:
+    def _collate(self, samples: list[list[Segment]], pictures: list[Image.Image], names: list[str]) -> PackedBatch:
         return collate(
             samples,
             to_pixels(pictures, self.processor, self.data.image_mode),
@@ -206,7 +217,9 @@ class PackedDataset:
     def _nothing_left(self) -> DataError:
         return DataError(f"{self.data.records}: every record was skipped; the first: {self.skipped[0]}")
 
-    def _encode(self, records: list[Record], template: Template, tokenizer: Any) -> list[list[Segment]]:
+    def _encode(
+        self, records: list[Record], template: Template, tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[Segment]]:
         """See ``encode_records``."""
         return encode_records(self.data.records, records, template, tokenizer, self.data.turns, self.data.masks)
 
@@ -273,7 +286,13 @@ class PackedDataset:
 
 
 def build_dataset(
-    data: DataConfig, batch: BatchConfig, *, tokenizer: Any, processor: Any, tokens_per_image: int, seed: int
+    data: DataConfig,
+    batch: BatchConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: BaseImageProcessor,
+    tokens_per_image: int,
+    seed: int,
 ) -> PackedDataset:
     """The data set of a stage; see PackedDataset."""
     return PackedDataset(

@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.bpe import pieces, train_tokenizer
 from tinyllava_fast.data.types import IMAGE_TOKEN
@@ -26,6 +26,9 @@ from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import read_objects
 from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.log import log, setup_logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -152,7 +155,7 @@ def _questions(source: Path, split: str) -> dict[int, list[Question]]:
     return groups
 
 
-def _record(image: int, asked: Sequence[Question]) -> dict[str, Any]:
+def _record(image: int, asked: Sequence[Question]) -> dict[str, object]:
     messages = []
     for number, (question, answer) in enumerate(asked):
         marker = "" if number or IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n"
@@ -160,7 +163,7 @@ def _record(image: int, asked: Sequence[Question]) -> dict[str, Any]:
     return {"id": f"train-{image}", "image": f"train/{image}.png", "conversations": messages}
 
 
-def _test_lines(groups: dict[int, list[Question]]) -> Iterator[dict[str, Any]]:
+def _test_lines(groups: dict[int, list[Question]]) -> Iterator[dict[str, object]]:
     rows = [(image, question, answer) for image, asked in groups.items() for question, answer in asked]
     for number, (image, question, answer) in enumerate(rows):
         yield {
@@ -172,13 +175,13 @@ def _test_lines(groups: dict[int, list[Question]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _dump(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _dump(path: Path, rows: Iterable[dict[str, object]]) -> None:
     """A JSON list with one element a line."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def _tokenizer(conversations: Sequence[Sequence[Question]], captions: Sequence[str]) -> Any:
+def _tokenizer(conversations: Sequence[Sequence[Question]], captions: Sequence[str]) -> PreTrainedTokenizerFast:
     """The tokenizer of the train prompts and the captions."""
     return train_tokenizer([*(p for asked in conversations for p in pieces(asked)), *captions], VOCABULARY)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -16,6 +16,9 @@ from tinyllava_fast.data.images import check_shape, image_size, load_image
 from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading, is_url, naming
 from tinyllava_fast.data.records import Record
 from tinyllava_fast.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 _SHOWN = 5  # missing images named in an error
 _SHOWN_BAD = 10  # and files that are no pictures
@@ -28,7 +31,7 @@ class ImageFiles:
     grid: the resolutions of anyres, (width, height); empty in the other modes. UserError for a grid that is not used.
     """
 
-    def __init__(self, data: DataConfig, processor: Any, seed: int) -> None:
+    def __init__(self, data: DataConfig, processor: BaseImageProcessor, seed: int) -> None:
         self.data = data
         self.processor = processor
         self.seed = seed

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from tinyllava_fast.data.pictures import IMAGE_ALIASES
 from tinyllava_fast.data.templates.base import MaskMode, Segment, Template, TurnMode, turns_of
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import DECODER, Fields, fault, is_text, not_utf8, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ROLES = ("human", "gpt")
 _FIELDS = ("id", "image", "images", "conversations")
@@ -76,7 +79,7 @@ def encode_records(
     path: str | Path,
     records: Sequence[Record],
     template: Template,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     turns: TurnMode = "conversation",
     masks: MaskMode = "offsets",
 ) -> list[list[Segment]]:
@@ -122,7 +125,7 @@ class _Reader:
             if not self._fill():
                 return ""
 
-    def value(self) -> tuple[int, Any]:
+    def value(self) -> tuple[int, object]:
         """(line, value) of the next JSON value; JSONDecodeError where there is none."""
         while True:
             try:
@@ -150,7 +153,7 @@ class _Reader:
         return bool(more)
 
 
-def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
+def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, object]]:
     """(line, value) of every record, not yet checked."""
     reader = _Reader(stream)
     if reader.peek() == "[":
@@ -169,7 +172,7 @@ def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
         index += 1
 
 
-def _list_values(path: Path, reader: _Reader) -> Iterator[tuple[int, Any]]:
+def _list_values(path: Path, reader: _Reader) -> Iterator[tuple[int, object]]:
     reader.at += 1
     index = 0
     while (sign := reader.peek()) != "]":
@@ -196,7 +199,7 @@ def _malformed(path: Path, line: int, index: int, what: str) -> DataError:
     return DataError(f"{path}: line {line}, record {index}: malformed JSON: {what}")
 
 
-def _record(path: Path, index: int, line: int, value: Any) -> Record:
+def _record(path: Path, index: int, line: int, value: object) -> Record:
     try:
         return _checked(index, line, value)
     except _FaultError as fault:
@@ -204,7 +207,7 @@ def _record(path: Path, index: int, line: int, value: Any) -> Record:
         raise DataError(f"{path}: record {index} (id {shown(str(name))}, line {line}): {fault}") from None
 
 
-def _checked(index: int, line: int, value: Any) -> Record:
+def _checked(index: int, line: int, value: object) -> Record:
     if not isinstance(value, dict):
         raise _FaultError(f"record: expected an object with 'conversations', got {shown(value)}")
     record = Fields(value, "", _FaultError)
@@ -273,7 +276,7 @@ def _refuse_misspelt_image(record: Fields) -> None:
             raise _FaultError(f"unknown field {shown(name)}; did you mean 'image'? Rename it or remove it")
 
 
-def _refuse_picture_in(number: int, message: Mapping[str, Any]) -> None:
+def _refuse_picture_in(number: int, message: Mapping[str, object]) -> None:
     """A picture that a message names, not the record, would be left out of the training in silence."""
     for name, value in message.items():
         if value is not None and name.lower() in ("image", "images", "video", "videos", *IMAGE_ALIASES):
@@ -292,7 +295,7 @@ def _instead_of_conversations(record: Fields) -> str:
     return f"{meant}The record has {', '.join(map(shown, record.values)) or 'no field'}; a list of {FORMAT} is expected"
 
 
-def _refuse(record: Fields, number: int, message: Any) -> NoReturn:
+def _refuse(record: Fields, number: int, message: object) -> NoReturn:
     """Raise what is wrong with a message."""
     field = f"conversations[{number}]"
     if not isinstance(message, dict):

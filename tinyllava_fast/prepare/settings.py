@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -20,6 +20,9 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.build import build_tokenizer
 from tinyllava_fast.models.checkpoints.parts import fitting_template
 from tinyllava_fast.prepare.survey import ANSWER, Lengths, Pictures, lengths, pictures
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLES_A_STEP = 32
 STEPS = 1500
@@ -60,7 +63,7 @@ def prepare(
             raise UserError(f"{path}: exists; choose another name or remove it")
     seen = pictures(records, images)
     side, patch = geometry(seen.side if seen else LARGE)
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     if llm is None:
         tokenizer, name = train_tokenizer(texts_of([records]), vocabulary), "llama"
     else:
@@ -97,7 +100,7 @@ def geometry(side: int) -> tuple[int, int]:
     return max(8 * patch, unit * math.ceil(min(side, LARGEST_SIDE) / unit)), patch
 
 
-def filled(text: str, values: Mapping[str, Any]) -> str:
+def filled(text: str, values: Mapping[str, object]) -> str:
     """The YAML text with the values of some keys replaced; every key must stand in it exactly once.
 
     A key may be the last part of a line's mapping, as in ``batch``; values are written as JSON, which YAML reads.
@@ -143,7 +146,7 @@ def _values(
     patch: int,
     measured: Lengths,
     template: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     most = max(1, measured.images)
     tokens = max(measured.longest, min(MOST_TOKENS, math.ceil(measured.mean * SAMPLES_A_STEP)))
     a_step = max(1, min(SAMPLES_A_STEP, int(tokens / measured.mean)))
@@ -167,7 +170,7 @@ def _values(
     return values | ({"image_mean": list(seen.mean), "image_std": list(seen.std)} if seen else {})
 
 
-def _template(tokenizer: Any, llm: str) -> str:
+def _template(tokenizer: PreTrainedTokenizerBase, llm: str) -> str:
     """The chat template that fits a pretrained language model's tokenizer."""
     if tokenizer.chat_template:
         return "tokenizer"
@@ -179,7 +182,7 @@ def _template(tokenizer: Any, llm: str) -> str:
     )
 
 
-def _flow(value: Any) -> str:
+def _flow(value: object) -> str:
     """A value in YAML's flow style, without quotes where none are needed."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"

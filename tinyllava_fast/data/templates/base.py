@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from tinyllava_fast.data.templates._pieces import Encoded, Rendered, added_ids, encode_texts, named_errors
 from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, IMAGE_TOKEN
@@ -21,7 +21,10 @@ from tinyllava_fast.fields import shown
 from tinyllava_fast.log import log
 from tinyllava_fast.registry import Registry
 
-Message = Mapping[str, Any]  # {"from": "human" | "gpt", "value": str | None}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str | None]  # {"from": "human" | "gpt", "value": str | None}
 Turns = Sequence[tuple[str, "str | None"]]  # (question, answer); answer None: to be generated
 Conversation = Sequence[Message] | Turns
 TurnMode = Literal["conversation", "independent"]
@@ -81,7 +84,7 @@ def turns_of(conversation: Conversation) -> list[tuple[str, str | None]]:
     if messages[0]["from"] != "human":
         messages = messages[1:]
     values = [m["value"] for m in messages]
-    questions, answers = values[0::2], values[1::2]
+    questions, answers = cast(list[str], values[0::2]), values[1::2]
     if len(questions) != len(answers):
         raise DataError(f"{len(questions)} questions but {len(answers)} answers; every question needs one answer")
     return list(zip(questions, answers, strict=True))
@@ -103,10 +106,11 @@ class Template:
     adds_special_tokens: bool = True
     """A prompt begins with what the tokenizer puts before a text, its BOS; False: the rendered text carries its own."""
 
-    def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
+    def render(self, turns: Turns, tokenizer: PreTrainedTokenizerBase | None, interleaved: bool = False) -> Rendered:
         """Prompt text of the turns; an answer of None ends the text where the model continues.
 
-        interleaved: markers stand for the images of a list and stay where they are. Otherwise there is one image, and
+        tokenizer: for templates that are the tokenizer's own; the others need none. interleaved: markers stand for the
+        images of a list and stay where they are. Otherwise there is one image, and
         all markers of a question become one at its front.
         """
         text, spans = self.system + " ", []
@@ -123,7 +127,7 @@ class Template:
             spans.append((start, len(text)))
         return Rendered(text, spans)
 
-    def check(self, tokenizer: Any, masks: MaskMode = "offsets") -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase, masks: MaskMode = "offsets") -> None:
         """UserError if the template cannot be used with this tokenizer or these masks; a warning if not quite."""
         if masks == "reference" and self.reference_masks == "none":
             raise UserError("data.masks: reference has no masks for this template; set data.masks=offsets")
@@ -168,7 +172,7 @@ class Template:
     def encode(
         self,
         conversations: Sequence[Conversation],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         turns: TurnMode = "conversation",
         masks: MaskMode = "offsets",
         interleaved: Sequence[bool] | None = None,
@@ -198,7 +202,10 @@ class Template:
         return [_share([_numbered(next(each), unit.images) for unit in sample]) for sample in samples]
 
     def prompt_batch(
-        self, conversations: Sequence[Conversation], tokenizer: Any, interleaved: Sequence[bool] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        tokenizer: PreTrainedTokenizerBase,
+        interleaved: Sequence[bool] | None = None,
     ) -> list[Prompt]:
         """Inference prompts (the last answer None), all tokenized in one call; interleaved as for ``encode``."""
         flags = interleaved if interleaved is not None else [False] * len(conversations)
@@ -207,11 +214,11 @@ class Template:
         encoded = encode_texts(tokenizer, rendered, with_front=self.adds_special_tokens)
         return [Prompt(one.ids) for one in encoded]
 
-    def prompt(self, conversation: Conversation, tokenizer: Any) -> Prompt:
+    def prompt(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """One inference prompt; see ``prompt_batch``."""
         return self.prompt_batch([conversation], tokenizer)[0]
 
-    def stop_id(self, tokenizer: Any) -> int:
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Id of the token that ends an answer. UserError if this tokenizer has no such token."""
         end = self.eos or tokenizer.eos_token or ""
         with named_errors(tokenizer):
@@ -225,11 +232,11 @@ class Template:
             )
         return int(ids[0])
 
-    def end_id(self, tokenizer: Any) -> int | None:
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """Id of the token that every answer of a sample has to end in; None: this template learns no end."""
         return self.stop_id(tokenizer) if self.eos else None
 
-    def _joined(self, tokenizer: Any) -> str | None:
+    def _joined(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """The token that a prompt ends in only where its answer follows; None: there is none, as it should be."""
         question = f"{IMAGE_TOKEN}\nwhat is it"
         try:
@@ -259,7 +266,7 @@ class Template:
             units.append(_Unit([(marker * before + question, answer)], True, tuple(range(seen)), number))
         return units
 
-    def _as_reference(self, item: Rendered, encoded: Encoded, tokenizer: Any) -> Segment:
+    def _as_reference(self, item: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Segment:
         from tinyllava_fast.data.templates.reference import reference_spans
 
         return Segment(encoded.ids, reference_spans(self, tokenizer, item.text, encoded.ids))
