@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
@@ -78,7 +77,7 @@ class _Row:
     """One scored question. pictures: digests of what they show; None where no picture was looked at."""
 
     credit: float
-    cluster: Any
+    cluster: str | tuple[str, ...]
     prompt: str | None
     truth: str | None
     pictures: Sequence[str] | None
@@ -94,7 +93,7 @@ class _Side:
     """One of the two. options: those of its benchmark, as far as they are known."""
 
     benchmark: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     rows: Mapping[str, _Row]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 
-def manifest() -> Any:
+def manifest() -> ModelManifest:
     """What lmms-eval 0.7 registers: the id ``tinyllava_fast`` and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.eval.files import is_folder
+from tinyllava_fast.eval.types import Machine
 from tinyllava_fast.files import TMP
 from tinyllava_fast.hardware import cores, processor, total_memory_bytes
 
@@ -26,9 +26,9 @@ PLACES = re.compile(r"(?!_).*name_or_path2?|mm_vision_tower")
 """Fields of a config that say where a part of the model lies. _name_or_path only says where it came from."""
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """Processor, cores, memory, accelerator and operating system."""
-    facts: dict[str, Any] = {
+    facts: Machine = {
         "processor": processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),

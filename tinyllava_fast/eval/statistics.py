@@ -7,11 +7,15 @@ SE = sqrt(sum over images (sum of residuals)^2) / n.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Answers, Metric, Question
+from tinyllava_fast.eval.types import Histogram
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsRichComparison
 
 
 def mean(values: Sequence[float]) -> float:
@@ -19,12 +23,12 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def clustered_error(influence: Iterable[float], clusters: Iterable[Any]) -> float | None:
+def clustered_error(influence: Iterable[float], clusters: Iterable[Hashable]) -> float | None:
     """Standard error of an estimate from each observation's influence on it. None with fewer than two clusters.
 
     influence: sums to 0; for a mean (x - mean) / n, for others see ratio_influence. clusters: one hashable each.
     """
-    sums: dict[Any, float] = {}
+    sums: dict[Hashable, float] = {}
     for value, cluster in zip(influence, clusters, strict=True):
         sums[cluster] = sums.get(cluster, 0.0) + value
     return math.sqrt(math.fsum(s * s for s in sums.values())) if len(sums) > 1 else None
@@ -64,13 +68,13 @@ def mean_metric(
 def by_group(
     questions: Sequence[Question],
     credit: dict[str, float],
-    groups: Sequence[Any],
+    groups: Sequence[SupportsRichComparison],
     *,
     scale: float = 100.0,
     digits: int = 2,
 ) -> list[Metric]:
     """mean_metric of each group, groups sorted. groups: one hashable, sortable value per question."""
-    members: dict[Any, list[Question]] = {}
+    members: dict[SupportsRichComparison, list[Question]] = {}
     for question, group in zip(questions, groups, strict=True):
         members.setdefault(group, []).append(question)
     return [mean_metric(str(g), members[g], credit, scale=scale, digits=digits) for g in sorted(members)]
@@ -97,7 +101,7 @@ def exact_sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def histogram(values: Sequence[float], bins: int = 30) -> dict[str, Any]:
+def histogram(values: Sequence[float], bins: int = 30) -> Histogram:
     """Percentiles, and counts in equal bins from 0 to the maximum: {count, p50, p95, p99, max, bins}; {} of nothing."""
     if not values:
         return {}
@@ -106,5 +110,5 @@ def histogram(values: Sequence[float], bins: int = 30) -> dict[str, Any]:
     counts = [0] * bins
     for value in order:
         counts[min(bins - 1, int(bins * value / top))] += 1
-    at = {f"p{p}": order[min(len(order) - 1, len(order) * p // 100)] for p in (50, 95, 99)}
-    return {"count": len(order), **at, "max": order[-1], "bins": counts}
+    p50, p95, p99 = (order[min(len(order) - 1, len(order) * p // 100)] for p in (50, 95, 99))
+    return {"count": len(order), "p50": p50, "p95": p95, "p99": p99, "max": order[-1], "bins": counts}

@@ -164,8 +164,8 @@ class Benchmark(ABC):
     published: ClassVar[Sequence[Published]] = ()
     in_all: ClassVar[bool] = True
 
-    def __init__(self, options: Any = None) -> None:
-        self.options = self.Options() if options is None else options
+    def __init__(self, options: object = None) -> None:
+        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def locate(self, root: Path) -> Files:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tinyllava_fast.config.ranges import PositiveInt, Text
 from tinyllava_fast.data.pictures import IMAGE_ALIASES
@@ -77,7 +77,7 @@ class Custom(Benchmark):
     Options = Options
     scored_by = ("metric",)
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: object = None) -> None:
         super().__init__(options)
         self.max_new_tokens = self.options.max_new_tokens
 

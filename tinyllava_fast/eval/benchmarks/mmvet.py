@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
@@ -93,7 +93,7 @@ class MMVet(Benchmark):
     max_new_tokens = 1024
     published = published_rows("total", 31.1, 36.1, 37.5, 23.2, 19.5)
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: object = None) -> None:
         """Raise UserError for a base_url that no HTTP client takes."""
         super().__init__(options)
         if not self.options.base_url.startswith(("http://", "https://")):
