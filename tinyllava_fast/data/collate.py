@@ -32,9 +32,9 @@ def targets(sample: Iterable[Segment]) -> int:
 def truncate(
     sample: Sequence[Segment], budget: int, tokens_per_image: int, inputs: Iterable[int] | None = None
 ) -> list[Segment]:
-    """The sample cut to a budget of positions, from its end, never through an image.
+    """Cut the end of a sample to fit a budget of positions, never through an image.
 
-    inputs: how many inputs of the tower the image at each marker is, in order; None: one each.
+    inputs: the number of tower inputs of the image at each marker, in order; None: one each.
     """
     kept: list[Segment] = []
     each = repeat(1) if inputs is None else iter(inputs)
@@ -58,7 +58,7 @@ def truncate(
 
 
 def widen(sample: Sequence[Segment], inputs: Iterable[int]) -> list[Segment]:
-    """One marker for each input of the tower instead of one for each image; inputs: as for ``truncate``."""
+    """Put one marker for each tower input instead of one for each image; inputs: as for ``truncate``."""
     each = iter(inputs)
     return [_widened(segment, [next(each) for token in segment.ids if token == IMAGE_INDEX]) for segment in sample]
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass
 class DataReport:
-    """What a data set holds; said once at the start and in the run's summary."""
+    """The counts of a data set, logged at the start and written into the run's summary."""
 
     records: int = 0
     text_only: int = 0
@@ -175,7 +175,7 @@ class PackedDataset:
         )
 
     def _look(self, record: Record, template: Template) -> list[int] | None:
-        """How many inputs of the tower each image of a record is, once it has been checked; None: leave it out."""
+        """Check a record; return the number of tower inputs of each of its images, or None to leave the record out."""
         listed = len(record.images) if record.interleaved else None
         if problem := template.problem(record.turns, bool(record.images), listed):
             raise self._error(record, "conversations", problem)
@@ -190,7 +190,7 @@ class PackedDataset:
             return None if self.files.grid else [1] * len(record.images)
 
     def _bad_image(self, name: str, error: DataError) -> str:
-        """Why a record is skipped; DataError where that is not wanted."""
+        """Return the reason why a record is skipped; raise DataError where records may not be skipped."""
         reason = f"{self.data.records}: record id {name!r}: image: {error}"
         if isinstance(error, MissingImageError):
             raise DataError(f"{reason}; put it back (data.on_bad_image=skip is for damaged files alone)") from error
@@ -224,9 +224,9 @@ class PackedDataset:
         return encode_records(self.data.records, records, template, tokenizer, self.data.turns, self.data.masks)
 
     def _add(self, record: Record, encoded: list[Segment], inputs: list[int]) -> tuple[int, int, int, int]:
-        """Store a sample and count it; (positions, images, segments) that it needs in a pack, and supervised tokens.
+        """Store a sample and count it. Return the positions, images and segments it needs, and its supervised tokens.
 
-        inputs: how many inputs of the tower each image of the record is.
+        inputs: the number of tower inputs of each image of the record.
         """
         count = self.tokens_per_image
         budget = min(self.data.max_tokens or self.batch.tokens, self.batch.tokens)
@@ -264,7 +264,7 @@ class PackedDataset:
         return length, images, len(sample), learnt
 
     def _pieces(self, record: Record) -> list[Record]:
-        """The record, or one for each ``data.turns_per_sample`` of its turns, beginning with the images so far."""
+        """Return the record, or parts of ``data.turns_per_sample`` turns that begin with the images so far."""
         most = self.data.turns_per_sample
         if not most or len(record.turns) <= most:
             return [record]
@@ -301,7 +301,7 @@ def build_dataset(
 
 
 def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]]:
-    """(number of the image, its inputs of the tower) at each marker of a sample as the template encodes it."""
+    """Return (number of the image, its tower inputs) at each marker of a sample as the template encodes it."""
     numbers: list[int] = []
     for segment in sample:
         numbers += segment.images or [0] * segment.ids.count(IMAGE_INDEX)
@@ -310,7 +310,7 @@ def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Tokenizing makes many lists and no cycles; collections triggered by them doubled its time."""
+    """Hold back garbage collection: tokenizing makes many lists and no cycles, and collections doubled its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -58,7 +58,7 @@ def prepare(out_dir: str | Path) -> Path:
 
 
 def load_questions(folder: str | Path) -> list[dict[str, str]]:
-    """The test questions, {id, image, question, answer, type}; type is yes/no, shape or color.
+    """Return the test questions, {id, image, question, answer, type}; type is yes/no, shape or color.
 
     DataError naming the file, the record and the field.
     """
@@ -75,7 +75,7 @@ def load_questions(folder: str | Path) -> list[dict[str, str]]:
 
 
 def facts(questions: Iterable[Question]) -> tuple[str | None, str | None]:
-    """(color, shape) of the one shape in an image as far as its questions and answers entail them."""
+    """Return (color, shape) of the one shape in an image as far as its questions and answers entail them."""
     open_ = {"color": set(COLORS), "shape": set(SHAPES)}
     for question, answer in questions:
         words = set(_WORD.findall(question))
@@ -91,7 +91,7 @@ def facts(questions: Iterable[Question]) -> tuple[str | None, str | None]:
 
 
 def caption(questions: Iterable[Question]) -> str | None:
-    """What is known of an image in words: "a red circle", "a red shape", "a circle"; None if nothing is."""
+    """Put what is known of an image in words: "a red circle", "a red shape", "a circle"; None if nothing is."""
     color, shape = facts(questions)
     if color is None and shape is None:
         return None
@@ -99,7 +99,7 @@ def caption(questions: Iterable[Question]) -> str | None:
 
 
 def question_type(answer: str) -> str:
-    """yes/no, shape or color."""
+    """Return yes/no, shape or color."""
     return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
 
 
@@ -142,7 +142,7 @@ def _write(out: Path, source: Path) -> None:
 
 
 def _questions(source: Path, split: str) -> dict[int, list[Question]]:
-    """Questions and answers of each image, in the package's order."""
+    """Return questions and answers of each image, in the package's order."""
     rows = json.loads((source / split / "questions.json").read_text(encoding="utf-8"))
     groups: dict[int, list[Question]] = {}
     for question, answer, image in rows:
@@ -176,7 +176,7 @@ def _test_lines(groups: dict[int, list[Question]]) -> Iterator[dict[str, object]
 
 
 def _dump(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """A JSON list with one element a line."""
+    """Write a JSON list with one element a line."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 

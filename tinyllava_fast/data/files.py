@@ -55,9 +55,9 @@ class ImageFiles:
                 self._counts.update(zip(names, pool.map(self._measure, names), strict=True))
 
     def inputs(self, record: Record) -> list[int]:
-        """How many inputs of the tower each image of the record is.
+        """Return the number of tower inputs of each image of the record.
 
-        A missing file is noted for ``stop``. DataError if the header of a file says that it is no picture.
+        A missing file is noted for ``raise_if_missing``. DataError if the header of a file says that it is no picture.
         """
         self.look([record])
         for name in record.images:
@@ -68,7 +68,7 @@ class ImageFiles:
         return [self._counts[name] for name in record.images]
 
     def note(self, record: Record, error: DataError) -> None:
-        """Keep for ``stop`` what is wrong with an image of the record."""
+        """Keep the fault of an image of the record for ``raise_if_missing``."""
         self._bad.append(f"{record.where}: image: {error}")
 
     def raise_if_missing(self) -> None:
@@ -88,7 +88,7 @@ class ImageFiles:
         self._counts.clear()
 
     def _measure(self, name: str) -> int:
-        """Inputs of the tower that a file is, by its header; 0 if it does not exist, 1 if it is refused."""
+        """Return the tower inputs that a file makes, by its header; 0 if it does not exist, 1 if it is refused."""
         path = self._path(name)
         if not os.path.exists(path):
             return 0
@@ -102,7 +102,7 @@ class ImageFiles:
     def load(
         self, images: Sequence[str], shown: Iterable[tuple[int, int]], epoch: int, index: int
     ) -> list[Image.Image]:
-        """The inputs of the tower that a sample shows, in order; each image decoded and augmented once.
+        """Return the tower inputs that a sample shows, in order; each image is decoded and augmented once.
 
         shown: (number of the image, its inputs) of each place. DataError for an image that cannot be decoded, or whose
         size is no longer what it was.

@@ -37,20 +37,20 @@ class _Settings(Protocol):
 
 
 def load_image(path: str | Path, reading: PictureReading = UPRIGHT) -> Image.Image:
-    """The file as an RGB image, decoded in full. DataError naming the file and what is wrong with it."""
+    """Return the file as an RGB image, decoded in full. DataError naming the file and its fault."""
     with opened(path) as image:
         return to_rgb(image, reading)
 
 
 def image_size(path: str | Path, reading: PictureReading = UPRIGHT) -> tuple[int, int]:
-    """(width, height) in pixels of what ``load_image`` gives, from the file's header. DataError as there."""
+    """Return (width, height) in pixels of ``load_image``'s result, from the file's header. DataError as there."""
     with opened(path) as image:
         check_header(image)
         return size_of(image, reading)
 
 
 def to_pixels(images: Sequence[Image.Image], processor: BaseImageProcessor, mode: ImageMode = "square") -> Tensor:
-    """Normalized pixels [n, 3, H, W] float32 of RGB images.
+    """Return normalized pixels [n, 3, H, W] float32 of RGB images.
 
     processor: a transformers ``*ImageProcessorPil``. square: the processor alone (CLIP crops the centre, SigLIP
     squashes). pad: first centred on a square of the processor's mean colour. anyres: as square, for tiles that have
@@ -130,7 +130,7 @@ def _shape(processor: _Settings) -> tuple[int, int]:
 
 
 def _resized(image: Image.Image, processor: _Settings) -> Image.Image:
-    """The resize and crop of the processor, without its detour through float arrays."""
+    """Resize and crop as the processor does, without its detour through float arrays."""
     size = _size(processor)
     if "height" in size:
         return image.resize((size["width"], size["height"]), processor.resample)
@@ -152,7 +152,7 @@ def _resized(image: Image.Image, processor: _Settings) -> Image.Image:
 
 
 def _padded(image: Image.Image, processor: _Settings) -> Image.Image:
-    """The image padded to a square, then resized and cropped as the processor does."""
+    """Pad the image to a square, then resize and crop it as the processor does."""
     side = max(image.size)
     if side * side <= MOST_PIXELS or image.width == image.height:
         return _resized(_pad(image, _fill(processor)), processor)
@@ -169,7 +169,7 @@ def _padded(image: Image.Image, processor: _Settings) -> Image.Image:
 
 
 def _levels(processor: _Settings) -> np.ndarray:
-    """Normalized value of each of the 256 levels of each channel, [3, 256] float32, rounded as transformers does."""
+    """Return the normalized value of each of 256 levels of each channel, [3, 256] float32, rounded as transformers."""
     level = (np.arange(256) * processor.rescale_factor).astype(np.float32)[None]
     mean, std = (np.array(v, np.float32)[:, None] for v in (processor.image_mean, processor.image_std))
     return (level - mean) / std

@@ -26,7 +26,7 @@ from tinyllava_fast.log import log
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
+"""Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
 T = TypeVar("T")
 Wire = dict[str, Any]  # the fields of a PackedBatch, its tensors as numpy arrays
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
@@ -91,7 +91,7 @@ class Loader:
         return epoch + pack / self._count(epoch)
 
     def state_dict(self) -> dict[str, object]:
-        """The position after the packs consumed so far; what workers have prepared ahead does not count."""
+        """Return the position after the packs consumed so far; packs that workers prepared ahead do not count."""
         epoch, pack = self._locate(self._position)
         checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.store.sources()}
         return {"epoch": epoch, "pack": pack, **checks, "skipped": list(self.skipped)}
@@ -116,7 +116,7 @@ class Loader:
         self.skipped = dict.fromkeys(saved.texts("skipped", empty=True))
 
     def _left_out(self) -> str:
-        """What else may be the reason for another plan: pictures without a size, which decides their tokens."""
+        """Return another possible reason for a changed plan: pictures whose size, and so token count, is unknown."""
         skipped = self.dataset.skipped
         if not skipped or not self.dataset.files.grid:
             return ""
@@ -161,7 +161,7 @@ class Loader:
         self._stream = None
 
     def jobs(self, position: int) -> Iterator[Job]:
-        """What this rank builds from a position of the stream on."""
+        """Yield the packs that this rank builds, from a position of the stream on."""
         epoch, pack = self._locate(position + self.rank)
         for at in range(position + self.rank, self.steps * self.packs_per_step, self.world_size):
             while pack >= self._count(epoch):
@@ -216,7 +216,7 @@ class _Packs:
 
 
 def _to_wire(batch: PackedBatch) -> Wire:
-    """As numpy arrays, which travel through the pipe: tensors would each need a file in /dev/shm, often small."""
+    """Turn tensors into numpy arrays, which pass through a pipe; each tensor would need a file in a small /dev/shm."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
 
@@ -231,7 +231,7 @@ def _same(item: T) -> T:
 
 
 def _kill(workers: Sequence[BaseProcess]) -> None:
-    """End what is left of the workers. They ignore SIGTERM, for which Python would wait for ever when it exits."""
+    """Kill the remaining workers. They ignore SIGTERM, for which Python would wait for ever when it exits."""
     for worker in workers:
         worker.kill()
     for worker in workers:

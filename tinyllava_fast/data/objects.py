@@ -1,4 +1,4 @@
-"""What people hand over as an image in Python, as a path or a PIL image, or a DataError that says what to give."""
+"""Turn an image that Python code hands over into a path or a PIL image, or raise a DataError that says what to give."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXPECTED = "give a path, a PIL image, a NumPy array, the bytes of an image file
 
 
 def image_objects(value: object) -> ImageLike | tuple[ImageLike, ...] | None:
-    """An image, or a list of images, in the forms that the engine takes; None stays None.
+    """Return an image, or a list of images, in the forms that the engine takes; None stays None.
 
     A NumPy array is uint8, [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (RGB, the fourth channel its alpha). Paths are not
     looked at yet. DataError for anything else.

@@ -48,12 +48,12 @@ class Record:
 
     @property
     def where(self) -> str:
-        """How an error names this record."""
+        """The name of this record in an error."""
         return f"record {self.index} (id {self.id!r}, line {self.line})"
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a file, one at a time, in order.
+    """Yield the records of a file, one at a time, in order.
 
     A file that begins with ``[`` is a JSON list, any other one JSONL. DataError for a missing or empty file, malformed
     JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn.
@@ -115,7 +115,7 @@ class _Reader:
         self.decode = DECODER.raw_decode
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """Return the next character that is not white space; "" at the end."""
         while True:
             match = _SPACE.match(self.text, self.at)
             assert match is not None  # noqa: S101 the pattern matches the empty string
@@ -126,7 +126,7 @@ class _Reader:
                 return ""
 
     def value(self) -> tuple[int, object]:
-        """(line, value) of the next JSON value; JSONDecodeError where there is none."""
+        """Return (line, value) of the next JSON value; raise JSONDecodeError if there is none."""
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
@@ -140,7 +140,7 @@ class _Reader:
                 return self.line, value
 
     def line_at(self, position: int) -> int:
-        """Line number of a position in the text held."""
+        """Return the line number of a position in the text held."""
         return self.line + self.text.count("\n", self.counted, position)
 
     def _fill(self) -> bool:
@@ -154,7 +154,7 @@ class _Reader:
 
 
 def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, object]]:
-    """(line, value) of every record, not yet checked."""
+    """Yield (line, value) of every record, not yet checked."""
     reader = _Reader(stream)
     if reader.peek() == "[":
         yield from _list_values(path, reader)
@@ -244,7 +244,7 @@ def _checked(index: int, line: int, value: object) -> Record:
 
 
 class _FaultError(DataError):
-    """What is wrong with a record, before its place is known: putting the place of every good one in words is slow."""
+    """A fault of a record without its place: naming the place of every good record would be slow."""
 
 
 def _images(record: Fields) -> tuple[tuple[str, ...], bool]:
@@ -266,7 +266,7 @@ def _images(record: Fields) -> tuple[tuple[str, ...], bool]:
 
 
 def _refuse_misspelt_image(record: Fields) -> None:
-    """A picture that no known field names would be left out of the training in silence."""
+    """Raise for a picture that no known field names: training would leave it out in silence."""
     for name, value in record.values.items():
         if value is None or name in _FIELDS:
             continue
@@ -277,7 +277,7 @@ def _refuse_misspelt_image(record: Fields) -> None:
 
 
 def _refuse_picture_in(number: int, message: Mapping[str, object]) -> None:
-    """A picture that a message names, not the record, would be left out of the training in silence."""
+    """Raise for a picture that a message names, not the record: training would leave it out in silence."""
     for name, value in message.items():
         if value is not None and name.lower() in ("image", "images", "video", "videos", *IMAGE_ALIASES):
             raise _FaultError(
@@ -287,7 +287,7 @@ def _refuse_picture_in(number: int, message: Mapping[str, object]) -> None:
 
 
 def _instead_of_conversations(record: Fields) -> str:
-    """Why a record has no conversations, and what to do."""
+    """Return why a record has no conversations, and the remedy."""
     if "messages" in record:
         return f"the record has 'messages', which is another format. {_CONVERT}"
     near = get_close_matches("conversations", list(record.values), n=1, cutoff=0.5)
@@ -296,7 +296,7 @@ def _instead_of_conversations(record: Fields) -> str:
 
 
 def _refuse(record: Fields, number: int, message: object) -> NoReturn:
-    """Raise what is wrong with a message."""
+    """Raise the fault of a message."""
     field = f"conversations[{number}]"
     if not isinstance(message, dict):
         record.fail(f"{field}.from", "'human' or 'gpt'", message)

@@ -23,12 +23,12 @@ _ADVICE = "give a folder with tokenizer.json, tokenizer.model, or vocab.json and
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder has the files of a tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt."""
+    """Return True if a folder holds tokenizer.json, tokenizer.model, or vocab.json with merges.txt."""
     return any((Path(folder) / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """A transformers ``PreTrainedTokenizerFast`` from a folder (or hub id) with its files.
+    """Return the tokenizer of a folder (or hub id) with its files.
 
     SentencePiece folders of the Llama kind get the rule of the slow tokenizer they stand for. ``legacy: false``: one
     word-start mark before the text of a call, none after a special token inside it; their tokenizer.json says
@@ -117,7 +117,7 @@ def _check_certain(path: str | Path, model: models.Model) -> None:
 
 
 def _found(folder: Path) -> str:
-    """What an error says first about the place: that no folder is there, or what a folder without a tokenizer holds."""
+    """Return the start of an error about the place: there is no folder, or a folder without a tokenizer holds these."""
     if not folder.is_dir():
         return "no such folder, and as a hub id: "
     if has_tokenizer(folder):
@@ -127,7 +127,7 @@ def _found(folder: Path) -> str:
 
 
 def _from_parts(path: str | Path) -> PreTrainedTokenizerBase:
-    """From tokenizer.model, or vocab.json and merges.txt, by the class that tokenizer_config.json names."""
+    """Load tokenizer.model, or vocab.json and merges.txt, by the class that tokenizer_config.json names."""
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 

@@ -185,7 +185,7 @@ def _grade(record: Fields) -> Grade:
 
 
 def grade_key(endpoint: Endpoint, message: str, run: int) -> str:
-    """What a grade depends on: the judge, the message and the number of the run."""
+    """Return a digest of all that a grade depends on: the judge, the message and the number of the run."""
     return hashlib.sha256(f"{endpoint.model}\0{run}\0{message}".encode()).hexdigest()[:32]
 
 

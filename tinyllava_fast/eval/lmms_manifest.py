@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval 0.7 registers: the id ``tinyllava_fast`` and where its class is."""
+    """Return the entry that lmms-eval 0.7 registers: the id ``tinyllava_fast`` and the place of its class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

@@ -68,7 +68,7 @@ class TinyLLaVAFast(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; lmms-eval gathers counts there."""
+        """The model's device; lmms-eval gathers counts there."""
         return next(self.assistant.engine.lmm.parameters()).device
 
     @property

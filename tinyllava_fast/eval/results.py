@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json (the same for the same answers), verdicts.jsonl, official files."""
+"""The files of an evaluation: results.json (the same for the same answers), verdicts.jsonl, official files."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def conclude(
 
 
 def score_only(plan: Plan, records: Mapping[str, AnswerRecord], facts: Facts) -> Results:
-    """The score of answers without writing anything; a judge is not asked."""
+    """Return the score of answers without writing anything; a judge is not asked."""
     answers = {key: record["answer"] for key, record in records.items()}
     return describe(plan, records, plan.benchmark.score(plan.questions, answers), facts)
 
 
 def describe(plan: Plan, records: Mapping[str, AnswerRecord], score: Score, facts: Facts) -> Results:
-    """The content of results.json: nothing in it depends on when or in which order questions were answered."""
+    """Return the content of results.json, which does not depend on the time or the order of the answers."""
     answered = [(q, records[q.key]) for q in plan.questions if q.key in records]
     unreadable = [q for q, r in answered if r.get("finish") == UNREADABLE]
     ended = Counter(r.get("finish") for _, r in answered)
@@ -184,7 +184,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def table(results: Iterable[Results]) -> str:
-    """Scores as plain text, for a terminal or a pipe: every metric of every benchmark, then the published rows."""
+    """Return scores as plain text, for a terminal or a pipe: metrics of each benchmark, then the published rows."""
     lines = [f"{'benchmark':<12}{'metric':<18}{'score':>18}{'questions':>11}"]
     rows: list[str] = []
     for r in results:

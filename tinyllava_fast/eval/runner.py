@@ -108,12 +108,12 @@ def evaluate(
 
 
 def default_output(model: str | Path, blind: bool) -> Path:
-    """Where results go by default: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind."""
+    """Return the default folder of results: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind."""
     return Path(model).resolve().parent / ("eval" + "-blind" * blind)
 
 
 def blank_image(processor: BaseImageProcessor, size: int) -> Image.Image:
-    """An image of the processor's mean colour: all zeros once normalized."""
+    """Return an image of the processor's mean colour: all zeros once normalized."""
     mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
     return Image.new("RGB", (size, size), tuple(int(255 * m) for m in mean))
 
@@ -133,7 +133,7 @@ class _Model:
 
     @cached_property
     def blank(self) -> Image.Image:
-        """What --blind shows in place of every image."""
+        """The image that --blind shows in place of each."""
         engine = self.assistant.engine
         return blank_image(engine.processor, engine.lmm.image_size)
 
@@ -231,7 +231,7 @@ class _Evaluation:
         return asked(q, ["blank" if self.blind else self.pictures.digest(image) for image in q.images])
 
     def _look_again(self) -> None:
-        """Pictures were changed while they were asked about: all that was asked about them before is open again."""
+        """Reopen the questions about pictures that were changed while they were asked about."""
         self.pictures.look(image for q in self.mine for image in q.images)
         for q in self.mine:
             if (now := self._asked(q)) != self.answers.asked[q.key]:
@@ -319,7 +319,7 @@ class _Evaluation:
         self.answers.add(twin.key, record["answer"], finish=record["finish"], tokens=record["tokens"], why=why)
 
     def _timings(self) -> Timings:
-        """How long it took and on what. Counters are of this process, over all benchmarks so far."""
+        """Return the times and the machine. Counters are of this process, over all benchmarks so far."""
         seconds, records = self.answers.seconds, self.answers.records
         engine = self.model.assistant.engine if self.model.loaded else None
         return {
@@ -336,14 +336,14 @@ class _Evaluation:
 
 
 def _experiment(facts: Facts) -> str:
-    """The name that official files carry: the model folder's, with its run's where it is called final."""
+    """Return the name that official files carry: the model folder's, with its run's where it is called final."""
     path = Path(facts["model"]).resolve()
     name = f"{path.parent.name}-{path.name}" if path.name == "final" else path.name
     return experiment_name(name) + "-blind" * facts["blind"]
 
 
 def _unreadable(images: Iterable[Path]) -> set[Path]:
-    """The images that cannot be decoded."""
+    """Return the images that cannot be decoded."""
 
     def bad(image: Path) -> bool:
         with suppress(DataError):

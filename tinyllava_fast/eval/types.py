@@ -99,7 +99,7 @@ class Timings(TypedDict):
 
 
 class Facts(TypedDict, total=False):
-    """What identifies an evaluation."""
+    """The facts that identify an evaluation."""
 
     model: str
     answers: str

@@ -34,12 +34,12 @@ LARGE = 64  # from this side on patches are 16 pixels wide, below 8 or 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written: the run configuration, the tokenizer's folder (None with a pretrained language model)."""
+    """The files written: the run configuration, the tokenizer's folder (None with a pretrained language model)."""
 
     config: Path
     tokenizer: Path | None
     facts: str
-    """What was found in the data, in one line."""
+    """A summary of the data in one line."""
     turns: int
     """The most questions that one record has."""
 
@@ -83,14 +83,14 @@ def prepare(
 
 
 def template_text() -> str:
-    """The text of configs/mine.yaml, which lies inside the installed package or beside it in a clone."""
+    """Return the text of configs/mine.yaml, which lies inside the installed package or beside it in a clone."""
     package = Path(__file__).parents[1]
     places = [package / "configs" / "mine.yaml", package.parent / "configs" / "mine.yaml"]
     return next(path for path in places if path.is_file()).read_text(encoding="utf-8")
 
 
 def geometry(side: int) -> tuple[int, int]:
-    """(image size, patch size) for images of this longer side: 4 x 4 patches at least, an even number a side.
+    """Return (image size, patch size) for images of this longer side: at least 4 x 4 patches, an even number a side.
 
     >>> geometry(16), geometry(64), geometry(1000)
     ((32, 4), (64, 8), (224, 16))
@@ -101,7 +101,7 @@ def geometry(side: int) -> tuple[int, int]:
 
 
 def filled(text: str, values: Mapping[str, object]) -> str:
-    """The YAML text with the values of some keys replaced; every key must stand in it exactly once.
+    """Return the YAML text with the values of some keys replaced; every key must stand in it exactly once.
 
     A key may be the last part of a line's mapping, as in ``batch``; values are written as JSON, which YAML reads.
     """
@@ -114,14 +114,14 @@ def filled(text: str, values: Mapping[str, object]) -> str:
 
 
 def headed(text: str, facts: str) -> str:
-    """The YAML text with a head that says what it was made from, in place of the comment that it begins with."""
+    """Return the YAML text with a head that names its data, in place of the comment that it begins with."""
     body = text[text.index("output_dir:") :]
     head = f"# Written by tlf-data init: {facts}.\n# What was chosen from the data is marked; change what you like.\n"
     return head + body
 
 
 def with_language_model(text: str, llm: str) -> str:
-    """The same run with a pretrained language model: lower learning rate, no settings of a model from scratch."""
+    """Return the run with a pretrained language model: lower learning rate, no settings of a model from scratch."""
     start, end = text.index("  llm:\n"), text.index("stages:\n")
     text = text[:start] + f"  llm: {{path: {json.dumps(llm)}}}\n" + text[end:]
     return filled(
@@ -171,7 +171,7 @@ def _values(
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, llm: str) -> str:
-    """The chat template that fits a pretrained language model's tokenizer."""
+    """Return the chat template that fits a pretrained language model's tokenizer."""
     if tokenizer.chat_template:
         return "tokenizer"
     if name := fitting_template(tokenizer, ""):
@@ -183,7 +183,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, llm: str) -> str:
 
 
 def _flow(value: object) -> str:
-    """A value in YAML's flow style, without quotes where none are needed."""
+    """Return a value in YAML's flow style, without quotes where none are needed."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str) and re.fullmatch(r"[\w/.+-]+", value) and yaml.safe_load(value) == value:

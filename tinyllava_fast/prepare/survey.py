@@ -1,4 +1,4 @@
-"""What a data set looks like: how many records, how long, how large its images are and which colours they have."""
+"""Survey a data set: the number and length of its records, the size and colours of its images."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def lengths(records: str | Path, template: Template, tokenizer: PreTrainedTokeni
 def _measured(
     file: str | Path, part: Sequence[Record], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> Iterable[tuple[int, int]]:
-    """(ids, image markers among them) of each record. DataError for one that training would refuse."""
+    """Yield (ids, image markers among them) of each record. DataError for one that training would refuse."""
     for record in part:
         listed = len(record.images) if record.interleaved else None
         if problem := template.problem(record.turns, bool(record.images), listed):
@@ -107,7 +107,7 @@ def _measured(
 
 
 def _advice(path: str, folder: Path) -> str:
-    """What to do about an image that is not in the folder."""
+    """Return the remedy for an image that is not in the folder."""
     if not folder.is_dir():
         return "there is no such folder" if not folder.exists() else "that is no folder"
     if is_url(path):

@@ -47,10 +47,10 @@ class Segment:
     on_prefix: bool = False
     """It also sees the first segment of its sample, and its positions go on from there."""
     images: tuple[int, ...] = ()
-    """Which of the record's images each marker stands for; empty: all for its only one."""
+    """Number of the record's image that each marker stands for; empty: all for its only one."""
 
     def labels(self) -> list[int]:
-        """One label a token, not shifted: the id where supervised, -100 elsewhere and at images."""
+        """Return one label a token, not shifted: the id where supervised, -100 elsewhere and at images."""
         labels = [IGNORE_INDEX] * len(self.ids)
         for start, stop in self.spans:
             labels[start:stop] = [IGNORE_INDEX if i == IMAGE_INDEX else i for i in self.ids[start:stop]]
@@ -77,7 +77,7 @@ class _Unit:
 
 
 def turns_of(conversation: Conversation) -> list[tuple[str, str | None]]:
-    """Messages as (question, answer) pairs by position, a leading answer left out. DataError if they do not pair up."""
+    """Return messages as (question, answer) pairs, a leading answer left out. DataError if they do not pair up."""
     if not conversation or isinstance(conversation[0], tuple):
         return list(cast(Turns, conversation))
     messages = list(cast(Sequence[Message], conversation))
@@ -100,14 +100,14 @@ class Template:
     separator: str = " ASSISTANT: "
     """Text between question and answer."""
     reference_masks: Literal["generic", "llama", "gemma", "pretrain", "none"] = "generic"
-    """Which arithmetic the reference uses for its label masks (``masks: reference``); none: it has no such template."""
+    """Rule of the reference's label masks (``masks: reference``); none: it has no such template."""
     needs_image: bool = False
     """Every sample gets an image slot, whether its question names one or not."""
     adds_special_tokens: bool = True
     """A prompt begins with what the tokenizer puts before a text, its BOS; False: the rendered text carries its own."""
 
     def render(self, turns: Turns, tokenizer: PreTrainedTokenizerBase | None, interleaved: bool = False) -> Rendered:
-        """Prompt text of the turns; an answer of None ends the text where the model continues.
+        """Return the prompt text of the turns; an answer of None ends the text where the model continues.
 
         tokenizer: for templates that are the tokenizer's own; the others need none. interleaved: markers stand for the
         images of a list and stay where they are. Otherwise there is one image, and
@@ -149,7 +149,7 @@ class Template:
             )
 
     def problem(self, turns: Turns, has_image: bool, listed: int | None = None) -> str | None:
-        """What makes these turns unusable with this template, as a sentence; None if nothing does.
+        """Return why these turns are unusable with this template, as a sentence; None if they are usable.
 
         listed: number of images where the record gives a list of them, whose markers have to match it one by one.
         """
@@ -177,7 +177,7 @@ class Template:
         masks: MaskMode = "offsets",
         interleaved: Sequence[bool] | None = None,
     ) -> list[list[Segment]]:
-        """Samples as segments, all tokenized in one call.
+        """Return samples as segments, all tokenized in one call.
 
         conversation: one segment a sample. independent: every turn sees only the system text and the images shown up to
         it, those of earlier turns at its front; several turns that begin with the same images become a prefix segment
@@ -207,7 +207,7 @@ class Template:
         tokenizer: PreTrainedTokenizerBase,
         interleaved: Sequence[bool] | None = None,
     ) -> list[Prompt]:
-        """Inference prompts (the last answer None), all tokenized in one call; interleaved as for ``encode``."""
+        """Return inference prompts (the last answer None), all tokenized in one call; interleaved as for ``encode``."""
         flags = interleaved if interleaved is not None else [False] * len(conversations)
         pairs = zip(conversations, flags, strict=True)
         rendered = [self.render(turns_of(c), tokenizer, flag) for c, flag in pairs]
@@ -215,11 +215,11 @@ class Template:
         return [Prompt(one.ids) for one in encoded]
 
     def prompt(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-        """One inference prompt; see ``prompt_batch``."""
+        """Return one inference prompt; see ``prompt_batch``."""
         return self.prompt_batch([conversation], tokenizer)[0]
 
     def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Id of the token that ends an answer. UserError if this tokenizer has no such token."""
+        """Return the id of the token that ends an answer. UserError if this tokenizer has no such token."""
         end = self.eos or tokenizer.eos_token or ""
         with named_errors(tokenizer):
             ids = tokenizer.encode(end, add_special_tokens=False)
@@ -233,11 +233,11 @@ class Template:
         return int(ids[0])
 
     def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """Id of the token that every answer of a sample has to end in; None: this template learns no end."""
+        """Return the id of the token that every answer must end in; None: this template learns no end."""
         return self.stop_id(tokenizer) if self.eos else None
 
     def _joined(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """The token that a prompt ends in only where its answer follows; None: there is none, as it should be."""
+        """Return the token that a prompt ends in only where its answer follows; None, as it should be, without one."""
         question = f"{IMAGE_TOKEN}\nwhat is it"
         try:
             [[sample]] = self.encode([[(question, "red")]], tokenizer)
@@ -249,7 +249,7 @@ class Template:
         return None if other is None else str(tokenizer.convert_ids_to_tokens(other))
 
     def _units(self, turns: list[tuple[str, str | None]], mode: TurnMode, interleaved: bool) -> list[_Unit]:
-        """What is rendered on its own: the whole conversation, or every turn with the images put before its question.
+        """Return the units rendered on their own: the whole conversation, or each turn with the images before it.
 
         One image: all turns are about it. A list: a turn sees its own images and those of the turns before it.
         """
@@ -290,7 +290,7 @@ class Template:
                 )
 
     def _answer(self, unit: _Unit, number: int, text: str) -> str:
-        """How an error names an answer."""
+        """Return the name of an answer in an error."""
         return f"answer {unit.first + number} ({shown(text.strip().removesuffix(self.eos))})"
 
 
@@ -299,7 +299,7 @@ def _numbered(segment: Segment, images: tuple[int, ...]) -> Segment:
 
 
 def _share(units: list[Segment]) -> list[Segment]:
-    """Several units that begin with the same tokens and images share everything up to the last of those images."""
+    """Let units that begin with the same tokens and images share everything up to the last of those images."""
     first = units[0]
     for cut in [i + 1 for i, token in enumerate(first.ids) if token == IMAGE_INDEX][::-1] if len(units) > 1 else []:
         head = first.ids[:cut]
@@ -316,7 +316,7 @@ def _share(units: list[Segment]) -> list[Segment]:
 
 
 def _tail(unit: Segment, cut: int, images: int) -> Segment:
-    """The unit without its first ``cut`` tokens, which it shares."""
+    """Return the unit without its first ``cut`` tokens, which it shares."""
     spans = [(start - cut, stop - cut) for start, stop in unit.spans]
     return Segment(unit.ids[cut:], spans, on_prefix=True, images=unit.images[images:])
 

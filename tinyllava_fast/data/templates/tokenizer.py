@@ -76,7 +76,7 @@ class TokenizerTemplate(Template):
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a chat template puts around an answer. header: the generation prompt. stop: the end-of-turn token."""
+    """The text that a chat template puts around an answer: the generation prompt and the end-of-turn token."""
 
     header: str
     stop: str
@@ -88,7 +88,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
 
 @lru_cache(maxsize=8)
 def _probe(tokenizer: PreTrainedTokenizerBase, source: str) -> _Frame:
-    """Read off a conversation of one turn. ``source`` is part of the key: a tokenizer's template may be replaced."""
+    """Read the frame off a conversation of one turn. ``source`` is part of the key: templates may be replaced."""
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
     with _time_limit(tokenizer):
         begin, prompt = (_text(tokenizer, [question], is_open) for is_open in (False, True))
@@ -119,7 +119,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase, source: str) -> _Frame:
 def _answers(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], text: str
 ) -> list[tuple[int, int]]:
-    """The character range of each answer, end-of-turn token included."""
+    """Return the character range of each answer, end-of-turn token included."""
     frame = _frame(tokenizer)
     answers = [m["content"] for m in messages[1::2]]
     for number, answer in enumerate(answers):
@@ -153,7 +153,7 @@ def _answers(
 def _marked_starts(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], text: str, frame: _Frame
 ) -> list[int]:
-    """Where the ``{% generation %}`` blocks begin, after the generation prompt if a block includes it."""
+    """Return the starts of the ``{% generation %}`` blocks, after the generation prompt if a block includes it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _named_errors(tokenizer):
@@ -171,7 +171,7 @@ def _marked_starts(
 
 
 def _span(text: str, start: int, answer: str, stop: str) -> tuple[int, int] | None:
-    """From ``start`` to the end of the token behind the answer; None if anything but white space is in between."""
+    """Return the range from ``start`` to the end of the token behind the answer; None if text stands in between."""
     at = _SPACE.match(text, start).end()  # type: ignore[union-attr]
     content = answer.strip()
     end = _SPACE.match(text, at + len(content)).end()  # type: ignore[union-attr]

@@ -45,7 +45,7 @@ ALIASES = {
     "image": IMAGE_ALIASES,
     "choices": ("option", "options"),
 }
-"""What other formats call the fields."""
+"""Names of the fields in other formats."""
 _PICTURE = re.compile(r"(?<![a-z])(image|img|picture|pic|photo)(s|file|url|path|name)?(?![a-z])")
 """Part of the name of a field that seems to hold a picture: image_url, imgPath, photo-file."""
 

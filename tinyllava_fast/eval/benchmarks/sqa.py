@@ -135,7 +135,7 @@ class ScienceQA(Benchmark):
         return whole_prompt(question)
 
     def is_asked_by(self, question: Question, prompt: str) -> bool:
-        """Whether the question is part of the recorded prompt."""
+        """Return True if the question is part of the recorded prompt."""
         return question.prompt in prompt
 
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:

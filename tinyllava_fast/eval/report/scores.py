@@ -50,7 +50,7 @@ def page(folders: Sequence[Path], *, seed: int = 0) -> str:
 
 
 def model_name(path: str) -> str:
-    """What a model is called: the run of a ``final`` folder, the run and the stage of another folder of it.
+    """Return a model's name: the run of a ``final`` folder, the run and the stage of another folder of it.
 
     >>> model_name("/runs/digits/final"), model_name("/runs/digits/pretrain"), model_name("answers")
     ('digits', 'digits/pretrain', 'answers')
