@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def trainer_command(config: Path, overrides: Sequence[str], fresh: bool) -> list
     return [sys.executable, "-m", "tinyllava_fast.train.cli", str(config), "--resume", resume, *overrides]
 
 
-def summarize(training: dict[str, Any], seen: dict[str, Any], unseen: dict[str, Any]) -> dict[str, Any]:
+def summarize(training: dict[str, Any], seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, Any]:
     """What results.json holds, from the training summary and the two evaluations."""
     run = seen["run"]
     return {

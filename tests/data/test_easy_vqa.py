@@ -23,7 +23,7 @@ def out(tmp_path_factory):
 def test_counts_and_content(out):
     records = list(read_records(out / "train.json"))
     assert (len(records), sum(len(r.turns) for r in records)) == (4000, 38575)
-    assert all(r.image and (out / "images" / r.image).is_file() for r in records)
+    assert all(r.images and (out / "images" / r.images[0]).is_file() for r in records)
     template = TEMPLATES.get("llama")
     assert all(template.problem(r.turns, True) is None for r in records)
     questions = easy_vqa.load_questions(out)
@@ -48,7 +48,7 @@ def test_test_questions_are_the_packages(out):
 
 
 def test_captions_say_what_the_train_answers_entail(out):
-    turns = {r.image: r.turns for r in read_records(out / "train.json")}
+    turns = {r.images: r.turns for r in read_records(out / "train.json")}
     captions = list(read_records(out / "captions.json"))
     assert 3900 < len(captions) < 4000
     for record in captions:
@@ -56,7 +56,7 @@ def test_captions_say_what_the_train_answers_entail(out):
         assert question == easy_vqa.CAPTION_PROMPT
         article, *_, shape = text.split()
         assert article == "a" and (shape in easy_vqa.SHAPES or shape == "shape")
-        for _, answer in turns[record.image]:  # no answer speaks against the caption
+        for _, answer in turns[record.images]:  # no answer speaks against the caption
             if answer in easy_vqa.SHAPES:
                 assert answer == shape
             if answer in easy_vqa.COLORS:

@@ -24,7 +24,7 @@ def test_list_and_lines_give_the_same(tmp_path):
     lines = "\n\n".join(json.dumps(row) for row in rows)
     as_lines = list(read_records(write(tmp_path, lines, "data.jsonl")))
     assert [r.id for r in as_list] == ["a", "7", "2"] == [r.id for r in as_lines]
-    assert [r.image for r in as_list] == [None, "a.png", None]
+    assert [r.images for r in as_list] == [(), ("a.png",), ()]
     assert as_list[0].turns == (("q", "x"),)
     assert [r.line for r in as_lines] == [1, 3, 5]
     assert [r.line for r in as_list] == [
@@ -142,7 +142,7 @@ def test_null_is_not_given_and_other_fields_are_ignored(tmp_path):
     [record] = read_records(write(tmp_path, json.dumps([row])))
     assert (record.id, record.images) == ("0", ())
     [record] = read_records(write(tmp_path, json.dumps([{**GOOD, "image": "a.png", "image_id": 7, "file_name": "b"}])))
-    assert record.image == "a.png"
+    assert (record.images, record.interleaved) == (("a.png",), False)
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])

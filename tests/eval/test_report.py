@@ -67,7 +67,7 @@ def test_report_draws_reproducibly_and_one_question_an_image(run_dir):
     one, two = (gather(run_dir, run_dir / SEEN, None, shots=3) for _ in range(2))
     assert one.shots == two.shots and len({s.image for s in one.shots}) == 3
     wrong = {s.key for s in one.mistakes}
-    assert len(wrong) <= one.results["wrong"] and not wrong & {s.key for s in one.shots}
+    assert len(wrong) <= one.seen.wrong and not wrong & {s.key for s in one.shots}
     assert not any(s.right for s in one.mistakes)
 
 

@@ -83,7 +83,7 @@ def pack() -> Callable[..., PackedBatch]:
         return collate(
             [[segment] for segment in segments],
             torch.stack(images) if images else torch.zeros(0, 3, size, size),
-            tokens=sum(width(segment, tokens_per_image) for segment in segments) + spare,
+            tokens=width(segments, tokens_per_image) + spare,
             max_segments=len(samples) + spare,
             tokens_per_image=tokens_per_image,
         )

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from tinyllava_fast.data.images import pixel_shape, short_edge
 from tinyllava_fast.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
 Size = tuple[int, int]
 _DEFAULT = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))  # tiles across and down
 
 
-def tile_size(processor: Any) -> Size:
-    """(width, height) of a tile: what the tower sees of one image."""
+def tile_size(processor: BaseImageProcessor) -> Size:
+    """Return (width, height) of a tile: the pixels that the tower takes at once."""
     _, height, width = pixel_shape(processor)
     return width, height
 
 
-def resolve_grid(grid: Sequence[Size], processor: Any) -> list[Size]:
-    """The resolutions that images may be enlarged to; none given: LLaVA-1.6's shapes, in tiles of this tower.
+def resolve_grid(grid: Sequence[Size], processor: BaseImageProcessor) -> list[Size]:
+    """Return the resolutions that images may be enlarged to; none given: LLaVA-1.6's shapes, in tiles of this tower.
 
     UserError for one that is not made of whole tiles.
     """
@@ -41,7 +44,7 @@ def resolve_grid(grid: Sequence[Size], processor: Any) -> list[Size]:
 
 
 def best_resolution(size: Size, grid: Sequence[Size]) -> Size:
-    """The resolution that keeps most pixels of the image; among equals the one that wastes fewest, then the first."""
+    """Return the resolution that keeps most pixels of the image; of equals the one with least waste, then the first."""
 
     def fit(resolution: Size) -> tuple[int, int]:
         scale = min(resolution[0] / size[0], resolution[1] / size[1])
@@ -52,13 +55,13 @@ def best_resolution(size: Size, grid: Sequence[Size]) -> Size:
 
 
 def count_inputs(size: Size, grid: Sequence[Size], tile: Size) -> int:
-    """Inputs of the tower that an image of this size becomes: its tiles and the whole."""
+    """Return the number of tower inputs that an image of this size becomes: its tiles and the whole."""
     width, height = best_resolution(size, grid)
     return (width // tile[0]) * (height // tile[1]) + 1
 
 
-def tiles(image: Image.Image, grid: Sequence[Size], processor: Any) -> list[Image.Image]:
-    """The whole image squeezed to a square, then the tiles row by row; all for the mode ``square``.
+def tiles(image: Image.Image, grid: Sequence[Size], processor: BaseImageProcessor) -> list[Image.Image]:
+    """Return the whole image squeezed to a square, then the tiles row by row; all for the mode ``square``.
 
     The enlarged copy keeps its proportions and is centred on black.
     """

@@ -15,25 +15,26 @@ from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, PackedBatch
 # T token budget, S max segments, N images (blank ones included), K tokens an image
 
 
-def width(segment: Segment, tokens_per_image: int) -> int:
-    """Positions that a segment takes once its images are widened."""
-    return len(segment.ids) + segment.ids.count(IMAGE_INDEX) * (tokens_per_image - 1)
+def width(sample: Iterable[Segment], tokens_per_image: int) -> int:
+    """Return the number of positions that segments take once their images are widened."""
+    return sum(len(s.ids) + s.ids.count(IMAGE_INDEX) * (tokens_per_image - 1) for s in sample)
 
 
-def targets(segment: Segment) -> int:
-    """Return how many positions of a segment carry a label.
+def targets(sample: Iterable[Segment]) -> int:
+    """Return the number of positions of segments that carry a label.
 
-    These are its supervised text tokens, except the first token of the segment, which no token predicts.
+    These are the supervised text tokens, except the first token of a segment, which no token predicts.
     """
-    return sum(segment.ids[i] != IMAGE_INDEX for start, stop in segment.spans for i in range(max(start, 1), stop))
+    learnt = (segment.ids[max(start, 1) : stop] for segment in sample for start, stop in segment.spans)
+    return sum(len(ids) - ids.count(IMAGE_INDEX) for ids in learnt)
 
 
 def truncate(
     sample: Sequence[Segment], budget: int, tokens_per_image: int, inputs: Iterable[int] | None = None
 ) -> list[Segment]:
-    """The sample cut to a budget of positions, from its end, never through an image.
+    """Cut the end of a sample to fit a budget of positions, never through an image.
 
-    inputs: how many inputs of the tower the image at each marker is, in order; None: one each.
+    inputs: the number of tower inputs of the image at each marker, in order; None: one each.
     """
     kept: list[Segment] = []
     each = repeat(1) if inputs is None else iter(inputs)
@@ -57,7 +58,7 @@ def truncate(
 
 
 def widen(sample: Sequence[Segment], inputs: Iterable[int]) -> list[Segment]:
-    """One marker for each input of the tower instead of one for each image; inputs: as for ``truncate``."""
+    """Put one marker for each tower input instead of one for each image; inputs: as for ``truncate``."""
     each = iter(inputs)
     return [_widened(segment, [next(each) for token in segment.ids if token == IMAGE_INDEX]) for segment in sample]
 
@@ -95,7 +96,7 @@ def collate(
     Raises ValueError if the samples do not fit.
     """
     segments = [segment for sample in samples for segment in sample]
-    total = sum(width(segment, tokens_per_image) for segment in segments)
+    total = width(segments, tokens_per_image)
     if total > tokens or len(segments) > max_segments:
         raise ValueError(
             f"collate: {total} tokens in {len(segments)} segments exceed the pack of {tokens} in {max_segments}; "

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from zlib import crc32
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
@@ -27,6 +28,9 @@ from tinyllava_fast.log import log
 from tinyllava_fast.ops import pack_plan
 from tinyllava_fast.pace import Pace
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
 _CHUNK = 512  # records tokenized in one call
 _TOKENIZED = "%s: %d records tokenized so far, %.0f a second"
 T = TypeVar("T")
@@ -34,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass
 class DataReport:
-    """What a data set holds; said once at the start and in the run's summary."""
+    """The counts of a data set, logged at the start and written into the run's summary."""
 
     records: int = 0
     text_only: int = 0
@@ -59,7 +63,14 @@ class PackedDataset:
     """
 
     def __init__(
-        self, data: DataConfig, batch: BatchConfig, *, tokenizer: Any, processor: Any, tokens_per_image: int, seed: int
+        self,
+        data: DataConfig,
+        batch: BatchConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: BaseImageProcessor,
+        tokens_per_image: int,
+        seed: int,
     ) -> None:
         self.data = data
         self.batch = batch
@@ -151,7 +162,7 @@ class PackedDataset:
         """A pack without samples, for a process that has none in the last step."""
         return self._collate([], [], [])
 
-    def _collate(self, samples: list[list[Segment]], pictures: list[Any], names: list[str]) -> PackedBatch:
+    def _collate(self, samples: list[list[Segment]], pictures: list[Image.Image], names: list[str]) -> PackedBatch:
         return collate(
             samples,
             to_pixels(pictures, self.processor, self.data.image_mode),
@@ -164,7 +175,7 @@ class PackedDataset:
         )
 
     def _look(self, record: Record, template: Template) -> list[int] | None:
-        """How many inputs of the tower each image of a record is, once it has been checked; None: leave it out."""
+        """Check a record; return the number of tower inputs of each of its images, or None to leave the record out."""
         listed = len(record.images) if record.interleaved else None
         if problem := template.problem(record.turns, bool(record.images), listed):
             raise self._error(record, "conversations", problem)
@@ -179,7 +190,7 @@ class PackedDataset:
             return None if self.files.grid else [1] * len(record.images)
 
     def _bad_image(self, name: str, error: DataError) -> str:
-        """Why a record is skipped; DataError where that is not wanted."""
+        """Return the reason why a record is skipped; raise DataError where records may not be skipped."""
         reason = f"{self.data.records}: record id {name!r}: image: {error}"
         if isinstance(error, MissingImageError):
             raise DataError(f"{reason}; put it back (data.on_bad_image=skip is for damaged files alone)") from error
@@ -206,21 +217,23 @@ class PackedDataset:
     def _nothing_left(self) -> DataError:
         return DataError(f"{self.data.records}: every record was skipped; the first: {self.skipped[0]}")
 
-    def _encode(self, records: list[Record], template: Template, tokenizer: Any) -> list[list[Segment]]:
+    def _encode(
+        self, records: list[Record], template: Template, tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[Segment]]:
         """See ``encode_records``."""
         return encode_records(self.data.records, records, template, tokenizer, self.data.turns, self.data.masks)
 
     def _add(self, record: Record, encoded: list[Segment], inputs: list[int]) -> tuple[int, int, int, int]:
-        """Store a sample and count it; (positions, images, segments) that it needs in a pack, and supervised tokens.
+        """Store a sample and count it. Return the positions, images and segments it needs, and its supervised tokens.
 
-        inputs: how many inputs of the tower each image of the record is.
+        inputs: the number of tower inputs of each image of the record.
         """
         count = self.tokens_per_image
         budget = min(self.data.max_tokens or self.batch.tokens, self.batch.tokens)
         key = "batch.tokens" if budget == self.batch.tokens else "data.max_tokens"
         shown = _shown(encoded, inputs)
         sample = widen(encoded, [n for _, n in shown])
-        length = sum(width(segment, count) for segment in sample)
+        length = width(sample, count)
         if length > budget:
             largest = count * max((n for _, n in shown), default=0)
             if largest >= budget:
@@ -231,7 +244,7 @@ class PackedDataset:
             encoded = truncate(encoded, budget, count, [n for _, n in shown])
             shown = _shown(encoded, inputs)
             sample = widen(encoded, [n for _, n in shown])
-            length = sum(width(segment, count) for segment in sample)
+            length = width(sample, count)
             self.report.truncated += 1
         images = sum(n for _, n in shown)
         for need, limit, name in (
@@ -241,7 +254,7 @@ class PackedDataset:
             if need > limit:
                 what = name.removeprefix("max_")
                 raise self._error(record, "conversations", f"{need} {what} exceed batch.{name}={limit}; raise it")
-        learnt = sum(map(targets, sample))
+        learnt = targets(sample)
         self.report.records += 1
         self.report.text_only += not record.images
         self.report.tokens += length
@@ -251,7 +264,7 @@ class PackedDataset:
         return length, images, len(sample), learnt
 
     def _pieces(self, record: Record) -> list[Record]:
-        """The record, or one for each ``data.turns_per_sample`` of its turns, beginning with the images so far."""
+        """Return the record, or parts of ``data.turns_per_sample`` turns that begin with the images so far."""
         most = self.data.turns_per_sample
         if not most or len(record.turns) <= most:
             return [record]
@@ -273,7 +286,13 @@ class PackedDataset:
 
 
 def build_dataset(
-    data: DataConfig, batch: BatchConfig, *, tokenizer: Any, processor: Any, tokens_per_image: int, seed: int
+    data: DataConfig,
+    batch: BatchConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: BaseImageProcessor,
+    tokens_per_image: int,
+    seed: int,
 ) -> PackedDataset:
     """The data set of a stage; see PackedDataset."""
     return PackedDataset(
@@ -282,7 +301,7 @@ def build_dataset(
 
 
 def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]]:
-    """(number of the image, its inputs of the tower) at each marker of a sample as the template encodes it."""
+    """Return (number of the image, its tower inputs) at each marker of a sample as the template encodes it."""
     numbers: list[int] = []
     for segment in sample:
         numbers += segment.images or [0] * segment.ids.count(IMAGE_INDEX)
@@ -291,7 +310,7 @@ def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Tokenizing makes many lists and no cycles; collections triggered by them doubled its time."""
+    """Hold back garbage collection: tokenizing makes many lists and no cycles, and collections doubled its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

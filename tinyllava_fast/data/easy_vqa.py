@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.bpe import pieces, train_tokenizer
 from tinyllava_fast.data.types import IMAGE_TOKEN
@@ -26,6 +26,9 @@ from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import read_objects
 from tinyllava_fast.files import atomic_folder
 from tinyllava_fast.log import log, setup_logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -55,7 +58,7 @@ def prepare(out_dir: str | Path) -> Path:
 
 
 def load_questions(folder: str | Path) -> list[dict[str, str]]:
-    """The test questions, {id, image, question, answer, type}; type is yes/no, shape or color.
+    """Return the test questions, {id, image, question, answer, type}; type is yes/no, shape or color.
 
     DataError naming the file, the record and the field.
     """
@@ -72,7 +75,7 @@ def load_questions(folder: str | Path) -> list[dict[str, str]]:
 
 
 def facts(questions: Iterable[Question]) -> tuple[str | None, str | None]:
-    """(color, shape) of the one shape in an image as far as its questions and answers entail them."""
+    """Return (color, shape) of the one shape in an image as far as its questions and answers entail them."""
     open_ = {"color": set(COLORS), "shape": set(SHAPES)}
     for question, answer in questions:
         words = set(_WORD.findall(question))
@@ -88,7 +91,7 @@ def facts(questions: Iterable[Question]) -> tuple[str | None, str | None]:
 
 
 def caption(questions: Iterable[Question]) -> str | None:
-    """What is known of an image in words: "a red circle", "a red shape", "a circle"; None if nothing is."""
+    """Put what is known of an image in words: "a red circle", "a red shape", "a circle"; None if nothing is."""
     color, shape = facts(questions)
     if color is None and shape is None:
         return None
@@ -96,7 +99,7 @@ def caption(questions: Iterable[Question]) -> str | None:
 
 
 def question_type(answer: str) -> str:
-    """yes/no, shape or color."""
+    """Return yes/no, shape or color."""
     return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
 
 
@@ -139,7 +142,7 @@ def _write(out: Path, source: Path) -> None:
 
 
 def _questions(source: Path, split: str) -> dict[int, list[Question]]:
-    """Questions and answers of each image, in the package's order."""
+    """Return questions and answers of each image, in the package's order."""
     rows = json.loads((source / split / "questions.json").read_text(encoding="utf-8"))
     groups: dict[int, list[Question]] = {}
     for question, answer, image in rows:
@@ -152,7 +155,7 @@ def _questions(source: Path, split: str) -> dict[int, list[Question]]:
     return groups
 
 
-def _record(image: int, asked: Sequence[Question]) -> dict[str, Any]:
+def _record(image: int, asked: Sequence[Question]) -> dict[str, object]:
     messages = []
     for number, (question, answer) in enumerate(asked):
         marker = "" if number or IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n"
@@ -160,7 +163,7 @@ def _record(image: int, asked: Sequence[Question]) -> dict[str, Any]:
     return {"id": f"train-{image}", "image": f"train/{image}.png", "conversations": messages}
 
 
-def _test_lines(groups: dict[int, list[Question]]) -> Iterator[dict[str, Any]]:
+def _test_lines(groups: dict[int, list[Question]]) -> Iterator[dict[str, object]]:
     rows = [(image, question, answer) for image, asked in groups.items() for question, answer in asked]
     for number, (image, question, answer) in enumerate(rows):
         yield {
@@ -172,13 +175,13 @@ def _test_lines(groups: dict[int, list[Question]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _dump(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A JSON list with one element a line."""
+def _dump(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    """Write a JSON list with one element a line."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def _tokenizer(conversations: Sequence[Sequence[Question]], captions: Sequence[str]) -> Any:
+def _tokenizer(conversations: Sequence[Sequence[Question]], captions: Sequence[str]) -> PreTrainedTokenizerFast:
     """The tokenizer of the train prompts and the captions."""
     return train_tokenizer([*(p for asked in conversations for p in pieces(asked)), *captions], VOCABULARY)
 

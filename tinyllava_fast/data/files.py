@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -16,6 +16,9 @@ from tinyllava_fast.data.images import check_shape, image_size, load_image
 from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading, is_url, naming
 from tinyllava_fast.data.records import Record
 from tinyllava_fast.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 _SHOWN = 5  # missing images named in an error
 _SHOWN_BAD = 10  # and files that are no pictures
@@ -28,7 +31,7 @@ class ImageFiles:
     grid: the resolutions of anyres, (width, height); empty in the other modes. UserError for a grid that is not used.
     """
 
-    def __init__(self, data: DataConfig, processor: Any, seed: int) -> None:
+    def __init__(self, data: DataConfig, processor: BaseImageProcessor, seed: int) -> None:
         self.data = data
         self.processor = processor
         self.seed = seed
@@ -52,9 +55,9 @@ class ImageFiles:
                 self._counts.update(zip(names, pool.map(self._measure, names), strict=True))
 
     def inputs(self, record: Record) -> list[int]:
-        """How many inputs of the tower each image of the record is.
+        """Return the number of tower inputs of each image of the record.
 
-        A missing file is noted for ``stop``. DataError if the header of a file says that it is no picture.
+        A missing file is noted for ``raise_if_missing``. DataError if the header of a file says that it is no picture.
         """
         self.look([record])
         for name in record.images:
@@ -65,7 +68,7 @@ class ImageFiles:
         return [self._counts[name] for name in record.images]
 
     def note(self, record: Record, error: DataError) -> None:
-        """Keep for ``stop`` what is wrong with an image of the record."""
+        """Keep the fault of an image of the record for ``raise_if_missing``."""
         self._bad.append(f"{record.where}: image: {error}")
 
     def raise_if_missing(self) -> None:
@@ -85,7 +88,7 @@ class ImageFiles:
         self._counts.clear()
 
     def _measure(self, name: str) -> int:
-        """Inputs of the tower that a file is, by its header; 0 if it does not exist, 1 if it is refused."""
+        """Return the tower inputs that a file makes, by its header; 0 if it does not exist, 1 if it is refused."""
         path = self._path(name)
         if not os.path.exists(path):
             return 0
@@ -99,7 +102,7 @@ class ImageFiles:
     def load(
         self, images: Sequence[str], shown: Iterable[tuple[int, int]], epoch: int, index: int
     ) -> list[Image.Image]:
-        """The inputs of the tower that a sample shows, in order; each image decoded and augmented once.
+        """Return the tower inputs that a sample shows, in order; each image is decoded and augmented once.
 
         shown: (number of the image, its inputs) of each place. DataError for an image that cannot be decoded, or whose
         size is no longer what it was.

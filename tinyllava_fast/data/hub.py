@@ -1,4 +1,4 @@
-"""Whether a hub can be asked for a name: its own client tries for the better part of a minute before it says no."""
+"""Ask early if a hub can be reached: its own client tries for the better part of a minute before it gives up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a hub could know this name: one or two words, none of which begins like a path."""
+    """Return True if a hub could know this name: one or two words, none of which begins like a path."""
     return _ID.fullmatch(name) is not None
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,25 +15,42 @@ from torch import Tensor
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading, check_header, opened, size_of, to_rgb
 from tinyllava_fast.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
 ImageMode = Literal["square", "pad", "anyres"]
 MOST_PIXELS = 2**27  # of an image made on the way: 512 MiB; longer ones come out at most one level of 255 apart
 
 
+class _Settings(Protocol):
+    """The settings of an image processor that this file follows; transformers' base class declares none of them."""
+
+    size: Mapping[str, int | None]
+    crop_size: Mapping[str, int | None]
+    do_resize: bool
+    do_rescale: bool
+    do_normalize: bool
+    resample: Image.Resampling
+    rescale_factor: float
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+
 def load_image(path: str | Path, reading: PictureReading = UPRIGHT) -> Image.Image:
-    """The file as an RGB image, decoded in full. DataError naming the file and what is wrong with it."""
+    """Return the file as an RGB image, decoded in full. DataError naming the file and its fault."""
     with opened(path) as image:
         return to_rgb(image, reading)
 
 
 def image_size(path: str | Path, reading: PictureReading = UPRIGHT) -> tuple[int, int]:
-    """(width, height) in pixels of what ``load_image`` gives, from the file's header. DataError as there."""
+    """Return (width, height) in pixels of ``load_image``'s result, from the file's header. DataError as there."""
     with opened(path) as image:
         check_header(image)
         return size_of(image, reading)
 
 
-def to_pixels(images: Sequence[Image.Image], processor: Any, mode: ImageMode = "square") -> Tensor:
-    """Normalized pixels [n, 3, H, W] float32 of RGB images.
+def to_pixels(images: Sequence[Image.Image], processor: BaseImageProcessor, mode: ImageMode = "square") -> Tensor:
+    """Return normalized pixels [n, 3, H, W] float32 of RGB images.
 
     processor: a transformers ``*ImageProcessorPil``. square: the processor alone (CLIP crops the centre, SigLIP
     squashes). pad: first centred on a square of the processor's mean colour. anyres: as square, for tiles that have
@@ -41,25 +58,27 @@ def to_pixels(images: Sequence[Image.Image], processor: Any, mode: ImageMode = "
     """
     if not images:
         return torch.zeros(0, *pixel_shape(processor))
-    if not _is_standard(processor):
-        images = [_pad(image, _fill(processor)) if mode == "pad" else image for image in images]
+    settings = cast(_Settings, processor)
+    if not _is_standard(settings):
+        images = [_pad(image, _fill(settings)) if mode == "pad" else image for image in images]
         # As PIL images: arrays one or three pixels high would be taken for channel-first ones.
         return processor(list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
-    table = _levels(processor)
+    table = _levels(settings)
     pixels = np.empty((len(images), *pixel_shape(processor)), np.float32)
     for image, row in zip(images, pixels, strict=True):
-        array = np.asarray(_padded(image, processor) if mode == "pad" else _resized(image, processor))  # [H, W, 3]
+        array = np.asarray(_padded(image, settings) if mode == "pad" else _resized(image, settings))  # [H, W, 3]
         for channel in range(3):
             np.take(table[channel], array[:, :, channel], out=row[channel], mode="clip")
     return torch.from_numpy(pixels)
 
 
-def check_shape(image: Image.Image, processor: Any, mode: ImageMode) -> None:
+def check_shape(image: Image.Image, processor: BaseImageProcessor, mode: ImageMode) -> None:
     """Raise DataError for a picture so much like a line that this processor would need gigabytes for it."""
-    if _is_standard(processor):
+    settings = cast(_Settings, processor)
+    if _is_standard(settings):
         return
     sides = sorted(image.size)
-    edge = _size(processor).get("shortest_edge", 1)
+    edge = _size(settings).get("shortest_edge", 1)
     most = sides[1] ** 2 if mode == "pad" else edge * max(edge, edge * sides[1] // sides[0])
     if most > max(MOST_PIXELS, sides[0] * sides[1]):
         raise DataError(
@@ -68,48 +87,57 @@ def check_shape(image: Image.Image, processor: Any, mode: ImageMode) -> None:
         )
 
 
-def pixel_shape(processor: Any) -> tuple[int, int, int]:
-    """(3, H, W) of the processor's output: its crop if it crops, its size if not."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    size = dict(size)
-    return (3, size.get("height") or size["shortest_edge"], size.get("width") or size["shortest_edge"])
+def pixel_shape(processor: BaseImageProcessor) -> tuple[int, int, int]:
+    """Return (3, H, W) of the processor's output: its crop if it crops, its size if not."""
+    return 3, *_shape(cast(_Settings, processor))
 
 
-def short_edge(processor: Any) -> tuple[int, int]:
-    """(width, height) that the processor resizes to before it crops, for an image of the proportions of its output."""
-    size = _size(processor)
+def short_edge(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Return (width, height) that the processor resizes to before it crops, given an image shaped like its output."""
+    size = _size(cast(_Settings, processor))
     if "shortest_edge" in size:
         return (size["shortest_edge"],) * 2
     return size["width"], size["height"]
 
 
-def _is_standard(processor: Any) -> bool:
-    """Whether it resizes, may crop, rescales and normalizes, and nothing else: then a table does the arithmetic."""
+def _is_standard(processor: _Settings) -> bool:
+    """Return True if it resizes, may crop, rescales and normalizes, no more: then a table does the arithmetic."""
     wanted = processor.do_resize and processor.do_rescale and processor.do_normalize
     return bool(wanted and not getattr(processor, "do_pad", False) and _known_size(processor))
 
 
-def _known_size(processor: Any) -> bool:
-    """Whether the size is {height, width}, or a shortest edge that the crop fits into."""
+def _known_size(processor: _Settings) -> bool:
+    """Return True if the size is {height, width}, or a shortest edge that the crop fits into."""
     size = _size(processor)
     if not getattr(processor, "do_center_crop", False):
         return set(size) == {"height", "width"}
-    return set(size) == {"shortest_edge"} and size["shortest_edge"] >= max(pixel_shape(processor)[1:])
+    return set(size) == {"shortest_edge"} and size["shortest_edge"] >= max(_shape(processor))
 
 
-def _size(processor: Any) -> dict[str, int]:
-    return {key: value for key, value in dict(processor.size).items() if value is not None}
+def _size(processor: _Settings) -> dict[str, int]:
+    return _given(processor.size)
 
 
-def _resized(image: Image.Image, processor: Any) -> Image.Image:
-    """The resize and crop of the processor, without its detour through float arrays."""
+def _given(size: Mapping[str, int | None]) -> dict[str, int]:
+    return {key: value for key, value in dict(size).items() if value is not None}
+
+
+def _shape(processor: _Settings) -> tuple[int, int]:
+    """Return (H, W) of the processor's output."""
+    size = _given(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
+    height, width = (size.get(side) or size["shortest_edge"] for side in ("height", "width"))
+    return height, width
+
+
+def _resized(image: Image.Image, processor: _Settings) -> Image.Image:
+    """Resize and crop as the processor does, without its detour through float arrays."""
     size = _size(processor)
     if "height" in size:
         return image.resize((size["width"], size["height"]), processor.resample)
     edge = size["shortest_edge"]
     short = min(image.size)
     wide, high = (edge if side == short else int(edge * side / short) for side in image.size)
-    _, height, width = pixel_shape(processor)
+    height, width = _shape(processor)
     left, top = (wide - width) // 2, (high - height) // 2
     corners = (left, top, left + width, top + height)
     if wide * high > MOST_PIXELS:  # like a line: only what the crop keeps is made, first its columns, then its rows
@@ -123,8 +151,8 @@ def _resized(image: Image.Image, processor: Any) -> Image.Image:
     return image.resize((wide, high), processor.resample).crop(corners)
 
 
-def _padded(image: Image.Image, processor: Any) -> Image.Image:
-    """The image padded to a square, then resized and cropped as the processor does."""
+def _padded(image: Image.Image, processor: _Settings) -> Image.Image:
+    """Pad the image to a square, then resize and crop it as the processor does."""
     side = max(image.size)
     if side * side <= MOST_PIXELS or image.width == image.height:
         return _resized(_pad(image, _fill(processor)), processor)
@@ -140,14 +168,14 @@ def _padded(image: Image.Image, processor: Any) -> Image.Image:
     return _resized(square.resize((width, height), processor.resample), processor)
 
 
-def _levels(processor: Any) -> np.ndarray:
-    """Normalized value of each of the 256 levels of each channel, [3, 256] float32, rounded as transformers does."""
+def _levels(processor: _Settings) -> np.ndarray:
+    """Return the normalized value of each of 256 levels of each channel, [3, 256] float32, rounded as transformers."""
     level = (np.arange(256) * processor.rescale_factor).astype(np.float32)[None]
     mean, std = (np.array(v, np.float32)[:, None] for v in (processor.image_mean, processor.image_std))
     return (level - mean) / std
 
 
-def _fill(processor: Any) -> tuple[int, ...]:
+def _fill(processor: _Settings) -> tuple[int, ...]:
     """The mean colour, in levels."""
     return tuple(int(channel * 255) for channel in processor.image_mean)
 

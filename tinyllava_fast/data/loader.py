@@ -6,12 +6,12 @@ import ctypes
 import gc
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,14 @@ from torch.utils.data import DataLoader
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
+from tinyllava_fast.fields import Fields
 from tinyllava_fast.log import log
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
+"""Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
+T = TypeVar("T")
+Wire = dict[str, Any]  # the fields of a PackedBatch, its tensors as numpy arrays
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
 
 
@@ -87,32 +90,33 @@ class Loader:
         epoch, pack = self._locate(self._position)
         return epoch + pack / self._count(epoch)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the packs consumed so far; what workers have prepared ahead does not count."""
+    def state_dict(self) -> dict[str, object]:
+        """Return the position after the packs consumed so far; packs that workers prepared ahead do not count."""
         epoch, pack = self._locate(self._position)
         checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.store.sources()}
         return {"epoch": epoch, "pack": pack, **checks, "skipped": list(self.skipped)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go to a saved position. CheckpointError if the data or the packing is not what it was."""
-        if state["fingerprint"] != self.dataset.fingerprint:
+        saved = Fields(state, "the position in the data", CheckpointError)
+        if saved.integer("fingerprint") != self.dataset.fingerprint:
             raise CheckpointError(
                 f"{self.dataset.data.records}: the records or the tokenizer's files differ from those of the "
                 "checkpoint, so its position in the data means nothing; put them back as they were"
                 f"{self._left_out()}, or start over with another output_dir or --resume never"
             )
-        if state.get("sources", sources := self.dataset.store.sources()) != sources:
+        if saved.integer("sources", sources := self.dataset.store.sources()) != sources:
             log.warning(
                 "%s: record ids or image paths differ from those of the checkpoint, the tokens do not: going on; are "
                 "these the same images?",
                 self.dataset.data.records,
             )
         self.close()
-        self._position = self._start(state["epoch"]) + state["pack"]
-        self.skipped = dict.fromkeys(state["skipped"])
+        self._position = self._start(saved.integer("epoch")) + saved.integer("pack")
+        self.skipped = dict.fromkeys(saved.texts("skipped", empty=True))
 
     def _left_out(self) -> str:
-        """What else may be the reason for another plan: pictures without a size, which decides their tokens."""
+        """Return another possible reason for a changed plan: pictures whose size, and so token count, is unknown."""
         skipped = self.dataset.skipped
         if not skipped or not self.dataset.files.grid:
             return ""
@@ -123,7 +127,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         self.close()
-        source: DataLoader[Any] = DataLoader(
+        source: DataLoader[Wire | str] = DataLoader(
             _Packs(self.dataset),  # type: ignore[arg-type]
             sampler=_Jobs(self, self._position),
             batch_size=None,
@@ -157,7 +161,7 @@ class Loader:
         self._stream = None
 
     def jobs(self, position: int) -> Iterator[Job]:
-        """What this rank builds from a position of the stream on."""
+        """Yield the packs that this rank builds, from a position of the stream on."""
         epoch, pack = self._locate(position + self.rank)
         for at in range(position + self.rank, self.steps * self.packs_per_step, self.world_size):
             while pack >= self._count(epoch):
@@ -202,7 +206,7 @@ class _Packs:
     def __init__(self, dataset: PackedDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, job: Job) -> dict[str, Any] | str:
+    def __getitem__(self, job: Job) -> Wire | str:
         epoch, indices = job
         try:
             batch = self.dataset.empty() if indices is None else self.dataset.pack(epoch, indices)
@@ -211,23 +215,23 @@ class _Packs:
         return _to_wire(batch)
 
 
-def _to_wire(batch: PackedBatch) -> dict[str, Any]:
-    """As numpy arrays, which travel through the pipe: tensors would each need a file in /dev/shm, often small."""
+def _to_wire(batch: PackedBatch) -> Wire:
+    """Turn tensors into numpy arrays, which pass through a pipe; each tensor would need a file in a small /dev/shm."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
 
 
-def _from_wire(wire: dict[str, Any]) -> PackedBatch:
-    values: dict[str, Any] = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in wire.items()}
+def _from_wire(wire: Wire) -> PackedBatch:
+    values: Wire = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in wire.items()}
     return PackedBatch(**values)
 
 
-def _same(item: Any) -> Any:
+def _same(item: T) -> T:
     return item
 
 
 def _kill(workers: Sequence[BaseProcess]) -> None:
-    """End what is left of the workers. They ignore SIGTERM, for which Python would wait for ever when it exits."""
+    """Kill the remaining workers. They ignore SIGTERM, for which Python would wait for ever when it exits."""
     for worker in workers:
         worker.kill()
     for worker in workers:

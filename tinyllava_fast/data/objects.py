@@ -1,4 +1,4 @@
-"""What people hand over as an image in Python, as a path or a PIL image, or a DataError that says what to give."""
+"""Turn an image that Python code hands over into a path or a PIL image, or raise a DataError that says what to give."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ ImageInput = ImageLike | np.ndarray | bytes | bytearray | memoryview | BinaryIO
 _EXPECTED = "give a path, a PIL image, a NumPy array, the bytes of an image file, or such a file opened with 'rb'"
 
 
-def image_objects(value: Any) -> ImageLike | tuple[ImageLike, ...] | None:
-    """An image, or a list of images, in the forms that the engine takes; None stays None.
+def image_objects(value: object) -> ImageLike | tuple[ImageLike, ...] | None:
+    """Return an image, or a list of images, in the forms that the engine takes; None stays None.
 
     A NumPy array is uint8, [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (RGB, the fourth channel its alpha). Paths are not
     looked at yet. DataError for anything else.
@@ -48,7 +48,7 @@ def image_objects(value: Any) -> ImageLike | tuple[ImageLike, ...] | None:
     return None if value is None else _one(value, "the image")
 
 
-def _one(value: Any, name: str) -> ImageLike:
+def _one(value: object, name: str) -> ImageLike:
     if isinstance(value, (str, Path, Image.Image, DecodedImage)):
         return value
     if isinstance(value, os.PathLike):
@@ -64,11 +64,11 @@ def _one(value: Any, name: str) -> ImageLike:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return open_bytes(bytes(value), f"{name} of {len(value):,} bytes")
     if callable(getattr(value, "read", None)):
-        return _from_file(value, name)
+        return _from_file(cast(BinaryIO, value), name)
     raise DataError(f"{name}: got {type(value).__name__}; {_EXPECTED}")
 
 
-def _from_file(file: Any, name: str) -> Image.Image:
+def _from_file(file: BinaryIO, name: str) -> Image.Image:
     try:
         content = file.read()
     except (OSError, ValueError) as error:  # closed, opened for writing, or a text that is no UTF-8

@@ -61,7 +61,7 @@ warnings.filterwarnings("ignore", message="Palette images with Transparency|(Pos
 
 @dataclass(frozen=True)
 class PictureReading:
-    """How a model reads pictures; the same in training and inference.
+    """A model's way to read pictures; the same in training and inference.
 
     orientation: upright turns a picture as its EXIF entry says; stored shows the pixels as the file has them. (Pillow
     itself turns TIFF files, in both.) background: white puts transparent pictures on white; drop ignores transparency,
@@ -74,7 +74,7 @@ class PictureReading:
 
 UPRIGHT = PictureReading("upright", "white")
 REFERENCE = PictureReading("stored", "drop")
-"""How LLaVA and TinyLLaVA Factory read pictures: PIL's ``convert("RGB")`` alone."""
+"""The way of LLaVA and TinyLLaVA Factory: PIL's ``convert("RGB")`` alone."""
 
 
 class MissingImageError(DataError):
@@ -86,7 +86,7 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN, e
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """The file as a PIL image of which only the header has been read. Every error in the body is told of this file.
+    """Open the file as a PIL image of which only the header has been read. Errors in the body name this file.
 
     DataError for what is missing, no regular file, unreadable, no picture, of a format that is not opened, or damaged.
     """
@@ -108,7 +108,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def open_bytes(content: bytes, name: str) -> Image.Image:
-    """The bytes of an image file as a PIL image of which only the header has been read; DataError with that name."""
+    """Return the bytes of an image file as a PIL image, its header read; DataError with that name."""
     try:
         return Image.open(io.BytesIO(content), formats=_formats())
     except UnidentifiedImageError as error:
@@ -118,7 +118,7 @@ def open_bytes(content: bytes, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, reading: PictureReading) -> Image.Image:
-    """The image (of an animation the frame it stands at: of a file the first) as RGB; DataError saying why not.
+    """Return the image (of an animation the current frame; of a file the first) as RGB; DataError saying why not.
 
     Grey values of 16 bits are scaled to 8. The caller's image keeps its pixels.
     """
@@ -148,7 +148,7 @@ def object_size(image: Image.Image, reading: PictureReading) -> tuple[int, int]:
 
 
 def size_of(image: Image.Image, reading: PictureReading) -> tuple[int, int]:
-    """(width, height) of ``to_rgb``'s result, from the header as far as that tells it."""
+    """Return (width, height) of ``to_rgb``'s result, from the header as far as that tells it."""
     if image.format == "TIFF":
         width, height, orientation = _tiff_layout(image)
         return (height, width) if orientation >= 5 else (width, height)
@@ -171,7 +171,7 @@ def check_header(image: Image.Image) -> None:
 
 
 def naming(path: str | Path) -> str:
-    """The path for a message: as it is, or escaped where a terminal could not write it; a very long one cut."""
+    """Return the path for a message: as it is, or escaped where a terminal could not write it; a very long one cut."""
     text = os.fspath(path)
     return text if text and text.isprintable() and len(text) <= 400 else shown(text)
 
@@ -197,7 +197,7 @@ def _formats() -> list[str]:
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether it begins like a URL; file names may, so look for the file first."""
+    """Return True if it begins like a URL; file names may, so look for the file first."""
     return re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)) is not None
 
 
@@ -231,7 +231,7 @@ def _why(error: Exception) -> str:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file stores a pixel, in Pillow's words (L;4, RGB;16B, ...), before it is decoded; "" if not known."""
+    """Return the file's pixel format in Pillow's words (L;4, RGB;16B, ...), before it is decoded; "" if unknown."""
     for tile in getattr(image, "tile", []):
         args = tile[3]
         return args if isinstance(args, str) else str(args[0]) if args else ""
@@ -239,7 +239,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _tiff_layout(image: Image.Image) -> tuple[int, int, int]:
-    """(width, height) of the pixels that a TIFF stores and its orientation; once it is decoded, of what it became."""
+    """Return (width, height, orientation) of the pixels that a TIFF stores; once decoded, of the result."""
     tags = getattr(image, "tag_v2", None)
     if tags is None or not getattr(image, "tile", None):
         return *image.size, 1
@@ -257,7 +257,7 @@ def _mend_tiff(image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation of the EXIF data, 1 to 8; 1 for none, one out of range, or data that cannot be read."""
+    """Return the orientation of the EXIF data, 1 to 8; 1 for none, one out of range, or unreadable data."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # of damaged EXIF data: SyntaxError, struct.error, ValueError, ...; the pixels are whole
@@ -266,7 +266,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _plain_png(image: Image.Image) -> bool:
-    """Whether it is a PNG that says nothing of its orientation; else Pillow would decode it all to find out."""
+    """Return True for a PNG that holds no orientation; Pillow would decode all of it to find out."""
     file = getattr(image, "fp", None)
     if image.format != "PNG" or "exif" in image.info or file is None or file.closed:
         return False
@@ -278,7 +278,7 @@ def _plain_png(image: Image.Image) -> bool:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16-bit integers as L, or as LA if one of its values is transparent."""
+    """Return a grey image of 16-bit integers as L, or as LA if one of its values is transparent."""
     values = np.asarray(image).astype(np.int64)  # [H, W]
     top, known, inverted = 65535, image.format in ("PPM", "JPEG2000"), False  # these two are scaled by Pillow
     tags = getattr(image, "tag_v2", None)
@@ -300,7 +300,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _may_be_clear(image: Image.Image) -> bool:
-    """Whether an image knows transparency. (Pillow's has_transparency_data fails for palettes that an ICNS holds.)"""
+    """Return True if an image has transparency. (Pillow's has_transparency_data fails for palettes of an ICNS.)"""
     if image.mode == "P":
         palette = image.palette.mode if image.palette is not None else ""
         return "transparency" in image.info or palette.endswith("A")
@@ -310,7 +310,7 @@ def _may_be_clear(image: Image.Image) -> bool:
 
 
 def _flat(image: Image.Image, raw: str, background: str) -> Image.Image:
-    """An 8-bit image of any mode as RGB."""
+    """Return an 8-bit image of any mode as RGB."""
     if image.mode in ("La", "RGBa"):  # colours multiplied by their alpha
         image = image.convert(image.mode.upper())
     if background == "drop" or not _may_be_clear(image):

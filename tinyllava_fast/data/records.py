@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from tinyllava_fast.data.pictures import IMAGE_ALIASES
 from tinyllava_fast.data.templates.base import MaskMode, Segment, Template, TurnMode, turns_of
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import DECODER, Fields, fault, is_text, not_utf8, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ROLES = ("human", "gpt")
 _FIELDS = ("id", "image", "images", "conversations")
@@ -36,29 +39,21 @@ class Record:
     """The record's own id, or its index."""
     line: int
     """Line of the file on which the record begins, from 1."""
-    image: str | tuple[str, ...] | None
-    """Image path relative to the image folder, or the paths of a list: then the i-th marker is the i-th image."""
+    images: tuple[str, ...]
+    """Image paths relative to the image folder; empty for text alone."""
+    interleaved: bool
+    """True if the images are a list, so that each marker stays where it is and stands for its own image."""
     turns: tuple[tuple[str, str], ...]
     """(question, answer) pairs."""
 
     @property
-    def images(self) -> tuple[str, ...]:
-        """Its image paths; empty for text alone."""
-        return (self.image,) if isinstance(self.image, str) else self.image or ()
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether the images are a list, so that each marker stays where it is and stands for its own."""
-        return isinstance(self.image, tuple)
-
-    @property
     def where(self) -> str:
-        """How an error names this record."""
+        """The name of this record in an error."""
         return f"record {self.index} (id {self.id!r}, line {self.line})"
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a file, one at a time, in order.
+    """Yield the records of a file, one at a time, in order.
 
     A file that begins with ``[`` is a JSON list, any other one JSONL. DataError for a missing or empty file, malformed
     JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn.
@@ -84,7 +79,7 @@ def encode_records(
     path: str | Path,
     records: Sequence[Record],
     template: Template,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     turns: TurnMode = "conversation",
     masks: MaskMode = "offsets",
 ) -> list[list[Segment]]:
@@ -120,7 +115,7 @@ class _Reader:
         self.decode = DECODER.raw_decode
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """Return the next character that is not white space; "" at the end."""
         while True:
             match = _SPACE.match(self.text, self.at)
             assert match is not None  # noqa: S101 the pattern matches the empty string
@@ -130,8 +125,8 @@ class _Reader:
             if not self._fill():
                 return ""
 
-    def value(self) -> tuple[int, Any]:
-        """(line, value) of the next JSON value; JSONDecodeError where there is none."""
+    def value(self) -> tuple[int, object]:
+        """Return (line, value) of the next JSON value; raise JSONDecodeError if there is none."""
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
@@ -145,7 +140,7 @@ class _Reader:
                 return self.line, value
 
     def line_at(self, position: int) -> int:
-        """Line number of a position in the text held."""
+        """Return the line number of a position in the text held."""
         return self.line + self.text.count("\n", self.counted, position)
 
     def _fill(self) -> bool:
@@ -158,8 +153,8 @@ class _Reader:
         return bool(more)
 
 
-def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every record, not yet checked."""
+def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, object]]:
+    """Yield (line, value) of every record, not yet checked."""
     reader = _Reader(stream)
     if reader.peek() == "[":
         yield from _list_values(path, reader)
@@ -177,7 +172,7 @@ def _values(path: Path, stream: TextIO) -> Iterator[tuple[int, Any]]:
         index += 1
 
 
-def _list_values(path: Path, reader: _Reader) -> Iterator[tuple[int, Any]]:
+def _list_values(path: Path, reader: _Reader) -> Iterator[tuple[int, object]]:
     reader.at += 1
     index = 0
     while (sign := reader.peek()) != "]":
@@ -204,7 +199,7 @@ def _malformed(path: Path, line: int, index: int, what: str) -> DataError:
     return DataError(f"{path}: line {line}, record {index}: malformed JSON: {what}")
 
 
-def _record(path: Path, index: int, line: int, value: Any) -> Record:
+def _record(path: Path, index: int, line: int, value: object) -> Record:
     try:
         return _checked(index, line, value)
     except _FaultError as fault:
@@ -212,14 +207,14 @@ def _record(path: Path, index: int, line: int, value: Any) -> Record:
         raise DataError(f"{path}: record {index} (id {shown(str(name))}, line {line}): {fault}") from None
 
 
-def _checked(index: int, line: int, value: Any) -> Record:
+def _checked(index: int, line: int, value: object) -> Record:
     if not isinstance(value, dict):
         raise _FaultError(f"record: expected an object with 'conversations', got {shown(value)}")
     record = Fields(value, "", _FaultError)
     name = value.get("id")
     if name is not None and not (isinstance(name, str) and is_text(name)):
         name = record.word("id")
-    image = _image(record)
+    images, interleaved = _images(record)
     messages = value.get("conversations")
     if messages is None:
         raise _FaultError(f"conversations: missing; {_instead_of_conversations(record)}")
@@ -244,28 +239,34 @@ def _checked(index: int, line: int, value: Any) -> Record:
         raise _FaultError(f"conversations: {error}") from None
     if not turns:
         raise _FaultError("conversations: no question; add a 'human' message and its answer")
-    return Record(index, str(index) if name is None else name, line, image, tuple((q, a or "") for q, a in turns))
+    pairs = tuple((question, answer or "") for question, answer in turns)
+    return Record(index, str(index) if name is None else name, line, images, interleaved, pairs)
 
 
 class _FaultError(DataError):
-    """What is wrong with a record, before its place is known: putting the place of every good one in words is slow."""
+    """A fault of a record without its place: naming the place of every good record would be slow."""
 
 
-def _image(record: Fields) -> str | tuple[str, ...] | None:
-    """The record's image, or its images. DataError for a field that seems to be a misspelt "image"."""
-    if "images" in record:
-        if "image" in record:
-            raise _FaultError("images: given beside 'image'; keep one of them")
-        return tuple(record.paths("images", single=False)) or None
-    if "image" not in record:
+def _images(record: Fields) -> tuple[tuple[str, ...], bool]:
+    """Return the record's image paths, and True if they are a list that is not empty.
+
+    DataError for a field that seems to be a misspelt "image".
+    """
+    image, images = record.values.get("image"), record.values.get("images")
+    if image is not None and images is not None:
+        raise _FaultError("images: given beside 'image'; keep one of them")
+    if images is not None:
+        paths = record.paths("images", single=False)
+    elif image is not None:
+        paths = record.paths("image")
+    else:
         _refuse_misspelt_image(record)
-        return None
-    paths = record.paths("image")
-    return paths[0] if isinstance(record.values["image"], str) else tuple(paths) or None
+        return (), False
+    return tuple(paths), bool(paths) and not isinstance(image, str)
 
 
 def _refuse_misspelt_image(record: Fields) -> None:
-    """A picture that no known field names would be left out of the training in silence."""
+    """Raise for a picture that no known field names: training would leave it out in silence."""
     for name, value in record.values.items():
         if value is None or name in _FIELDS:
             continue
@@ -275,8 +276,8 @@ def _refuse_misspelt_image(record: Fields) -> None:
             raise _FaultError(f"unknown field {shown(name)}; did you mean 'image'? Rename it or remove it")
 
 
-def _refuse_picture_in(number: int, message: Mapping[str, Any]) -> None:
-    """A picture that a message names, not the record, would be left out of the training in silence."""
+def _refuse_picture_in(number: int, message: Mapping[str, object]) -> None:
+    """Raise for a picture that a message names, not the record: training would leave it out in silence."""
     for name, value in message.items():
         if value is not None and name.lower() in ("image", "images", "video", "videos", *IMAGE_ALIASES):
             raise _FaultError(
@@ -286,7 +287,7 @@ def _refuse_picture_in(number: int, message: Mapping[str, Any]) -> None:
 
 
 def _instead_of_conversations(record: Fields) -> str:
-    """Why a record has no conversations, and what to do."""
+    """Return why a record has no conversations, and the remedy."""
     if "messages" in record:
         return f"the record has 'messages', which is another format. {_CONVERT}"
     near = get_close_matches("conversations", list(record.values), n=1, cutoff=0.5)
@@ -294,8 +295,8 @@ def _instead_of_conversations(record: Fields) -> str:
     return f"{meant}The record has {', '.join(map(shown, record.values)) or 'no field'}; a list of {FORMAT} is expected"
 
 
-def _refuse(record: Fields, number: int, message: Any) -> NoReturn:
-    """Raise what is wrong with a message."""
+def _refuse(record: Fields, number: int, message: object) -> NoReturn:
+    """Raise the fault of a message."""
     field = f"conversations[{number}]"
     if not isinstance(message, dict):
         record.fail(f"{field}.from", "'human' or 'gpt'", message)

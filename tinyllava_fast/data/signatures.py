@@ -1,4 +1,4 @@
-"""What a file that is no picture is instead, told by its first bytes: for messages that help."""
+"""Name the kind of a file that is no picture by its first bytes, for messages that help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif",
 
 
 def what_it_is(head: bytes, size: int) -> str:
-    """Why content that Pillow does not know cannot be read, as the end of a sentence.
+    """Return why content that Pillow does not know cannot be read, as the end of a sentence.
 
     head: its first HEAD bytes, or all there are. size: of the whole.
     """
@@ -47,7 +47,7 @@ def what_it_is(head: bytes, size: int) -> str:
 
 
 def _text(head: bytes) -> str:
-    """What a text is; "" if it is none."""
+    """Return the kind of a text; "" if it is none."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "it is a web page (HTML); was the download refused?"

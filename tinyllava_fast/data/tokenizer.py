@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from tinyllava_fast.data.hub import is_hub_id, no_answer
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.fields import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WORD_START = "\u2581"  # SentencePiece's visible space
 
@@ -20,12 +23,12 @@ _ADVICE = "give a folder with tokenizer.json, tokenizer.model, or vocab.json and
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder has the files of a tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt."""
+    """Return True if a folder holds tokenizer.json, tokenizer.model, or vocab.json with merges.txt."""
     return any((Path(folder) / name).is_file() for name in _FILES)
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """A transformers ``PreTrainedTokenizerFast`` from a folder (or hub id) with its files.
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder (or hub id) with its files.
 
     SentencePiece folders of the Llama kind get the rule of the slow tokenizer they stand for. ``legacy: false``: one
     word-start mark before the text of a call, none after a special token inside it; their tokenizer.json says
@@ -66,7 +69,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def largest_id(tokenizer: Any) -> tuple[str, int]:
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     """Return the token of the largest id, and that id. It may be more than the number of tokens: ids can have holes.
 
     UserError if the tokenizer has no token at all.
@@ -103,7 +106,7 @@ def _check_objects(path: str, folder: Path) -> None:
             raise UserError(f"tokenizer {path!r} cannot be loaded: {name}: {found}; {_ADVICE}")
 
 
-def _check_certain(path: str | Path, model: Any) -> None:
+def _check_certain(path: str | Path, model: models.Model) -> None:
     """Raise UserError for a tokenizer that draws its tokens: processes would disagree on the length of a sample."""
     for name in ("dropout", "alpha"):
         if value := getattr(model, name, None):
@@ -114,7 +117,7 @@ def _check_certain(path: str | Path, model: Any) -> None:
 
 
 def _found(folder: Path) -> str:
-    """What an error says first about the place: that no folder is there, or what a folder without a tokenizer holds."""
+    """Return the start of an error about the place: there is no folder, or a folder without a tokenizer holds these."""
     if not folder.is_dir():
         return "no such folder, and as a hub id: "
     if has_tokenizer(folder):
@@ -123,8 +126,8 @@ def _found(folder: Path) -> str:
     return f"the folder holds no tokenizer, only {', '.join(names[:8])}: " if names else "the folder is empty: "
 
 
-def _from_parts(path: str | Path) -> Any:
-    """From tokenizer.model, or vocab.json and merges.txt, by the class that tokenizer_config.json names."""
+def _from_parts(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load tokenizer.model, or vocab.json and merges.txt, by the class that tokenizer_config.json names."""
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -137,14 +140,14 @@ def _from_parts(path: str | Path) -> Any:
     return named.from_pretrained(str(path), mask_token=settings.get("mask_token"))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> dict[str, object]:
     try:
         return dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def _use_slow_llama_rule(backend: Any) -> None:
+def _use_slow_llama_rule(backend: Tokenizer) -> None:
     """Put the word-start mark before a call's text, even one that begins with a space, and nowhere else.
 
     Metaspace leaves the mark out where the text already begins with its replacement, so the first step works with a

@@ -5,6 +5,7 @@ Legend: T token budget, S max segments, N images in the pack, K tokens an image,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
@@ -58,15 +59,17 @@ class PackedBatch:
     )  # records dropped from this pack (data.on_bad_image: skip), with reasons
 
     def tensors(self) -> dict[str, Tensor]:
-        """The keyword arguments of LMM.forward."""
+        """Return the keyword arguments of LMM.forward."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """A copy on the device; copies are asynchronous where the source is pinned."""
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in self.tensors().items()}
-        return replace(self, **moved)
+        """Return a copy on the device; copies are asynchronous where the source is pinned."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """A copy in pinned host memory; called by DataLoader(pin_memory=True)."""
-        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in self.tensors().items()}
-        return replace(self, **pinned)
+        """Return a copy in pinned host memory; called by DataLoader(pin_memory=True)."""
+        return self._moved(lambda tensor: tensor.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        moved: dict[str, Any] = {name: move(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)

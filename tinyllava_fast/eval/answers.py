@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import cast
 
 from tinyllava_fast.errors import DataError, writing
 from tinyllava_fast.eval.benchmarks.base import Question
+from tinyllava_fast.eval.types import AnswerRecord
 from tinyllava_fast.fields import Fields, decode, is_text
 from tinyllava_fast.log import log
 
@@ -37,11 +38,11 @@ class AnswerLog:
     Raises DataError for a file that holds anything else, UserError where answers cannot be written.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], asked: Mapping[str, str], rank: int = 0) -> None:
+    def __init__(self, folder: Path, run: Mapping[str, object], asked: Mapping[str, str], rank: int = 0) -> None:
         self.folder = folder
         self.path = folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         self.run = run
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, AnswerRecord] = {}
         self.asked = dict(asked)
         self.seconds = 0.0
         self._headed = False  # its own file ends with answers of this run
@@ -82,7 +83,7 @@ class AnswerLog:
         """
         elapsed = time.monotonic() - self._started
         self.seconds = self._before + elapsed
-        record = {
+        record: AnswerRecord = {
             "key": key,
             "answer": answer,
             "tokens": tokens,
@@ -91,11 +92,13 @@ class AnswerLog:
             "seconds": round(elapsed, 6),
             "asked": self.asked[key],
         }
-        self.records[key] = record | ({"why": why} if why else {})
+        if why:
+            record["why"] = why
+        self.records[key] = record
         with writing(self.path):
             if not os.fstat(self._file.fileno()).st_nlink:
                 self._write_anew()
-            self._write(self.records[key])
+            self._write(record)
 
     def _open(self) -> None:
         self._file = self.path.open("a", encoding="utf-8")
@@ -114,7 +117,7 @@ class AnswerLog:
         for record in list(self.records.values())[:-1]:
             self._write(record)
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Mapping[str, object]) -> None:
         self._file.write(line_of(record))
         self._file.flush()
 
@@ -169,7 +172,7 @@ class AnswerLog:
         record.number("latency", None, least=0)
         record.text("why", "")
         if self.asked.get(key) == record.text("asked"):
-            self.records[key] = {"latency": None, **record.values}
+            self.records[key] = cast(AnswerRecord, {"latency": None, **record.values})
         elif key in self.asked:
             changed.add(key)
 
@@ -181,7 +184,7 @@ def asked(question: Question, pictures: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def line_of(record: Mapping[str, Any]) -> str:
+def line_of(record: Mapping[str, object]) -> str:
     """A line of JSONL, readable where it can be, escaped where a text cannot be written as UTF-8."""
     text = json.dumps(record, ensure_ascii=False)
     return (text if is_text(text) else json.dumps(record)) + "\n"

@@ -139,6 +139,7 @@ def _without_model(args: argparse.Namespace) -> str:
     from tinyllava_fast.eval.options import build, chosen, describe
     from tinyllava_fast.eval.plan import make_plans
     from tinyllava_fast.eval.results import conclude, score_only, table
+    from tinyllava_fast.eval.types import AnswerRecord, Facts
 
     _need(args, "benchmarks")
     benchmarks = build(chosen(args.benchmarks), args.option)
@@ -154,8 +155,9 @@ def _without_model(args: argparse.Namespace) -> str:
     if len(plans) != 1:
         raise UserError("--score-only takes the answers of one benchmark; give one name in --benchmarks")
     path, plan = Path(args.score_only), plans[0]
-    records = {k: {"answer": text} for k, text in read_answers(path, plan.benchmark, plan.everything).items()}
-    facts = {"answers": str(path), "options": describe(plan.benchmark)}
+    answers = read_answers(path, plan.benchmark, plan.everything)
+    records: dict[str, AnswerRecord] = {key: {"answer": text} for key, text in answers.items()}
+    facts: Facts = {"answers": str(path), "options": describe(plan.benchmark)}
     if args.output:
         return table([conclude(plan, records, facts, Path(args.output) / plan.name, experiment_name(path.stem))])
     return table([score_only(plan, records, facts)])

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
@@ -78,14 +77,14 @@ class _Row:
     """One scored question. pictures: digests of what they show; None where no picture was looked at."""
 
     credit: float
-    cluster: Any
+    cluster: str | tuple[str, ...]
     prompt: str | None
     truth: str | None
     pictures: Sequence[str] | None
 
     @property
     def unseen(self) -> bool:
-        """Whether it is about pictures of which nothing is known."""
+        """True if it is about pictures of which nothing is known."""
         return self.pictures is None and isinstance(self.cluster, tuple)
 
 
@@ -94,7 +93,7 @@ class _Side:
     """One of the two. options: those of its benchmark, as far as they are known."""
 
     benchmark: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     rows: Mapping[str, _Row]
 
 
@@ -151,7 +150,7 @@ UNSEEN = "it was blind, is an answers file, or is of an older version (evaluate 
 
 
 def _scored(a: _Side, b: _Side) -> str:
-    """In what the two are scored differently, as far as both sides know it."""
+    """Return the options by which the two are scored differently, as far as both sides know them."""
     names = BENCHMARKS.get(a.benchmark).scored_by if a.benchmark in BENCHMARKS.names() else ()
     pairs = ((name, a.options.get(name), b.options.get(name)) for name in names)
     return ", ".join(
@@ -162,7 +161,7 @@ def _scored(a: _Side, b: _Side) -> str:
 
 
 def _differing(what: str, a: Mapping[str, _Row], b: Mapping[str, _Row], keys: Sequence[str]) -> list[str]:
-    """Keys of the questions whose prompt, truth or pictures differ, as far as both sides know them."""
+    """Return the keys of the questions whose prompt, truth or pictures differ, as far as both sides know them."""
     pairs = ((key, getattr(a[key], what), getattr(b[key], what)) for key in keys)
     return [key for key, x, y in pairs if x is not None and y is not None and x != y]
 
@@ -177,7 +176,7 @@ def _refusal(a: Path, b: Path, different: dict[str, list[str]], common: int) -> 
 
 
 def _side(path: Path, plan: Plan | None) -> _Side:
-    """The benchmark, its options, and the scored questions by key."""
+    """Return the benchmark, its options, and the scored questions by key."""
     if not is_file(path) and not is_folder(path):
         raise UserError(f"{path}: there is no such results folder or answers file")
     if is_folder(path):

@@ -10,7 +10,7 @@ from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import Fields, read_jsonl
 
 EVAL_ZIP = "LLaVA's eval.zip (docs/Evaluation.md of LLaVA)"
-"""Where the question files of most benchmarks come from."""
+"""Source of the question files of most benchmarks."""
 
 
 class Finder:
@@ -54,12 +54,12 @@ class Finder:
 
 
 def is_file(path: Path) -> bool:
-    """Whether it leads to a file; a name that is too long, or one in a folder that may not be entered, does not."""
+    """Return True if it leads to a file; False for a name that is too long, or in a folder that may not be entered."""
     return _holds(path.is_file)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it leads to a folder; as for ``is_file``."""
+    """Return True if it leads to a folder; as for ``is_file``."""
     return _holds(path.is_dir)
 
 
@@ -101,7 +101,7 @@ class Asked:
 
     @property
     def where(self) -> str:
-        """How an error names the line."""
+        """Return the name of the line in an error."""
         return self.fields.where
 
 

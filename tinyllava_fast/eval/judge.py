@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.errors import DataError, UserError, writing
 from tinyllava_fast.fields import Fields, decode, read_jsonl
@@ -52,7 +51,7 @@ class Endpoint:
 
     def complete(self, message: str, temperature: float) -> tuple[str, str]:
         """(reply, the model's name as the server gives it) to one user message. Raises JudgeError."""
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": self.model,
             "temperature": temperature,
             "messages": [{"role": "user", "content": message}],
@@ -78,7 +77,7 @@ class Endpoint:
                 reason = f"the reply is no chat completion ({error})"
         raise JudgeError(f"judge {self.base_url}: no reply after {self.attempts} attempts; the last: {reason}")
 
-    def _send(self, body: dict[str, Any]) -> tuple[str, str]:
+    def _send(self, body: dict[str, object]) -> tuple[str, str]:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -186,7 +185,7 @@ def _grade(record: Fields) -> Grade:
 
 
 def grade_key(endpoint: Endpoint, message: str, run: int) -> str:
-    """What a grade depends on: the judge, the message and the number of the run."""
+    """Return a digest of all that a grade depends on: the judge, the message and the number of the run."""
     return hashlib.sha256(f"{endpoint.model}\0{run}\0{message}".encode()).hexdigest()[:32]
 
 

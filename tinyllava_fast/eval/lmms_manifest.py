@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 
-def manifest() -> Any:
-    """What lmms-eval 0.7 registers: the id ``tinyllava_fast`` and where its class is."""
+def manifest() -> ModelManifest:
+    """Return the entry that lmms-eval 0.7 registers: the id ``tinyllava_fast`` and the place of its class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

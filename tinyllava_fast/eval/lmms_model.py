@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -46,9 +46,9 @@ class TinyLLaVAFast(lmms):
         device: str = "auto",
         batch_tokens: int = 16384,
         threads: int | None = None,
-        batch_size: Any = None,
-        max_batch_size: Any = None,
-        **unknown: Any,
+        batch_size: object = None,
+        max_batch_size: object = None,
+        **unknown: object,
     ) -> None:
         super().__init__()
         if unknown:
@@ -68,7 +68,7 @@ class TinyLLaVAFast(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; lmms-eval gathers counts there."""
+        """The model's device; lmms-eval gathers counts there."""
         return next(self.assistant.engine.lmm.parameters()).device
 
     @property
@@ -94,7 +94,7 @@ class TinyLLaVAFast(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding gives it; the options of a question share
         its prompt."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[tuple[object, ...], list[int]] = {}
         for number, request in enumerate(requests):
             context, _, _, doc_id, task, split = request.args
             groups.setdefault((context, doc_id, task, split), []).append(number)
@@ -120,19 +120,34 @@ class TinyLLaVAFast(lmms):
         _, target, _, doc_id, task, split = request.args
         return target if isinstance(target, str) else str(target(self.task_dict[task][split][doc_id]))
 
-    def _opener(self, visual: Callable[[Any], Any], doc_id: Any, task: str, split: str) -> Callable[[], Images]:
+    def _opener(self, visual: Callable[[object], Visuals], doc_id: int, task: str, split: str) -> Callable[[], Images]:
         return lambda: _images(visual(self.task_dict[task][split][doc_id]), task)
 
 
 Images = tuple[Image.Image, ...]
+Visuals = Iterable[object] | None  # what a task gives for its images, None among them where one is missing
 
 
-def _images(visuals: Any, task: str) -> Images:
-    found = tuple(one for one in (visuals or ()) if one is not None)
-    for one in found:
-        if not isinstance(one, Image.Image):
+class GenerationOptions(TypedDict, total=False):
+    """A task's generation_kwargs, as far as they are used here; null stands for lmms-eval's default."""
+
+    num_beams: int | None
+    do_sample: bool
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    max_new_tokens: int | None
+    until: str | Sequence[str] | None
+
+
+def _images(visuals: Visuals, task: str) -> Images:
+    found = []
+    for one in visuals or ():
+        if isinstance(one, Image.Image):
+            found.append(one)
+        elif one is not None:
             raise UserError(f"task {task}: {type(one).__name__} is no image; tinyllava_fast takes images only")
-    return found
+    return tuple(found)
 
 
 def _by_images(prompts: Sequence[tuple[str, Callable[[], Images]]], reading: PictureReading) -> Iterator[Request]:
@@ -165,7 +180,7 @@ def _request(text: str, images: Images, id: str) -> Request:
     return Request.ask(text, images[0] if images else None, id=id)
 
 
-def _sampling(options: dict[str, Any], task: str) -> Sampling:
+def _sampling(options: GenerationOptions, task: str) -> Sampling:
     """lmms-eval's generation_kwargs. UserError for what the engine doesn't do, rather than another result."""
     if (options.get("num_beams") or 1) > 1:
         raise UserError(f"task {task}: num_beams={options['num_beams']}; tinyllava_fast decodes without beams")

@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, and the digest of the model's files."""
+"""The conditions of a measurement: machine, versions, and the digest of the model's files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.eval.files import is_folder
+from tinyllava_fast.eval.types import Machine
 from tinyllava_fast.files import TMP
 from tinyllava_fast.hardware import cores, processor, total_memory_bytes
 
@@ -26,9 +26,9 @@ PLACES = re.compile(r"(?!_).*name_or_path2?|mm_vision_tower")
 """Fields of a config that say where a part of the model lies. _name_or_path only says where it came from."""
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, accelerator and operating system."""
-    facts: dict[str, Any] = {
+def machine() -> Machine:
+    """Return processor, cores, memory, accelerator and operating system."""
+    facts: Machine = {
         "processor": processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     found = {}
     for name in PACKAGES:
         try:
@@ -93,7 +93,7 @@ def plugins_digest(names: Iterable[str]) -> str:
 
 
 def _files_of(root: Path) -> list[Path]:
-    """The files of a folder and of the folders in it that hold weights."""
+    """Return the files of a folder and of the folders in it that hold weights."""
     files = sorted(p for p in root.iterdir() if p.is_file())
     for part in sorted(p for p in root.iterdir() if p.is_dir()):
         inner = sorted(p for p in part.iterdir() if p.is_file())
@@ -102,7 +102,7 @@ def _files_of(root: Path) -> list[Path]:
 
 
 def _named_elsewhere(root: Path) -> list[Path]:
-    """Files of the folders that a model's configs name as the place of its parts, and theirs as of parts of parts."""
+    """Return the files of the folders that a model's configs name as places of its parts, and so on for those parts."""
     seen, new, files = {root.resolve()}, [root], []
     while new:
         for place in sorted({path for name in _names_in(new.pop()) if is_folder(path := Path(name))}):
@@ -114,7 +114,7 @@ def _named_elsewhere(root: Path) -> list[Path]:
 
 
 def _names_in(folder: Path) -> Iterator[str]:
-    """What the configs of a folder name as the place of a part, at any depth."""
+    """Yield the places of parts that the configs of a folder name, at any depth."""
     for config in ("config.json", "adapter_config.json"):
         try:
             values = [json.loads((folder / config).read_text(encoding="utf-8"))]

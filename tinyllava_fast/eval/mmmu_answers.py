@@ -73,7 +73,7 @@ def normalize(text: str) -> list[Value]:
 
 
 def open_is_right(values: Sequence[Value], truth: str | Sequence[str]) -> bool:
-    """Whether any candidate contains a true text or equals a true number."""
+    """Return True if any candidate contains a true text or equals a true number."""
     truths = [value for text in ([truth] if isinstance(truth, str) else truth) for value in normalize(text)]
     texts = [t for t in truths if isinstance(t, str)]
     return any(any(t in value for t in texts) if isinstance(value, str) else value in truths for value in values)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.answers import asked
@@ -35,7 +35,7 @@ def write_llava_answers(
             if q.key not in answers:
                 continue
             digest = hashlib.sha256(f"{experiment}\0{q.key}\0{answers[q.key]}".encode()).hexdigest()[:22]
-            record: dict[str, Any] = {
+            record: dict[str, object] = {
                 "question_id": q.id,
                 "prompt": benchmark.recorded_prompt(q),
                 "text": answers[q.key],

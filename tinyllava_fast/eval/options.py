@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from tinyllava_fast.config.load import parse_into
 from tinyllava_fast.config.values import read_value
@@ -30,7 +30,7 @@ def build(names: Sequence[str], options: Sequence[str] = ()) -> list[Benchmark]:
 
     Raises UserError for an option of a benchmark that is not chosen, an unknown option, or a value of another type.
     """
-    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    values: dict[str, dict[str, object]] = {name: {} for name in names}
     for option in options:
         path, equals, text = option.partition("=")
         name, dot, field = path.partition(".")
@@ -49,17 +49,17 @@ def build(names: Sequence[str], options: Sequence[str] = ()) -> list[Benchmark]:
     return [_build(name, values[name]) for name in names]
 
 
-def describe(benchmark: Benchmark) -> dict[str, Any]:
+def describe(benchmark: Benchmark) -> dict[str, object]:
     """The settings of a benchmark as JSON-able values."""
     return dataclasses.asdict(benchmark.options)
 
 
-def _build(name: str, values: dict[str, Any]) -> Benchmark:
+def _build(name: str, values: dict[str, object]) -> Benchmark:
     benchmark = BENCHMARKS.get(name)
     return benchmark(parse_into(benchmark.Options, values, "--option", key=name))
 
 
-def _value(text: str, hint: Any, where: str, key: str) -> Any:
+def _value(text: str, hint: object, where: str, key: str) -> object:
     """The text as the type of the option says; a number may be written in any way that a YAML takes."""
     switch = bool in (hint, *get_args(hint)) and text in ("true", "false")
     return read_value(hint, text == "true" if switch else text, where, key)

@@ -36,20 +36,20 @@ _LETTER_FORMS = (
 
 
 def key_of(text: str) -> str:
-    """What two texts have in common if they say the same; of a text that normalization empties, the text itself."""
+    """Return a key that is equal for texts that say the same; of a text that normalization empties, the text itself."""
     text = _typed(text)
     plain = text.strip().casefold()
     return normalize_m4c(text) or plain.strip(_AROUND) or plain
 
 
 def equal(said: str, truth: str) -> bool:
-    """Whether a reply is the true answer, but for case, articles and punctuation other than a number's sign."""
+    """Return True if a reply is the true answer, but for case, articles and punctuation; a number's sign counts."""
     signs = {bool(_NEGATIVE.match(_typed(text))) for text in (said, truth)}
     return key_of(said) == key_of(truth) and len(signs) == 1
 
 
 def contains(said: str, truth: str) -> bool:
-    """Whether the true answer stands in a reply as whole words; one that normalization empties, as it is written.
+    """Return True if the true answer stands in a reply as whole words; one that normalization empties, as written.
 
     In scripts that put no space between words it may stand anywhere.
     """

@@ -28,7 +28,7 @@ _TRIES = 3
 
 
 class Stamp(NamedTuple):
-    """What changes when a file does. ctime cannot be set by a program, so a restored mtime does not hide a change."""
+    """Return values that change with a file. No program can set ctime, so a restored mtime hides no change."""
 
     size: int
     mtime_ns: int
@@ -123,7 +123,7 @@ def _digest(path: Path) -> tuple[Stamp | None, str, bool]:
 
 
 def _kept(folder: Path) -> Iterator[tuple[tuple[str, Stamp], str]]:
-    """What earlier sessions and other ranks have kept; a line that is no entry costs one more reading of its file."""
+    """Return the entries of earlier sessions and other ranks; a line that is none costs one more look at its file."""
     for path in sorted(folder.glob("pictures*.jsonl")):
         with suppress(OSError):
             for line in path.read_bytes().splitlines():

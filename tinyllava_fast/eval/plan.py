@@ -1,4 +1,4 @@
-"""What an evaluation will ask, checked before a model loads: files, records, images."""
+"""The questions of an evaluation, checked before a model loads: files, records, images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Plan:
         return self.benchmark.counts(self.files, self.everything)
 
     def report(self) -> str:
-        """What --dry-run prints: files, counts, the first prompt."""
+        """Return the text of --dry-run: files, counts, the first prompt."""
         lines = [f"{self.benchmark.title} ({self.name})"]
         lines += [f"  {what}: {path}" for what, path in self.files.items()]
         lines += [f"  {count}" for count in self.counts] or [f"  questions: {len(self.everything):,}"]

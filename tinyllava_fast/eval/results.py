@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json (the same for the same answers), verdicts.jsonl, official files."""
+"""The files of an evaluation: results.json (the same for the same answers), verdicts.jsonl, official files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from tinyllava_fast.errors import DataError, UserError, writing
 from tinyllava_fast.eval.answers import line_of
@@ -16,6 +16,7 @@ from tinyllava_fast.eval.benchmarks.base import Metric, Score
 from tinyllava_fast.eval.files import is_file
 from tinyllava_fast.eval.official import write_llava_answers
 from tinyllava_fast.eval.plan import Plan
+from tinyllava_fast.eval.types import AnswerRecord, Facts, MetricRow, PublishedRow, Results, Timings, Verdict
 from tinyllava_fast.fields import Fields, is_text, read_jsonl, read_object
 from tinyllava_fast.files import atomic_file
 from tinyllava_fast.infer.finish import CONTEXT, REFUSED, TOO_LONG, UNREADABLE
@@ -27,17 +28,15 @@ VERDICTS = "verdicts.jsonl"
 OFFICIAL = "official"
 SUMMARIZED = ("questions", "limit", "counts", "published", "config_hash", "notes")
 
-Record = Mapping[str, Any]
-
 
 def conclude(
     plan: Plan,
-    records: Mapping[str, Record],
-    facts: Mapping[str, Any],
+    records: Mapping[str, AnswerRecord],
+    facts: Facts,
     folder: Path,
     experiment: str,
     shown: Callable[[Path], str] | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Grade, score and write everything but run.json into folder; returns the content of results.json.
 
     records: question key -> {"answer", "finish", ...}, as an AnswerLog holds them. facts: what
@@ -60,14 +59,14 @@ def conclude(
     return results
 
 
-def score_only(plan: Plan, records: Mapping[str, Record], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The score of answers without writing anything; a judge is not asked."""
+def score_only(plan: Plan, records: Mapping[str, AnswerRecord], facts: Facts) -> Results:
+    """Return the score of answers without writing anything; a judge is not asked."""
     answers = {key: record["answer"] for key, record in records.items()}
     return describe(plan, records, plan.benchmark.score(plan.questions, answers), facts)
 
 
-def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of results.json: nothing in it depends on when or in which order questions were answered."""
+def describe(plan: Plan, records: Mapping[str, AnswerRecord], score: Score, facts: Facts) -> Results:
+    """Return the content of results.json, which does not depend on the time or the order of the answers."""
     answered = [(q, records[q.key]) for q in plan.questions if q.key in records]
     unreadable = [q for q, r in answered if r.get("finish") == UNREADABLE]
     ended = Counter(r.get("finish") for _, r in answered)
@@ -83,13 +82,13 @@ def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Map
         **score.counts,
     }
     identity = {**{k: v for k, v in facts.items() if k not in ("model", "versions")}, "limit": plan.limit}
-    return {
+    results: Results = {
         "benchmark": plan.name,
         "title": plan.benchmark.title,
         "questions": len(plan.questions),
         "headline": score.headline,
-        "metrics": [asdict(m) for m in score.metrics],
-        "tables": {title: [asdict(m) for m in rows] for title, rows in score.tables.items()},
+        "metrics": [_row(m) for m in score.metrics],
+        "tables": {title: [_row(m) for m in rows] for title, rows in score.tables.items()},
         "counts": counts,
         "notes": list(score.notes),
         "unreadable_images": sorted({str(image) for q in unreadable for image in q.images}),
@@ -100,11 +99,16 @@ def describe(plan: Plan, records: Mapping[str, Record], score: Score, facts: Map
         "limit": plan.limit,
         "config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
     }
+    return results
 
 
-def summarize(output: Path, digest: str) -> dict[str, Any]:
+def _row(metric: Metric) -> MetricRow:
+    return cast(MetricRow, asdict(metric))
+
+
+def summarize(output: Path, digest: str) -> dict[str, object]:
     """Write output/results.json: the headline of every benchmark in it that this model (by digest) has finished."""
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, object]] = {}
     for path in sorted(output.glob(f"*/{RESULTS}")):
         try:
             results = read_object(path)
@@ -112,12 +116,12 @@ def summarize(output: Path, digest: str) -> dict[str, Any]:
                 found[results.text("benchmark")] = _summary(results)
         except DataError as error:
             log.warning("%s; it is left out of %s", error, output / RESULTS)
-    summary = {"model_digest": digest, "benchmarks": found}
+    summary: dict[str, object] = {"model_digest": digest, "benchmarks": found}
     write_json(output / RESULTS, summary)
     return summary
 
 
-def _summary(results: Fields) -> dict[str, Any]:
+def _summary(results: Fields) -> dict[str, object]:
     missing = [key for key in SUMMARIZED if key not in results.values]
     if missing:
         raise DataError(f"{results.where}: no field {missing[0]!r}; evaluate this benchmark again")
@@ -130,23 +134,23 @@ def _summary(results: Fields) -> dict[str, Any]:
     }
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a folder, with the content of run.json under "run". UserError if there is none, or it is damaged.
+def read_results(folder: Path) -> Results:
+    """Return results.json of a folder, run.json under "run". UserError if there is none, or it is damaged.
 
     run.json says how long it took and on what; a damaged one may be removed, and the next tlf-eval writes it again.
     """
     path = folder / RESULTS
     if not is_file(path):
         raise UserError(f"{folder}: no {RESULTS}; run tlf-eval first")
-    results = dict(read_object(path).values)
+    results = cast(Results, dict(read_object(path).values))
     run = folder / RUN
     if is_file(run):
-        results["run"] = dict(read_object(run).values)
+        results["run"] = cast(Timings, dict(read_object(run).values))
     return results
 
 
-def read_verdicts(folder: Path) -> list[dict[str, Any]]:
-    """One object a question, in file order: key, id, category, prompt, images, pictures, truth, answer, credit, finish.
+def read_verdicts(folder: Path) -> list[Verdict]:
+    """Return one verdict a question, in file order.
 
     Fields that older versions did not write may be missing, but for key, images and credit. Raises UserError if there
     is no such file, DataError, naming the line, for a field of another kind.
@@ -157,7 +161,7 @@ def read_verdicts(folder: Path) -> list[dict[str, Any]]:
     return [_verdict(record) for _, record in read_jsonl(path)]
 
 
-def _verdict(record: Fields) -> dict[str, Any]:
+def _verdict(record: Fields) -> Verdict:
     record.text("key", empty=True)
     for name in ("category", "prompt", "truth", "answer", "finish"):
         record.text(name, None, empty=True)
@@ -168,10 +172,10 @@ def _verdict(record: Fields) -> dict[str, Any]:
     if "credit" not in record.values:
         raise DataError(f"{record.where}: no field 'credit'; evaluate again")
     record.number("credit", None, least=0)
-    return dict(record.values)
+    return cast(Verdict, dict(record.values))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it. UserError if it cannot be."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if not is_text(text):
@@ -179,8 +183,8 @@ def write_json(path: Path, value: Any) -> None:
     _replace(path, [text + "\n"])
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """Scores as plain text, for a terminal or a pipe: every metric of every benchmark, then the published rows."""
+def table(results: Iterable[Results]) -> str:
+    """Return scores as plain text, for a terminal or a pipe: metrics of each benchmark, then the published rows."""
     lines = [f"{'benchmark':<12}{'metric':<18}{'score':>18}{'questions':>11}"]
     rows: list[str] = []
     for r in results:
@@ -205,11 +209,13 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(["", "published (this model minus it)"] if rows else []), *rows])
 
 
-def _published(plan: Plan, score: Score) -> list[dict[str, Any]]:
+def _published(plan: Plan, score: Score) -> list[PublishedRow]:
     ours = {m.name: m for m in score.metrics}
     return [
         {
-            **asdict(row),
+            "model": row.model,
+            "value": row.value,
+            "metric": row.metric,
             "difference": ours[row.metric].value - row.value if row.metric in ours else None,
             "digits": ours[row.metric].digits if row.metric in ours else 1,
         }
@@ -218,12 +224,12 @@ def _published(plan: Plan, score: Score) -> list[dict[str, Any]]:
 
 
 def _write_verdicts(
-    plan: Plan, records: Mapping[str, Record], score: Score, path: Path, shown: Callable[[Path], str] | None
+    plan: Plan, records: Mapping[str, AnswerRecord], score: Score, path: Path, shown: Callable[[Path], str] | None
 ) -> None:
     def verdicts() -> Iterator[str]:
         for q in plan.questions:
-            record = records.get(q.key, {})
-            verdict = {
+            record: AnswerRecord = records.get(q.key, {})
+            verdict: Verdict = {
                 "key": q.key,
                 "id": q.id,
                 "category": q.category,

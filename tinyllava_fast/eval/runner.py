@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -27,11 +27,15 @@ from tinyllava_fast.eval.progress import progress
 from tinyllava_fast.eval.ranks import Ranks
 from tinyllava_fast.eval.results import RUN, conclude, read_results, summarize, write_json
 from tinyllava_fast.eval.statistics import histogram
+from tinyllava_fast.eval.types import Facts, Results, Timings
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.infer.finish import UNREADABLE
 from tinyllava_fast.infer.types import Answer, Request, Sampling
 from tinyllava_fast.log import log
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 ROUNDS = 3  # how often a question is asked whose pictures change meanwhile
 SHOWN = 5  # of the questions that were scored as empty answers, in the log
@@ -53,7 +57,7 @@ def evaluate(
     batch_tokens: int = 16384,
     threads: int = 2,
     plugins: Sequence[str] = (),
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Results]:
     """Evaluate a model folder; benchmark name -> the content of output/<name>/results.json, run.json under "run".
 
     data: the folder of all benchmarks, or of the only one. options: "textvqa.ocr=false", ... blind: every image is
@@ -73,14 +77,21 @@ def evaluate(
     folder = Path(output) if output is not None else default_output(model, blind)
     digest = model_digest(model, besides=folder)
     lazy = _Model(
-        model, dtype=dtype, device=ranks.device(device), weights=weights, batch_tokens=batch_tokens, threads=threads
+        lambda: Assistant.from_pretrained(
+            model,
+            dtype=dtype,
+            device=ranks.device(device),
+            weights=weights,
+            batch_tokens=batch_tokens,
+            threads=threads,
+        )
     )
-    facts = {"model": str(model), "model_digest": digest, "dtype": dtype or "as saved", "blind": blind}
+    facts: Facts = {"model": str(model), "model_digest": digest, "dtype": dtype or "as saved", "blind": blind}
     if weights:
         facts["weights"] = weights
     if plugins:
         facts["plugins"] = plugins_digest(plugins)
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Results] = {}
     if ranks.world == 1:
         for plan in plans:
             results[plan.name] = _Evaluation(plan, lazy, facts, folder, ranks).run()
@@ -97,12 +108,12 @@ def evaluate(
 
 
 def default_output(model: str | Path, blind: bool) -> Path:
-    """Where results go by default: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind."""
+    """Return the default folder of results: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind."""
     return Path(model).resolve().parent / ("eval" + "-blind" * blind)
 
 
-def blank_image(processor: Any, size: int) -> Image.Image:
-    """An image of the processor's mean colour: all zeros once normalized."""
+def blank_image(processor: BaseImageProcessor, size: int) -> Image.Image:
+    """Return an image of the processor's mean colour: all zeros once normalized."""
     mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
     return Image.new("RGB", (size, size), tuple(int(255 * m) for m in mean))
 
@@ -110,20 +121,19 @@ def blank_image(processor: Any, size: int) -> Image.Image:
 class _Model:
     """A model folder that is opened when it is first needed: a finished evaluation is scored without it."""
 
-    def __init__(self, path: str | Path, **options: Any) -> None:
-        self.path = path
+    def __init__(self, open_: Callable[[], Assistant]) -> None:
         self.loaded = False
-        self._options = options
+        self._open = open_
 
     @cached_property
     def assistant(self) -> Assistant:
         """The opened model."""
         self.loaded = True
-        return Assistant.from_pretrained(self.path, **self._options)
+        return self._open()
 
     @cached_property
     def blank(self) -> Image.Image:
-        """What --blind shows in place of every image."""
+        """The image that --blind shows in place of each."""
         engine = self.assistant.engine
         return blank_image(engine.processor, engine.lmm.image_size)
 
@@ -131,23 +141,24 @@ class _Model:
 class _Evaluation:
     """One benchmark on one model."""
 
-    def __init__(self, plan: Plan, model: _Model, facts: dict[str, Any], output: Path, ranks: Ranks) -> None:
+    def __init__(self, plan: Plan, model: _Model, facts: Facts, output: Path, ranks: Ranks) -> None:
         self.plan = plan
         self.model = model
         self.ranks = ranks
         self.folder = output / plan.name
-        self.facts = {
+        self.facts: Facts = {
             **facts,
             "options": settings(plan.benchmark),
             "max_new_tokens": plan.benchmark.max_new_tokens,
         }
+        self.blind = facts["blind"]
         self.mine = self.ranks.share(plan.questions)
         self.pictures = Pictures(self.folder, ranks.rank)
         self.answers = self._answers_to(self.mine)
         self._reopen()
         self._known = len(self.answers.records)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Results:
         """Answer what is open, then score."""
         self.answer()
         return self.conclude()
@@ -174,12 +185,12 @@ class _Evaluation:
         self.answers = self._answers_to(self.plan.questions)
         return self
 
-    def conclude(self) -> dict[str, Any]:
+    def conclude(self) -> Results:
         """Score the answers of all ranks and write the results."""
         if open_ := self._open(self.plan.questions):
             raise UserError(f"{self.folder}: {len(open_):,} questions are not answered yet; run the same command again")
-        facts = {**self.facts, "versions": versions()}
-        shown = None if self.facts["blind"] else self.pictures.digest
+        facts: Facts = {**self.facts, "versions": versions()}
+        shown = None if self.blind else self.pictures.digest
         self._say_replaced()
         results = conclude(self.plan, self.answers.records, facts, self.folder, _experiment(self.facts), shown)
         if len(self.answers.records) > self._known or not (self.folder / RUN).exists():
@@ -192,7 +203,7 @@ class _Evaluation:
         said = (
             "answers written" if headline is None else f"{headline['name']} {headline['value']:.{headline['digits']}f}"
         )
-        log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.facts["blind"], said, results["questions"])
+        log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.blind, said, results["questions"])
         return read_results(self.folder)
 
     def _say_replaced(self) -> None:
@@ -211,16 +222,16 @@ class _Evaluation:
         # Where the model lies is no part of what it is; options that matter to an answer are seen in its prompt and
         # pictures, and the others (a judge, a seed of the score) must not cost the answers.
         run = {key: value for key, value in self.facts.items() if key not in ("model", "options")}
-        if not self.facts["blind"]:
+        if not self.blind:
             self.pictures.look(image for q in questions for image in q.images)
         asked = {q.key: self._asked(q) for q in questions}
         return AnswerLog(self.folder, {"benchmark": self.plan.name, **run}, asked, self.ranks.rank)
 
     def _asked(self, q: Question) -> str:
-        return asked(q, ["blank" if self.facts["blind"] else self.pictures.digest(image) for image in q.images])
+        return asked(q, ["blank" if self.blind else self.pictures.digest(image) for image in q.images])
 
     def _look_again(self) -> None:
-        """Pictures were changed while they were asked about: all that was asked about them before is open again."""
+        """Reopen the questions about pictures that were changed while they were asked about."""
         self.pictures.look(image for q in self.mine for image in q.images)
         for q in self.mine:
             if (now := self._asked(q)) != self.answers.asked[q.key]:
@@ -280,7 +291,7 @@ class _Evaluation:
             raise UserError(f"{self.plan.name}: {error}") from error
 
     def _request(self, q: Question) -> Request:
-        images: list[Any] = [self.model.blank for _ in q.images] if self.facts["blind"] else list(q.images)
+        images: list[Image.Image | Path] = [self.model.blank for _ in q.images] if self.blind else list(q.images)
         shown = (images[0] if len(images) == 1 else images) if images else None
         return Request.ask(
             q.prompt, shown, sampling=Sampling(max_new_tokens=self.plan.benchmark.max_new_tokens), id=q.key
@@ -289,26 +300,26 @@ class _Evaluation:
     def _add(self, answer: Answer, twins: Sequence[Question], latency: float | None) -> None:
         """Record an answer, unless its pictures are no longer those that were looked at."""
         first, *rest = twins
-        if not self.facts["blind"] and (changed := self.pictures.changed(first.images)):
+        if not self.blind and (changed := self.pictures.changed(first.images)):
             log.warning("%s: %s was changed while it was asked about; asking again", self.plan.name, changed[0])
             return
-        why = {} if answer.finish == UNREADABLE else {"why": answer.why}
+        why = "" if answer.finish == UNREADABLE else answer.why
         self.answers.add(
-            first.key, answer.text, finish=answer.finish, tokens=len(answer.tokens), latency=latency, **why
+            first.key, answer.text, finish=answer.finish, tokens=len(answer.tokens), latency=latency, why=why
         )
         for twin in rest:
             self._copy(first, twin)
 
     def _copy(self, source: Question, twin: Question) -> None:
         """Record the answer to the same prompt about the same pictures."""
-        if not self.facts["blind"] and self.pictures.changed(twin.images):
+        if not self.blind and self.pictures.changed(twin.images):
             return
         record = self.answers.records[source.key]
         why = record.get("why", "").replace(repr(source.key), repr(twin.key))
         self.answers.add(twin.key, record["answer"], finish=record["finish"], tokens=record["tokens"], why=why)
 
-    def _timings(self) -> dict[str, Any]:
-        """How long it took and on what. Counters are of this process, over all benchmarks so far."""
+    def _timings(self) -> Timings:
+        """Return the times and the machine. Counters are of this process, over all benchmarks so far."""
         seconds, records = self.answers.seconds, self.answers.records
         engine = self.model.assistant.engine if self.model.loaded else None
         return {
@@ -324,15 +335,15 @@ class _Evaluation:
         }
 
 
-def _experiment(facts: dict[str, Any]) -> str:
-    """The name that official files carry: the model folder's, with its run's where it is called final."""
+def _experiment(facts: Facts) -> str:
+    """Return the name that official files carry: the model folder's, with its run's where it is called final."""
     path = Path(facts["model"]).resolve()
     name = f"{path.parent.name}-{path.name}" if path.name == "final" else path.name
     return experiment_name(name) + "-blind" * facts["blind"]
 
 
 def _unreadable(images: Iterable[Path]) -> set[Path]:
-    """The images that cannot be decoded."""
+    """Return the images that cannot be decoded."""
 
     def bad(image: Path) -> bool:
         with suppress(DataError):

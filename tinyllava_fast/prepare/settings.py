@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -21,6 +21,9 @@ from tinyllava_fast.models.build import build_tokenizer
 from tinyllava_fast.models.checkpoints._parts import fitting_template
 from tinyllava_fast.prepare.survey import ANSWER, Lengths, Pictures, lengths, pictures
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SAMPLES_A_STEP = 32
 STEPS = 1500
 MOST_EPOCHS = 60
@@ -31,12 +34,12 @@ LARGE = 64  # from this side on patches are 16 pixels wide, below 8 or 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written: the run configuration, the tokenizer's folder (None with a pretrained language model)."""
+    """The files written: the run configuration, the tokenizer's folder (None with a pretrained language model)."""
 
     config: Path
     tokenizer: Path | None
     facts: str
-    """What was found in the data, in one line."""
+    """A summary of the data in one line."""
     turns: int
     """The most questions that one record has."""
 
@@ -60,7 +63,7 @@ def prepare(
             raise UserError(f"{path}: exists; choose another name or remove it")
     seen = pictures(records, images)
     side, patch = geometry(seen.side if seen else LARGE)
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     if llm is None:
         tokenizer, name = train_tokenizer(texts_of([records]), vocabulary), "llama"
     else:
@@ -80,14 +83,14 @@ def prepare(
 
 
 def template_text() -> str:
-    """The text of configs/mine.yaml, which lies inside the installed package or beside it in a clone."""
+    """Return the text of configs/mine.yaml, which lies inside the installed package or beside it in a clone."""
     package = Path(__file__).parents[1]
     places = [package / "configs" / "mine.yaml", package.parent / "configs" / "mine.yaml"]
     return next(path for path in places if path.is_file()).read_text(encoding="utf-8")
 
 
 def geometry(side: int) -> tuple[int, int]:
-    """(image size, patch size) for images of this longer side: 4 x 4 patches at least, an even number a side.
+    """Return (image size, patch size) for images of this longer side: at least 4 x 4 patches, an even number a side.
 
     >>> geometry(16), geometry(64), geometry(1000)
     ((32, 4), (64, 8), (224, 16))
@@ -97,8 +100,8 @@ def geometry(side: int) -> tuple[int, int]:
     return max(8 * patch, unit * math.ceil(min(side, LARGEST_SIDE) / unit)), patch
 
 
-def filled(text: str, values: Mapping[str, Any]) -> str:
-    """The YAML text with the values of some keys replaced; every key must stand in it exactly once.
+def filled(text: str, values: Mapping[str, object]) -> str:
+    """Return the YAML text with the values of some keys replaced; every key must stand in it exactly once.
 
     A key may be the last part of a line's mapping, as in ``batch``; values are written as JSON, which YAML reads.
     """
@@ -111,14 +114,14 @@ def filled(text: str, values: Mapping[str, Any]) -> str:
 
 
 def headed(text: str, facts: str) -> str:
-    """The YAML text with a head that says what it was made from, in place of the comment that it begins with."""
+    """Return the YAML text with a head that names its data, in place of the comment that it begins with."""
     body = text[text.index("output_dir:") :]
     head = f"# Written by tlf-data init: {facts}.\n# What was chosen from the data is marked; change what you like.\n"
     return head + body
 
 
 def with_language_model(text: str, llm: str) -> str:
-    """The same run with a pretrained language model: lower learning rate, no settings of a model from scratch."""
+    """Return the run with a pretrained language model: lower learning rate, no settings of a model from scratch."""
     start, end = text.index("  llm:\n"), text.index("stages:\n")
     text = text[:start] + f"  llm: {{path: {json.dumps(llm)}}}\n" + text[end:]
     return filled(
@@ -143,7 +146,7 @@ def _values(
     patch: int,
     measured: Lengths,
     template: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     most = max(1, measured.images)
     tokens = max(measured.longest, min(MOST_TOKENS, math.ceil(measured.mean * SAMPLES_A_STEP)))
     a_step = max(1, min(SAMPLES_A_STEP, int(tokens / measured.mean)))
@@ -167,8 +170,8 @@ def _values(
     return values | ({"image_mean": list(seen.mean), "image_std": list(seen.std)} if seen else {})
 
 
-def _template(tokenizer: Any, llm: str) -> str:
-    """The chat template that fits a pretrained language model's tokenizer."""
+def _template(tokenizer: PreTrainedTokenizerBase, llm: str) -> str:
+    """Return the chat template that fits a pretrained language model's tokenizer."""
     if tokenizer.chat_template:
         return "tokenizer"
     if name := fitting_template(tokenizer, ""):
@@ -179,8 +182,8 @@ def _template(tokenizer: Any, llm: str) -> str:
     )
 
 
-def _flow(value: Any) -> str:
-    """A value in YAML's flow style, without quotes where none are needed."""
+def _flow(value: object) -> str:
+    """Return a value in YAML's flow style, without quotes where none are needed."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str) and re.fullmatch(r"[\w/.+-]+", value) and yaml.safe_load(value) == value:

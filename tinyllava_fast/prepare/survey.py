@@ -1,4 +1,4 @@
-"""What a data set looks like: how many records, how long, how large its images are and which colours they have."""
+"""Survey a data set: the number and length of its records, the size and colours of its images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOOKED_AT = 500  # images that are opened, spread evenly over the data set
 ANSWER = 128  # tokens of room for an answer that is longer than those in the data
@@ -76,7 +79,7 @@ def pictures(records: str | Path, folder: str | Path) -> Pictures | None:
     return Pictures(len(paths), round(median(sides)), _three(mean), _three(std))
 
 
-def lengths(records: str | Path, template: Template, tokenizer: Any, rows: int) -> Lengths:
+def lengths(records: str | Path, template: Template, tokenizer: PreTrainedTokenizerBase, rows: int) -> Lengths:
     """Measure every sample in tokens. rows: tokens that an image takes.
 
     Raises DataError as ``read_records`` does, and for a conversation that the template cannot show.
@@ -91,9 +94,9 @@ def lengths(records: str | Path, template: Template, tokenizer: Any, rows: int) 
 
 
 def _measured(
-    file: str | Path, part: Sequence[Record], template: Template, tokenizer: Any
+    file: str | Path, part: Sequence[Record], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> Iterable[tuple[int, int]]:
-    """(ids, image markers among them) of each record. DataError for one that training would refuse."""
+    """Yield (ids, image markers among them) of each record. DataError for one that training would refuse."""
     for record in part:
         listed = len(record.images) if record.interleaved else None
         if problem := template.problem(record.turns, bool(record.images), listed):
@@ -104,7 +107,7 @@ def _measured(
 
 
 def _advice(path: str, folder: Path) -> str:
-    """What to do about an image that is not in the folder."""
+    """Return the remedy for an image that is not in the folder."""
     if not folder.is_dir():
         return "there is no such folder" if not folder.exists() else "that is no folder"
     if is_url(path):

@@ -10,20 +10,21 @@ A template is one file in this folder; the registry finds it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-from tokenizers import Encoding
-
-from tinyllava_fast.data.templates._pieces import Offsets, added_ids, encode_pieces, named_errors
+from tinyllava_fast.data.templates._pieces import Encoded, Rendered, added_ids, encode_texts, named_errors
 from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import shown
 from tinyllava_fast.log import log
 from tinyllava_fast.registry import Registry
 
-Message = Mapping[str, Any]  # {"from": "human" | "gpt", "value": str | None}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str | None]  # {"from": "human" | "gpt", "value": str | None}
 Turns = Sequence[tuple[str, "str | None"]]  # (question, answer); answer None: to be generated
 Conversation = Sequence[Message] | Turns
 TurnMode = Literal["conversation", "independent"]
@@ -46,10 +47,10 @@ class Segment:
     on_prefix: bool = False
     """It also sees the first segment of its sample, and its positions go on from there."""
     images: tuple[int, ...] = ()
-    """Which of the record's images each marker stands for; empty: all for its only one."""
+    """Number of the record's image that each marker stands for; empty: all for its only one."""
 
     def labels(self) -> list[int]:
-        """One label a token, not shifted: the id where supervised, -100 elsewhere and at images."""
+        """Return one label a token, not shifted: the id where supervised, -100 elsewhere and at images."""
         labels = [IGNORE_INDEX] * len(self.ids)
         for start, stop in self.spans:
             labels[start:stop] = [IGNORE_INDEX if i == IMAGE_INDEX else i for i in self.ids[start:stop]]
@@ -65,14 +66,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """Prompt text with literal ``<image>`` and the character ranges that are supervised."""
-
-    text: str
-    spans: list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
 class _Unit:
     """Turns that are rendered together, and the image of each marker (see Segment.images) where a record lists them."""
 
@@ -84,14 +77,14 @@ class _Unit:
 
 
 def turns_of(conversation: Conversation) -> list[tuple[str, str | None]]:
-    """Messages as (question, answer) pairs by position, a leading answer left out. DataError if they do not pair up."""
+    """Return messages as (question, answer) pairs, a leading answer left out. DataError if they do not pair up."""
     if not conversation or isinstance(conversation[0], tuple):
         return list(cast(Turns, conversation))
     messages = list(cast(Sequence[Message], conversation))
     if messages[0]["from"] != "human":
         messages = messages[1:]
     values = [m["value"] for m in messages]
-    questions, answers = values[0::2], values[1::2]
+    questions, answers = cast(list[str], values[0::2]), values[1::2]
     if len(questions) != len(answers):
         raise DataError(f"{len(questions)} questions but {len(answers)} answers; every question needs one answer")
     return list(zip(questions, answers, strict=True))
@@ -107,16 +100,17 @@ class Template:
     separator: str = " ASSISTANT: "
     """Text between question and answer."""
     reference_masks: Literal["generic", "llama", "gemma", "pretrain", "none"] = "generic"
-    """Which arithmetic the reference uses for its label masks (``masks: reference``); none: it has no such template."""
+    """Rule of the reference's label masks (``masks: reference``); none: it has no such template."""
     needs_image: bool = False
     """Every sample gets an image slot, whether its question names one or not."""
     adds_special_tokens: bool = True
     """A prompt begins with what the tokenizer puts before a text, its BOS; False: the rendered text carries its own."""
 
-    def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
-        """Prompt text of the turns; an answer of None ends the text where the model continues.
+    def render(self, turns: Turns, tokenizer: PreTrainedTokenizerBase | None, interleaved: bool = False) -> Rendered:
+        """Return the prompt text of the turns; an answer of None ends the text where the model continues.
 
-        interleaved: markers stand for the images of a list and stay where they are. Otherwise there is one image, and
+        tokenizer: for templates that are the tokenizer's own; the others need none. interleaved: markers stand for the
+        images of a list and stay where they are. Otherwise there is one image, and
         all markers of a question become one at its front.
         """
         text, spans = self.system + " ", []
@@ -133,7 +127,7 @@ class Template:
             spans.append((start, len(text)))
         return Rendered(text, spans)
 
-    def check(self, tokenizer: Any, masks: MaskMode = "offsets") -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase, masks: MaskMode = "offsets") -> None:
         """UserError if the template cannot be used with this tokenizer or these masks; a warning if not quite."""
         if masks == "reference" and self.reference_masks == "none":
             raise UserError("data.masks: reference has no masks for this template; set data.masks=offsets")
@@ -155,7 +149,7 @@ class Template:
             )
 
     def problem(self, turns: Turns, has_image: bool, listed: int | None = None) -> str | None:
-        """What makes these turns unusable with this template, as a sentence; None if nothing does.
+        """Return why these turns are unusable with this template, as a sentence; None if they are usable.
 
         listed: number of images where the record gives a list of them, whose markers have to match it one by one.
         """
@@ -178,12 +172,12 @@ class Template:
     def encode(
         self,
         conversations: Sequence[Conversation],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         turns: TurnMode = "conversation",
         masks: MaskMode = "offsets",
         interleaved: Sequence[bool] | None = None,
     ) -> list[list[Segment]]:
-        """Samples as segments, all tokenized in one call.
+        """Return samples as segments, all tokenized in one call.
 
         conversation: one segment a sample. independent: every turn sees only the system text and the images shown up to
         it, those of earlier turns at its front; several turns that begin with the same images become a prefix segment
@@ -196,32 +190,36 @@ class Template:
         samples = [self._units(turns_of(c), turns, flag) for c, flag in zip(conversations, flags, strict=True)]
         units = [unit for sample in samples for unit in sample]
         rendered = [self.render(unit.turns, tokenizer, unit.interleaved) for unit in units]
-        encoded = self._encode_rendered(rendered, tokenizer)
+        encoded = encode_texts(tokenizer, rendered, with_front=self.adds_special_tokens)
         if masks == "reference":
             segments = [self._as_reference(*pair, tokenizer) for pair in zip(rendered, encoded, strict=True)]
         else:
             end = self.end_id(tokenizer)
             for unit, item, one in zip(units, rendered, encoded, strict=True):
                 self._check_answers(unit, item, one, end)
-            segments = [one.segment for one in encoded]
+            segments = [Segment(one.ids, one.spans) for one in encoded]
         each = iter(segments)
         return [_share([_numbered(next(each), unit.images) for unit in sample]) for sample in samples]
 
     def prompt_batch(
-        self, conversations: Sequence[Conversation], tokenizer: Any, interleaved: Sequence[bool] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        tokenizer: PreTrainedTokenizerBase,
+        interleaved: Sequence[bool] | None = None,
     ) -> list[Prompt]:
-        """Inference prompts (the last answer None), all tokenized in one call; interleaved as for ``encode``."""
+        """Return inference prompts (the last answer None), all tokenized in one call; interleaved as for ``encode``."""
         flags = interleaved if interleaved is not None else [False] * len(conversations)
         pairs = zip(conversations, flags, strict=True)
         rendered = [self.render(turns_of(c), tokenizer, flag) for c, flag in pairs]
-        return [Prompt(encoded.segment.ids) for encoded in self._encode_rendered(rendered, tokenizer)]
+        encoded = encode_texts(tokenizer, rendered, with_front=self.adds_special_tokens)
+        return [Prompt(one.ids) for one in encoded]
 
-    def prompt(self, conversation: Conversation, tokenizer: Any) -> Prompt:
-        """One inference prompt; see ``prompt_batch``."""
+    def prompt(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """Return one inference prompt; see ``prompt_batch``."""
         return self.prompt_batch([conversation], tokenizer)[0]
 
-    def stop_id(self, tokenizer: Any) -> int:
-        """Id of the token that ends an answer. UserError if this tokenizer has no such token."""
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Return the id of the token that ends an answer. UserError if this tokenizer has no such token."""
         end = self.eos or tokenizer.eos_token or ""
         with named_errors(tokenizer):
             ids = tokenizer.encode(end, add_special_tokens=False)
@@ -234,12 +232,12 @@ class Template:
             )
         return int(ids[0])
 
-    def end_id(self, tokenizer: Any) -> int | None:
-        """Id of the token that every answer of a sample has to end in; None: this template learns no end."""
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Return the id of the token that every answer must end in; None: this template learns no end."""
         return self.stop_id(tokenizer) if self.eos else None
 
-    def _joined(self, tokenizer: Any) -> str | None:
-        """The token that a prompt ends in only where its answer follows; None: there is none, as it should be."""
+    def _joined(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Return the token that a prompt ends in only where its answer follows; None, as it should be, without one."""
         question = f"{IMAGE_TOKEN}\nwhat is it"
         try:
             [[sample]] = self.encode([[(question, "red")]], tokenizer)
@@ -251,7 +249,7 @@ class Template:
         return None if other is None else str(tokenizer.convert_ids_to_tokens(other))
 
     def _units(self, turns: list[tuple[str, str | None]], mode: TurnMode, interleaved: bool) -> list[_Unit]:
-        """What is rendered on its own: the whole conversation, or every turn with the images put before its question.
+        """Return the units rendered on their own: the whole conversation, or each turn with the images before it.
 
         One image: all turns are about it. A list: a turn sees its own images and those of the turns before it.
         """
@@ -268,24 +266,15 @@ class Template:
             units.append(_Unit([(marker * before + question, answer)], True, tuple(range(seen)), number))
         return units
 
-    def _encode_rendered(self, rendered: list[Rendered], tokenizer: Any) -> list[_Encoded]:
-        texts = [r.text.split(IMAGE_TOKEN) for r in rendered]
-        encodings = encode_pieces(tokenizer, [piece for pieces in texts for piece in pieces])
-        front = added_ids(tokenizer)[0] if self.adds_special_tokens else []
-        greedy = {number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
-        pairs = zip(rendered, texts, strict=True)
-        return [_join(item, pieces, [encodings[piece] for piece in pieces], front, greedy) for item, pieces in pairs]
-
-    def _as_reference(self, item: Rendered, encoded: _Encoded, tokenizer: Any) -> Segment:
+    def _as_reference(self, item: Rendered, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Segment:
         from tinyllava_fast.data.templates.reference import reference_spans
 
-        ids = encoded.segment.ids
-        return Segment(ids, reference_spans(self, tokenizer, item.text, ids))
+        return Segment(encoded.ids, reference_spans(self, tokenizer, item.text, encoded.ids))
 
-    def _check_answers(self, unit: _Unit, item: Rendered, encoded: _Encoded, end: int | None) -> None:
+    def _check_answers(self, unit: _Unit, item: Rendered, encoded: Encoded, end: int | None) -> None:
         """Raise DataError if something of an answer would not be learnt: some of its characters, or its end token."""
         for number, (start, stop) in enumerate(item.spans):
-            text, lost = item.text[start:stop], encoded.lost.get(number)
+            text, lost, learnt = item.text[start:stop], encoded.lost[number], encoded.learnt[number]
             if lost:
                 raise DataError(
                     f"{self._answer(unit, number, text)}: the tokenizer makes no token of {lost!r}, which would not be "
@@ -293,7 +282,6 @@ class Template:
                 )
             if end is None:
                 continue
-            learnt = encoded.learnt(number)
             wanted = text.count(self.eos) if self.eos else 1
             if learnt[-1:] != [end] or learnt.count(end) != wanted:
                 raise DataError(
@@ -302,7 +290,7 @@ class Template:
                 )
 
     def _answer(self, unit: _Unit, number: int, text: str) -> str:
-        """How an error names an answer."""
+        """Return the name of an answer in an error."""
         return f"answer {unit.first + number} ({shown(text.strip().removesuffix(self.eos))})"
 
 
@@ -311,7 +299,7 @@ def _numbered(segment: Segment, images: tuple[int, ...]) -> Segment:
 
 
 def _share(units: list[Segment]) -> list[Segment]:
-    """Several units that begin with the same tokens and images share everything up to the last of those images."""
+    """Let units that begin with the same tokens and images share everything up to the last of those images."""
     first = units[0]
     for cut in [i + 1 for i, token in enumerate(first.ids) if token == IMAGE_INDEX][::-1] if len(units) > 1 else []:
         head = first.ids[:cut]
@@ -328,52 +316,9 @@ def _share(units: list[Segment]) -> list[Segment]:
 
 
 def _tail(unit: Segment, cut: int, images: int) -> Segment:
-    """The unit without its first ``cut`` tokens, which it shares."""
+    """Return the unit without its first ``cut`` tokens, which it shares."""
     spans = [(start - cut, stop - cut) for start, stop in unit.spans]
     return Segment(unit.ids[cut:], spans, on_prefix=True, images=unit.images[images:])
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A rendered prompt as tokens, and what became of its ranges of characters."""
-
-    segment: Segment
-    ranges: list[int]
-    """Number of the range that each span of the segment belongs to: it has one for each piece that it reaches into."""
-    lost: dict[int, str]
-    """Characters of a range that no token shows, where there are any."""
-
-    def learnt(self, number: int) -> list[int]:
-        """Supervised ids of a range."""
-        pairs = zip(self.ranges, self.segment.spans, strict=True)
-        return [i for n, (start, stop) in pairs if n == number for i in self.segment.ids[start:stop]]
-
-
-def _join(
-    item: Rendered, pieces: list[str], encodings: list[Encoding], front: list[int], greedy: Container[int]
-) -> _Encoded:
-    """Concatenate the pieces with one marker an image between them, behind the ids that stand before every text."""
-    ids, spans, numbers, lost = list(front), [], [], {}
-    begin = 0
-    for number, (piece, encoding) in enumerate(zip(pieces, encodings, strict=True)):
-        if number:
-            ids.append(IMAGE_INDEX)
-        ranges = [
-            (n, max(start - begin, 0), min(stop - begin, len(piece))) for n, (start, stop) in enumerate(item.spans)
-        ]
-        ranges = [(n, start, stop) for n, start, stop in ranges if start < stop]
-        offsets = Offsets(encoding.offsets if ranges else [])
-        for n, start, stop in ranges:
-            if missing := offsets.lost(piece, start, stop):
-                lost[n] = missing
-            if (span := offsets.span(start, stop)) is not None:
-                # a token of the prompt that swallows white space behind it, as that of an answer, is not learnt
-                first = span[0] + (encoding.ids[span[0]] in greedy and encoding.offsets[span[0]][0] < start)
-                spans.append((first + len(ids), span[1] + len(ids)))
-                numbers.append(n)
-        ids += encoding.ids
-        begin += len(piece) + len(IMAGE_TOKEN)
-    return _Encoded(Segment(ids, spans), numbers, lost)
 
 
 TEMPLATES: Registry[Template] = Registry("chat template", "tinyllava_fast.data.templates")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.templates.base import TEMPLATES, Rendered, Template, Turns
 from tinyllava_fast.data.types import IMAGE_TOKEN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class PretrainTemplate(Template):
     """Everything after the first images is supervised, the final newline included; no end token is learnt."""
 
-    def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
+    def render(self, turns: Turns, tokenizer: PreTrainedTokenizerBase | None, interleaved: bool = False) -> Rendered:
         """``<image>{answer}`` and a newline for every turn; an open answer leaves the image alone.
 
         interleaved: as many images as the question has markers, without its text.

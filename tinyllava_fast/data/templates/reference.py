@@ -6,16 +6,20 @@ the whole sample where the counts do not add up.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.templates._pieces import added_ids, encode_pieces
 from tinyllava_fast.data.types import IMAGE_TOKEN
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tinyllava_fast.data.templates.base import Template
 
 
-def reference_spans(template: Template, tokenizer: Any, text: str, ids: list[int]) -> list[tuple[int, int]]:
+def reference_spans(
+    template: Template, tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]
+) -> list[tuple[int, int]]:
     """Supervised token ranges of a prompt as the reference computes them; none where it masks everything."""
     count = _Counter(tokenizer)
     if template.reference_masks == "pretrain":
@@ -48,7 +52,7 @@ def reference_spans(template: Template, tokenizer: Any, text: str, ids: list[int
 class _Counter:
     """Number of ids of a text, each piece around ``<image>`` tokenized by its own call."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.front = len(added_ids(tokenizer)[0])
 

@@ -12,17 +12,21 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 from tinyllava_fast.data.templates.base import TEMPLATES, MaskMode, Rendered, Template, Turns
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import shown
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
+    from transformers import PreTrainedTokenizerBase
 
 _WHERE = "data.template=tokenizer"
 _SPACE = re.compile(r"\s*")
@@ -35,8 +39,9 @@ _OTHER = "choose another data.template, or a tokenizer whose chat template marks
 class TokenizerTemplate(Template):
     """No system text of ours: the template's default. The marker stays where it stood in the user's message."""
 
-    def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
+    def render(self, turns: Turns, tokenizer: PreTrainedTokenizerBase | None, interleaved: bool = False) -> Rendered:
         """See the base class. Not interleaved: the first marker of a question stays, the others are removed."""
+        assert tokenizer is not None  # noqa: S101 it brings the template
         if not interleaved:
             turns = [(_one_marker(question), answer) for question, answer in turns]
         messages = []
@@ -54,36 +59,36 @@ class TokenizerTemplate(Template):
             )
         return Rendered(text, [] if is_open else _answers(tokenizer, messages, text))
 
-    def check(self, tokenizer: Any, masks: MaskMode = "offsets") -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase, masks: MaskMode = "offsets") -> None:
         """UserError if there is no chat template, or it has no end-of-turn token."""
         if masks != "reference":  # else the base class refuses it
             self.stop_id(tokenizer)
         super().check(tokenizer, masks)
 
-    def stop_id(self, tokenizer: Any) -> int:
+    def stop_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Id of the token that follows an answer."""
-        return int(tokenizer.convert_tokens_to_ids(_frame(tokenizer).stop))
+        return cast(int, tokenizer.convert_tokens_to_ids(_frame(tokenizer).stop))
 
-    def end_id(self, tokenizer: Any) -> int | None:
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """See the base class."""
         return self.stop_id(tokenizer)
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a chat template puts around an answer. header: the generation prompt. stop: the end-of-turn token."""
+    """The text that a chat template puts around an answer: the generation prompt and the end-of-turn token."""
 
     header: str
     stop: str
 
 
-def _frame(tokenizer: Any) -> _Frame:
+def _frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
     return _probe(tokenizer, _source(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _probe(tokenizer: Any, source: str) -> _Frame:
-    """Read off a conversation of one turn. ``source`` is part of the key: a tokenizer's template may be replaced."""
+def _probe(tokenizer: PreTrainedTokenizerBase, source: str) -> _Frame:
+    """Read the frame off a conversation of one turn. ``source`` is part of the key: templates may be replaced."""
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
     with _time_limit(tokenizer):
         begin, prompt = (_text(tokenizer, [question], is_open) for is_open in (False, True))
@@ -111,8 +116,10 @@ def _probe(tokenizer: Any, source: str) -> _Frame:
     return _Frame(header, stop)
 
 
-def _answers(tokenizer: Any, messages: Sequence[dict[str, str]], text: str) -> list[tuple[int, int]]:
-    """The character range of each answer, end-of-turn token included."""
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], text: str
+) -> list[tuple[int, int]]:
+    """Return the character range of each answer, end-of-turn token included."""
     frame = _frame(tokenizer)
     answers = [m["content"] for m in messages[1::2]]
     for number, answer in enumerate(answers):
@@ -143,25 +150,28 @@ def _answers(tokenizer: Any, messages: Sequence[dict[str, str]], text: str) -> l
     return found
 
 
-def _marked_starts(tokenizer: Any, messages: Sequence[dict[str, str]], text: str, frame: _Frame) -> list[int]:
-    """Where the ``{% generation %}`` blocks begin, after the generation prompt if a block includes it."""
+def _marked_starts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], text: str, frame: _Frame
+) -> list[int]:
+    """Return the starts of the ``{% generation %}`` blocks, after the generation prompt if a block includes it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _named_errors(tokenizer):
-        rendered = render_jinja_template(
+        render: Callable[..., object] = render_jinja_template  # its annotations don't fit what it takes and returns
+        rendered = render(
             [list(messages)],
             chat_template=_source(tokenizer),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    # ([text], [[(start, stop) of each block]]); its annotation says str
+    # ([text], [[(start, stop) of each block]])
     _, blocks = cast("tuple[list[str], list[list[tuple[int, int]]]]", rendered)
     starts = [b + len(frame.header) if text.startswith(frame.header, b) else b for b, _ in blocks[0]]
     return [start for start in starts if text.endswith(frame.header, 0, start)]
 
 
 def _span(text: str, start: int, answer: str, stop: str) -> tuple[int, int] | None:
-    """From ``start`` to the end of the token behind the answer; None if anything but white space is in between."""
+    """Return the range from ``start`` to the end of the token behind the answer; None if text stands in between."""
     at = _SPACE.match(text, start).end()  # type: ignore[union-attr]
     content = answer.strip()
     end = _SPACE.match(text, at + len(content)).end()  # type: ignore[union-attr]
@@ -175,7 +185,7 @@ def _one_marker(question: str) -> str:
     return head + marker + tail.replace(IMAGE_TOKEN, "").rstrip() if IMAGE_TOKEN in tail else question
 
 
-def _source(tokenizer: Any) -> str:
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:
@@ -185,7 +195,7 @@ def _source(tokenizer: Any) -> str:
         ) from None
 
 
-def _text(tokenizer: Any, messages: Sequence[dict[str, str]], is_open: bool) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], is_open: bool) -> str:
     source = _source(tokenizer)
     with _named_errors(tokenizer):
         rendered = tokenizer.apply_chat_template(
@@ -195,8 +205,8 @@ def _text(tokenizer: Any, messages: Sequence[dict[str, str]], is_open: bool) -> 
 
 
 @contextmanager
-def _named_errors(tokenizer: Any) -> Iterator[None]:
-    """Any error of a chat template as a UserError: it is a program of whoever made the tokenizer, run in a sandbox."""
+def _named_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Raise each error of a chat template as a UserError: it is a program of whoever made the tokenizer."""
     try:
         yield
     except UserError:
@@ -210,14 +220,14 @@ def _named_errors(tokenizer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _time_limit(tokenizer: Any) -> Iterator[None]:
+def _time_limit(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """End what runs inside after _SECONDS: a template has no endless loop, but loops in loops take as good as for ever.
 
     The interpreter asks at every line, so only code in Python is ended.
     """
     end = time.monotonic() + _SECONDS
 
-    def look(frame: FrameType, event: str, arg: object) -> Any:
+    def look(frame: FrameType, event: str, arg: object) -> TraceFunction:
         if time.monotonic() > end:
             raise TimeoutError(f"it takes longer than {_SECONDS} seconds")
         return look

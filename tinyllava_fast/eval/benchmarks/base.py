@@ -1,4 +1,4 @@
-"""What a benchmark is: questions out of its official files, and the official score of the answers.
+"""The contract of a benchmark: questions out of its official files, and the official score of the answers.
 
 A new benchmark is one file in this folder: a subclass of Benchmark, registered under its name. None of it needs torch.
 
@@ -46,7 +46,7 @@ class Question:
 
     @property
     def cluster(self) -> str:
-        """What standard errors are clustered by: the images, or the question itself if it has none."""
+        """The cluster for standard errors: the images, or the question itself if it has none."""
         return "\0".join(map(str, self.images)) or self.key
 
 
@@ -92,7 +92,7 @@ class Score:
     notes: Sequence[str] = ()
 
     def __getitem__(self, name: str) -> Metric:
-        """The metric of that name. KeyError if there is none."""
+        """Return the metric of that name. KeyError if there is none."""
         for metric in self.metrics:
             if metric.name == name:
                 return metric
@@ -164,8 +164,8 @@ class Benchmark(ABC):
     published: ClassVar[Sequence[Published]] = ()
     in_all: ClassVar[bool] = True
 
-    def __init__(self, options: Any = None) -> None:
-        self.options = self.Options() if options is None else options
+    def __init__(self, options: object = None) -> None:
+        self.options: Any = self.Options() if options is None else options
 
     @abstractmethod
     def locate(self, root: Path) -> Files:
@@ -176,10 +176,10 @@ class Benchmark(ABC):
 
     @abstractmethod
     def questions(self, files: Files) -> list[Question]:
-        """All questions, in the official order, with their truths. Raises DataError naming file, line and field."""
+        """Return all questions in the official order, with their truths. DataError naming file, line and field."""
 
     def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
-        """Numbers of records against those of the official release."""
+        """Return numbers of records against those of the official release."""
         return []
 
     def grade(self, questions: Sequence[Question], answers: Answers, folder: Path, experiment: str) -> Grades:
@@ -191,18 +191,18 @@ class Benchmark(ABC):
 
     @abstractmethod
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
-        """The official score of ``answers`` (question key -> text): a pure function, independent of their order.
+        """Return the official score of ``answers`` (question key -> text), whatever their order.
 
         ``questions`` may be a part of the benchmark (--limit). A question without an answer is treated as the official
         scorer treats it; where that raises, so does this (DataError; see require_answers).
         """
 
     def recorded_prompt(self, question: Question) -> str:
-        """What the reference writes as "prompt" in its answers file."""
+        """Return the "prompt" of the reference's answers file."""
         return question.prompt
 
     def is_asked_by(self, question: Question, prompt: str) -> bool:
-        """Whether an answers file's "prompt" is this question: tells questions with the same official id apart."""
+        """Return True if an answers file's "prompt" is this question: tells questions with one official id apart."""
         return prompt.strip() == self.recorded_prompt(question).strip()
 
     def outputs(

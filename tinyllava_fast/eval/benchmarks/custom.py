@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tinyllava_fast.config.ranges import PositiveInt, Text
 from tinyllava_fast.data.pictures import IMAGE_ALIASES
@@ -45,7 +45,7 @@ ALIASES = {
     "image": IMAGE_ALIASES,
     "choices": ("option", "options"),
 }
-"""What other formats call the fields."""
+"""Names of the fields in other formats."""
 _PICTURE = re.compile(r"(?<![a-z])(image|img|picture|pic|photo)(s|file|url|path|name)?(?![a-z])")
 """Part of the name of a field that seems to hold a picture: image_url, imgPath, photo-file."""
 
@@ -77,7 +77,7 @@ class Custom(Benchmark):
     Options = Options
     scored_by = ("metric",)
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: object = None) -> None:
         super().__init__(options)
         self.max_new_tokens = self.options.max_new_tokens
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Options:
     key_env: Text = "OPENAI_API_KEY"
     """Environment variable that holds the key. With neither a key nor a base_url of your own, nothing is graded."""
     runs: PositiveInt = 1
-    """How often each answer is graded. The MM-Vet paper uses 5, LLaVA's released file 3."""
+    """Grades of each answer. The MM-Vet paper uses 5, LLaVA's released file 3."""
     prompt_file: str = ""
     """MM-Vet's mm-vet_evaluator.py, whose prompt makes scores comparable. Default: the one beside mm-vet.json, else
     wording of our own, marked unofficial."""
@@ -77,7 +77,7 @@ class Options:
     timeout_s: PositiveFloat = 60.0
     """Of one attempt."""
     attempts: PositiveInt = 6
-    """How often a request is sent to a server that is busy, fails or stalls, at growing intervals."""
+    """Most times that a request is sent to a server that is busy, fails or stalls, at growing intervals."""
     parallel: Annotated[int, Range(least=1, most=1024)] = 4
     """Requests at a time."""
 
@@ -93,7 +93,7 @@ class MMVet(Benchmark):
     max_new_tokens = 1024
     published = published_rows("total", 31.1, 36.1, 37.5, 23.2, 19.5)
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: object = None) -> None:
         """Raise UserError for a base_url that no HTTP client takes."""
         super().__init__(options)
         if not self.options.base_url.startswith(("http://", "https://")):
@@ -153,7 +153,7 @@ class MMVet(Benchmark):
         return whole_prompt(question)
 
     def is_asked_by(self, question: Question, prompt: str) -> bool:
-        """Whether the question is part of the recorded prompt."""
+        """Return True if the question is part of the recorded prompt."""
         return question.prompt in prompt
 
     def grade(self, questions: Sequence[Question], answers: Answers, folder: Path, experiment: str) -> Grades:
@@ -267,7 +267,7 @@ class MMVet(Benchmark):
 
 
 def message(prompt: str, question: Question, answer: str) -> str:
-    """What the judge is sent: its instructions and the row to complete."""
+    """Return the message to the judge: its instructions and the row to complete."""
     reference = question.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     return prompt + "\n" + " | ".join([question.meta["question"], reference, answer, ""])
 

@@ -126,13 +126,13 @@ class POPE(Benchmark):
 
 
 def parse(text: str) -> Literal["yes", "no"]:
-    """What an answer counts as: "no" if its first sentence holds the word No, no or not, else "yes", even if empty."""
+    """Read an answer as "no" if its first sentence holds the word No, no or not, else as "yes", even if empty."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
 
 
 def is_unclear(text: str) -> bool:
-    """Whether an answer that officially counts as "yes" says neither yes nor no: "maybe", "NO", "", "Nope".
+    """Return True if an answer that officially counts as "yes" says neither yes nor no: "maybe", "NO", "", "Nope".
 
     The official numbers keep them; a reader should know how many there are.
     """

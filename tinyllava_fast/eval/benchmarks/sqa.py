@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
@@ -60,6 +60,17 @@ class Options:
 
     images_only: bool = False
     """Leave out the questions without an image; IMG-Accuracy does not depend on them."""
+
+
+class _Entry(TypedDict):
+    """A question in the output of eval_science_qa.py."""
+
+    question_id: str | int
+    parsed_ans: str
+    ground_truth: str
+    question: str
+    pred: str
+    is_multimodal: bool
 
 
 @BENCHMARKS.register("sqa")
@@ -124,7 +135,7 @@ class ScienceQA(Benchmark):
         return whole_prompt(question)
 
     def is_asked_by(self, question: Question, prompt: str) -> bool:
-        """Whether the question is part of the recorded prompt."""
+        """Return True if the question is part of the recorded prompt."""
         return question.prompt in prompt
 
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
@@ -183,12 +194,12 @@ class ScienceQA(Benchmark):
             },
             "outputs": {e["question_id"]: e["pred"] for e in entries},
         }
-        contents: Mapping[str, Any] = {f"{experiment}_output.jsonl": analysis, f"{experiment}_result.json": result}
+        contents = {f"{experiment}_output.jsonl": analysis, f"{experiment}_result.json": result}
         for name, content in contents.items():
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
         return [folder / name for name in contents]
 
-    def _entry(self, question: Question, answers: Answers) -> dict[str, Any]:
+    def _entry(self, question: Question, answers: Answers) -> _Entry:
         answered = question.key in answers
         reply = answers.get(question.key, FAILED)
         return {

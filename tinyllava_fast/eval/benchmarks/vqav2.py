@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import (
@@ -114,7 +114,7 @@ class VQAv2(Benchmark):
         return [path]
 
 
-def upload(ids: Sequence[str | int], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
+def upload(ids: Sequence[str | int], answers: Mapping[str | int, str]) -> list[dict[str, str | int]]:
     """Rows of an EvalAI upload: every test2015 id in order with its normalized answer, "" for those not asked.
 
     Raises DataError if an answer belongs to none of them.

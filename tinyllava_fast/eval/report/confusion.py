@@ -1,4 +1,4 @@
-"""Which right answer was taken for which: tables for questions whose answers come from a small set."""
+"""Confusion tables, of right answers and what was said, for questions whose answers come from a small set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+
+from tinyllava_fast.eval.types import Verdict
 
 MOST = 20  # answers in a table
 LEAST = 2  # questions an answer, on average, below which a table says nothing
@@ -27,7 +28,7 @@ class Confusion:
         return [self.counts[truth, said] for said in [*self.answers, OTHER]]
 
 
-def confusions(verdicts: Iterable[dict[str, Any]]) -> list[Confusion]:
+def confusions(verdicts: Iterable[Verdict]) -> list[Confusion]:
     """A table for each category whose right answers are few and come up often; at most TABLES.
 
     Where each category has one right answer alone (photos sorted by what they show), one table of all of them.
@@ -51,7 +52,7 @@ def confusions(verdicts: Iterable[dict[str, Any]]) -> list[Confusion]:
     return tables[:TABLES]
 
 
-def section(verdicts: Sequence[dict[str, Any]]) -> str:
+def section(verdicts: Sequence[Verdict]) -> str:
     """The tables as HTML; empty where the answers are not of that kind."""
     tables = confusions(verdicts)
     if not tables:

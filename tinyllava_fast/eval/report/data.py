@@ -1,4 +1,4 @@
-"""What a report shows, gathered from a run folder. The HTML page and the picture both draw from this."""
+"""The content of a report, gathered from a run folder. The HTML page and the picture both draw from this."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from tinyllava_fast.eval.results import read_results, read_verdicts
+from tinyllava_fast.eval.types import Results, Timings
 
 SMOOTHED_OVER = 1 / 30  # of a curve's points: the span of the exponential mean drawn over the raw loss
 
@@ -47,14 +48,36 @@ class Shot:
     right: bool
 
 
+class Summary(TypedDict, total=False):
+    """The part of a training run's summary.json that a report shows; {} without training."""
+
+    train_seconds: float
+    samples_per_s: float
+    tokens_per_s: float
+    steps: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One benchmark's results, with the headline and its first breakdown as shares 0..1."""
+
+    results: Results
+    run: Timings
+    accuracy: float
+    by_type: dict[str, tuple[int, float]]
+    """Questions and accuracy of each type."""
+    wrong: int
+
+
 @dataclass(frozen=True)
 class ReportData:
-    """Everything in a report. blind and summary are empty where the run has none."""
+    """Everything in a report. blind is None and summary is empty where the run has none."""
 
     title: str
-    results: dict[str, Any]
-    blind: dict[str, Any]
-    summary: dict[str, Any]
+    seen: Evaluated
+    blind: Evaluated | None
+    summary: Summary
     curves: list[Curve]
     shots: list[Shot]
     mistakes: list[Shot]
@@ -62,6 +85,11 @@ class ReportData:
     note: str = ""
     rows: list[tuple[str, int, float, float | None]] = field(default_factory=list)
     """(type, questions, accuracy, blind accuracy) with a last row for all."""
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The larger peak of the training and the evaluation."""
+        return max(self.seen.run["peak_rss_bytes"], self.summary.get("peak_rss_bytes", 0))
 
 
 def gather(
@@ -80,8 +108,8 @@ def gather(
     random draw, one an image; mistakes a seeded draw among the wrong ones.
     Raises UserError if results_dir holds no finished evaluation.
     """
-    results = _accuracies(results_dir)
-    blind = _accuracies(blind_dir) if blind_dir is not None else {}
+    seen = _evaluated(results_dir)
+    blind = _evaluated(blind_dir) if blind_dir is not None else None
     everything = [
         Shot(v["key"], Path(v["images"][0]), v["prompt"], v["truth"], v["answer"] or "", v["credit"] == 1)
         for v in read_verdicts(results_dir)
@@ -93,7 +121,7 @@ def gather(
     config = run_dir / "config.yaml"
     return ReportData(
         title=run_dir.resolve().name,
-        results=results,
+        seen=seen,
         blind=blind,
         summary=_json(run_dir / "summary.json"),
         curves=read_curves(run_dir / "metrics.jsonl"),
@@ -101,7 +129,7 @@ def gather(
         mistakes=mistakes,
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         note=note,
-        rows=_rows(results, blind),
+        rows=_rows(seen, blind),
     )
 
 
@@ -125,29 +153,28 @@ def _one_per_image(shots: Sequence[Shot], count: int) -> list[Shot]:
     return list(first.values())[:count]
 
 
-def _accuracies(folder: Path) -> dict[str, Any]:
-    """The results of a folder and its run, with the headline and its first breakdown as shares 0..1."""
+def _evaluated(folder: Path) -> Evaluated:
     results = read_results(folder)
     metrics = {m["name"]: m for m in results["metrics"]}
-    rows: list[dict[str, Any]] = next(iter(results["tables"].values()), [])
-    return {
-        **results,
-        **results["run"],
-        "accuracy": metrics[results["headline"]]["value"] / metrics[results["headline"]]["scale"],
-        "accuracy_by_type": {m["name"]: m["value"] / m["scale"] for m in rows},
-        "questions_by_type": {m["name"]: m["questions"] for m in rows},
-        "wrong": sum(v["credit"] != 1 for v in read_verdicts(folder)),
-    }
+    headline = metrics[results["headline"]]
+    rows = next(iter(results["tables"].values()), [])
+    return Evaluated(
+        results=results,
+        run=results["run"],
+        accuracy=headline["value"] / headline["scale"],
+        by_type={m["name"]: (m["questions"], m["value"] / m["scale"]) for m in rows},
+        wrong=sum(v["credit"] != 1 for v in read_verdicts(folder)),
+    )
 
 
-def _rows(results: dict[str, Any], blind: dict[str, Any]) -> list[tuple[str, int, float, float | None]]:
-    unseen = blind.get("accuracy_by_type", {})
-    rows = [
-        (kind, results["questions_by_type"][kind], accuracy, unseen.get(kind))
-        for kind, accuracy in results["accuracy_by_type"].items()
+def _rows(seen: Evaluated, blind: Evaluated | None) -> list[tuple[str, int, float, float | None]]:
+    unseen = {} if blind is None else {kind: accuracy for kind, (_, accuracy) in blind.by_type.items()}
+    rows = [(kind, count, accuracy, unseen.get(kind)) for kind, (count, accuracy) in seen.by_type.items()]
+    return [
+        *rows,
+        ("all questions", seen.results["questions"], seen.accuracy, None if blind is None else blind.accuracy),
     ]
-    return [*rows, ("all questions", results["questions"], results["accuracy"], blind.get("accuracy"))]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _json(path: Path) -> Summary:
+    return cast(Summary, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

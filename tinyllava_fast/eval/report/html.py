@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
-from typing import Any
 
 from PIL import Image
 
@@ -41,7 +40,7 @@ def page(data: ReportData) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(data.title)}: {_percent(data.results['accuracy'])}</title>\n<style>\n{css}</style>\n</head>\n"
+        f"<title>{escape(data.title)}: {_percent(data.seen.accuracy)}</title>\n<style>\n{css}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -62,7 +61,7 @@ def size(count: float) -> str:
 
 
 def _footer(data: ReportData) -> str:
-    version = escape(data.results["versions"].get("tinyllava-fast", ""))
+    version = escape(data.seen.results["versions"].get("tinyllava-fast", ""))
     return f"<footer>Written by tinyllava-fast {version}.</footer>"
 
 
@@ -71,7 +70,7 @@ def _percent(share: float | None) -> str:
 
 
 def _header(data: ReportData) -> str:
-    r = data.results
+    r = data.seen.results
     note = f"{r['questions']:,} {escape(r['benchmark'])} test questions, free-running greedy generation, exact match."
     if data.note:
         note += f" {escape(data.note)}"
@@ -79,15 +78,14 @@ def _header(data: ReportData) -> str:
 
 
 def _tiles(data: ReportData) -> str:
-    r, s = data.results, data.summary
-    tiles = [("lead", _percent(r["accuracy"]), f"of {r['questions']:,} questions right")]
+    run, s = data.seen.run, data.summary
+    tiles = [("lead", _percent(data.seen.accuracy), f"of {data.seen.results['questions']:,} questions right")]
     if data.blind:
-        tiles.append(("", _percent(data.blind["accuracy"]), "blind: the same model shown blank images"))
+        tiles.append(("", _percent(data.blind.accuracy), "blind: the same model shown blank images"))
     if s:
         tiles.append(("", duration(s["train_seconds"]), f"training, {s['samples_per_s']:,.0f} samples/s"))
-    tiles.append(("", duration(r["eval_seconds"]), f"evaluation, {r['questions_per_s']:,.0f} questions/s"))
-    peak = max(r["peak_rss_bytes"], s.get("peak_rss_bytes", 0))
-    tiles.append(("", size(peak), "peak memory of a process"))
+    tiles.append(("", duration(run["eval_seconds"]), f"evaluation, {run['questions_per_s']:,.0f} questions/s"))
+    tiles.append(("", size(data.peak_rss_bytes), "peak memory of a process"))
     inside = "\n".join(
         f'<div class="tile {kind}"><b>{value}</b><span>{text}</span></div>' for kind, value, text in tiles
     )
@@ -145,21 +143,20 @@ def _shot(shot: Shot) -> str:
 
 
 def _mistakes(data: ReportData) -> str:
-    wrong = data.results["wrong"]
     if not data.mistakes:
         return ""
-    note = f"{len(data.mistakes)} of the {wrong:,} wrong answers, drawn at random."
+    note = f"{len(data.mistakes)} of the {data.seen.wrong:,} wrong answers, drawn at random."
     return card("Where it fails", note, _shots(data.mistakes))
 
 
 def _facts(data: ReportData) -> str:
-    r, s, machine = data.results, data.summary, data.results["machine"]
-    engine = r["engine"]
-    facts: list[tuple[str, Any]] = [
+    r, run, s = data.seen.results, data.seen.run, data.summary
+    machine, engine = run["machine"], run["engine"]
+    facts: list[tuple[str, str]] = [
         ("machine", f"{machine['processor']}, {machine['cores']} cores, {size(machine['memory_bytes'])} of memory"),
         ("system", machine["system"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in r["versions"].items())),
-        ("model", f"{r['model']}, {r['dtype']}, SHA-256 {r['model_digest'][:16]}"),
+        ("model", f"{r['model']}, {run['dtype']}, SHA-256 {r['model_digest'][:16]}"),
     ]
     if "accelerator" in machine:
         facts.insert(1, ("accelerator", machine["accelerator"]))
@@ -167,7 +164,7 @@ def _facts(data: ReportData) -> str:
         rate = f"{s['samples_per_s']:,.1f} samples/s, {s['tokens_per_s']:,.0f} tokens/s"
         facts.append(("training", f"{s['steps']:,} steps in {duration(s['train_seconds'])}, {rate}"))
         facts.append(("training memory", f"{size(s['peak_rss_bytes'])} peak resident"))
-    facts.append(("evaluation memory", f"{size(r['peak_rss_bytes'])} peak resident"))
+    facts.append(("evaluation memory", f"{size(run['peak_rss_bytes'])} peak resident"))
     if engine["prompt_tokens"]:
         saved = 1 - engine["computed_tokens"] / engine["prompt_tokens"]
         tokens = f"{engine['computed_tokens']:,} of {engine['prompt_tokens']:,} prompt tokens computed"
@@ -176,9 +173,9 @@ def _facts(data: ReportData) -> str:
     return facts_list(facts)
 
 
-def facts_list(facts: Iterable[tuple[str, Any]]) -> str:
+def facts_list(facts: Iterable[tuple[str, str]]) -> str:
     """Names and values, one pair a line."""
-    return "<dl>\n" + "\n".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts) + "\n</dl>"
+    return "<dl>\n" + "\n".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts) + "\n</dl>"
 
 
 def _config(data: ReportData) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import UserError
@@ -11,13 +11,15 @@ from tinyllava_fast.eval.report.data import ReportData
 from tinyllava_fast.eval.report.html import duration, size
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 INK, SOFT, LINE, MODEL, BLIND = "#1b1f2a", "#667085", "#e4e7ec", "#3155d4", "#b6bdcc"
 RIGHT, WRONG = "#12805c", "#c8372d"
 STAGES = ("#8a5cd1", "#3155d4", "#0e8f8f", "#b7791f")
 COLUMNS = 8
-STYLE: dict[Any, Any] = {
+STYLE: dict[RcKeyType, str] = {
     "font.family": "DejaVu Sans",
     "text.color": INK,
     "axes.edgecolor": LINE,
@@ -46,20 +48,20 @@ def draw(data: ReportData, path: Path) -> None:
 
 
 def _title(figure: Figure, data: ReportData, height: float) -> None:
-    r, s = data.results, data.summary
-    head = f"{100 * r['accuracy']:.1f} % of {r['questions']:,} test questions right"
+    run, s = data.seen.run, data.summary
+    head = f"{100 * data.seen.accuracy:.1f} % of {data.seen.results['questions']:,} test questions right"
     if data.blind:
-        head += f"  (blind: {100 * data.blind['accuracy']:.1f} %)"
-    facts = [f"{data.title}, {r['benchmark']}"]
+        head += f"  (blind: {100 * data.blind.accuracy:.1f} %)"
+    facts = [f"{data.title}, {data.seen.results['benchmark']}"]
     if s:
         facts.append(f"trained in {duration(s['train_seconds'])} at {s['samples_per_s']:,.0f} samples/s")
-    facts.append(f"evaluated in {duration(r['eval_seconds'])} at {r['questions_per_s']:,.0f} questions/s")
-    facts.append(f"peak memory {size(max(r['peak_rss_bytes'], s.get('peak_rss_bytes', 0)))}")
+    facts.append(f"evaluated in {duration(run['eval_seconds'])} at {run['questions_per_s']:,.0f} questions/s")
+    facts.append(f"peak memory {size(data.peak_rss_bytes)}")
     figure.text(0.05, 1 - 0.48 / height, head, fontsize=21, weight="bold")
     figure.text(0.05, 1 - 0.80 / height, "   ·   ".join(facts), fontsize=10.5, color=SOFT)
 
 
-def _loss(axes: Any, data: ReportData) -> None:
+def _loss(axes: Axes, data: ReportData) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     for i, curve in enumerate(data.curves):
@@ -77,7 +79,7 @@ def _loss(axes: Any, data: ReportData) -> None:
     axes.grid(axis="y", color=LINE, linewidth=0.8)
 
 
-def _bars(axes: Any, data: ReportData) -> None:
+def _bars(axes: Axes, data: ReportData) -> None:
     for y, (_, _, accuracy, blind) in enumerate(reversed(data.rows)):
         axes.barh(y + 0.16, accuracy, height=0.34, color=MODEL)
         axes.text(accuracy + 0.012, y + 0.16, f"{100 * accuracy:.1f} %", va="center", fontsize=9.5, weight="bold")
@@ -91,7 +93,7 @@ def _bars(axes: Any, data: ReportData) -> None:
     _plain(axes, "accuracy by question type" + (" (grey: blank images)" if data.blind else ""))
 
 
-def _plain(axes: Any, title: str) -> None:
+def _plain(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=11.5, loc="left", pad=10, weight="bold")
     axes.tick_params(length=0, colors=SOFT, labelsize=9)
     for side in ("top", "right", "left"):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import DataError
@@ -19,6 +18,7 @@ from tinyllava_fast.eval.report.confusion import section
 from tinyllava_fast.eval.report.html import card, facts_list, inline, size
 from tinyllava_fast.eval.report.svg import histogram
 from tinyllava_fast.eval.results import read_results, read_verdicts
+from tinyllava_fast.eval.types import MetricRow, PublishedRow, Results, Verdict
 
 SAMPLES = 48  # of a benchmark, half of them wrong where there are as many
 ROWS = 30  # of a breakdown
@@ -50,7 +50,7 @@ def page(folders: Sequence[Path], *, seed: int = 0) -> str:
 
 
 def model_name(path: str) -> str:
-    """What a model is called: the run of a ``final`` folder, the run and the stage of another folder of it.
+    """Return a model's name: the run of a ``final`` folder, the run and the stage of another folder of it.
 
     >>> model_name("/runs/digits/final"), model_name("/runs/digits/pretrain"), model_name("answers")
     ('digits', 'digits/pretrain', 'answers')
@@ -61,12 +61,12 @@ def model_name(path: str) -> str:
     return "/".join(folder.parts[-2:]).strip("/")
 
 
-def _headnote(results: dict[str, Any]) -> str:
+def _headnote(results: Results) -> str:
     blind = "Every image was replaced by a blank one. " if results.get("blind") else ""
     return f"{blind}Greedy generation, the official prompts and scores."
 
 
-def _all(results: Sequence[dict[str, Any]]) -> str:
+def _all(results: Sequence[Results]) -> str:
     rows = ["<tr><th>benchmark</th><th>metric</th><th></th><th>score</th><th>questions</th><th>published</th></tr>"]
     for r in results:
         for number, values in enumerate(r["metrics"]):
@@ -85,7 +85,7 @@ def _all(results: Sequence[dict[str, Any]]) -> str:
     return "<table>\n" + "\n".join(rows) + "\n</table>"
 
 
-def _published(row: dict[str, Any]) -> str:
+def _published(row: PublishedRow) -> str:
     far = "" if row["difference"] is None else f" ({row['difference']:+.{row['digits']}f})"
     return f"{escape(row['model'])} {row['value']:g}{far}"
 
@@ -96,14 +96,14 @@ def _bar(metric: Metric) -> str:
     return f'<div class="bar" style="width:{min(100.0, max(0.0, 100 * metric.value / metric.scale)):.1f}%"></div>'
 
 
-def _benchmark(results: dict[str, Any], folder: Path, seed: int) -> str:
+def _benchmark(results: Results, folder: Path, seed: int) -> str:
     verdicts = read_verdicts(folder)
     counts = {name: count for name, count in results["counts"].items() if count}
     said = [f"{name}: {count:,}" for name, count in counts.items()]
     note = escape(" · ".join([*said, *results["notes"], *results["count_differences"]]))
     parts = [_breakdown(title, rows) for title, rows in results["tables"].items()]
     parts += [section(verdicts), _samples(results["benchmark"], verdicts, seed)]
-    if times := results.get("run", {}).get("latency"):
+    if times := results["run"].get("latency") if "run" in results else None:
         parts.append(
             "<h3>Answer times</h3><p class='note'>Seconds from entering the engine's queue to the end of the answer, "
             f"{times['count']:,} answers.</p>{histogram(times)}"
@@ -111,7 +111,7 @@ def _benchmark(results: dict[str, Any], folder: Path, seed: int) -> str:
     return card(escape(results["title"]), note, "\n".join(parts))
 
 
-def _breakdown(title: str, rows: Sequence[dict[str, Any]]) -> str:
+def _breakdown(title: str, rows: Sequence[MetricRow]) -> str:
     lines = []
     for values in rows[:ROWS]:
         metric = Metric(**values)
@@ -123,7 +123,7 @@ def _breakdown(title: str, rows: Sequence[dict[str, Any]]) -> str:
     return f"<h3>By {escape(title)}</h3><table>\n" + "\n".join(lines) + f"\n</table>{more}"
 
 
-def _samples(name: str, verdicts: list[dict[str, Any]], seed: int) -> str:
+def _samples(name: str, verdicts: list[Verdict], seed: int) -> str:
     drawn = _draw(verdicts, seed)
     kinds = [_kind(v) for v in drawn]
     radios = "".join(
@@ -140,7 +140,7 @@ def _samples(name: str, verdicts: list[dict[str, Any]], seed: int) -> str:
     )
 
 
-def _draw(verdicts: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+def _draw(verdicts: list[Verdict], seed: int) -> list[Verdict]:
     order = list(verdicts)
     random.Random(seed).shuffle(order)
     wrong = [v for v in order if _kind(v) == "wrong"][: SAMPLES // 2]
@@ -150,14 +150,14 @@ def _draw(verdicts: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     return [v for v in order if v["key"] in keys]
 
 
-def _kind(verdict: dict[str, Any]) -> str:
+def _kind(verdict: Verdict) -> str:
     credit = verdict["credit"]
     if credit is None:
         return "unscored"
     return "right" if credit == 1 else "wrong" if credit == 0 else "partly"
 
 
-def _sample(verdict: dict[str, Any], kind: str) -> str:
+def _sample(verdict: Verdict, kind: str) -> str:
     picture = "".join(f'<img alt="" src="{source}">' for image in verdict["images"][:1] if (source := _picture(image)))
     truth = f'<div class="t">truth: {escape(verdict["truth"])}</div>' if verdict["truth"] else ""
     return (
@@ -173,10 +173,9 @@ def _picture(image: str) -> str:
         return ""
 
 
-def _facts(results: dict[str, Any]) -> list[tuple[str, Any]]:
-    run = results.get("run", {})
-    facts: list[tuple[str, Any]] = []
-    if machine := run.get("machine"):
+def _facts(results: Results) -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    if machine := results["run"].get("machine") if "run" in results else None:
         memory = size(machine["memory_bytes"])
         facts.append(("machine", f"{machine['processor']}, {machine['cores']} cores, {memory} of memory"))
         facts.append(("system", machine["system"]))

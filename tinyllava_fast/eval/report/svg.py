@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from tinyllava_fast.eval.report.data import Curve
+from tinyllava_fast.eval.types import Histogram
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 44, 22, 30, 40
@@ -55,8 +55,8 @@ def loss_chart(curves: Sequence[Curve]) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
-def histogram(summary: Mapping[str, Any]) -> str:
-    """Columns of a summary that eval.statistics.histogram made, its percentiles written out; values are seconds."""
+def histogram(summary: Histogram) -> str:
+    """Draw what eval.statistics.histogram counted as columns, its percentiles written out; values are seconds."""
     bins = summary["bins"]
     width, height = (WIDTH - LEFT - RIGHT) / len(bins), 120
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height + 48}" role="img" aria-label="answer times">']
