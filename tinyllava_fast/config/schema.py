@@ -319,7 +319,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """The checkpoints of a run."""
 
     every_steps: NonNegativeInt = 500
     """Steps between checkpoints; 0: only at the end of a stage."""

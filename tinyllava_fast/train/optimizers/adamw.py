@@ -7,6 +7,7 @@ Masters on a CPU are updated from gradients as they come and rounded into their 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class AdamW(Optimizer):
         super().__init__(groups, settings)
         own = [{**g, "betas": self.betas, "eps": self.eps} for g in groups]
         self._adamw = torch.optim.AdamW(own, fused=True)
-        self.param_groups = self._adamw.param_groups
+        self.param_groups = cast(ParamGroups, self._adamw.param_groups)
 
     @classmethod
     def check(cls, engine: EngineConfig, device: torch.device, where: str) -> None:
