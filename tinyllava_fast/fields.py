@@ -143,13 +143,7 @@ class Fields:
 
     def boolean(self, name: str, default: T | _Required = REQUIRED) -> bool | T:
         """true or false."""
-
-        def read(at: str, value: object) -> bool:
-            if not isinstance(value, bool):
-                self.fail(at, "true or false", value)
-            return value
-
-        return self._read(name, default, read)
+        return self._read(name, default, lambda at, v: v if isinstance(v, bool) else self.fail(at, "true or false", v))
 
     def one_of(self, name: str, choices: Sequence[str], default: T | _Required = REQUIRED) -> str | T:
         """One of some texts."""
@@ -318,8 +312,7 @@ def not_utf8(path: Path, bad: UnicodeDecodeError, error: type[UserError] = DataE
 def decode(text: str, where: str, error: type[UserError] = DataError) -> object:
     """Return the JSON value of a text. Raises naming ``where`` if it is malformed, too deep, or names a field twice."""
     try:
-        value: object = DECODER.decode(text)
-        return value
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as bad:
         raise error(f"{where}: {fault(bad, text)}") from None
 

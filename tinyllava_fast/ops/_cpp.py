@@ -93,12 +93,12 @@ def row_bytes(tensor: Tensor) -> int:
 
 
 def row_scratch(columns: int) -> Tensor:
-    """Return a buffer, the caller's until the next call, in which kernels of a few rows lay out x of these columns."""
+    """Return the float32 buffer in which kernels of a few rows lay out x. The next call reuses it."""
     return scratch(64 * (columns + 128)).view(torch.float32)
 
 
 def scratch(nbytes: int, owner: str = "buffer") -> Tensor:
-    """Return the first bytes of the buffer that this thread keeps; it is the caller's until anyone asks again.
+    """Return the first bytes of the buffer that this thread keeps. The next call with the same owner reuses them.
 
     It grows to the largest request. Fresh memory costs more than filling it. owner: an op that calls others while it
     needs its scratch has a buffer of its own.

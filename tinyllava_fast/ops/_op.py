@@ -20,7 +20,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.log import log_once
 from tinyllava_fast.ops import _cpp
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 BACKENDS = ("triton", "cpp", "reference")
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op[..., Any]] = {}
 _forced: list[str] = []
 _unchecked: list[bool] = []
 
@@ -64,12 +66,12 @@ class Context(Protocol):
 
 
 @dataclass
-class Op:
+class Op(Generic[P, R_co]):
     """A registered op. ``op.op(...)`` calls it through the dispatcher; ``op.reference`` is its meaning."""
 
     name: str
     module: str  # file stem shared by ops/, kernels/ and csrc/ops/
-    reference: Callable[..., Any]
+    reference: Callable[P, R_co]
     check: Callable[..., None]
     check_values: Callable[..., None] | None
     cpp: Callable[..., object] | None
@@ -78,20 +80,20 @@ class Op:
     samples: Callable[..., Iterator[Sample]] | None
     mutates: tuple[int, ...] = ()  # places of the arguments that are written to
     op: CustomOpDef = field(init=False)
-    direct: Callable[..., object] = field(init=False)  # what op runs; takes no gradient
-    chosen: Callable[..., object] | None = None  # what the checked calls ran, as long as all ran the same
+    direct: Callable[P, R_co] = field(init=False)  # what op runs; takes no gradient
+    chosen: Callable[P, R_co] | None = None  # the backend of all checked calls; ``run`` once two differed
 
-    def infer(self, *args: object) -> Any:
+    def infer(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run the op past torch's dispatcher, which costs as much as a small op, unless a compiler traces the call."""
         if torch.compiler.is_compiling():
-            return self.op(*args)
+            return self.op(*args, **kwargs)
         if _unchecked and self.chosen is not None:
-            return self.chosen(*args)
-        return self.direct(*args)
+            return self.chosen(*args, **kwargs)
+        return self.direct(*args, **kwargs)
 
-    def call(self, *args: object) -> Any:
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run the op through the dispatcher where gradients are recorded, else as ``infer``."""
-        return self.op(*args) if torch.is_grad_enabled() else self.infer(*args)
+        return self.op(*args, **kwargs) if torch.is_grad_enabled() else self.infer(*args, **kwargs)
 
     @functools.cached_property
     def triton(self) -> Callable[..., object] | None:
@@ -117,7 +119,7 @@ class Op:
             return "it has no Triton kernel" if self.triton is None else self.triton_supports(*args)
         return None
 
-    def pick(self, args: tuple[object, ...]) -> Callable[..., object]:
+    def pick(self, args: tuple[object, ...]) -> Callable[P, R_co]:
         """Return the forced backend, else that of the device, else the reference; say once if it falls back."""
         wanted = backend_wanted()
         if wanted is None:
@@ -126,7 +128,7 @@ class Op:
         if reason is not None:
             log_once(f"{self.name}: not running on {wanted} because {reason}; using the torch reference")
             wanted = "reference"
-        implementation: Callable[..., object] | None = getattr(self, wanted)  # on demand: triton is costly to import
+        implementation: Callable[P, R_co] | None = getattr(self, wanted)  # on demand: triton is costly to import
         assert implementation is not None  # noqa: S101 why_not() has just said that it is there
         return implementation
 
@@ -143,7 +145,7 @@ def define_op(
     triton_supports: Callable[..., str | None] = lambda *_: None,
     samples: Callable[..., Iterator[Sample]] | None = None,
     mutates: tuple[str, ...] = (),
-) -> Callable[[Callable[..., object]], Op]:
+) -> Callable[[Callable[P, R_co]], Op[P, R_co]]:
     """Register the decorated reference as ``tlf::<name>`` (default: the reference's own name).
 
     The reference needs full type annotations (they become the schema), positional arguments without defaults (the
@@ -153,7 +155,7 @@ def define_op(
     returns the same outputs as the reference. mutates: names of the arguments that the op writes to.
     """
 
-    def wrap(reference: Callable[..., object]) -> Op:
+    def wrap(reference: Callable[P, R_co]) -> Op[P, R_co]:
         op_name = name or reference.__name__
         defaults = [p.name for p in inspect.signature(reference).parameters.values() if p.default is not p.empty]
         if defaults:
@@ -163,13 +165,13 @@ def define_op(
         places = tuple(list(inspect.signature(reference).parameters).index(argument) for argument in mutates)
         entry = Op(op_name, module, reference, check, check_values, cpp, cpp_supports, triton_supports, samples, places)
 
-        def run(*args: object) -> object:
-            check(*args)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R_co:
+            check(*args, **kwargs)
             if check_values is not None and _device_of(args) == "cpu":
-                check_values(*args)
+                check_values(*args, **kwargs)
             implementation = entry.pick(args)
             entry.chosen = implementation if entry.chosen in (None, implementation) else run
-            return implementation(*args)
+            return implementation(*args, **kwargs)
 
         def run_fake(*args: object) -> object:
             check(*args)

@@ -98,10 +98,7 @@ def _samples() -> Iterator[Sample]:
 
 
 def _rooms(count: int, h: Tensor) -> list[Tensor]:
-    """Return buffers of h's shape, the caller's until the next call.
-
-    Faults of fresh pages cost as much as a quarter of a product.
-    """
+    """Return buffers of h's shape, which the next call reuses: faults of fresh pages cost a quarter of a product."""
     return list(_cpp.scratch(count * h.nbytes, OP).view(h.dtype).view(count, *h.shape))
 
 

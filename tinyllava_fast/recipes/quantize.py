@@ -150,7 +150,7 @@ def _quantized_layer(bnb: ModuleType, linear: nn.Linear, tune: TuneConfig) -> nn
 
 
 def _settle(layer: Any) -> None:
-    """Do now what a layer does at its first forward pass, after which a compiled graph would be made anew."""
+    """Set the state that a layer sets at its first forward pass, which would invalidate a compiled graph."""
     if layer.weight.dtype == torch.int8:
         layer.init_8bit_state()
     else:

@@ -120,7 +120,7 @@ class CompiledForward:
         return loss
 
     def _call_layer(self, region: Callable[..., object], layer: nn.Module, *args: object, **kwargs: object) -> object:
-        # A checkpoint around a layer, not in it, calls it again in the backward pass: as the first time, then.
+        # Gradient checkpointing around a layer calls it again in the backward pass, where it must compute the same.
         compiles = self._running or torch.is_grad_enabled()
         return (region if compiles else _forward_layer)(layer, *args, **kwargs)
 

@@ -248,8 +248,8 @@ class Stage:
         run = self.run
         weights = {item.name: item.fetch() for item in self.engine.model_state()}
         weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
-        # The next stage goes on from what the optimizer knows, not from weights rounded to the training dtype; so does
-        # whoever merges an adapter.
+        # The next stage begins from the optimizer's float32 masters, not from weights rounded to the training dtype. An
+        # adapter is saved from its masters too, so that merging it loses nothing.
         following = self.state.stage_index + 1 < len(run.config.stages)
         exact = set(weights if following else adapter.parameter_names(self.model))
         for item in self.engine.optimizer_state():

@@ -21,12 +21,10 @@ from tinyllava_fast.train.optim import lower
 
 @dataclass(frozen=True)
 class Process:
-    """One of ``world_size`` processes. local_size: processes on this machine."""
+    """One of ``world_size`` processes."""
 
     rank: int
     world_size: int
-    local_rank: int
-    local_size: int
     device: torch.device
 
 
@@ -57,7 +55,7 @@ def start_process(config: EngineConfig) -> Process:
         torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or _own_threads(local_size) or max(cores // local_size, 1))
-    process = Process(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_size, device)
+    process = Process(env["RANK"], env["WORLD_SIZE"], device)
     if config.type == "deepspeed":
         _join(process)
     elif process.world_size > 1:

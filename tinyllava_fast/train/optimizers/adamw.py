@@ -83,7 +83,8 @@ class FusedAdamW(Optimizer):
             for p in group["params"]:
                 if p not in self._moments:
                     self._moments[p] = self.state(p)
-                adamw.infer(p, *self._moments[p].values(), self._weights.get(p), gradients[p], *settings)
+                exp_avg, exp_avg_sq = self._moments[p].values()
+                adamw.infer(p, exp_avg, exp_avg_sq, self._weights.get(p), gradients[p], *settings)
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """See Optimizer."""
