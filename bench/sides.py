@@ -83,7 +83,7 @@ def run_ours(
     """The pieces of our training loop on the packs, each step when the gate opens."""
     stage = run.stages[0]
     lmm.to(process.device)
-    groups: list[dict[str, Any]] = [{**group} for group in apply_recipe(lmm, stage.recipe, stage.optim, seed=run.seed)]
+    groups = [group.copy() for group in apply_recipe(lmm, stage.recipe, stage.optim, seed=run.seed)]
     lmm.set_gradient_checkpointing(run.engine.gradient_checkpointing)
     if run.engine.compile:
         compile_forward(lmm, run.engine)

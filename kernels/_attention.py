@@ -8,12 +8,12 @@ The keys of a segment are one axis: `ahead` prefix keys, then its own. Every row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from tinyllava_fast.kernels._common import TRITON_TYPES, CompileCase, Launch
 
@@ -161,8 +161,8 @@ def constants(
     used: Tensor | None,
     dtype: torch.dtype,
     device: str,
-) -> dict[str, Any]:
-    """The compile-time arguments that all three kernels take, apart from their blocks."""
+) -> dict[str, int | str]:
+    """Return the compile-time arguments that all three kernels take, apart from their blocks."""
     precision = "ieee"
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         precision = "tf32"
@@ -214,14 +214,13 @@ SHAPES = (
 )
 
 
-def compile_case(kernel: Any, name: str, shape: Shape, launch: Launch, **more: Any) -> CompileCase:
-    """One of the three kernels at a model's shape; more: the kernel's own constants and the presence of index tensors.
+def compile_case(kernel: JITFunction, name: str, shape: Shape, launch: Launch, **more: int) -> CompileCase:
+    """Return one of the three kernels at a model's shape. more: its own constants and the presence of index tensors.
 
     Products of float32 are exact by default and then not for tensor cores.
     """
-    absent: dict[str, Any] = {"prefix": None, "used": None}
     group, window, cap = shape.heads // shape.kv_heads, shape.window, shape.softcap
-    given = constants(shape.size, group, shape.causal, window, cap, **absent, dtype=shape.dtype, device="cuda")
+    given = constants(shape.size, group, shape.causal, window, cap, None, None, shape.dtype, "cuda")
     constexprs = {**given, **launch.blocks(), **more}
     kind = TRITON_TYPES[shape.dtype]
     fixed = {"scale": "fp32", "softcap": "fp32", "segments": "i32", "tokens": "i32", "keys": "i32", "window": "i32"}

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launch settings, and how a kernel tells the offline compiler about itself.
+"""The parts that the Triton kernels share: launch settings, and a kernel's description for the offline compiler.
 
 The kernels of ``tinyllava_fast/ops/<file>.py`` lie in ``kernels/<file>.py``: a launcher named like each op
 (``splice_fwd``, ``splice_bwd``) that takes and returns what the torch reference does, with no autograd, no fallback and
@@ -15,14 +15,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from triton.runtime.jit import JITFunction
 
-LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch. Fused multiply-adds by name: the default differs between triton versions."""
 
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -40,16 +40,16 @@ class CompileCase:
 
     name: str
     shape: str
-    kernel: Any
+    kernel: JITFunction
     signature: dict[str, str]
-    constexprs: dict[str, Any]
+    constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int
     has_dot: bool
 
 
 def power_of_2(n: int, low: int, high: int) -> int:
-    """The smallest power of two that is at least n, kept in low..high (powers of two themselves)."""
+    """Return the smallest power of two that is at least n, kept in low..high (powers of two themselves)."""
     return min(high, max(low, 1 << max(0, n - 1).bit_length()))
 
 
@@ -63,11 +63,11 @@ class Launch:
     stages: int
 
     def blocks(self) -> dict[str, int]:
-        """The compile-time arguments of a launch."""
+        """Return the compile-time arguments of a launch."""
         return {"BLOCK_M": self.m, "BLOCK_N": self.n}
 
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of a launch."""
+    def options(self) -> dict[str, int]:
+        """Return the keyword arguments of a launch."""
         return {**self.blocks(), "num_warps": self.warps, "num_stages": self.stages, **LAUNCH}
 
 
@@ -83,7 +83,7 @@ BUCKETS = (64, 128, 256)  # head sizes up to
 
 
 def read_table(path: Path = TABLE) -> dict[str, dict[str, dict[str, dict[str, Launch]]]]:
-    """The launch table, architectures ascending."""
+    """Return the launch table, architectures ascending."""
     raw = json.loads(path.read_text(encoding="utf-8"))
     return {
         family: {
@@ -98,7 +98,7 @@ def read_table(path: Path = TABLE) -> dict[str, dict[str, dict[str, dict[str, La
 
 
 def arch_number(arch: str) -> int:
-    """80 of "sm_80"."""
+    """Return 80 of "sm_80"."""
     return int(arch.removeprefix("sm_"))
 
 
@@ -109,13 +109,13 @@ _tried: list[dict[str, Launch]] = []
 
 
 def bucket_of(head_dim: int, dtype: torch.dtype) -> str:
-    """Key of the attention table for a head size of up to 256."""
+    """Return the key of the attention table for a head size of up to 256."""
     size = next(size for size in BUCKETS if head_dim <= size)
     return f"{size} {'float' if dtype == torch.float32 else 'half'}"
 
 
 def attention_launch(device: str, head_dim: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """Settings of the attention kernels: fwd, dq, dkv, and decode, the forward kernel over few rows a segment.
+    """Return settings of the attention kernels: fwd, dq, dkv, and decode, the forward kernel over few rows a segment.
 
     device: its type. On a CPU, that is in the interpreter, blocks are small enough that tests cross them.
     """
@@ -132,7 +132,7 @@ def attention_launch(device: str, head_dim: int, dtype: torch.dtype) -> dict[str
 
 @functools.cache
 def device_arch() -> str:
-    """Architecture of the first GPU, the table's first one where there is none."""
+    """Return the architecture of the first GPU, the table's first one where there is none."""
     if not torch.cuda.is_available():
         return next(iter(_TABLE["attention"]))
     major, minor = torch.cuda.get_device_capability()

@@ -32,7 +32,7 @@ from tinyllava_fast.kernels._attention import (
     product,
 )
 from tinyllava_fast.kernels._common import CompileCase, attention_launch
-from tinyllava_fast.ops._attention_args import dense_rows
+from tinyllava_fast.ops._attention_args import Args, dense_rows
 
 PROGRAMS = (
     256  # of the dk, dv pass: below this, query heads of a group are divided; two for each unit of an A100 or H100
@@ -251,23 +251,10 @@ def _differentiate_keys(
 
 
 def packed_attention_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    prefix: Tensor | None,
-    used: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous; arguments and results as those of the op."""
+    *_, cu_q, cu_k, prefix, used, causal, scale, window, softcap = Args._make((q, k, v, *rest))
     (tokens, heads, size), (keys, kv_heads, _) = q.shape, k.shape
     group, segments = heads // kv_heads, cu_q.shape[0] - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

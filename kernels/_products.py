@@ -1,4 +1,4 @@
-"""What kernels with products of whole matrices share: the order of tiles and their sizes."""
+"""The parts that kernels with products of whole matrices share: the order of tiles and their sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tile_of(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 def tiles(m: int, n: int, k: int, warps: int, stages: int, *, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Constants and options of a launch; small tiles in the interpreter, so that tests cross them."""
+    """Return constants and options of a launch; small tiles in the interpreter, so that tests cross them."""
     if device == "cpu":
         m, n, k = 16, 32, 16
     precision = "widened" if device == "cpu" and dtype == torch.bfloat16 else "ieee"

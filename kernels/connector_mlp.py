@@ -1,4 +1,4 @@
-"""connector_mlp on a GPU: what lies between its products is done where their tiles are made.
+"""connector_mlp on a GPU: the work between its products is done where their tiles are made.
 
 Forward, the first product's tiles leave as h = x W1ᵀ + b1 and as f(h); the second product is cuBLAS's. Backward, the
 tiles of dy W2 leave as dh = (dy W2) f'(h), beside a = f(h), and cuBLAS multiplies what is left.
@@ -18,6 +18,7 @@ from torch import Tensor
 from tinyllava_fast.kernels._attention import add_product
 from tinyllava_fast.kernels._common import TRITON_TYPES, CompileCase
 from tinyllava_fast.kernels._products import tile_of, tiles
+from tinyllava_fast.ops.connector_mlp import Gradients, fake_bwd
 
 KINDS = ("gelu", "gelu_tanh", "relu", "silu")
 HALF = {"forward": (128, 128, 32, 8, 4), "backward": (128, 64, 32, 8, 4)}
@@ -127,11 +128,10 @@ def connector_mlp_fwd(
 
 def connector_mlp_bwd(
     grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of x, w1, b1, w2 and b2; the unwanted have no rows."""
     n, d, o = len(x), len(w1), len(w2)
-    shapes = (x.shape, w1.shape, (d,), w2.shape, (o,))
-    made = [x.new_empty(shape if wanted else (0, *shape[1:])) for shape, wanted in zip(shapes, want, strict=True)]
+    made = list(fake_bwd(grad, x, h, w1, w2, activation, want))
     if any(want[:4]):
         a, dh = x.new_empty((n, d)), x.new_empty((n, d))
         options = _settings("backward", x.dtype, x.device.type)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinyllava_fast.kernels._common import LAUNCH, TRITON_TYPES, CompileCase, power_of_2
+from tinyllava_fast.ops.linear_cross_entropy import Args
 
 CHUNK_BYTES = 512 << 20
 """Most memory for logits at a time: 5,461 rows of a 49,152-word vocabulary in bf16."""
@@ -114,25 +115,14 @@ def cross_entropy_rows(
             tl.store(z + at, tl.where(counts, d, 0.0).to(logits.dtype.element_ty), mask=at < vocab)
 
 
-def linear_cross_entropy_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    supervised: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_cross_entropy_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, d_hidden [T, D], d_weight [V, D], d_bias [V]) for an incoming gradient of 1; unwanted: no rows.
 
     The number of rows is read on the host once, to size the products. The sum of d_weight over several chunks is kept
     in float32.
     """
+    hidden, weight, bias, labels, supervised, ignore_index, softcap, label_smoothing, z_loss, *want = Args._make(args)
+    want_hidden, want_weight, want_bias = want
     rows = (labels != ignore_index).nonzero()[:, 0] if supervised is None else supervised[supervised < len(labels)]
     x, y = hidden.index_select(0, rows), labels.index_select(0, rows)
     (count, dim), vocab, dtype = x.shape, len(weight), weight.dtype

@@ -18,12 +18,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from tinyllava_fast.kernels._attention import add_product
 from tinyllava_fast.kernels._common import LAUNCH, TRITON_TYPES, CompileCase
 from tinyllava_fast.kernels._products import tile_of, tiles
 from tinyllava_fast.kernels.nf4 import dequantize_nf4
-from tinyllava_fast.ops.lora_linear import dropout_threshold
+from tinyllava_fast.ops.lora_linear import Backward, Forward, Gradients, dropout_threshold, empty_gradients, stored_nf4
 
 HALF = {"down": (64, 64, 64, 4, 3), "up": (128, 128, 32, 8, 4), "add": (128, 64, 32, 8, 3)}
 FLOAT = {"down": (32, 32, 32, 4, 2), "up": (64, 64, 16, 8, 3), "add": (64, 32, 16, 8, 3)}
@@ -143,7 +144,9 @@ def _settings(kernel: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     return tiles(*shape, device=device, dtype=dtype)
 
 
-def _launch(kernel: Any, which: str, rows: int, columns: int, like: Tensor, *args: Any, **constants: Any) -> None:
+def _launch(
+    kernel: JITFunction, which: str, rows: int, columns: int, like: Tensor, *args: object, **constants: object
+) -> None:
     options = _settings(which, like.dtype, like.device.type)
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(columns, options["BLOCK_N"]),)
     if grid[0]:
@@ -151,67 +154,39 @@ def _launch(kernel: Any, which: str, rows: int, columns: int, like: Tensor, *arg
             kernel[grid](*args, **constants, **options)
 
 
-def _mask(p: float, seed: Tensor | None) -> dict[str, Any]:
+def _mask(p: float, seed: Tensor | None) -> dict[str, int]:
     return {"LEAST": dropout_threshold(p), "MASKED": seed is not None and p > 0}
 
 
-def _weight(
-    weight: Tensor | None, packed: Tensor | None, absmax: Tensor | None, blocksize: int, b: Tensor, k: int
-) -> Tensor:
-    if weight is not None:
-        return weight.contiguous()
-    assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
-    return dequantize_nf4(packed, absmax, len(b), k, blocksize, b.dtype)
+def _weight(given: Forward | Backward) -> Tensor:
+    if given.weight is not None:
+        return given.weight.contiguous()
+    held = stored_nf4(given)
+    return dequantize_nf4(held.packed, held.absmax, *held.shape, held.blocksize, given.x.dtype)
 
 
-def lora_linear_fwd(
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def lora_linear_fwd(*args: object) -> tuple[Tensor, Tensor]:
     """(y [N, O], u [N, R]); see ops/lora_linear.py."""
+    given = Forward._make(args)
+    x, a, b, bias, seed = given.x.contiguous(), given.a.contiguous(), given.b.contiguous(), given.bias, given.seed
     (n, k), (o, r) = x.shape, b.shape
-    x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
     u, y = x.new_empty((n, r)), x.new_empty((n, o))
-    _launch(down_tiles, "down", n, r, x, x, a, u, seed, n, k, r, **_mask(p, seed))
-    w = _weight(weight, packed, absmax, blocksize, b, k)
-    arguments = (x, w, u, b, bias, y, scale / (1 - p), n, k, o, r)
+    _launch(down_tiles, "down", n, r, x, x, a, u, seed, n, k, r, **_mask(given.p, seed))
+    arguments = (x, _weight(given), u, b, bias, y, given.scale / (1 - given.p), n, k, o, r)
     _launch(up_tiles, "up", n, o, x, *arguments, BIAS=bias is not None)
     return y, u
 
 
-def lora_linear_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    packed: Tensor | None,
-    absmax: Tensor | None,
-    blocksize: int,
-    a: Tensor,
-    b: Tensor,
-    u: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def lora_linear_bwd(*args: object) -> Gradients:
     """Gradients of x, weight, bias, a and b; the unwanted have no rows."""
-    (n, k), (o, r), factor = x.shape, b.shape, scale / (1 - p)
-    shapes = (x.shape, (o, k), (o,), a.shape, b.shape)
-    made = [x.new_empty(shape if wanted else (0, *shape[1:])) for shape, wanted in zip(shapes, want, strict=True)]
-    mask = _mask(p, seed)
+    given = Backward._make(args)
+    grad, x, a, b, u, seed, want = given.grad, given.x, given.a, given.b, given.u, given.seed, given.want
+    (n, k), r, factor = x.shape, len(a), given.scale / (1 - given.p)
+    made, mask = list(empty_gradients(given)), _mask(given.p, seed)
     if want[0] or want[3]:
         v = torch.addmm(grad.new_empty(()), grad, b, beta=0, alpha=factor)
     if want[0]:
-        made[0] = grad @ _weight(weight, packed, absmax, blocksize, b, k)
+        made[0] = grad @ _weight(given)
         _launch(add_tiles, "add", n, k, x, made[0], v, a.contiguous(), seed, n, k, r, **mask)
     if want[1]:
         made[1] = grad.t() @ x
@@ -219,10 +194,10 @@ def lora_linear_bwd(
         made[2] = grad.sum(0)
     if want[3]:
         if mask["MASKED"] and x.numel():
-            x, given = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+            x, whole = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
             block = COPIED
             with torch.cuda.device_of(x):
-                masked_rows[n, triton.cdiv(k, block)](given, x, seed, k, LEAST=mask["LEAST"], BLOCK=block, **LAUNCH)
+                masked_rows[n, triton.cdiv(k, block)](whole, x, seed, k, LEAST=mask["LEAST"], BLOCK=block, **LAUNCH)
         made[3] = v.t() @ x
     if want[4]:
         made[4] = torch.addmm(grad.new_empty(()), grad.t(), u, beta=0, alpha=factor)

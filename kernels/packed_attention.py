@@ -31,7 +31,7 @@ from tinyllava_fast.kernels._attention import (
 )
 from tinyllava_fast.kernels._common import CompileCase, Launch, attention_launch
 from tinyllava_fast.kernels._packed_attention_bwd import backward_cases, packed_attention_bwd
-from tinyllava_fast.ops._attention_args import dense_rows
+from tinyllava_fast.ops._attention_args import Args, dense_rows
 
 __all__ = ["compile_cases", "packed_attention_bwd", "packed_attention_fwd"]
 
@@ -123,20 +123,9 @@ def _attend(
     tl.store(lse + to, logs, mask=inside)
 
 
-def packed_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    prefix: Tensor | None,
-    used: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def packed_attention_fwd(*args: object) -> tuple[Tensor, Tensor]:
     """(out [Tq, H, Dh], lse [Tq, H]); arguments and results as those of the op."""
+    q, k, v, cu_q, cu_k, prefix, used, causal, scale, window, softcap = Args._make(args)
     tokens, heads, size = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     if out.numel() == 0:

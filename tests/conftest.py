@@ -1,4 +1,4 @@
-"""What every test can rely on."""
+"""Settings that every test can rely on."""
 
 from __future__ import annotations
 

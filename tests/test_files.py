@@ -195,7 +195,7 @@ def _write_for_ever(root: Path) -> None:
 
 
 def test_a_kill_at_any_instant_leaves_whole_ones(tmp_path: Path) -> None:
-    """What is there afterwards is of one writing, and nothing else but what begins with .tmp-."""
+    """One writing is there afterwards, and nothing else but names that begin with .tmp-."""
     rng, context = random.Random(0), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tinyllava_fast.files"])
     for _ in range(8):
@@ -214,7 +214,7 @@ def test_a_kill_at_any_instant_leaves_whole_ones(tmp_path: Path) -> None:
 
 
 def _written(root: Path) -> int:
-    """When the folder came; 0: not yet."""
+    """Return the time when the folder came; 0: not yet."""
     return (root / "folder").stat().st_ctime_ns if (root / "folder").exists() else 0
 
 

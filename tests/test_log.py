@@ -1,4 +1,4 @@
-"""What reaches a user from other libraries: not what is said at every start, and no progress bar in a log file."""
+"""Messages of other libraries that reach a user: not what is said at every start, and no progress bar in a log file."""
 
 import os
 import subprocess

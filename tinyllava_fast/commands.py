@@ -1,4 +1,4 @@
-"""What all commands have in common: ``--version``, and the nearest flag for one that does not exist."""
+"""The parts that all commands share: ``--version``, and the nearest flag for one that does not exist."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tinyllava_fast.version import __version__
 class Parser(argparse.ArgumentParser):
     """argparse's parser with ``--version``. An unknown flag is answered with the nearest one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.add_argument("--version", action="version", version=version())
 
     def error(self, message: str) -> NoReturn:
@@ -34,12 +34,12 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def version() -> str:
-    """What ``--version`` prints."""
+    """Return the line that ``--version`` prints."""
     return f"tinyllava_fast {__version__}"
 
 
 def nearest_flag(flag: str, known: Iterable[str]) -> str:
-    """A sentence fragment that names the known flag nearest to one that does not exist; "" if none is near.
+    """Return a sentence fragment that names the known flag nearest to one that does not exist; "" if none is near.
 
     >>> nearest_flag("--resum", ["--resume", "--profile"])
     'did you mean --resume?'

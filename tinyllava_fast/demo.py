@@ -29,7 +29,7 @@ NOTE = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of the demo."""
+    """Return the command line of the demo."""
     p = Parser(prog="python -m tinyllava_fast.demo", description=__doc__)
     p.add_argument("--config", default="configs/demo.yaml", metavar="FILE", help="run configuration")
     p.add_argument("--data", default=str(DATA), metavar="DIR", help="where easy-VQA is, or is written to")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(
     config: Path, data: Path, *, fresh: bool = False, limit: int | None = None, overrides: Sequence[str] = ()
 ) -> int:
-    """All steps of the demo; returns the exit code. results.json, report.html and report.png go to the run folder."""
+    """Run all steps and return the exit code. results.json, report.html and report.png go to the run folder."""
     from tinyllava_fast.config.load import dump, load_run
     from tinyllava_fast.data.easy_vqa import prepare
 
@@ -91,7 +91,7 @@ def run(
 
 
 def is_trained(run_dir: Path, config: str) -> bool:
-    """Whether a run of exactly this resolved configuration has finished there."""
+    """Return True if a run of exactly this resolved configuration has finished there."""
     saved = run_dir / "config.yaml"
     finished = (run_dir / "summary.json").is_file() and (run_dir / "final" / "config.json").is_file()
     return finished and saved.is_file() and saved.read_text(encoding="utf-8") == config
@@ -115,13 +115,13 @@ def train(config: Path, overrides: Sequence[str], *, fresh: bool) -> int:
 
 
 def trainer_command(config: Path, overrides: Sequence[str], fresh: bool) -> list[str]:
-    """The command line of tlf-train, run by this interpreter."""
+    """Return the command line of tlf-train, run by this interpreter."""
     resume = "never" if fresh else "auto"
     return [sys.executable, "-m", "tinyllava_fast.train.cli", str(config), "--resume", resume, *overrides]
 
 
-def summarize(training: dict[str, Any], seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json holds, from the training summary and the two evaluations."""
+def summarize(training: dict[str, float], seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of results.json, from the training summary and the two evaluations."""
     run = seen["run"]
     return {
         "accuracy": _accuracy(seen["metrics"]),
@@ -143,8 +143,8 @@ def summarize(training: dict[str, Any], seen: Mapping[str, Any], unseen: Mapping
     }
 
 
-def _accuracy(metrics: list[dict[str, Any]]) -> float:
-    """The first metric as a share 0..1."""
+def _accuracy(metrics: list[dict[str, float]]) -> float:
+    """Return the first metric as a share 0..1."""
     return float(metrics[0]["value"] / metrics[0]["scale"])
 
 

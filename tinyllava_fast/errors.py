@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 _REMEDIES = {
     errno.ENOSPC: "free some space there and run the same command again",
@@ -50,7 +50,7 @@ def writing(path: str | Path) -> Iterator[None]:
         raise UserError(f"{name}: cannot be written: {reason}; {remedy}") from error
 
 
-def import_optional(module: str, what: str) -> Any:
+def import_optional(module: str, what: str) -> ModuleType:
     """Return a module of the extra ``train``. Raise UserError if it does not import. what: its user, for messages."""
     try:
         return import_module(module)
@@ -61,7 +61,7 @@ def import_optional(module: str, what: str) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence fragment for an unknown name: the nearest match if there is one, and all known names.
+    """Return a sentence fragment for an unknown name: the nearest match if there is one, and all known names.
 
     >>> nearest("mpl", ["linear", "mlp"])
     "did you mean 'mlp'? Known: linear, mlp"

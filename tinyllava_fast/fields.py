@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeGuard, TypeVar
 
 from tinyllava_fast.errors import DataError, UserError, nearest
 
@@ -46,7 +46,7 @@ class Fields:
     error: the class of what is raised.
 
     Each reader returns the field as the kind it is named after. A field that is missing or null gives ``default`` where
-    one is given, else raises. Any other kind raises.
+    one is given, else raises. Another kind raises.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, error: type[UserError] = DataError) -> None:
@@ -55,8 +55,8 @@ class Fields:
         self.error = error
 
     @classmethod
-    def of(cls, value: Any, where: str, error: type[UserError] = DataError) -> Fields:
-        """The fields of a decoded JSON value. Raises if it is no object."""
+    def of(cls, value: object, where: str, error: type[UserError] = DataError) -> Fields:
+        """Return the fields of a decoded JSON value. Raises if it is no object."""
         if not isinstance(value, dict):
             raise error(f"{where}: expected a JSON object, got {shown(value)}")
         return cls(value, where, error)
@@ -66,7 +66,7 @@ class Fields:
         return f"{self.where}: " if self.where else ""
 
     def __contains__(self, name: str) -> bool:
-        """Whether the field is given and not null."""
+        """Return True if the field is given and not null."""
         return self.values.get(name) is not None
 
     def text(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> str | T:
@@ -80,7 +80,7 @@ class Fields:
     def words(self, name: str, default: T | _Required = REQUIRED, *, single: bool = False) -> list[str] | T:
         """A list that is not empty of what ``word`` reads. single: whether one that is in no list is allowed."""
 
-        def read(at: str, value: Any) -> list[str]:
+        def read(at: str, value: object) -> list[str]:
             if not isinstance(value, list) and single:
                 return [self._word(at, value)]
             if not isinstance(value, list) or not value:
@@ -92,7 +92,7 @@ class Fields:
     def paths(self, name: str, default: T | _Required = REQUIRED, *, single: bool = True) -> list[str] | T:
         """A list of paths, which may be empty. single: whether one path that is in no list is allowed."""
 
-        def read(at: str, value: Any) -> list[str]:
+        def read(at: str, value: object) -> list[str]:
             if isinstance(value, str) and single:
                 return [self._path(at, value)]
             if not isinstance(value, list):
@@ -108,7 +108,7 @@ class Fields:
     def identifier(self, name: str, default: T | _Required = REQUIRED) -> str | int | T:
         """Text that is not empty, or a whole number."""
 
-        def read(at: str, value: Any) -> str | int:
+        def read(at: str, value: object) -> str | int:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
             if not isinstance(value, str):
@@ -122,7 +122,7 @@ class Fields:
     ) -> int | T:
         """A whole number. least, most: the smallest and the largest that are allowed."""
 
-        def read(at: str, value: Any) -> int:
+        def read(at: str, value: object) -> int:
             if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
                 self.fail(at, "a whole number" + (f" of at least {least}" if least is not None else ""), value)
             if most is not None and value > most:
@@ -134,7 +134,7 @@ class Fields:
     def number(self, name: str, default: T | _Required = REQUIRED, *, least: float | None = None) -> float | T:
         """A finite number. least: the smallest that is allowed."""
 
-        def read(at: str, value: Any) -> float:
+        def read(at: str, value: object) -> float:
             if not is_number(value) or (least is not None and value < least):
                 self.fail(at, "a number" + (f" of at least {least}" if least is not None else ""), value)
             return float(value)
@@ -143,18 +143,12 @@ class Fields:
 
     def boolean(self, name: str, default: T | _Required = REQUIRED) -> bool | T:
         """true or false."""
-
-        def read(at: str, value: Any) -> bool:
-            if not isinstance(value, bool):
-                self.fail(at, "true or false", value)
-            return value
-
-        return self._read(name, default, read)
+        return self._read(name, default, lambda at, v: v if isinstance(v, bool) else self.fail(at, "true or false", v))
 
     def one_of(self, name: str, choices: Sequence[str], default: T | _Required = REQUIRED) -> str | T:
         """One of some texts."""
 
-        def read(at: str, value: Any) -> str:
+        def read(at: str, value: object) -> str:
             if value not in choices:
                 self.fail(at, "one of " + ", ".join(map(repr, choices)), value)
             return str(value)
@@ -168,10 +162,10 @@ class Fields:
             return value
         return [self._text(f"{name}[{number}]", item, empty=True) for number, item in enumerate(value)]
 
-    def items(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[Any] | T:
+    def items(self, name: str, default: T | _Required = REQUIRED, *, empty: bool = False) -> list[object] | T:
         """A list of anything. empty: whether it may be empty."""
 
-        def read(at: str, value: Any) -> list[Any]:
+        def read(at: str, value: object) -> list[object]:
             if not isinstance(value, list) or not (value or empty):
                 self.fail(at, "a list" if empty else "a list that is not empty", value)
             return value
@@ -181,7 +175,7 @@ class Fields:
     def mapping(self, name: str, default: T | _Required = REQUIRED) -> Fields | T:
         """An object, as Fields of its own."""
 
-        def read(at: str, value: Any) -> Fields:
+        def read(at: str, value: object) -> Fields:
             if not isinstance(value, dict):
                 self.fail(at, "an object", value)
             return Fields(value, f"{self._place}{at}", self.error)
@@ -203,17 +197,17 @@ class Fields:
         names = list(known)
         return {name: nearest(name, names) for name in self.values if name not in names}
 
-    def fail(self, name: str, expected: str, value: Any, why: str = "") -> NoReturn:
+    def fail(self, name: str, expected: str, value: object, why: str = "") -> NoReturn:
         """Raise the error of a field that is not what was expected."""
         raise self.error(f"{self._place}{name}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else ""))
 
-    def _read(self, name: str, default: T | _Required, read: Callable[[str, Any], V]) -> V | T:
+    def _read(self, name: str, default: T | _Required, read: Callable[[str, object], V]) -> V | T:
         """Return what ``read`` makes of the field, or the default where it stands in for a missing or null one."""
         value = self._given(name, default)
         return default if value is None else read(name, value)  # type: ignore[return-value]
 
-    def _given(self, name: str, default: object) -> Any:
-        """The value, or None where a default stands in for a missing or null one."""
+    def _given(self, name: str, default: object) -> object:
+        """Return the value, or None where a default stands in for a missing or null one."""
         value = self.values.get(name)
         if value is None and default is REQUIRED:
             if name in self.values:
@@ -221,14 +215,14 @@ class Fields:
             raise self.error(f"{self._place}no field {shown(name)}; it has {_listed(self.values)}")
         return value
 
-    def _text(self, name: str, value: Any, empty: bool = False) -> str:
+    def _text(self, name: str, value: object, empty: bool = False) -> str:
         if not isinstance(value, str) or not (empty or value.strip()):
             self.fail(name, "text" if empty else "text that is not empty", value)
         if not is_text(value):
             self.fail(name, "text", value, "it holds half of a surrogate pair; mend it")
         return value
 
-    def _word(self, name: str, value: Any) -> str:
+    def _word(self, name: str, value: object) -> str:
         if is_number(value):
             whole = isinstance(value, float) and value.is_integer() and abs(value) < _EXACT
             return str(int(value) if whole else value)
@@ -237,7 +231,7 @@ class Fields:
             self.fail(name, "text or a number", value, why)
         return self._text(name, value)
 
-    def _path(self, name: str, value: Any) -> str:
+    def _path(self, name: str, value: object) -> str:
         if not isinstance(value, str) or not value.strip():
             self.fail(name, "a path", value)
         if not is_text(value):
@@ -248,7 +242,7 @@ class Fields:
 
 
 def read_text(path: Path, error: type[UserError] = DataError) -> str:
-    """The text of a UTF-8 file, without its byte order mark. Raises naming the file and the byte that is not UTF-8."""
+    """Return the text of a UTF-8 file, without its byte order mark. Raises naming the byte that is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as bad:
@@ -258,17 +252,17 @@ def read_text(path: Path, error: type[UserError] = DataError) -> str:
 
 
 def read_json(path: Path, error: type[UserError] = DataError) -> Any:
-    """The content of a JSON file. Raises naming the file, and the line where it is not JSON."""
+    """Return the content of a JSON file. Raises naming the file, and the line where it is not JSON."""
     return decode(read_text(path, error), str(path), error)
 
 
 def read_object(path: Path, error: type[UserError] = DataError) -> Fields:
-    """The fields of a JSON file that holds one object. Raises if it does not."""
+    """Return the fields of a JSON file that holds one object. Raises if it does not."""
     return Fields.of(read_json(path, error), str(path), error)
 
 
 def read_objects(path: Path, error: type[UserError] = DataError) -> list[Fields]:
-    """The objects of a JSON file that holds a list of them, each "file, record 1" from 1 on. Raises if it does not."""
+    """Return the objects of a JSON file that holds a list of them, each "file, record 1". Raises if it does not."""
     value = read_json(path, error)
     if not isinstance(value, list):
         raise error(f"{path}: expected a JSON list of objects, got {shown(value)}")
@@ -298,7 +292,7 @@ def _object(line: str, where: str, error: type[UserError]) -> Fields:
 
 
 def not_utf8(path: Path, bad: UnicodeDecodeError, error: type[UserError] = DataError) -> UserError:
-    """The error of a file that is not UTF-8: the line and the byte of the file, and what it seems to be instead.
+    """Return the error of a file that is not UTF-8: the line and byte of the file, and what it seems to be instead.
 
     bad: what was raised while the file was read. Its own position counts from the piece that was being decoded.
     """
@@ -315,8 +309,8 @@ def not_utf8(path: Path, bad: UnicodeDecodeError, error: type[UserError] = DataE
     return error(f"{path}: not UTF-8 text ({'it is UTF-16' if wide else place}); save it as UTF-8")
 
 
-def decode(text: str, where: str, error: type[UserError] = DataError) -> Any:
-    """A JSON value out of text. Raises naming ``where`` if it is malformed, nested too deep, or names a field twice."""
+def decode(text: str, where: str, error: type[UserError] = DataError) -> object:
+    """Return the JSON value of a text. Raises naming ``where`` if it is malformed, too deep, or names a field twice."""
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as bad:
@@ -324,7 +318,7 @@ def decode(text: str, where: str, error: type[UserError] = DataError) -> Any:
 
 
 def fault(bad: ValueError | RecursionError, text: str = "") -> str:
-    """What DECODER found wrong, and what to do about it. text: what was decoded; if it is one line, none is named."""
+    """Return what DECODER found wrong and what to do about it. text: what it read; if it is one line, none is named."""
     if isinstance(bad, json.JSONDecodeError):
         place = f" in line {bad.lineno}" if "\n" in text.strip() else ""
         return f"not JSON ({bad.msg}{place}, character {bad.colno}); {_remedy(text)}"
@@ -345,8 +339,8 @@ def _remedy(text: str) -> str:
     return "mend or remove it" if text.strip() else "it is empty; download or write it again"
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An ``object_pairs_hook`` that refuses a field that stands twice, of which one would be lost."""
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object of JSON (an ``object_pairs_hook``); refuse a field that stands twice, as one would be lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()
@@ -360,7 +354,7 @@ DECODER: Final = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: JSON escapes can spell half of a surrogate pair, which no tokenizer takes."""
+    """Return True if UTF-8 can hold it: JSON escapes can spell half of a surrogate pair, which no tokenizer takes."""
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError:
@@ -368,15 +362,15 @@ def is_text(value: str) -> bool:
     return True
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number that a float can hold; true and false are none."""
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return True for a finite number that a float can hold; true and false are none."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value for a message as JSON and YAML write it, cut to a readable length, writable to any terminal."""
     if value is None:
         return "null"
@@ -395,6 +389,6 @@ def _too_long(path: str) -> bool:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The names of fields, those of the first few."""
+    """Return the names of the first few fields."""
     first = list(islice(names, 13))
     return ", ".join([*map(shown, first[:12]), *(["..."] if len(first) > 12 else [])]) or "none"

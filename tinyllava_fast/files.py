@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tinyllava_fast.errors import CheckpointError
 
 TMP = ".tmp-"
-"""How the name of everything begins that is still being written, or was when its writer died."""
+"""The beginning of every name that is still being written to, or was when its writer died."""
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def remove(path: Path) -> None:
 
 
 def _beside(final: Path) -> Path:
-    """A name in the same folder that no other thread, process or machine uses."""
+    """Return a name in the same folder that no other thread, process or machine uses."""
     return final.with_name(f"{TMP}{secrets.token_hex(4)}-{final.name}")
 
 

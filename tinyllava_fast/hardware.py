@@ -20,10 +20,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # (M, K, N): a large square, and a decoder's own widths (SmolLM2-135M: 3072 tokens through up and down)
@@ -36,7 +39,7 @@ _memory = {"kept": False}  # what prepare_memory has set up
 
 
 def torchrun_number(name: str, default: int) -> int:
-    """A number that torchrun sets in the environment. UserError if something else has set it to no number."""
+    """Return a number that torchrun sets in the environment. UserError if something else has set it to no number."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise UserError(
@@ -64,24 +67,24 @@ def keeps_memory() -> bool:
     return _memory["kept"]
 
 
-def gemm_flops_per_s(dtype: Any, device: str = "cpu") -> float:
-    """The peak that MFU divides by: the best of ``gemm_rates``. dtype: a torch.dtype."""
+def gemm_flops_per_s(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Return the peak that MFU divides by: the best of ``gemm_rates``."""
     return max(gemm_rates(dtype, device).values())
 
 
 def gemm_rates(
-    dtype: Any,
+    dtype: torch.dtype,
     device: str = "cpu",
     *,
     shapes: Sequence[tuple[int, int, int]] | None = None,
     rounds: int = 7,
     min_seconds: float = 0.1,
 ) -> dict[str, float]:
-    """{"MxKxN": FLOP/s} of torch's own product of [M, K] and the transpose of [N, K], the layout of a linear layer.
+    """Return {"MxKxN": FLOP/s} of torch's product of [M, K] and the transpose of [N, K], as in a linear layer.
 
-    Measured, not read from a data sheet: a peak must be what torch reaches here today. dtype: a torch.dtype. shapes:
-    (M, K, N); by default a large square and a small decoder's widths. min_seconds: a round repeats the product about so
-    long; the rate is the median round's.
+    Measured, not read from a data sheet: a peak must be what torch reaches here today. shapes: (M, K, N); by default a
+    large square and a small decoder's widths. min_seconds: a round repeats the product about so long; the rate is the
+    median round's.
     """
     import torch
 
@@ -91,7 +94,9 @@ def gemm_rates(
         left, right = (torch.randn(r, k, generator=generator).to(device, dtype) for r in (m, n))
         out = torch.empty(m, n, device=device, dtype=dtype)
 
-        def seconds(calls: int, left: Any = left, right: Any = right, out: Any = out) -> float:
+        def seconds(
+            calls: int, left: torch.Tensor = left, right: torch.Tensor = right, out: torch.Tensor = out
+        ) -> float:
             started = time.perf_counter()
             for _ in range(calls):
                 torch.mm(left, right.t(), out=out)
@@ -106,7 +111,7 @@ def gemm_rates(
 
 
 def cache_folder() -> Path:
-    """A folder that can be written to, where what can be made again is kept between runs.
+    """Return a folder that can be written to, for files that outlive a run and can be made again.
 
     TLF_CACHE, else tinyllava_fast in XDG_CACHE_HOME or in .cache of the user's home. Where that cannot be written, or
     the user has no home (a container's user without a passwd entry): a private one among the temporary files, and a
@@ -130,7 +135,7 @@ def _writable_cache(named: str, xdg: str, home: str) -> Path:
 
 
 def _user_cache(xdg: str, home: str) -> Path:
-    """The XDG standard's folder, which says that a relative path is to be ignored. Raises OSError without a home."""
+    """Return the XDG standard's folder; it says to ignore a relative path. Raise OSError without a home."""
     if os.path.isabs(xdg):
         return Path(xdg)
     if not os.path.isabs(home):
@@ -144,7 +149,7 @@ def _user_cache(xdg: str, home: str) -> Path:
 
 
 def _temporary_cache() -> Path:
-    """The same folder in every process of this user, unless another user has put something in its place.
+    """Return the same folder in every process of this user, unless another user has put something in its place.
 
     Shared libraries are loaded from it, so nobody else may write to it. Where nothing at all can be written, a path at
     which every attempt is an OSError.

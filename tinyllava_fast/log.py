@@ -26,7 +26,7 @@ class _Quiet(logging.Filter):
         self.beginnings = beginnings
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message stays."""
+        """Return True if the message stays."""
         return not record.getMessage().startswith(self.beginnings)
 
 

@@ -1,4 +1,4 @@
-"""How often a long piece of work says how far it is."""
+"""The pace at which a long piece of work says how far it is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Pace:
         return self._clock() - self.started
 
     def due(self, *, always: bool = False) -> bool:
-        """Whether a line is due now, which counts it as said. always: it is, for a first or last line."""
+        """Return True if a line is due now, and count it as said. always: it is, for a first or last line."""
         now = self._clock()
         if now < self._next and not always:
             return False

@@ -21,7 +21,7 @@ from tinyllava_fast.paths import path_argument
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-    """``--plugin``, which may be repeated; its values are for ``load_plugins``."""
+    """Add ``--plugin``, which may be repeated; its values are for ``load_plugins``."""
     parser.add_argument(
         "--plugin",
         action="append",

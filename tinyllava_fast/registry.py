@@ -81,6 +81,6 @@ class Registry(Generic[T]):
 
 
 def _origin(entry: object) -> str:
-    """Where a component is defined: module and name of a class or function; what an object says of itself."""
+    """Return the module and name of a class or function; of an object, its repr."""
     module, name = getattr(entry, "__module__", ""), getattr(entry, "__qualname__", "")
     return f"{module}.{name}" if name else repr(entry)

@@ -23,7 +23,7 @@ def cases(setting: Setting) -> Iterator[Case]:
 def _case(setting: Setting, *shape: int) -> Case:
     start, grad = setting.randn(*shape, grad=False).float(), setting.randn(*shape, grad=False)
 
-    def made() -> tuple[Tensor, ...]:
+    def made() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return start.clone(), torch.zeros_like(start), torch.zeros_like(start), start.bfloat16()
 
     state, steps = made(), [0]

@@ -57,7 +57,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
 
 
 def allowed(hint: Any, value: Any, marks: tuple[Any, ...] = ()) -> bool:
-    """Whether the type and its marks allow the value: written once more, in another way than the reader of values."""
+    """True if the type and its marks allow the value: written once more, in another way than the reader of values."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return allowed(inner[0], value, inner[1:])
@@ -97,7 +97,7 @@ def allowed(hint: Any, value: Any, marks: tuple[Any, ...] = ()) -> bool:
 
 
 def check(make: Any, hint: Any, key: str) -> list[str]:
-    """What is wrong with the treatment of each value; make: builds the configuration with a value in it."""
+    """Return what is wrong with the treatment of each value; make: builds the configuration with a value in it."""
     wrong = []
     for label, value in VALUES.items():
         try:
@@ -273,7 +273,7 @@ def test_help_shows_ranges_and_the_defaults_that_hold() -> None:
 
 
 def test_defaults_are_allowed() -> None:
-    """What the schema gives by itself passes its own check."""
+    """The defaults of the schema pass its own check."""
     parsed = parse_into(RunConfig, {"stages": [STAGE]}, "run.yaml")
     again = parse_into(RunConfig, dataclasses.asdict(parsed), "run.yaml")
     assert again == parsed

@@ -14,7 +14,7 @@ from tinyllava_fast.kernels import lora_linear as kernels
 from tinyllava_fast.kernels import nf4
 from tinyllava_fast.ops._op import OPS, Op, Sample
 from tinyllava_fast.ops.lora_linear import dropout_mask
-from tinyllava_fast.ops.nf4 import dense, random_nf4
+from tinyllava_fast.ops.nf4 import NF4, dense, random_nf4
 
 CASES = [case for case in cases() if case[0].module in ("nf4", "lora_linear")]
 
@@ -30,7 +30,7 @@ def test_agrees_with_float64(case: tuple[Op, Sample], dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("shape", [(70, 64), (33, 37), (1, 1), (9, 480)])
 def test_unpacks_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
     packed, absmax, rows, columns, blocksize = random_nf4(torch.Generator().manual_seed(0), *shape, 64)
-    exact = dense(packed, absmax, rows, columns, blocksize, dtype)
+    exact = dense(NF4(packed, absmax, (rows, columns), blocksize), dtype)
     assert torch.equal(nf4.dequantize_nf4(packed, absmax, rows, columns, blocksize, dtype), exact)
 
 

@@ -96,15 +96,9 @@ def due(lmm: LMM, recipe: RecipeConfig) -> set[str]:
 
 def two_steps(lmm: LMM, recipe: RecipeConfig, batch: PackedBatch) -> tuple[float, float]:
     """The loss before and after two optimizer steps on one batch."""
-    groups = apply_recipe(lmm, recipe, OptimConfig(lr=3e-3), seed=0)
-    engine = TorchEngine(
-        lmm,
-        [dict(g) for g in groups],
-        device=torch.device("cpu"),
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        clip_norm=1.0,
-    )
+    optim = OptimConfig(lr=3e-3, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0)
+    groups = apply_recipe(lmm, recipe, optim, seed=0)
+    engine = TorchEngine(lmm, [dict(g) for g in groups], optim, device=torch.device("cpu"))
     lmm.eval()  # no dropout: the losses are of the same function
     losses = []
     for _ in range(3):

@@ -79,7 +79,7 @@ def test_keeps_half_of_what_eager_keeps() -> None:
 
 
 def test_backward_may_run_again() -> None:
-    """What was kept is not written to."""
+    """The tensors that were kept are not written to."""
     leaves = problem(300)
     y = connector_mlp(*leaves)
     first = torch.autograd.grad(y.sum(), leaves, retain_graph=True)

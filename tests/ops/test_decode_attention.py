@@ -1,4 +1,4 @@
-"""What the registry-wide tests do not ask of decode_attention."""
+"""Properties of decode_attention that the registry-wide tests do not check."""
 
 from __future__ import annotations
 

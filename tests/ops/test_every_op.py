@@ -1,4 +1,4 @@
-"""What holds for every registered op, its samples and its backends. A new op is covered by being registered."""
+"""Properties of every registered op, its samples and its backends. A new op is covered by being registered."""
 
 from __future__ import annotations
 

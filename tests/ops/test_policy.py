@@ -48,6 +48,10 @@ def nf4(place: str, dtype: torch.dtype, rows: int, columns: int, blocksize: int)
     return rows <= (48 if dots else 16) and columns % 2 == 0
 
 
+def step(place: str, dtype: torch.dtype, rows: int) -> bool:
+    return rows <= {torch.float32: 16, torch.bfloat16: 64}.get(dtype, -1)
+
+
 def images(place: str, dtype: torch.dtype) -> bool:
     return place in _cpp.ISAS and dtype in (torch.float32, torch.bfloat16)
 
@@ -62,6 +66,8 @@ RULES: dict[str, tuple[Expected, list[dict[str, int]]]] = {
     "lora_linear": (lora, grid(rank=(0, 1, 2, 3, 16, 512, 514), columns=(0, 5, 6, 64))),
     "linear_nf4": (nf4, grid(rows=ROWS, columns=(0, 1, 2, 64, 96, 128), blocksize=(2, 32, 64, 128))),
     "packed_attention of images": (images, [{}]),
+    "decode_step": (step, grid(rows=ROWS)),
+    "decode_step quantized": (lambda *_, rows: rows <= 64, grid(rows=ROWS)),
 }
 
 
@@ -78,6 +84,10 @@ def test_the_table_says_what_the_rules_say(op: str, place: str, monkeypatch: pyt
 
 def test_most_rows_and_names() -> None:
     assert (most_rows("decode_linear"), most_rows("decode_linear int8"), most_rows("linear_nf4")) == (16, 64, 48)
-    modules = {op.module for op in OPS.values()} | {op.removesuffix("_fwd") for op in OPS} | {"transpose"}
+    assert [most_rows("decode_step", dtype) for dtype in DTYPES[:2]] == [16, 64]
+    assert most_rows("decode_step quantized", torch.float32) == 64
+    modules = (
+        {op.module for op in OPS.values()} | {op.removesuffix("_fwd") for op in OPS} | {"transpose", "decode_step"}
+    )
     assert {name.split()[0] for name in TABLE} <= modules
     assert _cpp.isa() in ("", *_cpp.ISAS)

@@ -187,7 +187,7 @@ def test_what_bitsandbytes_gets_wrong_is_refused(make_lmm: Callable[..., LMM], m
 
 
 def test_bitsandbytes_still_gets_them_wrong() -> None:
-    """When this is skipped on every machine, a newer bitsandbytes works and the refusal above can go."""
+    """Once this is skipped on every machine, a newer bitsandbytes works and the refusal above can go."""
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     wrong = bnb.functional.dequantize_4bit(packed, state) - weight

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tinyllava_fast.config.load import load_run
+from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.dataset import build_dataset
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
 from tinyllava_fast.recipes.base import apply_recipe
@@ -34,9 +35,8 @@ def test_it_stops_there(tiny_run, recipe):
         tokens_per_image=model.tokens_per_image,
         seed=0,
     )
-    engine = TorchEngine(
-        model, [dict(g) for g in groups], device=torch.device("cpu"), betas=(0.9, 0.99), eps=1e-8, clip_norm=0.0
-    )
+    optim = OptimConfig(betas=(0.9, 0.99), eps=1e-8, clip_norm=0.0)
+    engine = TorchEngine(model, [dict(g) for g in groups], optim, device=torch.device("cpu"))
     needs = {}
 
     def note(name):

@@ -21,7 +21,7 @@ from tinyllava_fast.train.engine.base import LazyTensor
 
 
 class FakeEngine:
-    """What the store asks of an engine."""
+    """The parts of an engine that the store uses."""
 
     rank, world_size, device = 0, 1, torch.device("cpu")
 

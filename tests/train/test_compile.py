@@ -14,6 +14,7 @@ from tinyllava_fast.config.schema import (
     VisionConfig,
 )
 from tinyllava_fast.models.build import build_model
+from tinyllava_fast.ops import _policy
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import compile as compiling
 from tinyllava_fast.train import timings
@@ -211,8 +212,8 @@ def test_regions_by_inductor():
 
 def test_auto_compiles_when_the_steps_repay_it(monkeypatch, caplog):
     monkeypatch.setattr(compiling, "gemm_flops_per_s", lambda dtype: 1e12)
-    for name, value in (("EAGER_RATE", 0.25), ("SAVED_SHARE", 0.25), ("SECONDS_PER_LAYER", 2.0)):
-        monkeypatch.setattr(compiling, name, value)
+    for name, value in (("EAGER_RATE", 0.25), ("COMPILED_SAVES", 0.25), ("COMPILE_SECONDS_A_LAYER", {"training": 2.0})):
+        monkeypatch.setattr(_policy, name, value)
     step = {"flops": 0.25e12, "layers": 10, "dtype": torch.float32}  # one second
     with caplog.at_level("INFO", logger="tinyllava_fast"):
         assert repays(80, **step) and not repays(79, **step)

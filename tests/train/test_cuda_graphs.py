@@ -1,4 +1,4 @@
-"""What engine.cuda_graphs does that needs no GPU."""
+"""The parts of engine.cuda_graphs that need no GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.config.schema import EngineConfig
+from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.train import graph_passes
 from tinyllava_fast.train.compile import CompiledForward
@@ -58,7 +58,8 @@ def test_gradients_leave_the_memory_that_is_replayed() -> None:
         net = Net()
         groups = [{"name": "all", "params": [net.weight], "lr": 0.0, "weight_decay": 0.0}]
         device = torch.device("cpu")
-        engine = TorchEngine(net, groups, device=device, betas=(0.9, 0.99), eps=1e-8, clip_norm=0.0, cuda_graphs=copies)
+        optim = OptimConfig(betas=(0.9, 0.99), eps=1e-8, clip_norm=0.0)
+        engine = TorchEngine(net, groups, optim, device=device, cuda_graphs=copies)
         for factor in (1.0, 2.0):
             engine.forward_backward(Batch(factor), 1.0)  # type: ignore[arg-type]
         norms[copies] = float(engine.step({"all": 0.0}))

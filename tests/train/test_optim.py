@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.ops.adamw import dither
 from tinyllava_fast.train.engine.base import plain_state, trainable_names
@@ -29,7 +30,8 @@ def make(dtype=torch.float32, clip_norm=0.0, seed=0, lr=0.01):
         {"name": "decay", "params": [net.a.weight, net.b.weight, net.side.weight], "lr": lr, "weight_decay": 0.1},
         {"name": "plain", "params": [net.a.bias, net.b.bias, net.side.bias], "lr": lr, "weight_decay": 0.0},
     ]
-    optimizer = MasterOptimizer(groups, trainable_names(net, groups), betas=(0.9, 0.99), eps=1e-8, clip_norm=clip_norm)
+    optim = OptimConfig(betas=(0.9, 0.99), eps=1e-8, clip_norm=clip_norm)
+    optimizer = MasterOptimizer(groups, trainable_names(net, groups), optim)
     return net, groups, optimizer
 
 
@@ -187,7 +189,8 @@ def test_masters_keep_what_the_cast_rounds_away():
     assert net.side.weight not in masters and len(masters) == len(exact) - 1
     groups = [{"name": "all", "params": list(masters), "lr": 0.0, "weight_decay": 0.0}]
     names = trainable_names(net, groups)
-    optimizer = MasterOptimizer(groups, names, betas=(0.9, 0.99), eps=1e-8, clip_norm=0.0, masters=masters)
+    optim = OptimConfig(betas=(0.9, 0.99), eps=1e-8, clip_norm=0.0)
+    optimizer = MasterOptimizer(groups, names, optim, masters=masters)
     saved = {t.name: t.fetch() for t in optimizer.state() if t.name.startswith("master/")}
     assert all(torch.equal(saved[f"master/{names[p]}"], exact[p]) for p in masters)
     assert any(not torch.equal(exact[p], p.detach().float()) for p in masters)  # rounding did lose something

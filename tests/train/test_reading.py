@@ -1,4 +1,4 @@
-"""How pictures are read: settled at the start of a stage, kept in model folders and checkpoints, the same in use."""
+"""The reading of pictures: settled at the start of a stage, kept in model folders and checkpoints, the same in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may change between a checkpoint and its continuation: whatever an error advises, and what has not begun."""
+"""Changes allowed between a checkpoint and its continuation: whatever an error advises, and what has not begun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run that stops advises: done by the real command, it goes on and ends as the run that nothing disturbed."""
+"""The advice of a run that stops: done by the real command, it goes on and ends as the run that nothing disturbed."""
 
 from __future__ import annotations
 

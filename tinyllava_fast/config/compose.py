@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from tinyllava_fast.config.schema import ModelConfig
 from tinyllava_fast.config.yaml_text import parse_yaml
@@ -31,10 +31,10 @@ from tinyllava_fast.paths import expand_home
 BASE = "base"
 
 
-class Section(dict[str, Any]):
+class Section(dict[str, object]):
     """A mapping of dataclass ``cls`` that remembers which file each key was written in, for messages."""
 
-    def __init__(self, cls: type, values: dict[str, Any], written: dict[str, str], *, whole: bool = False) -> None:
+    def __init__(self, cls: type, values: dict[str, object], written: dict[str, str], *, whole: bool = False) -> None:
         super().__init__(values)
         self.cls = cls
         self.written = written
@@ -42,7 +42,7 @@ class Section(dict[str, Any]):
 
 
 def read_section(cls: type, path: Path, chain: tuple[Path, ...] = ()) -> Section:
-    """The mapping of dataclass ``cls`` in a file, everything that it names included.
+    """Return the mapping of dataclass ``cls`` in a file, everything that it names included.
 
     chain: files that are being read. Raises UserError for a missing or malformed file, or one that leads to itself.
     """
@@ -51,8 +51,8 @@ def read_section(cls: type, path: Path, chain: tuple[Path, ...] = ()) -> Section
     return expand(cls, read_yaml(path), path, (*chain, path))
 
 
-def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ...], key: str = "") -> Section:
-    """``mapping``, written in ``path``, with every section that is a path or has a ``base`` replaced by its content.
+def expand(cls: type, mapping: dict[str, object], path: Path, chain: tuple[Path, ...], key: str = "") -> Section:
+    """Return ``mapping``, written in ``path``, with the content of every section that is a path or has a ``base``.
 
     key: dotted key of the mapping in the file, for messages.
     """
@@ -78,14 +78,14 @@ def expand(cls: type, mapping: dict[str, Any], path: Path, chain: tuple[Path, ..
     return merged
 
 
-def section_of(hint: Any) -> type | None:
-    """The dataclass inside a hint: itself, or the item of list[dataclass]."""
+def section_of(hint: object) -> type | None:
+    """Return the dataclass inside a hint: itself, or the item of list[dataclass]."""
     candidates = (hint, *get_args(hint)) if get_origin(hint) is list else (hint,)
     return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError naming the file, and the nearest one if it does not exist."""
+def read_yaml(path: Path) -> dict[str, object]:
+    """Return the mapping in a YAML file. Raises UserError naming the file, and the nearest one if it does not exist."""
     if not os.path.isfile(path):
         if os.path.isdir(path):
             raise UserError(f"{path}: a folder; name a YAML file in it")
@@ -98,8 +98,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def outdated(section: Section, name: str, value: Any) -> tuple[str, ...]:
-    """Keys of a section that mean nothing once ``name`` has another value: see the head of this file."""
+def outdated(section: Section, name: str, value: object) -> tuple[str, ...]:
+    """Return the keys of a section that mean nothing once ``name`` has another value: see the head of this file."""
     if section.cls is ModelConfig and name == "path" and value is not None:
         return tuple(key for key in ("llm", "vision", "connector") if key in section)
     fields = {f.name: f for f in dataclasses.fields(section.cls)}
@@ -108,7 +108,7 @@ def outdated(section: Section, name: str, value: Any) -> tuple[str, ...]:
     return ()
 
 
-def drop_outdated(section: Section, name: str, value: Any, by: str) -> None:
+def drop_outdated(section: Section, name: str, value: object, by: str) -> None:
     """Remove what is outdated from the section, and say so. by: the file or override that sets the value."""
     for key in outdated(section, name, value):
         source = section.written.pop(key, "")
@@ -116,14 +116,14 @@ def drop_outdated(section: Section, name: str, value: Any, by: str) -> None:
         del section[key]
 
 
-def _beside(path: Path, value: Any, where: str) -> Path:
-    """The file that a section names, relative to the file ``path`` that names it."""
+def _beside(path: Path, value: object, where: str) -> Path:
+    """Return the file that a section names, relative to the file ``path`` that names it."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise UserError(f"{where}: expected the path of a YAML file, got {shown(value)}")
     return path.parent / expand_home(value)
 
 
-def _expand_value(cls: type, value: Any, path: Path, chain: tuple[Path, ...], key: str) -> Any:
+def _expand_value(cls: type, value: object, path: Path, chain: tuple[Path, ...], key: str) -> object:
     if isinstance(value, str):
         where = f"{path}: {key}"
         try:
@@ -144,18 +144,14 @@ def _merge(under: Section, over: Section) -> Section:
         below = values.get(name)
         if isinstance(value, Section) and isinstance(below, Section) and not value.whole:
             values[name] = _merge(below, value)
-        elif isinstance(value, dict) and isinstance(below, dict) and not isinstance(value, Section):
-            values[name] = _merge_plain(below, value)  # free-form settings, such as a transformers config
         else:
-            values[name] = value
+            values[name] = value if isinstance(value, Section) else _merge_plain(below, value)
         written[name] = over.written[name]
     return Section(under.cls, values, written)
 
 
-def _merge_plain(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for name, value in over.items():
-        below = merged.get(name)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[name] = _merge_plain(below, value) if both else value  # type: ignore[arg-type]
-    return merged
+def _merge_plain(under: object, over: object) -> object:
+    """Return ``over``; of two mappings, such as a transformers config, the keys of both, those of ``over`` first."""
+    if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    return under | {name: _merge_plain(under.get(name), value) for name, value in over.items()}

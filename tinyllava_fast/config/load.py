@@ -14,7 +14,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -27,6 +27,9 @@ from tinyllava_fast.config.values import place, range_of, read_value, type_name
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.fields import shown
 from tinyllava_fast.paths import expand_home
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -47,7 +50,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return run
 
 
-def parse_into(cls: type[T], mapping: Any, where: str, *, key: str = "") -> T:
+def parse_into(cls: type[T], mapping: object, where: str, *, key: str = "") -> T:
     """Build dataclass ``cls`` from a mapping; nested dataclasses, lists and dicts of them included.
 
     where: the file that the mapping came from, for messages; "": the key says all. key: dotted prefix of the mapping.
@@ -78,26 +81,26 @@ def parse_into(cls: type[T], mapping: Any, where: str, *, key: str = "") -> T:
         raise UserError(place(where, full)) from None
 
 
-def dump(config: Any) -> str:
-    """The dataclass as YAML; ``load_run`` of the text gives an equal object."""
+def dump(config: DataclassInstance) -> str:
+    """Return the dataclass as YAML; ``load_run`` of the text gives an equal object."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as plain JSON-able values (tuples become lists)."""
+def to_dict(config: DataclassInstance) -> dict[str, Any]:
+    """Return the dataclass as plain JSON-able values (tuples become lists)."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return plain(dataclasses.asdict(config))
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def describe(
-    cls: type = RunConfig, prefix: str = "", default: Any = None, *, names: Mapping[str, Sequence[str]] | None = None
+    cls: type = RunConfig, prefix: str = "", default: object = None, *, names: Mapping[str, Sequence[str]] | None = None
 ) -> str:
-    """Every key of a configuration with its type, default, range and meaning: the body of ``tlf-train --help``.
+    """Return every key of a configuration with its type, default, range and meaning: the body of ``tlf-train --help``.
 
     default: an object whose values are the defaults; None: those of the class. names: kind of a registry -> the names
     that it knows, shown with the keys that take them.
@@ -122,11 +125,11 @@ def describe(
     return "\n".join(lines)
 
 
-def _default(spec: dataclasses.Field[Any]) -> Any:
+def _default(spec: dataclasses.Field[object]) -> object:
     return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
-def _parse_value(hint: Any, value: Any, where: str, key: str) -> Any:
+def _parse_value(hint: object, value: object, where: str, key: str) -> object:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return parse_into(hint, value, where, key=key)
     section = section_of(hint)
@@ -139,19 +142,19 @@ def _parse_value(hint: Any, value: Any, where: str, key: str) -> Any:
     return read_value(hint, value, where, key)
 
 
-def _item_key(key: str, index: int, item: Any) -> str:
+def _item_key(key: str, index: int, item: object) -> str:
     """Return the key of an item of a list as an override writes it: by its name, by its index where it has none."""
     name = item.get("name") if isinstance(item, dict) else None
     return f"{key}.{name}" if isinstance(name, str) and re.fullmatch(r"[\w-]+", name) else f"{key}[{index}]"
 
 
-def _join(prefix: str, name: Any) -> str:
+def _join(prefix: str, name: object) -> str:
     return f"{prefix}.{name}" if prefix else str(name)
 
 
 @functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass."""
+    """Return the string below each field of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)  # noqa: S101 the source of a class
     docs: dict[str, str] = {}
@@ -163,7 +166,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def _check_run(run: RunConfig, where: str) -> None:
-    """What no single field can tell."""
+    """Raise UserError for faults that no single field can tell."""
     if not run.stages:
         raise UserError(f"{where}: stages: empty; a run needs at least one stage")
     _check_stage_names([stage.name for stage in run.stages], where)
@@ -186,7 +189,7 @@ def _check_stage_names(names: list[str], where: str) -> None:
 
 
 def _is_taken(name: str) -> bool:
-    """Whether the run folder has something else of that name; some file systems don't tell "Final" from "final"."""
+    """Return True if the run folder has something else of that name: some file systems take "Final" for "final"."""
     return name.casefold() in {"checkpoints", "final", "tensorboard", "config.yaml", "metrics.jsonl", "summary.json"}
 
 

@@ -8,7 +8,7 @@ _MOST_BYTES = 200  # of 255 that file systems take; the rest is for what is put 
 
 
 def file_name_fault(name: str) -> str:
-    """Why a name can't be that of one file or folder, on any system and beside our own; "" if it can."""
+    """Return the fault of a name as that of one file or folder, on any system and beside our own; "" if it has none."""
     if not name.strip():
         return "it is empty"
     if not is_text(name) or not name.isprintable():

@@ -8,7 +8,6 @@ a script's defaults may stand first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tinyllava_fast.config.compose import Section, drop_outdated
 from tinyllava_fast.config.yaml_text import parse_yaml
@@ -16,11 +15,11 @@ from tinyllava_fast.errors import UserError, nearest
 
 
 def apply_overrides(tree: Section, overrides: Sequence[str], expand: Callable[[Section], Section]) -> Section:
-    """The tree with the overrides in it, in order. expand: reads the section files that a value may name.
+    """Return the tree with the overrides in it, in order. expand: reads the section files that a value may name.
 
     An override that outdates other keys (config/compose.py) outdates those of files, not those of earlier overrides.
     """
-    done: list[tuple[list[str], Any, str]] = []
+    done: list[tuple[list[str], object, str]] = []
     for override in overrides:
         parts, value = _parse(override, tree)
         kept = _outdated_prefixes(tree, parts, value, override)
@@ -32,8 +31,8 @@ def apply_overrides(tree: Section, overrides: Sequence[str], expand: Callable[[S
     return tree
 
 
-def _parse(override: str, tree: Section) -> tuple[list[str], Any]:
-    """The parts of the dotted key, and the value."""
+def _parse(override: str, tree: Section) -> tuple[list[str], object]:
+    """Return the parts of the dotted key, and the value."""
     stage = _stage(override.removeprefix("--"), tree)
     dotted, sep, text = override.removeprefix("--").removeprefix(stage).partition("=")
     parts = dotted.split(".")
@@ -50,16 +49,16 @@ def _parse(override: str, tree: Section) -> tuple[list[str], Any]:
 
 
 def _stage(text: str, tree: Section) -> str:
-    """The "stages.NAME" that an override begins with; "" if none. The name may hold a dot or an equals sign."""
+    """Return the "stages.NAME" that an override begins with; "" if none. A name may hold a dot or an equals sign."""
     stages = tree.get("stages")
     items = stages if isinstance(stages, list) else []
     heads = [f"stages.{item['name']}" for item in items if isinstance(item, dict) and item.get("name")]
     return max((head for head in heads if text.startswith((f"{head}.", f"{head}="))), key=len, default="")
 
 
-def _outdated_prefixes(tree: Section, parts: list[str], value: Any, override: str) -> list[list[str]]:
+def _outdated_prefixes(tree: Section, parts: list[str], value: object, override: str) -> list[list[str]]:
     """Drop what the override outdates; return the dotted keys that earlier overrides may have set there."""
-    node: Any = tree
+    node: object = tree
     for part in parts[:-1]:
         if not isinstance(node, (list, dict)):
             return []
@@ -71,8 +70,8 @@ def _outdated_prefixes(tree: Section, parts: list[str], value: Any, override: st
     return [[*parts[:-1], key] for key in before - set(node)]
 
 
-def _set(tree: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
-    node: Any = tree
+def _set(tree: dict[str, object], parts: list[str], value: object, override: str) -> None:
+    node: object = tree
     *parents, last = parts
     for part in parents:
         node = _child(node, part, override)
@@ -86,7 +85,7 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, override: str) -> N
         raise UserError(f"override {override!r}: {'.'.join(parents)} is a value, not a section")
 
 
-def _child(node: Any, part: str, override: str) -> Any:
+def _child(node: object, part: str, override: str) -> object:
     if isinstance(node, list):
         return node[_index(node, part, override)]
     if isinstance(node, dict):
@@ -96,7 +95,7 @@ def _child(node: Any, part: str, override: str) -> Any:
     raise UserError(f"override {override!r}: {part!r} lies inside a value, not a section")
 
 
-def _index(node: list[Any], part: str, override: str) -> int:
+def _index(node: list[object], part: str, override: str) -> int:
     names = [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(node)]
     if part in names:
         return names.index(part)

@@ -1,4 +1,4 @@
-"""What a number or a text may be, said beside its type: ``lr: PositiveFloat``, ``Annotated[int, Range(least=1)]``.
+"""Limits of a number or a text, said beside its type: ``lr: PositiveFloat``, ``Annotated[int, Range(least=1)]``.
 
 A mark holds for every number (or text) inside the type that it annotates, those of lists, tuples and mappings too. It
 is checked where a value is read (config/values.py) and shown by ``tlf-train --help``.
@@ -25,7 +25,7 @@ class Range:
     why: str = ""
 
     def holds(self, number: float) -> bool:
-        """Whether the number is inside."""
+        """Return True if the number is inside."""
         return (
             (self.least is None or number >= self.least)
             and (self.above is None or number > self.above)
@@ -34,7 +34,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """The bounds in words: "from 0 to 1", "of at least 1", "above 0 and below 1"; "" without any."""
+        """Return the bounds in words: "from 0 to 1", "of at least 1", "above 0 and below 1"; "" without any."""
         if self.least is not None and self.most is not None:
             return f"from {self.least:.10g} to {self.most:.10g}"
         bounds = (("of at least", self.least), ("above", self.above), ("of at most", self.most), ("below", self.below))
@@ -78,7 +78,7 @@ Settings = Annotated[dict[str, Any], FINITE]
 
 
 def fault(kind: Literal["int", "float"], number: int | float, allowed: Range) -> str:
-    """What a number was expected to be, if it is not in its range; "" if it is."""
+    """Return a noun phrase for the numbers that are allowed if this one is not; "" if it is."""
     noun = "a whole number" if kind == "int" else "a number"
     largest = LARGEST_INT if kind == "int" else LARGEST_FLOAT
     if isinstance(number, float) and not math.isfinite(number):

@@ -86,7 +86,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is trained. Give either the three components or ``path``, a model folder of this toolkit."""
+    """The model to train. Give either the three components or ``path``, a model folder of this toolkit."""
 
     path: FilePath | None = None
     """Model folder that tlf-train or tlf-convert wrote, such as runs/NAME/final: language model, tower, connector,
@@ -159,7 +159,7 @@ class DataConfig:
     """Longest sample, image tokens included; None, or more than that: the token budget of a pack."""
 
     def under(self, root: str) -> DataConfig:
-        """The same with files relative to ``root``; absolute paths and "no records" stay."""
+        """Return the same with files relative to ``root``; absolute paths and "no records" stay."""
         if root == ".":
             return self
         records = os.path.join(root, self.records) if self.records else ""
@@ -210,7 +210,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """How one component trains."""
+    """The training of one component."""
 
     tune: Tune = "full"
     """frozen, full, partial (layers from ``from_layer`` on), lora (adapters alone), or qlora (adapters over weights
@@ -222,14 +222,14 @@ class TuneConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Settings of lora and qlora."""
     quant: Literal["nf4", "int8"] = "nf4"
-    """How qlora keeps the frozen weights: 4-bit NormalFloat in blocks of 64, or 8-bit integers by row."""
+    """Storage of qlora's frozen weights: 4-bit NormalFloat in blocks of 64, or 8-bit integers by row."""
     double_quant: bool = True
     """qlora with nf4: quantize the scales of the blocks too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """What trains in a stage."""
+    """The components that train in a stage."""
 
     type: Annotated[Text, Named("recipe")] = "base"
     """Registered recipe."""
@@ -289,7 +289,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How steps run: one process with torch, or DeepSpeed over torchrun."""
+    """The way that steps run: one process with torch, or DeepSpeed over torchrun."""
 
     type: Literal["torch", "deepspeed"] = "torch"
     device: Text = "auto"
@@ -319,7 +319,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """The checkpoints of a run."""
 
     every_steps: NonNegativeInt = 500
     """Steps between checkpoints; 0: only at the end of a stage."""

@@ -29,8 +29,8 @@ class _MismatchError(UserError):
         self.why = why
 
 
-def read_value(hint: Any, value: Any, where: str, key: str, marks: Marks = ()) -> Any:
-    """The value as the type says. marks: of an annotation around the type.
+def read_value(hint: object, value: object, where: str, key: str, marks: Marks = ()) -> object:
+    """Return the value as the type says. marks: of an annotation around the type.
 
     where, key: its file or "", and its dotted key, for messages. Raises UserError naming both, what was expected and
     what was found.
@@ -42,27 +42,27 @@ def read_value(hint: Any, value: Any, where: str, key: str, marks: Marks = ()) -
         return _read_union(hint, value, where, key, marks)
     if origin in (list, tuple, dict):
         return _read_container(hint, value, where, key, marks)
-    if hint is Any:
+    if hint in (Any, object):
         return _read_any(value, where, key, marks)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in inner):
             return value
-    elif hint in (int, float):
+    elif hint is int or hint is float:
         return _read_number(hint, value, where, key, marks)
     elif hint is str:
         return _read_text(value, where, key, marks)
-    elif isinstance(value, hint):
+    elif isinstance(hint, type) and isinstance(value, hint):
         return value
     _fail(where, key, type_name(hint), value)
 
 
 def place(where: str, key: str) -> str:
-    """The head of a message: the file, if there is one, and the key."""
+    """Return the head of a message: the file, if there is one, and the key."""
     return f"{where}: {key}" if where else key
 
 
-def type_name(hint: Any) -> str:
-    """A type in the words of ``tlf-train --help``, without its range."""
+def type_name(hint: object) -> str:
+    """Return a type in the words of ``tlf-train --help``, without its range."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return type_name(inner[0])
@@ -72,25 +72,27 @@ def type_name(hint: Any) -> str:
         return " or ".join(type_name(part).removeprefix("one of ") for part in inner)
     if origin is not None:
         return f"{origin.__name__}[{', '.join(type_name(part) for part in inner)}]"
-    return {types.NoneType: "null", Any: "Any"}.get(hint) or str(hint.__name__)
+    if hint is types.NoneType:
+        return "null"
+    return hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
 
 
-def range_of(hint: Any) -> str:
-    """The ranges inside a type, in words; "" without one."""
+def range_of(hint: object) -> str:
+    """Return the ranges inside a type, in words; "" without one."""
     found = list(dict.fromkeys(str(mark) for mark in _ranges(hint) if str(mark)))
     inner = next((part for part in get_args(hint) if part is not types.NoneType), hint)
     many = get_origin(hint) in (list, tuple, dict) or get_origin(inner) in (list, tuple, dict)
     return ("each " if many and found else "") + " or ".join(found)
 
 
-def _ranges(hint: Any) -> Iterator[Range]:
+def _ranges(hint: object) -> Iterator[Range]:
     for part in get_args(hint):
         if isinstance(part, Range):
             yield part
         yield from _ranges(part)
 
 
-def _read_union(hint: Any, value: Any, where: str, key: str, marks: Marks) -> Any:
+def _read_union(hint: object, value: object, where: str, key: str, marks: Marks) -> object:
     options = [part for part in get_args(hint) if part is not types.NoneType]
     if value is None:
         if len(options) < len(get_args(hint)):
@@ -111,7 +113,7 @@ def _read_union(hint: Any, value: Any, where: str, key: str, marks: Marks) -> An
     _fail(where, key, type_name(hint), value)
 
 
-def _read_container(hint: Any, value: Any, where: str, key: str, marks: Marks) -> Any:
+def _read_container(hint: object, value: object, where: str, key: str, marks: Marks) -> object:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is dict and isinstance(value, dict):
         for name in value:
@@ -128,12 +130,12 @@ def _read_container(hint: Any, value: Any, where: str, key: str, marks: Marks) -
     return tuple(read_value(part, v, where, f"{key}[{i}]", marks) for i, (part, v) in pairs)
 
 
-def _read_any(value: Any, where: str, key: str, marks: Marks) -> Any:
-    """Free-form settings: anything that JSON can hold; finite numbers where a mark says so."""
+def _read_any(value: object, where: str, key: str, marks: Marks) -> object:
+    """Return free-form settings: anything that JSON can hold; finite numbers where a mark says so."""
     if isinstance(value, dict):
-        return _read_container(dict[str, Any], value, where, key, marks)
+        return _read_container(dict[str, object], value, where, key, marks)
     if isinstance(value, (list, tuple)):
-        return _read_container(list[Any], value, where, key, marks)
+        return _read_container(list[object], value, where, key, marks)
     if isinstance(value, float) and any(isinstance(m, Range) for m in marks) and not math.isfinite(value):
         _fail(where, key, "a number that is finite", value)
     if isinstance(value, str):
@@ -143,7 +145,7 @@ def _read_any(value: Any, where: str, key: str, marks: Marks) -> Any:
     return value
 
 
-def _read_number(kind: type, value: Any, where: str, key: str, marks: Marks) -> Any:
+def _read_number(kind: type[int] | type[float], value: object, where: str, key: str, marks: Marks) -> int | float:
     number = value
     if isinstance(value, str):
         try:
@@ -164,7 +166,7 @@ def _read_number(kind: type, value: Any, where: str, key: str, marks: Marks) -> 
     return kind(number)
 
 
-def _read_text(value: Any, where: str, key: str, marks: Marks) -> str:
+def _read_text(value: object, where: str, key: str, marks: Marks) -> str:
     path = any(isinstance(mark, Located) for mark in marks)
     if not isinstance(value, str):
         simple = value is not None and not isinstance(value, (dict, list, tuple))
@@ -184,6 +186,6 @@ def _read_text(value: Any, where: str, key: str, marks: Marks) -> str:
         raise UserError(f"{place(where, key)}: {error}") from None
 
 
-def _fail(where: str, key: str, expected: str, value: Any, why: str = "") -> NoReturn:
+def _fail(where: str, key: str, expected: str, value: object, why: str = "") -> NoReturn:
     text = f"{place(where, key)}: expected {expected}, got {shown(value)}" + (f"; {why}" if why else "")
     raise _MismatchError(text, key, expected, why)

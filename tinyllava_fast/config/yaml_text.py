@@ -8,7 +8,6 @@ one.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 
@@ -28,55 +27,50 @@ class _RefusedError(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_yaml_int(self, node: Any) -> int:
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Refuse what only YAML 1.1 takes for a number: 010 as octal, 1:30 as sexagesimal."""
         value: int = super().construct_yaml_int(node)
         if _ODD_INT.fullmatch(node.value):
-            raise _RefusedError(
-                problem=f"{node.value} is the number {value} to YAML; write {value}, or put it in quotes for a text",
-                problem_mark=node.start_mark,
-            )
+            raise _odd_number(node, value)
         return value
 
-    def construct_yaml_float(self, node: Any) -> float:
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         """Refuse 1:30.5, which is sexagesimal."""
         value: float = super().construct_yaml_float(node)
         if ":" in node.value:
-            raise _RefusedError(
-                problem=f"{node.value} is the number {value} to YAML; write {value}, or put it in quotes for a text",
-                problem_mark=node.start_mark,
-            )
+            raise _odd_number(node, value)
         return value
 
-    def compose_mapping_node(self, anchor: Any) -> Any:
+    def compose_mapping_node(self, anchor: dict[object, yaml.Node]) -> yaml.MappingNode:
         """Check the keys as they are written, before merge keys bring in others."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            line = key.start_mark.line + 1
             if key.tag == _MERGE:
                 continue
             if key.tag != _TEXT:
                 name = (key.value or "null") if isinstance(key.value, str) else "that is a list or mapping"
-                raise _RefusedError(
-                    problem=f"the key {name} is not text to YAML; put it in quotes",
-                    problem_mark=key.start_mark,
-                )
-            if key.value in lines:
-                raise _RefusedError(
-                    problem=f"the key {key.value!r} stands twice, first in line {lines[key.value]}; keep one of them",
-                    problem_mark=key.start_mark,
-                )
-            lines[key.value] = line
+                problem = f"the key {name} is not text to YAML; put it in quotes"
+            elif key.value in lines:
+                problem = f"the key {key.value!r} stands twice, first in line {lines[key.value]}; keep one of them"
+            else:
+                lines[key.value] = key.start_mark.line + 1
+                continue
+            raise _RefusedError(problem=problem, problem_mark=key.start_mark)
         return node
+
+
+def _odd_number(node: yaml.ScalarNode, value: float) -> _RefusedError:
+    text = f"{node.value} is the number {value} to YAML; write {value}, or put it in quotes for a text"
+    return _RefusedError(problem=text, problem_mark=node.start_mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """The one document in a YAML text, None if it is empty. No object of it is shared between two places.
+def parse_yaml(text: str, where: str) -> object:
+    """Return the one document in a YAML text, None if it is empty. No object of it is shared between two places.
 
     Raises UserError naming ``where`` and the line.
     """
@@ -96,8 +90,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: a value cannot be read ({error}); put it in quotes") from None
 
 
-def _unshared(value: Any, where: str, seen: list[int]) -> Any:
-    """A copy in which no two places share an object. seen: values so far. Ends for a value that contains itself."""
+def _unshared(value: object, where: str, seen: list[int]) -> object:
+    """Return a copy in which no two places share an object. seen: values so far.
+
+    It ends for a value that contains itself.
+    """
     seen[0] += 1
     if seen[0] > _MOST_VALUES:
         raise UserError(f"{where}: not valid YAML: {_ENDLESS}")

@@ -1,8 +1,8 @@
-"""What the arguments of packed attention must satisfy, and which keys they make visible."""
+"""The checks of the arguments of packed attention, and the keys that they make visible."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,22 @@ OP = "packed_attention"
 MAX_HEAD_DIM = 256
 MAX_WINDOW = 2**31
 """Bounds are int32, so a wider window hides no more keys; sums of positions and this one do not overflow."""
+
+
+class Args(NamedTuple):
+    """The arguments of packed_attention_fwd."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_q: Tensor
+    cu_k: Tensor | None
+    prefix: Tensor | None
+    used: Tensor | None
+    causal: bool
+    scale: float
+    window: int
+    softcap: float
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, queries: str, keys: str) -> None:
@@ -49,20 +65,9 @@ def check_numbers(op: str, scale: float, window: int, softcap: float) -> None:
         )
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    prefix: Tensor | None,
-    used: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> None:
-    """Shapes, dtypes and numbers of packed_attention_fwd; raises ValueError."""
+def check(*args: object) -> None:
+    """Raise ValueError for shapes, dtypes and numbers that packed_attention_fwd does not take."""
+    q, k, v, cu_q, cu_k, prefix, used, _, scale, window, softcap = Args._make(args)
     check_heads(OP, q, k, v, "Tq", "Tk")
     expect(OP, "cu_seqlens_q", cu_q, "S+1", (torch.int32,), like=q)
     if cu_q.shape[0] < 1:
@@ -79,17 +84,9 @@ def check(
         raise ValueError(f"{OP}: window hides keys by distance, which a shared prefix has none of; give one of them")
 
 
-def check_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    prefix: Tensor | None,
-    used: Tensor | None,
-    *_: Any,
-) -> None:
-    """Bounds within q and k, no prefix over own keys; raises ValueError naming the segment."""
+def check_values(*args: object) -> None:
+    """Raise ValueError, naming the segment, for bounds outside q and k and for a prefix over own keys."""
+    q, k, _, cu_q, cu_k, prefix, used, *_ = Args._make(args)
     tokens, keys = q.shape[0], k.shape[0]
     bounds_q = _wide(cu_q)
     bounds_k = bounds_q if cu_k is None else _wide(cu_k)
@@ -113,21 +110,13 @@ def check_values(
 
 
 def _wide(bounds: Tensor) -> np.ndarray:
-    """In 64 bits: sums of two bounds of 32 bits overflow."""
+    """Return the bounds in 64 bits: sums of two bounds of 32 bits overflow."""
     return bounds.numpy().astype(np.int64)
 
 
-def visible(
-    q: Tensor,
-    k: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    prefix: Tensor | None,
-    used: Tensor | None,
-    causal: bool,
-    window: int,
-) -> Tensor:
-    """[Tq, Tk] bool: which key each query sees."""
+def visible(*args: object) -> Tensor:
+    """Return [Tq, Tk] bool: True where a query sees a key."""
+    q, k, _, cu_q, cu_k, prefix, used, causal, _, window, _ = Args._make(args)
     segments = cu_q.shape[0] - 1
     if segments == 0:
         return torch.zeros((q.shape[0], k.shape[0]), dtype=torch.bool, device=q.device)
@@ -154,5 +143,5 @@ def visible(
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where a row's elements lie side by side, as the kernels read them, else a copy."""
+    """Return the tensor itself where a row's elements lie side by side, as the kernels read them, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()

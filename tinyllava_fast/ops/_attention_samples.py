@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ def samples() -> Iterator[Sample]:
     """Positional arguments of packed_attention_fwd; floats in float32, seeded."""
     g = torch.Generator().manual_seed(0)
 
-    def ints(values: Any) -> Tensor | None:
+    def ints(values: Sequence[int] | Sequence[tuple[int, int]] | None) -> Tensor | None:
         return None if values is None else torch.tensor(values, dtype=torch.int32)
 
     def case(
@@ -61,13 +60,11 @@ def samples() -> Iterator[Sample]:
     yield case("part of a segment as prefix", [20, 9, 30], (3, 1, 64), prefix=[(0, 0), (3, 14), (7, 13)])
     yield case("fewer queries than keys", [3, 1, 20], (4, 2, 16), cu_k=[0, 30, 31, 70], keys=75)
     yield case("more queries than keys", [9, 4], (2, 1, 16), cu_k=[0, 5, 5], keys=5)
-    pool: dict[str, Any] = {
-        "keys": 150,
-        "cu_k": [90, 20, 60, 150],
-        "used": [13, 1, 25],
-        "prefix": [(0, 17), (0, 17), (0, 0)],
-    }
-    yield case("decode from a pool", [1, 1, 1], (6, 2, 64), **pool)
-    yield case("prefill into a pool", [4, 1, 25], (2, 1, 32), **pool)
+    for label, lengths, heads in (
+        ("decode from a pool", [1, 1, 1], (6, 2, 64)),
+        ("prefill into a pool", [4, 1, 25], (2, 1, 32)),
+    ):
+        ahead = [(0, 17), (0, 17), (0, 0)]
+        yield case(label, lengths, heads, keys=150, cu_k=[90, 20, 60, 150], used=[13, 1, 25], prefix=ahead)
     yield case("window", [40, 7, 21], (2, 1, 32), window=8)
     yield case("softcap", [15, 28], (4, 2, 32), softcap=2.0)

@@ -1,4 +1,4 @@
-"""What every ``_check`` asks of its tensors; the text names the op, the argument and what was expected."""
+"""Checks of tensors for every ``_check``; the text names the op, the argument and what was expected."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch  # before _C: the extension then shares the OpenMP pool of the libgomp that torch carries
@@ -26,7 +25,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str]:
-    """The extension, or None with the reason and the remedy."""
+    """Return the extension, or None with the reason and the remedy."""
     try:
         from tinyllava_fast import _C  # type: ignore[attr-defined]  # made by CMake
     except ImportError as error:
@@ -38,7 +37,7 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 def extension() -> ModuleType:
-    """The extension, ready for one call; raises RuntimeError with the remedy if it is not there.
+    """Return the extension, ready for one call; raise RuntimeError with the remedy if it is not there.
 
     Built by clang it has an OpenMP runtime of its own, which is told torch's number of threads here: buffers are sized
     by that number.
@@ -74,9 +73,9 @@ def has_tiles() -> bool:
 
 
 def runs(*dtypes: torch.dtype, kernel: str = "C++") -> Callable[..., str | None]:
-    """A ``cpp_supports`` or ``triton_supports`` for kernels of some dtypes only: looks at the first floating tensor."""
+    """Return a ``cpp_supports`` or ``triton_supports`` for kernels of some dtypes: those of the first float tensor."""
 
-    def supports(*args: Any) -> str | None:
+    def supports(*args: object) -> str | None:
         dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
         return None if dtype in dtypes else f"its {kernel} kernel takes {' or '.join(map(str, dtypes))}, got {dtype}"
 
@@ -84,22 +83,22 @@ def runs(*dtypes: torch.dtype, kernel: str = "C++") -> Callable[..., str | None]
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The matrix itself if the elements of a row are adjacent, else a contiguous copy."""
+    """Return the matrix itself if the elements of a row are adjacent, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def row_bytes(tensor: Tensor) -> int:
-    """Bytes from one row of a matrix to the next."""
+    """Return the bytes from one row of a matrix to the next."""
     return tensor.stride(0) * tensor.element_size()
 
 
 def row_scratch(columns: int) -> Tensor:
-    """What kernels of a few rows lay x of so many columns out in: float32, until the next call."""
+    """Return the float32 buffer in which kernels of a few rows lay out x. The next call reuses it."""
     return scratch(64 * (columns + 128)).view(torch.float32)
 
 
 def scratch(nbytes: int, owner: str = "buffer") -> Tensor:
-    """The first bytes of the buffer that this thread keeps; it belongs to the caller until anyone asks again.
+    """Return the first bytes of the buffer that this thread keeps. The next call with the same owner reuses them.
 
     It grows to the largest request. Fresh memory costs more than filling it. owner: an op that calls others while it
     needs its scratch has a buffer of its own.
@@ -113,7 +112,7 @@ def scratch(nbytes: int, owner: str = "buffer") -> Tensor:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU in huge pages if it is large.
+    """Return torch.empty on the CPU, in huge pages if it is large.
 
     Page faults cost more than the work on a fresh gradient of 50 MB: 26 ms against 8 ms for zero filling it
     (2-core EPYC; docs/LOG.md). numpy asks the kernel for huge pages, torch only where hardware.prepare_memory told it
@@ -125,12 +124,12 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """torch.zeros on the CPU; pages of a large one are zeroed by the kernel when first touched, or never."""
+    """Return torch.zeros on the CPU; pages of a large one are zeroed by the kernel when first touched, or never."""
     return _buffer(np.zeros, torch.zeros, shape, dtype)
 
 
 def _buffer(
-    allocate: Callable[..., Any], small: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    allocate: Callable[..., np.ndarray], small: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _LARGE:

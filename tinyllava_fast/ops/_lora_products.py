@@ -23,7 +23,7 @@ ROWS = 512
 
 
 class Mask(NamedTuple):
-    """What of the wide matrix is kept: elements whose hash of this seed reaches the threshold; 0 keeps all."""
+    """The elements of the wide matrix that stay: those whose hash of this seed reaches the threshold; 0 keeps all."""
 
     seed: int = 0
     threshold: int = 0

@@ -20,16 +20,20 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.log import log_once
 from tinyllava_fast.ops import _cpp
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 BACKENDS = ("triton", "cpp", "reference")
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op[..., Any]] = {}
 _forced: list[str] = []
 _unchecked: list[bool] = []
 
@@ -44,47 +48,64 @@ class Sample:
     kept: tuple[int, ...] = ()  # places of float tensors that keep their dtype and receive no gradient
 
 
+class Context(Protocol):
+    """The context that torch hands from an op's forward pass to its backward pass. settings: other than tensors."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    settings: tuple[object, ...]
+
+    def save_for_backward(self, *tensors: object) -> None:
+        """Keep tensors, or None, as ``saved_tensors``."""
+
+    def mark_non_differentiable(self, *outputs: Tensor) -> None:
+        """Let these outputs have no gradient."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Give None, not zeros, for the gradient of an output that was not used, if False."""
+
+
 @dataclass
-class Op:
+class Op(Generic[P, R_co]):
     """A registered op. ``op.op(...)`` calls it through the dispatcher; ``op.reference`` is its meaning."""
 
     name: str
     module: str  # file stem shared by ops/, kernels/ and csrc/ops/
-    reference: Callable[..., Any]
+    reference: Callable[P, R_co]
     check: Callable[..., None]
     check_values: Callable[..., None] | None
-    cpp: Callable[..., Any] | None
+    cpp: Callable[..., object] | None
     cpp_supports: Callable[..., str | None]  # None if it can run, else the reason why not
     triton_supports: Callable[..., str | None]
     samples: Callable[..., Iterator[Sample]] | None
     mutates: tuple[int, ...] = ()  # places of the arguments that are written to
-    op: Any = field(default=None)
-    direct: Callable[..., Any] = field(default=lambda *_: None)  # what op runs; takes no gradient
-    chosen: Callable[..., Any] | None = None  # what the checked calls ran, as long as all ran the same
+    op: CustomOpDef = field(init=False)
+    direct: Callable[P, R_co] = field(init=False)  # what op runs; takes no gradient
+    chosen: Callable[P, R_co] | None = None  # the backend of all checked calls; ``run`` once two differed
 
-    def infer(self, *args: Any) -> Any:
-        """The op without torch's dispatcher, which costs as much as a small op, unless a compiler traces the call."""
+    def infer(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Run the op past torch's dispatcher, which costs as much as a small op, unless a compiler traces the call."""
         if torch.compiler.is_compiling():
-            return self.op(*args)
+            return self.op(*args, **kwargs)
         if _unchecked and self.chosen is not None:
-            return self.chosen(*args)
-        return self.direct(*args)
+            return self.chosen(*args, **kwargs)
+        return self.direct(*args, **kwargs)
 
-    def call(self, *args: Any) -> Any:
-        """The op through the dispatcher where gradients are recorded, else as ``infer``."""
-        return self.op(*args) if torch.is_grad_enabled() else self.infer(*args)
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Run the op through the dispatcher where gradients are recorded, else as ``infer``."""
+        return self.op(*args, **kwargs) if torch.is_grad_enabled() else self.infer(*args, **kwargs)
 
     @functools.cached_property
-    def triton(self) -> Callable[..., Any] | None:
-        """The Triton launcher, or None where the kernel file or triton itself is missing."""
+    def triton(self) -> Callable[..., object] | None:
+        """Return the Triton launcher, or None where the kernel file or triton itself is missing."""
         try:
             kernels = importlib.import_module(f"tinyllava_fast.kernels.{self.module}")
         except ModuleNotFoundError:
             return None
         return getattr(kernels, self.name, None)
 
-    def why_not(self, backend: str, args: tuple[Any, ...]) -> str | None:
-        """None if the backend can run these arguments, else the reason."""
+    def why_not(self, backend: str, args: tuple[object, ...]) -> str | None:
+        """Return None if the backend can run these arguments, else the reason."""
         device = _device_of(args)
         if backend == "cpp":
             if self.cpp is None:
@@ -98,8 +119,8 @@ class Op:
             return "it has no Triton kernel" if self.triton is None else self.triton_supports(*args)
         return None
 
-    def pick(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """Forced backend, else the accelerated one of the device, else the reference; says once if it falls back."""
+    def pick(self, args: tuple[object, ...]) -> Callable[P, R_co]:
+        """Return the forced backend, else that of the device, else the reference; say once if it falls back."""
         wanted = backend_wanted()
         if wanted is None:
             wanted = "triton" if _device_of(args) == "cuda" else "cpp"
@@ -107,7 +128,7 @@ class Op:
         if reason is not None:
             log_once(f"{self.name}: not running on {wanted} because {reason}; using the torch reference")
             wanted = "reference"
-        implementation: Callable[..., Any] | None = getattr(self, wanted)  # on demand: triton is costly to import
+        implementation: Callable[P, R_co] | None = getattr(self, wanted)  # on demand: triton is costly to import
         assert implementation is not None  # noqa: S101 why_not() has just said that it is there
         return implementation
 
@@ -116,15 +137,15 @@ def define_op(
     *,
     module: str,
     check: Callable[..., None],
-    fake: Callable[..., Any],
+    fake: Callable[..., object],
     name: str | None = None,
     check_values: Callable[..., None] | None = None,
-    cpp: Callable[..., Any] | None = None,
+    cpp: Callable[..., object] | None = None,
     cpp_supports: Callable[..., str | None] = lambda *_: None,
     triton_supports: Callable[..., str | None] = lambda *_: None,
     samples: Callable[..., Iterator[Sample]] | None = None,
     mutates: tuple[str, ...] = (),
-) -> Callable[[Callable[..., Any]], Op]:
+) -> Callable[[Callable[P, R_co]], Op[P, R_co]]:
     """Register the decorated reference as ``tlf::<name>`` (default: the reference's own name).
 
     The reference needs full type annotations (they become the schema), positional arguments without defaults (the
@@ -134,7 +155,7 @@ def define_op(
     returns the same outputs as the reference. mutates: names of the arguments that the op writes to.
     """
 
-    def wrap(reference: Callable[..., Any]) -> Op:
+    def wrap(reference: Callable[P, R_co]) -> Op[P, R_co]:
         op_name = name or reference.__name__
         defaults = [p.name for p in inspect.signature(reference).parameters.values() if p.default is not p.empty]
         if defaults:
@@ -144,15 +165,15 @@ def define_op(
         places = tuple(list(inspect.signature(reference).parameters).index(argument) for argument in mutates)
         entry = Op(op_name, module, reference, check, check_values, cpp, cpp_supports, triton_supports, samples, places)
 
-        def run(*args: Any) -> Any:
-            check(*args)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R_co:
+            check(*args, **kwargs)
             if check_values is not None and _device_of(args) == "cpu":
-                check_values(*args)
+                check_values(*args, **kwargs)
             implementation = entry.pick(args)
             entry.chosen = implementation if entry.chosen in (None, implementation) else run
-            return implementation(*args)
+            return implementation(*args, **kwargs)
 
-        def run_fake(*args: Any) -> Any:
+        def run_fake(*args: object) -> object:
             check(*args)
             return fake(*args)
 
@@ -193,7 +214,7 @@ def unchecked() -> Iterator[None]:
 
 
 def backend_wanted() -> str | None:
-    """The backend that force_backend() or TLF_BACKEND names; None: the fastest."""
+    """Return the backend that force_backend() or TLF_BACKEND names; None: the fastest."""
     if _forced:
         return _forced[-1]
     name = os.environ.get("TLF_BACKEND", "auto")
@@ -204,7 +225,7 @@ def backend_wanted() -> str | None:
     return name
 
 
-def _device_of(args: tuple[Any, ...]) -> str:
+def _device_of(args: tuple[object, ...]) -> str:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             return arg.device.type

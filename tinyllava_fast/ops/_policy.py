@@ -7,6 +7,7 @@ kernel *can* run is said by ``Op.why_not``, not here.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,29 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     # Images, all of one size. One core of A, 8 of SigLIP-B, forward + backward, ours / torch in ms: 28 / 65, in float32
     # 42 / 46. Elsewhere the op would run as its dense reference, over all images at once.
     "packed_attention of images": (Rule((), _cpp.ISAS, (torch.float32, torch.bfloat16)),),
+    # A whole decoding step in one call (infer/fast_model/fused_step.py) against one call for each layer. It wins at 32
+    # sequences in bfloat16; more were not measured.
+    "decode_step": (
+        Rule((Size("rows", most=16),), None, (torch.float32,)),
+        Rule((Size("rows", most=64),), None, _NARROW),
+    ),
+    "decode_step quantized": (Rule((Size("rows", most=64),)),),
 }
+
+COMPILE_SECONDS_A_LAYER = {
+    # Two cores of B, SmolLM2-135M under SigLIP-B/16-224, from an empty cache.
+    "training": 1.7,
+    # One core.
+    "decoding": 1.5,
+    # Never worth it. One sequence of SmolLM2-135M: 78 ms a step from a graph, 18 without one.
+    "fused decoding": math.inf,
+}
+"""Seconds that torch.compile takes for each layer."""
+# Steps of the same training, on the same machine:
+EAGER_RATE = 0.22
+"""FLOP/s of an eager training step as a share of the GEMM peak."""
+COMPILED_SAVES = 0.21
+"""Share of an eager training step that compiling saves."""
 
 
 def faster(op: str, x: Tensor, **sizes: int) -> bool:
@@ -85,6 +108,7 @@ def _fits(rule: Rule, sizes: dict[str, int]) -> bool:
     return True
 
 
-def most_rows(op: str) -> int:
-    """Return the most rows for which any rule of the op says that its kernel wins."""
-    return max(size.most for rule in TABLE[op] for size in rule.sizes if size.name == "rows")
+def most_rows(op: str, dtype: torch.dtype | None = None) -> int:
+    """Return the most rows for which any rule of the op says that its kernel wins. dtype: of x; None: any."""
+    rules = [rule for rule in TABLE[op] if None in (dtype, rule.dtypes) or dtype in (rule.dtypes or ())]
+    return max(size.most for rule in rules for size in rule.sizes if size.name == "rows")

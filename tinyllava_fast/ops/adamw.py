@@ -91,24 +91,12 @@ def _samples() -> Iterator[Sample]:
     yield case("no element", 0, 4)
 
 
-def _run_cpp(
-    p: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor | None,
-    grad: Tensor | None,
-    factor: float,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-) -> None:
+def _run_cpp(p: Tensor, m: Tensor, v: Tensor, weight: Tensor | None, grad: Tensor | None, *numbers: float) -> None:
+    factor, lr, weight_decay, beta1, beta2, eps, step = numbers
     if grad is not None:
         grad = (grad if grad.dtype in (torch.float32, torch.bfloat16) else grad.float()).contiguous()
     _cpp.extension().adamw(
-        *(t.data_ptr() if t is not None else 0 for t in (p, exp_avg, exp_avg_sq, weight, grad)),
+        *(t.data_ptr() if t is not None else 0 for t in (p, m, v, weight, grad)),
         *(p.numel(), _cpp.DTYPE_CODES[grad.dtype if grad is not None else torch.float32]),
         *(factor, lr, 1.0 - lr * weight_decay, beta1, beta2, eps, 1.0 - beta1**step, 1.0 - beta2**step),
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +21,12 @@ from torch.nn import functional
 from tinyllava_fast.errors import nearest
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
-from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops._op import Context, Sample, define_op
 from tinyllava_fast.ops.gemm import product
 
 OP = "connector_mlp"
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of x, w1, b1, w2 and b2."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
@@ -97,7 +98,7 @@ def _samples() -> Iterator[Sample]:
 
 
 def _rooms(count: int, h: Tensor) -> list[Tensor]:
-    """Of h's shape each, until the next call: faults of fresh pages cost as much as a quarter of a product."""
+    """Return buffers of h's shape, which the next call reuses: faults of fresh pages cost a quarter of a product."""
     return list(_cpp.scratch(count * h.nbytes, OP).view(h.dtype).view(count, *h.shape))
 
 
@@ -133,10 +134,8 @@ def _check_bwd(grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activ
             raise ValueError(f"{OP}: {name} is {list(tensor.shape)}, expected {[len(x), columns]}")
 
 
-def fake_bwd(
-    grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty gradients of x, w1, b1, w2, b2; the unwanted have no rows."""
+def fake_bwd(grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, kind: str, want: list[bool]) -> Gradients:
+    """Return empty gradients; the unwanted have no rows."""
     shapes = (x.shape, w1.shape, (w1.shape[0],), w2.shape, (w2.shape[0],))
     made = [x.new_empty(shape if wanted else (0, *shape[1:])) for shape, wanted in zip(shapes, want, strict=True)]
     return made[0], made[1], made[2], made[3], made[4]
@@ -144,7 +143,7 @@ def fake_bwd(
 
 def _cpp_bwd(
     grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, h, w1, w2, activation, [False] * 5)
     h = h.contiguous()
     if want[4]:
@@ -179,7 +178,7 @@ def _cpp_bwd(
 )
 def connector_mlp_bwd(
     grad: Tensor, x: Tensor, h: Tensor, w1: Tensor, w2: Tensor, activation: str, want: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of x, w1, b1, w2 and b2; the unwanted of these five have no rows."""
     dx, dw1, db1, dw2, db2 = fake_bwd(grad, x, h, w1, w2, activation, want)
     dh = _SLOPES[activation](grad @ w2, h)
@@ -196,18 +195,19 @@ def connector_mlp_bwd(
     return dx, dw1, db1, dw2, db2
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, _, w2, _, ctx.activation = inputs
+def _setup_context(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, _, w2, _, *settings = inputs
     ctx.save_for_backward(x, output[1], w1, w2)
+    ctx.settings = tuple(settings)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
     want = list(ctx.needs_input_grad[:5])
-    made = connector_mlp_bwd.op(grad, *ctx.saved_tensors, ctx.activation, want)
+    made = connector_mlp_bwd.op(grad, *ctx.saved_tensors, *ctx.settings, want)
     return *(d if wanted else None for d, wanted in zip(made, want, strict=True)), None
 
 

@@ -10,7 +10,6 @@ query gains. Not differentiable. Legend: S sequences, P rows of the pool, H, Hkv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,12 +114,7 @@ def _cpp_fwd(
     prefix = None if prefix is None else prefix.contiguous()
     out = torch.empty_like(q)
     bad = _cpp.extension().decode_attention(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        start.data_ptr(),
-        used.data_ptr(),
+        *(t.data_ptr() for t in (q, k, v, out, start, used)),
         0 if prefix is None else prefix.data_ptr(),
         *(len(q), len(k), q.shape[1], *k.shape[1:]),
         *(*k.stride()[:2], *v.stride()[:2]),
@@ -133,7 +127,7 @@ def _cpp_fwd(
     return out
 
 
-def _fake(q: Tensor, *_: Any) -> Tensor:
+def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 

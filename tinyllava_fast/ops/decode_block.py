@@ -1,4 +1,4 @@
-"""What lies between the products of a Llama-style decoder layer in inference, one call each.
+"""The operators between the products of a Llama-style decoder layer in inference, one call each.
 
     rms_norm   y = weight round(x / sqrt(mean x² + eps))            round: to x's dtype, as transformers does
     rotate     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)       halves of a head (arXiv 2104.09864)

@@ -12,7 +12,7 @@ Inference only: there is no backward. Legend: N rows of x, K inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +89,8 @@ def _samples() -> Iterator[Sample]:
         yield Sample((x, weight, None, bias), label, differentiable=False)
         yield Sample((x, *quantize_int8(weight), bias), f"{label}, int8", differentiable=False, kept=(2,))
     for rows, outputs, columns in ((0, 4, 8), (3, 0, 8), (3, 4, 0)):
-        args: tuple[Any, ...] = (torch.randn(rows, columns, generator=g), torch.randn(outputs, columns, generator=g))
-        yield Sample((*args, None, None), f"empty {rows} {outputs} {columns}", differentiable=False)
+        x, weight = torch.randn(rows, columns, generator=g), torch.randn(outputs, columns, generator=g)
+        yield Sample((x, weight, None, None), f"empty {rows} {outputs} {columns}", differentiable=False)
 
 
 @define_op(

@@ -10,7 +10,6 @@ stands in _policy.TABLE. Legend: N rows of x, K inputs, O outputs.
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ def linear(
     in_tiles = not few and faster("prefill_linear", x)
     if in_tiles and not isinstance(weight, NF4):
         y = prefill_linear.infer(flat, *_values_and_scale(weight), bias, activation, shared)
-        return cast(Tensor, y.view(*x.shape[:-1], y.shape[1]))
+        return y.view(*x.shape[:-1], y.shape[1])
     if in_tiles:
         y = prefill_linear.infer(flat, dense_weight(weight, x.dtype), None, bias, "none", None)
     elif isinstance(weight, NF4):
@@ -59,7 +58,7 @@ def linear(
         y = functional.linear(flat, dense_weight(weight, x.dtype), bias)
     y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
     y = y if shared is None else shared + y
-    return cast(Tensor, y.view(*x.shape[:-1], y.shape[1]))
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _values_and_scale(weight: Tensor | Int8) -> tuple[Tensor, Tensor | None]:

@@ -16,14 +16,14 @@ scales them by the incoming scalar. Legend: T tokens, D hidden size, V vocabular
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect, expect_range
-from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops._op import Context, Sample, define_op
 from tinyllava_fast.ops.gemm import product
 
 CHUNK_BYTES = 128 << 20
@@ -78,8 +78,8 @@ class Args(NamedTuple):
     want_bias: bool
 
 
-def _check(*args: Any) -> None:
-    op, given = "linear_cross_entropy", Args(*args)
+def _check(*args: object) -> None:
+    op, given = "linear_cross_entropy", Args._make(args)
     hidden, weight, bias, labels, supervised = given[:5]
     expect(op, "hidden", hidden, "T D", FLOATS)
     expect(op, "weight", weight, "V D", (hidden.dtype,), like=hidden)
@@ -102,8 +102,8 @@ def _check(*args: Any) -> None:
         raise ValueError(f"{op}: z_loss must not be negative, got {given.z_loss}")
 
 
-def _check_values(*args: Any) -> None:
-    op, given = "linear_cross_entropy", Args(*args)
+def _check_values(*args: object) -> None:
+    op, given = "linear_cross_entropy", Args._make(args)
     labels, supervised, ignore_index = given.labels, given.supervised, given.ignore_index
     known = labels.masked_fill(labels == ignore_index, 0)
     expect_range(
@@ -166,8 +166,8 @@ def _samples() -> Iterator[Sample]:
     yield case("smoothed, nothing supervised", 3, 11, 8, 0.0, slots=True, bias=True, smooth=0.2, z_loss=0.1)
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = Args(*args)
+def _fake(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Args._make(args)
     hidden, weight = given.hidden, given.weight
     return (
         hidden.new_empty((), dtype=_loss_dtype(hidden)),
@@ -181,8 +181,8 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _cpp_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = Args(*args)
+def _cpp_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Args._make(args)
     hidden, weight, bias, labels = given.hidden, given.weight, given.bias, given.labels
     want_hidden, want_weight, want_bias = given.want_hidden, given.want_weight, given.want_bias
     rows = _rows(labels, given.supervised, given.ignore_index)
@@ -301,13 +301,13 @@ def linear_cross_entropy_fwd(
     return loss, d_hidden, d_weight, d_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or a [V, D] tensor of zeros would arrive for the unused output d_weight
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
     # Plain products: Inductor fuses them into whatever consumes the gradients (a tied embedding adds its own). In eager

@@ -11,7 +11,7 @@ Legend: N rows, K inputs, O outputs, R rank.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ from tinyllava_fast.ops._check import FLOATS, expect
 from tinyllava_fast.ops._lora_products import WHOLE, Mask, add_up, down, in_one_pass, up
 from tinyllava_fast.ops._lora_products import grad as narrow_grad
 from tinyllava_fast.ops._lora_samples import samples
-from tinyllava_fast.ops._op import define_op
+from tinyllava_fast.ops._op import Context, define_op
 from tinyllava_fast.ops.gemm import product
 from tinyllava_fast.ops.nf4 import NF4, check_nf4, dense, multiply, multiply_transposed
 
 _LOW = 0xFFFFFFFF
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of x, weight, bias, a and b."""
 
 
 def lora_linear(
@@ -78,7 +80,7 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def dropout_threshold(p: float) -> int:
-    """What an element's 32-bit hash must reach for it to stay."""
+    """Return the number that an element's 32-bit hash must reach for it to stay."""
     return min(_LOW, round(p * (1 << 32)))
 
 
@@ -139,7 +141,7 @@ def _check_common(given: Forward | Backward) -> None:
         raise ValueError(f"{op}: give a dense weight or an NF4 one")
     else:
         expect(op, "packed", given.packed, "P", (torch.uint8,), like=x)
-        check_nf4(op, given.packed, given.absmax, b.shape[0], x.shape[1], given.blocksize)
+        check_nf4(op, stored_nf4(given))
     if not 0 <= given.p < 1:
         raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {given.p}")
     if given.p > 0 and seed is None:
@@ -148,8 +150,14 @@ def _check_common(given: Forward | Backward) -> None:
         raise ValueError(f"{op}: seed must be one int64 number on {x.device}, got {seed.dtype} {list(seed.shape)}")
 
 
-def _check(*args: Any) -> None:
-    given = Forward(*args)
+def stored_nf4(given: Forward | Backward) -> NF4:
+    """Return the weight where it is not a dense one."""
+    assert given.packed is not None and given.absmax is not None  # noqa: S101 the check has seen them
+    return NF4(given.packed, given.absmax, (given.b.shape[0], given.x.shape[1]), given.blocksize)
+
+
+def _check(*args: object) -> None:
+    given = Forward._make(args)
     _check_common(given)
     if given.bias is not None:
         expect("lora_linear", "bias", given.bias, "O", (given.x.dtype,), like=given.x)
@@ -159,18 +167,17 @@ def _check(*args: Any) -> None:
             )
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x, a, b = (given := Forward(*args)).x, given.a, given.b
+def _fake(*args: object) -> tuple[Tensor, Tensor]:
+    x, a, b = (given := Forward._make(args)).x, given.a, given.b
     return x.new_empty((x.shape[0], b.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
 
 
-def _cpp_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    given = Forward(*args)
+def _cpp_fwd(*args: object) -> tuple[Tensor, Tensor]:
+    given = Forward._make(args)
     x, b, bias, weight = _cpp.unit_stride(given.x), given.b, given.bias, given.weight
     u = down(x, given.a.t(), 1.0, _mask(given.p, given.seed))
     if weight is None:
-        assert given.packed is not None and given.absmax is not None  # noqa: S101 the check has seen them
-        y = multiply(x, given.packed, given.absmax, len(b), x.shape[1], given.blocksize, bias)
+        y = multiply(x, stored_nf4(given), bias)
     else:
         y = _cpp.empty(len(x), len(b), dtype=x.dtype)
         torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
@@ -201,22 +208,17 @@ def lora_linear_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [N, O], u [N, R]); see lora_linear(). Give weight, or packed, absmax and blocksize."""
-    w = _whole(x, weight, packed, absmax, blocksize, b)
+    w = _whole(Forward(x, weight, packed, absmax, blocksize, bias, a, b, scale, p, seed))
     u = functional.linear(_masked(x, p, seed), a)
     return functional.linear(x, w, bias) + functional.linear(u, b) * (scale / (1 - p)), u
 
 
-def _whole(
-    x: Tensor, weight: Tensor | None, packed: Tensor | None, absmax: Tensor | None, blocksize: int, b: Tensor
-) -> Tensor:
-    if weight is not None:
-        return weight
-    assert packed is not None and absmax is not None  # noqa: S101 the check has seen them
-    return dense(packed, absmax, b.shape[0], x.shape[1], blocksize, x.dtype)
+def _whole(given: Forward | Backward) -> Tensor:
+    return dense(stored_nf4(given), given.x.dtype) if given.weight is None else given.weight
 
 
-def _check_bwd(*args: Any) -> None:
-    given = Backward(*args)
+def _check_bwd(*args: object) -> None:
+    given = Backward._make(args)
     _check_common(given)
     grad, x, b = given.grad, given.x, given.b
     expect("lora_linear", "grad", grad, "N O", (x.dtype,), like=x)
@@ -224,23 +226,19 @@ def _check_bwd(*args: Any) -> None:
         raise ValueError(f"lora_linear: grad is {list(grad.shape)}, expected {[x.shape[0], b.shape[0]]}")
 
 
-def _gradients(x: Tensor, a: Tensor, b: Tensor, want: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return room for the gradients of x, weight, bias, a and b; the unwanted have no rows."""
+def empty_gradients(given: Backward) -> Gradients:
+    """Return room for the gradients; the unwanted have no rows."""
+    x, a, b = given.x, given.a, given.b
     shapes = (x.shape, (b.shape[0], x.shape[1]), (b.shape[0],), a.shape, b.shape)
-    made = [x.new_empty(shape if wanted else (0, *shape[1:])) for shape, wanted in zip(shapes, want, strict=True)]
+    made = [x.new_empty(shape if want else (0, *shape[1:])) for shape, want in zip(shapes, given.want, strict=True)]
     return made[0], made[1], made[2], made[3], made[4]
 
 
-def _fake_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = Backward(*args)
-    return _gradients(given.x, given.a, given.b, given.want)
-
-
-def _cpp_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = Backward(*args)
-    x, grad, a, b = _cpp.unit_stride(given.x), _cpp.unit_stride(given.grad), given.a, given.b
+def _cpp_bwd(*args: object) -> Gradients:
+    given = Backward._make(args)
+    x, grad, b = _cpp.unit_stride(given.x), _cpp.unit_stride(given.grad), given.b
     u, want, factor, mask = given.u, given.want, given.scale / (1 - given.p), _mask(given.p, given.seed)
-    dx, dw, dbias, da, db = _gradients(x, a, b, [False] * 5)
+    dx, dw, dbias, da, db = empty_gradients(given._replace(want=[False] * 5))
     v = down(grad, b, factor) if want[0] or want[3] else u
     if want[0]:
         dx = _cpp_dx(given._replace(x=x, grad=grad), v, mask)
@@ -264,9 +262,7 @@ def _cpp_dx(given: Backward, v: Tensor, mask: Mask) -> Tensor:
     x, grad, a, weight = given.x, given.grad, given.a, given.weight
     share = None if in_one_pass(len(a), x) else up(v, a, 1.0, mask)
     if weight is None:
-        assert given.packed is not None and given.absmax is not None  # noqa: S101 the check has seen them
-        held = given.packed, given.absmax, len(given.b), x.shape[1], given.blocksize
-        dx = multiply_transposed(grad, *held, into=share)
+        dx = multiply_transposed(grad, stored_nf4(given), into=share)
     elif share is None:
         dx = torch.mm(grad, weight, out=_cpp.empty(*x.shape, dtype=x.dtype))
     else:
@@ -279,7 +275,7 @@ def _cpp_dx(given: Backward, v: Tensor, mask: Mask) -> Tensor:
 @define_op(
     module="lora_linear",
     check=_check_bwd,
-    fake=_fake_bwd,
+    fake=lambda *args: empty_gradients(Backward._make(args)),
     cpp=_cpp_bwd,
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
     triton_supports=_cpp.runs(torch.float32, torch.bfloat16, torch.float16, kernel="Triton"),
@@ -298,13 +294,14 @@ def lora_linear_bwd(
     p: float,
     seed: Tensor | None,
     want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of x, weight, bias, a and b; the unwanted of these five have no rows."""
+    given = Backward(grad, x, weight, packed, absmax, blocksize, a, b, u, scale, p, seed, want)
     factor = scale / (1 - p)
-    dx, dw, dbias, da, db = _gradients(x, a, b, want)
+    dx, dw, dbias, da, db = empty_gradients(given)
     v = (grad @ b) * factor
     if want[0]:
-        dx = grad @ _whole(x, weight, packed, absmax, blocksize, b) + _masked(v @ a, p, seed)
+        dx = grad @ _whole(given) + _masked(v @ a, p, seed)
     if want[1]:
         dw = grad.t() @ x
     if want[2]:
@@ -316,15 +313,15 @@ def lora_linear_bwd(
     return dx, dw, dbias, da, db
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    given, u = Forward(*inputs), output[1]
+def _setup_context(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+    given, u = Forward._make(inputs), output[1]
     ctx.save_for_backward(given.x, given.weight, given.packed, given.absmax, given.a, given.b, u, given.seed)
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
     ctx.settings = given.blocksize, given.scale, given.p
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
     x, weight, packed, absmax, a, b, u, seed = ctx.saved_tensors

@@ -12,8 +12,8 @@ Legend: N rows of x, K inputs, O outputs, P packed bytes, S blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect
-from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops._op import Context, Sample, define_op
 from tinyllava_fast.ops._policy import faster
 
 CODEBOOK = (
@@ -44,8 +44,20 @@ class NF4(NamedTuple):
     blocksize: int = 64
 
 
-def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
-    """The plain tensors of a weight quantized by bitsandbytes.
+class QuantState(Protocol):
+    """The parts of bitsandbytes' QuantState that are read here. state2: of the scales, if they are quantized."""
+
+    quant_type: str
+    shape: Sequence[int]
+    absmax: Tensor
+    blocksize: int
+    code: Tensor
+    offset: Tensor
+    state2: QuantState | None
+
+
+def unpack_nf4(packed: Tensor, quant_state: QuantState) -> NF4:
+    """Return the plain tensors of a weight quantized by bitsandbytes.
 
     packed: what ``quantize_4bit`` returns, of any storage dtype (not copied). quant_state: its QuantState of type nf4;
     scales that are themselves quantized (``compress_statistics``) are restored to float32, bit for bit as bitsandbytes
@@ -71,7 +83,7 @@ def unpack_nf4(packed: Tensor, quant_state: Any) -> NF4:
 
 
 def quantize_nf4(weight: Tensor, blocksize: int = 64) -> NF4:
-    """A weight [O, K], any float, in four bits: each block scaled by its largest magnitude, then to the nearest code.
+    """Return a weight [O, K], any float, in four bits: blocks scaled by their largest magnitude, to the nearest code.
 
     The same codes and scales as bitsandbytes'. Raises ValueError for a weight that is no matrix or an odd blocksize.
     """
@@ -95,7 +107,7 @@ def dequantize_nf4(
     blocksize: int = 64,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The whole weight [O, K], equal to bitsandbytes' to the bit, for any K.
+    """Return the whole weight [O, K], equal to bitsandbytes' to the bit, for any K.
 
     packed: [ceil(O K / 2)] uint8. absmax: [ceil(O K / blocksize)] float32. shape: (O, K). blocksize: even. dtype: of
     the result, any float. Not differentiable. Raises ValueError for shapes and dtypes.
@@ -111,7 +123,7 @@ def linear_nf4(
     blocksize: int = 64,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias with W dequantized tile by tile.
+    """Return x Wᵀ + bias with W dequantized tile by tile.
 
     x: [..., K] float. packed, absmax, shape, blocksize: see dequantize_nf4(). bias: [O], x's dtype. Returns [..., O] of
     x's dtype. Differentiable in x and bias; W is frozen. Raises ValueError for shapes and dtypes.
@@ -120,8 +132,14 @@ def linear_nf4(
     return linear_nf4_fwd.call(flat, packed, absmax, *shape, blocksize, bias).view(*x.shape[:-1], shape[0])
 
 
-def check_nf4(op: str, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> None:
-    """Raise ValueError unless the tensors hold a weight [rows, columns]."""
+def _stored(packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> NF4:
+    """Return the weight of an op, whose arguments are its parts."""
+    return NF4(packed, absmax, (rows, columns), blocksize)
+
+
+def check_nf4(op: str, weight: NF4) -> None:
+    """Raise ValueError unless the tensors hold a weight of the shape."""
+    packed, absmax, (rows, columns), blocksize = weight
     expect(op, "packed", packed, "P", (torch.uint8,))
     expect(op, "absmax", absmax, "S", (torch.float32,), like=packed)
     if blocksize < 2 or blocksize % 2:
@@ -134,28 +152,30 @@ def check_nf4(op: str, packed: Tensor, absmax: Tensor, rows: int, columns: int, 
         raise ValueError(f"{op}: {absmax.shape[0]} scales for {blocks} blocks of {blocksize} weights")
 
 
-def dense(packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> Tensor:
-    """The whole weight in plain torch: what every reference multiplies by."""
-    size = rows * columns
-    nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten()[:size].long()
-    codes = torch.tensor(CODEBOOK, dtype=torch.float32, device=packed.device)
-    return (codes[nibbles] * absmax.repeat_interleave(blocksize)[:size]).view(rows, columns).to(dtype)
+def dense(weight: NF4, dtype: torch.dtype) -> Tensor:
+    """Return the whole weight in plain torch: every reference multiplies by it."""
+    size = math.prod(weight.shape)
+    nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], 1).flatten()[:size].long()
+    codes = torch.tensor(CODEBOOK, dtype=torch.float32, device=weight.packed.device)
+    return (codes[nibbles] * weight.absmax.repeat_interleave(weight.blocksize)[:size]).view(weight.shape).to(dtype)
 
 
-def fill_tile(out: Tensor, packed: Tensor, absmax: Tensor, columns: int, blocksize: int, row: int, column: int) -> None:
-    """Dequantize W[row : row + h, column : column + w] into out [h, w] in C++; packed and absmax contiguous."""
+def _fill_tile(out: Tensor, weight: NF4, row: int) -> None:
+    """Dequantize W[row : row + h] into out [h, K] in C++; packed and absmax contiguous."""
     _cpp.extension().nf4_tile(
-        *(packed.data_ptr(), absmax.data_ptr(), blocksize, columns, row, column),
+        *(weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.blocksize, weight.shape[1], row, 0),
         *(out.data_ptr(), out.stride(0), out.shape[0], out.shape[1], _cpp.DTYPE_CODES[out.dtype]),
     )
 
 
-def multiply(
-    x: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, bias: Tensor | None
-) -> Tensor:
-    """x Wᵀ + bias in C++ and torch's GEMM; x [N, K] float32 or bfloat16."""
+def _contiguous(weight: NF4) -> NF4:
+    return weight._replace(packed=weight.packed.contiguous(), absmax=weight.absmax.contiguous())
+
+
+def multiply(x: Tensor, weight: NF4, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + bias in C++ and torch's GEMM; x [N, K] float32 or bfloat16."""
+    packed, absmax, (rows, columns), blocksize = weight = _contiguous(weight)
     y = _cpp.empty(len(x), rows, dtype=x.dtype)
-    packed, absmax = packed.contiguous(), absmax.contiguous()
     if faster("linear_nf4", x, rows=len(x), columns=columns, blocksize=blocksize):
         x = _cpp.unit_stride(x)
         bias = None if bias is None else bias.contiguous()
@@ -166,7 +186,7 @@ def multiply(
             *(len(x), rows, columns, _cpp.DTYPE_CODES[x.dtype]),
         )
         return y
-    for start, stop, w in _tiles(packed, absmax, rows, columns, blocksize, x.dtype):
+    for start, stop, w in _tiles(weight, x.dtype):
         part = slice(start, stop)
         if bias is None:
             torch.mm(x, w.t(), out=y[:, part])
@@ -175,21 +195,12 @@ def multiply(
     return y
 
 
-def multiply_transposed(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    rows: int,
-    columns: int,
-    blocksize: int,
-    into: Tensor | None = None,
-) -> Tensor:
-    """grad W in C++ and torch's GEMM; grad [N, O] float32 or bfloat16. into: [N, K] to add to, and return."""
-    dx = _cpp.empty(len(grad), columns, dtype=grad.dtype) if into is None else into
-    packed, absmax = packed.contiguous(), absmax.contiguous()
-    if rows == 0:
+def multiply_transposed(grad: Tensor, weight: NF4, into: Tensor | None = None) -> Tensor:
+    """Return grad W in C++ and torch's GEMM; grad [N, O] float32 or bfloat16. into: [N, K] to add to, and return."""
+    dx = _cpp.empty(len(grad), weight.shape[1], dtype=grad.dtype) if into is None else into
+    if weight.shape[0] == 0:
         return dx.zero_() if into is None else dx
-    for start, stop, w in _tiles(packed, absmax, rows, columns, blocksize, grad.dtype):
+    for start, stop, w in _tiles(_contiguous(weight), grad.dtype):
         if start == 0 and into is None:
             torch.mm(grad[:, :stop], w, out=dx)
         else:  # a weight beyond TILE_BYTES: partial sums are rounded in between
@@ -197,29 +208,26 @@ def multiply_transposed(
     return dx
 
 
-def _tiles(
-    packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, W[start:stop]) for all rows of W, each dequantized into this thread's buffer."""
+def _tiles(weight: NF4, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (start, stop, W[start:stop]) for all rows of W, each dequantized into this thread's buffer."""
+    rows, columns = weight.shape
     height = max(1, min(rows, TILE_BYTES // max(1, columns * dtype.itemsize)))
     buffer = _cpp.scratch(height * columns * dtype.itemsize).view(dtype).view(height, columns)
     for start in range(0, rows, height):
         stop = min(start + height, rows)
         w = buffer[: stop - start]
-        fill_tile(w, packed, absmax, columns, blocksize, start, 0)
+        _fill_tile(w, weight, start)
         yield start, stop, w
 
 
-def _check_dequantize(
-    packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
-) -> None:
-    check_nf4("nf4", packed, absmax, rows, columns, blocksize)
+def _check_dequantize(weight: NF4, dtype: torch.dtype) -> None:
+    check_nf4("nf4", weight)
     if dtype not in FLOATS:
         raise ValueError(f"nf4: dtype must be a float, got {dtype}")
 
 
 def random_nf4(g: torch.Generator, rows: int, columns: int, blocksize: int) -> tuple[Tensor, Tensor, int, int, int]:
-    """Seeded arguments (packed, absmax, rows, columns, blocksize) for samples."""
+    """Return seeded arguments (packed, absmax, rows, columns, blocksize) for samples."""
     size = rows * columns
     packed = torch.randint(0, 256, ((size + 1) // 2,), generator=g, dtype=torch.uint8)
     return packed, torch.rand(-(-size // blocksize), generator=g) + 0.1, rows, columns, blocksize
@@ -244,15 +252,13 @@ def _samples_dequantize() -> Iterator[Sample]:
             yield Sample(args, name, differentiable=False, kept=(1,))
 
 
-def _cpp_dequantize(
-    packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
-) -> Tensor:
-    out = _cpp.empty(rows, columns, dtype=dtype)
-    fill_tile(out, packed.contiguous(), absmax.contiguous(), columns, blocksize, 0, 0)
+def _cpp_dequantize(weight: NF4, dtype: torch.dtype) -> Tensor:
+    out = _cpp.empty(*weight.shape, dtype=dtype)
+    _fill_tile(out, _contiguous(weight), 0)
     return out
 
 
-def _cpp_dequantize_takes(*args: Any) -> str | None:
+def _cpp_dequantize_takes(*args: object) -> str | None:
     known = (torch.float32, torch.bfloat16)
     return None if args[-1] in known else f"its C++ kernel makes {' or '.join(map(str, known))}, not {args[-1]}"
 
@@ -260,23 +266,22 @@ def _cpp_dequantize_takes(*args: Any) -> str | None:
 @define_op(
     module="nf4",
     name="dequantize_nf4",
-    check=_check_dequantize,
+    check=lambda *args: _check_dequantize(_stored(*args[:5]), args[5]),
     fake=lambda packed, absmax, rows, columns, blocksize, dtype: packed.new_empty((rows, columns), dtype=dtype),
-    cpp=_cpp_dequantize,
+    cpp=lambda *args: _cpp_dequantize(_stored(*args[:5]), args[5]),
     cpp_supports=_cpp_dequantize_takes,
     samples=_samples_dequantize,
 )
 def _dequantize_nf4(
     packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
-    return dense(packed, absmax, rows, columns, blocksize, dtype)
+    return dense(_stored(packed, absmax, rows, columns, blocksize), dtype)
 
 
-def _check(
-    x: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, bias: Tensor | None
-) -> None:
-    expect("nf4", "x", x, "N K", FLOATS, like=packed)
-    check_nf4("nf4", packed, absmax, rows, columns, blocksize)
+def _check(x: Tensor, weight: NF4, bias: Tensor | None) -> None:
+    rows, columns = weight.shape
+    expect("nf4", "x", x, "N K", FLOATS, like=weight.packed)
+    check_nf4("nf4", weight)
     if x.shape[1] != columns:
         raise ValueError(f"nf4: x has {x.shape[1]} columns, the weight has {columns}")
     if bias is not None:
@@ -298,9 +303,9 @@ def _samples() -> Iterator[Sample]:
 
 @define_op(
     module="nf4",
-    check=_check,
+    check=lambda x, *rest: _check(x, _stored(*rest[:5]), rest[5]),
     fake=lambda x, packed, absmax, rows, columns, blocksize, bias: x.new_empty((x.shape[0], rows)),
-    cpp=multiply,
+    cpp=lambda x, *rest: multiply(x, _stored(*rest[:5]), rest[5]),
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
     samples=_samples,
 )
@@ -308,14 +313,14 @@ def linear_nf4_fwd(
     x: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int, bias: Tensor | None
 ) -> Tensor:
     """[N, O]; see linear_nf4()."""
-    return functional.linear(x, dense(packed, absmax, rows, columns, blocksize, x.dtype), bias)
+    return functional.linear(x, dense(_stored(packed, absmax, rows, columns, blocksize), x.dtype), bias)
 
 
-def _check_bwd(grad: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> None:
-    expect("nf4", "grad", grad, "N O", FLOATS, like=packed)
-    check_nf4("nf4", packed, absmax, rows, columns, blocksize)
-    if grad.shape[1] != rows:
-        raise ValueError(f"nf4: grad has {grad.shape[1]} columns, the weight has {rows} rows")
+def _check_bwd(grad: Tensor, weight: NF4) -> None:
+    expect("nf4", "grad", grad, "N O", FLOATS, like=weight.packed)
+    check_nf4("nf4", weight)
+    if grad.shape[1] != weight.shape[0]:
+        raise ValueError(f"nf4: grad has {grad.shape[1]} columns, the weight has {weight.shape[0]} rows")
 
 
 def _samples_bwd() -> Iterator[Sample]:
@@ -327,25 +332,25 @@ def _samples_bwd() -> Iterator[Sample]:
 
 @define_op(
     module="nf4",
-    check=_check_bwd,
+    check=lambda grad, *parts: _check_bwd(grad, _stored(*parts)),
     fake=lambda grad, packed, absmax, rows, columns, blocksize: grad.new_empty((grad.shape[0], columns)),
-    cpp=multiply_transposed,
+    cpp=lambda grad, *parts: multiply_transposed(grad, _stored(*parts)),
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
     samples=_samples_bwd,
 )
 def linear_nf4_bwd(grad: Tensor, packed: Tensor, absmax: Tensor, rows: int, columns: int, blocksize: int) -> Tensor:
     """dx [N, K]."""
-    return grad @ dense(packed, absmax, rows, columns, blocksize, grad.dtype)
+    return grad @ dense(_stored(packed, absmax, rows, columns, blocksize), grad.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:3])
-    ctx.layout = inputs[3:6]
+    ctx.settings = inputs[3:6]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     want_x, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-    dx = linear_nf4_bwd.op(grad, *ctx.saved_tensors, *ctx.layout) if want_x else None
+    dx = linear_nf4_bwd.op(grad, *ctx.saved_tensors, *ctx.settings) if want_x else None
     return dx, *(None,) * 5, grad.sum(0) if want_bias else None
 
 

@@ -1,4 +1,4 @@
-"""Which samples share a pack: best-fit inside a look-ahead window. CPU only.
+"""The choice of samples that share a pack: best-fit inside a look-ahead window. CPU only.
 
     window = the next `lookahead` samples not yet placed, refilled as samples leave it
     repeat: open a pack with the oldest sample of the window;
@@ -23,7 +23,7 @@ from tinyllava_fast.ops._op import Sample, define_op
 def pack_plan(
     lengths: Tensor, images: Tensor, segments: Tensor, budget: int, max_images: int, max_segments: int, lookahead: int
 ) -> Tensor:
-    """The pack index of each sample.
+    """Return the pack index of each sample.
 
     lengths, images, segments: [n] int64 on the CPU: tokens, images and segments that each sample needs. budget,
     max_images, max_segments: what a pack holds of each; lookahead: samples in the window, >= 1.

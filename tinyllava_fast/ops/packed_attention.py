@@ -17,15 +17,13 @@ Legend: Tq, Tk rows of q and of k; H, Hkv heads; Dh head size; S segments; G = H
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tinyllava_fast.ops import _cpp
-from tinyllava_fast.ops._attention_args import MAX_WINDOW, OP, check, check_values, dense_rows, visible
+from tinyllava_fast.ops._attention_args import MAX_WINDOW, OP, Args, check, check_values, dense_rows, visible
 from tinyllava_fast.ops._attention_samples import samples
-from tinyllava_fast.ops._op import define_op
+from tinyllava_fast.ops._op import Context, define_op
 
 
 def packed_attention(
@@ -63,7 +61,7 @@ def packed_attention(
     )
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     # new_empty, not empty_like: the output is contiguous whatever the strides of q
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_wide(q))
 
@@ -81,13 +79,13 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor,
     return t * softcap, t
 
 
-def _cpp_supports(q: Tensor, *_: Any) -> str | None:
+def _cpp_supports(q: Tensor, *_: object) -> str | None:
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes in float32 and bfloat16, got {q.dtype}"
     return None
 
 
-def _triton_supports(*args: Any) -> str | None:
+def _triton_supports(*args: object) -> str | None:
     dtype = next(a.dtype for a in args if isinstance(a, Tensor))
     return "its Triton kernel computes in float32, got torch.float64" if dtype == torch.float64 else None
 
@@ -96,19 +94,8 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _cpp_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    prefix: Tensor | None,
-    used: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def _cpp_fwd(*args: object) -> tuple[Tensor, Tensor]:
+    q, k, v, cu_q, cu_k, prefix, used, causal, scale, window, softcap = Args._make(args)
     out, lse = _fake(q)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     index = [None if t is None else t.contiguous() for t in (cu_q, cu_q if cu_k is None else cu_k, prefix, used)]
@@ -146,7 +133,7 @@ def packed_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(out [Tq, H, Dh], lse [Tq, H]); see packed_attention()."""
     out, lse = _fake(q)
-    hidden = ~visible(q, k, cu_q, cu_k, prefix, used, causal, window)
+    hidden = ~visible(q, k, v, cu_q, cu_k, prefix, used, causal, scale, window, softcap)
     group = q.shape[1] // k.shape[1]
     for n in range(k.shape[1]):  # one key head at a time bounds the memory: [G, Tq, Tk]
         heads = slice(n * group, (n + 1) * group)
@@ -160,14 +147,7 @@ def packed_attention_fwd(
 
 
 def _check_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *rest: Any,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object
 ) -> None:
     check(q, k, v, *rest)
     for name, tensor, dtype, shape in (
@@ -183,35 +163,20 @@ def _check_bwd(
             )
 
 
-def _check_values_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> None:
-    check_values(q, k, v, *rest)
+def _check_values_bwd(*args: object) -> None:
+    check_values(*args[2:5], *args[7:])
 
 
 def _fake_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _cpp_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    prefix: Tensor | None,
-    used: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int,
-    softcap: float,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, cu_q, cu_k, prefix, used, causal, scale, window, softcap = Args._make((q, k, v, *rest))
     grads = _fake_bwd(dout, dlse, q, k, v)
     strided = [dense_rows(t) for t in (dout, q, k, v)]
     dout, q, k, v = strided
@@ -254,7 +219,7 @@ def packed_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous, shapes and dtype of q, k, v. dlse None: lse was not used."""
     dq, dk, dv = _fake_bwd(dout, dlse, q, k, v)
-    hidden = ~visible(q, k, cu_q, cu_k, prefix, used, causal, window)
+    hidden = ~visible(q, k, v, cu_q, cu_k, prefix, used, causal, scale, window, softcap)
     group, wide = q.shape[1] // k.shape[1], _wide(q)
     delta = (dout.to(wide) * out.to(wide)).sum(-1)  # [Tq, H]
     if dlse is not None:
@@ -275,17 +240,17 @@ def packed_attention_bwd(
     return dq, dk, dv
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, prefix, used, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, prefix, used)
+def _setup_context(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.settings = inputs[7:]
     ctx.set_materialize_grads(False)  # lse is rarely used: its gradient stays None instead of zeros
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *bounds = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    return *packed_attention_bwd.op(dout, dlse, q, k, v, out, lse, *bounds, *ctx.numbers), *[None] * 8
+    return *packed_attention_bwd.op(dout, dlse, q, k, v, out, lse, *bounds, *ctx.settings), *[None] * 8
 
 
 packed_attention_fwd.op.register_autograd(_backward, setup_context=_setup_context)

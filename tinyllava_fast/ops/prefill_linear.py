@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,18 +129,14 @@ def _samples() -> Iterator[Sample]:
         yield Sample((x, weight, None, bias, "none", None), label, differentiable=False)
         yield Sample((x, weight, None, bias, activation, residual), f"{label}, {activation}", differentiable=False)
         values = torch.randint(-127, 128, (outputs, columns), generator=g, dtype=torch.int8)
-        int8: tuple[Any, ...] = (x, values, torch.rand(outputs, generator=g) / 127, bias, "none", None)
-        yield Sample(int8, f"{label}, int8", differentiable=False, kept=(2,))
-
-
-def _fake(x: Tensor, weight: Tensor, scale: Any, bias: Any, activation: str, residual: Any) -> Tensor:
-    return x.new_empty((x.shape[0], _width(weight.shape[0], activation)))
+        scale = torch.rand(outputs, generator=g) / 127
+        yield Sample((x, values, scale, bias, "none", None), f"{label}, int8", differentiable=False, kept=(2,))
 
 
 @define_op(
     module="prefill_linear",
     check=_check,
-    fake=_fake,
+    fake=lambda x, weight, *rest: x.new_empty((x.shape[0], _width(weight.shape[0], rest[2]))),
     cpp=_cpp_forward,
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
     samples=_samples,

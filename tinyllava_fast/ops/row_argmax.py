@@ -1,4 +1,4 @@
-"""Where each row of logits is largest: the greedy choice of a token.
+"""The position of the largest logit of each row: the greedy choice of a token.
 
     y[r] = the first j with x[r, j] = max x[r]; the first nan, if there is one
 

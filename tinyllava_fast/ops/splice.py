@@ -9,7 +9,6 @@ Legend: T tokens of the pack, V vocabulary, D hidden size, R image rows (images 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from tinyllava_fast.hardware import keeps_memory
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._check import FLOATS, expect, expect_range
-from tinyllava_fast.ops._op import Sample, define_op
+from tinyllava_fast.ops._op import Context, Sample, define_op
 
 
 def splice(input_ids: Tensor, weight: Tensor, features: Tensor, slots: Tensor) -> Tensor:
@@ -78,17 +77,9 @@ def _cpp_fwd(input_ids: Tensor, weight: Tensor, features: Tensor, slots: Tensor)
     out = weight.new_empty((len(input_ids), weight.shape[1]))
     owner = torch.empty(len(input_ids), dtype=torch.int32)
     _cpp.extension().splice_fwd(
-        input_ids.data_ptr(),
-        weight.data_ptr(),
-        _cpp.row_bytes(weight),
-        features.data_ptr(),
-        _cpp.row_bytes(features),
-        slots.data_ptr(),
-        owner.data_ptr(),
-        out.data_ptr(),
-        len(input_ids),
-        len(slots),
-        _cpp.row_bytes(out),
+        *(input_ids.data_ptr(), weight.data_ptr(), _cpp.row_bytes(weight)),
+        *(features.data_ptr(), _cpp.row_bytes(features), slots.data_ptr(), owner.data_ptr()),
+        *(out.data_ptr(), len(input_ids), len(slots), _cpp.row_bytes(out)),
     )
     return out
 
@@ -101,9 +92,7 @@ def splice_fwd(input_ids: Tensor, weight: Tensor, features: Tensor, slots: Tenso
     return torch.cat([text, scratch]).index_copy(0, slots, features)[:-1].clone()
 
 
-def _check_bwd(
-    grad: Tensor, input_ids: Tensor, slots: Tensor, vocab: int, want_weight: bool, want_features: bool
-) -> None:
+def _check_bwd(grad: Tensor, input_ids: Tensor, slots: Tensor, *_: object) -> None:
     expect("splice_bwd", "grad", grad, "T D", FLOATS)
     expect("splice_bwd", "input_ids", input_ids, "T", (torch.int64,), like=grad)
     expect("splice_bwd", "slots", slots, "R", (torch.int64,), like=grad)
@@ -139,8 +128,7 @@ def _weight_kernel(kernel: Callable[..., None], target: Tensor, grad: Tensor, in
 def _cpp_bwd(
     grad: Tensor, input_ids: Tensor, slots: Tensor, vocab: int, want_weight: bool, want_features: bool
 ) -> tuple[Tensor, Tensor]:
-    tokens, dim = grad.shape
-    rows = len(slots)
+    dim, rows = grad.shape[1], len(slots)
     grad, input_ids, slots = _cpp.unit_stride(grad), input_ids.contiguous(), slots.contiguous()
     # Fresh memory is zero already: only rows of text are touched. Memory that was in use is cleared on the way.
     used = keeps_memory()
@@ -151,13 +139,8 @@ def _cpp_bwd(
         _weight_kernel(kernel, d_weight, grad, input_ids, slots)
     if want_features:
         _cpp.extension().splice_bwd_features(
-            grad.data_ptr(),
-            _cpp.row_bytes(grad),
-            slots.data_ptr(),
-            d_features.data_ptr(),
-            tokens,
-            rows,
-            _cpp.row_bytes(d_features),
+            *(grad.data_ptr(), _cpp.row_bytes(grad), slots.data_ptr()),
+            *(d_features.data_ptr(), len(grad), rows, _cpp.row_bytes(d_features)),
         )
     return d_weight, d_features
 
@@ -190,7 +173,7 @@ def splice_bwd(
 
 
 def _check_add(base: Tensor, grad: Tensor, input_ids: Tensor, slots: Tensor) -> None:
-    _check_bwd(grad, input_ids, slots, base.shape[0], True, False)
+    _check_bwd(grad, input_ids, slots)
     expect("splice_bwd_add", "base", base, "V D", (grad.dtype,), like=grad)
     if base.shape[1] != grad.shape[1]:
         raise ValueError(f"splice_bwd_add: base has {base.shape[1]} columns, grad has {grad.shape[1]}")
@@ -238,16 +221,16 @@ def splice_bwd_add(base: Tensor, grad: Tensor, input_ids: Tensor, slots: Tensor)
     base.copy_(base.to(exact).index_add_(0, input_ids, text))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     input_ids, weight, _, slots = inputs
     ctx.save_for_backward(input_ids, slots)
-    ctx.vocab = weight.shape[0]
+    ctx.settings = (weight.shape[0],)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     input_ids, slots = ctx.saved_tensors
     _, want_weight, want_features, _ = ctx.needs_input_grad
-    d_weight, d_features = splice_bwd.op(grad, input_ids, slots, ctx.vocab, want_weight, want_features)
+    d_weight, d_features = splice_bwd.op(grad, input_ids, slots, *ctx.settings, want_weight, want_features)
     return None, d_weight if want_weight else None, d_features if want_features else None, None
 
 

@@ -1,8 +1,9 @@
-"""What trains in a stage, and with which learning rate: layers, requires_grad and parameter groups, no I/O."""
+"""The parts of a model that train in a stage, and their learning rates: layers, requires_grad and parameter groups."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
@@ -183,7 +184,7 @@ def _layer_parameters(lmm: LMM, component: str, from_layer: int) -> list[nn.Para
     return [p for layer in layers for p in layer.parameters()]
 
 
-def _set_grad(parameters: Any, value: bool) -> None:
+def _set_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(value)
 

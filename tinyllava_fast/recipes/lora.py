@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
@@ -17,15 +17,18 @@ from tinyllava_fast.models.adapter import Adapter, LayerSettings
 from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.recipes.linears import linears
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 ADAPTED = ("lora", "qlora")
 T = TypeVar("T")
 
 
 @dataclass
 class Plan:
-    """The adapter that a recipe asks for. config: peft's LoraConfig. dropout: by component."""
+    """The adapter that a recipe asks for. dropout: by component."""
 
-    config: Any
+    config: LoraConfig
     layers: dict[str, LayerSettings]
     dropout: dict[str, float]
 
@@ -47,7 +50,7 @@ def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None
 
 
 def plan(lmm: LMM, recipe: RecipeConfig) -> Plan | None:
-    """What the recipe's lora and qlora components ask for, None without one. The model has no adapter now.
+    """Return the adapter that the recipe asks for, None if it has no lora or qlora. The model has no adapter now.
 
     Raises UserError naming the key for names that match nothing, values out of range, or what one adapter cannot hold.
     """
@@ -98,7 +101,7 @@ def merge_unless_continued(lmm: LMM, held: Adapter | None, wanted: Plan | None) 
 
 
 def _difference(held: Mapping[str, LayerSettings], wanted: Mapping[str, LayerSettings]) -> str:
-    """In what the adapter that the recipe asks for differs, as a clause."""
+    """Return a clause that says in what the adapter that the recipe asks for differs."""
     if held.keys() != wanted.keys():
         return f"the recipe adapts {len(wanted)} layers, {len(held.keys() & wanted.keys())} of them the same"
     name = next(name for name in wanted if held[name] != wanted[name])
@@ -114,7 +117,7 @@ def inject(lmm: LMM, wanted: Plan, continued: Adapter | None, seed: int) -> None
 
 
 def set_trainable(lmm: LMM, recipe: RecipeConfig) -> None:
-    """Adapters train, and the biases that ``lora.bias`` names. Everything else of these components is frozen."""
+    """Let adapters train, and the biases that ``lora.bias`` names. All else of these components is frozen."""
     for name, layer in adapter.layers(lmm):
         for parameter in adapter.parameters_of(layer):
             parameter.requires_grad_(True)
@@ -140,7 +143,7 @@ def _check(lora: LoRAConfig, key: str) -> None:
 
 
 def _layers(lmm: LMM, component: str, lora: LoRAConfig) -> dict[str, LayerSettings]:
-    """Settings of each layer that the component's LoRA adapts."""
+    """Return the settings of each layer that the component's LoRA adapts."""
     key = f"recipe.{component}.lora"
     names = [name for name, _ in linears(lmm, component)]
     if not names:
@@ -162,7 +165,7 @@ def _layers(lmm: LMM, component: str, lora: LoRAConfig) -> dict[str, LayerSettin
 
 
 def _match(pattern: Mapping[str, T], names: list[str], key: str) -> dict[str, T]:
-    """The pattern's value for each name that it has one for, as peft matches them."""
+    """Return the pattern's value for each name that it has one for, as peft matches them."""
     from peft.utils.other import get_pattern_key
 
     found = {name: entry for name in names if (entry := get_pattern_key(list(pattern), name)) in pattern}

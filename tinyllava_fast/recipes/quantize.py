@@ -11,6 +11,7 @@ What bitsandbytes 0.50 cannot do is refused by name: see ``quantize`` and ``chec
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def quantize(lmm: LMM, component: str, tune: TuneConfig) -> None:
         lmm.set_submodule(name, _quantized_layer(bnb, linear, tune))
 
 
-def check(lmm: LMM, component: str, tune: TuneConfig) -> Any:
-    """The bitsandbytes module. Raises UserError if it does not import, or gets a layer wrong on this device."""
+def check(lmm: LMM, component: str, tune: TuneConfig) -> ModuleType:
+    """Return bitsandbytes. Raise UserError if it does not import, or gets a layer wrong on this device."""
     bnb = import_optional("bitsandbytes", f"recipe.{component}.tune: qlora")
     for name, linear in linears(lmm, component):
         device = linear.weight.device
@@ -66,25 +67,25 @@ def dequantize(lmm: LMM) -> None:
         lmm.set_submodule(name, linear.train(layer.training))
 
 
-def quantized_layers(lmm: LMM) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every layer that bitsandbytes keeps quantized."""
+def quantized_layers(lmm: LMM) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield (name, module) of every layer that bitsandbytes keeps quantized."""
     for name, module in lmm.named_modules():
         if isinstance(module, nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params"):
             yield name, module
 
 
-def dequantized(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] that the layer multiplies by at activations of ``dtype``, to the bit."""
+def dequantized(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return the weight [out, in] that the layer multiplies by at activations of ``dtype``, to the bit."""
     import bitsandbytes as bnb
 
+    quantized: Any = layer
     if isinstance(layer, bnb.nn.Linear4bit):
-        packed: Any = layer.weight
-        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(dtype)
-    return layer.weight.data.to(dtype).mul_(layer.state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+        return bnb.functional.dequantize_4bit(layer.weight.data, quantized.weight.quant_state).to(dtype)
+    return layer.weight.data.to(dtype).mul_(quantized.state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def plain_weights(lmm: LMM, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """State-dict tensors with quantized ones replaced by what they stand for. dtype: of the activations in training."""
+    """Return the state dict with plain tensors for quantized ones. dtype: of the activations in training."""
     drop, plain = state_names(lmm), dict(weights)
     for name in drop:
         plain.pop(name, None)
@@ -94,7 +95,7 @@ def plain_weights(lmm: LMM, weights: Mapping[str, Tensor], dtype: torch.dtype) -
 
 
 def state_names(lmm: LMM) -> set[str]:
-    """State-dict names of quantized weights and of their scales."""
+    """Return the state-dict names of quantized weights and of their scales."""
     names: set[str] = set()
     for name, layer in quantized_layers(lmm):
         names |= {f"{name}.{key}" for key in layer.state_dict() if key != "bias"}
@@ -112,7 +113,7 @@ def load_state(lmm: LMM, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name}: its quantized weight cannot be restored: {error}") from None
 
 
-def _restore(layer: Any, found: dict[str, Tensor]) -> None:
+def _restore(layer: nn.Linear, found: dict[str, Tensor]) -> None:
     import bitsandbytes as bnb
 
     device = layer.weight.device
@@ -129,9 +130,8 @@ def _restore(layer: Any, found: dict[str, Tensor]) -> None:
     _settle(layer)
 
 
-def _quantized_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module:
+def _quantized_layer(bnb: ModuleType, linear: nn.Linear, tune: TuneConfig) -> nn.Module:
     shape = (linear.in_features, linear.out_features)
-    layer: Any
     if tune.quant == "nf4":
         layer = bnb.nn.Linear4bit(*shape, bias=False, device="meta", quant_type="nf4")
         # In evaluation it would repack the weight into a layout whose kernel fails for some widths.
@@ -150,7 +150,7 @@ def _quantized_layer(bnb: Any, linear: nn.Linear, tune: TuneConfig) -> nn.Module
 
 
 def _settle(layer: Any) -> None:
-    """Do now what a layer does at its first forward pass, after which a compiled graph would be made anew."""
+    """Set the state that a layer sets at its first forward pass, which would invalidate a compiled graph."""
     if layer.weight.dtype == torch.int8:
         layer.init_8bit_state()
     else:

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -38,9 +38,18 @@ _NAME = re.compile(r".+-\d{8}")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class ChangedKey(TypedDict):
+    """A key of the configuration that changed when the run was resumed at a step."""
+
+    step: int
+    key: str
+    old: object
+    new: object
+
+
 @dataclass
 class TrainState:
-    """Where a run stands: everything of a checkpoint that is not a tensor."""
+    """The state of a run: everything of a checkpoint that is not a tensor."""
 
     stage: str = ""
     stage_index: int = 0
@@ -48,18 +57,18 @@ class TrainState:
     """Optimizer steps done in the stage."""
     step: int = 0
     """Optimizer steps done in the run."""
-    loader: dict[str, Any] = field(default_factory=dict)
+    loader: dict[str, object] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
     """Counters of the whole run: wall_seconds, step_seconds, samples, tokens, supervised_tokens, capacity."""
-    reports: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Data report of each stage so far."""
     compiled: dict[str, bool] = field(default_factory=dict)
-    """What engine.compile: auto chose for each stage: rounding differs, so a resumed run chooses the same."""
-    readings: dict[str, Any] = field(default_factory=dict)
-    """How each stage so far reads pictures: orientation and background (train/reading.py)."""
+    """The choice of engine.compile: auto for each stage: rounding differs, so a resumed run chooses the same."""
+    readings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The reading of pictures of each stage so far: orientation and background (train/reading.py)."""
     parts: dict[str, str] = field(default_factory=dict)
     """Checksums of what the model was built from and no checkpoint holds (train/parts.py)."""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
     """The resolved configuration."""
     stage_steps: int = 0
     """Steps that the stage had when it was planned; 0: not known."""
@@ -69,8 +78,7 @@ class TrainState:
     """Loss of the last line of each stage that is over."""
     barren: int = 0
     """Steps in a row, up to now, without a supervised token."""
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    """Keys of the configuration that changed when the run was resumed: {step, key, old, new}."""
+    changes: list[ChangedKey] = field(default_factory=list)
     format: int = FORMAT
 
     @property
@@ -161,7 +169,7 @@ class CheckpointStore:
 
 
 def load_state(folder: Path) -> TrainState:
-    """state.json of a checkpoint. Raises CheckpointError naming what is wrong with it."""
+    """Return state.json of a checkpoint. Raise CheckpointError naming what is wrong with it."""
     path = folder / "state.json"
     if not path.is_file():
         known = sorted(p.parent.name for p in folder.glob("*/state.json"))
@@ -210,7 +218,7 @@ def _state(fields: Fields) -> TrainState:
 
 
 def _another(folder: Path) -> str:
-    """What to do about a damaged checkpoint, naming one beside it that is whole."""
+    """Return the remedy for a damaged checkpoint: one beside it that is whole, by name, or to start over."""
     for name in reversed(CheckpointStore(folder.parent, 1).names()):
         if name != folder.name and _readable(folder.parent / name):
             return f"resume from an older one with --resume {folder.parent / name}"
@@ -258,7 +266,7 @@ def write_tensors(
     The library's save_file takes all of them at once, which a gathered state of a large model does not allow.
     write: False on ranks that only take part in fetching.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for item in items:
         size = item.dtype.itemsize * int(torch.Size(item.shape).numel())
@@ -295,6 +303,6 @@ def write_tensors(
         raise failure
 
 
-def _write_tensor(file: Any, tensor: Tensor) -> None:
+def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(flat.numpy().data)

@@ -14,10 +14,10 @@ that its code read, such as the window of its attention, or in what learns, is a
 
 All three are measurements of earlier runs on this machine where there are any (train/timings.py). Where there are none:
 
-    eager step = FLOPs of a step / (EAGER_RATE * measured GEMM peak)        saved of it: SAVED_SHARE
-    compilation = SECONDS_PER_LAYER * layers
+    eager step = FLOPs of a step / (EAGER_RATE * measured GEMM peak)        saved of it: COMPILED_SAVES
+    compilation = COMPILE_SECONDS_A_LAYER * layers
 
-These three were measured once, on two cores with AMX, SmolLM2-135M under SigLIP-B/16-224, from an empty cache.
+These three were measured once (ops/_policy.py).
 Inductor's results are kept in the user's cache folder, so the next run starts in seconds.
 """
 
@@ -27,7 +27,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch._functorch.config
@@ -38,11 +38,11 @@ from tinyllava_fast.config.schema import EngineConfig
 from tinyllava_fast.hardware import cache_folder, gemm_flops_per_s
 from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.ops import _policy
 from tinyllava_fast.train import graph_passes
 
-SECONDS_PER_LAYER = 1.7
-EAGER_RATE = 0.22
-SAVED_SHARE = 0.21
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class CompiledForward:
@@ -63,7 +63,7 @@ class CompiledForward:
         *,
         layers: Sequence[nn.Module] = (),
         cuda_graphs: bool = False,
-        backend: str | Callable[..., Any] = "inductor",
+        backend: str | Callable[..., object] = "inductor",
     ) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         # Tracing starts afresh: graphs of an earlier stage guard on other frozen parameters.
@@ -78,16 +78,19 @@ class CompiledForward:
         self._began = 0.0
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
-        self._seen: set[tuple[Any, ...]] = set()
+        self._seen: set[tuple[object, ...]] = set()
         self._known = _graphs()
         self._model = model
         self._cuda_graphs = cuda_graphs
         options = graph_passes.options(cuda_graphs=cuda_graphs) if backend == "inductor" else None
-        how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend, "options": options}
+
+        def compiled(function: Callable[P, R]) -> Callable[P, R]:
+            return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+
         self._layers, self._running = len(layers), False
-        self._forward = model.forward if layers else torch.compile(model.forward, **how)
+        self._forward = model.forward if layers else compiled(model.forward)
         model.forward = self._call
-        region = torch.compile(_forward_layer, **how)
+        region = compiled(_forward_layer)
         for layer in layers:
             layer.forward = functools.partial(self._call_layer, region, layer)
 
@@ -116,8 +119,8 @@ class CompiledForward:
             self._report(made, self.seconds - seconds, tensors)
         return loss
 
-    def _call_layer(self, region: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A checkpoint around a layer, not in it, calls it again in the backward pass: as the first time, then.
+    def _call_layer(self, region: Callable[..., object], layer: nn.Module, *args: object, **kwargs: object) -> object:
+        # Gradient checkpointing around a layer calls it again in the backward pass, where it must compute the same.
         compiles = self._running or torch.is_grad_enabled()
         return (region if compiles else _forward_layer)(layer, *args, **kwargs)
 
@@ -135,7 +138,7 @@ class CompiledForward:
 
 
 def compile_forward(lmm: LMM, engine: EngineConfig) -> CompiledForward:
-    """The model compiled as engine.compile (whole, or regional) and engine.cuda_graphs say."""
+    """Compile the model as engine.compile (whole, or regional) and engine.cuda_graphs say."""
     layers = lmm.layers if engine.compile == "regional" else ()
     return CompiledForward(lmm, layers=layers, cuda_graphs=engine.cuda_graphs)
 
@@ -145,23 +148,23 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _forward_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The one code object whose compiled versions all layers share."""
+def _forward_layer(layer: nn.Module, *args: object, **kwargs: object) -> object:
+    """Call a layer through one code object, whose compiled versions all layers share."""
     return type(layer).forward(layer, *args, **kwargs)
 
 
 def repays(
     steps: int, *, flops: float, layers: int, dtype: torch.dtype, measured: Mapping[str, float] | None = None
 ) -> bool:
-    """Whether compiling is worth it for so many steps of so many FLOPs (see above); says why, at info level.
+    """Return True if compiling repays in so many steps of so many FLOPs (see above); say why, at info level.
 
     layers: of decoder and tower. measured: what is known of such steps, see timings.read. The answer may differ from
     machine to machine; a run keeps the one it began with.
     """
     known = measured or {}
-    eager = known["eager_s"] if "eager_s" in known else flops / (EAGER_RATE * gemm_flops_per_s(dtype))
-    compiled = known.get("compiled_s", eager * (1 - SAVED_SHARE))
-    cost = known.get("compile_s", SECONDS_PER_LAYER * layers)
+    eager = known["eager_s"] if "eager_s" in known else flops / (_policy.EAGER_RATE * gemm_flops_per_s(dtype))
+    compiled = known.get("compiled_s", eager * (1 - _policy.COMPILED_SAVES))
+    cost = known.get("compile_s", _policy.COMPILE_SECONDS_A_LAYER["training"] * layers)
     saved = steps * (eager - compiled)
     answer = saved >= cost
     log.info(
@@ -179,7 +182,7 @@ def repays(
 
 
 def _last_reason() -> str:
-    """Why torch compiled the last graph again; its wording is torch's."""
+    """Return torch's reason, in its words, for compiling the last graph again."""
     metrics = torch._dynamo.utils.get_compilation_metrics()
     reasons = [m.recompile_reason for m in metrics if m.recompile_reason]
     return reasons[-1] if reasons else "torch gives no reason"

@@ -39,7 +39,7 @@ class PoolStats:
 
 
 def install() -> bool:
-    """Give torch the pool for all CPU tensors from here on; whether this process has it.
+    """Give torch the pool for all CPU tensors from here on, and return whether this process has it.
 
     TLF_CPU_ALLOCATOR=torch keeps torch's own. Raises UserError for another value of it.
     """
@@ -50,7 +50,7 @@ def install() -> bool:
 
 
 def stats(*, reset: bool = False) -> PoolStats | None:
-    """What the pool holds; None without it. reset: let the peak count from here."""
+    """Return the bytes that the pool holds; None without it. reset: let the peak count from here."""
     library = _library() if _library.cache_info().currsize else None
     if library is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run that stops in the middle says: what happened, what to set, and from where the same command goes on."""
+"""Messages of a run that stops in the middle: what happened, what to set, and from where the same command goes on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:exited unexpectedly|is kil
 
 @dataclass
 class Way:
-    """Where a run goes on that stops now. resume: as the command has it: auto, never or a path."""
+    """The way on for a run that stops now. resume: as the command has it: auto, never or a path."""
 
     store: CheckpointStore
     resume: str = "auto"
@@ -41,7 +41,7 @@ class Way:
         return here if here is None or (here / "state.json").is_file() else self.store.latest()
 
     def command(self, mended: str = "") -> str:
-        """The command that goes on from there, or starts over if nothing was saved. mended: words to put behind it."""
+        """Return the command that goes on, or starts over if nothing was saved. mended: words to put behind it."""
         again = self.newest is None or self.resume == "auto" or (self.saved is None and self.resume != "never")
         return f"the same command{mended}" if again else f"the same command with --resume auto{mended}"
 
@@ -84,7 +84,7 @@ def explained(way: Way, state: TrainState, engine: EngineConfig, stage: str) -> 
 
 
 def way_on(way: Way, state: TrainState, said: str = "") -> str:
-    """The last lines of an error in a run: where the same command, mended, goes on. Empty before the first step.
+    """Return the last lines of an error: from where the same command, mended, goes on. Empty before the first step.
 
     said: the error so far.
     """
@@ -104,7 +104,7 @@ def way_on(way: Way, state: TrainState, said: str = "") -> str:
 
 
 def diverged(state: TrainState, recipe: RecipeConfig, groups: Iterable[str], loss: float, norm: float) -> UserError:
-    """The error for a loss or gradient norm that is no number. groups: names of the optimizer's, "llm.no_decay"."""
+    """Return the error for a loss or gradient norm that is no number. groups: names as "llm.no_decay"."""
     parts = {group.partition(".")[0] for group in groups}
     own = [part for part in sorted(parts) if getattr(recipe, part).lr is not None]
     keys = ["optim.lr"] * (len(own) < len(parts)) + [f"recipe.{part}.lr" for part in own]
@@ -115,7 +115,7 @@ def diverged(state: TrainState, recipe: RecipeConfig, groups: Iterable[str], los
 
 
 def stopped(way: Way) -> str:
-    """What to say after a signal."""
+    """Return the message after a signal."""
     command, newest = way.command(), way.newest
     if newest is None:
         return f"stopped before the first checkpoint; {command} starts over"

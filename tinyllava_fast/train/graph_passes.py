@@ -1,4 +1,4 @@
-"""What torch.compile does not find by itself on a CPU, as passes over the graphs that it makes.
+"""Improvements that torch.compile does not find by itself on a CPU, as passes over the graphs that it makes.
 
 A pass sees the graph of a training step after torch has split it into forward and backward, so stock modules need no
 change, and what is not compiled runs as before.
@@ -7,7 +7,7 @@ change, and what is not compiled runs as before.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -30,20 +30,19 @@ class TrainingPasses(CustomGraphPass):
         add_to_tied_gradients(graph)
         keep_rotary_tables(graph)
 
-    def uuid(self) -> Any:
-        """The key of Inductor's cache has this in it: what is replaced depends on the ISA too."""
+    def uuid(self) -> tuple[bytes, str]:
+        """Return a part of the key of Inductor's cache: the replacements depend on the ISA too."""
         return get_hash_for_files((__file__, _policy.__file__)), _cpp.isa()
 
 
 def replace_products(graph: fx.Graph) -> None:
     """Products of large bfloat16 matrices on a CPU become ``gemm``, wherever that is faster: x Wᵀ, dy W and dyᵀ x."""
-    left: Any
-    right: Any
-    bias: Any
     for target, places in ((aten.mm.default, (0, 1, None)), (aten.addmm.default, (1, 2, 0))):
         for node in graph.find_nodes(op="call_function", target=target):
             left, right, bias = (None if place is None else node.args[place] for place in places)
-            shifted = bias is not None and (bias.meta["val"].dim() != 1 or node.kwargs)
+            if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+                continue
+            shifted = isinstance(bias, fx.Node) and (bias.meta["val"].dim() != 1 or node.kwargs)
             if shifted or not pays(left.meta["val"], right.meta["val"]):
                 continue
             with graph.inserting_before(node):
@@ -116,6 +115,6 @@ def _materialize(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
 
 
-def options(*, cuda_graphs: bool = False) -> dict[str, Any]:
-    """Options of torch.compile's Inductor backend for a training step."""
+def options(*, cuda_graphs: bool = False) -> dict[str, str | int | bool | Callable[..., object]]:
+    """Return options of torch.compile's Inductor backend for a training step."""
     return {"post_grad_custom_post_pass": TrainingPasses(), "triton.cudagraphs": cuda_graphs}

@@ -11,7 +11,6 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ from tinyllava_fast.train.engine.launch import start_process
 from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import check_feature_cache
 from tinyllava_fast.train.lr_schedule import lr_factor
-from tinyllava_fast.train.metrics import COUNTS, Window, memory_bytes
+from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
@@ -37,7 +36,7 @@ from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
 from tinyllava_fast.train.stage import ReadyStage, prepare_stage
 
 
-def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, file: str = "") -> dict[str, Any]:
+def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, file: str = "") -> dict[str, object]:
     """Run every stage and return the summary (also written to summary.json).
 
     profile: record a few steps of each stage (train/profile.py). file: that the configuration came from, for messages.
@@ -212,7 +211,7 @@ class Stage:
                 f"whole stage, had no supervised token{reason}. Mend the images or image_folder"
             )
 
-    def _entry(self, grad_norm: torch.Tensor, lrs: dict[str, float], window: Window) -> dict[str, Any]:
+    def _entry(self, grad_norm: torch.Tensor, lrs: dict[str, float], window: Window) -> Entry:
         """The metrics of the steps since the last line. Raises UserError if one of them is no number any more."""
         sums = self.engine.all_reduce_sum(torch.stack([loss for loss, _ in self.pending])).tolist()
         self.state.losses += [total * scale for total, (_, scale) in zip(sums, self.pending, strict=True)]
@@ -232,7 +231,7 @@ class Stage:
             "memory_bytes": memory_bytes(self.engine.device),
         }
 
-    def _write(self, entry: dict[str, Any]) -> None:
+    def _write(self, entry: Entry) -> None:
         self.state.losses = []
         if self.state.stage_step == self.state.stage_steps:
             self.state.final_losses[self.config.name] = entry["loss"]
@@ -249,8 +248,8 @@ class Stage:
         run = self.run
         weights = {item.name: item.fetch() for item in self.engine.model_state()}
         weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
-        # The next stage goes on from what the optimizer knows, not from weights rounded to the training dtype; so does
-        # whoever merges an adapter.
+        # The next stage begins from the optimizer's float32 masters, not from weights rounded to the training dtype. An
+        # adapter is saved from its masters too, so that merging it loses nothing.
         following = self.state.stage_index + 1 < len(run.config.stages)
         exact = set(weights if following else adapter.parameter_names(self.model))
         for item in self.engine.optimizer_state():

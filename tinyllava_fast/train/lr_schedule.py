@@ -6,14 +6,14 @@ import math
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
-    """Steps of linear warm-up: the share of the stage, rounded up, never the whole stage."""
+    """Return the steps of linear warm-up: the share of the stage, rounded up, never the whole stage."""
     return min(math.ceil(total_steps * warmup_ratio), max(total_steps - 1, 0))
 
 
 def lr_factor(
     step: int, *, total_steps: int, schedule: str, warmup_ratio: float = 0.0, min_lr_ratio: float = 0.0
 ) -> float:
-    """The factor in [0, 1] that multiplies the peak learning rate of the given step.
+    """Return the factor in [0, 1] that multiplies the peak learning rate of the given step.
 
     step: 0 for the first optimizer step of the stage, total_steps - 1 for the last. Warm-up rises linearly and never
     uses 0: step i of w warm-up steps has (i + 1) / w. Then cosine or linear decay from 1 towards min_lr_ratio, which

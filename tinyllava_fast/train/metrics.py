@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl and TensorBoard events, one entry every ``log_every`` steps.
+"""Reports of a run: metrics.jsonl and TensorBoard events, one entry every ``log_every`` steps.
 
 ``loss`` of an entry is the mean over the steps since the entry before, each step's loss being its mean over supervised
 tokens; the other numbers are rates over the same steps, or, as grad_norm and lr, those of the last of them. TensorBoard
@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -20,8 +20,34 @@ from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import rss_bytes
 from tinyllava_fast.log import log
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 COUNTS = ("samples", "tokens", "supervised_tokens", "capacity")
 """Sums over ranks of a step: samples, real tokens, supervised tokens, token budget (real tokens + unused tail)."""
+
+
+class Rates(TypedDict):
+    """Means of a few steps. padding_share: of the token budget. data_wait_share: of the time."""
+
+    samples_per_s: float
+    tokens_per_s: float
+    supervised_tokens_per_s: float
+    padding_share: float
+    data_wait_share: float
+    step_s: float
+
+
+class Entry(Rates):
+    """A line of metrics.jsonl. lr: by component."""
+
+    step: int
+    stage: str
+    loss: float
+    lr: dict[str, float]
+    grad_norm: float
+    epoch: float
+    memory_bytes: int
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -45,14 +71,14 @@ class Window:
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
 
     def add(self, counts: dict[str, float], wait_s: float) -> None:
-        """One step's counts (all ranks) and this process's time spent waiting for data."""
+        """Add one step's counts (all ranks) and this process's time spent waiting for data."""
         self.steps += 1
         self.wait_s += wait_s
         for name in COUNTS:
             self.counts[name] += counts[name]
 
-    def rates(self) -> dict[str, float]:
-        """samples, tokens and supervised tokens per second, padding share and data-wait share."""
+    def rates(self) -> Rates:
+        """Return the means of the steps so far."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         capacity = max(self.counts["capacity"], 1.0)
         return {
@@ -78,10 +104,10 @@ class MetricsWriter:
             truncate_after(self.path, after_step)
             self._file = self.path.open("a", encoding="utf-8")
         self._folder, self._after_step = folder / "tensorboard", after_step
-        self._events: dict[str, Any] = {}  # SummaryWriter of each stage; None: TensorBoard is not installed
+        self._events: dict[str, SummaryWriter | None] = {}  # of each stage; None: TensorBoard is not installed
 
-    def write(self, entry: dict[str, Any]) -> None:
-        """entry: {"step", "stage", "lr": {group: value}, numbers...}."""
+    def write(self, entry: Entry) -> None:
+        """Append an entry to metrics.jsonl and to the events of its stage."""
         if not self.path.exists():
             raise UserError(
                 f"{self.path}: has been removed while this run writes to it; do not remove the folder of a run that "
@@ -91,20 +117,20 @@ class MetricsWriter:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         with writing(self._folder):
-            self._write_events(entry, entry["stage"])
+            self._write_events(entry)
 
-    def _write_events(self, entry: dict[str, Any], stage: str) -> None:
+    def _write_events(self, entry: Entry) -> None:
+        stage, step = entry["stage"], entry["step"]
         if stage not in self._events:
             self._events[stage] = _tensorboard(self._folder / stage, self._after_step)
         events = self._events[stage]
         if events is None:
             return
+        for group, lr in entry["lr"].items():
+            events.add_scalar(f"lr/{group}", lr, step)
         for name, value in entry.items():
-            if name == "lr":
-                for group, lr in value.items():
-                    events.add_scalar(f"lr/{group}", lr, entry["step"])
-            elif name != "step" and isinstance(value, (int, float)):
-                events.add_scalar(f"train/{name}", value, entry["step"])
+            if name != "step" and isinstance(value, (int, float)):
+                events.add_scalar(f"train/{name}", value, step)
 
     def sync(self) -> None:
         """fsync: before a checkpoint is published, its steps are on disk."""
@@ -138,7 +164,7 @@ def truncate_after(path: Path, step: int) -> None:
     os.truncate(path, keep)
 
 
-def _tensorboard(folder: Path, after_step: int) -> Any:
+def _tensorboard(folder: Path, after_step: int) -> SummaryWriter | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

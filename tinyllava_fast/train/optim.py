@@ -9,17 +9,17 @@ weights are updated in place and cost nothing extra. The arithmetic is the optim
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.hf import cast_parameters
 from tinyllava_fast.ops.adamw import dither, square_sum
-from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups
-from tinyllava_fast.train.optimizers.adamw import AdamW
-from tinyllava_fast.train.optimizers.base import Optimizer, OptimizerSettings
+from tinyllava_fast.recipes.base import ParameterGroup
+from tinyllava_fast.train.engine.base import LazyTensor
+from tinyllava_fast.train.optimizers.base import Group, OptimizerSettings, find_optimizer
 
 Masters = Mapping[nn.Parameter, Tensor]
 
@@ -27,26 +27,23 @@ Masters = Mapping[nn.Parameter, Tensor]
 class MasterOptimizer:
     """An optimizer with masters, float32 accumulation and clipping.
 
-    groups: as apply_recipe returns them. names: weight -> stock name, for the saved state. clip_norm: 0 = no clipping.
-    masters: float32 values of weights below float32; one that is missing starts at its rounded weight.
-    kind, options: of optim.type. exact: weights whose moments stay float32 in the 8-bit optimizers.
+    groups: as apply_recipe returns them. names: weight -> stock name, for the saved state. masters: float32 values of
+    weights below float32; one that is missing starts at its rounded weight. exact: weights whose moments stay float32
+    in the 8-bit optimizers.
     """
 
     def __init__(
         self,
-        groups: ParamGroups,
+        groups: list[ParameterGroup],
         names: Mapping[nn.Parameter, str],
+        optim: OptimConfig,
         *,
-        betas: tuple[float, float],
-        eps: float,
-        clip_norm: float,
         masters: Masters | None = None,
-        kind: type[Optimizer] = AdamW,
-        options: Any = None,
         exact: Set[Tensor] = frozenset(),
     ) -> None:
+        kind, options = find_optimizer(optim)
         self._names = dict(names)
-        self._clip_norm = clip_norm
+        self._clip_norm = optim.clip_norm
         low = [p for p in names if p.dtype != torch.float32]
         known = masters or {}
         self._low: list[Tensor] = list(low)
@@ -56,11 +53,11 @@ class MasterOptimizer:
         self._plain = [p for p in names if p.dtype == torch.float32]
         master_of = dict(zip(self._low, self._masters, strict=True))
         self._updated = {p: master_of.get(p, p) for p in names}  # weight -> the tensor that the optimizer updates
-        own = [{**g, "params": [self._updated[p] for p in g["params"]]} for g in groups if g["params"]]
+        own: list[Group] = [{**g, "params": [self._updated[p] for p in g["params"]]} for g in groups if g["params"]]
         kept = frozenset(updated for p, updated in self._updated.items() if p in exact)
         weights = dict(zip(self._masters, self._low, strict=True))
-        settings = OptimizerSettings(betas=betas, eps=eps, options=options, exact=kept, weights=weights)
-        self._optimizer = kind.build(own, settings)
+        chosen = OptimizerSettings(betas=optim.betas, eps=optim.eps, options=options, exact=kept, weights=weights)
+        self._optimizer = kind.build(own, chosen)
 
     def accumulate(self) -> None:
         """Take in the gradients of one micro-batch. float32 weights accumulate by themselves."""
@@ -75,7 +72,7 @@ class MasterOptimizer:
             p.grad = None
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
-        """One update; lrs: learning rate of each group name. Returns the gradient norm before clipping, [] float32."""
+        """Update once and return the gradient norm before clipping, [] float32. lrs: of each group name."""
         if not self._optimizer.fused:
             self.gradients()
         found = {updated: self._found.get(p, p.grad) for p, updated in self._updated.items()}

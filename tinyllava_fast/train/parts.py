@@ -1,13 +1,13 @@
-"""What a run's model was built from, so that its files may move: the weights of a resumed run are the checkpoint's."""
+"""Checksums of the parts of a run's model, so that its files may move: a resumed run has the checkpoint's weights."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from hashlib import sha256
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import ModelConfig
 from tinyllava_fast.errors import CheckpointError
@@ -22,7 +22,13 @@ MODEL_FILES = frozenset(
 
 
 def first_model(
-    config: ModelConfig, state: TrainState, tokenizer: PreTrainedTokenizerBase, processor: Any, *, seed: int, dtype: Any
+    config: ModelConfig,
+    state: TrainState,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: BaseImageProcessor,
+    *,
+    seed: int,
+    dtype: torch.dtype,
 ) -> LMM:
     """Return the model that the run begins with, and note in the state what it is.
 
@@ -40,7 +46,7 @@ def first_model(
     return model
 
 
-def _digests(model: LMM, tokenizer: PreTrainedTokenizerBase, processor: Any) -> dict[str, str]:
+def _digests(model: LMM, tokenizer: PreTrainedTokenizerBase, processor: BaseImageProcessor) -> dict[str, str]:
     """Return a checksum of each part that no checkpoint holds."""
     words = {
         "ids": getattr(tokenizer, "backend_tokenizer").to_str(),  # noqa: B009 only fast tokenizers get here

@@ -1,4 +1,4 @@
-"""What a stage needs before its first step, and the look at all later stages before the first one starts.
+"""The data of a stage as a loader, and the look at all later stages before the first one starts.
 
 A mistake in the second stage is found before the first one trains for hours: names and files of every stage, then
 every record of the later ones, parsed, tokenized, packed and dropped again. That costs one more pass over their
@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Protocol
+
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import (
     BatchConfig,
@@ -34,6 +36,16 @@ from tinyllava_fast.recipes.base import check_recipe, find_recipe
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.profile import trains
 from tinyllava_fast.train.reading import stage_reading
+
+
+class Readers(Protocol):
+    """The parts of a Run that its data is read with."""
+
+    config: RunConfig
+    process: Process
+    tokenizer: PreTrainedTokenizerBase
+    processor: BaseImageProcessor
+
 
 _SECTIONS = {"data": DataConfig, "batch": BatchConfig, "recipe": RecipeConfig, "optim": OptimConfig}
 _KEYS = re.compile(
@@ -72,16 +84,7 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
             next(read_records(stage.data.under(config.data_root).records))
 
 
-def look_ahead(
-    config: RunConfig,
-    later: Sequence[StageConfig],
-    *,
-    process: Process,
-    tokenizer: Any,
-    processor: Any,
-    model: LMM,
-    reading: PictureReading,
-) -> list[Outlook]:
+def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: PictureReading) -> list[Outlook]:
     """Check the recipe, every record and the packs of each later stage as it would do itself; UserError.
 
     model: of the stage before, no recipe applied; it is left as it is. reading: how that stage reads pictures.
@@ -92,36 +95,26 @@ def look_ahead(
         with of_stage(stage.name):
             check_recipe(model, stage.recipe)
             reading = stage_reading(stage.data, reading)
-            loader = build_loader(
-                config, stage, reading, process=process, tokenizer=tokenizer, processor=processor, model=model
-            )
+            loader = build_loader(run, stage, model, reading)
             found.append(Outlook(loader.steps, average_flops(model, stage, loader)))
     if held is not None:
         adapter.attach(model, held, "the model's adapter")
     return found
 
 
-def build_loader(
-    config: RunConfig,
-    stage: StageConfig,
-    reading: PictureReading,
-    *,
-    process: Process,
-    tokenizer: Any,
-    processor: Any,
-    model: LMM,
-) -> Loader:
+def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
     """Return the stage's data set in a loader, at the first pack. Raise UserError for data that cannot be trained on.
 
     reading: how the stage reads pictures, whatever its keys say.
     """
+    config, process = run.config, run.process
     data = replace(stage.data.under(config.data_root), **asdict(reading))
     _check_window(stage, model)
     dataset = build_dataset(
         data,
         stage.batch,
-        tokenizer=tokenizer,
-        processor=processor,
+        tokenizer=run.tokenizer,
+        processor=run.processor,
         tokens_per_image=model.tokens_per_image,
         seed=config.seed,
     )
@@ -144,7 +137,7 @@ def build_loader(
 
 
 def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:
-    """Of an average step of this process."""
+    """Return the FLOPs of an average step of this process."""
     data, report, batch = loader.dataset, loader.dataset.report, stage.batch
     tokens = batch.packs_per_step * batch.tokens
     samples = max(round(tokens * len(data) / max(report.tokens, 1)), 1)

@@ -1,4 +1,4 @@
-"""`tlf-train --profile`: where the time and memory of a step go, as a trace and a one-page table.
+"""`tlf-train --profile`: the time and memory of a step by component, as a trace and a one-page table.
 
 Time is attributed by operator: a product of matrices to the component whose weight and number of rows it has, the ops
 of this toolkit by name, the optimizer and the wait for data by the regions that the loop marks. Kernels that Inductor
@@ -13,10 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import nn
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
 from tinyllava_fast.config.schema import RecipeConfig
@@ -48,6 +49,32 @@ _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "tlf::gemm": (0, 1)}
 """Positions of the two factors among the inputs."""
 
 
+class Operator(TypedDict):
+    """An operator at inputs of some shapes, for one step."""
+
+    operator: str
+    inputs: str
+    seconds: float
+    calls: float
+
+
+class Result(TypedDict):
+    """The numbers of profile-STAGE.json."""
+
+    stage: str
+    step_seconds: float
+    rows: dict[str, dict[str, float]]
+    """Seconds and FLOPs of one step by the keys of ROWS."""
+    longest: list[Operator]
+    useful_flops: dict[str, float]
+    gemm_flops_per_s: float
+    mfu: float
+    hfu: float
+    state_bytes: dict[str, int]
+    activation_peak_bytes: int | None
+    peak_rss_bytes: int
+
+
 @dataclass
 class _Share:
     seconds: float = 0.0
@@ -71,10 +98,10 @@ class StepProfiler:
     _done: int = 0
     _started: float = 0.0
     _batches: list[PackedBatch] = field(default_factory=list)
-    _record: Any = None
+    _record: torch.profiler.profile | None = None
 
     def begin(self) -> None:
-        """A step begins."""
+        """Start recording if it is time. Call it before each step."""
         if self._done == WARMUP:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -85,7 +112,7 @@ class StepProfiler:
             self._started = time.perf_counter()
 
     def end(self, batches: Sequence[PackedBatch]) -> None:
-        """A step has ended; batches: its micro-batches. After the last recorded one the files are written."""
+        """Note a step's micro-batches, and write the files after the last recorded step. Call it after each step."""
         self._done += 1
         if self._record is None:
             return
@@ -93,11 +120,11 @@ class StepProfiler:
         if self._done == WARMUP + RECORDED:
             seconds = time.perf_counter() - self._started
             self._record.stop()
-            self._write(seconds)
+            self._write(self._record, seconds)
             self._record = None
 
     def close(self) -> None:
-        """The stage has ended: say so if it was too short to be recorded."""
+        """Say so if the stage, which has ended, was too short to be recorded."""
         if self._done < WARMUP + RECORDED:
             log.warning(
                 "--profile: stage %s has %d steps, the record needs %d", self.stage, self._done, WARMUP + RECORDED
@@ -105,15 +132,15 @@ class StepProfiler:
             if self._record is not None:
                 self._record.stop()
 
-    def _write(self, seconds: float) -> None:
+    def _write(self, record: torch.profiler.profile, seconds: float) -> None:
         trace = self.folder / f"profile-{self.stage}.trace.json"
         with writing(trace):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._record.export_chrome_trace(str(trace))
+            record.export_chrome_trace(str(trace))
         if self.model.device.type != "cpu":
             log.info("--profile: trace in %s; the table is made on a CPU only", trace)
             return
-        result = self._result(self._record.events(), seconds)
+        result = self._result(record.events(), seconds)
         text = render(result)
         with writing(self.folder):
             numbers = json.dumps(result, indent=2) + "\n"
@@ -121,7 +148,7 @@ class StepProfiler:
             (self.folder / f"profile-{self.stage}.md").write_text(text, encoding="utf-8")
         log.info("--profile: %s\n%s", trace, text)
 
-    def _result(self, events: Iterable[Any], seconds: float) -> dict[str, Any]:
+    def _result(self, events: Iterable[FunctionEvent], seconds: float) -> Result:
         costs, steps = costs_of(self.model), RECORDED
         useful: dict[str, float] = defaultdict(float)
         for batch in self._batches:
@@ -153,7 +180,7 @@ class StepProfiler:
 
 
 def trains(recipe: RecipeConfig) -> Trains:
-    """Which components get gradients of their own weights; those of adapters are not counted."""
+    """Return the components that get gradients of their own weights; those of adapters are not counted."""
     return Trains(**{name: getattr(recipe, name).tune in ("full", "partial") for name in COMPONENTS})
 
 
@@ -173,7 +200,7 @@ def state_bytes(model: LMM, moments: float = 8) -> dict[str, int]:
 
 
 def attribute(
-    events: Iterable[Any], model: LMM, batches: set[tuple[int, int]]
+    events: Iterable[FunctionEvent], model: LMM, batches: set[tuple[int, int]]
 ) -> tuple[dict[str, _Share], list[tuple[tuple[str, str], _Share]]]:
     """Self time of every event by row of the table, and the longest operators. batches: (tokens, images) of packs."""
     owners = _owners(model, batches)
@@ -214,9 +241,9 @@ def _owners(model: LMM, batches: set[tuple[int, int]]) -> dict[tuple[int, ...], 
     return owners
 
 
-def _product(event: Any) -> tuple[int, tuple[int, ...]]:
-    """FLOPs and sorted dimensions of a product of two matrices; (0, ()) for another event."""
-    shapes = event.input_shapes or []
+def _product(event: FunctionEvent) -> tuple[int, tuple[int, ...]]:
+    """Return FLOPs and sorted dimensions of a product of two matrices; (0, ()) for another event."""
+    shapes = cast(Sequence[Sequence[int]], event.input_shapes)  # torch's annotation is of one shape
     if event.name not in _PRODUCTS:
         return 0, ()
     left, right = (shapes[i] for i in _PRODUCTS[event.name])
@@ -224,8 +251,8 @@ def _product(event: Any) -> tuple[int, tuple[int, ...]]:
     return 2 * dims[0] * dims[1] * dims[2], tuple(sorted(dims))
 
 
-def _row(event: Any, dims: tuple[int, ...], owners: dict[tuple[int, ...], str]) -> str:
-    node = event
+def _row(event: FunctionEvent, dims: tuple[int, ...], owners: dict[tuple[int, ...], str]) -> str:
+    node: FunctionEvent | None = event
     while node is not None:
         for prefix, row in _OPS.items():
             if node.name.startswith(prefix):
@@ -242,8 +269,8 @@ def _row(event: Any, dims: tuple[int, ...], owners: dict[tuple[int, ...], str]) 
     return "rest"
 
 
-def render(result: dict[str, Any]) -> str:
-    """The result as a page of Markdown."""
+def render(result: Result) -> str:
+    """Return the result as a page of Markdown."""
     step = result["step_seconds"]
     lines = [
         f"# A step of stage {result['stage']}: {step:.3f} s",

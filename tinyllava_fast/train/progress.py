@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tinyllava_fast.log import log
 from tinyllava_fast.pace import Pace
+from tinyllava_fast.train.metrics import Entry
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _FIELDS = (
     "loss {loss:.4f} · {samples_per_s:.1f} samples/s · {tokens_per_s:.0f} tok/s · "
@@ -33,21 +37,21 @@ class Progress:
         self._stage, self._total, self._done, self._later = stage, total_steps, done, later
         self._pace = Pace()
         self._started, self._first = time.perf_counter(), done
-        self._live: Any = None
+        self._live: Bar | None = None
         if show and sys.stderr.isatty():
-            self._live = _rich_progress()
+            self._live = _bar()
             self._task = self._live.add_task(stage, total=total_steps, completed=done, text="first step ...")
             self._live.start()
         self._show = show
 
     def advance(self, stage_step: int) -> None:
-        """A step is done; its numbers are not asked for, which would wait for the device."""
+        """Count a step as done; its numbers are not asked for, which would wait for the device."""
         self._done = stage_step
         if self._live is not None:
             self._live.update(self._task, completed=stage_step)
 
-    def update(self, stage_step: int, entry: dict[str, Any], *, line: bool) -> None:
-        """entry: a metrics entry. line: whether a plain log line is due (on a terminal the bar always moves)."""
+    def update(self, stage_step: int, entry: Entry, *, line: bool) -> None:
+        """Show an entry of the metrics. line: whether a plain log line is due (on a terminal the bar always moves)."""
         self._done = stage_step
         if not self._show:
             return
@@ -79,7 +83,7 @@ class Progress:
             self._live.stop()
 
 
-def _rich_progress() -> Any:
+def _bar() -> Bar:
     from rich import progress
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""How a stage reads pictures: what its keys say, else as the model did that it begins with."""
+"""The way a stage reads pictures: as its keys say, else as the model that it begins with did."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinyllava_fast.train.checkpoint import TrainState
 
 
 def settle_reading(state: TrainState, data: DataConfig, before: PictureReading | None, resumed: bool) -> PictureReading:
-    """The reading of the state's stage, noted in the state so that a resumed run keeps it.
+    """Return the reading of the state's stage, and note it in the state so that a resumed run keeps it.
 
     before: of the model that the stage begins with; None: a new one, for which pictures are upright and on white.
     resumed: whether the stage goes on from a checkpoint. One that notes no reading is of a version that read pictures

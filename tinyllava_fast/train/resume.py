@@ -1,4 +1,4 @@
-"""Where a run continues: which checkpoint, and which keys of the configuration may differ from the checkpoint's.
+"""The checkpoint that a run continues from, and the keys of the configuration that may differ from the checkpoint's.
 
 Everything of a stage that has not begun may change. Of what has begun, keys that only move work around may change, and
 those that say how the optimizer goes on while the stage has steps left. What decided the weights, the tokens or the
@@ -7,9 +7,9 @@ packs so far may not: the refusal names each such key, says why, and names a way
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.config.load import parse_into, to_dict
 from tinyllava_fast.config.schema import RunConfig
@@ -60,8 +60,8 @@ class Change:
     """A key whose value differs from the checkpoint's. why_not: why it may not; empty: it may."""
 
     key: str
-    old: Any
-    new: Any
+    old: object
+    new: object
     why_not: str = ""
 
     def __str__(self) -> str:
@@ -94,13 +94,14 @@ def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> t
     return folder, state
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], state: TrainState) -> list[Change]:
-    """Every key that differs, and whether it may, at this state of the run."""
+def differences(old: Mapping[str, object], new: Mapping[str, object], state: TrainState) -> list[Change]:
+    """Return every key that differs, with the reason why it may not at this state of the run, if there is one."""
+    plain = ({key: value for key, value in tree.items() if key != "stages"} for tree in (old, new))
     found = [
         Change(key, before, now, "" if _among(key, FREE) else _moved(key, now, state))
-        for key, before, now in _pairs(_without_stages(old), _without_stages(new))
+        for key, before, now in _pairs(*plain)
     ]
-    before_stages, now_stages = old.get("stages", []), new.get("stages", [])
+    before_stages, now_stages = _stages(old), _stages(new)
     begun = state.stage_index + 1
     for index, (stage, now) in enumerate(zip(before_stages[:begun], now_stages[:begun], strict=False)):
         over = index < state.stage_index or 0 < state.stage_steps <= state.stage_step
@@ -115,15 +116,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], state: TrainState) -> 
     return found
 
 
-def _moved(key: str, now: Any, state: TrainState) -> str:
-    """Why a key of the model, the seed or the engine may not change; empty: it names files that may have moved."""
+def _moved(key: str, now: object, state: TrainState) -> str:
+    """Return the reason why a key of the model, the seed or the engine may not change.
+
+    Empty: it names files that may have moved.
+    """
     if key not in MODEL_FILES or now is None:
         return _reason(key)
     return "" if state.parts else "this checkpoint does not tell what those files held: put them back where they were"
 
 
-def _stage_changes(old: dict[str, Any], new: dict[str, Any], *, over: bool) -> list[Change]:
-    """The keys of a stage that has begun. over: it has no steps left."""
+def _stage_changes(old: Mapping[str, object], new: Mapping[str, object], *, over: bool) -> list[Change]:
+    """Return the keys of a stage that has begun which differ. over: it has no steps left."""
     name = old.get("name")
     if new.get("name") != name:
         return [Change(f"stages.{name}.name", name, new.get("name"), _WHY["name"])]
@@ -138,13 +142,13 @@ def _stage_changes(old: dict[str, Any], new: dict[str, Any], *, over: bool) -> l
     return found
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {dotted key: leaf}."""
+def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
+    """Return nested dicts as {dotted key: leaf}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
 
@@ -160,8 +164,8 @@ def _folder(store: CheckpointStore, resume: str) -> Path | None:
     return CheckpointStore(inner, 1).latest() or folder
 
 
-def _completed(old: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with today's defaults for the keys that are younger than it: they change nothing."""
+def _completed(old: dict[str, object]) -> dict[str, object]:
+    """Add today's defaults to a checkpoint's configuration for the keys that are younger: they change nothing."""
     try:
         return to_dict(parse_into(RunConfig, old, "state.json"))
     except UserError:  # a key that no longer exists: as it is, so that the comparison names it
@@ -169,7 +173,7 @@ def _completed(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(folder: Path, state: TrainState, changes: list[Change]) -> CheckpointError:
-    """Which changes are refused and why, which are not, and what works instead."""
+    """Return the error that tells the refused changes and why, the allowed ones, and ways that work instead."""
     refused = "\n".join(f"  {change}" for change in changes if change.why_not)
     others = "\n".join(f"  {change}" for change in changes if not change.why_not)
     ways = ["start over with another output_dir, or with --resume never, which removes the checkpoints"]
@@ -177,7 +181,7 @@ def _refusal(folder: Path, state: TrainState, changes: list[Change]) -> Checkpoi
     over = 0 < state.stage_steps <= state.stage_step
     if over:
         ways.append(f"train on: add a stage behind {state.stage!r} to this configuration; it begins from its weights")
-    names = [stage.get("name", "") for stage in state.config.get("stages", [])]
+    names = [str(stage.get("name", "")) for stage in _stages(state.config)]
     done = names[: state.stage_index + over]
     if done and (run / done[-1] / "config.json").is_file():
         rest = names[len(done) :]
@@ -194,18 +198,19 @@ def _refusal(folder: Path, state: TrainState, changes: list[Change]) -> Checkpoi
     )
 
 
-def _without_stages(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in tree.items() if key != "stages"}
+def _stages(tree: Mapping[str, object]) -> list[dict[str, object]]:
+    stages = tree.get("stages")
+    return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
 
 
-def _pairs(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever they differ."""
-    before, now = flatten(old), flatten(new)
+def _pairs(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, object, object]]:
+    """Return (dotted key, old value, new value) wherever they differ."""
+    before, now = _flatten(dict(old)), _flatten(dict(new))
     return [(k, before.get(k), now.get(k)) for k in {**before, **now} if before.get(k) != now.get(k)]
 
 
 def _reason(key: str) -> str:
-    """Why a key of what has begun may not change, by the longest entry of _WHY that it lies in."""
+    """Return why a key of what has begun may not change, by the longest entry of _WHY that it lies in."""
     parts = key.split(".")
     known = (_WHY.get(".".join(parts[:end])) for end in range(len(parts), 0, -1))
     return next((why for why in known if why), "it decides what the run computes")

@@ -1,4 +1,4 @@
-"""What the stages of a run share: the folder, the state and its checkpoints, the metrics, the signals."""
+"""The parts of a run that its stages share: the folder, the state and its checkpoints, the metrics, the signals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -46,7 +46,7 @@ class StopRequest(Exception):  # noqa: N818 a request, not an error
 
 
 class Run:
-    """What all stages share: folder, checkpoints, state, tokenizer and image processor."""
+    """The parts that all stages share: folder, checkpoints, state, tokenizer and image processor."""
 
     def __init__(self, config: RunConfig, process: Process) -> None:
         self.config, self.process = config, process
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the shared files."""
+        """True for the process that writes the shared files."""
         return self.process.rank == 0
 
     @property
@@ -138,7 +138,7 @@ class Run:
                 (self.folder / "summary.json").unlink(missing_ok=True)
 
     def save(self, engine: TrainingEngine) -> None:
-        """A checkpoint of the current state; metrics up to it are on disk first."""
+        """Save a checkpoint of the current state; metrics up to it are on disk first."""
         self._count_time()
         if self.metrics:
             self.metrics.sync()
@@ -146,14 +146,14 @@ class Run:
         self.way.saved = self.store.save(self.state, engine)
         log.info("saved %s in %.1f s", self.way.saved, time.perf_counter() - started)
 
-    def finish(self) -> dict[str, Any]:
-        """Publish the last stage's model as final/ and write the summary."""
+    def finish(self) -> dict[str, object]:
+        """Publish the last stage's model as final/, write the summary and return it."""
         self._count_time()
         totals, seconds = self.state.totals, max(self.state.totals["step_seconds"], 1e-9)
         reports = self.state.reports
         skipped = [reason for report in reports.values() for reason in report["skipped"]]
         unsupervised = sum(report["unsupervised"] for report in reports.values())
-        summary = {
+        summary: dict[str, object] = {
             "train_seconds": totals["wall_seconds"],
             "step_seconds": totals["step_seconds"],
             "compile_seconds": self.compile_seconds,
@@ -237,7 +237,7 @@ def stop_on_signals(run: Run) -> Iterator[None]:
     A second SIGINT interrupts at once. SIGHUP stays ignored where it was, as nohup has it.
     """
 
-    def handle(number: int, _: Any) -> None:
+    def handle(number: int, _: object) -> None:
         if run.stop_signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.stop_signal = number

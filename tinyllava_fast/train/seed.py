@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PlainState = dict[str, dict[str, Any]]
+"""The settings of python's and numpy's generators, without their words."""
+
 
 def seed_everything(seed: int, rank: int = 0) -> None:
     """Seed python, numpy and torch (all devices). Ranks differ, so that dropout does; weights take the seed itself."""
@@ -18,11 +21,11 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     torch.manual_seed(mixed)
 
 
-def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON part and the tensor part (uint8 and int64) of python's, numpy's and torch's generators."""
+def rng_state() -> tuple[PlainState, dict[str, Tensor]]:
+    """Return the JSON part and the tensor part (uint8 and int64) of python's, numpy's and torch's generators."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    plain = {
+    plain: PlainState = {
         "python": {"version": version, "gauss": gauss},
         "numpy": {"name": name, "position": int(position), "has_gauss": int(has_gauss), "cached": float(cached)},
     }
@@ -36,7 +39,7 @@ def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
     return plain, tensors
 
 
-def set_rng_state(plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def set_rng_state(plain: PlainState, tensors: dict[str, Tensor]) -> None:
     """Restore what ``rng_state`` returned. A CUDA state is ignored where there is no CUDA."""
     python = plain["python"]
     random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))

@@ -1,10 +1,9 @@
-"""How a stage gets ready for its first step: named steps, in the only order that is right."""
+"""The preparation of a stage for its first step: named steps, in the only order that is right."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ from tinyllava_fast.train.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyStage:
-    """A stage, ready to step. kind: what the time of a step depends on. report: of the data set. flops: of a step."""
+    """A stage, ready to step. kind: of a step, for the record of times. report: of the data set. flops: of a step."""
 
     config: StageConfig
     model: LMM
@@ -44,7 +43,7 @@ class ReadyStage:
     micro_batches: int
     flops: float
     kind: str
-    report: dict[str, Any]
+    report: dict[str, int]
     compiled: CompiledForward | None
     features: FeatureCache | None
     profiler: StepProfiler | None
@@ -69,7 +68,7 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     kind = _kind_of_step(run, config, model, flops)  # before ZeRO takes the weights apart
     compiled = compile_forward(model, engine_config) if _compiles(run, config, model, loader, flops, kind) else None
     micro_batches = config.batch.packs_per_step // run.process.world_size
-    copies = [dict(group) for group in groups]
+    copies = [group.copy() for group in groups]
     engine = build_engine(run.process, engine_config, config.optim, model, copies, micro_batches=micro_batches)
     cpu_pool.trim()
     features = _open_features(config, model)
@@ -124,15 +123,8 @@ def _open_model(run: Run, stage: StageConfig, resumed: Path | None) -> tuple[LMM
 def _look_ahead(run: Run, model: LMM, reading: PictureReading) -> None:
     """Check every later stage and note its steps in ``run.outlooks``."""
     following = run.state.stage_index + 1
-    run.outlooks = [Outlook(0, 0.0)] * following + look_ahead(
-        run.config,
-        run.config.stages[following:],
-        process=run.process,
-        tokenizer=run.tokenizer,
-        processor=run.processor,
-        model=model,
-        reading=reading,
-    )
+    ahead = look_ahead(run, run.config.stages[following:], model, reading)
+    run.outlooks = [Outlook(0, 0.0)] * following + ahead
 
 
 def _load_weights(model: LMM, checkpoint: Path) -> None:
@@ -144,15 +136,7 @@ def _load_weights(model: LMM, checkpoint: Path) -> None:
 
 def _open_loader(run: Run, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
     """Return the stage's data in a loader at its first pack; the model's configuration states how it is trained."""
-    loader = build_loader(
-        run.config,
-        stage,
-        reading,
-        process=run.process,
-        tokenizer=run.tokenizer,
-        processor=run.processor,
-        model=model,
-    )
+    loader = build_loader(run, stage, model, reading)
     data = stage.data
     model.describe_training(
         template=data.template,
@@ -178,7 +162,7 @@ def _go_to_position(run: Run, stage: StageConfig, loader: Loader) -> None:
 
 
 def _kind_of_step(run: Run, stage: StageConfig, model: LMM, flops: float) -> str:
-    """Return what the time of a step depends on, as a key of the record of times."""
+    """Return a key of the record of times: all that the time of a step depends on."""
     engine, recipe = run.config.engine, stage.recipe
     words: list[str] = [tune.tune for tune in (recipe.llm, recipe.vision, recipe.connector)]
     if stage.data.feature_cache:

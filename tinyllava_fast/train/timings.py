@@ -1,4 +1,4 @@
-"""What a step took on this machine, eager and compiled: measured by every run, kept for ``engine.compile: auto``.
+"""Seconds of a step on this machine, eager and compiled: measured by every run, kept for ``engine.compile: auto``.
 
 compile.json in the user's cache folder, a few numbers for each kind of step:
 
@@ -35,12 +35,12 @@ def kind_of_step(device: torch.device, dtype: str, recipe: str, *, layers: int, 
 
 
 def read(kind: str) -> dict[str, float]:
-    """What is known of a kind of step: eager_s, compiled_s, compile_s, those that were measured."""
+    """Return the times of a kind of step: eager_s, compiled_s, compile_s, those that were measured."""
     return _read_all(_path()).get(kind, {})
 
 
 def write(kind: str, seconds: Sequence[float], compile_s: float | None) -> None:
-    """Keep what the steps of a stage took, in order. compile_s: seconds of compilation; None: the steps ran eagerly.
+    """Keep the seconds of the steps of a stage, in order. compile_s: of compilation; None: the steps ran eagerly.
 
     Too few steps say nothing and are left out.
     """

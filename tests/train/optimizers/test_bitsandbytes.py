@@ -34,9 +34,8 @@ def make(kind, dtype=torch.float32, clip_norm=0.0):
         {"name": "decay", "params": [net.wide.weight], "lr": 0.0, "weight_decay": 0.1},
         {"name": "plain", "params": [net.wide.bias, net.table.weight], "lr": 0.0, "weight_decay": 0.0},
     ]
-    settings = {"betas": (0.9, 0.99), "eps": 1e-8, "clip_norm": clip_norm, "exact": {net.table.weight}}
-    settings["kind"] = OPTIMIZERS.get(kind)
-    return net, MasterOptimizer(groups, trainable_names(net, groups), **settings)
+    optim = OptimConfig(type=kind, betas=(0.9, 0.99), eps=1e-8, clip_norm=clip_norm)
+    return net, MasterOptimizer(groups, trainable_names(net, groups), optim, exact={net.table.weight})
 
 
 def steps(net, optimizer, count, seed=1):

@@ -22,9 +22,9 @@ from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.log import log
 from tinyllava_fast.models.attention import KVView
 from tinyllava_fast.ops._op import unchecked
+from tinyllava_fast.ops._policy import COMPILE_SECONDS_A_LAYER
 
 BACKEND = "inductor"
-SECONDS_A_LAYER = 1.5  # what compiling takes; one core
 
 
 class StepTokens(NamedTuple):
@@ -44,8 +44,8 @@ class CompiledStep:
 
     compile: True: at the first step. False: never. None: once plain steps have taken as long as compiling would, so
     that the whole is at most twice the better of the two, however long the queue turns out to be; never for the fused
-    layers of decoder_layer.py, whose calls cost more from a graph than directly (one sequence of SmolLM2-135M: 78 ms
-    instead of 18). Where compiling fails (no C++ compiler), a warning says so and plain steps go on.
+    layers of decoder_layer.py, whose calls cost more from a graph than directly (ops/_policy.py). Where compiling fails
+    (no C++ compiler), a warning says so and plain steps go on.
     """
 
     def __init__(self, lmm: Any, pool: KVPool, compile: bool | None) -> None:
@@ -75,7 +75,8 @@ class CompiledStep:
     def _pays(self, single: bool) -> bool:
         if self.compile is None:
             fused = isinstance(self.lmm.family.layers(self.lmm.llm)[0], DecodeLayer)
-            return not fused and self._seconds[single] > SECONDS_A_LAYER * self.lmm.num_layers
+            a_layer = COMPILE_SECONDS_A_LAYER["fused decoding" if fused else "decoding"]
+            return self._seconds[single] > a_layer * self.lmm.num_layers
         return self.compile
 
     def _first(self, single: bool, tokens: StepTokens) -> Tensor:

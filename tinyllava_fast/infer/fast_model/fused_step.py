@@ -19,9 +19,8 @@ from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.log import log_once
 from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._op import backend_wanted
+from tinyllava_fast.ops._policy import most_rows
 
-MOST_SEQUENCES = {torch.float32: 16, torch.bfloat16: 64}
-"""Up to so many sequences the one call is used, for dense weights; it wins at 32 in bfloat16 (not measured beyond)."""
 _FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # the other kinds depend on the longest position so far
 
 
@@ -67,7 +66,7 @@ class FusedStep:
             return
         self._plan, self._built_from = self._build(), parts
         quantized = self.lmm.family.layers(self.lmm.llm)[0].qkv.scales is not None
-        self._most = max(MOST_SEQUENCES.values()) if quantized else MOST_SEQUENCES[self.lmm.dtype]
+        self._most = most_rows("decode_step quantized") if quantized else most_rows("decode_step", self.lmm.dtype)
 
     def _why_not(self) -> str | None:
         lmm = self.lmm

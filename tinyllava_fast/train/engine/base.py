@@ -1,19 +1,17 @@
-"""What the training loop asks of an engine, so that it never learns which one it drives."""
+"""The engine of the training loop as a protocol: the loop never learns which engine it drives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
-
-ParamGroups = list[dict[str, Any]]
-"""[{name: str, params: list[Parameter], lr: float, weight_decay: float}], as recipes.base.apply_recipe returns them."""
+from tinyllava_fast.recipes.base import ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class TrainingEngine(Protocol):
         ...
 
 
-def trainable_names(model: nn.Module, groups: ParamGroups) -> dict[nn.Parameter, str]:
+def trainable_names(model: nn.Module, groups: list[ParameterGroup]) -> dict[nn.Parameter, str]:
     """The weights of the groups with their names, in group order. Raises UserError if there are none."""
     names = {p: n for n, p in model.named_parameters()}
     found = {p: names[p] for group in groups for p in group["params"]}

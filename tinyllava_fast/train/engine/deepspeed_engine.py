@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO 1-3 over torch.distributed. The only module that imports deepspeed.
 
-Three things keep the mathematics that of one process (tests/train/test_distributed.py):
+Three things keep the mathematics that of one process (tests/train/engine/test_deepspeed_engine.py):
 - the loop has divided by the global number of supervised tokens, so DeepSpeed must not divide by the number of
   accumulation steps (``scale_wrt_gas=False``), and its mean over ranks is undone by a factor on the loss;
 - gradients accumulate and travel as float32;
@@ -13,16 +13,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups, plain_state, trainable_names
+from tinyllava_fast.recipes.base import ParameterGroup
+from tinyllava_fast.train.engine.base import LazyTensor, plain_state, trainable_names
 from tinyllava_fast.train.optim import Masters, checked
 from tinyllava_fast.train.optimizers.adamw import MOMENTS
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine as Wrapped
 
 PERSISTENT_NUMEL = 10_000
 """ZeRO-3 keeps weights below this size whole: norms and biases, not worth a gather."""
@@ -30,14 +35,14 @@ PERSISTENT_NUMEL = 10_000
 
 def deepspeed_config(
     *, zero_stage: int, offload: bool, micro_batches: int, clip_norm: float, bf16: bool, cuda: bool
-) -> dict[str, Any]:
-    """DeepSpeed's JSON. micro_batches: packs of one process in one optimizer step."""
-    zero: dict[str, Any] = {"stage": zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
+) -> dict[str, object]:
+    """Return DeepSpeed's JSON. micro_batches: packs of one process in one optimizer step."""
+    zero: dict[str, object] = {"stage": zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
     if zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": clip_norm,
@@ -62,15 +67,13 @@ class DeepSpeedEngine:
     def __init__(
         self,
         model: nn.Module,
-        groups: ParamGroups,
+        groups: list[ParameterGroup],
+        optim: OptimConfig,
         *,
         device: torch.device,
         zero_stage: int,
         offload: bool,
         micro_batches: int,
-        betas: tuple[float, float],
-        eps: float,
-        clip_norm: float,
         masters: Masters | None = None,
     ) -> None:
         try:
@@ -91,14 +94,14 @@ class DeepSpeedEngine:
             zero_stage=zero_stage,
             offload=offload,
             micro_batches=micro_batches,
-            clip_norm=clip_norm,
+            clip_norm=optim.clip_norm,
             bf16=self._low,
             cuda=device.type == "cuda",
         )
-        torch_groups = [{**g, "betas": betas, "eps": eps} for g in groups if g["params"]]
+        torch_groups = [{**g, "betas": optim.betas, "eps": optim.eps} for g in groups if g["params"]]
         # amsgrad=False is torch's default; DeepSpeed reads the key from the groups.
         self._adamw = torch.optim.AdamW(torch_groups, amsgrad=False, fused=True)
-        self._engine: Any = deepspeed.initialize(
+        self._engine: Wrapped = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=config, dist_init_required=False
         )[0]
         if zero_stage == 3:
@@ -150,21 +153,10 @@ class DeepSpeedEngine:
         items = [LazyTensor.of("step", step)]
         for p, name in self._names.items():
             shape = self._shapes[name]
-            for kind in MOMENTS:
-                items.append(
-                    LazyTensor(
-                        f"{kind}/{name}",
-                        shape,
-                        torch.float32,
-                        partial(self._fragments.safe_get_full_optimizer_state, p, kind),
-                    )
-                )
+            fetches = {kind: partial(self._fragments.safe_get_full_optimizer_state, p, kind) for kind in MOMENTS}
             if self._low:
-                items.append(
-                    LazyTensor(
-                        f"master/{name}", shape, torch.float32, partial(self._fragments.safe_get_full_fp32_param, p)
-                    )
-                )
+                fetches["master"] = partial(self._fragments.safe_get_full_fp32_param, p)
+            items += [LazyTensor(f"{kind}/{name}", shape, torch.float32, fetch) for kind, fetch in fetches.items()]
         return items
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ import atexit
 import os
 import socket
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,20 +13,18 @@ from torch import nn
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import torchrun_number
-from tinyllava_fast.train.engine.base import ParamGroups, TrainingEngine
+from tinyllava_fast.recipes.base import ParameterGroup
+from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
-from tinyllava_fast.train.optimizers.base import find_optimizer
 
 
 @dataclass(frozen=True)
 class Process:
-    """One of ``world_size`` processes. local_size: processes on this machine."""
+    """One of ``world_size`` processes."""
 
     rank: int
     world_size: int
-    local_rank: int
-    local_size: int
     device: torch.device
 
 
@@ -58,7 +55,7 @@ def start_process(config: EngineConfig) -> Process:
         torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or _own_threads(local_size) or max(cores // local_size, 1))
-    process = Process(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_size, device)
+    process = Process(env["RANK"], env["WORLD_SIZE"], device)
     if config.type == "deepspeed":
         _join(process)
     elif process.world_size > 1:
@@ -82,31 +79,34 @@ def build_engine(
     config: EngineConfig,
     optim: OptimConfig,
     model: nn.Module,
-    groups: ParamGroups,
+    groups: list[ParameterGroup],
     *,
     micro_batches: int,
 ) -> TrainingEngine:
-    """The engine of engine.type around a model in float32 whose recipe is applied; its weights become engine.dtype.
+    """Return the engine of engine.type around a model in float32 whose recipe is applied.
 
-    optim: type, options, betas, eps and clip_norm are read.
-
-    micro_batches: packs that one process takes in one optimizer step.
+    Its weights become engine.dtype. optim: type, options, betas, eps and clip_norm are read. micro_batches: packs that
+    one process takes in one optimizer step.
     """
-    settings: dict[str, Any] = {
-        "device": process.device,
-        "betas": optim.betas,
-        "eps": optim.eps,
-        "clip_norm": optim.clip_norm,
-        "masters": lower(model, getattr(torch, config.dtype)),
-    }
+    masters = lower(model, getattr(torch, config.dtype))
     if config.type == "torch" or config.zero_stage == 0:
-        kind, options = find_optimizer(optim)
-        engine = TorchEngine if config.type == "torch" else DataParallelEngine
-        return engine(model, groups, **settings, kind=kind, options=options, cuda_graphs=config.cuda_graphs)
+        return (TorchEngine if config.type == "torch" else DataParallelEngine)(
+            *(model, groups, optim),
+            device=process.device,
+            masters=masters,
+            cuda_graphs=config.cuda_graphs,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
     from tinyllava_fast.train.engine.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
-        model, groups, **settings, zero_stage=config.zero_stage, offload=config.offload, micro_batches=micro_batches
+        *(model, groups, optim),
+        device=process.device,
+        masters=masters,
+        zero_stage=config.zero_stage,
+        offload=config.offload,
+        micro_batches=micro_batches,
     )
 
 

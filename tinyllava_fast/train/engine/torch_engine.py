@@ -3,57 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
-from tinyllava_fast.train.engine.base import LazyTensor, ParamGroups, plain_state, trainable_names
+from tinyllava_fast.recipes.base import ParameterGroup
+from tinyllava_fast.train.engine.base import LazyTensor, plain_state, trainable_names
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
-from tinyllava_fast.train.optimizers.adamw import AdamW
-from tinyllava_fast.train.optimizers.base import Optimizer
 
 
 class TorchEngine:
     """TrainingEngine of a single process. model: already on ``device`` and of its training dtype.
 
-    kind, options: of optim.type. cuda_graphs: gradients come out of memory that the next replay writes to, so they are
-    copied.
+    cuda_graphs: gradients come out of memory that the next replay writes to, so they are copied.
     """
-
-    rank = 0
-    world_size = 1
 
     def __init__(
         self,
         model: nn.Module,
-        groups: ParamGroups,
+        groups: list[ParameterGroup],
+        optim: OptimConfig,
         *,
         device: torch.device,
-        betas: tuple[float, float],
-        eps: float,
-        clip_norm: float,
         masters: Masters | None = None,
-        kind: type[Optimizer] = AdamW,
-        options: Any = None,
         cuda_graphs: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.device, self._cuda_graphs = device, cuda_graphs
+        self.rank, self.world_size = rank, world_size
         self.model = model
         names = trainable_names(model, groups)
         exact = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        self._optimizer = MasterOptimizer(
-            groups,
-            names,
-            betas=betas,
-            eps=eps,
-            clip_norm=clip_norm,
-            masters=masters,
-            kind=kind,
-            options=options,
-            exact=exact,
-        )
+        self._optimizer = MasterOptimizer(groups, names, optim, masters=masters, exact=exact)
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
         """See TrainingEngine."""
@@ -98,10 +82,6 @@ class TorchEngine:
 
 class DataParallelEngine(TorchEngine):
     """Every process holds the whole model and optimizer; float32 gradients are summed over them before each update."""
-
-    def __init__(self, model: nn.Module, groups: ParamGroups, **settings: Any) -> None:
-        super().__init__(model, groups, **settings)
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""

@@ -7,6 +7,7 @@ Masters on a CPU are updated from gradients as they come and rounded into their 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class AdamW(Optimizer):
         super().__init__(groups, settings)
         own = [{**g, "betas": self.betas, "eps": self.eps} for g in groups]
         self._adamw = torch.optim.AdamW(own, fused=True)
-        self.param_groups = self._adamw.param_groups
+        self.param_groups = cast(ParamGroups, self._adamw.param_groups)
 
     @classmethod
     def check(cls, engine: EngineConfig, device: torch.device, where: str) -> None:
@@ -82,7 +83,8 @@ class FusedAdamW(Optimizer):
             for p in group["params"]:
                 if p not in self._moments:
                     self._moments[p] = self.state(p)
-                adamw.infer(p, *self._moments[p].values(), self._weights.get(p), gradients[p], *settings)
+                exp_avg, exp_avg_sq = self._moments[p].values()
+                adamw.infer(p, exp_avg, exp_avg_sq, self._weights.get(p), gradients[p], *settings)
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """See Optimizer."""

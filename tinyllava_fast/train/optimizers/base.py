@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,10 +19,21 @@ from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.config.values import place
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.registry import Registry
-from tinyllava_fast.train.engine.base import ParamGroups
 
 Gradients = Mapping[Tensor, Tensor | None]
 """Tensor that the optimizer updates -> its gradient, None: zero."""
+
+
+class Group(TypedDict):
+    """Tensors that share settings."""
+
+    name: str
+    params: list[Tensor]
+    lr: float
+    weight_decay: float
+
+
+ParamGroups = list[Group]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +42,7 @@ class OptimizerSettings:
 
     betas: tuple[float, float]
     eps: float
-    options: Any = None
+    options: object = None
     """The optimizer's own ``Options``; None: their defaults."""
     exact: Set[Tensor] = frozenset()
     """Tensors whose moments stay float32 in an optimizer that keeps moments in fewer bits: embeddings."""
@@ -55,7 +66,7 @@ class Optimizer(ABC):
     fused: ClassVar[bool] = False
 
     def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
-        self.param_groups: ParamGroups = [dict(group) for group in groups]
+        self.param_groups: ParamGroups = [group.copy() for group in groups]
         """The groups; the caller sets each ``lr`` before a step."""
         self.options: Any = settings.options if settings.options is not None else self.Options()
         self.betas, self.eps = settings.betas, settings.eps
@@ -93,7 +104,7 @@ class Optimizer(ABC):
 OPTIMIZERS: Registry[type[Optimizer]] = Registry("optimizer", "tinyllava_fast.train.optimizers")
 
 
-def find_optimizer(optim: OptimConfig, stage: str = "stages.*", file: str = "") -> tuple[type[Optimizer], Any]:
+def find_optimizer(optim: OptimConfig, stage: str = "stages.*", file: str = "") -> tuple[type[Optimizer], object]:
     """Return the registered optimizer and its options. Raise UserError for an unknown name or option.
 
     stage: key of the stage, file: of the configuration or "", for messages.

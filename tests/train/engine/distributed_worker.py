@@ -1,4 +1,4 @@
-"""What the processes of test_distributed.py run: FOLDER, then one run after another in the same process group.
+"""The program of test_deepspeed_engine.py's processes: FOLDER, then one run after another in the same process group.
 
 Each argument is NAME:OVERRIDE,OVERRIDE,... of the configuration in FOLDER/run.yaml; its output is FOLDER/NAME.
 """
