@@ -1,4 +1,4 @@
-"""What the op benchmark times: one op on one shape, ours next to everything else that computes the same.
+"""The cases of the op benchmark: one op on one shape, ours next to everything else that computes the same.
 
 A file of ``bench/suite/`` registers a function under an op's name; it yields that op's cases, and nothing else changes.
 """
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ from tinyllava_fast.registry import Registry
 
 FORWARD, BOTH = "forward", "forward+backward"
 Run = Callable[[], Tensor]
+Candidate = Run | str
+"""A text is the reason why a peer cannot take part."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,30 @@ class Case:
 
     op: str
     label: str  # the shape; op and label together name a row
-    run: Mapping[str, Run]  # "ours" among them
+    candidates: Mapping[str, Candidate]  # "ours" among them
     work: Mapping[str, Work]  # of each pass that is measured, in order
     leaves: tuple[Tensor, ...] = ()
     frozen: tuple[Tensor, ...] = ()  # inputs without a gradient that a backward pass may keep; they exist anyway
-    absent: Mapping[str, str] = field(default_factory=dict)  # a peer that cannot take part -> the reason
     headline: Mapping[str, str] = field(default_factory=dict)  # key of the headline -> the competitor it is about
     memory_headline: Mapping[str, str] = field(default_factory=dict)  # the same for peak extra memory
     axes: Mapping[str, float] = field(default_factory=dict)  # plot -> this case's place on its horizontal axis
     masks: bool = False  # each candidate draws its own dropout mask, so that results differ
     main: bool = True  # False: one of many sizes, timed in fewer rounds
 
+    @property
+    def run(self) -> dict[str, Run]:
+        """The candidates that take part."""
+        return {name: one for name, one in self.candidates.items() if not isinstance(one, str)}
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """The reasons why the others cannot."""
+        return {name: one for name, one in self.candidates.items() if isinstance(one, str)}
+
 
 @dataclass
 class Setting:
-    """What the cases of a run have in common. Tensors come from one seeded generator."""
+    """The properties that the cases of a run share. Tensors come from one seeded generator."""
 
     dtype: torch.dtype
     device: str = "cpu"
@@ -59,15 +69,15 @@ class Setting:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def randn(self, *size: int, grad: bool = True) -> Tensor:
-        """Normal numbers of the run's dtype and device."""
+        """Return normal numbers of the run's dtype and device."""
         return torch.randn(*size, generator=self.generator).to(self.device, self.dtype).requires_grad_(grad)
 
     def randint(self, high: int, *size: int) -> Tensor:
-        """Integers of 0..high-1 on the run's device."""
+        """Return integers of 0..high-1 on the run's device."""
         return torch.randint(0, high, size, generator=self.generator).to(self.device)
 
     def compiled(self, name: str, run: Callable[..., Tensor]) -> dict[str, Run]:
-        """{name: the function under Inductor}, empty where the run leaves Inductor out."""
+        """Return {name: the function under Inductor}, empty where the run leaves Inductor out."""
         return {name: torch.compile(run, dynamic=False)} if self.compile else {}
 
 
@@ -98,7 +108,7 @@ class Pack:
 
     @property
     def bounds(self) -> list[int]:
-        """Where samples begin, and the end."""
+        """The positions at which samples begin, and the end."""
         return list(accumulate(self.lengths, initial=0))
 
 
@@ -106,17 +116,17 @@ TINY = Pack(tokens=32, sample=13, image_tokens=3, heads=4, kv_heads=2, head_dim=
 
 
 def pack_of(setting: Setting, **changes: int) -> Pack:
-    """The pack of a run, the tiny one for a quick run, where changes do not apply."""
+    """Return the pack of a run, the tiny one for a quick run, where changes do not apply."""
     return TINY if setting.quick else Pack(**changes)
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """Bytes of all of them."""
+    """Return the bytes of all of them."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def works(flops: float, read: float, written: float, grads: float, *, backward: float = 2.0) -> dict[str, Work]:
-    """Work of the two passes.
+    """Return the work of the two passes.
 
     flops: of the forward pass; backward: how many times that the backward pass takes. read, written: bytes of inputs
     and outputs, both of which the backward pass reads (outputs as their gradients). grads: bytes of gradients.
@@ -127,20 +137,10 @@ def works(flops: float, read: float, written: float, grads: float, *, backward: 
 
 @functools.cache
 def lacking(package: str) -> str | None:
-    """None if the package is installed, else the reason why its candidate is absent."""
+    """Return None if the package is installed, else the reason why its candidate is absent."""
     return None if find_spec(package) else f"{package.replace('_', '-')} is not installed"
 
 
 def gpu_peer(package: str, device: str) -> str | None:
-    """None if a package that only runs on GPUs can take part, else the reason why not."""
+    """Return None if a package that only runs on GPUs can take part, else the reason why not."""
     return lacking(package) or (None if device.startswith("cuda") else "it runs on a GPU only")
-
-
-def add_peer(
-    run: dict[str, Any], absent: dict[str, str], name: str, reason: str | None, make: Callable[[], Run]
-) -> None:
-    """The peer's candidate, or the reason why there is none."""
-    if reason is None:
-        run[name] = make()
-    else:
-        absent[name] = reason

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.bench import report
-from tinyllava_fast.bench.ops import FORMAT
+from tinyllava_fast.bench.ops import FORMAT, Row
+from tinyllava_fast.bench.report import Report
 from tinyllava_fast.errors import UserError
 
 TOLERANCE = 0.15
@@ -15,13 +16,13 @@ SAME = ("device", "cpu", "gpu", "cores", "threads", "isa_torch", "isa_tlf")
 """Facts that make a machine the same one for timings. Versions may differ: they are what one compares."""
 
 
-def read_baseline(path: str, anyway: bool = False) -> dict[str, Any]:
-    """A results file of `tlf-bench ops --json`.
+def read_baseline(path: str, anyway: bool = False) -> Report:
+    """Return the results file of `tlf-bench ops --json`.
 
     UserError if it cannot be read or is of another format; anyway: take another format if it has the rows' fields.
     """
     try:
-        baseline: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        baseline: Report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--compare {path}: cannot read it ({error}); give a file that --json wrote") from error
     found = baseline.get("format", "none") if isinstance(baseline, dict) else "none"
@@ -34,8 +35,8 @@ def read_baseline(path: str, anyway: bool = False) -> dict[str, Any]:
     return baseline
 
 
-def check_same_machine(baseline: dict[str, Any], facts: dict[str, Any], dtype: str, path: str) -> None:
-    """UserError that names what differs between the baseline's machine or dtype and this run's."""
+def check_same_machine(baseline: Report, facts: Mapping[str, object], dtype: str, path: str) -> None:
+    """Raise a UserError that names what differs between the baseline's machine or dtype and this run's."""
     theirs = {**baseline.get("machine", {}), "dtype": baseline.get("dtype")}
     ours = {**facts, "dtype": dtype}
     differ = [
@@ -45,16 +46,18 @@ def check_same_machine(baseline: dict[str, Any], facts: dict[str, Any], dtype: s
         raise UserError(f"--compare {path}: not the same machine: {'; '.join(differ)}; --compare-anyway compares them")
 
 
-def compare(result: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each row of the result: op, shape, pass, and where the baseline has the row also before and after
-    (medians of ours in seconds), ratio (above 1: faster now), noise (relative spread of before and after), slower.
+def compare(result: Report, baseline: Report) -> list[Report]:
+    """Return one entry for each row of the result: op, shape, pass, and what changed where the baseline has it too.
+
+    That is before and after (medians of ours in seconds), ratio (above 1: faster now), noise (relative spread of both),
+    slower.
 
     slower: the median grew by more than TOLERANCE and by more than either's spread between quartiles.
     """
     former = {_key(row): row for row in baseline["rows"] if "ours" in row["medians"]}
     found = []
     for row in result["rows"]:
-        entry: dict[str, Any] = {k: row[k] for k in ("op", "shape", "pass")}
+        entry: Report = {k: row[k] for k in ("op", "shape", "pass")}
         old = former.get(_key(row))
         if old is not None:
             before, after = old["medians"]["ours"], row["medians"]["ours"]
@@ -70,20 +73,22 @@ def compare(result: dict[str, Any], baseline: dict[str, Any]) -> list[dict[str, 
     return found
 
 
-def show(entries: list[dict[str, Any]], path: str) -> None:
-    """One line a row; those that became slower say so."""
+def show(entries: Iterable[Report], path: str) -> None:
+    """Print one line a row; those that became slower say so."""
+    figures = {
+        "before": "{before:time}",
+        "now": "{after:time}",
+        "faster by": "{ratio:.2f}x",
+        "noise before / now": "{noise[0]:.0 %} / {noise[1]:.0 %}",
+    }
     lines = []
     for e in entries:
-        where = [e["op"], e["shape"], e["pass"]]
-        if "ratio" not in e:
-            lines.append([*where, "", "", "", "", "not in the baseline"])
-            continue
-        noise = f"{100 * e['noise'][0]:.0f} % / {100 * e['noise'][1]:.0f} %"
-        times = [report.seconds(e["before"]), report.seconds(e["after"])]
-        lines.append([*where, *times, f"{e['ratio']:.2f}x", noise, "SLOWER" if e["slower"] else ""])
-    columns = ["op", "shape", "pass", "before", "now", "faster by", "noise before / now", ""]
-    report.show(f"Against {path}", columns, lines)
+        found = "ratio" in e
+        cells = [report.fill(text, e) if found else "" for text in figures.values()]
+        verdict = "not in the baseline" if not found else "SLOWER" if e["slower"] else ""
+        lines.append([*_key(e), *cells, verdict])
+    report.show(f"Against {path}", ["op", "shape", "pass", *figures, ""], lines)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+def _key(row: Row | Report) -> tuple[str, str, str]:
     return row["op"], row["shape"], row["pass"]

@@ -11,12 +11,33 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NoReturn, TypedDict
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import peak_rss_bytes, reset_peak_rss
+
+
+class Facts(TypedDict):
+    """What a worker tells when it is ready: means over all packs, and sizes."""
+
+    setup_seconds: float
+    flops: dict[str, float]  # useful ones of a step, by part of the model
+    budget: int  # tokens of a pack, padding included
+    tokens_per_step: float
+    supervised_per_step: float
+    padded_tokens_per_step: float  # of the peer's batches
+    parameters: int
+    state_bytes: dict[str, int]  # see sides.state_bytes; empty unless the side is ours
+
+
+class Answer(TypedDict):
+    """What a worker tells when an order is carried out."""
+
+    seconds: list[float]  # of each step
+    losses: list[float]  # of each step
+    peak_rss_bytes: int
 
 
 class Gate:
@@ -29,7 +50,7 @@ class Gate:
         self._seconds: list[float] = []
         self._losses: list[float] = []
 
-    def ready(self, facts: dict[str, Any]) -> None:
+    def ready(self, facts: Facts) -> None:
         """Tell the parent that models and samples are in place; the peak of memory counts from here."""
         reset_peak_rss()
         self._say({"ready": facts})
@@ -56,7 +77,7 @@ class Gate:
         if self._left == 0:
             self._say({"seconds": self._seconds, "losses": self._losses, "peak_rss_bytes": peak_rss_bytes()})
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _say(self, message: Mapping[str, object]) -> None:
         self._answers.write(json.dumps(message) + "\n")
         self._answers.flush()
 
@@ -74,21 +95,21 @@ class Worker:
             stderr=self._log,
             text=True,
         )
+        assert self._process.stdin and self._process.stdout  # noqa: S101 pipes, as ordered above
+        self._orders, self._answers = self._process.stdin, self._process.stdout
 
-    def ready(self) -> dict[str, Any]:
+    def ready(self) -> Facts:
         """Wait until the worker has built everything; returns the facts it tells."""
-        return self._listen()["ready"]
+        return json.loads(self._listen())["ready"]
 
-    def steps(self, count: int) -> dict[str, Any]:
+    def steps(self, count: int) -> Answer:
         """Order ``count`` steps and wait for them; returns the worker's answer."""
-        stdin = self._process.stdin
-        assert stdin is not None  # noqa: S101 opened as a pipe above
         try:
-            stdin.write(json.dumps({"steps": count}) + "\n")
-            stdin.flush()
+            self._orders.write(json.dumps({"steps": count}) + "\n")
+            self._orders.flush()
         except BrokenPipeError:
             self._fail()
-        return self._listen()
+        return json.loads(self._listen())
 
     def __enter__(self) -> Worker:
         return self
@@ -98,10 +119,9 @@ class Worker:
 
     def close(self) -> None:
         """End the worker and close the pipes."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):  # an order that a dead worker never read
-                    stream.close()
+        for stream in (self._orders, self._answers):
+            with contextlib.suppress(BrokenPipeError):  # an order that a dead worker never read
+                stream.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -109,15 +129,13 @@ class Worker:
             self._process.wait()
         self._log.close()
 
-    def _listen(self) -> dict[str, Any]:
-        stdout = self._process.stdout
-        assert stdout is not None  # noqa: S101 opened as a pipe above
-        line = stdout.readline()
+    def _listen(self) -> str:
+        line = self._answers.readline()
         if not line:
             self._fail()
-        return json.loads(line)
+        return line
 
-    def _fail(self) -> None:
+    def _fail(self) -> NoReturn:
         code = self._process.wait()
         tail = self._log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
         raise UserError(f"the {self.name} process of the benchmark ended with code {code}:\n  " + "\n  ".join(tail))

@@ -1,21 +1,25 @@
-"""What a transformers user would run to answer questions: LlavaForConditionalGeneration.generate with our weights."""
+"""The peer, as a transformers user asks it: LlavaForConditionalGeneration.generate with our weights."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
+from transformers.image_processing_utils import BaseImageProcessor
 
 from tinyllava_fast.bench.peer import build_peer
 from tinyllava_fast.data.images import load_image, to_pixels
+from tinyllava_fast.data.templates.base import Template
+from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.types import Request
+from tinyllava_fast.models.lmm import LMM
 
 
 @dataclass(frozen=True)
@@ -47,24 +51,26 @@ class Peer:
     """
 
     def __init__(
-        self, lmm: Any, tokenizer: Any, processor: Any, template: Any, feature_layer: int, dtype: torch.dtype
+        self,
+        lmm: LMM,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: BaseImageProcessor,
+        template: Template,
+        feature_layer: int,
+        dtype: torch.dtype,
     ) -> None:
         self.tokenizer, self.processor, self.template = tokenizer, processor, template
         self.rows = lmm.tokens_per_image
         # Llava marks image positions by an id; this one is only ever generated, see prepare()
         self.image_token = lmm.vocab_size - 1
-        model = build_peer(
-            lmm,
-            feature_layer=feature_layer,
-            feature_select=lmm.vision.feature_select,
-            image_token=self.image_token,
+        model: LlavaForConditionalGeneration = build_peer(
+            lmm, feature_layer=feature_layer, image_token=self.image_token
         )
-        self.model: Any = model.to(dtype).eval()
+        self.model = model.to(dtype).eval()  # type: ignore[arg-type]
         self.model.config.text_config.use_cache = True
         generation = self.model.generation_config
         generation.eos_token_id, generation.pad_token_id, generation.use_cache = None, 0, True
-        vocab = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-        self.suppressed = list(range(vocab, lmm.vocab_size)) or None
+        self.suppressed = list(range(largest_id(tokenizer)[1] + 1, lmm.vocab_size)) or None
 
     def prepare(self, questions: Sequence[tuple[str, str]]) -> list[Prepared]:
         """Tokenize the prompts and preprocess the images of (image file, text) pairs."""
@@ -76,21 +82,21 @@ class Peer:
         return [Prepared(p.ids, x) for p, x in zip(prompts, pixels, strict=True)]
 
     def answer(self, questions: Sequence[Prepared], batch: int, new_tokens: int) -> list[list[int]]:
-        """Greedy ids of each question, ``batch`` at a time, padded on the left."""
+        """Return the greedy ids of each question, ``batch`` at a time, padded on the left."""
         answers: list[list[int]] = []
         for i in range(0, len(questions), batch):
             answers += self._generate(questions[i : i + batch], new_tokens).tolist()
         return answers
 
     def stamps(self, question: Prepared, new_tokens: int) -> list[float]:
-        """Clock at the start and at each token of one question."""
+        """Return the clock at the start and at each token of one question."""
         streamer = _Stamps()
         began = time.perf_counter()
         self._generate([question], new_tokens, streamer=streamer)
         return [began, *streamer.times[1:]]
 
     @torch.inference_mode()
-    def _generate(self, questions: Sequence[Prepared], new_tokens: int, **extra: Any) -> Tensor:
+    def _generate(self, questions: Sequence[Prepared], new_tokens: int, streamer: BaseStreamer | None = None) -> Tensor:
         rows = [
             [j for i in q.ids for j in ([self.image_token] * self.rows if i == IMAGE_INDEX else [i])] for q in questions
         ]
@@ -104,7 +110,7 @@ class Peer:
             max_new_tokens=new_tokens,
             do_sample=False,
             suppress_tokens=self.suppressed,
-            **extra,
+            streamer=streamer,
         )
         answers: Tensor = out[:, longest:]
         return answers

@@ -1,15 +1,17 @@
-"""The abilities of this machine: measured GEMM peak per dtype, copy bandwidth, and what it is."""
+"""The abilities of this machine: its measured GEMM peak per dtype, copy bandwidth, and what it is."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import torch
 import transformers
 
 from tinyllava_fast import hardware
+from tinyllava_fast.bench import report
+from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.timing import interleave
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.ops import _cpp
@@ -17,17 +19,26 @@ from tinyllava_fast.ops import _cpp
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def copy_bandwidth(device: str = "cpu", *, megabytes: int = 256, rounds: int = 5) -> float:
-    """Bytes per second of a large tensor copy, read and write counted."""
-    count = megabytes * 2**20 // 4
+class Rates(TypedDict):
+    """The measured GEMM of one dtype."""
+
+    flops_per_s: float  # of the best shape
+    by_shape: dict[str, float]
+
+
+def gemm_peak(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> Rates:
+    """Return the FLOP/s of the dtype's GEMM. quick: of a tiny one."""
+    shapes, rounds, seconds = (((64, 64, 64),), 2, 0.0) if quick else (None, 7, 0.1)
+    rates = hardware.gemm_rates(dtype, device, shapes=shapes, rounds=rounds, min_seconds=seconds)
+    return {"flops_per_s": max(rates.values()), "by_shape": rates}
+
+
+def copy_bandwidth(device: str = "cpu", *, quick: bool = False) -> float:
+    """Return the bytes per second of a large tensor copy, read and write counted. quick: of a small one."""
+    count, rounds = (2**18, 2) if quick else (2**26, 7)
     source, target = torch.ones(count, device=device), torch.empty(count, device=device)
-    series = interleave(
-        {"copy": lambda: target.copy_(source)},
-        rounds=rounds,
-        warmup=2,
-        min_seconds=0.05,
-        sync=device_sync(device),
-    )
+    copy = {"copy": lambda: target.copy_(source)}
+    series = interleave(copy, rounds=rounds, warmup=2, min_seconds=0.05, sync=device_sync(device))
     return 2 * 4 * count / series["copy"].median
 
 
@@ -37,7 +48,7 @@ def device_sync(device: str) -> Callable[[], None] | None:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" as cuda where there is one, else cpu; any other name as it is."""
+    """Return cuda for "auto" where there is one, else cpu; any other name as it is."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
@@ -49,10 +60,10 @@ def check_device(device: str) -> None:
         raise UserError(f"--device {device}: there is no such device here; known: cpu, and cuda where there is a GPU")
 
 
-def describe(device: str = "cpu") -> dict[str, Any]:
-    """Facts without measurement: CPU, cores, instruction sets, versions, GPU if any."""
+def describe(device: str = "cpu") -> dict[str, object]:
+    """Return the facts without measurement: CPU, cores, instruction sets, versions, GPU if any."""
     extension, reason = _cpp.load()
-    facts: dict[str, Any] = {
+    return {
         "device": device,
         "cpu": hardware.processor(),
         "cores": hardware.cores(),
@@ -63,34 +74,28 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "gpu": None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
 
 
 def roof(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> dict[str, float]:
-    """The two roofs of this machine: flops_per_s of the dtype's GEMM and bytes_per_s of a copy, both measured.
-
-    quick: see measure().
-    """
-    shapes, rounds, seconds, megabytes = (((64, 64, 64),), 2, 0.0, 1) if quick else (None, 5, 0.05, 256)
-    rates = hardware.gemm_rates(dtype, device, shapes=shapes, rounds=rounds, min_seconds=seconds)
-    bandwidth = copy_bandwidth(device, megabytes=megabytes, rounds=rounds)
-    return {"flops_per_s": max(rates.values()), "bytes_per_s": bandwidth}
+    """Return the two roofs: flops_per_s of the dtype's GEMM and bytes_per_s of a copy. quick: see measure()."""
+    peak = gemm_peak(dtype, device, quick=quick)["flops_per_s"]
+    return {"flops_per_s": peak, "bytes_per_s": copy_bandwidth(device, quick=quick)}
 
 
-def measure(device: str = "cpu", *, quick: bool = False) -> dict[str, Any]:
-    """The whole report: describe() plus gemm {dtype: {flops_per_s, by_shape}} and copy_bytes_per_s.
+def measure(device: str = "cpu", *, quick: bool = False) -> Report:
+    """Return the whole report: describe() plus gemm {dtype: Rates} and copy_bytes_per_s.
 
     quick: tiny shapes and few rounds, for tests of the command; its numbers mean nothing.
     """
-    shapes = ((64, 64, 64),) if quick else None
-    rounds, seconds = (2, 0.0) if quick else (7, 0.1)
-    gemm = {}
-    for name, dtype in DTYPES.items():
-        rates = hardware.gemm_rates(dtype, device, shapes=shapes, rounds=rounds, min_seconds=seconds)
-        gemm[name] = {"flops_per_s": max(rates.values()), "by_shape": rates}
-    bandwidth = copy_bandwidth(device, megabytes=1 if quick else 256, rounds=rounds)
-    return {**describe(device), "gemm": gemm, "copy_bytes_per_s": bandwidth}
+    gemm = {name: gemm_peak(dtype, device, quick=quick) for name, dtype in DTYPES.items()}
+    return {**describe(device), "gemm": gemm, "copy_bytes_per_s": copy_bandwidth(device, quick=quick)}
+
+
+def show(result: Report) -> None:
+    """Print the report as a table."""
+    rows = [[k, str(v)] for k, v in result.items() if k not in ("gemm", "copy_bytes_per_s")]
+    rows += [[f"GEMM {k}", report.quantity(v["flops_per_s"], "FLOP/s")] for k, v in result["gemm"].items()]
+    rows.append(["copy", report.quantity(result["copy_bytes_per_s"], "B/s")])
+    report.show("This machine", ["", "value"], rows)

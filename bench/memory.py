@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,11 @@ from torch import Tensor
 from tinyllava_fast.hardware import peak_rss_bytes, reset_peak_rss, rss_bytes
 
 SLACK = 4 << 20
-"""How far the reset mark may lie above the resident memory: counters of the kernel are batched per thread."""
+"""Bytes that the reset mark may lie above the resident memory: counters of the kernel are batched per thread."""
 
 
-def peak_extra_bytes(run: Callable[[], Any], device: str = "cpu") -> int | None:
-    """Most memory in bytes that one call needs beyond what is in use before it, its results included.
+def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int | None:
+    """Return the most memory in bytes that one call needs beyond what is in use before it, its results included.
 
     run: called once; call it before, so that what happens only once is done, and collect garbage. None where the
     operating system does not let the mark be reset. Resolution on a CPU: pages of 4 KiB, of 2 MiB where the kernel
@@ -50,7 +49,7 @@ def peak_extra_bytes(run: Callable[[], Any], device: str = "cpu") -> int | None:
 
 @contextlib.contextmanager
 def saved(*existing: Tensor) -> Iterator[dict[int, int]]:
-    """What calls inside the block keep for their backward pass: {address: bytes} of storages.
+    """Yield what calls inside the block keep for their backward pass: {address: bytes} of storages.
 
     existing: inputs and weights, which are there anyway and don't count. A storage counts once and whole, however small
     a view of it is saved.

@@ -11,12 +11,13 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
 from tinyllava_fast.bench import machine, memory
 from tinyllava_fast.bench.case import BOTH, SUITE, Case, Run, Setting, Work
+from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.timing import interleave, speedup
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.log import log
@@ -29,6 +30,28 @@ LEAST_ROUNDS, LEAST_SECONDS = 3, 16.0
 CALL_SECONDS, SLOW_SECONDS = 0.05, 2.0
 """A candidate is called so often in a round that it takes the former; a call that takes the latter is slow."""
 
+Row = TypedDict(
+    "Row",
+    {
+        "op": str,
+        "shape": str,
+        "pass": str,
+        "flops": float,  # the least work of the pass
+        "bytes": float,
+        "rounds": int,
+        # by candidate:
+        "medians": dict[str, float],  # seconds
+        "spread": dict[str, tuple[float, float]],  # quartiles in seconds
+        "ratio": dict[str, dict[str, float]],  # by how many times ours is faster
+        "flops_per_s": dict[str, float],
+        "bytes_per_s": dict[str, float],
+        "roofline": dict[str, float],  # the fraction of the roof; above 1 where data stay in the cache
+        "peak_bytes": dict[str, int | None],
+        "saved_bytes": dict[str, int],  # for the backward pass
+        "axes": dict[str, float],  # the row's places in plots
+    },
+)
+
 
 def benchmark(
     ops: Sequence[str] | None = None,
@@ -39,21 +62,18 @@ def benchmark(
     quick: bool = False,
     sweep: bool = False,
     compile: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Time the named ops (None: all).
 
     rounds: at most, of each row; slow rows take fewer. quick: tiny shapes, for tests. sweep:
     further sizes, for plots. compile: include candidates under Inductor, which cost minutes of compilation.
-    Returns {"format", "machine", "roof", "dtype", "rows", "absent", "headline"}. A row has op, shape, pass, flops,
-    bytes and, by candidate, medians and spread (quartiles) in seconds, ratio (how many times faster ours is),
-    flops_per_s, bytes_per_s, roofline (fraction; above 1 where data stay in the cache), peak_bytes, saved_bytes. absent
-    is {op: {candidate: reason}}; headline see headline(). UserError for an unknown op, dtype or device.
+    Returns {"format", "machine", "roof", "dtype", "rows", "absent", "headline"}: rows are Rows, absent is {op:
+    {candidate: reason}}; headline see headline(). UserError for an unknown op, dtype or device.
     """
     check(ops, dtype, device, rounds)
     roofs = [machine.roof(machine.DTYPES[dtype], device, quick=quick)]
-    rows: list[dict[str, Any]] = []
     absent: dict[str, dict[str, str]] = {}
-    claims: list[tuple[Case, dict[str, Any]]] = []
+    claims: list[tuple[Case, Row]] = []
     for name in ops or SUITE.names():
         setting = Setting(machine.DTYPES[dtype], device, quick, sweep, compile)
         for case in SUITE.get(name)(setting):
@@ -61,15 +81,13 @@ def benchmark(
             for candidate, reason in case.absent.items():
                 missing.setdefault(candidate, reason)
             for direction in case.work:
-                row = _measure(case, direction, device, rounds, missing, quick)
-                rows.append(row)
-                claims.append((case, row))
+                claims.append((case, _measure(case, direction, device, rounds, missing, quick)))
             log.info("%s %s: %.0f s", name, case.label, time.perf_counter() - began)
-            del case
             torch._dynamo.reset()  # the next shape's candidates share code with these and would count as recompiles
     # a disturbed measurement would make a low roof: again after the race, and the better one counts
     roofs.append(machine.roof(machine.DTYPES[dtype], device, quick=quick))
     roof = {key: max(r[key] for r in roofs) for key in roofs[0]}
+    rows = [row for _, row in claims]
     for row in rows:
         least = least_seconds(Work(row["flops"], row["bytes"]), roof)
         row["roofline"] = {name: least / median for name, median in row["medians"].items()}
@@ -96,7 +114,7 @@ def check(ops: Sequence[str] | None, dtype: str, device: str, rounds: int) -> No
             raise UserError(f"--op {name!r}; {nearest(name, SUITE.names())}")
 
 
-def headline(claims: Iterable[tuple[Case, dict[str, Any]]]) -> dict[str, float]:
+def headline(claims: Iterable[tuple[Case, Row]]) -> dict[str, float]:
     """{key: ratio} from cases and their rows: ratios of forward+backward medians, more than 1 where ours is better.
 
     linear_cross_entropy_memory is a ratio of peaks. Where several rows claim a key, the smallest ratio stands.
@@ -110,19 +128,12 @@ def headline(claims: Iterable[tuple[Case, dict[str, Any]]]) -> dict[str, float]:
                 found.setdefault(key, []).append(row["ratio"][rival]["ratio"])
         peaks = row["peak_bytes"]
         for key, rival in case.memory_headline.items():
-            if peaks.get(rival) and peaks.get("ours"):
-                found.setdefault(key, []).append(peaks[rival] / peaks["ours"])
+            if (theirs := peaks.get(rival)) and (ours := peaks.get("ours")):
+                found.setdefault(key, []).append(theirs / ours)
     return {key: min(ratios) for key, ratios in found.items()}
 
 
-def _measure(
-    case: Case,
-    direction: str,
-    device: str,
-    rounds: int,
-    absent: dict[str, str],
-    quick: bool,
-) -> dict[str, Any]:
+def _measure(case: Case, direction: str, device: str, rounds: int, absent: dict[str, str], quick: bool) -> Row:
     backward = direction == BOTH
     runs = {name: _pass(run, case, backward) for name, run in case.run.items()}
     if not quick:
@@ -160,6 +171,7 @@ def _measure(
         "ratio": {name: speedup(s, series["ours"]) for name, s in series.items() if name != "ours"},
         "flops_per_s": {name: work.flops / median for name, median in medians.items()},
         "bytes_per_s": {name: work.bytes / median for name, median in medians.items()},
+        "roofline": {},  # the roof is known at the end only
         "peak_bytes": {name: f.peak for name, f in first.items()},
         "saved_bytes": {name: f.saved for name, f in first.items()} if backward else {},
         "axes": dict(case.axes),
@@ -177,7 +189,7 @@ class _First(NamedTuple):
     seconds: float
 
 
-def _first_calls(case: Case, name: str, run: Callable[[], Any], device: str, backward: bool) -> _First:
+def _first_calls(case: Case, name: str, run: Callable[[], object], device: str, backward: bool) -> _First:
     """Compile and warm up, looking at memory; a call of seconds is not repeated.
 
     What happens only once, compilation apart, is small in a call of seconds.
@@ -195,17 +207,17 @@ def _first_calls(case: Case, name: str, run: Callable[[], Any], device: str, bac
         logging.disable(logging.NOTSET)
 
 
-def _timed_peak(run: Callable[[], Any], device: str) -> tuple[int | None, float]:
+def _timed_peak(run: Callable[[], object], device: str) -> tuple[int | None, float]:
     began = time.perf_counter()
     return memory.peak_extra_bytes(run, device), time.perf_counter() - began
 
 
-def _pass(run: Run, case: Case, backward: bool) -> Callable[[], Any]:
+def _pass(run: Run, case: Case, backward: bool) -> Callable[[], object]:
     if not backward:
         return torch.no_grad()(run)
     grad: list[torch.Tensor] = []
 
-    def both() -> Any:
+    def both() -> tuple[torch.Tensor, ...]:
         out = run()
         if not grad:
             grad.append(torch.ones_like(out))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tinyllava_fast.bench import report
+from tinyllava_fast.bench.ops import Row
+from tinyllava_fast.bench.report import Report
 
 COLUMNS = ["candidate", "median", "quartiles", "work", "traffic", "of roof", "peak", "saved", "ours faster by"]
 
 
-def show(result: dict[str, Any]) -> None:
-    """One table an op, a block of lines for each shape and pass; then the headline and who is absent."""
-    peak = report.quantity(result["roof"]["flops_per_s"], "FLOP/s")
-    bandwidth = report.quantity(result["roof"]["bytes_per_s"], "B/s")
-    facts = f"{result['dtype']}, {result['machine']['threads']} threads; roof: {peak}, {bandwidth}"
+def show(result: Report) -> None:
+    """Print one table an op, a block of lines for each shape and pass; then the headline and who is absent."""
+    facts = "{dtype}, {machine[threads]} threads; roof: {roof[flops_per_s]:FLOP/s}, {roof[bytes_per_s]:B/s}"
+    facts = report.fill(facts, result)
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
         lines: list[list[str]] = []
         for row in (r for r in result["rows"] if r["op"] == op):
@@ -28,7 +27,7 @@ def show(result: dict[str, Any]) -> None:
         report.show("Not in the race", ["op", "candidate", "reason"], absent)
 
 
-def _line(row: dict[str, Any], name: str) -> list[str]:
+def _line(row: Row, name: str) -> list[str]:
     low, high = row["spread"][name]
     peak, saved = row["peak_bytes"].get(name), row["saved_bytes"].get(name)
     return [

@@ -1,4 +1,4 @@
-"""`tlf-bench parity`: do our losses follow those of the plainest float32 loop, as closely as its own seeds agree?
+"""`tlf-bench parity`: our losses against those of the plainest float32 loop, and that loop's own noise of seeds.
 
 For every seed both train the same weights on the same samples in the same order: ours as configured (packed, our
 kernels, the dtype of the config), the reference one sample at a time in float32 (bench/reference.py). A seed sets the
@@ -19,15 +19,15 @@ import math
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from tinyllava_fast.bench import machine, report, train
 from tinyllava_fast.bench.progress import progress
+from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.samples import write_easy_vqa
-from tinyllava_fast.bench.timing import at_least_one
+from tinyllava_fast.bench.settings import ParitySettings
 from tinyllava_fast.config.load import dump, load_run
 from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.errors import UserError
@@ -35,22 +35,8 @@ from tinyllava_fast.errors import UserError
 Curves = list[list[float]]  # [seed][step]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings of a comparison. Raises UserError for values that say nothing."""
-
-    steps: int = 20
-    samples: int = 4  # a step
-    seeds: int = 3
-
-    def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise UserError(f"--seeds {self.seeds}: noise from seed to seed needs at least 2")
-        at_least_one(self, "steps", "samples")
-
-
-def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Settings, seed: int) -> Path:
-    """The run of one seed: the last stage of the config on easy-VQA conversations in an order of the seed's own.
+def compose(config: Path, overrides: Sequence[str], folder: Path, settings: ParitySettings, seed: int) -> Path:
+    """Write the run of one seed: the last stage of the config on easy-VQA conversations in an order of the seed's own.
 
     Turns see each other and images are not augmented: the reference knows no other way. Learning rates are constant.
     """
@@ -77,11 +63,8 @@ def compose(config: Path, overrides: Sequence[str], folder: Path, settings: Sett
     return target
 
 
-def benchmark(
-    config: Path = train.WORKLOAD, overrides: Sequence[str] = (), settings: Settings | None = None
-) -> dict[str, Any]:
+def benchmark(config: Path, overrides: Sequence[str], settings: ParitySettings) -> Report:
     """Train every seed on both sides, one process after the other; ``judge`` of the curves, and these."""
-    settings = settings or Settings()
     ours: Curves = []
     reference: Curves = []
     for seed in progress(range(settings.seeds), "seeds"):
@@ -100,14 +83,14 @@ def benchmark(
     }
 
 
-def _losses(side: str, path: Path, folder: Path, settings: Settings) -> list[float]:
+def _losses(side: str, path: Path, folder: Path, settings: ParitySettings) -> list[float]:
     with train.start(side, side, path, folder, settings.samples, "--precision", "float32") as worker:
         worker.ready()
         return worker.steps(settings.steps)["losses"]
 
 
-def judge(ours: Curves, reference: Curves) -> dict[str, Any]:
-    """gap, noise, ratio, bias, bias_error and parity of loss curves [seed][step], as the head of this file has them."""
+def judge(ours: Curves, reference: Curves) -> dict[str, float]:
+    """Return gap, noise, ratio, bias, bias_error and parity of loss curves [seed][step]; see the head of this file."""
     seeds, steps = len(reference), len(reference[0])
     apart = [[o - r for o, r in zip(*pair, strict=True)] for pair in zip(ours, reference, strict=True)]
     spread = [statistics.stdev(curve[i] for curve in reference) for i in range(steps)]
@@ -126,13 +109,13 @@ def judge(ours: Curves, reference: Curves) -> dict[str, Any]:
     }
 
 
-def _rms(values: Any) -> float:
+def _rms(values: Iterable[float]) -> float:
     squares = [v * v for v in values]
     return math.sqrt(sum(squares) / len(squares))
 
 
-def show(result: dict[str, Any]) -> None:
-    """The report as a table of at most 20 steps."""
+def show(result: Report) -> None:
+    """Print the report as a table of at most 20 steps."""
     ours, reference = result["ours"], result["reference"]
     steps = len(reference[0])
     every = -(-steps // 20)
@@ -140,10 +123,10 @@ def show(result: dict[str, Any]) -> None:
     for i in range(0, steps, every):
         both = [f"{o[i]:.4f} / {r[i]:.4f}" for o, r in zip(ours, reference, strict=True)]
         rows.append([str(i), *both, f"{statistics.stdev(r[i] for r in reference):.4f}"])
-    verdict = "parity" if result["parity"] else "NO parity"
     title = (
-        f"{verdict}: gap {result['gap']:.3g}, noise of the seeds {result['noise']:.3g} (ratio {result['ratio']:.3g}); "
-        f"bias at the end {result['bias']:+.2g} (error {result['bias_error']:.2g})"
+        "{verdict}: gap {gap:.3g}, noise of the seeds {noise:.3g} (ratio {ratio:.3g}); bias at the end {bias:+.2g} "
+        "(error {bias_error:.2g})"
     )
+    title = report.fill(title, {**result, "verdict": "parity" if result["parity"] else "NO parity"})
     columns = ["step", *(f"seed {i}: ours / reference" for i in range(len(ours))), "spread of the reference"]
     report.show(title, columns, rows)

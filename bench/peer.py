@@ -1,4 +1,4 @@
-"""What a transformers user would run instead: LlavaForConditionalGeneration under HF Trainer, with our weights.
+"""The peer, as a transformers user trains it: LlavaForConditionalGeneration under HF Trainer, with our weights.
 
 Choices, each in the peer's favour where there was one:
 - attention "sdpa"; a right-padded batch as long as its longest sample; batches tokenized and preprocessed beforehand;
@@ -18,23 +18,32 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tinyllava_fast.bench.gate import Gate
 from tinyllava_fast.bench.samples import PlainSample, pad
-from tinyllava_fast.config.schema import OptimConfig, RecipeConfig
+from tinyllava_fast.config.schema import RecipeConfig, StageConfig, TuneConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes import lora
 
 
-def build_peer(lmm: LMM, *, feature_layer: int, feature_select: str, image_token: int) -> LlavaForConditionalGeneration:
-    """The stock model with the same weights as ours, in float32.
+def build_peer(lmm: LMM, *, feature_layer: int, image_token: int) -> LlavaForConditionalGeneration:
+    """Return the stock model with the same weights as ours, in float32.
 
     feature_layer: negative, as in the run's config: the peer builds the whole tower. image_token: an id that no text
     uses. UserError for what Llava cannot express.
@@ -44,7 +53,7 @@ def build_peer(lmm: LMM, *, feature_layer: int, feature_select: str, image_token
         raise UserError(
             "the peer is transformers' Llava: it needs vision.feature_layer < 0, one tower, and a connector of depth 2"
         )
-    vision_config: Any = copy.deepcopy(lmm.vision.config)
+    vision_config = cast(PreTrainedConfig, copy.deepcopy(lmm.vision.config))
     vision_config.num_hidden_layers += -1 - feature_layer
     config = LlavaConfig(
         vision_config=vision_config,
@@ -52,11 +61,13 @@ def build_peer(lmm: LMM, *, feature_layer: int, feature_select: str, image_token
         image_token_index=image_token,
         image_seq_length=lmm.tokens_per_image,
         vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default" if feature_select == "patch" else "full",
+        vision_feature_select_strategy="default" if lmm.vision.feature_select == "patch" else "full",
     )
     peer = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     peer.model.language_model.load_state_dict(lmm.llm.base_model.state_dict())
-    _load_tower(peer.model.vision_tower, lmm.vision)
+    # only what lies behind the selected layer may stay random
+    report = peer.model.vision_tower.load_state_dict(lmm.vision.state_dict(), strict=False)
+    assert not report.unexpected_keys, report.unexpected_keys  # noqa: S101 our towers carry stock names
     projector = peer.model.multi_modal_projector
     projector.linear_1.load_state_dict(linears[0].state_dict())
     projector.linear_2.load_state_dict(linears[1].state_dict())
@@ -65,22 +76,15 @@ def build_peer(lmm: LMM, *, feature_layer: int, feature_select: str, image_token
     return peer
 
 
-def _load_tower(stock: nn.Module, ours: nn.Module) -> None:
-    """Every weight of ours must land; only what lies behind the selected layer may stay random."""
-    report = stock.load_state_dict(ours.state_dict(), strict=False)
-    assert not report.unexpected_keys, report.unexpected_keys  # noqa: S101 our towers carry stock names
-
-
 def adapt_peer(peer: LlavaForConditionalGeneration, lmm: LMM, recipe: RecipeConfig, *, seed: int) -> None:
     """Give the peer's decoder peft's own LoRA layers, with the settings and the first values of ours.
 
     lmm: gets the adapter too, which is how those values come about.
     """
-    import peft
-
     plan = lora.plan(lmm, recipe)
     if plan is None:
         return
+    peft = adapter.import_peft()
     lora.inject(lmm, plan, None, seed)
     held = adapter.take(lmm)
     assert held is not None  # noqa: S101 injected above
@@ -90,12 +94,12 @@ def adapt_peer(peer: LlavaForConditionalGeneration, lmm: LMM, recipe: RecipeConf
     config.lora_dropout = plan.dropout["llm"]
     peft.inject_adapter_in_model(config, peer)
     tensors = {theirs + name.removeprefix(ours): tensor for name, tensor in held.tensors.items()}
-    outcome: Any = peft.set_peft_model_state_dict(peer, tensors)
+    outcome = peft.set_peft_model_state_dict(peer, tensors)
     assert not outcome.unexpected_keys, outcome.unexpected_keys  # noqa: S101 names are stock
 
 
 def free_token(vocabulary: int, samples: list[PlainSample]) -> int:
-    """The highest token id that no sample uses: Llava marks image positions by an id."""
+    """Return the highest token id that no sample uses: Llava marks image positions by an id."""
     used = torch.cat([s.input_ids for s in samples]).unique()
     free = torch.ones(vocabulary, dtype=torch.bool)
     free[used[used >= 0]] = False
@@ -104,17 +108,27 @@ def free_token(vocabulary: int, samples: list[PlainSample]) -> int:
     return int(free.nonzero().max())
 
 
+def parts(peer: LlavaForConditionalGeneration, recipe: RecipeConfig) -> list[tuple[nn.Module, TuneConfig]]:
+    """Return the components of the peer, each with what the recipe says of it."""
+    return [
+        (peer.model.language_model, recipe.llm),
+        (peer.lm_head, recipe.llm),
+        (peer.model.vision_tower, recipe.vision),
+        (peer.model.multi_modal_projector, recipe.connector),
+    ]
+
+
 class _Paced(TrainerCallback):
     """Lets Trainer's own loop run a step only when the gate opens; the clock runs from there to the end of the step."""
 
     def __init__(self, gate: Gate, last_loss: Callable[[], Tensor]) -> None:
         self.gate, self.last_loss = gate, last_loss
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Data loading and callbacks lie before this point, so they are not charged to the peer."""
         self.gate.begin()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Forward, backward, clipping, optimizer and zero_grad are over."""
         self.gate.end(float(self.last_loss()))
 
@@ -124,9 +138,11 @@ class _RecordingTrainer(Trainer):
 
     loss_of_step: Tensor = torch.tensor(float("nan"))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """As Trainer's; keeps the returned loss, which is the mean over supervised tokens."""
-        self.loss_of_step = super().training_step(*args, **kwargs)
+        self.loss_of_step = super().training_step(model, inputs, num_items_in_batch)
         return self.loss_of_step
 
 
@@ -134,22 +150,17 @@ def run_peer(
     peer: LlavaForConditionalGeneration,
     samples: list[PlainSample],
     gate: Gate,
+    stage: StageConfig,
     *,
     per_step: int,
-    recipe: RecipeConfig,
-    optim: OptimConfig,
     precision: str,
     device: str,
     pad_token: int,
     checkpointing: bool = False,
 ) -> None:
     """Train on the samples in order, ``per_step`` a step, each step when the gate opens; returns after the last one."""
-    for module, tune in (
-        (peer.model.vision_tower, recipe.vision),
-        (peer.model.multi_modal_projector, recipe.connector),
-        (peer.model.language_model, recipe.llm),
-        (peer.lm_head, recipe.llm),
-    ):
+    optim = stage.optim
+    for module, tune in parts(peer, stage.recipe):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(tune.tune == "full" or (tune.tune == "lora" and "lora_" in name))
     if precision in ("bf16", "autocast"):

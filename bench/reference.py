@@ -5,15 +5,14 @@ No packing, no kernel, no compilation and no optimizer of ours; what `tlf-bench 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from tinyllava_fast.bench.gate import Gate
+from tinyllava_fast.bench.peer import parts
 from tinyllava_fast.bench.samples import PlainSample
-from tinyllava_fast.config.schema import OptimConfig, RecipeConfig
+from tinyllava_fast.config.schema import StageConfig
 from tinyllava_fast.data.types import IGNORE_INDEX
 
 
@@ -21,10 +20,9 @@ def run_reference(
     model: LlavaForConditionalGeneration,
     samples: list[PlainSample],
     gate: Gate,
+    stage: StageConfig,
     *,
     per_step: int,
-    recipe: RecipeConfig,
-    optim: OptimConfig,
     device: str,
 ) -> None:
     """Train on the samples in order, ``per_step`` a step, each step when the gate opens.
@@ -33,9 +31,10 @@ def run_reference(
     constant.
     """
     model.to(device).train()  # type: ignore[arg-type]
-    groups = _groups(model, recipe, optim)
+    optim = stage.optim
+    groups = _groups(model, stage)
     adamw = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
-    learnt = [p for group in groups for p in group["params"]]
+    learnt = [p for group in adamw.param_groups for p in group["params"]]
     for start in range(0, len(samples), per_step):
         gate.begin()
         step = samples[start : start + per_step]
@@ -54,23 +53,18 @@ def run_reference(
         gate.end(summed / sum(counts))
 
 
-def _groups(model: LlavaForConditionalGeneration, recipe: RecipeConfig, optim: OptimConfig) -> list[dict[str, Any]]:
-    """What trains, with the learning rates of the recipe; matrices other than embeddings decay."""
+def _groups(model: LlavaForConditionalGeneration, stage: StageConfig) -> list[dict[str, object]]:
+    """Return what trains, with the learning rates of the recipe; matrices other than embeddings decay."""
     tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: list[dict[str, Any]] = []
+    groups: list[dict[str, object]] = []
     seen: set[nn.Parameter] = set()
-    for module, tune in (
-        (model.model.language_model, recipe.llm),
-        (model.lm_head, recipe.llm),
-        (model.model.vision_tower, recipe.vision),
-        (model.model.multi_modal_projector, recipe.connector),
-    ):
+    for module, tune in parts(model, stage.recipe):
         module.requires_grad_(tune.tune == "full")
         own = [p for p in module.parameters() if p.requires_grad and p not in seen]
         seen.update(own)
-        lr = optim.lr if tune.lr is None else tune.lr
+        lr = stage.optim.lr if tune.lr is None else tune.lr
         matrices = [p for p in own if p.dim() >= 2 and p not in tables]
         others = [p for p in own if p.dim() < 2 or p in tables]
-        groups.append({"params": matrices, "lr": lr, "weight_decay": optim.weight_decay})
+        groups.append({"params": matrices, "lr": lr, "weight_decay": stage.optim.weight_decay})
         groups.append({"params": others, "lr": lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 
 from tinyllava_fast.errors import UserError
 
+Report: TypeAlias = dict[str, Any]
+"""A report, or a part of one, as it becomes JSON; the function that makes it says its keys."""
 
-def write_json(report: dict[str, Any], path: str | None) -> None:
+
+def write_json(report: Mapping[str, object], path: str | None) -> None:
     """Write a report to a file, or nothing if path is None. UserError if the file cannot be written."""
     write_text(json.dumps(report, indent=2, allow_nan=True) + "\n", path, "--json")
 
@@ -46,8 +50,36 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], cons
     console.print(table)
 
 
+class _Units(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """As of format(), and "time", "GiB", ".1 %", and the units that ``quantity`` takes."""
+        if format_spec == "time":
+            return seconds(value)
+        if format_spec == "GiB":
+            return f"{value / 2**30:.2f} GiB"
+        if format_spec.endswith(" %"):
+            return f"{100 * value:{format_spec[:-2]}f} %"
+        if format_spec in ("FLOP/s", "B/s", "B"):
+            return quantity(value, format_spec)
+        return format(value, format_spec)
+
+
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """Return the template with the values put in, as str.format does it, with the units of our tables.
+
+    >>> fill("{step[median_s]:time}, {share:.0 %}", {"step": {"median_s": 0.00123}, "share": 0.5})
+    '1.23 ms, 50 %'
+    """
+    return _Units().vformat(template, (), values)
+
+
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Print a table of which each column is a template that is filled from each row."""
+    show(title, list(columns), [[fill(template, row) for template in columns.values()] for row in rows])
+
+
 def seconds(value: float) -> str:
-    """A duration with three digits in its natural unit.
+    """Return a duration with three digits in its natural unit.
 
     >>> seconds(0.00123)
     '1.23 ms'
@@ -59,7 +91,7 @@ def seconds(value: float) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """A large number with a decimal prefix.
+    """Return a large number with a decimal prefix.
 
     >>> quantity(7.7e11, "FLOP/s")
     '770 GFLOP/s'

@@ -6,14 +6,30 @@ import json
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.types import IGNORE_INDEX, PackedBatch
 from tinyllava_fast.errors import UserError
+
+
+def read_easy_vqa(command: str) -> tuple[dict[int, list[tuple[str, str]]], dict[int, Path]]:
+    """Return easy-VQA's training questions, {image: [(question, answer)]}, and {image: file}.
+
+    UserError, which names the command, if the PyPI package is not installed.
+    """
+    try:
+        import easy_vqa
+    except ModuleNotFoundError:
+        raise UserError(f"{command} takes its samples from easy-VQA; run `pip install easy-vqa`") from None
+    questions: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
+        questions.setdefault(image, []).append((question, answer))
+    return questions, {image: Path(path) for image, path in easy_vqa.get_train_image_paths().items()}
 
 
 def write_easy_vqa(folder: Path, count: int) -> tuple[Path, Path]:
@@ -22,13 +38,7 @@ def write_easy_vqa(folder: Path, count: int) -> tuple[Path, Path]:
     Returns (records file, image folder); the images stay in the PyPI package. UserError if it is not installed or has
     fewer images.
     """
-    try:
-        import easy_vqa
-    except ModuleNotFoundError:
-        raise UserError("tlf-bench train takes its samples from easy-VQA; run `pip install easy-vqa`") from None
-    questions: dict[int, list[tuple[str, str]]] = {}
-    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
-        questions.setdefault(image, []).append((question, answer))
+    questions, images = read_easy_vqa("tlf-bench train")
     if count > len(questions):
         raise UserError(f"{count} records asked for, easy-VQA has {len(questions)}; lower --rounds or --steps")
     records = []
@@ -37,24 +47,30 @@ def write_easy_vqa(folder: Path, count: int) -> tuple[Path, Path]:
         for index, (question, answer) in enumerate(questions[image]):
             turns.append({"from": "human", "value": ("<image>\n" if index == 0 else "") + question})
             turns.append({"from": "gpt", "value": answer})
-        records.append({"id": str(image), "image": f"{image}.png", "conversations": turns})
+        records.append({"id": str(image), "image": images[image].name, "conversations": turns})
     path = folder / "records.json"
     path.write_text(json.dumps(records), encoding="utf-8")
-    return path, Path(next(iter(easy_vqa.get_train_image_paths().values()))).parent
+    return path, next(iter(images.values())).parent
 
 
 def build_packs(
-    run: RunConfig, tokenizer: Any, processor: Any, tokens_per_image: int, *, per_step: int
+    run: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: BaseImageProcessor,
+    tokens_per_image: int,
+    *,
+    per_step: int,
 ) -> list[PackedBatch]:
-    """The run's records in file order, ``per_step`` of them a pack; the budget is the longest pack's, rounded up to 64.
+    """Pack the run's records in file order, ``per_step`` of them a pack.
 
-    Every pack has the same shape, as in training, and exactly the samples of the peer's padded batch.
+    The budget is the longest pack's, rounded up to 64. Every pack has the same shape, as in training, and exactly the
+    samples of the peer's padded batch.
     """
-    from tinyllava_fast.data.dataset import build_dataset
+    from tinyllava_fast.data.dataset import PackedDataset, build_dataset
 
     stage = run.stages[0]
 
-    def dataset(tokens: int) -> Any:
+    def dataset(tokens: int) -> PackedDataset:
         batch = replace(stage.batch, tokens=tokens, max_images=per_step, max_segments=per_step)
         return build_dataset(
             stage.data,
@@ -84,7 +100,7 @@ class PlainSample:
 
 
 def unpack(batch: PackedBatch, tokens_per_image: int, image_token: int) -> list[PlainSample]:
-    """The samples of a pack in the layout of LlavaForConditionalGeneration; every sample has exactly one image."""
+    """Return a pack's samples in the layout of LlavaForConditionalGeneration; each of them has exactly one image."""
     ids = batch.input_ids.clone()
     total = len(ids)
     slots = batch.image_slots.view(-1, tokens_per_image)  # [N, K]
@@ -105,7 +121,7 @@ def unpack(batch: PackedBatch, tokens_per_image: int, image_token: int) -> list[
 
 
 def pad(samples: list[PlainSample], pad_token: int) -> dict[str, Tensor]:
-    """A right-padded batch: input_ids, labels, attention_mask [B, longest] and pixel_values [B, 3, H, W]."""
+    """Return a right-padded batch: input_ids, labels, attention_mask [B, longest] and pixel_values [B, 3, H, W]."""
     pad_rows = torch.nn.utils.rnn.pad_sequence
     ids = [s.input_ids for s in samples]
     return {

@@ -10,12 +10,11 @@ import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tinyllava_fast.bench.gate import Gate
-from tinyllava_fast.bench.samples import build_packs, unpack
+from tinyllava_fast.bench.gate import Facts, Gate
+from tinyllava_fast.bench.samples import PlainSample, build_packs, unpack
 from tinyllava_fast.config.schema import RecipeConfig, RunConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
@@ -25,7 +24,7 @@ from tinyllava_fast.recipes import lora
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import cpu_pool
 from tinyllava_fast.train.compile import compile_forward
-from tinyllava_fast.train.engine.base import TrainingEngine
+from tinyllava_fast.train.engine.base import ParamGroups, TrainingEngine
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
 from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.profile import trains
@@ -39,37 +38,33 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
     tokenizer = build_tokenizer(run.model)
     processor = build_image_processor(run.model)
     packs = build_packs(run, tokenizer, processor, lmm.tokens_per_image, per_step=per_step)
-    facts = {"setup_seconds": time.perf_counter() - began, **facts_of(lmm, run, packs, per_step)}
+    setup_seconds = time.perf_counter() - began
+    facts = facts_of(lmm, run, packs, per_step)
+    facts["setup_seconds"] = setup_seconds
     if side == "ours":
         run_ours(lmm, run, packs, gate, facts, process)
         return
     # Trainer brings accelerate and more with it: neither time nor memory of ours
     from tinyllava_fast.bench.peer import adapt_peer, build_peer, free_token, run_peer
+    from tinyllava_fast.bench.reference import run_reference
 
-    samples = unpack_all(packs, lmm, image_token=0)
-    image_token = free_token(lmm.vocab_size, samples)
+    image_token = free_token(lmm.vocab_size, unpack_all(packs, lmm, image_token=0))
     samples = unpack_all(packs, lmm, image_token=image_token)
-    vision = run.model.vision
-    peer = build_peer(
-        lmm, feature_layer=vision.feature_layer, feature_select=lmm.vision.feature_select, image_token=image_token
-    )
+    peer = build_peer(lmm, feature_layer=run.model.vision.feature_layer, image_token=image_token)
     stage = run.stages[0]
     adapt_peer(peer, lmm, stage.recipe, seed=run.seed)
     del lmm, packs
     gate.ready(facts)
     device = process.device.type
     if side == "reference":
-        from tinyllava_fast.bench.reference import run_reference
-
-        run_reference(peer, samples, gate, per_step=per_step, recipe=stage.recipe, optim=stage.optim, device=device)
+        run_reference(peer, samples, gate, stage, per_step=per_step, device=device)
         return
     run_peer(
         peer,
         samples,
         gate,
+        stage,
         per_step=per_step,
-        recipe=stage.recipe,
-        optim=stage.optim,
         precision=precision,
         checkpointing=checkpointing,
         device=device,
@@ -77,10 +72,8 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
     )
 
 
-def run_ours(
-    lmm: LMM, run: RunConfig, packs: list[PackedBatch], gate: Gate, facts: dict[str, Any], process: Process
-) -> None:
-    """The pieces of our training loop on the packs, each step when the gate opens."""
+def run_ours(lmm: LMM, run: RunConfig, packs: list[PackedBatch], gate: Gate, facts: Facts, process: Process) -> None:
+    """Run the pieces of our training loop on the packs, each step when the gate opens."""
     stage = run.stages[0]
     lmm.to(process.device)
     groups = [group.copy() for group in apply_recipe(lmm, stage.recipe, stage.optim, seed=run.seed)]
@@ -96,7 +89,8 @@ def run_ours(
             for pack in packs:
                 features.attach(pack)
         cpu_pool.trim()
-        gate.ready(facts | {"state_bytes": state_bytes(lmm, engine)})
+        facts["state_bytes"] = state_bytes(lmm, engine)
+        gate.ready(facts)
         for pack in packs:
             gate.begin()
             batch = features.attach(pack) if features else pack
@@ -106,7 +100,7 @@ def run_ours(
 
 
 def state_bytes(lmm: LMM, engine: TrainingEngine) -> dict[str, int]:
-    """What training keeps, in bytes: weights as they are stored, masters and moments; and gradients at their peak.
+    """Return the bytes that training keeps: weights as stored, masters, moments, and gradients at their peak.
 
     Gradients: of the weights' dtype and, below float32, their sums in float32.
     """
@@ -122,13 +116,13 @@ def state_bytes(lmm: LMM, engine: TrainingEngine) -> dict[str, int]:
     return {"weights": sum(stored.values()), **sizes, "gradients": gradients}
 
 
-def unpack_all(packs: list[PackedBatch], lmm: LMM, image_token: int) -> list[Any]:
-    """Every pack's samples, in order, as transformers takes them."""
+def unpack_all(packs: list[PackedBatch], lmm: LMM, image_token: int) -> list[PlainSample]:
+    """Return every pack's samples, in order, as transformers takes them."""
     return [sample for pack in packs for sample in unpack(pack, lmm.tokens_per_image, image_token)]
 
 
-def facts_of(lmm: LMM, run: RunConfig, packs: list[PackedBatch], per_step: int) -> dict[str, Any]:
-    """What a step is: useful FLOPs, tokens, supervised tokens and padding, means over all packs."""
+def facts_of(lmm: LMM, run: RunConfig, packs: list[PackedBatch], per_step: int) -> Facts:
+    """Return the facts of a step, means over all packs; setup_seconds and state_bytes are left to the caller."""
     recipe = run.stages[0].recipe
     learns = trains(recipe)
     costs = costs_of(lmm)
@@ -144,18 +138,19 @@ def facts_of(lmm: LMM, run: RunConfig, packs: list[PackedBatch], per_step: int) 
     if weights := _adapter_weights(lmm, recipe):
         flops["adapters"] = 2 * 3 * tokens * weights  # forward, and gradients of inputs and weights
     return {
+        "setup_seconds": 0.0,
         "flops": flops,
         "budget": len(packs[0].input_ids),
         "tokens_per_step": tokens,
         "supervised_per_step": sum(p.num_supervised for p in packs) / len(packs),
         "padded_tokens_per_step": padded / len(packs),
         "parameters": sum(p.numel() for p in lmm.parameters()),
+        "state_bytes": {},
     }
 
 
 def _adapter_weights(lmm: LMM, recipe: RecipeConfig) -> int:
-    """Elements of the decoder's LoRA matrices that the recipe will add."""
+    """Return the number of elements of the decoder's LoRA matrices that the recipe will add."""
     plan = lora.plan(lmm, recipe)
-    layers = plan.layers.items() if plan else ()
-    linears: list[tuple[Any, int]] = [(lmm.get_submodule(n), layer.r) for n, layer in layers if n.startswith("llm.")]
-    return sum(rank * (linear.in_features + linear.out_features) for linear, rank in linears)
+    ranks = {name: layer.r for name, layer in plan.layers.items() if name.startswith("llm.")} if plan else {}
+    return sum(rank * sum(lmm.get_parameter(f"{name}.weight").shape) for name, rank in ranks.items())

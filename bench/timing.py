@@ -9,9 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from tinyllava_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Series:
         """(25 %, 75 %) in seconds, by linear interpolation; both the value itself if there is but one."""
         return quartiles(self.seconds)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON-able: median_s, q1_s, q3_s, min_s, max_s, rounds, seconds."""
         low, high = self.quartiles
         return {
@@ -53,9 +50,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def speedup(base: Series, other: Series) -> dict[str, float]:
-    """How many times faster ``other`` is than ``base``: ratio of medians, and the spread of the per-round ratios.
+    """Return by how many times ``other`` is faster than ``base``: ratio of medians, and the per-round ratios' spread.
 
-    Returns ratio, q1, q3, min, max. Rounds are paired: round i of both ran side by side.
+    The keys are ratio, q1, q3, min, max. Rounds are paired: round i of both ran side by side.
     """
     per_round = [b / o for b, o in zip(base.seconds, other.seconds, strict=True)]
     low, high = quartiles(per_round)
@@ -68,21 +65,14 @@ def speedup(base: Series, other: Series) -> dict[str, float]:
     }
 
 
-def at_least_one(settings: object, *names: str) -> None:
-    """Raise UserError naming the flag of the first of these counts that is below 1."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1")
-
-
 def turns(names: Sequence[str], round_index: int) -> list[str]:
-    """The order of a round: every competitor once, the first place going round."""
+    """Return the order of a round: every competitor once, the first place going round."""
     start = round_index % len(names)
     return [*names[start:], *names[:start]]
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]],
+    candidates: Mapping[str, Callable[[], object]],
     *,
     rounds: int = 9,
     warmup: int = 1,
@@ -92,49 +82,38 @@ def interleave(
     sync: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Series]:
-    """Time callables in turns.
+    """Time callables in turns; returns the seconds per call of each candidate, one entry a round.
 
     candidates: name -> callable without arguments; results are dropped.
     rounds, warmup: timed rounds, and untimed calls of each before them (compilation and caches belong there).
     min_seconds: a candidate is called so many times in a row that a round lasts about this long; its time is per call.
     budget: seconds that all rounds together may take; after it no round begins, but ``least`` rounds are always made.
     sync: waits for the device (torch.cuda.synchronize); None on a CPU.
-    Returns the seconds per call of each candidate, one entry a round.
     """
     if rounds < 1:
         raise ValueError(f"interleave: rounds is {rounds}, needs at least 1")
-    repeats = {name: _repeats(run, warmup, min_seconds, sync, clock) for name, run in candidates.items()}
+
+    def timed(run: Callable[[], object], repeats: int) -> float:
+        if sync is not None:
+            sync()
+        start = clock()
+        for _ in range(repeats):
+            run()
+        if sync is not None:
+            sync()
+        return (clock() - start) / repeats
+
+    repeats = dict.fromkeys(candidates, 1)
+    for name, run in candidates.items():
+        for _ in range(warmup):
+            run()
+        if min_seconds > 0:
+            repeats[name] = max(1, min(10_000, round(min_seconds / max(timed(run, 1), 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     started = clock()
     for index in range(rounds):
         if budget is not None and index >= least and clock() - started > budget:
             break
         for name in turns(list(candidates), index):
-            seconds[name].append(_time(candidates[name], repeats[name], sync, clock))
+            seconds[name].append(timed(candidates[name], repeats[name]))
     return {name: Series(tuple(values)) for name, values in seconds.items()}
-
-
-def _repeats(
-    run: Callable[[], Any],
-    warmup: int,
-    min_seconds: float,
-    sync: Callable[[], None] | None,
-    clock: Callable[[], float],
-) -> int:
-    for _ in range(warmup):
-        run()
-    if min_seconds <= 0:
-        return 1
-    once = _time(run, 1, sync, clock)
-    return max(1, min(10_000, round(min_seconds / max(once, 1e-9))))
-
-
-def _time(run: Callable[[], Any], repeats: int, sync: Callable[[], None] | None, clock: Callable[[], float]) -> float:
-    if sync is not None:
-        sync()
-    start = clock()
-    for _ in range(repeats):
-        run()
-    if sync is not None:
-        sync()
-    return (clock() - start) / repeats

@@ -16,13 +16,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 import tinyllava_fast.kernels as package
 from tinyllava_fast.bench import report
@@ -38,6 +38,26 @@ need 8 bytes of local memory there."""
 REGISTER_SLACK = 1.1
 MMA = re.compile(r"\b(?:[A-Z]?G?MMA|UTC[A-Z]*MMA)\b")  # HMMA, IMMA, QMMA; wgmma: HGMMA; tcgen05: UTCHMMA
 ALIGNED = [["tt.divisibility", 16]]
+
+
+class Kernel(TypedDict):
+    """A compiled kernel."""
+
+    name: str  # <file>.<kernel>
+    arch: str
+    shape: str
+    registers: int
+    spills: int  # bytes of local memory a thread needs
+    shared_bytes: int
+    mma: int  # tensor-core instructions
+
+
+class Table(TypedDict):
+    """The report, and the committed table."""
+
+    kernels: list[Kernel]
+    skipped: dict[str, str]  # architecture: reason
+    versions: dict[str, str]
 
 
 def discover(arch: str = ARCHS[0]) -> Iterator[tuple[str, CompileCase]]:
@@ -57,19 +77,17 @@ def discover(arch: str = ARCHS[0]) -> Iterator[tuple[str, CompileCase]]:
             yield found.name, case
 
 
-def measure(archs: Sequence[str] = ARCHS, keep: Callable[[str, CompileCase], bool] = lambda *_: True) -> dict[str, Any]:
+def measure(archs: Sequence[str] = ARCHS, keep: Callable[[str, CompileCase], bool] = lambda *_: True) -> Table:
     """Compile the kept (file, case) pairs for every architecture.
 
-    Returns {"kernels": [{name, arch, shape, registers, spills, shared_bytes, mma}], "skipped": {arch: reason},
-    "versions"}; name is <file>.<kernel>, spills the bytes of local memory a thread needs, mma the number of
-    tensor-core instructions. UserError for an unknown architecture, or where kernels are interpreted.
+    UserError for an unknown architecture, or where kernels are interpreted.
     """
     for arch in archs:
         if arch not in SHARED_LIMIT:
             raise UserError(f"--arch {arch!r}; {nearest(arch, SHARED_LIMIT)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled; unset it")
-    rows: list[dict[str, Any]] = []
+    rows: list[Kernel] = []
     skipped: dict[str, str] = {}
     for arch in archs:
         if (reason := _why_not(arch)) is not None:
@@ -80,14 +98,15 @@ def measure(archs: Sequence[str] = ARCHS, keep: Callable[[str, CompileCase], boo
     return {"kernels": rows, "skipped": skipped, "versions": versions}
 
 
-def problems(result: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
-    """What is wrong with freshly compiled kernels, alone and against the committed table; one sentence each."""
+def problems(result: Table, committed: Table | None) -> list[str]:
+    """Return what is wrong with freshly compiled kernels, alone and against the committed table; one sentence each."""
     dots = {(f"{file}.{case.name}", case.shape): case.has_dot for file, case in discover()}
-    before = {_key(row): row for row in (committed or {}).get("kernels", ())}
+    before = {_key(row): row for row in committed["kernels"]} if committed else {}
     archs = {row["arch"] for row in before.values()}
     found = [f"{a}: in the table, but {reason}" for a, reason in result["skipped"].items() if a in archs]
-    moved = (committed or {}).get("versions", {}) != result["versions"]
-    note = f" (the table was made by {committed['versions']})" if committed and moved else ""
+    note = ""
+    if committed and committed["versions"] != result["versions"]:
+        note = f" (the table was made by {committed['versions']})"
     for row in result["kernels"]:
         where = f"{row['name']} [{row['shape']}] on {row['arch']}"
         if row["spills"]:
@@ -103,8 +122,8 @@ def problems(result: dict[str, Any], committed: dict[str, Any] | None) -> list[s
     return found
 
 
-def missing(committed: dict[str, Any]) -> list[str]:
-    """Rows that the committed table lacks or has too many of: every case of every file once per architecture."""
+def missing(committed: Table) -> list[str]:
+    """Return the rows that the table lacks or has too many of: every case of every file once per architecture."""
     archs = [a for a in ARCHS if a not in committed.get("skipped", {})]
     wanted = Counter((f"{file}.{case.name}", case.shape, arch) for file, case in discover() for arch in archs)
     present = Counter(_key(row) for row in committed["kernels"])
@@ -115,33 +134,30 @@ def missing(committed: dict[str, Any]) -> list[str]:
     ]
 
 
-def read_table(path: Path = TABLE) -> dict[str, Any]:
-    """The committed table; UserError if there is none or it does not parse."""
+def read_table(path: Path = TABLE) -> Table:
+    """Return the committed table; UserError if there is none or it does not parse."""
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        table: Table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the committed table ({error}); write it with --json") from error
     return table
 
 
-def show(result: dict[str, Any]) -> None:
-    """One line a kernel, shape and architecture."""
-    columns = ["kernel", "shape", "arch", "registers", "spills", "shared", "mma"]
-    rows = [
-        [r["name"], r["shape"], r["arch"], *(str(r[k]) for k in ("registers", "spills", "shared_bytes", "mma"))]
-        for r in result["kernels"]
-    ]
+def show(result: Table) -> None:
+    """Print one line a kernel, shape and architecture."""
+    columns = {"kernel": "{name}", "shape": "{shape}", "arch": "{arch}", "registers": "{registers}"}
+    columns |= {"spills": "{spills}", "shared": "{shared_bytes}", "mma": "{mma}"}
     title = f"Triton {result['versions']['triton']} kernels, compiled offline; spills and shared memory in bytes"
-    report.show(title, columns, rows)
+    report.table(title, columns, result["kernels"])
     if result["skipped"]:
         report.show("Skipped", ["arch", "reason"], [list(pair) for pair in result["skipped"].items()])
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+def _key(row: Kernel) -> tuple[str, str, str]:
     return row["name"], row["shape"], row["arch"]
 
 
-def _compile(case: CompileCase, arch: str) -> Any:
+def _compile(case: CompileCase, arch: str) -> CompiledKernel:
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
     attributes = {}
@@ -157,7 +173,7 @@ def _compile(case: CompileCase, arch: str) -> Any:
     )
 
 
-def _resources(file: str, case: CompileCase, arch: str) -> dict[str, Any]:
+def _resources(file: str, case: CompileCase, arch: str) -> Kernel:
     compiled = _compile(case, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -187,7 +203,7 @@ def _probe(out: tl.tensor) -> None:
 
 
 def _why_not(arch: str) -> str | None:
-    """None if this triton compiles for the architecture at all, else its complaint."""
+    """Return None if this triton compiles for the architecture at all, else its complaint."""
     try:
         _compile(CompileCase("probe", "", _probe, {"out": "*fp32"}, {}, 1, 1, False), arch)
     except Exception as error:  # whatever the compiler raises

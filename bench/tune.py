@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyllava_fast.bench import machine, report
 from tinyllava_fast.bench.case import Pack
+from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.timing import Series, interleave
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.kernels._common import (
@@ -39,11 +39,11 @@ GAIN = 1.03
 """A setting replaces the present one if it is faster by this factor; less is noise."""
 PARTS = ("fwd", "dq", "dkv")
 ROWS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-Race = Callable[[Mapping[str, Callable[[], Any]]], dict[str, Series]]
+Race = Callable[[Mapping[str, Callable[[], object]]], dict[str, Series]]
 Table = dict[str, dict[str, dict[str, dict[str, Launch]]]]
 
 
-def tune(path: Path = TABLE) -> dict[str, Any]:
+def tune(path: Path = TABLE) -> Report:
     """Search every bucket on this GPU and rewrite the table.
 
     Returns {"arch", "gpu", "winners": {bucket: {part: settings}}, "changes": [{bucket, part, before, after, ratio}]}.
@@ -56,7 +56,7 @@ def tune(path: Path = TABLE) -> dict[str, Any]:
     arch, gpu = device_arch(), torch.cuda.get_device_name()
     shared_limit = driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
     winners: dict[str, dict[str, Launch]] = {}
-    changes: list[dict[str, Any]] = []
+    changes: list[dict[str, object]] = []
     for head_dim, dtype in product(BUCKETS, (torch.bfloat16, torch.float32)):
         bucket = bucket_of(head_dim, dtype)
         winners[bucket], changed = search(Problem(Pack(head_dim=head_dim), dtype, "cuda"), shared_limit, race)
@@ -66,7 +66,7 @@ def tune(path: Path = TABLE) -> dict[str, Any]:
     return {"arch": arch, "gpu": gpu, "winners": plain, "changes": changes}
 
 
-def race(runs: Mapping[str, Callable[[], Any]]) -> dict[str, Series]:
+def race(runs: Mapping[str, Callable[[], object]]) -> dict[str, Series]:
     """The interleaved measurement on a GPU."""
     return interleave(runs, rounds=7, warmup=2, min_seconds=0.005, budget=30.0, sync=machine.device_sync("cuda"))
 
@@ -113,9 +113,10 @@ def candidates(part: str, head_dim: int, itemsize: int, shared_limit: int) -> It
             yield Launch(m, n, warps, stages)
 
 
-def search(problem: Problem, shared_limit: int, race: Race) -> tuple[dict[str, Launch], list[dict[str, Any]]]:
-    """The best settings of each part, and what changed: [{part, before, after, ratio}]."""
-    best, changes = problem.present(), []
+def search(problem: Problem, shared_limit: int, race: Race) -> tuple[dict[str, Launch], list[dict[str, object]]]:
+    """Return the best settings of each part, and what changed: [{part, before, after, ratio}]."""
+    best = problem.present()
+    changes: list[dict[str, object]] = []
     for part in PARTS:
         before = best[part]
         winner, ratio = _fastest(problem, part, before, shared_limit, race)
@@ -127,7 +128,7 @@ def search(problem: Problem, shared_limit: int, race: Race) -> tuple[dict[str, L
 
 def _fastest(problem: Problem, part: str, present: Launch, shared_limit: int, race: Race) -> tuple[Launch, float]:
     expected = problem.run(part, present)
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     launches = {_name(present): present}
     for launch in candidates(part, problem.pack.head_dim, problem.dtype.itemsize, shared_limit):
         launches.setdefault(_name(launch), launch)
@@ -183,8 +184,8 @@ def dumps(table: Table) -> str:
     return "{\n" + ",\n".join(families) + "\n}\n"
 
 
-def show(result: dict[str, Any]) -> None:
-    """What changed."""
+def show(result: Report) -> None:
+    """Print what changed."""
     lines = [
         [c["bucket"], c["part"], _name(Launch(**c["before"])), _name(Launch(**c["after"])), f"{c['ratio']:.2f}x"]
         for c in result["changes"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tinyllava_fast.bench.case import Run
 
 PER_SEGMENT, BLOCK_MASK = "torch sdpa, per segment", "torch sdpa, block mask"
 PADDED = "torch sdpa, padded batch"
+_sdpa = functools.partial(functional.scaled_dot_product_attention, enable_gqa=True)
 PADDING = 0.16
 """Share of padding that a batch of samples of different lengths is given."""
 
@@ -27,7 +28,7 @@ class Peers:
 
     def per_segment(self) -> Tensor:
         """One call a segment."""
-        parts = [_attend(*(x[a:b] for x in self.qkv), is_causal=True) for a, b in pairwise(self.bounds)]
+        parts = [_attend(*(x[a:b] for x in self.qkv)) for a, b in pairwise(self.bounds)]
         return torch.cat(parts)
 
     def block_mask(self) -> Run:
@@ -59,11 +60,9 @@ class Peers:
                 x = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, source)
             return x.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
-        how: dict[str, Any] = {"is_causal": True} if equal else {"attn_mask": mask}
-
         def run() -> Tensor:
             q, k, v = (batch(x) for x in self.qkv)
-            out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+            out = _sdpa(q, k, v, attn_mask=None if equal else mask, is_causal=equal)
             out = out.transpose(1, 2).flatten(0, 1)
             return out if equal else out.index_select(0, rows)
 
@@ -71,22 +70,22 @@ class Peers:
 
     def flex(self) -> Run:
         """flex_attention under Inductor with a block mask that skips what no query sees."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-        q = self.qkv[0]
         segment, order = self._positions()
+        tokens, device = len(segment), str(segment.device)
 
         def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (segment[i] == segment[j]) & (order[i] >= order[j])
 
-        made: list[Any] = []
-        compiled: Any = torch.compile(flex_attention, dynamic=False)
+        made: list[BlockMask] = []
+        compiled = torch.compile(flex_attention, dynamic=False)
 
         def run() -> Tensor:
             if not made:
-                made.append(create_block_mask(sees, None, None, len(q), len(q), device=str(q.device)))
-            qkv = self.qkv if torch.is_grad_enabled() else [x.detach() for x in self.qkv]
-            return compiled(*(_heads_first(x) for x in qkv), block_mask=made[0], enable_gqa=True)[0].transpose(0, 1)
+                made.append(create_block_mask(sees, None, None, tokens, tokens, device=device))
+            q, k, v = (_heads_first(x if torch.is_grad_enabled() else x.detach()) for x in self.qkv)
+            return compiled(q, k, v, block_mask=made[0], enable_gqa=True)[0].transpose(0, 1)
 
         return run
 
@@ -127,7 +126,7 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)  # [1, H, T, Dh]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Causal where there is no mask."""
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
-    return out[0].transpose(0, 1)
+    return _sdpa(q, k, v, attn_mask=attn_mask, is_causal=attn_mask is None)[0].transpose(0, 1)

@@ -9,18 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tinyllava_fast.bench.case import (
-    BOTH,
-    SUITE,
-    Case,
-    Run,
-    Setting,
-    Work,
-    add_peer,
-    gpu_peer,
-    nbytes,
-    pack_of,
-)  # fmt: skip
+from tinyllava_fast.bench.case import BOTH, SUITE, Candidate, Case, Run, Setting, Work, gpu_peer, nbytes, pack_of
 from tinyllava_fast.ops import linear_cross_entropy
 
 FULL = "torch, full logits"
@@ -62,19 +51,12 @@ def _case(setting: Setting, share: float, *, vocabulary: int = VOCABULARY, main:
         logits = functional.linear(hidden.index_select(0, rows), weight)
         return functional.cross_entropy(logits.float(), labels.index_select(0, rows), reduction="sum")
 
-    run: dict[str, Run] = {FULL: full}
-    absent: dict[str, str] = {}
+    run: dict[str, Candidate] = {FULL: full}
     if share < 1:
         run["torch, supervised rows"] = selected
     if main:
         run |= setting.compiled(f"{FULL}, compiled", full)
-        add_peer(
-            run,
-            absent,
-            "liger-kernel",
-            gpu_peer("liger_kernel", setting.device),
-            lambda: _liger(hidden, weight, labels),
-        )
+        run["liger-kernel"] = gpu_peer("liger_kernel", setting.device) or _liger(hidden, weight, labels)
     leaves = (hidden, weight)
     run["ours"] = lambda: linear_cross_entropy(hidden, weight, labels, supervised)
     flops = 2.0 * count * pack.width * pack.vocabulary
@@ -90,9 +72,7 @@ def _case(setting: Setting, share: float, *, vocabulary: int = VOCABULARY, main:
     headline = {"linear_cross_entropy_vs_full_logits": FULL} if main else {}
     memory = {"linear_cross_entropy_memory": FULL} if main else {}
     frozen = (labels, supervised, rows)
-    return Case(
-        "linear_cross_entropy", label, run, work, leaves, frozen, absent, headline, memory, axes=axes, main=main
-    )
+    return Case("linear_cross_entropy", label, run, work, leaves, frozen, headline, memory, axes, main=main)
 
 
 def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:

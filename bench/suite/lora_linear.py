@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tinyllava_fast.bench.case import SUITE, Case, Run, Setting, add_peer, lacking, nbytes, pack_of, works
+from tinyllava_fast.bench.case import SUITE, Candidate, Case, Run, Setting, lacking, nbytes, pack_of, works
 from tinyllava_fast.ops import lora_linear
 
 RANKS, DROPOUT = (128, 16), 0.05
@@ -33,9 +32,8 @@ def _case(setting: Setting, rank: int, p: float) -> Case:
         dropped = functional.dropout(x, p) if p else x
         return functional.linear(x, w) + functional.linear(functional.linear(dropped, a), b) * 2.0
 
-    absent: dict[str, str] = {}
-    run: dict[str, Run] = {"torch": plain, **setting.compiled("torch compiled", plain)}
-    add_peer(run, absent, "peft", lacking("peft"), lambda: _peft(x, w, a, b, p))
+    run: dict[str, Candidate] = {"torch": plain, **setting.compiled("torch compiled", plain)}
+    run["peft"] = lacking("peft") or _peft(x, w, a, b, p)
     run["ours"] = lambda: lora_linear(x, w, None, a, b, 2.0, p, seed)
     base, adapter = 2.0 * rows * width * outputs, 2.0 * rows * rank * (width + outputs)
     written = rows * outputs * x.element_size()
@@ -43,7 +41,7 @@ def _case(setting: Setting, rank: int, p: float) -> Case:
     work = works(base + adapter, nbytes(x, w, a, b), written, nbytes(x, a, b), backward=backward)
     headline = {} if p or rank != RANKS[0] else {"lora_linear_vs_peft": "peft"}
     label = f"N={rows} K={width} O={outputs} R={rank} p={p}"
-    return Case("lora_linear", label, run, work, (x, a, b), (w,), absent, headline, masks=p > 0)
+    return Case("lora_linear", label, run, work, (x, a, b), (w,), headline, masks=p > 0)
 
 
 def _peft(x: Tensor, w: Tensor, a: Tensor, b: Tensor, p: float) -> Run:
@@ -53,7 +51,7 @@ def _peft(x: Tensor, w: Tensor, a: Tensor, b: Tensor, p: float) -> Run:
     base.weight = nn.Parameter(w, requires_grad=False)
     rank = len(a)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p)
-    layer: Any = Linear(base, "default", config, r=rank, lora_alpha=2 * rank)
+    layer = Linear(base, "default", config, r=rank, lora_alpha=2 * rank)
     for module, tensor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
         del module.weight
         module.weight = tensor  # the very leaf that the others use

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tinyllava_fast.bench.case import (
-    FORWARD,
-    SUITE,
-    Case,
-    Run,
-    Setting,
-    Work,
-    add_peer,
-    lacking,
-    nbytes,
-    works,
-)  # fmt: skip
+from tinyllava_fast.bench.case import FORWARD, SUITE, Candidate, Case, Run, Setting, Work, lacking, nbytes, works
 from tinyllava_fast.ops import NF4, dequantize_nf4, linear_nf4
 from tinyllava_fast.ops._op import force_backend
 from tinyllava_fast.ops.nf4 import random_nf4
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 INPUTS, OUTPUTS = 2048, 5632
 """The first projection of TinyLlama's MLP."""
@@ -46,12 +38,13 @@ def dequantize_cases(setting: Setting) -> Iterator[Case]:
         with force_backend("reference"):
             return dequantize_nf4(*nf4)
 
-    absent: dict[str, str] = {}
-    run: dict[str, Run] = {"torch": reference}
-    add_peer(run, absent, "bitsandbytes", lacking("bitsandbytes"), lambda: _dequantize(nf4))
-    run["ours"] = lambda: dequantize_nf4(*nf4)
+    run: dict[str, Candidate] = {
+        "torch": reference,
+        "bitsandbytes": lacking("bitsandbytes") or _dequantize(nf4),
+        "ours": lambda: dequantize_nf4(*nf4),
+    }
     work = {FORWARD: Work(0.0, nbytes(nf4.packed, nf4.absmax) + 2 * nf4.shape[0] * nf4.shape[1])}
-    yield Case("dequantize_nf4", f"K={nf4.shape[1]} O={nf4.shape[0]}", run, work, absent=absent)
+    yield Case("dequantize_nf4", f"K={nf4.shape[1]} O={nf4.shape[0]}", run, work)
 
 
 def _linear(setting: Setting, rows: int) -> Case:
@@ -62,17 +55,18 @@ def _linear(setting: Setting, rows: int) -> Case:
     def plain() -> Tensor:
         return functional.linear(x, dequantize_nf4(*nf4, x.dtype))
 
-    absent: dict[str, str] = {}
-    run: dict[str, Run] = {"torch, W dequantized whole by ours": plain}
-    add_peer(run, absent, "bitsandbytes", lacking("bitsandbytes"), lambda: _multiply(x, nf4))
-    add_peer(run, absent, "bitsandbytes, repacked", _no_repacking(setting, nf4), lambda: _repacked(x, nf4))
-    run["ours"] = lambda: linear_nf4(x, *nf4)
+    run: dict[str, Candidate] = {
+        "torch, W dequantized whole by ours": plain,
+        "bitsandbytes": lacking("bitsandbytes") or _multiply(x, nf4),
+        "bitsandbytes, repacked": _no_repacking(setting) or _repacked(x, nf4),
+        "ours": lambda: linear_nf4(x, *nf4),
+    }
     flops, packed = 2.0 * rows * width * outputs, nbytes(nf4.packed, nf4.absmax)
     work = works(flops, nbytes(x) + packed, rows * outputs * x.element_size(), nbytes(x), backward=1.0)
     # the smallest of the ratios at 1 and 16 rows is the headline's
     headline = {"nf4_vs_bitsandbytes": "bitsandbytes"} if rows <= 16 else {}
     label = f"N={rows} K={width} O={outputs}"
-    return Case("linear_nf4", label, run, work, (x,), (nf4.packed, nf4.absmax), absent, headline)
+    return Case("linear_nf4", label, run, work, (x,), (nf4.packed, nf4.absmax), headline)
 
 
 def _weight(setting: Setting) -> NF4:
@@ -81,7 +75,7 @@ def _weight(setting: Setting) -> NF4:
     return NF4(packed.to(setting.device), absmax.to(setting.device), (outputs, width))
 
 
-def _state(nf4: NF4, dtype: torch.dtype) -> tuple[Tensor, Any]:
+def _state(nf4: NF4, dtype: torch.dtype) -> tuple[Tensor, QuantState]:
     from bitsandbytes.functional import QuantState, get_4bit_type
 
     code = get_4bit_type("nf4", device=str(nf4.packed.device))
@@ -95,7 +89,7 @@ def _multiply(x: Tensor, nf4: NF4) -> Run:
     return lambda: matmul_4bit(x, packed.t(), state)
 
 
-def _no_repacking(setting: Setting, nf4: NF4) -> str | None:
+def _no_repacking(setting: Setting) -> str | None:
     if (reason := lacking("bitsandbytes")) is not None:
         return reason
     from bitsandbytes.functional import has_avx512bf16

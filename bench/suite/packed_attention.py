@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tinyllava_fast.bench.case import SUITE, Case, Pack, Run, Setting, add_peer, gpu_peer, nbytes, pack_of, works
+from tinyllava_fast.bench.case import SUITE, Candidate, Case, Pack, Setting, gpu_peer, nbytes, pack_of, works
 from tinyllava_fast.bench.suite._attention_peers import BLOCK_MASK, PADDED, PER_SEGMENT, Peers
 from tinyllava_fast.ops import packed_attention
 
@@ -35,15 +35,14 @@ def _case(setting: Setting, pack: Pack, *, main: bool = False) -> Case:
     q = setting.randn(pack.tokens, pack.heads, pack.head_dim)
     k, v = (setting.randn(pack.tokens, pack.kv_heads, pack.head_dim) for _ in range(2))
     peers = Peers(q, k, v, pack.bounds)
-    run: dict[str, Run] = {PER_SEGMENT: peers.per_segment, PADDED: peers.padded()}
-    absent: dict[str, str] = {}
+    run: dict[str, Candidate] = {PER_SEGMENT: peers.per_segment, PADDED: peers.padded()}
     if main:
         run[BLOCK_MASK] = peers.block_mask()
         run |= setting.compiled(f"{PER_SEGMENT}, compiled", peers.per_segment)
         if setting.compile:
             run["flex_attention, block mask, compiled"] = peers.flex()
         run["nested tensors, jagged"] = peers.nested()
-        add_peer(run, absent, "flash-attn", gpu_peer("flash_attn", setting.device), peers.flash_attn)
+        run["flash-attn"] = gpu_peer("flash_attn", setting.device) or peers.flash_attn()
     cu = torch.tensor(pack.bounds, dtype=torch.int32, device=setting.device)
     run["ours"] = lambda: packed_attention(q, k, v, cu)[0]
     lengths = pack.lengths
@@ -57,4 +56,4 @@ def _case(setting: Setting, pack: Pack, *, main: bool = False) -> Case:
         if pack.sample == Pack.sample:
             axes["tokens of the pack, in segments of 374"] = pack.tokens
     headline = HEADLINE if main else {}
-    return Case("packed_attention", label, run, work, (q, k, v), (cu,), absent, headline, axes=axes, main=main)
+    return Case("packed_attention", label, run, work, (q, k, v), (cu,), headline, axes=axes, main=main)

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tests.vectors import GOLDEN
-from tinyllava_fast.bench import train
+from tinyllava_fast.bench.settings import SMOLLM2
 from tinyllava_fast.config.load import to_dict
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.types import PackedBatch
@@ -108,7 +108,7 @@ def packs() -> list[PackedBatch]:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A workload like the real one: tiny model with random weights, easy-VQA records filled in by the benchmark."""
-    tree = yaml.safe_load(train.WORKLOAD.read_text())
+    tree = yaml.safe_load(SMOLLM2.read_text())
     tree["model"] = to_dict(TINY_MODEL)
     llm = tree["model"]["llm"]
     llm["config"] = {k: v for k, v in llm["config"].items() if k != "vocab_size"} | {"max_position_embeddings": 2048}

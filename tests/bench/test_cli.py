@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava_fast.bench import cli, machine, train
+from tinyllava_fast.bench.settings import SMOLLM2, TrainSettings
 
 
 def test_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,16 +56,16 @@ def test_user_mistakes_exit_with_2(arguments: list[str], said: str, caplog: pyte
 def test_train_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
 
-    def fake(config: Path, overrides: list[str], settings: train.Settings) -> dict[str, object]:
+    def fake(config: Path, overrides: list[str], settings: TrainSettings) -> dict[str, object]:
         seen.update(config=config, overrides=overrides, settings=settings)
         return {}
 
     monkeypatch.setattr(train, "benchmark", fake)
     monkeypatch.setattr(train, "show", lambda result: None)
     assert cli.main(["train", "--compile", "--rounds", "3", "engine.threads=2"]) == 0
-    assert seen["config"] == train.WORKLOAD and train.WORKLOAD.is_file()
+    assert seen["config"] == SMOLLM2 and SMOLLM2.is_file()
     assert seen["overrides"] == ["engine.threads=2", "engine.compile=true"]
-    assert seen["settings"] == train.Settings(rounds=3)
+    assert seen["settings"] == TrainSettings(rounds=3)
 
 
 def test_pick_device() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.bench.conftest import RecordingGate
 from tinyllava_fast.bench import cli, fit, sides, train
+from tinyllava_fast.bench.settings import RECIPES, FitSettings, TrainSettings
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 
@@ -19,8 +19,8 @@ SHAPES = [f"model.llm.config.{k}" for k in ("hidden_size=64", "intermediate_size
 def test_state_is_counted_from_the_tensors(config: Path, tmp_path: Path) -> None:
     pytest.importorskip("easy_vqa")
     states = {}
-    for name, (_, added) in fit.RECIPES.items():
-        settings = replace(fit.Settings(steps=1, lora_rank=4).of(name, 1), warmup=1)
+    for name, (mode, added) in RECIPES.items():
+        settings = TrainSettings(rounds=1, warmup=1, samples=1, mode=mode, lora_rank=4)
         run = load_run(train.compose(config, [*SHAPES, "engine.dtype=bfloat16", *added], tmp_path, settings))
         gate = RecordingGate()
         sides.serve("ours", run, gate, per_step=1, precision="bf16")  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert one["sizes"] == [] and one["fits"] is None and "too large here" in page.read_text()
 
 
-@pytest.mark.parametrize("wrong", [{"recipes": ("qlra",)}, {"samples": (2, 2)}, {"lora_rank": 0}])
+@pytest.mark.parametrize("wrong", [{"recipes": ("qlra",)}, {"samples": (2, 2)}, {"lora_rank": 0}, {"samples": (0, 1)}])
 def test_what_measures_nothing_is_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match=r"--(recipe|samples|lora-rank)"):
-        fit.Settings(**wrong)
+        FitSettings(**wrong)

@@ -57,7 +57,7 @@ def test_against_torch_on_one_unpadded_sample(lmm: LMM, packs: list[PackedBatch]
     """torch counts the peer's forward of one sample: its attention square and the labels' rows are all that differ."""
     sample = unpack(packs[0], 4, 96)[1]
     n = len(sample.input_ids)
-    peer = build_peer(lmm, feature_layer=-1, feature_select="cls_patch", image_token=96)
+    peer = build_peer(lmm, feature_layer=-1, image_token=96)
     peer.set_attn_implementation("eager")  # torch does not count its fused CPU attention
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         peer(**pad([sample], 0))

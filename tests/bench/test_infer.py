@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava_fast.bench import cli, infer
+from tinyllava_fast.bench.settings import InferSettings
 from tinyllava_fast.errors import UserError
 
 pytest.importorskip("easy_vqa")
@@ -29,15 +30,15 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_answers_agree_in_float32(config: Path) -> None:
-    settings = infer.Settings(peer_questions=9, new_tokens=6)
+    settings = InferSettings(peer_questions=9, new_tokens=6)
     sides = infer.build(config, "float32")
     assert infer.agreement(sides, infer.easy_vqa(18, 3), settings) == {"ours": 1.0, "batched_peer": 1.0, "questions": 9}
 
 
 def test_bad_settings() -> None:
     with pytest.raises(UserError, match="--dtype 'fp8'"):
-        infer.Settings(dtype="fp8")
+        InferSettings(dtype="fp8")
     with pytest.raises(UserError, match="--peer-questions 0: at least 1"):
-        infer.Settings(peer_questions=0)
+        InferSettings(peer_questions=0)
     with pytest.raises(UserError, match="easy-VQA has"):
         infer.easy_vqa(10**6, 10)

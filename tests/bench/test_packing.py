@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tinyllava_fast.bench import cli, packing
+from tinyllava_fast.bench.settings import PackingSettings
 from tinyllava_fast.errors import UserError
 
 
 def test_lengths_are_as_stated() -> None:
-    settings = packing.Settings(records=20_000)
+    settings = PackingSettings(records=20_000)
     lengths, images = packing.draw_lengths(settings, 576)
     assert abs(1 - images.mean() - 0.06) < 0.005
     text = lengths - 576 * images
@@ -24,14 +25,14 @@ def test_lengths_are_as_stated() -> None:
 
 
 def test_the_budget_of_the_papers_configurations_is_used_to_97_percent() -> None:
-    result = packing.benchmark(packing.Settings(records=50_000, budgets=(8448,)))
+    result = packing.benchmark(PackingSettings(records=50_000, budgets=(8448,)))
     assert [row["image_tokens"] for row in result["rows"]] == [196, 576, 729]
     assert all(row["efficiency"] >= 0.97 for row in result["rows"])
 
 
 def test_efficiency_is_counted_by_hand() -> None:
     lengths, images = np.array([6, 4, 5, 5, 3]), np.array([1, 1, 1, 0, 0])
-    row = packing.plan(lengths, images, 10, packing.Settings(longest=800))
+    row = packing.plan(lengths, images, 10, PackingSettings(longest=800))
     assert (row["packs"], row["efficiency"], row["most_samples"]) == (3, 23 / 30, 2)
     assert row["padded_efficiency"] == pytest.approx(23 / 30)  # five samples of six positions each
 
@@ -57,4 +58,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_what_cannot_be_planned_is_refused(wrong: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        packing.Settings(**wrong)
+        PackingSettings(**wrong)

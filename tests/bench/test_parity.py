@@ -10,11 +10,12 @@ import yaml
 
 from tests.bench.conftest import RecordingGate
 from tinyllava_fast.bench import cli, parity, sides
+from tinyllava_fast.bench.settings import ParitySettings
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 
 pytest.importorskip("easy_vqa")
-SETTINGS = parity.Settings(steps=3, samples=2, seeds=2)
+SETTINGS = ParitySettings(steps=3, samples=2, seeds=2)
 
 
 def test_both_sides_agree_in_float32_whatever_trains(config: Path, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("wrong", [{"seeds": 1}, {"steps": 0}])
 def test_what_says_nothing_is_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match=r"--(seeds|steps)"):
-        parity.Settings(**wrong)
+        ParitySettings(**wrong)
 
 
 def test_what_the_reference_cannot_train_is_refused(config: Path, tmp_path: Path) -> None:

@@ -38,21 +38,20 @@ def run_config(recipe: RecipeConfig) -> RunConfig:
 
 def losses_of_both(lmm: LMM, packs: list[PackedBatch], recipe: RecipeConfig) -> tuple[list[float], list[float]]:
     ours, theirs = RecordingGate(), RecordingGate()
+    run = run_config(recipe)
     samples = sides.unpack_all(packs, lmm, image_token=96)
-    peer = build_peer(lmm, feature_layer=-2, feature_select="cls_patch", image_token=96)
+    peer = build_peer(lmm, feature_layer=-2, image_token=96)
     adapt_peer(peer, lmm, recipe, seed=0)
     run_peer(
         peer,
         samples,
         theirs,  # type: ignore[arg-type]
+        run.stages[0],
         per_step=8,
-        recipe=recipe,
-        optim=OPTIM,
         precision="float32",
         device="cpu",
         pad_token=0,
     )
-    run = run_config(recipe)
     process = start_process(run.engine)
     sides.run_ours(lmm, run, packs, ours, {"a": 1}, process)  # type: ignore[arg-type]
     assert ours.facts["a"] == 1 and ours.facts["state_bytes"]["weights"] > 0  # type: ignore[index]
@@ -117,7 +116,7 @@ def test_a_sample_without_image_is_refused(packs: list[PackedBatch]) -> None:
 
 def test_what_llava_cannot_express_is_refused(lmm: LMM) -> None:
     with pytest.raises(UserError, match="feature_layer"):
-        build_peer(lmm, feature_layer=2, feature_select="cls_patch", image_token=96)
+        build_peer(lmm, feature_layer=2, image_token=96)
 
 
 def test_free_token(packs: list[PackedBatch]) -> None:

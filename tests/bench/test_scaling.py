@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava_fast.bench import cli, scaling
+from tinyllava_fast.bench.settings import ScalingSettings
 from tinyllava_fast.errors import UserError
 
 
@@ -36,4 +37,4 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("wrong", [{"factors": (2,)}, {"factors": (1, 1)}, {"factors": (0, 1)}, {"mode": "lorra"}])
 def test_what_measures_nothing_is_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match=r"--(factor|mode)"):
-        scaling.Settings(**wrong)
+        ScalingSettings(**wrong)

@@ -13,6 +13,7 @@ import yaml
 
 from tests.bench.conftest import RecordingGate
 from tinyllava_fast.bench import cli, samples, sides, train, worker
+from tinyllava_fast.bench.settings import TrainSettings
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
@@ -20,7 +21,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.train import compile as compiling
 
 pytest.importorskip("easy_vqa")
-SETTINGS = train.Settings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
+SETTINGS = TrainSettings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
 
 
 def test_records_are_conversations_about_one_image(tmp_path: Path) -> None:

@@ -1,0 +1,266 @@
+"""The settings of each benchmark, which are its flags at the same time: nothing heavy is imported for ``--help``.
+
+A field made by ``option`` is a flag of `tlf-bench`; the others are for callers. Each class raises UserError, which
+names the flag, for values that measure nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from tinyllava_fast.config.schema import BatchConfig
+from tinyllava_fast.errors import UserError, nearest
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Settings")
+
+SMOLLM2, TINYLLAMA_1B = (Path(__file__).parent / "workloads" / f"{name}.yaml" for name in ("smollm2", "tinyllama_1b"))
+DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("bf16", "autocast", "master", "float32")  # how the peer keeps its weights, see peer.py
+_CACHED = "stages.0.data.feature_cache=1"
+_FROZEN = "stages.0.recipe.llm.tune=frozen"
+MODES: dict[str, tuple[str, ...]] = {  # what is added to the workload; the peer has no features to keep
+    "finetune": (),
+    "finetune-cached": (_CACHED,),
+    "pretrain": (_FROZEN,),
+    "pretrain-cached": (_FROZEN, _CACHED),
+    "lora": ("stages.0.recipe.llm.tune=lora",),
+    "qlora": ("stages.0.recipe.llm.tune=qlora",),
+}
+RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: mode, what is added to it
+    "qlora": ("qlora", ()),
+    "lora": ("lora", ()),
+    "full, 8-bit AdamW": ("finetune", ("stages.0.optim.type=adamw8bit",)),
+    "full, AdamW": ("finetune", ()),
+}
+SYSTEM_TOKENS = 40  # of text that a record of `tlf-bench packing` has at least, beside an image
+
+
+def option(
+    default: T, text: str, *, flag: str = "", metavar: str | None = None, parse: Callable[[str], object] | None = None
+) -> T:
+    """Return a dataclass field that is a flag too: a switch for a bool, repeated for a tuple, else one value.
+
+    text: its help, to which the default is added. flag: its name, if not that of the field. parse: the value of a
+    text; the default's type where none is given.
+    """
+    return field(default=default, metadata={"help": text, "flag": flag, "metavar": metavar, "parse": parse})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the settings of all benchmarks have in common. Counts, whose default is at least 1, must be that too."""
+
+    quick_values: ClassVar[Mapping[str, object]] = {}
+    """What ``--quick`` sets: the least that shows that the command works; its numbers mean nothing."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            least = min(_counts(getattr(self, one.name)), default=1)
+            if least < 1 <= min(_counts(one.default), default=0):
+                raise UserError(f"{_flag(one)} {least}: at least 1")
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the flags to a parser."""
+        for one in fields(cls):
+            if "help" not in one.metadata:
+                continue
+            name, text, parse = _flag(one), one.metadata["help"], one.metadata["parse"]
+            if isinstance(one.default, bool):
+                text += f" (default {'yes' if one.default else 'no'})"
+                switch = argparse.BooleanOptionalAction
+                parser.add_argument(name, dest=one.name, default=argparse.SUPPRESS, action=switch, help=text)
+                continue
+            values = one.default if isinstance(one.default, tuple) else (one.default,)
+            if one.default is not None and parse is None:
+                text += f" (default {', '.join(map(str, values))})"
+            parser.add_argument(
+                name,
+                dest=one.name,
+                default=argparse.SUPPRESS,
+                action="append" if isinstance(one.default, tuple) else "store",
+                type=parse or (str if one.default is None else type(values[0])),
+                metavar=one.metadata["metavar"] or name[2:].replace("-", "_").upper(),
+                help=text,
+            )
+
+    @classmethod
+    def read(cls: type[S], args: argparse.Namespace) -> S:
+        """Return the settings that the flags say."""
+        given = {one.name: getattr(args, one.name) for one in fields(cls) if one.name in args}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        return cls(**(given | dict(cls.quick_values if args.quick else {})))
+
+
+def _counts(value: object) -> list[int]:
+    """The whole numbers among a value or the values of a tuple."""
+    return [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
+
+
+def _flag(one: Field[object]) -> str:
+    return one.metadata.get("flag") or "--" + one.name.replace("_", "-")
+
+
+def known(flag: str, value: str, names: Mapping[str, object] | tuple[str, ...]) -> None:
+    """Raise UserError naming the flag for a value that is none of the names."""
+    if value not in names:
+        raise UserError(f"{flag} {value!r}; {nearest(value, names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(Settings):
+    """The settings that all measurements of training steps have."""
+
+    mode: str = option(
+        "finetune",
+        "finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached, lora "
+        "(against peft's), qlora (nf4; against our lora and peft's)",
+    )
+    lora_rank: int = option(128, "rank in lora and qlora; alpha is twice it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known("--mode", self.mode, MODES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(StepSettings):
+    """The settings of `tlf-bench train`."""
+
+    quick_values: ClassVar = {"quick": True}
+
+    rounds: int = option(5, "timed rounds")
+    steps: int = option(1, "steps of each competitor in a round")
+    warmup: int = option(2, "untimed first steps of each")
+    samples: int = option(8, "samples a step")
+    peers: tuple[str, ...] = option(
+        ("bf16",),
+        f"how the peer keeps its weights: {', '.join(PRECISIONS)}; repeat for several peers",
+        flag="--peer",
+        metavar="WEIGHTS",
+    )
+    peer_checkpointing: bool = option(False, "the peer recomputes its activations, as TinyLLaVA Factory's scripts set")
+    reference: bool = option(True, "after the race, take the losses of the peer in float32")
+    quick: bool = False  # GEMM peaks of tiny shapes: MFU then means nothing
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for precision in self.peers:
+            known("--peer", precision, PRECISIONS)
+        if not self.peers or len(set(self.peers)) < len(self.peers):
+            raise UserError(f"--peer {' '.join(self.peers)}: name each peer once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingSettings(StepSettings):
+    """The settings of `tlf-bench scaling`."""
+
+    quick_values: ClassVar = {"samples": 1, "steps": 1, "warmup": 1}
+
+    factors: tuple[int, ...] = option((1, 2, 4), "size of a step in those; repeat", flag="--factor")
+    samples: int = option(4, "samples of the smallest step")
+    steps: int = option(4, "timed steps of each size")
+    warmup: int = option(2, "untimed first steps of each size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.factors, default=0) < 1 or len(set(self.factors)) < max(len(self.factors), 2):
+            raise UserError(f"--factor {' '.join(map(str, self.factors))}: name at least two sizes, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(Settings):
+    """The settings of `tlf-bench fit`."""
+
+    quick_values: ClassVar = {"steps": 1}
+
+    recipes: tuple[str, ...] = option(tuple(RECIPES), "only this row of the table; repeat", flag="--recipe")
+    samples: tuple[int, ...] = option((1, 3), "samples of a step; repeat, two sizes give the slope")
+    steps: int = option(2, "timed steps of each size")
+    warmup: int = 1  # untimed: moments are made there
+    lora_rank: int = option(128, "rank in lora and qlora")
+    limit: int = option(
+        0,
+        "GiB that a state may take (default: what is available)",
+        parse=lambda text: int(float(text) * 2**30),  # in bytes from here on
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.recipes:
+            known("--recipe", name, RECIPES)
+        if len(set(self.samples)) < 2:
+            raise UserError("--samples: two sizes of a step are needed to tell what a token adds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParitySettings(Settings):
+    """The settings of `tlf-bench parity`."""
+
+    quick_values: ClassVar = {"steps": 2, "samples": 2, "seeds": 2}
+
+    steps: int = option(20, "of each seed")
+    samples: int = option(4, "samples a step")
+    seeds: int = option(3, "seeds, from 0 on")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds < 2:
+            raise UserError(f"--seeds {self.seeds}: noise from seed to seed needs at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferSettings(Settings):
+    """The settings of `tlf-bench infer`."""
+
+    quick_values: ClassVar = {
+        "questions": 4, "per_image": 2, "peer_questions": 2, "single_questions": 1, "rounds": 1, "requests": 1,
+        "new_tokens": 2, "latency_tokens": 3, "quick": True,
+    }  # fmt: skip
+
+    questions: int = option(600, "questions that ours answers in a round")
+    per_image: int = 10
+    peer_questions: int = option(32, "of them for the batched peer")
+    single_questions: int = option(8, "of them for the peer of batch 1")
+    rounds: int = option(3, "timed rounds")
+    requests: int = option(10, "single requests timed for latency")
+    new_tokens: int = 16
+    latency_tokens: int = 32
+    dtype: str = option("bfloat16", "bfloat16 or float32")
+    weights: str | None = option(None, "of our language model: int8 or nf4 (default: dense, as --dtype)")
+    compile: bool = option(False, "compile our decode step")
+    agreement: bool = option(True, "compare float32 answers too")
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingSettings(Settings):
+    """The settings of `tlf-bench packing`. Raises UserError for values that no plan exists for."""
+
+    quick_values: ClassVar = {"records": 2000}
+
+    records: int = option(665_000, "records of an epoch")
+    text_only: float = option(0.06, "share of records without image")
+    longest: int = option(2048, "tokens that a record is cut at, its image included")
+    budgets: tuple[int, ...] = option((4096, 8448, 16384), "budget of a pack; repeat", flag="--tokens")
+    image_tokens: tuple[int, ...] = option((196, 576, 729), "of an image; repeat")
+    lookahead: int = option(BatchConfig.lookahead, "records the planner looks at")
+    seed: int = option(0, "of the lengths and their order")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.text_only <= 1:
+            raise UserError(f"--text-only {self.text_only}: a share, from 0 to 1")
+        if min(self.budgets) < self.longest:
+            raise UserError(f"--tokens {min(self.budgets)}: less than the longest sample of {self.longest} tokens")
+        if max(self.image_tokens) + SYSTEM_TOKENS >= self.longest or min(self.image_tokens) < 1:
+            raise UserError(f"--image-tokens {self.image_tokens}: an image and {SYSTEM_TOKENS} tokens of text must fit")
