@@ -8,6 +8,7 @@ other test.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -87,10 +88,12 @@ def bfloat16_rounds_to_nearest() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def language_is_patched_by_launches_alone() -> None:
-    """The interpreter patches triton.language at every call of a device function, too, which took most of its time.
+def nothing_is_done_twice() -> None:
+    """Leave out two things that took most of the interpreter's time.
 
-    What those calls patch beyond what a launch does is the language's own library; it stays patched in either case.
+    It patches triton.language at every call of a device function, too, as a launch has already done; what those calls
+    patch beyond it, the language's own library, stays patched in either case. And it computes for every sum of integers
+    whether it overflows, to throw that away: `debug` is off.
     """
     if not INTERPRETED:
         return
@@ -102,3 +105,6 @@ def language_is_patched_by_launches_alone() -> None:
 
     interpreter._patch_lang(standard.cdiv.fn)
     interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
