@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -22,9 +23,21 @@ def pytest_configure() -> None:
         torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test go first: no test process is to be alone with one of them in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: no garbage collection, of which every stage has one, visits it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Test processes take test by test, and whole files of tests/kernels, so that no file is interpreted twice.
+    """Test processes take whole files, for the fixtures that a file shares, and tests/kernels at once (its conftest).
 
     A mark xdist_group would say the same, but pytest-xdist 3.8 loses its groups under pytest 9.
     """
@@ -32,8 +45,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.partition("::")[0] if nodeid.startswith("tests/kernels/") else nodeid
+            return "tests/kernels" if nodeid.startswith("tests/kernels/") else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 

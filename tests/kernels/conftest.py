@@ -1,12 +1,14 @@
 """Tests of the Triton kernels run in Triton's interpreter, on CPU tensors.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so a process has either compiled or interpreted kernels. The
-tests of a file here are therefore run once more in a process of its own, with the variable set, when the first of them
-is due; each then takes the outcome it had there. They are written, selected and parametrised like any other test.
+Triton reads TRITON_INTERPRET when a kernel is decorated, so a process has either compiled or interpreted kernels. All
+selected tests of this folder are therefore run once more in one process of their own, with the variable set, when the
+first of them is due; each then takes the outcome it had there. They are written, selected and parametrised like any
+other test.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,18 +23,18 @@ import torch
 ROOT = Path(__file__).parents[2]
 REPORT = "TLF_KERNEL_TESTS"  # where the inner process writes its outcomes, one JSON object a line
 INTERPRETED = REPORT in os.environ
-TIMEOUT = 600
-_outcomes: dict[Path, dict[str, tuple[str, str]]] = {}
+TIMEOUT = 850
+_outcomes: dict[str, tuple[str, str]] = {}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if INTERPRETED:
         return None
-    if pyfuncitem.path not in _outcomes:
-        ids = [item.nodeid for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
-        _outcomes[pyfuncitem.path] = _run(ids)
-    outcome, text = _outcomes[pyfuncitem.path].get(pyfuncitem.nodeid, ("failed", "it did not run in the interpreter"))
+    if not _outcomes:
+        here = Path(__file__).parent
+        _outcomes.update(_run([item.nodeid for item in pyfuncitem.session.items if here in item.path.parents]))
+    outcome, text = _outcomes[pyfuncitem.nodeid]
     if outcome == "skipped":
         pytest.skip(text)
     if outcome == "failed":
@@ -48,21 +50,22 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _run(ids: list[str]) -> dict[str, tuple[str, str]]:
+    """Every test's outcome and its text; a test that a process which ended early did not reach has failed."""
+    found: dict[str, tuple[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", REPORT: str(report)}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ids]
-        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT)
-        if not report.exists():
-            pytest.fail(
-                f"the interpreter's process ran no test:\n{run.stdout[-3000:]}{run.stderr[-3000:]}", pytrace=False
-            )
-        found: dict[str, tuple[str, str]] = {}
-        for line in report.read_text(encoding="utf-8").splitlines():
+        try:
+            run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+            said = f"{run.stdout[-3000:]}{run.stderr[-3000:]}"
+        except subprocess.TimeoutExpired:
+            said = f"more than {TIMEOUT} s"
+        for line in report.read_text(encoding="utf-8").splitlines() if report.exists() else ():
             node, outcome, text = json.loads(line)
             if found.get(node, ("",))[0] != "failed":  # a failing teardown follows a passed call
                 found[node] = (outcome, text)
-        return found
+    return {node: found.get(node, ("failed", f"it did not run in the interpreter:\n{said}")) for node in ids}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -82,3 +85,26 @@ def bfloat16_rounds_to_nearest() -> None:
         return original(data, source, target, rounding)
 
     interpreter._convert_float = convert
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_done_twice() -> None:
+    """Leave out two things that took most of the interpreter's time.
+
+    It patches triton.language at every call of a device function, too, as a launch has already done; what those calls
+    patch beyond it, the language's own library, stays patched in either case. And it computes for every sum of integers
+    whether it overflows, to throw that away: `debug` is off.
+    """
+    if not INTERPRETED:
+        return
+    from triton.language import standard
+    from triton.runtime import interpreter
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter._patch_lang(standard.cdiv.fn)
+    interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

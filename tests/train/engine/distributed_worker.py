@@ -5,8 +5,11 @@ Each argument is NAME:OVERRIDE,OVERRIDE,... of the configuration in FOLDER/run.y
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
+
+import deepspeed.ops
 
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.log import setup_logging
@@ -16,6 +19,9 @@ from tinyllava_fast.train.loop import train
 def main() -> None:
     """Train every run of the command line."""
     setup_logging()
+    gc.freeze()  # what is imported by now need not be visited at the end of every stage
+    # Else every new environment compiles, for a minute, an all-reduce for inference that training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     folder = Path(sys.argv[1])
     for run in sys.argv[2:]:
         name, _, overrides = run.partition(":")
