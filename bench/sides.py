@@ -24,7 +24,7 @@ from tinyllava_fast.recipes import lora
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import cpu_pool
 from tinyllava_fast.train.compile import compile_forward
-from tinyllava_fast.train.engine.base import ParamGroups, TrainingEngine
+from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process, build_engine, start_process
 from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.profile import trains
