@@ -17,6 +17,7 @@ from tinyllava_fast.bench.settings import (
     PackingSettings,
     ParitySettings,
     ScalingSettings,
+    ServeSettings,
     Settings,
     TrainSettings,
 )
@@ -108,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     plot(infer, "draw rates and latencies, as infer.png")
     infer.add_argument("--threads", type=int, help="CPU threads of both sides (default: all cores)")
 
+    text = "tlf-serve under the load of many clients, against the engine alone."
+    command("serve", _serve, text, ServeSettings, SMOLLM2)
+
     text = "Each op on real shapes: torch eager and compiled, the libraries that install, ours."
     ops = command("ops", _ops, text)
     ops.add_argument("--op", action="append", help="only this op; may be repeated")
@@ -191,6 +195,12 @@ def _parity(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import parity
 
     return _tell(args, parity.benchmark(args.config, args.overrides, ParitySettings.read(args)), parity.show)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import serve
+
+    return _tell(args, serve.benchmark(args.config, ServeSettings.read(args)), serve.show)
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:

@@ -243,6 +243,24 @@ class InferSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeSettings(Settings):
+    """The settings of `tlf-bench serve`."""
+
+    quick_values: ClassVar = {"clients": 3, "seconds": 2, "questions": 4, "per_image": 2, "new_tokens": 3}
+
+    clients: int = option(200, "clients that ask at the same time, each one question after another")
+    seconds: int = option(60, "how long they begin new questions")
+    questions: int = option(600, "different questions")
+    per_image: int = option(10, "questions about each image")
+    new_tokens: int = option(16, "tokens of an answer")
+    dtype: str = option("bfloat16", "bfloat16 or float32")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackingSettings(Settings):
     """The settings of `tlf-bench packing`. Raises UserError for values that no plan exists for."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +27,7 @@ def generate(plain, engine: Engine, request: Request) -> list[int]:
     """transformers' greedy ids for one request, one at a time, from input embeddings."""
     lmm = engine.lmm
     prompt = engine.template.prompt(request.conversation(), engine.tokenizer)
-    rows = torch.tensor(expand(prompt.ids, lmm.tokens_per_image))
+    rows = torch.tensor(expand(prompt.ids, repeat((0, lmm.tokens_per_image)))[0])
     embeds = plain.get_input_embeddings()(rows.clamp(min=0))
     if (rows < 0).any():
         features = lmm.encode_images(to_pixels([request.image.convert("RGB")], engine.processor))[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def plain_scores(plain, engine, request, option: str) -> tuple[float, int, bool]
     lmm, tokenizer = engine.lmm, engine.tokenizer
     prompt = engine.template.prompt(request.conversation(), tokenizer)
     answer = tokenizer.encode(" " + option, add_special_tokens=False)
-    rows = torch.tensor(expand(prompt.ids, lmm.tokens_per_image) + answer)
+    rows = torch.tensor(expand(prompt.ids, repeat((0, lmm.tokens_per_image)))[0] + answer)
     embeds = plain.get_input_embeddings()(rows.clamp(min=0))
     if request.image is not None:
         embeds[rows < 0] = lmm.encode_images(to_pixels([request.image.convert("RGB")], engine.processor))[0]
