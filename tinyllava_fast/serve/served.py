@@ -1,0 +1,39 @@
+"""A model that is served: its name, its engine, and the live engine around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.serve.problems import ApiError
+
+if TYPE_CHECKING:
+    from tinyllava_fast.infer.live import LiveEngine
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model. created: seconds since 1970, for the list of models."""
+
+    name: str
+    engine: Engine
+    live: LiveEngine
+    created: int
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its answer; None if the model names no limit."""
+        config = self.engine.lmm.llm.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return int(found) if found else None
+
+
+def find(models: Mapping[str, Served], name: str | None) -> Served:
+    """Return the model of that name, the first one for None. ApiError 404 if there is none."""
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        raise ApiError(404, f"The model {name[:80]!r} does not exist", param="model", code="model_not_found")
+    return models[name]
