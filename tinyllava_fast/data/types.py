@@ -6,6 +6,7 @@ Legend: T token budget, S max segments, N images in the pack, K tokens an image,
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ from torch import Tensor
 IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
 IMAGE_INDEX = -200  # stands for one image in a list of ids, before it is widened to K positions
+
+
+class ImagePart(Enum):
+    """The part of a message that is not text."""
+
+    IMAGE = IMAGE_TOKEN
+    """Stands for the next image."""
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,26 @@ from typing import Any
 from PIL import Image
 
 from tinyllava_fast.data.objects import ImageInput, ImageLike, image_objects
-from tinyllava_fast.data.types import IMAGE_TOKEN
+from tinyllava_fast.data.types import IMAGE_TOKEN, ImagePart
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.grammar import Grammar
+
+MOST_LOGPROBS = 20
+"""Most tokens that ``Sampling.logprobs`` shows beside the one generated."""
 
 Images = ImageInput | Sequence[ImageInput]
-Message = dict[str, Any]  # {"from": "human" | "gpt", "value": str}
+IMAGE = ImagePart.IMAGE  # a part of a message that stands for the next image
+Parts = list[str | ImagePart] | tuple[str | ImagePart, ...]
+Message = dict[str, Any]  # {"from": "human" | "gpt" | "system", "value": str | Parts}
+
+
+def markers(value: str | Parts) -> int:
+    """Return how many image markers a message's value holds.
+
+    >>> markers("<image> is it red?"), markers([IMAGE, "what is <image>?"])
+    (1, 1)
+    """
+    return value.count(IMAGE) if isinstance(value, (list, tuple)) else str(value).count(IMAGE_TOKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +40,40 @@ class Sampling:
     max_new_tokens: int = 64
     """Most tokens generated."""
     temperature: float = 0.0
-    """0: greedy. Above: softmax(logits / temperature) is sampled, after top_k and then top_p."""
+    """0: greedy. Above: softmax(logits / temperature) is sampled, after top_k, then top_p, then min_p.
+
+    These logits are the model's with the penalties, then logit_bias, then the grammar applied to them.
+    """
     top_k: int = 0
     """Only the k most probable tokens are sampled; 0: all."""
     top_p: float = 1.0
     """Only the fewest most probable tokens whose probabilities reach this sum are sampled; 1: all."""
+    min_p: float = 0.0
+    """Only tokens at least this times as probable as the most probable one are sampled; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens of the prompt and of the answer so far become less likely; below 1: likelier.
+
+    As transformers does it: a positive logit is divided by it, a negative one multiplied.
+    """
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that is in the answer so far, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of each token as often as it is in the answer so far, -2 to 2."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
     seed: int = 0
     """Seed of this request's own draws, which do not depend on what runs beside it; for temperature > 0."""
     stop: str | Sequence[str] = ()
     """Texts that end the answer; it is cut before the one that comes first. A single text may stand alone."""
     eos_token_id: int | Sequence[int] | None = None
     """Tokens that end the answer. None: the model's own and the chat template's; (): none."""
+    stop_token_ids: Sequence[int] = ()
+    """Further tokens that end the answer, which are not of its text."""
+    logprobs: int | None = None
+    """None, or: the answer tells the log-probability of each token, and of so many of the likeliest beside it."""
+    grammar: Grammar | None = None
+    """What the answer must look like. It can end only where this is complete, and ends where nothing more can follow;
+    max_new_tokens and stop texts may still cut it."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -46,8 +84,24 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be in [0, 1]")
+        self._check_penalties()
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be None or from 0 to {MOST_LOGPROBS}")
         if "" in self.stop_strings:
             raise ValueError("stop holds an empty text, which would end every answer at once; remove it")
+
+    def _check_penalties(self) -> None:
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number (1: none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not -2 <= value <= 2:
+                raise ValueError(f"{name} is {value}; it must be from -2 to 2")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not math.isfinite(bias):
+                raise ValueError(f"logit_bias is {bias} for token {token}; it must be finite, and the token an id")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -55,10 +109,12 @@ class Sampling:
         return (self.stop,) if isinstance(self.stop, str) and self.stop else tuple(self.stop)
 
     def end_ids(self, default: frozenset[int]) -> frozenset[int]:
-        """``eos_token_id`` as a set; default: where it is None."""
+        """Return all tokens that end the answer. default: those of the model, where ``eos_token_id`` is None."""
         if self.eos_token_id is None:
-            return default
-        return frozenset([self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id)
+            ids = default
+        else:
+            ids = frozenset([self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id)
+        return ids.union(self.stop_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +124,11 @@ class Request:
     image: path, PIL image, NumPy array (uint8, [H, W, 3]), bytes of an image file or an open one; None for text only.
         Every image marker of the messages stands for this image. Or a list of them: then the i-th marker is the i-th
         image, wherever it stands, and their numbers must agree. DataError for anything else.
-    messages: LLaVA turns, human first, the last one human. If there are images and no message holds the marker
-        ``<image>``, the images are placed at the front of the first turn, in order.
+    messages: LLaVA turns, human first, the last one human. A value is a text of whoever wrote the program, in which
+        ``<image>`` is a marker and the tokenizer's control tokens are what they are; or a sequence of parts: a str is
+        literal, for what others typed, so nothing in it is a marker or a control token, and IMAGE is a marker. A
+        leading message from "system" replaces the template's system text; it is literal in both forms.
+        If there are images and no marker, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
     """
 
@@ -109,10 +168,28 @@ class Request:
     def conversation(self) -> list[Message]:
         """The messages and the open answer; image markers go in the first turn if there is none yet."""
         messages = [dict(m) for m in self.messages]
-        marked = any(IMAGE_TOKEN in str(m["value"]) for m in messages)
-        if not marked and messages:
-            messages[0]["value"] = f"{IMAGE_TOKEN}\n" * len(self.images) + str(messages[0]["value"])
+        turns = messages[1:] if messages and messages[0]["from"] == "system" else messages
+        if turns and not any(markers(m["value"]) for m in turns):
+            first = turns[0]["value"]
+            if isinstance(first, (list, tuple)):
+                turns[0]["value"] = [IMAGE, "\n"] * len(self.images) + list(first)
+            else:
+                turns[0]["value"] = f"{IMAGE_TOKEN}\n" * len(self.images) + str(first)
         return [*messages, {"from": "gpt", "value": None}]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable the model found a token that it generated.
+
+    The probabilities are those of softmax over the tokenizer's vocabulary, of the model's own logits: before penalties,
+    bias, grammar and temperature, as OpenAI's.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(id, log-probability) of the likeliest tokens, likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +202,7 @@ class Answer:
     tokens: list[int]
     """Generated ids; the end-of-sequence token, if reached, is the last."""
     finish: str
-    """"eos", "stop" (one of the stop texts) or "length".
+    """"eos", "stop" (a stop text, a stop token, or a grammar that nothing more can follow) or "length".
 
     Of ``Engine.step`` and of a run that keeps going also those of infer/finish.py: CONTEXT, ABORTED, and TOO_LONG,
     UNREADABLE, REFUSED or FAILED with an empty answer to a request that could not be answered.
@@ -134,6 +211,10 @@ class Answer:
     """Length of the prompt, image tokens included; 0 if it was not put to the model."""
     why: str = ""
     """What was wrong with a request that could not be answered."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each of ``tokens``, if the request asked for them."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose K and V another request had computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
