@@ -41,7 +41,7 @@ class Limits:
 
 
 async def read_object(request: Request, limits: Limits) -> dict[str, object]:
-    """Return the JSON object of a body. Raises ApiError: 415 for another type, 413, 408, 400 for what is no such object.
+    """Return the JSON object of a body. ApiError: 415 for another type, 413, 408, 400 for what is none.
 
     JSON's type is insisted on: browsers send it to another origin only after asking, which is refused.
     """

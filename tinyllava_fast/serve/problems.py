@@ -1,4 +1,4 @@
-"""Errors of the server in OpenAI's form. Their texts are written here and in the engine: no path, no address in them."""
+"""Errors of the server in OpenAI's form. Their texts are our own, without a path or an address."""
 
 from __future__ import annotations
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from tinyllava_fast.infer.types import Request, Sampling
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.grammar import Grammar
+from tinyllava_fast.infer.types import IMAGE, Message, Request, Sampling
 from tinyllava_fast.serve.limits import Limits
 from tinyllava_fast.serve.problems import bad
 from tinyllava_fast.serve.schema import ChatMessage, Generation, ImagePart, TextPart
@@ -31,14 +33,14 @@ def image_urls(messages: Iterable[ChatMessage], limits: Limits) -> list[str]:
     return urls
 
 
-def turns(messages: Sequence[ChatMessage], limits: Limits) -> list[dict[str, Any]]:
+def turns(messages: Sequence[ChatMessage], limits: Limits) -> list[Message]:
     """Return the messages as the engine's: a system text if there is one, then user and assistant in turn.
 
     Neighbours of one role become one message. ApiError 400 for too many messages, and for roles in another order.
     """
     if len(messages) > limits.messages:
         raise bad(f"{len(messages)} messages; a request may hold {limits.messages}", "messages")
-    found: list[dict[str, Any]] = []
+    found: list[Message] = []
     for number, message in enumerate(messages):
         role, value = ROLES[message.role], value_of(message.parts)
         if found and found[-1]["from"] == role:
@@ -75,7 +77,7 @@ class Ask:
     served: Served
     limits: Limits
 
-    def requests(self, conversation: Sequence[dict[str, Any]], images: Sequence[Image.Image], name: str) -> list[Request]:
+    def requests(self, conversation: Sequence[Message], images: Sequence[Image.Image], name: str) -> list[Request]:
         """Return one request a choice; they differ in their seeds. ApiError 400 for a parameter out of range."""
         count = self.body.n or 1
         if count > self.limits.choices:
@@ -101,7 +103,8 @@ class Ask:
             "top_k": max(body.top_k or 0, 0),
             "seed": seed,
             "stop": tuple(stop or ()),
-            "eos_token_id": self._end_ids(),
+            "eos_token_id": () if body.ignore_eos else None,
+            "stop_token_ids": tuple(body.stop_token_ids or ()),
             "min_p": body.min_p,
             "repetition_penalty": body.repetition_penalty,
             "presence_penalty": body.presence_penalty,
@@ -119,16 +122,8 @@ class Ask:
     def _new_tokens(self) -> int:
         asked, most = self.body.new_tokens, self.limits.new_tokens
         if asked is not None and asked > most:
-            name = self.body.new_tokens_name
-            raise bad(f"{name} is {asked}; at most {most} new tokens are generated", name)
+            raise bad(f"max_tokens is {asked}; at most {most} new tokens are generated", "max_tokens")
         return most if asked is None else asked
-
-    def _end_ids(self) -> tuple[int, ...] | None:
-        if self.body.ignore_eos:
-            return tuple(self.body.stop_token_ids or ())
-        if not self.body.stop_token_ids:
-            return None
-        return tuple({*self.served.engine.eos, *self.body.stop_token_ids})
 
     def _biases(self) -> dict[int, float]:
         found: dict[int, float] = {}
@@ -137,3 +132,30 @@ class Ask:
                 raise bad(f"logit_bias: {name[:20]!r} is no token of this model", "logit_bias")
             found[int(name)] = value
         return found
+
+
+def grammar_of(body: Generation) -> Grammar | None:
+    """Return the form that an answer must have. ApiError 400 for two of them at once, and for one that is none."""
+    wanted: list[tuple[str, Callable[[], Grammar]]] = []
+    form, other = body.response_format, body.structured_outputs
+    if form is not None and form.type == "json_object":
+        wanted.append(("response_format", Grammar.json_object))
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            raise bad("response_format: json_schema is missing", "response_format.json_schema")
+        schema = form.json_schema.schema_
+        wanted.append(("response_format.json_schema", lambda: Grammar.json_schema(schema)))
+    if other is not None:
+        name = "structured_outputs"
+        if (json := other.json_) is not None:
+            wanted.append((f"{name}.json", lambda: Grammar.json_schema(json)))
+        if (regex := other.regex) is not None:
+            wanted.append((f"{name}.regex", lambda: Grammar.regex(regex)))
+        if (choice := other.choice) is not None:
+            wanted.append((f"{name}.choice", lambda: Grammar.choice(choice)))
+    if len(wanted) > 1:
+        raise bad("an answer can have one form; name one of them", wanted[1][0])
+    try:
+        return wanted[0][1]() if wanted else None
+    except UserError as error:
+        raise bad(str(error), wanted[0][0]) from None

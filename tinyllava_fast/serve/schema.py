@@ -7,7 +7,7 @@ servers of open models have: top_k, min_p, repetition_penalty, ignore_eos, stop_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -142,9 +142,6 @@ class Generation(Strict):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MOST_STOPS)
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None
-
-    NEW_TOKENS: ClassVar[str] = "max_tokens"
-    """The parameter that says how many new tokens there may be."""
 
     @property
     def new_tokens(self) -> int | None:
