@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +15,23 @@ from PIL import Image
 from tinyllava_fast.data.pictures import open_bytes
 from tinyllava_fast.errors import DataError
 
-ImageLike = str | Path | Image.Image
+
+@dataclass(frozen=True, eq=False)
+class DecodedImage:
+    """An image whose pixels have been read. pixels: RGB, upright. digest: equal for equal pixels of equal size."""
+
+    pixels: Image.Image
+    digest: bytes
+
+    @classmethod
+    def of(cls, pixels: Image.Image) -> DecodedImage:
+        """Return the image with the digest of its mode, size and pixels."""
+        digest = hashlib.blake2b(f"{pixels.mode} {pixels.size} ".encode(), digest_size=16)
+        digest.update(pixels.tobytes())
+        return cls(pixels, digest.digest())
+
+
+ImageLike = str | Path | Image.Image | DecodedImage
 ImageInput = ImageLike | np.ndarray | bytes | bytearray | memoryview | BinaryIO
 
 _EXPECTED = "give a path, a PIL image, a NumPy array, the bytes of an image file, or such a file opened with 'rb'"
@@ -31,7 +49,7 @@ def image_objects(value: Any) -> ImageLike | tuple[ImageLike, ...] | None:
 
 
 def _one(value: Any, name: str) -> ImageLike:
-    if isinstance(value, (str, Path, Image.Image)):
+    if isinstance(value, (str, Path, Image.Image, DecodedImage)):
         return value
     if isinstance(value, os.PathLike):
         return Path(os.fsdecode(value))

@@ -8,6 +8,7 @@ Legend: R sequences, T tokens of a pass, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -71,14 +72,25 @@ class Core:
     def _run(self, scheduled: Scheduled) -> tuple[Tensor, np.ndarray]:
         """Return hidden states [T, D] of the pass, and the row of each sequence's last token [R]."""
         if not scheduled.is_prefill:
-            return self.decoder.step(scheduled.sequences), np.arange(len(scheduled.sequences))
+            began = time.perf_counter()
+            hidden = self.decoder.step(scheduled.sequences)
+            self.scheduler.pace.stepped(time.perf_counter() - began)
+            return hidden, np.arange(len(scheduled.sequences))
         features = self._encode_images(scheduled)
-        return self.decoder.prefill(scheduled.groups, scheduled.sequences, features)
+        began = time.perf_counter()
+        result = self.decoder.prefill(scheduled.groups, scheduled.sequences, scheduled.stops, features)
+        self.scheduler.pace.prefilled(len(result[0]), time.perf_counter() - began)
+        return result
 
     def _encode_images(self, scheduled: Scheduled) -> dict[object, Tensor]:
         """Return features by image. Sequences whose images cannot be read fail and leave the pass."""
         failed: dict[object, DataError] = {}
-        features = self.images.encode((g.members[0].request for g in scheduled.groups), failed)
+        wanted = (
+            (image, sequence.request.named)
+            for sequence, first, stop in scheduled.parts()
+            for image, _ in sequence.images_between(first, stop)
+        )
+        features = self.images.encode(wanted, failed)
         for sequence in scheduled.sequences if failed else ():
             keys = (image_key(image) for image in sequence.request.images)
             error = next((failed[key] for key in keys if key in failed), None)
@@ -92,14 +104,19 @@ class Core:
 
     def _postprocess(self, sequences: list[Sequence], hidden: Tensor, ends: np.ndarray) -> None:
         """Give each sequence what the pass has found for it: its next token, or the probabilities it asks for."""
+        for sequence, length in zip(sequences, np.diff(ends, prepend=-1).tolist(), strict=True):
+            sequence.num_cached_tokens += length
+        known = np.array([s.num_cached_tokens == s.num_tokens for s in sequences], dtype=bool)
+        if not known.all():  # of the others a part of the prompt is left
+            sequences, ends = [s for s, all_of_it in zip(sequences, known, strict=True) if all_of_it], ends[known]
         scores = np.array([bool(s.scored) for s in sequences], dtype=bool)
+        if not sequences:
+            return
         if not scores.any():
             self._generate(sequences, hidden, ends)
         else:
             self._score([s for s in sequences if s.scored], hidden, ends[scores])
             self._generate([s for s in sequences if not s.scored], hidden, ends[~scores])
-        for sequence, length in zip(sequences, np.diff(ends, prepend=-1).tolist(), strict=True):
-            sequence.num_cached_tokens += length
 
     def _generate(self, sequences: list[Sequence], hidden: Tensor, ends: np.ndarray) -> None:
         """Append one token to each sequence. hidden [T, D]; ends [R]: rows of last tokens."""

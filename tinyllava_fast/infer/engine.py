@@ -10,10 +10,12 @@ Legend: R sequences, T tokens of a pass, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,9 @@ from tinyllava_fast.infer.core import Core
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT, FAILED
-from tinyllava_fast.infer.scheduling.images import ImageEncoder
+from tinyllava_fast.infer.scheduling.images import CACHE_BYTES, ImageEncoder
 from tinyllava_fast.infer.scheduling.pool import row_bytes
-from tinyllava_fast.infer.scheduling.prompts import Prompts
+from tinyllava_fast.infer.scheduling.prompts import Preparer, Prompts, prepare
 from tinyllava_fast.infer.scheduling.scheduler import Limits, Scheduler
 from tinyllava_fast.infer.scheduling.sequence import OnToken, Sequence
 from tinyllava_fast.infer.scoring import Collector
@@ -47,10 +49,23 @@ class Counters:
 
     requests: int = 0
     images_encoded: int = 0
+    images_reused: int = 0  # their features came from the cache
+    reused_tokens: int = 0  # of prompts: their K and V came from earlier requests
     prompt_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
     decode_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Sequences in flight, and rows of the K/V pool. kept_rows: of ended sequences, for prompts that begin alike."""
+
+    running: int
+    waiting: int
+    rows: int
+    free_rows: int
+    kept_rows: int
 
 
 class Engine:
@@ -64,7 +79,10 @@ class Engine:
         kv_cache_bytes: its size in bytes instead, a row being K and V of one token in every layer. Give one of them.
     prefill_tokens: most tokens of one prefill pass, which bounds activations (a single larger prompt still runs alone).
     lookahead: requests read ahead and grouped by image; those about one image should be no further apart.
-    threads: image decoders. compile: the decode step; True, False, or None: when it pays (compiled_step.py).
+    threads: image decoders. reuse: whether requests that come one by one start from the K/V of earlier ones that begin
+        alike. image_cache_bytes: features of images kept for them. chunk_tokens: tokens of a prompt that are computed
+        between two steps of decoding; None: as many as take as long as a step.
+    compile: the decode step; True, False, or None: when it pays (compiled_step.py).
     source: what the model is called in messages, its folder.
     UserError for a pool too small to hold anything, and for a tokenizer with ids that the model has no embedding for.
     """
@@ -83,6 +101,9 @@ class Engine:
         prefill_tokens: int = 4096,
         lookahead: int = 256,
         threads: int = 2,
+        reuse: bool = True,
+        image_cache_bytes: int = CACHE_BYTES,
+        chunk_tokens: int | None = None,
         compile: bool | None = None,
         source: str | Path = "",
     ) -> None:
@@ -101,7 +122,9 @@ class Engine:
         self.vocab = largest_id(tokenizer)[1] + 1
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
         self.share_prefix = not _has_window(config)
-        self._images = ImageEncoder(lmm, processor, mode=image_mode, grid=image_grid, threads=threads)
+        self._images = ImageEncoder(
+            lmm, processor, mode=image_mode, grid=image_grid, threads=threads, cache_bytes=image_cache_bytes
+        )
         self._prompts = Prompts(
             template, tokenizer, self._images.rows, context, self.batch_tokens, self.eos, ahead=lookahead
         )
@@ -112,6 +135,8 @@ class Engine:
             window=lookahead,
             max_group_rows=self.batch_tokens // 2,
             share_prefix=self.share_prefix,
+            reuse=reuse and _has_fixed_angles(config),
+            chunk_tokens=chunk_tokens,
         )
         self._core = Core(self.model, self._images, self._decoder, scheduler, vocab=self.vocab, source=self.source)
         self._counters = Counters()
@@ -125,10 +150,18 @@ class Engine:
         return replace(
             self._counters,
             images_encoded=self._images.encoded,
+            images_reused=self._images.hits,
             computed_tokens=self._decoder.computed_tokens,
             generated_tokens=self._core.generated_tokens,
             decode_steps=self._decoder.steps,
         )
+
+    @property
+    def usage(self) -> Usage:
+        """Return what is in flight."""
+        scheduler, rows = self._core.scheduler, self._decoder.pool.rows
+        kept = scheduler.prefixes.num_rows
+        return Usage(scheduler.num_running, scheduler.num_waiting, self.batch_tokens, rows.free_rows, kept)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -141,11 +174,24 @@ class Engine:
         on_token: as for ``run``. A request that cannot be put to the model, or not with the memory of the engine, costs
         nobody else anything: see Answer.finish. UserError for an id that is missing, or that an unfinished request has.
         """
-        if not request.id or request.id in self._added:
-            raise UserError(f"request id {request.id!r}: expected one that no unfinished request has; name another")
-        (sequence,) = self._prompts.sequences([request], on_token, truncate=True)
-        self._added[request.id] = sequence
+        self.add(prepare(self._prompts, self._images, request, on_token))
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a request that ``preparer`` has made a sequence of; otherwise as ``add_request``."""
+        name = sequence.request.id
+        if not name or name in self._added:
+            raise UserError(f"request id {name!r}: expected one that no unfinished request has; name another")
+        self._added[name] = sequence
         self._take([sequence], self._answered)
+
+    def preparer(self) -> Preparer:
+        """Return a function that reads a request's images and makes tokens of its text, for one thread of its own.
+
+        Both take time in which the thread that calls ``step`` can go on. The function has its own copy of the
+        tokenizer. A request that cannot be put to the model comes back as a sequence that has failed.
+        """
+        prompts = replace(self._prompts, tokenizer=copy.deepcopy(self.tokenizer), decoder=self.tokenizer)
+        return partial(prepare, prompts, self._images)
 
     def abort(self, request_id: str) -> bool:
         """End a request of ``add_request``. Return False if there is none of that id.
@@ -275,8 +321,7 @@ class Engine:
             self._deliver(scheduler.collect())
             for sequence in unread:
                 self._inboxes.pop(sequence, None)
-            if self._forget_if_idle():
-                scheduler.reset()
+            self._forget_if_idle()
 
     def _take(self, sequences: Iterable[Sequence], inbox: deque[Sequence]) -> None:
         """Hand sequences to the core; each comes to the inbox when it has ended."""
@@ -288,16 +333,15 @@ class Engine:
         for sequence in ended:
             self._inboxes.pop(sequence).append(sequence)
 
-    def _forget_if_idle(self) -> bool:
-        """Drop the features of images once nothing is in flight: the files may change."""
-        idle = self._core.scheduler.idle
-        if idle:
+    def _forget_if_idle(self) -> None:
+        """Drop the features of images that are not decoded once nothing is in flight: the files may change."""
+        if self._core.scheduler.idle:
             self._images.forget()
-        return idle
 
     def _count(self, sequence: Sequence) -> None:
         self._counters.requests += 1
         self._counters.prompt_tokens += len(sequence.prompt)
+        self._counters.reused_tokens += sequence.num_reused_tokens
 
     def _answer(self, sequence: Sequence) -> Answer:
         self._count(sequence)
@@ -314,6 +358,7 @@ class Engine:
             tokens=[] if failed else tokens,
             finish=CONTEXT if sequence.truncated and sequence.finish == "length" else sequence.finish,
             prompt_tokens=0 if failed else len(sequence.prompt),
+            cached_tokens=sequence.num_reused_tokens,
             why=(str(sequence.error) or type(sequence.error).__name__) if failed else "",
         )
 
@@ -340,3 +385,10 @@ def _has_window(config: PreTrainedConfig) -> bool:
     if kinds is not None:
         return "sliding_attention" in kinds
     return bool(getattr(config, "sliding_window", None))
+
+
+def _has_fixed_angles(config: PreTrainedConfig) -> bool:
+    """True if K depends on a token's position alone, and not on how long the longest sequence of the pass is."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    kinds = [scaling, *scaling.values()]
+    return not any(isinstance(k, dict) and k.get("rope_type") in ("dynamic", "longrope") for k in kinds)

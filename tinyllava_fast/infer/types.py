@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from tinyllava_fast.data.objects import ImageInput, ImageLike, image_objects
 from tinyllava_fast.data.types import IMAGE_TOKEN, ImagePart
@@ -130,12 +127,14 @@ class Request:
         leading message from "system" replaces the template's system text; it is literal in both forms.
         If there are images and no marker, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
+    priority: of requests that come one by one (``Engine.add_request``), smaller ones run first.
     """
 
     messages: Sequence[Message]
     image: Images | None = None
     sampling: Sampling = field(default_factory=Sampling)
     id: str = ""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", image_objects(self.image))
@@ -163,7 +162,7 @@ class Request:
     @property
     def interleaved(self) -> bool:
         """Whether the images are a list, so that each marker stays where it is and stands for its own."""
-        return self.image is not None and not isinstance(self.image, (str, Path, Image.Image))
+        return isinstance(self.image, tuple)
 
     def conversation(self) -> list[Message]:
         """The messages and the open answer; image markers go in the first turn if there is none yet."""
@@ -209,12 +208,12 @@ class Answer:
     """
     prompt_tokens: int
     """Length of the prompt, image tokens included; 0 if it was not put to the model."""
+    cached_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt whose K/V were there already, from an earlier request that begins with them."""
     why: str = ""
     """What was wrong with a request that could not be answered."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each of ``tokens``, if the request asked for them."""
-    cached_tokens: int = 0
-    """Tokens of the prompt whose K and V another request had computed."""
 
 
 @dataclass(frozen=True, kw_only=True)

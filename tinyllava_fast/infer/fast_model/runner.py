@@ -28,8 +28,7 @@ class Span:
 
     ids: tokens, IMAGE_ROW where the next row of ``features`` goes. start: first pool row of the sequence's own tokens.
     done: own rows already written. shared_rows: (start, length) of the pool's rows that the sequence begins with.
-    features: [rows, D] of each image among the tokens, in order; the rows of one image are never split between two
-    passes.
+    features: [rows, D] of what lies of each image among the tokens, in order.
     """
 
     ids: list[int]
@@ -77,24 +76,30 @@ class PackedDecoder:
         return self.lmm.decode(embeds, self._tensor(steps + np.repeat(shared[:, 1], lengths)), kv=view)
 
     def prefill(
-        self, groups: Items[Group], sequences: Items[Sequence], features: Mapping[object, Tensor]
+        self,
+        groups: Items[Group],
+        sequences: Items[Sequence],
+        stops: Items[int],
+        features: Mapping[object, Tensor],
     ) -> tuple[Tensor, np.ndarray]:
-        """Compute what the prompts of each group share, then the rest of every sequence; K and V go to the pool.
+        """Compute what the prompts of each group share, then each sequence's tokens up to its stop; K and V are pooled.
 
-        sequences: all members of the groups, ascending by start. features: [rows, D] of each image, by image_key.
-        Returns hidden states [T, D] of the rest, sequence after sequence, and the row of each one's last token [R].
+        sequences: all members of the groups and others, ascending by start. features: [rows, D] of each image, by
+        image_key.
+        Returns hidden states [T, D] of the tokens, sequence after sequence, and the row of each one's last token [R].
         """
         if not sequences:
             return torch.empty(0, self.lmm.hidden_size), np.empty(0, dtype=np.int64)
         sharing = sorted((g for g in groups if g.num_shared_tokens), key=lambda g: g.shared_start)
         if sharing:
-            parts = [_split_features(g.members[0], features)[0] for g in sharing]
+            parts = [_features(g.members[0], 0, g.num_shared_tokens, features) for g in sharing]
             self([Span(g.shared_ids, g.shared_start, features=f) for g, f in zip(sharing, parts, strict=True)])
         spans = []
-        for sequence in sequences:
-            ids = sequence.prompt[sequence.shared_rows[1] :] + sequence.tokens
-            rest = _split_features(sequence, features)[1]
-            spans.append(Span(ids, sequence.start, 0, sequence.shared_rows, rest))
+        for sequence, stop in zip(sequences, stops, strict=True):
+            first = sequence.num_cached_tokens
+            ids = (sequence.prompt + sequence.tokens)[first:stop]
+            rows = _features(sequence, first, stop, features)
+            spans.append(Span(ids, sequence.start, sequence.num_own_cached, sequence.shared_rows, rows))
         return self(spans), np.cumsum([len(s.ids) for s in spans]) - 1
 
     def step(self, sequences: Items[Sequence]) -> Tensor:
@@ -128,12 +133,6 @@ class PackedDecoder:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.lmm.device, dtype)
 
 
-def _split_features(sequence: Sequence, features: Mapping[object, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the features of the images in a sequence's shared tokens, which cut no image, and of those after them."""
-    images = sequence.request.images
-    rows = [features[image_key(images[i])] for i in sequence.marker_images]
-    left, count = sequence.prompt[: sequence.shared_rows[1]].count(IMAGE_ROW), 0
-    while left > 0:
-        left -= len(rows[count])
-        count += 1
-    return rows[:count], rows[count:]
+def _features(sequence: Sequence, start: int, stop: int, features: Mapping[object, Tensor]) -> list[Tensor]:
+    """Return the rows of the images that lie among the tokens [start, stop) of a sequence."""
+    return [features[image_key(image)][rows] for image, rows in sequence.images_between(start, stop)]

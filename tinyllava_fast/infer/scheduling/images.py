@@ -1,9 +1,15 @@
-"""Images of requests: decoded in threads, encoded by the tower in batches, each once."""
+"""Images of requests: decoded in threads, encoded by the tower in batches, each once.
+
+An image that has been decoded is known by its content, so its features serve every request that shows the same pixels,
+until others need the room. A path or an object may show something else tomorrow: its features live as long as the run.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,23 +18,27 @@ from torch import Tensor
 
 from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, tiles
 from tinyllava_fast.data.images import ImageMode, check_shape, image_size, load_image, to_pixels
+from tinyllava_fast.data.objects import DecodedImage
 from tinyllava_fast.data.pictures import naming, object_size, of_object
 from tinyllava_fast.errors import DataError, UserError
-from tinyllava_fast.infer.types import ImageLike, Images, Request
+from tinyllava_fast.infer.types import ImageLike, Images
 from tinyllava_fast.models.lmm import LMM
 
 IMAGES_PER_PASS = 32
+CACHE_BYTES = 256 * 2**20
 
 
 def image_key(image: Images | None) -> object:
-    """Return what makes two images the same: the text of a path, the identity of an object, the keys of a list."""
+    """Return what makes two images the same: pixels once decoded, the text of a path, the identity of an object."""
     if isinstance(image, (list, tuple)):
         return tuple(image_key(one) for one in image)
+    if isinstance(image, DecodedImage):
+        return image.digest
     return id(image) if isinstance(image, Image.Image) else str(image)
 
 
 class ImageEncoder:
-    """Features of images, kept for the images of the last call.
+    """Features of images: of decoded ones in a cache of ``cache_bytes``, of others kept for the images of a call.
 
     lmm: has encode_images, and config.reading: how it reads pictures. processor: image processor of the tower. mode:
     "square", "pad" or "anyres". grid: the resolutions (width, height) of anyres, empty for the default ones. threads:
@@ -36,7 +46,14 @@ class ImageEncoder:
     """
 
     def __init__(
-        self, lmm: LMM, processor: Any, *, mode: ImageMode, threads: int, grid: Sequence[tuple[int, int]] = ()
+        self,
+        lmm: LMM,
+        processor: Any,
+        *,
+        mode: ImageMode,
+        threads: int,
+        grid: Sequence[tuple[int, int]] = (),
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.lmm = lmm
         self.processor = processor
@@ -47,10 +64,11 @@ class ImageEncoder:
                 f"image_grid is for image_mode anyres only; got image_mode={mode!r}, image_grid={list(grid)}"
             )
         self.grid = resolve_grid(grid, processor) if mode == "anyres" else []
-        self.encoded = 0
+        self.encoded = self.hits = 0
         self._decoders = ThreadPoolExecutor(max(1, threads), thread_name_prefix="tlf-image")
         # The image is kept beside its features: an id() is only unique while its object lives.
         self._kept: dict[object, tuple[ImageLike, Tensor]] = {}
+        self._cache = FeatureCache(cache_bytes)
         self._rows: dict[str, int] = {}  # of files
 
     def rows(self, image: ImageLike) -> int:
@@ -58,6 +76,8 @@ class ImageEncoder:
         count = int(self.lmm.tokens_per_image)
         if not self.grid:
             return count
+        if isinstance(image, DecodedImage):
+            return count * count_inputs(image.pixels.size, self.grid, tile_size(self.processor))
         if isinstance(image, Image.Image):
             return count * count_inputs(object_size(image, self.reading), self.grid, tile_size(self.processor))
         name = str(image)
@@ -66,15 +86,26 @@ class ImageEncoder:
             self._rows[name] = count * count_inputs(size, self.grid, tile_size(self.processor))
         return self._rows[name]
 
-    def encode(
-        self, requests: Iterable[Request], failed: dict[object, DataError] | None = None
-    ) -> dict[object, Tensor]:
-        """Features [rows, D] by image key. Raises DataError, naming the request, for an image that cannot be read.
+    def decode(self, image: ImageLike) -> DecodedImage:
+        """Return the image as the model reads it. DataError for one that cannot be read."""
+        return image if isinstance(image, DecodedImage) else DecodedImage.of(self._load(image))
 
-        failed: takes the errors of such images by their keys instead.
+    def encode(
+        self, images: Iterable[tuple[ImageLike, str]], failed: dict[object, DataError] | None = None
+    ) -> dict[object, Tensor]:
+        """Return features [rows, D] by image key. images: each with what a message calls its request.
+
+        Raises DataError, naming the request, for an image that cannot be read. failed: takes the errors of such images
+        by their keys instead.
         """
-        wanted = {image_key(image): (image, request.named) for request in requests for image in request.images}
+        wanted = {image_key(image): (image, named) for image, named in images}
         self._kept = {k: v for k, v in self._kept.items() if k in wanted}
+        for key, (image, _) in wanted.items():
+            if key in self._kept or not isinstance(image, DecodedImage):
+                continue
+            if (features := self._cache.get(image.digest)) is not None:
+                self._kept[key] = (image, features)
+                self.hits += 1
         missing = [(k, *v) for k, v in wanted.items() if k not in self._kept]
         parts = [missing[i : i + IMAGES_PER_PASS] for i in range(0, len(missing), IMAGES_PER_PASS)]
         for part, (pixels, counts, errors) in zip(parts, self._decoders.map(self._pixels, parts), strict=True):
@@ -88,12 +119,15 @@ class ImageEncoder:
             encoded = torch.cat([self.lmm.encode_images(some) for some in passes])  # [N, K, D]
             each = (features.flatten(0, 1) for features in encoded.split(counts))
             read = ((key, image) for key, image, _ in part if key not in errors)
-            self._kept.update({key: (image, one) for (key, image), one in zip(read, each, strict=True)})
+            for (key, image), one in zip(read, each, strict=True):
+                self._kept[key] = (image, one)
+                if isinstance(image, DecodedImage):
+                    self._cache.put(image.digest, one.clone() if len(counts) > 1 else one)
             self.encoded += len(counts)
         return {key: features for key, (_, features) in self._kept.items()}
 
     def forget(self) -> None:
-        """Drop the kept features and sizes."""
+        """Drop the features and sizes of images that are not decoded, whose files may change."""
         self._kept.clear()
         self._rows.clear()
 
@@ -123,7 +157,12 @@ class ImageEncoder:
         return inputs
 
     def _load(self, image: ImageLike) -> Image.Image:
-        loaded = of_object(image, self.reading) if isinstance(image, Image.Image) else load_image(image, self.reading)
+        if isinstance(image, DecodedImage):
+            loaded = image.pixels
+        elif isinstance(image, Image.Image):
+            loaded = of_object(image, self.reading)
+        else:
+            loaded = load_image(image, self.reading)
         try:
             check_shape(loaded, self.processor, self.mode)
         except DataError as error:
@@ -131,6 +170,33 @@ class ImageEncoder:
         return loaded
 
 
+class FeatureCache:
+    """Features of decoded images by their digests, those used last first, as many as ``limit`` bytes hold."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """Return the features [rows, D] of an image, or None."""
+        features = self._features.get(digest)
+        if features is not None:
+            self._features.move_to_end(digest)
+        return features
+
+    def put(self, digest: bytes, features: Tensor) -> None:
+        """Keep features [rows, D], which must own their memory, and drop the oldest ones beyond the limit."""
+        if digest in self._features:
+            return
+        self._features[digest] = features
+        self.nbytes += features.nbytes
+        while self.nbytes > self.limit:
+            self.nbytes -= self._features.popitem(last=False)[1].nbytes
+
+
 def _name(image: ImageLike) -> str:
     """How an error names an image."""
-    return "the image object" if isinstance(image, Image.Image) else naming(image)
+    if isinstance(image, (str, Path)):
+        return naming(image)
+    return "the image" if isinstance(image, DecodedImage) else "the image object"

@@ -13,6 +13,7 @@ Legend: P rows of the pool, L decoder layers, Hkv key-value heads, Dh head width
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,15 +22,25 @@ from tinyllava_fast.ops import _cpp
 
 
 class Spans:
-    """First-fit allocator of contiguous row ranges in [0, size). Freed neighbours merge."""
+    """First-fit allocator of contiguous row ranges in [0, size). Freed neighbours merge.
+
+    reclaim: gives some rows back that are only kept in case they are useful; returns whether there were any.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.reclaim: Callable[[], bool] | None = None
         self.free_rows = size
         self._holes: list[tuple[int, int]] = [(0, size)] if size else []
 
     def take(self, rows: int) -> int | None:
         """Start of a free range of that many rows, or None if there is none."""
+        start = self._first_fit(rows)
+        while start is None and self.reclaim is not None and self.reclaim():
+            start = self._first_fit(rows)
+        return start
+
+    def _first_fit(self, rows: int) -> int | None:
         for i, (start, length) in enumerate(self._holes):
             if length >= rows:
                 rest = [(start + rows, length - rows)] if length > rows else []

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice, repeat
+from itertools import islice
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +15,15 @@ from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import is_text, shown
-from tinyllava_fast.infer.scheduling.sequence import IMAGE_ROW, NoRoomError, OnToken, Sequence, TooLongError
+from tinyllava_fast.infer.scheduling.images import ImageEncoder
+from tinyllava_fast.infer.scheduling.sequence import (
+    IMAGE_ROW,
+    ImageSpan,
+    NoRoomError,
+    OnToken,
+    Sequence,
+    TooLongError,
+)
 from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import ImageLike, Message, Request
 
@@ -23,7 +32,8 @@ from tinyllava_fast.infer.types import ImageLike, Message, Request
 class Prompts:
     """Turns requests into sequences.
 
-    template: chat template with ``prompt_batch`` and ``encode``. rows_of: rows that an image becomes. context: most
+    template: chat template with ``prompt_batch`` and ``encode``. decoder: the tokenizer that makes text of answers, in
+    the engine's thread (default: ``tokenizer``). rows_of: rows that an image becomes. context: most
     positions of the model, None if unlimited. most: largest prompt + answer that the K/V pool takes. eos: tokens that
     end an answer unless the request says otherwise. ahead: requests read and tokenized together.
     """
@@ -35,6 +45,7 @@ class Prompts:
     most: int
     eos: frozenset[int]
     ahead: int
+    decoder: PreTrainedTokenizerBase | None = None
 
     def sequences(
         self, requests: Iterable[Request], on_token: OnToken | None = None, *, truncate: bool = False
@@ -67,7 +78,7 @@ class Prompts:
         sequence.stop_ids = sampling.end_ids(self.eos)
         sequence.on_token = on_token
         if on_token is not None or sampling.stop:
-            sequence.text = TextStream(self.tokenizer, sampling.stop_strings)
+            sequence.text = TextStream(self.decoder or self.tokenizer, sampling.stop_strings)
         return sequence
 
     def surely_fits(self, request: Request) -> bool:
@@ -174,7 +185,8 @@ class Prompts:
             rows = [self.rows_of(image) for image in images]
         except DataError as error:
             raise DataError(f"{request.named}: {error}") from error
-        return Sequence(request, expand(ids, [rows[i] for i in marker_images]), marker_images, scored)
+        prompt, spans = expand(ids, [(i, rows[i]) for i in marker_images])
+        return Sequence(request, prompt, spans, scored)
 
     def _check_context(self, sequence: Sequence, new: int, remedy: str) -> None:
         length = len(sequence.prompt)
@@ -192,21 +204,52 @@ class Prompts:
             )
 
 
+class Preparer(Protocol):
+    """Makes the online sequence of a request."""
+
+    def __call__(self, request: Request, on_token: OnToken | None = None) -> Sequence:
+        """Return the sequence, one that has failed if the request cannot be put to the model."""
+        ...
+
+
+def prepare(prompts: Prompts, images: ImageEncoder, request: Request, on_token: OnToken | None = None) -> Sequence:
+    """Return the online sequence of a request whose images have been read; one that has failed if they cannot be."""
+    try:
+        if request.images:
+            read = [images.decode(image) for image in request.images]
+            request = replace(request, image=read if request.interleaved else read[0])
+    except DataError as error:
+        sequence = Sequence(request, [])
+        sequence.fail(DataError(f"{request.named}: {error}"))
+    else:
+        (sequence,) = prompts.sequences([request], on_token, truncate=True)
+    sequence.online = True
+    return sequence
+
+
 def _needs(sequence: Sequence, new: int) -> str:
     return f"{sequence.request.named}: {len(sequence.prompt)} prompt tokens and {new} new ones"
 
 
-def expand(ids: list[int], rows: int | Items[int]) -> list[int]:
-    """Replace each image marker by as many IMAGE_ROW entries as its image has tokens; rows: of all, or of each.
+def expand(ids: list[int], images: Iterable[tuple[int, int]]) -> tuple[list[int], list[ImageSpan]]:
+    """Replace each image marker by as many IMAGE_ROW entries as its image has tokens, and return where they lie.
 
-    >>> expand([1, -200, 5, -200], [2, 1])
-    [1, -1, -1, 5, -1]
+    images: (index, rows) of the image of each marker.
+
+    >>> expand([1, -200, 5, -200], [(0, 2), (1, 1)])
+    ([1, -1, -1, 5, -1], [ImageSpan(start=1, rows=2, image=0), ImageSpan(start=4, rows=1, image=1)])
     """
-    each = repeat(rows) if isinstance(rows, int) else iter(rows)
+    each = iter(images)
     expanded: list[int] = []
+    spans: list[ImageSpan] = []
     for i in ids:
-        expanded += [IMAGE_ROW] * next(each) if i == IMAGE_INDEX else [i]
-    return expanded
+        if i != IMAGE_INDEX:
+            expanded.append(i)
+            continue
+        image, rows = next(each)
+        spans.append(ImageSpan(len(expanded), rows, image))
+        expanded += [IMAGE_ROW] * rows
+    return expanded, spans
 
 
 def _conversation(request: Request) -> list[Message]:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from torch import Tensor
 
+from tinyllava_fast.data.objects import DecodedImage, ImageLike
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.finish import ABORTED, FAILED, REFUSED, TOO_LONG, UNREADABLE
 from tinyllava_fast.infer.text import TextStream
@@ -19,6 +21,15 @@ from tinyllava_fast.infer.types import Images, Request
 
 IMAGE_ROW = -1
 RESERVE = 16  # rows for new tokens that a sequence holds in advance
+
+
+class ImageSpan(NamedTuple):
+    """Where the rows of an image lie in a prompt."""
+
+    start: int
+    rows: int
+    image: int  # its index in the request
+
 
 OnToken = Callable[[str, str], None]
 """Takes a request's id and the next piece of its text."""
@@ -57,8 +68,9 @@ class Sequence:
 
     request: Request
     prompt: list[int]
-    marker_images: Items[int] = ()  # for each image marker of the prompt the index of its image in the request
+    image_spans: Items[ImageSpan] = ()  # one an image marker, ascending
     scored: Items[int] = ()
+    online: bool = False  # admitted by itself, in chunks; otherwise with the group of those about the same images
     status: Status = Status.WAITING
     group: Group | None = None
     start: int = 0  # first pool row of the sequence's own tokens, which follow the shared ones
@@ -67,6 +79,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # generated
     finish: str = ""  # why it has ended; "" while it has not
     error: BaseException | None = None  # of a failed sequence
+    num_reused_tokens: int = 0  # of the prompt: their K and V were copied when it was admitted
     truncated: bool = False  # its request wanted more new tokens than the model's context has room for
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
     text: TextStream | None = None  # where text is needed before the end
@@ -87,6 +100,16 @@ class Sequence:
         return group.shared_start, group.num_shared_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def decodes(self) -> bool:
+        """Return whether its newest token is all that the model has not seen of it."""
+        return bool(self.tokens) and self.num_cached_tokens + 1 == self.num_tokens
+
+    @property
     def num_own_cached(self) -> int:
         """Own rows written so far."""
         return self.num_cached_tokens - self.shared_rows[1]
@@ -100,7 +123,23 @@ class Sequence:
     @property
     def first_rows(self) -> int:
         """Own rows that it is admitted with: what its prefill writes, and room for a short answer."""
-        return min(self.most_rows, len(self.prompt) - self.shared_rows[1] + len(self.tokens) + RESERVE)
+        return min(self.most_rows, self.num_tokens - self.shared_rows[1] + RESERVE)
+
+    def images_between(self, start: int, stop: int) -> list[tuple[ImageLike, slice]]:
+        """Return the images among the tokens [start, stop), each with the range of its rows that lies there."""
+        found = []
+        for first, rows, image in self.image_spans:
+            low, high = max(start, first), min(stop, first + rows)
+            if low < high:
+                found.append((self.request.images[image], slice(low - first, high - first)))
+        return found
+
+    def content(self) -> list[int]:
+        """Return its tokens, with a number for the pixels of an image in each of its rows: what K and V depend on."""
+        ids = self.prompt + self.tokens
+        for first, rows, image in self.image_spans:
+            ids[first : first + rows] = [_number(self.request.images[image])] * rows
+        return ids
 
     def append(self, token: int) -> str:
         """Append a generated token, end if it is the last one, and return the text that is certain now."""
@@ -134,6 +173,13 @@ class Sequence:
         self.status, self.finish = Status.ABORTED, ABORTED
 
 
+def _number(image: ImageLike) -> int:
+    """Return a negative number for the pixels of a decoded image; token ids are not negative."""
+    if not isinstance(image, DecodedImage):
+        raise TypeError(f"{type(image).__name__}: only a decoded image is known by its content")
+    return -1 - int.from_bytes(image.digest[:7], "big")
+
+
 @dataclass(eq=False)
 class Group:
     """Sequences that ask about the same images and share the first ``num_shared_tokens`` of their prompts."""
@@ -158,4 +204,4 @@ class Group:
     def num_prefill_tokens(self) -> int:
         """Tokens that its prefill computes."""
         shared = self.num_shared_tokens
-        return shared + sum(len(m.prompt) + len(m.tokens) - shared for m in self.members)
+        return shared + sum(m.num_tokens - shared for m in self.members)
