@@ -34,11 +34,11 @@ class Running:
 
     def __init__(self, arguments: list[str], log: Path, key: str | None = None) -> None:
         self.path = log
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if key is not None:
             environment["TLF_API_KEY"] = key
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        command = [sys.executable, "-m", "tests.serve.standin", *arguments, "--port", "0", "--device", "cpu"]
+        command = [sys.executable, "-m", "tinyllava_fast.serve.cli", *arguments, "--port", "0", "--device", "cpu"]
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
         self.port = self._wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import subprocess
@@ -104,8 +105,6 @@ def test_several_turns(client, right, pictures):
         *user([image_part(data_uri(saved(pictures[1])))]),
     ]
     found = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
-    import io
-
     first = Image.open(io.BytesIO(saved(pictures[0], "JPEG", quality=95)))
     expected = right([IMAGE, "\n", "what?"], ["a cat"], ["and this?", "\n", IMAGE], images=[first, pictures[1]])
     assert found.choices[0].message.content == expected.text

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
+from tinyllava_fast.infer.live import Piece, QueueFullError, StoppedError, Stream
 from tinyllava_fast.infer.types import Answer
 from tinyllava_fast.infer.types import Request as Question
 from tinyllava_fast.serve.metrics import Clock, Metrics
 from tinyllava_fast.serve.problems import ClientGoneError, busy
 from tinyllava_fast.serve.served import Served
-
-if TYPE_CHECKING:
-    from tinyllava_fast.infer.live import Piece, Stream
 
 Result = TypeVar("Result")
 
@@ -24,8 +22,6 @@ class Choices:
     """The answers to some questions, all of which are taken in at once or none. ApiError 429 if the queue is full."""
 
     def __init__(self, served: Served, questions: Sequence[Question], metrics: Metrics) -> None:
-        from tinyllava_fast.infer.live import QueueFullError, StoppedError
-
         self.served, self.metrics = served, metrics
         self.answers: list[Answer | None] = [None] * len(questions)
         self.streams: list[Stream] = []

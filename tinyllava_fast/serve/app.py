@@ -101,8 +101,8 @@ async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncItera
                         yield _event(head)
                 if isinstance(event, Answer):
                     yield _event(reply.last(index, event))
-                else:
-                    yield _event(reply.piece(index, event.text, event.logprobs))
+                elif event.text:
+                    yield _event(reply.piece(index, event.text, ()))
     except ApiError as error:
         if not opened:
             raise

@@ -17,14 +17,15 @@ _GAUGES = {
     "running": "Requests that hold rows of the K/V pool",
     "waiting": "Requests that wait for rows of the K/V pool",
     "pool_rows": "Rows of the K/V pool",
-    "pool_used_rows": "Rows of the K/V pool that are taken",
+    "pool_used_rows": "Rows of the K/V pool that running requests hold",
+    "pool_kept_rows": "Rows of the K/V pool that are kept for prompts that begin alike",
 }
 _COUNTERS = {
-    "cache_hit_tokens": "Tokens of prompts whose K/V came from the cache",
     "prompt_tokens": "Tokens of prompts",
+    "reused_tokens": "Tokens of prompts whose K/V were there already",
     "generated_tokens": "Tokens generated",
-    "image_hits": "Images whose features came from the cache",
-    "image_misses": "Images that the tower encoded",
+    "images_encoded": "Images that the tower encoded",
+    "images_reused": "Images whose features were there already",
     "aborted": "Requests that were aborted",
     "failed": "Requests that could not be answered",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from tinyllava_fast.serve.problems import ApiError, bad, busy
 
 Json = dict[str, Any]  # what goes to a client as JSON
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", CONTEXT: "length"}
+_NAMED = re.compile(r"^request '[^']*': ")
 _WORD_START = "\u2581"
 
 
@@ -25,7 +27,7 @@ def check(answer: Answer) -> None:
         return
     if answer.finish == ABORTED:
         raise busy("the server is stopping")
-    why = answer.why.removeprefix(f"request {answer.id!r}: ")
+    why = _NAMED.sub("", answer.why)
     if answer.finish == TOO_LONG:
         raise bad(why, "messages", "context_length_exceeded")
     if answer.finish == UNREADABLE:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.live import LiveEngine
 from tinyllava_fast.serve.problems import ApiError
-
-if TYPE_CHECKING:
-    from tinyllava_fast.infer.live import LiveEngine
 
 
 @dataclass(frozen=True)
