@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,14 +23,10 @@ from tinyllava_fast.serve.auth import Guard
 from tinyllava_fast.serve.limits import Limits, read_object
 from tinyllava_fast.serve.media import Media
 from tinyllava_fast.serve.metrics import TYPE, Metrics
-from tinyllava_fast.serve.problems import ApiError, ClientGoneError
-from tinyllava_fast.serve.prompts import Ask, image_urls, turns
+from tinyllava_fast.serve.problems import ApiError, ClientGoneError, bad
+from tinyllava_fast.serve.prompts import Ask, check_length, image_urls, turns
 from tinyllava_fast.serve.replies import Reply, check
-from tinyllava_fast.serve.schema import (
-    ChatRequest,
-    Generation,
-    read_as,
-)
+from tinyllava_fast.serve.schema import ChatRequest, DetokenizeRequest, Generation, TokenizeRequest, read_as
 from tinyllava_fast.serve.served import Served, find
 
 PAGE = Path(__file__).parent / "page"
@@ -51,6 +48,7 @@ class Api:
 
     async def _chat(self, body: ChatRequest) -> Response:
         ask = Ask(body, find(self.models, body.model), self.limits)
+        check_length(body.messages, ask.served)
         urls = image_urls(body.messages, self.limits)
         messages = turns(body.messages, self.limits)
         images = await self.media.pictures(urls)
@@ -70,6 +68,21 @@ class Api:
         chunks = stream(choices, reply, body.wants_usage)
         first = await anext(chunks)
         return StreamingResponse(_after(first, chunks), media_type="text/event-stream")
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        body = read_as(TokenizeRequest, await read_object(request, self.limits))
+        served = find(self.models, body.model)
+        ids = await asyncio.to_thread(served.tokens.ids, body.prompt, body.add_special_tokens)
+        return JSONResponse({"count": len(ids), "max_model_len": served.context, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        body = read_as(DetokenizeRequest, await read_object(request, self.limits))
+        served = find(self.models, body.model)
+        if wrong := next((i for i in body.tokens if i >= served.engine.vocab), None):
+            raise bad(f"{wrong} is no token of this model", "tokens")
+        return JSONResponse({"prompt": await asyncio.to_thread(served.tokens.text, body.tokens)})
 
     async def list_models(self) -> Response:
         """GET /v1/models."""
@@ -155,6 +168,8 @@ def build_app(
     guard = Guard(app, metrics, key=key, hosts=hosts)
     routes = APIRouter()
     routes.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
+    routes.add_api_route("/tokenize", api.tokenize, methods=["POST"])
+    routes.add_api_route("/detokenize", api.detokenize, methods=["POST"])
     routes.add_api_route("/v1/models", api.list_models, methods=["GET"])
     routes.add_api_route("/v1/models/{name:path}", api.one_model, methods=["GET"])
     routes.add_api_route("/metrics", api.show_metrics, methods=["GET"])

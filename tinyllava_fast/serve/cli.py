@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_limits(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("limits of one request")
+    group = p.add_argument_group("limits, of one request where they do not say otherwise")
     for flag, default, text in (
         ("--max-body-mb", 64, "its body"),
         ("--max-image-mb", 20, "the file of an image"),
@@ -76,6 +76,8 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         ("--max-images", 16, "images"),
         ("--max-new-tokens", 2048, "new tokens, and how many where none are named"),
         ("--max-choices", 16, "choices (n)"),
+        ("--max-connections", 1024, "connections of all clients; of more the oldest idle one is closed"),
+        ("--client-seconds", 30, "time for sending a request's head, its body, and for taking what is sent back"),
         ("--drain-seconds", 60, "time to finish what runs after SIGTERM"),
     ):
         group.add_argument(flag, type=positive, default=default, metavar="N", help=f"{text} (default: {default})")
@@ -166,6 +168,8 @@ def _limits(args: argparse.Namespace) -> Limits:
         images=args.max_images,
         new_tokens=args.max_new_tokens,
         choices=args.max_choices,
+        connections=args.max_connections,
+        client_seconds=args.client_seconds,
         drain_seconds=args.drain_seconds,
     )
 

@@ -33,9 +33,8 @@ class Limits:
     choices: int = 16
     messages: int = 1024
     connections: int = 1024
-    header_seconds: float = 10
-    body_seconds: float = 60
-    write_seconds: float = 30
+    client_seconds: float = 30
+    """For sending the head of a request, for sending its body, and for taking what is sent back."""
     fetch_seconds: float = 10
     drain_seconds: float = 60
 
@@ -51,9 +50,9 @@ async def read_object(request: Request, limits: Limits) -> dict[str, object]:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "compressed bodies are not taken; send it without Content-Encoding")
     try:
-        body = await asyncio.wait_for(_read(request, limits.body_bytes), limits.body_seconds)
+        body = await asyncio.wait_for(_read(request, limits.body_bytes), limits.client_seconds)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
+        raise ApiError(408, f"the body did not arrive within {limits.client_seconds:g} seconds") from None
     return parse_object(body) if len(body) < _LARGE else await asyncio.to_thread(parse_object, body)
 
 

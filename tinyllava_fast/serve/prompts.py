@@ -33,6 +33,15 @@ def image_urls(messages: Iterable[ChatMessage], limits: Limits) -> list[str]:
     return urls
 
 
+def check_length(messages: Iterable[ChatMessage], served: Served) -> None:
+    """Raise ApiError 400 for texts that cannot fit the model's context, however few tokens they are."""
+    most = served.most_characters
+    length = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
+    if most is not None and length > most:
+        said = f"{length} characters of text do not fit the model's context of {served.context} tokens"
+        raise bad(said, "messages", "context_length_exceeded")
+
+
 def turns(messages: Sequence[ChatMessage], limits: Limits) -> list[Message]:
     """Return the messages as the engine's: a system text if there is one, then user and assistant in turn.
 

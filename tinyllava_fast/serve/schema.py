@@ -194,7 +194,8 @@ class TokenizeRequest(Strict):
     """A body of /tokenize."""
 
     model: str | None = None
-    prompt: str
+    prompt: Text
+    add_special_tokens: bool = True
 
 
 class DetokenizeRequest(Strict):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.live import LiveEngine
 from tinyllava_fast.serve.problems import ApiError
+from tinyllava_fast.serve.tokens import TextTokens
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,21 @@ class Served:
     engine: Engine
     live: LiveEngine
     created: int
+
+    @cached_property
+    def tokens(self) -> TextTokens:
+        """What makes tokens of texts for clients."""
+        return TextTokens(self.engine.tokenizer)
+
+    @cached_property
+    def most_characters(self) -> int | None:
+        """Characters that surely do not fit the context: so many tokens of the longest kind; None: there is no limit.
+
+        Texts above are refused at once, without the time that it takes to make tokens of them.
+        """
+        if self.context is None:
+            return None
+        return self.context * max(map(len, self.engine.tokenizer.get_vocab()))
 
     @property
     def context(self) -> int | None:

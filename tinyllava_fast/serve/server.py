@@ -54,7 +54,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         def pause_writing(self) -> None:
             super().pause_writing()
             _stop(self._stuck)
-            self._stuck = self.loop.call_later(limits.write_seconds, self.transport.abort)
+            self._stuck = self.loop.call_later(limits.client_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -68,7 +68,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 self.app_state["idle"].pop(self, None)
             elif self._head is None:
                 self.app_state["idle"][self] = None
-                self._head = self.loop.call_later(limits.header_seconds, self.transport.abort)
+                self._head = self.loop.call_later(limits.client_seconds, self.transport.abort)
 
     return Limited
 
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=int(limits.header_seconds),
+                timeout_keep_alive=int(limits.client_seconds),
                 timeout_graceful_shutdown=5,
             )
         )
