@@ -27,9 +27,9 @@ _COMMAND = re.compile(r"/[a-z]+(?=\s|$)")  # a path such as /etc/hosts is a ques
 class Conversation:
     """Questions and answers that build on each other.
 
-    assistant: the model. images: files that the whole conversation is about, shown in front of its first question; one
-    image takes every image marker of the questions, of several the i-th marker is the i-th image. show: takes each
-    piece of an answer as it comes. Raises DataError for an image that cannot be read.
+    assistant: the model. images: files that the whole conversation is about, shown in front of its first question.
+    show: takes each piece of an answer as it comes. Questions and answers are literal: nothing in them is a marker or a
+    control token. Raises DataError for an image that cannot be read.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Conversation:
         Raises UserError if the question cannot be answered, for instance because the conversation no longer fits the
         model's context; the question is then forgotten, as it is after a KeyboardInterrupt.
         """
-        messages = [*self.said, {"from": "human", "value": question}]
+        messages = [*self.said, {"from": "human", "value": [question]}]
         image: Images | None = list(self.images) if len(self.images) > 1 else next(iter(self.images), None)
         request = Request(messages=messages, image=image, sampling=self.sampling)
         (answer,) = self.assistant.engine.answers([request], on_token=lambda _, piece: self.show(piece))
         self.show("\n")
-        self.said = [*messages, {"from": "gpt", "value": answer.text}]
+        self.said = [*messages, {"from": "gpt", "value": [answer.text]}]
         return answer.text
 
     def command(self, line: str) -> str | None:

@@ -167,7 +167,7 @@ class Request:
     def conversation(self) -> list[Message]:
         """The messages and the open answer; image markers go in the first turn if there is none yet."""
         messages = [dict(m) for m in self.messages]
-        turns = messages[1:] if messages and messages[0]["from"] == "system" else messages
+        turns = messages[1:] if messages and messages[0].get("from") == "system" else messages
         if turns and not any(markers(m["value"]) for m in turns):
             first = turns[0]["value"]
             if isinstance(first, (list, tuple)):

@@ -112,6 +112,12 @@ class Template:
     """Every sample gets an image slot, whether its question names one or not."""
     adds_special_tokens: bool = True
     """A prompt begins with what the tokenizer puts before a text, its BOS; False: the rendered text carries its own."""
+    shows_questions: bool = True
+    """A prompt holds the text of the questions."""
+
+    def with_system(self, system: str) -> Template:
+        """Return the template with another system text. UserError if it has no place for one."""
+        return replace(self, system=system)
 
     def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
         """Prompt text of the turns; an answer of None ends the text where the model continues.

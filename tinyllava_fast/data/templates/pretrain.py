@@ -7,6 +7,7 @@ from typing import Any
 
 from tinyllava_fast.data.templates.base import TEMPLATES, Rendered, Template, Turns
 from tinyllava_fast.data.types import IMAGE_TOKEN
+from tinyllava_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,13 @@ class PretrainTemplate(Template):
         text = "".join(IMAGE_TOKEN * n + ("" if answer is None else f"{answer}\n") for n, (_, answer) in pairs)
         return Rendered(text, [(len(IMAGE_TOKEN) * counts[0], len(text))])
 
+    def with_system(self, system: str) -> Template:
+        """Raise UserError."""
+        raise UserError("the chat template 'pretrain' has no place for a system text; leave it out")
+
 
 TEMPLATES.register("pretrain")(
-    PretrainTemplate(eos="", system="", separator="", reference_masks="pretrain", needs_image=True)
+    PretrainTemplate(
+        eos="", system="", separator="", reference_masks="pretrain", needs_image=True, shows_questions=False
+    )
 )

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import FrameType
 from typing import Any, cast
@@ -33,13 +33,20 @@ _OTHER = "choose another data.template, or a tokenizer whose chat template marks
 
 @dataclass(frozen=True)
 class TokenizerTemplate(Template):
-    """No system text of ours: the template's default. The marker stays where it stood in the user's message."""
+    """No system text of ours. The marker stays where it stood in the user's message."""
+
+    given_system: str | None = None
+    """Text of a first message from the system; None: the template's default."""
+
+    def with_system(self, system: str) -> Template:
+        """See the base class; a template that refuses system messages does so in ``render``."""
+        return replace(self, given_system=system)
 
     def render(self, turns: Turns, tokenizer: Any, interleaved: bool = False) -> Rendered:
         """See the base class. Not interleaved: the first marker of a question stays, the others are removed."""
         if not interleaved:
             turns = [(_one_marker(question), answer) for question, answer in turns]
-        messages = []
+        messages = [] if self.given_system is None else [{"role": "system", "content": self.given_system}]
         for question, answer in turns:
             messages.append({"role": "user", "content": question})
             if answer is not None:
@@ -114,7 +121,8 @@ def _probe(tokenizer: Any, source: str) -> _Frame:
 def _answers(tokenizer: Any, messages: Sequence[dict[str, str]], text: str) -> list[tuple[int, int]]:
     """The character range of each answer, end-of-turn token included."""
     frame = _frame(tokenizer)
-    answers = [m["content"] for m in messages[1::2]]
+    before = len(messages) % 2  # a message from the system
+    answers = [m["content"] for m in messages[before + 1 :: 2]]
     for number, answer in enumerate(answers):
         if frame.stop in answer:
             raise DataError(f"answer {number} contains the template's own {frame.stop!r}; rewrite or remove it")
@@ -125,7 +133,7 @@ def _answers(tokenizer: Any, messages: Sequence[dict[str, str]], text: str) -> l
             return [span for span in spans if span is not None]
     found = []
     for number, answer in enumerate(answers):
-        prompt = _text(tokenizer, messages[: 2 * number + 1], True)
+        prompt = _text(tokenizer, messages[: before + 2 * number + 1], True)
         if not text.startswith(prompt):
             raise UserError(
                 f"{_WHERE}: the prompt for answer {number} is no prefix of the rendered conversation: the template "

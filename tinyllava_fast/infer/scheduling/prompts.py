@@ -11,6 +11,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from tinyllava_fast.data.templates._literal import is_literal, literal_prompts
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
@@ -25,7 +26,7 @@ from tinyllava_fast.infer.scheduling.sequence import (
     TooLongError,
 )
 from tinyllava_fast.infer.text import TextStream
-from tinyllava_fast.infer.types import ImageLike, Message, Request
+from tinyllava_fast.infer.types import IMAGE, ImageLike, Message, Request, markers
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class Prompts:
 
     def _option_ids(self, pairs: Items[tuple[Request, str]]) -> list[tuple[list[int], int]]:
         """For each (request, option) the ids up to the option's last token, and where its first one is."""
+        if literal := next((r for r, _ in pairs if is_literal(r.messages)), None):
+            raise UserError(f"{literal.named}: options are scored after texts, not after parts or a system message")
         conversations = [[*_conversation(r)[:-1], {"from": "gpt", "value": option}] for r, option in pairs]
         flags = [r.interleaved for r, _ in pairs]
         end = self.template.stop_id(self.tokenizer)
@@ -172,9 +175,13 @@ class Prompts:
 
     def _ids(self, requests: Items[Request]) -> list[list[int]]:
         """Token ids, one IMAGE_INDEX an image; tokenized in one call."""
-        conversations = [_conversation(r) for r in requests]
-        prompts = self.template.prompt_batch(conversations, self.tokenizer, [r.interleaved for r in requests])
-        return [prompt.ids for prompt in prompts]
+        conversations = [(_conversation(r), r.interleaved) for r in requests]
+        prompts: dict[bool, Iterator[list[int]]] = {}
+        for literal, encode in ((False, _own_prompts), (True, literal_prompts)):
+            some = [pair for pair in conversations if is_literal(pair[0]) is literal]
+            texts, flags = [text for text, _ in some], [flag for _, flag in some]
+            prompts[literal] = iter(encode(self.template, texts, self.tokenizer, flags))
+        return [next(prompts[is_literal(text)]) for text, _ in conversations]
 
     def _sequence(self, request: Request, ids: list[int], scored: Items[int] = ()) -> Sequence:
         markers, images = ids.count(IMAGE_INDEX), request.images
@@ -252,25 +259,52 @@ def expand(ids: list[int], images: Iterable[tuple[int, int]]) -> tuple[list[int]
     return expanded, spans
 
 
+def _own_prompts(
+    template: Template, conversations: Items[Items[Message]], tokenizer: PreTrainedTokenizerBase, flags: Items[bool]
+) -> list[list[int]]:
+    return [prompt.ids for prompt in template.prompt_batch(conversations, tokenizer, flags)]
+
+
 def _conversation(request: Request) -> list[Message]:
     messages = request.conversation()
+    if is_literal(messages):
+        _check_roles(request)
     for m in messages[:-1]:
-        if not isinstance(m["value"], str) or not is_text(m["value"]):
-            raise UserError(f"{request.named}: {shown(m['value'])} is no text that a tokenizer takes; mend it")
-    markers = sum(str(m["value"]).count(IMAGE_TOKEN) for m in messages)
-    if markers and not request.images:
+        for part in _parts(m):
+            if part is not IMAGE and (not isinstance(part, str) or not is_text(part)):
+                raise UserError(f"{request.named}: {shown(part)} is no text that a tokenizer takes; mend it")
+    turns = messages[1:] if messages[0].get("from") == "system" else messages
+    counts = [markers(m["value"]) for m in turns]
+    if any(counts) and not request.images:
         raise UserError(f"{request.named}: its text holds {IMAGE_TOKEN} but it has no image; give it one")
-    if request.interleaved and markers != len(request.images):
+    if request.interleaved and sum(counts) != len(request.images):
         raise UserError(
-            f"{request.named}: it has {len(request.images)} images but its text holds {markers} {IMAGE_TOKEN}; "
+            f"{request.named}: it has {len(request.images)} images but its text holds {sum(counts)} {IMAGE_TOKEN}; "
             "give one marker for each image, or none at all"
         )
-    most = max(str(m["value"]).count(IMAGE_TOKEN) for m in messages)
-    if request.images and not request.interleaved and most > 1:
+    if request.images and not request.interleaved and max(counts) > 1:
         raise UserError(
-            f"{request.named}: its text holds {most} {IMAGE_TOKEN} but it has one image; give a list of as many "
+            f"{request.named}: its text holds {max(counts)} {IMAGE_TOKEN} but it has one image; give a list of as many "
             "images, or one marker"
         )
-    if any(IMAGE_TOKEN in str(m["value"]) for m in messages if m["from"] == "gpt"):
+    if any(count and m["from"] == "gpt" for m, count in zip(turns, counts, strict=True)):
         raise UserError(f"{request.named}: an answer holds {IMAGE_TOKEN}, which would show an image; remove it")
     return messages
+
+
+def _check_roles(request: Request) -> None:
+    """Raise UserError for a request with literal text whose messages are not questions and answers in turn."""
+    roles = [m.get("from") for m in request.messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["human" if n % 2 == 0 else "gpt" for n in range(len(turns))] or len(turns) % 2 == 0:
+        raise UserError(
+            f"{request.named}: its messages are from {', '.join(map(shown, roles[:8]))}; give 'human' and 'gpt' in "
+            "turn, first and last 'human', after at most one from 'system'"
+        )
+    if roles[0] == "system" and IMAGE in _parts(request.messages[0]):
+        raise UserError(f"{request.named}: its system text holds an image; put it into a question")
+
+
+def _parts(message: Message) -> list[object]:
+    value = message["value"]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
