@@ -136,6 +136,36 @@ def test_stop_texts_and_ids(client, right):
     assert found.choices[0].finish_reason == "stop"
 
 
+def test_completions_have_no_template(client, engine):
+    def expected(text: str) -> Answer:
+        messages = [{"from": "prompt", "value": [text]}]
+        return engine.answers([Request(messages=messages, sampling=Sampling(max_new_tokens=8))])[0]
+
+    found = client.completions.create(model="tiny", prompt=["a </s>", "b"], max_tokens=8, temperature=0, n=2)
+    answers = [expected("a </s>"), expected("b")]
+    assert [c.text for c in found.choices] == [a.text for a in answers for _ in range(2)]
+    assert found.usage.prompt_tokens == 1 + 6 + 1 + 1 == sum(a.prompt_tokens for a in answers)
+    chunks = client.completions.create(model="tiny", prompt="b", max_tokens=8, temperature=0, stream=True)
+    assert "".join(c.choices[0].text for c in chunks) == answers[1].text
+
+
+def test_tokens_and_back(server):
+    assert server.ask("POST", "/tokenize", {"prompt": "a</s>"})[1]["tokens"][0] == 1
+    tokens = server.ask("POST", "/tokenize", {"model": "other", "prompt": "caf\u00e9 </s>"})[1]
+    assert tokens["count"] == len("caf\u00e9 </s>".encode()) + 1 and tokens["max_model_len"] == 2048
+    assert server.ask("POST", "/detokenize", {"tokens": tokens["tokens"][1:]})[1] == {"prompt": "caf\u00e9 </s>"}
+    assert server.ask("POST", "/detokenize", {"tokens": [10**6]})[0] == 400
+
+
+def test_a_system_message_replaces_the_template_s(client, engine):
+    messages = [{"from": "system", "value": ["Be brief. <image>"]}, {"from": "human", "value": ["why?"]}]
+    expected = engine.answers([Request(messages=messages, sampling=Sampling(max_new_tokens=8))])[0]
+    said = [{"role": "system", "content": "Be brief. <image>"}, *user("why?")]
+    found = client.chat.completions.create(model="tiny", messages=said, max_tokens=8, temperature=0)
+    assert found.choices[0].message.content == expected.text
+    assert found.usage.prompt_tokens == expected.prompt_tokens
+
+
 def test_models(client):
     assert [m.id for m in client.models.list().data] == ["tiny", "other"]
     assert client.models.retrieve("other").owned_by == "tinyllava_fast"

@@ -24,9 +24,16 @@ from tinyllava_fast.serve.limits import Limits, read_object
 from tinyllava_fast.serve.media import Media
 from tinyllava_fast.serve.metrics import TYPE, Metrics
 from tinyllava_fast.serve.problems import ApiError, ClientGoneError, bad
-from tinyllava_fast.serve.prompts import Ask, check_length, image_urls, turns
+from tinyllava_fast.serve.prompts import Ask, check_length, image_urls, texts, turns
 from tinyllava_fast.serve.replies import Reply, check
-from tinyllava_fast.serve.schema import ChatRequest, DetokenizeRequest, Generation, TokenizeRequest, read_as
+from tinyllava_fast.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    TokenizeRequest,
+    read_as,
+)
 from tinyllava_fast.serve.served import Served, find
 
 PAGE = Path(__file__).parent / "page"
@@ -48,7 +55,7 @@ class Api:
 
     async def _chat(self, body: ChatRequest) -> Response:
         ask = Ask(body, find(self.models, body.model), self.limits)
-        check_length(body.messages, ask.served)
+        check_length([texts(body.messages)], ask.served)
         urls = image_urls(body.messages, self.limits)
         messages = turns(body.messages, self.limits)
         images = await self.media.pictures(urls)
@@ -69,11 +76,31 @@ class Api:
         first = await anext(chunks)
         return StreamingResponse(_after(first, chunks), media_type="text/event-stream")
 
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions: texts without a chat template."""
+        body = read_as(CompletionRequest, await read_object(request, self.limits))
+        return await unless_gone(request, self._complete(body))
+
+    async def _complete(self, body: CompletionRequest) -> Response:
+        ask = Ask(body, find(self.models, body.model), self.limits)
+        check_length(body.prompts, ask.served)
+        name = f"cmpl-{secrets.token_hex(12)}"
+        if len(body.prompts) * (body.n or 1) > self.limits.choices:
+            raise bad(f"at most {self.limits.choices} choices of all prompts are made at once", "n")
+        questions = [
+            question
+            for number, text in enumerate(body.prompts)
+            for question in ask.requests([{"from": "prompt", "value": [text]}], [], f"{name}-{number}")
+        ]
+        tokenizer = ask.served.engine.tokenizer
+        reply = Reply("text", name, ask.served.name, tokenizer, body.top_count is not None, len(body.prompts))
+        return await self._answer(body, ask.served, reply, questions)
+
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
         body = read_as(TokenizeRequest, await read_object(request, self.limits))
         served = find(self.models, body.model)
-        ids = await asyncio.to_thread(served.tokens.ids, body.prompt, body.add_special_tokens)
+        ids = await asyncio.to_thread(served.tokens.ids, body.prompt)
         return JSONResponse({"count": len(ids), "max_model_len": served.context, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
@@ -168,6 +195,7 @@ def build_app(
     guard = Guard(app, metrics, key=key, hosts=hosts)
     routes = APIRouter()
     routes.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
+    routes.add_api_route("/v1/completions", api.complete, methods=["POST"])
     routes.add_api_route("/tokenize", api.tokenize, methods=["POST"])
     routes.add_api_route("/detokenize", api.detokenize, methods=["POST"])
     routes.add_api_route("/v1/models", api.list_models, methods=["GET"])

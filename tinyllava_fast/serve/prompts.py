@@ -33,10 +33,14 @@ def image_urls(messages: Iterable[ChatMessage], limits: Limits) -> list[str]:
     return urls
 
 
-def check_length(messages: Iterable[ChatMessage], served: Served) -> None:
+def texts(messages: Iterable[ChatMessage]) -> str:
+    """Return all texts of the messages in one."""
+    return "".join(part.text for message in messages for part in message.parts if isinstance(part, TextPart))
+
+
+def check_length(prompts: Iterable[str], served: Served) -> None:
     """Raise ApiError 400 for texts that cannot fit the model's context, however few tokens they are."""
-    most = served.most_characters
-    length = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))
+    most, length = served.most_characters, max(map(len, prompts))
     if most is not None and length > most:
         said = f"{length} characters of text do not fit the model's context of {served.context} tokens"
         raise bad(said, "messages", "context_length_exceeded")

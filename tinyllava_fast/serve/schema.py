@@ -6,7 +6,7 @@ servers of open models have: top_k, min_p, repetition_penalty, ignore_eos, stop_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -189,13 +189,17 @@ class CompletionRequest(Generation):
         """See the base class."""
         return self.logprobs
 
+    @property
+    def prompts(self) -> Sequence[str]:
+        """The prompts, each of which gets its own choices."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
 
 class TokenizeRequest(Strict):
     """A body of /tokenize."""
 
     model: str | None = None
     prompt: Text
-    add_special_tokens: bool = True
 
 
 class DetokenizeRequest(Strict):

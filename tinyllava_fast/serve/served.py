@@ -24,7 +24,7 @@ class Served:
     @cached_property
     def tokens(self) -> TextTokens:
         """What makes tokens of texts for clients."""
-        return TextTokens(self.engine.tokenizer)
+        return TextTokens(self.engine)
 
     @cached_property
     def most_characters(self) -> int | None:
