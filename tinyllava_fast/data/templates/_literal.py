@@ -50,8 +50,9 @@ def literal_prompts(
     """Return the ids of inference prompts, in which texts are literal where they are parts of a message.
 
     A value that is a str is the program's own, as in ``Template.prompt_batch``. A leading message from "system"
-    replaces the template's system text and is literal. One from "prompt" is the whole prompt, without a template. UserError where the template does not show a text, and where the
-    tokenizer leaves no way to encode one without its control tokens.
+    replaces the template's system text and is literal. One from "prompt" is the whole prompt, without a template.
+    UserError where the template does not show a text, and where the tokenizer leaves no way to encode one without its
+    control tokens.
     """
     pairs = zip(conversations, interleaved, strict=True)
     prompts = [_pieces(template, conversation, tokenizer, flag) for conversation, flag in pairs]
