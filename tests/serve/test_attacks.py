@@ -56,7 +56,7 @@ def server(start: Callable[..., Running], folder: Path, media: Path, listener: s
     port = listener.getsockname()[1]
     limits = ["--max-body-mb", "2", "--max-image-mb", "1", "--max-images", "4", "--max-megapixels", "4"]
     hosts = ["--allow-host", f"localhost:{port}", "--allow-host", "127.0.0.1", "--allow-host", "[::1]"]
-    more = ["--client-seconds", "1", "--max-connections", "40", "--media-path", str(media)]
+    more = ["--client-seconds", "2", "--max-connections", "40", "--media-path", str(media)]
     return start(str(folder), *limits, *hosts, *more, key=KEY)
 
 
@@ -236,8 +236,8 @@ def test_data_uris(safe, url):
     refused(show(safe, url))
 
 
-def test_many_pictures(safe, pictures):
-    urls = [image_part(data_uri(saved(pictures[0])))]
+def test_many_pictures(safe):
+    urls = [image_part(data_uri(saved(Image.new("L", (4, 4)))))]
     assert "1000 images" in refused(safe.chat([*urls * 1000, text_part("what?")]))["message"]
     assert safe.chat([*urls * 4, text_part("what?")])[0] == 200
     refused(safe.chat([], messages=[{"role": "assistant", "content": urls}]))
@@ -350,7 +350,7 @@ def form(schema: Any) -> dict[str, Any]:
         {"stream_options": {"x": 1}},
         {"response_format": {"type": "xml"}},
         {"response_format": {"type": "json_schema"}},
-        form(branches(50_000)),
+        form(branches(20_000)),
         form(nested(200)),
         form("x"),
         {"structured_outputs": {"regex": "(a" * 3000}},
@@ -419,7 +419,7 @@ def head(path: str = CHAT, **headers: Any) -> bytes:
 def sent(server: Running, *parts: bytes, pause: float = 0, half: bool = False) -> bytes:
     """What the server answers to these bytes until it closes the connection, or is silent for seconds."""
     found = b""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=4) as raw:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=8) as raw:
         try:
             for part in parts:
                 raw.sendall(part)
@@ -447,7 +447,7 @@ def test_lengths_that_lie(safe):
 def test_a_body_without_end(safe):
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
     answer = sent(safe, head(Transfer_Encoding="chunked"), *[chunk] * 40)
-    assert b" 413 " in answer or not answer  # the rest of the body may hide the answer from who keeps sending
+    assert b" 413 " in answer
 
 
 def test_slow_clients(safe):
@@ -455,7 +455,7 @@ def test_slow_clients(safe):
     assert sent(safe, b"POST / HTTP/1.1\r\nHost: x\r\nX: ", b"y", pause=0.1) == b""
     assert b" 408 " in sent(safe, head(Content_Length=50), b'{"a"')
     assert sent(safe) == b""
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
 
 
 def test_idle_connections(safe):

@@ -120,6 +120,7 @@ def _run(args: argparse.Namespace) -> int:
             hosts=args.host_name,
         )
         shown = f"[{args.host}]" if ":" in args.host else args.host
+        socket.listen(2048)
         log.info("%s at http://%s:%d", ", ".join(models), shown, socket.getsockname()[1])
         Server(guard, limits).run([socket])
     finally:

@@ -57,7 +57,7 @@ async def read_object(request: Request, limits: Limits) -> dict[str, object]:
 
 
 async def _read(request: Request, most: int) -> bytes:
-    too_large = ApiError(413, f"the body is larger than {most:,} bytes", headers={"Connection": "close"})
+    too_large = ApiError(413, f"the body is larger than {most:,} bytes")
     length = request.headers.get("content-length", "0")
     if not length.isdigit() or int(length[:20]) > most:
         raise too_large

@@ -17,6 +17,8 @@ from tinyllava_fast.log import log
 from tinyllava_fast.serve.auth import Guard
 from tinyllava_fast.serve.limits import Limits
 
+REST_SECONDS = 1  # for the rest of a body that was answered before its end
+
 
 def protocol(limits: Limits) -> type[H11Protocol]:
     """Return uvicorn's protocol with time limits for a request's head and for a client that does not read.
@@ -24,21 +26,25 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     Of more connections than there may be the oldest one without a request is closed.
     """
 
+    idle: dict[Limited, None] = {}  # oldest first
+
     class Limited(H11Protocol):
         _head: asyncio.TimerHandle | None = None
         _stuck: asyncio.TimerHandle | None = None
+        _rest: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            idle = self.app_state.setdefault("idle", {})
             idle[self] = None
-            if len(self.connections) > limits.connections and idle:
-                next(iter(idle)).transport.abort()
+            if len(self.connections) > limits.connections:
+                oldest = next(iter(idle))
+                del idle[oldest]
+                oldest.transport.abort()
             self._watch_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.app_state["idle"].pop(self, None)
-            _stop(self._head, self._stuck)
+            idle.pop(self, None)
+            _stop(self._head, self._stuck, self._rest)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -47,8 +53,8 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self.conn.their_state is h11.SEND_BODY:  # nobody will read the rest of it
-                self.transport.close()
+            if self.conn.their_state is h11.SEND_BODY:  # a client that is cut off while it sends sees no answer
+                self._rest = self.loop.call_later(REST_SECONDS, self.transport.abort)
             self._watch_head()
 
         def pause_writing(self) -> None:
@@ -62,12 +68,14 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def _watch_head(self) -> None:
             """Note whether the head of a request is being waited for, and see that it does not take for ever."""
+            if self.conn.their_state is not h11.SEND_BODY:
+                _stop(self._rest)
             if self.conn.their_state is not h11.IDLE:
                 _stop(self._head)
                 self._head = None
-                self.app_state["idle"].pop(self, None)
+                idle.pop(self, None)
             elif self._head is None:
-                self.app_state["idle"][self] = None
+                idle[self] = None
                 self._head = self.loop.call_later(limits.client_seconds, self.transport.abort)
 
     return Limited
@@ -126,13 +134,13 @@ class Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a listening socket. UserError if the address cannot be had."""
+    """Return a socket that does not listen yet. UserError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         made.close()
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}; name another one") from None
+        raise UserError(f"--host {host} --port {port}: {error}; name another one") from None
     return made
