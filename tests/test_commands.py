@@ -16,6 +16,7 @@ from tinyllava_fast.eval import cli as evaluate
 from tinyllava_fast.infer import chat
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.prepare import cli as data
+from tinyllava_fast.serve import cli as serve
 from tinyllava_fast.train import cli as train
 
 MAINS: dict[str, Callable[..., Any]] = {
@@ -23,6 +24,7 @@ MAINS: dict[str, Callable[..., Any]] = {
     "tlf-train": train.main,
     "tlf-eval": evaluate.main,
     "tlf-chat": chat.main,
+    "tlf-serve": serve.main,
     "tlf-convert": convert.main,
     "tlf-bench": bench.main,
 }
@@ -69,6 +71,10 @@ def test_no_flag_is_near() -> None:
         ("tlf-eval", ["m", "--limit", "x"], "argument --limit: 'x' is not a positive whole number"),
         ("tlf-eval", ["m", "--batch-tokens", "0"], "argument --batch-tokens: '0' is not a positive whole number"),
         ("tlf-eval", ["m", "--threads", "9" * 20], "argument --threads: 99999999999999999999 is more than 4096"),
+        ("tlf-serve", [], "no model; name its folder"),
+        ("tlf-serve", ["a", "--models", "a"], "two models are called 'a'"),
+        ("tlf-serve", ["a", "--host", "0.0.0.0"], "others can reach this; give --api-key"),
+        ("tlf-serve", ["a", "--api-key", " "], "the key must be printable ASCII"),
         ("tlf-chat", ["m", "--threads", "9" * 11], "argument --threads: 99999999999 is more than 4096"),
         ("tlf-chat", ["m", "--temperature", "nan"], "temperature is nan; it must be 0 (greedy) or a positive number"),
         ("tlf-chat", ["m", "--temperature", "inf"], "temperature is inf; it must be"),

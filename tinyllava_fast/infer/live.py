@@ -268,8 +268,8 @@ class LiveEngine:
                 for name in self._open:
                     self.engine.abort(name)
             answers = self._step()
-            self._stats = self._look()
             self._tell(answers)
+            self._stats = self._look()
             if stopping and not self._open:
                 return
 

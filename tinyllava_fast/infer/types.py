@@ -125,6 +125,7 @@ class Request:
         ``<image>`` is a marker and the tokenizer's control tokens are what they are; or a sequence of parts: a str is
         literal, for what others typed, so nothing in it is a marker or a control token, and IMAGE is a marker. A
         leading message from "system" replaces the template's system text; it is literal in both forms.
+        A single message from "prompt", made of parts, is the whole prompt, without the chat template.
         If there are images and no marker, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
     priority: of requests that come one by one (``Engine.add_request``), smaller ones run first.

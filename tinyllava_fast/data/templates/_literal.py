@@ -50,23 +50,28 @@ def literal_prompts(
     """Return the ids of inference prompts, in which texts are literal where they are parts of a message.
 
     A value that is a str is the program's own, as in ``Template.prompt_batch``. A leading message from "system"
-    replaces the template's system text and is literal. UserError where the template does not show a text, and where the
-    tokenizer leaves no way to encode one without its control tokens.
+    replaces the template's system text and is literal. One from "prompt" is the whole prompt, without a template.
+    UserError where the template does not show a text, and where the tokenizer leaves no way to encode one without its
+    control tokens.
     """
     pairs = zip(conversations, interleaved, strict=True)
     prompts = [_pieces(template, conversation, tokenizer, flag) for conversation, flag in pairs]
     pieces = [piece for prompt in prompts for piece in prompt]
     encodings = encode_pieces(tokenizer, [text for piece in pieces for text in (piece.text, piece.plain)])
     controls = controls_of(tokenizer, template)
-    front = added_ids(tokenizer)[0] if template.adds_special_tokens else []
-    found = []
-    for prompt in prompts:
-        ids = list(front)
+    front, found = added_ids(tokenizer)[0], []
+    for prompt, conversation in zip(prompts, conversations, strict=True):
+        ids = list(front) if template.adds_special_tokens or _is_whole(conversation) else []
         for number, piece in enumerate(prompt):
             ids += [IMAGE_INDEX] if number else []
             ids += _ids(piece, encodings[piece.text], encodings[piece.plain], controls)
         found.append(ids)
     return found
+
+
+def _is_whole(conversation: Sequence[Message]) -> bool:
+    """Whether a message is a whole prompt."""
+    return bool(conversation) and conversation[0].get("from") == "prompt"
 
 
 @dataclass
@@ -119,6 +124,8 @@ class _Piece:
 def _pieces(template: Template, conversation: Sequence[Message], tokenizer: Any, interleaved: bool) -> list[_Piece]:
     """The pieces of one prompt. UserError if the template does not show every text as it is."""
     slots, messages = _Slots(), list(conversation)
+    if _is_whole(messages):
+        return [_piece(part, slots.texts) for part in slots.put(messages[0]["value"]).split(IMAGE_TOKEN)]
     if messages and messages[0]["from"] == "system":
         template = template.with_system(slots.put(messages.pop(0)["value"]))
     of_system = len(slots.texts)

@@ -295,6 +295,8 @@ def _conversation(request: Request) -> list[Message]:
 def _check_roles(request: Request) -> None:
     """Raise UserError for a request with literal text whose messages are not questions and answers in turn."""
     roles = [m.get("from") for m in request.messages]
+    if roles == ["prompt"]:
+        return
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["human" if n % 2 == 0 else "gpt" for n in range(len(turns))] or len(turns) % 2 == 0:
         raise UserError(

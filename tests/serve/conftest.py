@@ -1,0 +1,138 @@
+"""A real server as a process on a tiny model, what to drive it with, and an engine that tells the right answers."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
+from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.models.build import build_image_processor
+from tinyllava_fast.models.io import save_model
+
+ROOT = Path(__file__).parents[2]
+JSON = {"Content-Type": "application/json"}
+
+
+class Running:
+    """A server that runs. log: what it has written so far."""
+
+    def __init__(self, arguments: list[str], log: Path, key: str | None = None) -> None:
+        self.path = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if key is not None:
+            environment["TLF_API_KEY"] = key
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        command = [sys.executable, "-m", "tinyllava_fast.serve.cli", *arguments, "--port", "0", "--device", "cpu"]
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
+        self.port = self._wait()
+
+    def _wait(self) -> int:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := re.search(r" at http://\S+:(\d+)", self.log):
+                return int(found[1])
+            time.sleep(0.05)
+        raise RuntimeError(f"the server did not start: {self.log}")
+
+    @property
+    def log(self) -> str:
+        return self.path.read_text(errors="replace")
+
+    def ask(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any, dict[str, str]]:
+        """Status, body (decoded if it is JSON) and headers of one request; body: bytes as they are, else as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        given = {**self.headers, **(JSON if body is not None else {}), **(headers or {})}
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        try:
+            connection.request(method, path, content, given)
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            connection.close()
+        found = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, json.loads(text) if "json" in found.get("content-type", "") else text, found
+
+    def chat(self, content: Any = "why?", **more: Any) -> tuple[int, Any, dict[str, str]]:
+        """``ask`` a greedy chat of one message."""
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0, **more}
+        return self.ask("POST", "/v1/chat/completions", body)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's values."""
+        text = self.ask("GET", "/metrics")[1].decode()
+        return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M)))
+
+    def stop(self) -> int:
+        """Its exit code after SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "final"
+    save_model(make_model(), make_tokenizer(), build_image_processor(tiny_config()), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return make_engine(make_model(), make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+    """Start a server with these arguments; it is ended with the module."""
+    started: list[Running] = []
+
+    def starting(*arguments: str, key: str | None = None) -> Running:
+        started.append(Running(list(arguments), tmp_path_factory.mktemp("log") / "server.log", key))
+        return started[-1]
+
+    yield starting
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait()
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)) for i in range(3)]
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def data_uri(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}

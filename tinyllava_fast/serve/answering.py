@@ -1,0 +1,93 @@
+"""The answers of the engine as they come: several choices of one request in one flow, given up when nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from tinyllava_fast.infer.live import Piece, QueueFullError, StoppedError, Stream
+from tinyllava_fast.infer.types import Answer
+from tinyllava_fast.infer.types import Request as Question
+from tinyllava_fast.serve.metrics import Clock, Metrics
+from tinyllava_fast.serve.problems import ClientGoneError, busy
+from tinyllava_fast.serve.served import Served
+
+Result = TypeVar("Result")
+
+
+class Choices:
+    """The answers to some questions, all of which are taken in at once or none. ApiError 429 if the queue is full."""
+
+    def __init__(self, served: Served, questions: Sequence[Question], metrics: Metrics) -> None:
+        self.served, self.metrics = served, metrics
+        self.answers: list[Answer | None] = [None] * len(questions)
+        self.streams: list[Stream] = []
+        try:
+            for question in questions:
+                self.streams.append(served.live.submit(question))
+        except (QueueFullError, StoppedError) as error:
+            self.abort()
+            if isinstance(error, QueueFullError):
+                raise busy("too many requests wait; try again", status=429) from None
+            raise busy("the server is stopping") from None
+
+    async def events(self) -> AsyncIterator[tuple[int, Piece | Answer]]:
+        """Yield (index of the choice, its next piece of text or at last its answer). Left early, all are aborted."""
+        queue: asyncio.Queue[tuple[int, Piece | Answer | BaseException]] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.streams))]
+        left = len(tasks)
+        try:
+            while left:
+                index, event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, Answer):
+                    self.answers[index], left = event, left - 1
+                yield index, event
+        finally:
+            self.abort()
+            for task in tasks:
+                task.cancel()
+
+    def abort(self) -> None:
+        """Give up what is not answered yet."""
+        for stream, answer in zip(self.streams, self.answers, strict=False):
+            if answer is None:
+                stream.abort()
+
+    async def _pump(self, index: int, queue: asyncio.Queue[tuple[int, Piece | Answer | BaseException]]) -> None:
+        clock, stream = Clock(self.metrics, self.served.name), self.streams[index]
+        try:
+            async for piece in stream:
+                clock.piece()
+                await queue.put((index, piece))
+            answer = await stream.answer()
+            clock.end()
+            await queue.put((index, answer))
+        except Exception as error:
+            await queue.put((index, error))
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of ``work``, which is cancelled when the client hangs up: ClientGoneError.
+
+    The body of the request must have been read.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,246 @@
+"""The routes: OpenAI's contract for chats and completions, models, health, metrics, tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from tinyllava_fast.infer.types import Answer
+from tinyllava_fast.infer.types import Request as Question
+from tinyllava_fast.serve.answering import Choices, unless_gone
+from tinyllava_fast.serve.auth import Guard
+from tinyllava_fast.serve.limits import Limits, read_object
+from tinyllava_fast.serve.media import Media
+from tinyllava_fast.serve.metrics import TYPE, Metrics
+from tinyllava_fast.serve.problems import ApiError, ClientGoneError, bad
+from tinyllava_fast.serve.prompts import Ask, check_length, image_urls, texts, turns
+from tinyllava_fast.serve.replies import Reply, check
+from tinyllava_fast.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    TokenizeRequest,
+    read_as,
+)
+from tinyllava_fast.serve.served import Served, find
+
+PAGE = Path(__file__).parent / "page"
+
+
+@dataclass(frozen=True)
+class Api:
+    """What the routes work with."""
+
+    models: Mapping[str, Served]
+    limits: Limits
+    media: Media
+    metrics: Metrics
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = read_as(ChatRequest, await read_object(request, self.limits))
+        return await unless_gone(request, self._chat(body))
+
+    async def _chat(self, body: ChatRequest) -> Response:
+        ask = Ask(body, find(self.models, body.model), self.limits)
+        check_length([texts(body.messages)], ask.served)
+        urls = image_urls(body.messages, self.limits)
+        messages = turns(body.messages, self.limits)
+        images = await self.media.pictures(urls)
+        name = f"chatcmpl-{secrets.token_hex(12)}"
+        reply = Reply("chat", name, ask.served.name, ask.served.engine.tokenizer, body.top_count is not None)
+        return await self._answer(body, ask.served, reply, ask.requests(messages, images, name))
+
+    async def _answer(self, body: Generation, served: Served, reply: Reply, questions: Sequence[Question]) -> Response:
+        """The answer to a checked request, whole or as a stream that begins once nothing can be refused any more."""
+        choices = Choices(served, questions, self.metrics)
+        if not body.stream:
+            async with aclosing(choices.events()) as events:
+                async for _, event in events:
+                    if isinstance(event, Answer):
+                        check(event)
+            return JSONResponse(reply.whole(_complete(choices)))
+        chunks = stream(choices, reply, body.wants_usage)
+        first = await anext(chunks)
+        return StreamingResponse(_after(first, chunks), media_type="text/event-stream")
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions: texts without a chat template."""
+        body = read_as(CompletionRequest, await read_object(request, self.limits))
+        return await unless_gone(request, self._complete(body))
+
+    async def _complete(self, body: CompletionRequest) -> Response:
+        ask = Ask(body, find(self.models, body.model), self.limits)
+        check_length(body.prompts, ask.served)
+        name = f"cmpl-{secrets.token_hex(12)}"
+        if len(body.prompts) * (body.n or 1) > self.limits.choices:
+            raise bad(f"at most {self.limits.choices} choices of all prompts are made at once", "n")
+        questions = [
+            question
+            for number, text in enumerate(body.prompts)
+            for question in ask.requests([{"from": "prompt", "value": [text]}], [], f"{name}-{number}")
+        ]
+        tokenizer = ask.served.engine.tokenizer
+        reply = Reply("text", name, ask.served.name, tokenizer, body.top_count is not None, len(body.prompts))
+        return await self._answer(body, ask.served, reply, questions)
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize."""
+        body = read_as(TokenizeRequest, await read_object(request, self.limits))
+        served = find(self.models, body.model)
+        ids = await asyncio.to_thread(served.tokens.ids, body.prompt)
+        return JSONResponse({"count": len(ids), "max_model_len": served.context, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        body = read_as(DetokenizeRequest, await read_object(request, self.limits))
+        served = find(self.models, body.model)
+        if wrong := next((i for i in body.tokens if i >= served.engine.vocab), None):
+            raise bad(f"{wrong} is no token of this model", "tokens")
+        return JSONResponse({"prompt": await asyncio.to_thread(served.tokens.text, body.tokens)})
+
+    async def list_models(self) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [_described(served) for served in self.models.values()]})
+
+    async def one_model(self, name: str) -> Response:
+        """GET /v1/models/NAME."""
+        return JSONResponse(_described(find(self.models, name)))
+
+    async def show_metrics(self) -> Response:
+        """GET /metrics."""
+        return Response(self.metrics.text(), headers={"content-type": TYPE})
+
+
+async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
+    """Yield the server-sent events of a streamed answer. ApiError before the first one if it cannot be given.
+
+    What goes wrong later is the last event.
+    """
+    opened: set[int] = set()
+    try:
+        async with aclosing(choices.events()) as events:
+            async for index, event in events:
+                if isinstance(event, Answer):
+                    check(event)
+                if index not in opened:
+                    opened.add(index)
+                    if (head := reply.first(index)) is not None:
+                        yield _event(head)
+                if isinstance(event, Answer):
+                    yield _event(reply.last(index, event))
+                elif event.text:
+                    yield _event(reply.piece(index, event.text, ()))
+    except ApiError as error:
+        if not opened:
+            raise
+        yield _event(error.body())
+        return
+    if with_usage:
+        yield _event(reply.counted(_complete(choices)))
+    yield "data: [DONE]\n\n"
+
+
+async def _after(first: str, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    async with aclosing(chunks):  # type: ignore[type-var]
+        yield first
+        async for chunk in chunks:
+            yield chunk
+
+
+def _complete(choices: Choices) -> list[Answer]:
+    return [answer for answer in choices.answers if answer is not None]
+
+
+def _event(found: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(found, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _described(served: Served) -> dict[str, object]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "tinyllava_fast",
+        "max_model_len": served.context,
+    }
+
+
+def build_app(
+    models: Mapping[str, Served], *, limits: Limits, media: Media, key: str | None, hosts: Sequence[str]
+) -> Guard:
+    """Return the application behind its guard."""
+    metrics = Metrics(models)
+    api = Api(models, limits, media, metrics)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    for kind, handler in (
+        (HTTPException, _no_route),
+        (ApiError, _told),
+        (ClientGoneError, _gone),
+        (Exception, _failed),
+    ):
+        app.add_exception_handler(kind, handler)
+    guard = Guard(app, metrics, key=key, hosts=hosts)
+    routes = APIRouter()
+    routes.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
+    routes.add_api_route("/v1/completions", api.complete, methods=["POST"])
+    routes.add_api_route("/tokenize", api.tokenize, methods=["POST"])
+    routes.add_api_route("/detokenize", api.detokenize, methods=["POST"])
+    routes.add_api_route("/v1/models", api.list_models, methods=["GET"])
+    routes.add_api_route("/v1/models/{name:path}", api.one_model, methods=["GET"])
+    routes.add_api_route("/metrics", api.show_metrics, methods=["GET"])
+    routes.add_api_route("/health/live", _alive, methods=["GET"])
+    for path in ("/health", "/health/ready"):
+        routes.add_api_route(path, _ready(guard), methods=["GET"])
+    app.include_router(routes)
+    if PAGE.is_dir():
+        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return guard
+
+
+async def _alive() -> Response:
+    return JSONResponse({"status": "live"})
+
+
+def _ready(guard: Guard) -> Callable[[], Any]:
+    async def ready() -> Response:
+        if guard.draining:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ready"})
+
+    return ready
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    known = {404: "there is nothing here", 405: "this route has another method"}
+    return ApiError(
+        error.status_code, known.get(error.status_code, "the request is refused"), headers=error.headers
+    ).response()
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    return error.response()
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # for the counters alone
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return ApiError(500, "the server failed on this request").response()

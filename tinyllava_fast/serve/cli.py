@@ -1,0 +1,195 @@
+"""tlf-serve: answer questions about images over HTTP, as OpenAI's clients ask them.
+
+It listens on this machine alone, unless --host says otherwise; then it wants a key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllava_fast.commands import Parser
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.flags import add_model_flags, positive, threads
+from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.paths import path_argument
+from tinyllava_fast.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from tinyllava_fast.serve.limits import Limits
+    from tinyllava_fast.serve.served import Served
+
+KEY_VARIABLE = "TLF_API_KEY"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+EXAMPLES = """
+  tlf-serve runs/demo/final
+  tlf-serve --models small=runs/a/final large=runs/b/final --port 9000
+  TLF_API_KEY=... tlf-serve runs/demo/final --host 0.0.0.0 --host-name gpu1.example.org
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of tlf-serve."""
+    p = Parser(
+        prog="tlf-serve",
+        description=__doc__,
+        epilog=f"examples:{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("model", nargs="?", type=path_argument, help="model folder, e.g. runs/demo/final")
+    p.add_argument("--models", nargs="+", default=[], metavar="[NAME=]FOLDER", help="several models, asked for by name")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
+    p.add_argument("--api-key", metavar="KEY", help=f"what clients have to send (default: the variable {KEY_VARIABLE})")
+    p.add_argument("--no-auth", action="store_true", help="listen elsewhere than on this machine without a key")
+    p.add_argument(
+        "--host-name", action="append", default=[], metavar="NAME", help="a name that browsers know this server by"
+    )
+    p.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="fetch images from there (default: none)",
+    )
+    p.add_argument("--media-path", type=path_argument, metavar="DIR", help="file:// URLs may name images below it")
+    p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
+    p.add_argument("--batch-tokens", type=positive, metavar="N", help="rows of the K/V pool (default: 16384)")
+    p.add_argument("--max-waiting", type=positive, default=256, metavar="N", help="requests that wait (default: 256)")
+    _add_limits(p)
+    add_model_flags(p)
+    return p
+
+
+def _add_limits(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("limits, of one request where they do not say otherwise")
+    for flag, default, text in (
+        ("--max-body-mb", 64, "its body"),
+        ("--max-image-mb", 20, "the file of an image"),
+        ("--max-megapixels", 67, "an image"),
+        ("--max-images", 16, "images"),
+        ("--max-new-tokens", 2048, "new tokens, and how many where none are named"),
+        ("--max-choices", 16, "choices (n)"),
+        ("--max-connections", 1024, "connections of all clients; of more the oldest idle one is closed"),
+        ("--client-seconds", 30, "time for sending a request's head, its body, and for taking what is sent back"),
+        ("--drain-seconds", 60, "time to finish what runs after SIGTERM"),
+    ):
+        group.add_argument(flag, type=positive, default=default, metavar="N", help=f"{text} (default: {default})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run tlf-serve until SIGTERM or Ctrl-C. Returns 0, or 2 after saying what is wrong with the input."""
+    args = parser().parse_args(argv)
+    setup_logging()
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    try:
+        load_plugins(args.plugin)
+        return _run(args)
+    except (UserError, ValueError) as error:
+        log.error("%s", error)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    key, folders = _key(args), _folders(args)
+    from tinyllava_fast.serve.app import build_app
+    from tinyllava_fast.serve.fetch import Fetcher
+    from tinyllava_fast.serve.media import Media
+    from tinyllava_fast.serve.server import Server, bound
+
+    limits = _limits(args)
+    hosts = frozenset(host.lower() for host in args.allow_host)
+    fetch = Fetcher(hosts, limits.image_bytes, limits.fetch_seconds) if hosts else None
+    folder = Path(args.media_path) if args.media_path else None
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--media-path {folder}: no such folder")
+    socket = bound(args.host, args.port)
+    models = {name: _open(name, path, args) for name, path in folders.items()}
+    try:
+        guard = build_app(
+            models,
+            limits=limits,
+            media=Media(limits, folder, fetch),
+            key=key,
+            hosts=args.host_name,
+        )
+        shown = f"[{args.host}]" if ":" in args.host else args.host
+        socket.listen(2048)
+        log.info("%s at http://%s:%d", ", ".join(models), shown, socket.getsockname()[1])
+        Server(guard, limits).run([socket])
+    finally:
+        for served in models.values():
+            served.live.close()
+    return 0
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    """The key that clients need; None: none. UserError where there must be one."""
+    key = os.environ.get(KEY_VARIABLE) if args.api_key is None else args.api_key
+    if key is not None and (not key.strip() or key != key.strip() or not key.isascii() or not key.isprintable()):
+        raise UserError("--api-key: the key must be printable ASCII without spaces around it")
+    if key is None and args.host not in LOOPBACK and not args.no_auth:
+        raise UserError(
+            f"--host {args.host}: others can reach this; give --api-key (or the variable {KEY_VARIABLE}), or "
+            "say --no-auth"
+        )
+    return key
+
+
+def _folders(args: argparse.Namespace) -> dict[str, str]:
+    """Folder by name of each model. UserError for none, and for two of one name."""
+    found: dict[str, str] = {}
+    for text in [*([args.model] if args.model else []), *args.models]:
+        name, separator, path = text.partition("=")
+        if not separator or "/" in name:
+            path = path_argument(text)
+            parts = Path(os.path.abspath(path)).parts
+            name = parts[-2] if parts[-1] == "final" and len(parts) > 2 else parts[-1]
+        if name in found:
+            raise UserError(f"two models are called {name!r}; give one another name: NAME=FOLDER")
+        found[name] = path
+    if not found:
+        raise UserError("no model; name its folder, e.g. tlf-serve runs/demo/final")
+    return found
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from tinyllava_fast.serve.limits import MB, Limits
+
+    return Limits(
+        body_bytes=args.max_body_mb * MB,
+        image_bytes=args.max_image_mb * MB,
+        pixels=args.max_megapixels * 10**6,
+        images=args.max_images,
+        new_tokens=args.max_new_tokens,
+        choices=args.max_choices,
+        connections=args.max_connections,
+        client_seconds=args.client_seconds,
+        drain_seconds=args.drain_seconds,
+    )
+
+
+def _open(name: str, path: str, args: argparse.Namespace) -> Served:
+    from tinyllava_fast.infer.assistant import Assistant
+    from tinyllava_fast.infer.live import LiveEngine
+    from tinyllava_fast.serve.served import Served
+
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    assistant = Assistant.from_pretrained(
+        path, dtype=args.dtype, device=args.device, weights=args.weights, batch_tokens=args.batch_tokens
+    )
+    live = LiveEngine(assistant.engine, max_waiting=args.max_waiting)
+    return Served(name, assistant.engine, live, int(time.time()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""A model that is served: its name, its engine, and the live engine around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.live import LiveEngine
+from tinyllava_fast.serve.problems import ApiError
+from tinyllava_fast.serve.tokens import TextTokens
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model. created: seconds since 1970, for the list of models."""
+
+    name: str
+    engine: Engine
+    live: LiveEngine
+    created: int
+
+    @cached_property
+    def tokens(self) -> TextTokens:
+        """What makes tokens of texts for clients."""
+        return TextTokens(self.engine)
+
+    @cached_property
+    def most_characters(self) -> int | None:
+        """Characters that surely do not fit the context: so many tokens of the longest kind; None: there is no limit.
+
+        Texts above are refused at once, without the time that it takes to make tokens of them.
+        """
+        if self.context is None:
+            return None
+        return self.context * max(map(len, self.engine.tokenizer.get_vocab()))
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its answer; None if the model names no limit."""
+        config = self.engine.lmm.llm.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return int(found) if found else None
+
+
+def find(models: Mapping[str, Served], name: str | None) -> Served:
+    """Return the model of that name, the first one for None. ApiError 404 if there is none."""
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        raise ApiError(404, f"The model {name[:80]!r} does not exist", param="model", code="model_not_found")
+    return models[name]
