@@ -51,7 +51,7 @@ class Conversation:
         messages = [*self.said, {"from": "human", "value": [question]}]
         image: Images | None = list(self.images) if len(self.images) > 1 else next(iter(self.images), None)
         request = Request(messages=messages, image=image, sampling=self.sampling)
-        (answer,) = self.assistant.engine.answers([request], on_token=lambda _, piece: self.show(piece))
+        answer = self.assistant.engine.answer(request, on_token=lambda _, piece: self.show(piece))
         self.show("\n")
         self.said = [*messages, {"from": "gpt", "value": [answer.text]}]
         return answer.text

@@ -31,7 +31,7 @@ from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT, FAILED
 from tinyllava_fast.infer.scheduling.images import CACHE_BYTES, ImageEncoder
-from tinyllava_fast.infer.scheduling.pool import row_bytes
+from tinyllava_fast.infer.scheduling.pool import pool_rows
 from tinyllava_fast.infer.scheduling.prompts import Preparer, Prompts, prepare
 from tinyllava_fast.infer.scheduling.scheduler import Limits, Scheduler
 from tinyllava_fast.infer.scheduling.sequence import OnToken, Sequence
@@ -39,8 +39,6 @@ from tinyllava_fast.infer.scoring import Collector
 from tinyllava_fast.infer.types import Answer, Request, Scores
 from tinyllava_fast.models.build import check_vocabulary
 from tinyllava_fast.models.lmm import LMM
-
-BATCH_TOKENS = 16384
 
 
 @dataclass
@@ -113,7 +111,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.processor = processor
         self.template = template
-        self.batch_tokens = _pool_rows(lmm, batch_tokens, kv_cache_bytes)
+        self.batch_tokens = pool_rows(lmm, batch_tokens, kv_cache_bytes)
         self.lookahead = lookahead
         config = lmm.llm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
@@ -241,6 +239,17 @@ class Engine:
                 raise sequence.error
             yield self._answer(sequence)
 
+    def answer(self, request: Request, on_token: OnToken | None = None) -> Answer:
+        """Answer one request, beginning with the K/V and the features of images that earlier ones left.
+
+        Arguments and errors as for ``run``.
+        """
+        sequence = prepare(self._prompts, self._images, request, on_token, truncate=False)
+        (ended,) = self._through(iter([sequence]))
+        if ended.error is not None:
+            raise ended.error
+        return self._answer(ended)
+
     def surely_fits(self, request: Request) -> bool:
         """Return whether a request is so short that ``refusals`` cannot find it too long. Costs no tokenizing."""
         return self._prompts.surely_fits(request)
@@ -361,22 +370,6 @@ class Engine:
             cached_tokens=sequence.num_reused_tokens,
             why=(str(sequence.error) or type(sequence.error).__name__) if failed else "",
         )
-
-
-def _pool_rows(lmm: LMM, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:
-    """Rows of the pool. UserError if both sizes are given or nothing fits."""
-    if kv_cache_bytes is None:
-        rows, said = BATCH_TOKENS if batch_tokens is None else batch_tokens, f"batch_tokens is {batch_tokens}"
-    elif batch_tokens is not None:
-        raise UserError(
-            f"batch_tokens={batch_tokens} and kv_cache_bytes={kv_cache_bytes} size one pool; give one of them"
-        )
-    else:
-        one = row_bytes(lmm.num_kv_heads, lmm.head_dim, lmm.dtype)
-        rows, said = kv_cache_bytes // one, f"kv_cache_bytes is {kv_cache_bytes}, a token takes {one}"
-    if rows < 2:
-        raise UserError(f"{said}; the K/V pool needs room for a prompt and its answer")
-    return rows
 
 
 def _has_window(config: PreTrainedConfig) -> bool:

@@ -18,7 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops import _cpp
+
+BATCH_TOKENS = 16384
 
 
 class Spans:
@@ -103,3 +107,19 @@ class KVPool:
 def row_bytes(kv_heads: list[int], head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one token in a pool: K and V of every layer."""
     return 2 * sum(kv_heads) * head_dim * dtype.itemsize
+
+
+def pool_rows(lmm: LMM, batch_tokens: int | None, kv_cache_bytes: int | None) -> int:
+    """Rows of the pool. UserError if both sizes are given or nothing fits."""
+    if kv_cache_bytes is None:
+        rows, said = BATCH_TOKENS if batch_tokens is None else batch_tokens, f"batch_tokens is {batch_tokens}"
+    elif batch_tokens is not None:
+        raise UserError(
+            f"batch_tokens={batch_tokens} and kv_cache_bytes={kv_cache_bytes} size one pool; give one of them"
+        )
+    else:
+        one = row_bytes(lmm.num_kv_heads, lmm.head_dim, lmm.dtype)
+        rows, said = kv_cache_bytes // one, f"kv_cache_bytes is {kv_cache_bytes}, a token takes {one}"
+    if rows < 2:
+        raise UserError(f"{said}; the K/V pool needs room for a prompt and its answer")
+    return rows

@@ -219,8 +219,18 @@ class Preparer(Protocol):
         ...
 
 
-def prepare(prompts: Prompts, images: ImageEncoder, request: Request, on_token: OnToken | None = None) -> Sequence:
-    """Return the online sequence of a request whose images have been read; one that has failed if they cannot be."""
+def prepare(
+    prompts: Prompts,
+    images: ImageEncoder,
+    request: Request,
+    on_token: OnToken | None = None,
+    *,
+    truncate: bool = True,
+) -> Sequence:
+    """Return the online sequence of a request whose images have been read; one that has failed if they cannot be.
+
+    truncate: as for ``Prompts.sequences``.
+    """
     try:
         if request.images:
             read = [images.decode(image) for image in request.images]
@@ -229,7 +239,7 @@ def prepare(prompts: Prompts, images: ImageEncoder, request: Request, on_token: 
         sequence = Sequence(request, [])
         sequence.fail(DataError(f"{request.named}: {error}"))
     else:
-        (sequence,) = prompts.sequences([request], on_token, truncate=True)
+        (sequence,) = prompts.sequences([request], on_token, truncate=truncate)
     sequence.online = True
     return sequence
 
