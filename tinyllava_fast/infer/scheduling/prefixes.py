@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from tinyllava_fast.infer.scheduling.pool import Spans
 from tinyllava_fast.infer.scheduling.sequence import Sequence
@@ -55,16 +56,13 @@ class PrefixCache:
 
     def longest(self, content: list[int]) -> tuple[Kept | None, int]:
         """Return what shares most tokens with the beginning of ``content``, and how many; (None, 0) if below 16."""
-        found: list[Kept] = []
-        for name in _blocks(content):
-            if name not in self._by_block:
-                break
-            found = self._by_block[name]
+        levels = [self._by_block[name] for name in takewhile(self._by_block.__contains__, _blocks(content))]
         best, most = None, 0
-        for kept in found:
-            length = _common(kept.content, content, kept.num_tokens)
-            if length > most:
-                best, most = kept, length
+        while levels and most < BLOCK * (len(levels) + 1):  # of a running one less may be there than it begins alike
+            for kept in levels.pop():
+                length = _common(kept.content, content, kept.num_tokens)
+                if length > most:
+                    best, most = kept, length
         if best is None or most < BLOCK:
             return None, 0
         if best in self._ended:
