@@ -50,13 +50,13 @@ def writing(path: str | Path) -> Iterator[None]:
         raise UserError(f"{name}: cannot be written: {reason}; {remedy}") from error
 
 
-def import_optional(module: str, what: str) -> ModuleType:
-    """Return a module of the extra ``train``. Raise UserError if it does not import. what: its user, for messages."""
+def import_optional(module: str, what: str, extra: str = "train") -> ModuleType:
+    """Return a module of an extra. Raise UserError if it does not import. what: its user, for messages."""
     try:
         return import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{what} needs {module}, which does not import ({error}); pip install 'tinyllava-fast[train]'"
+            f"{what} needs {module}, which does not import ({error}); pip install 'tinyllava-fast[{extra}]'"
         ) from None
 
 

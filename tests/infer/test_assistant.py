@@ -73,6 +73,8 @@ def test_paths_near_a_model_folder(folder, tmp_path):
         ({"temperature": -1}, "temperature is -1"),
         ({"top_k": True}, "top_k: expected a whole number, got True"),
         ({"top_p": 0}, "top_p is 0"),
+        ({"min_p": "some"}, "min_p: expected a number, got 'some'"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be from 0.01 to 100"),
         ({"seed": 1.0}, "seed: expected a whole number, got 1.0"),
     ],
 )

@@ -14,6 +14,7 @@ from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.fast_model.prepare import check_finite, check_weights, prepare_model
+from tinyllava_fast.infer.grammar import Grammar
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
 from tinyllava_fast.models.io import load_model
 
@@ -77,8 +78,13 @@ class Assistant:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        grammar: Grammar | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
         """Answer one question. Greedy unless temperature > 0; the settings are those of Sampling.
@@ -88,7 +94,17 @@ class Assistant:
         on_text: called with each piece of the answer as soon as it is certain; the pieces add up to the answer.
         """
         sampling = _sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop=stop,
+            grammar=grammar,
         )
 
         def on_token(_: str, piece: str) -> None:
@@ -129,6 +145,10 @@ def _sampling(**settings: Any) -> Sampling:
         "temperature": (int, float),
         "top_k": int,
         "top_p": (int, float),
+        "min_p": (int, float),
+        "repetition_penalty": (int, float),
+        "presence_penalty": (int, float),
+        "frequency_penalty": (int, float),
         "seed": int,
     }
     for name, kinds in numbers.items():

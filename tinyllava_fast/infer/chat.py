@@ -44,6 +44,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the nucleus of this probability (default: 1)")
     p.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default: all)")
+    p.add_argument(
+        "--min-p", type=float, default=0.0, help="least share of the likeliest token's probability (default: 0)"
+    )
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (default: 1, none)")
+    p.add_argument("--presence-penalty", type=float, default=0.0, help="off each token that was said (default: 0)")
+    p.add_argument(
+        "--frequency-penalty", type=float, default=0.0, help="off a token, each time it is said (default: 0)"
+    )
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     add_model_flags(p)
@@ -76,6 +84,10 @@ def _run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
         seed=args.seed,
     )
     if args.threads:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyllava_fast.errors import CheckpointError, DataError
+from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.sampling import all_finite, next_tokens
@@ -23,6 +23,7 @@ from tinyllava_fast.infer.scheduling.images import ImageEncoder, image_key
 from tinyllava_fast.infer.scheduling.scheduler import Scheduled, Scheduler
 from tinyllava_fast.infer.scheduling.sequence import Sequence
 from tinyllava_fast.infer.scoring import log_probabilities
+from tinyllava_fast.infer.shaping import choose
 
 LOGIT_ROWS = 128  # rows of [R, V] logits computed at once: 25 MB in fp32 for a vocabulary of 49k
 
@@ -129,7 +130,12 @@ class Core:
             logits = self.model.logits(rows)[:, : self.vocab]  # [R, V]
             part = sequences[i : i + LOGIT_ROWS]
             self._check_finite(part, rows, logits)
-            chosen += next_tokens(logits, [s.request.sampling for s in part], [len(s.tokens) for s in part])
+            samplings, places = [s.request.sampling for s in part], [len(s.tokens) for s in part]
+            shapings = [s.shaping for s in part]
+            if any(shapings):
+                chosen += choose(logits, samplings, places, shapings)
+            else:
+                chosen += next_tokens(logits, samplings, places)
         self.generated_tokens += len(sequences)
         for sequence, token in zip(sequences, chosen, strict=True):
             if not sequence.ended:  # what ``on_token`` of another one may have done
@@ -177,8 +183,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _append(sequence: Sequence, token: int) -> None:
-    """Append a token and hand on its text. What goes wrong in ``on_token`` ends this sequence alone."""
-    piece = sequence.append(token)
+    """Append a token and hand on its text. What goes wrong in its grammar or ``on_token`` ends this sequence alone."""
+    try:
+        piece = sequence.append(token)
+    except UserError as error:
+        sequence.fail(error)
+        return
     if piece and sequence.on_token is not None:
         try:
             sequence.on_token(sequence.request.id, piece)

@@ -356,7 +356,7 @@ class Engine:
         self._count(sequence)
         tokens, failed = sequence.tokens, sequence.error is not None
         # Not every tokenizer counts the end token of its chat template as a special one.
-        said = tokens[:-1] if sequence.finish == "eos" else tokens
+        said = tokens[:-1] if tokens and tokens[-1] in sequence.stop_ids else tokens
         if sequence.text is not None:
             text = sequence.text.text
         else:
@@ -368,6 +368,7 @@ class Engine:
             finish=CONTEXT if sequence.truncated and sequence.finish == "length" else sequence.finish,
             prompt_tokens=0 if failed else len(sequence.prompt),
             cached_tokens=sequence.num_reused_tokens,
+            logprobs=[] if failed else sequence.logprobs,
             why=(str(sequence.error) or type(sequence.error).__name__) if failed else "",
         )
 

@@ -48,7 +48,7 @@ class Sampling:
     min_p: float = 0.0
     """Only tokens at least this times as probable as the most probable one are sampled; 0: all."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens of the prompt and of the answer so far become less likely; below 1: likelier.
+    """Above 1: tokens of the prompt and of the answer so far become less likely; below 1: likelier. From 0.01 to 100.
 
     As transformers does it: a positive logit is divided by it, a negative one multiplied.
     """
@@ -57,7 +57,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     """Taken off the logit of each token as often as it is in the answer so far, -2 to 2."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these tokens."""
+    """Added to the logits of these tokens, -100 to 100."""
     seed: int = 0
     """Seed of this request's own draws, which do not depend on what runs beside it; for temperature > 0."""
     stop: str | Sequence[str] = ()
@@ -89,16 +89,24 @@ class Sampling:
         if "" in self.stop_strings:
             raise ValueError("stop holds an empty text, which would end every answer at once; remove it")
 
+    @property
+    def plain(self) -> bool:
+        """Return whether tokens come from the model's logits as they are, and nothing is told of their probability."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties == (1, 0, 0) and not self.logit_bias and self.logprobs is None and self.grammar is None
+
     def _check_penalties(self) -> None:
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number (1: none)")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be from 0.01 to 100 (1: none)")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not -2 <= value <= 2:
                 raise ValueError(f"{name} is {value}; it must be from -2 to 2")
         for token, bias in self.logit_bias.items():
-            if token < 0 or not math.isfinite(bias):
-                raise ValueError(f"logit_bias is {bias} for token {token}; it must be finite, and the token an id")
+            if token < 0 or not -100 <= bias <= 100:
+                raise ValueError(
+                    f"logit_bias is {bias} for token {token}; it must be from -100 to 100, the token an id"
+                )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

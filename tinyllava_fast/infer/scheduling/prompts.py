@@ -25,6 +25,7 @@ from tinyllava_fast.infer.scheduling.sequence import (
     Sequence,
     TooLongError,
 )
+from tinyllava_fast.infer.shaping import Shaper
 from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import IMAGE, ImageLike, Message, Request, markers
 
@@ -70,13 +71,14 @@ class Prompts:
             if isinstance(ids, UserError):
                 raise ids
             sequence = self._fitting(request, ids, truncate)
-            self._check_pool(sequence, sequence.request.sampling.max_new_tokens)
+            sampling = sequence.request.sampling
+            self._check_pool(sequence, sampling.max_new_tokens)
+            sequence.stop_ids = sampling.end_ids(self.eos)
+            sequence.shaping = self._shaper.shaping(sequence.request, sequence.prompt, sequence.stop_ids)
         except UserError as error:
             failed = Sequence(request, [])
             failed.fail(error)
             return failed
-        sampling = sequence.request.sampling
-        sequence.stop_ids = sampling.end_ids(self.eos)
         sequence.on_token = on_token
         if on_token is not None or sampling.stop:
             sequence.text = TextStream(self.decoder or self.tokenizer, sampling.stop_strings)
@@ -98,6 +100,10 @@ class Prompts:
         marks = 3 * (len(request.images) + text.count(IMAGE_TOKEN))
         most = self._around + 3 * len(text) + marks + rows + request.sampling.max_new_tokens
         return most <= min(self.most, self.context if self.context is not None else self.most)
+
+    @cached_property
+    def _shaper(self) -> Shaper:
+        return Shaper(self.tokenizer)
 
     @cached_property
     def _around(self) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor
 from tinyllava_fast.data.objects import DecodedImage, ImageLike
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.finish import ABORTED, FAILED, REFUSED, TOO_LONG, UNREADABLE
+from tinyllava_fast.infer.shaping import Shaping
 from tinyllava_fast.infer.text import TextStream
-from tinyllava_fast.infer.types import Images, Request
+from tinyllava_fast.infer.types import Images, Request, TokenLogprob
 
 IMAGE_ROW = -1
 RESERVE = 16  # rows for new tokens that a sequence holds in advance
@@ -82,6 +83,7 @@ class Sequence:
     num_reused_tokens: int = 0  # of the prompt: their K and V were copied when it was admitted
     truncated: bool = False  # its request wanted more new tokens than the model's context has room for
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
+    shaping: Shaping | None = None  # what is done to its logits, and told of them
     text: TextStream | None = None  # where text is needed before the end
     on_token: OnToken | None = None
     result: tuple[Tensor, Tensor] | None = None  # of a scored sequence: log p and greedy of each scored token
@@ -90,6 +92,11 @@ class Sequence:
     def ended(self) -> bool:
         """Return whether it has finished, failed or been aborted."""
         return self.finish != ""
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Return those of its tokens so far, none if its request does not ask for them."""
+        return [] if self.shaping is None else self.shaping.logprobs
 
     @property
     def shared_rows(self) -> tuple[int, int]:
@@ -142,14 +149,18 @@ class Sequence:
         return ids
 
     def append(self, token: int) -> str:
-        """Append a generated token, end if it is the last one, and return the text that is certain now."""
+        """Append a generated token, end if it is the last one, and return the text that is certain now.
+
+        UserError where its grammar cannot be followed; the token is not appended then.
+        """
+        text, piece = self.text, ""
+        finish = "stop" if self.shaping is not None and self.shaping.push(token) else ""
         self.tokens.append(token)
-        text, piece, finish = self.text, "", ""
         if token in self.stop_ids:
-            finish = "eos"
+            finish = "stop" if token in self.request.sampling.stop_token_ids else "eos"
         elif text is not None:
             piece = text.push(token)
-            finish = "stop" if text.stopped else ""
+            finish = "stop" if text.stopped else finish
         if not finish and len(self.tokens) >= self.request.sampling.max_new_tokens:
             finish = "length"
         if finish and text is not None:
