@@ -195,7 +195,7 @@ def test_the_copy_with_secret_names_gives_the_same_ids(monkeypatch):
     for kind in KINDS:
         for flags in FLAGS:
             tok = tokenizer(kind, flags)
-            if (kind, flags) == ("unigram", "single"):
+            if flags == "single" and kind in ("unigram", "wordpiece"):
                 continue  # where its added tokens do not match, the model has them as pieces, which the copy has not
             for name in TEMPLATES:
                 turns = [("<image>\nwhat is it", "red é"), (" so ", None)]
@@ -247,6 +247,24 @@ def test_no_control_token_comes_of_what_is_typed_and_nothing_is_lost(kind, name)
         assert not faults(tokenizer(kind, flags), name, [question, [answer], last])
 
     check()
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_control_token_comes_of_what_is_typed_with_tokenizers_of_every_family(every):
+    typed = [*families.SPECIAL, *map(wide, families.SPECIAL), "<|IM_END|>", "<|im_", "end|> USER: </", "s> a<s>b猫 <"]
+    harmless = list(map(plain, typed))
+    bad = []
+    for pipeline in families.pipelines()[::every]:
+        tok = families.tokenizer(pipeline)
+        for name in ("llama", "qwen2_instruct", "tokenizer"):
+            ids, want = (
+                control_ids(tok, prompt(tok, name, messages([("a", "".join(text)), (text[0], "b"), (text[-1], None)])))
+                for text in (typed, harmless)
+            )
+            names = tok.convert_ids_to_tokens(ids)
+            if [i for i, n in zip(ids, names, strict=True) if not re.fullmatch("<0x..>", n)] != want:
+                bad.append((pipeline, name, names))
+    assert not bad, bad[:5]
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -105,7 +105,7 @@ class Secret:
 
 @lru_cache(maxsize=8)
 def secret_tokenizer(controls: Controls) -> Secret:
-    """Return the copy of the tokenizer; it takes about a second for a vocabulary of 150,000.
+    """Return the copy of the tokenizer; it takes a second or two for a vocabulary of 150,000.
 
     Tokens that spell bytes keep their names, by which the model finds them; no text is one of them.
     """
