@@ -23,10 +23,16 @@ def pytest_configure() -> None:
         torch.set_num_threads(threads)
 
 
+def folder_of(item: pytest.Item) -> tuple[str, ...]:
+    """Return the parts of tests/train for whatever lies below it."""
+    return tuple(item.nodeid.partition("::")[0].split("/")[:2])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with a slow test go first: no test process is to be alone with one of them in the end."""
+    """A folder's files with a slow test go first: no test process is to be alone with one of them in the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    folders = list(dict.fromkeys(folder_of(item) for item in items))
+    items.sort(key=lambda item: (folders.index(folder_of(item)), item.path not in slow))
 
 
 def pytest_collection_finish() -> None:

@@ -107,6 +107,7 @@ def test_some_damages(name: str, tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover  # test_some_damages counts; under coverage this takes twice as long
 @pytest.mark.parametrize("name", BUILDERS)
 def test_all_damages(name: str, tmp_path: Path, capsys: Any) -> None:
     count, faults = tried(name, tmp_path, 1)

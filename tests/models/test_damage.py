@@ -69,14 +69,14 @@ def try_all(folder: Path, name: str, *, every: int, load: Callable[[Path], objec
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("every", [37, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [37, pytest.param(5, marks=[pytest.mark.slow, pytest.mark.no_cover])])
 def test_a_damaged_file_of_ours(name: str, every: int, ours: Path, tmp_path: Path) -> None:
     shutil.copytree(ours, tmp_path / "model")
     try_all(tmp_path / "model", name, every=every, load=io.load_model)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("every", [61, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [61, pytest.param(5, marks=[pytest.mark.slow, pytest.mark.no_cover])])
 def test_a_damaged_config_of_other_projects(name: str, every: int, tmp_path: Path) -> None:
     shutil.copytree(golden_folder(name), tmp_path / "model")
     given = sources(name)

@@ -166,6 +166,7 @@ def test_compiles_fullgraph_forward_and_backward(
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_inductor_agrees(tiny: Callable, ragged: Callable, pack: Callable) -> None:
     lmm = build_model(tiny(llm={"num_hidden_layers": 1}, vision={"num_hidden_layers": 2}), seed=1)
     lmm.vision.requires_grad_(False)

@@ -146,6 +146,7 @@ def test_regions_recompute(checkpointing, graphs):
     assert check_regions(lmm) == graphs
 
 
+@pytest.mark.no_cover  # torch's compiler under coverage takes several times as long
 @pytest.mark.parametrize(
     ("recipe", "graphs"),
     [
@@ -162,6 +163,7 @@ def test_regions_of_every_recipe(recipe, graphs):
     assert check_regions(lmm) == graphs
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("family", "kinds"), [("gemma2", 2), ("qwen2", 2), ("auto", 2), ("phi", 1), ("stablelm", 1), ("openelm", 4)]
 )
@@ -204,6 +206,7 @@ def test_regions_serve_training_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_regions_by_inductor():
     lmm = make_lmm(num_hidden_layers=3)
     lmm.set_gradient_checkpointing("selective")

@@ -214,7 +214,7 @@ def test_loss_does_not_depend_on_packing_or_accumulation(tiny_run, losses):
         assert math.isclose(loss, means[0][0], rel_tol=1e-5) and math.isclose(norm, means[0][1], rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["true", "regional"])
+@pytest.mark.parametrize("how", [pytest.param("true", marks=pytest.mark.no_cover), "regional"])
 def test_compiled_training_equals_eager(tiny_run, losses, whole, monkeypatch, how):
     """One graph for each number of images, none twice, over both stages; aot_eager spares Inductor's minutes."""
     path, _, lines, _ = whole

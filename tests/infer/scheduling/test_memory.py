@@ -54,6 +54,7 @@ def test_sequences_that_outgrow_the_pool_start_anew(lmm, tokenizer, engine):
     assert tight._decoder.pool.rows.free_rows == 520
 
 
+@pytest.mark.no_cover  # what coverage notes is memory, too, and time
 def test_a_long_queue_takes_no_more_memory_than_a_short_one(lmm, tokenizer):
     """Peak of Python's own objects while the queue is read and grouped; the model's part does not depend on it."""
     engine = make_engine(lmm, tokenizer, lookahead=32, batch_tokens=1024, prefill_tokens=128)
@@ -176,7 +177,9 @@ def test_out_of_memory_of_one_request_names_it(lmm, tokenizer):
     assert not is_out_of_memory(RuntimeError("shape mismatch")) and is_out_of_memory(MemoryError())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.no_cover])]
+)
 def test_compiled_steps_say_the_same(lmm, tokenizer, engine, images, monkeypatch, backend):
     monkeypatch.setattr("tinyllava_fast.infer.fast_model.compiled_step.BACKEND", backend)
     requests = mixed_requests(images)[:7]
