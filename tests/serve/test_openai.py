@@ -60,7 +60,10 @@ def test_a_chat_is_answered_as_by_the_engine(client, right):
     assert choice.message.content == expected.text and choice.finish_reason == REASON[expected.finish]
     usage = found.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (expected.prompt_tokens, len(expected.tokens))
-    assert usage.total_tokens == expected.prompt_tokens + len(expected.tokens) and usage.prompt_tokens_details.cached_tokens >= 0
+    assert (
+        usage.total_tokens == expected.prompt_tokens + len(expected.tokens)
+        and usage.prompt_tokens_details.cached_tokens >= 0
+    )
 
 
 def test_a_stream_adds_up_to_the_answer(client, right):

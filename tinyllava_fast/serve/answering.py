@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -34,7 +34,7 @@ class Choices:
                 raise busy("too many requests wait; try again", status=429) from None
             raise busy("the server is stopping") from None
 
-    async def events(self) -> AsyncIterator[tuple[int, Piece | Answer]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
         """Yield (index of the choice, its next piece of text or at last its answer). Left early, all are aborted."""
         queue: asyncio.Queue[tuple[int, Piece | Answer | BaseException]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.streams))]
