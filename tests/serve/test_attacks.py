@@ -173,8 +173,10 @@ def many_frames(kind: str, count: int = 10_000) -> bytes:
         one = saved(Image.new("P", (1, 1)), "GIF")
         frame = b"\x21\xf9\x04\0\0\0\0\0\x2c" + bytes(4) + b"\1\0\1\0\0\2\2\x44\1\0"
         return one[:-1] + frame * count + b";"
-    frames = [Image.new("L", (1, 1), i % 256) for i in range(400)]
-    return saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    frames = [Image.new("RGB", (4, 4), (i % 2 * 255, i % 3 * 127, 0)) for i in range(400)]
+    return saved(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
 
 
 def with_text(size: int) -> bytes:
@@ -196,6 +198,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
         (many_frames("GIF"), 400),
         (many_frames("WEBP"), 400),
         (many_frames("TIFF"), 400),
+        (many_frames("PNG"), 400),
         (with_text(80 * MB), 400),
         (saved(Image.fromarray(NOISE), "JPEG")[:300], 400),
         (b"", 400),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -16,6 +16,7 @@ from tinyllava_fast.serve.problems import ClientGoneError, busy
 from tinyllava_fast.serve.served import Served
 
 Result = TypeVar("Result")
+Event = tuple[int, Piece | Answer | BaseException]  # with the index of a choice
 
 
 class Choices:
@@ -34,19 +35,22 @@ class Choices:
                 raise busy("too many requests wait; try again", status=429) from None
             raise busy("the server is stopping") from None
 
-    async def events(self) -> AsyncIterator[tuple[int, Piece | Answer]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
         """Yield (index of the choice, its next piece of text or at last its answer). Left early, all are aborted."""
-        queue: asyncio.Queue[tuple[int, Piece | Answer | BaseException]] = asyncio.Queue()
+        queue: asyncio.Queue[Event] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self.streams))]
         left = len(tasks)
         try:
             while left:
-                index, event = await queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if isinstance(event, Answer):
-                    self.answers[index], left = event, left - 1
-                yield index, event
+                waiting = [await queue.get()]
+                while not queue.empty():
+                    waiting.append(queue.get_nowait())
+                for index, event in joined(waiting):
+                    if isinstance(event, BaseException):
+                        raise event
+                    if isinstance(event, Answer):
+                        self.answers[index], left = event, left - 1
+                    yield index, event
         finally:
             self.abort()
             for task in tasks:
@@ -58,7 +62,7 @@ class Choices:
             if answer is None:
                 stream.abort()
 
-    async def _pump(self, index: int, queue: asyncio.Queue[tuple[int, Piece | Answer | BaseException]]) -> None:
+    async def _pump(self, index: int, queue: asyncio.Queue[Event]) -> None:
         clock, stream = Clock(self.metrics, self.served.name), self.streams[index]
         try:
             async for piece in stream:
@@ -69,6 +73,24 @@ class Choices:
             await queue.put((index, answer))
         except Exception as error:
             await queue.put((index, error))
+
+
+def joined(events: Iterable[Event]) -> Iterator[Event]:
+    """Yield events with the pieces of a choice that wait together as one: who falls behind sends fewer, larger chunks.
+
+    >>> list(joined([(0, Piece("a", (1,))), (1, Piece("x", (5,))), (0, Piece("b", (2,)))]))
+    [(0, Piece(text='ab', tokens=(1, 2))), (1, Piece(text='x', tokens=(5,)))]
+    """
+    pieces: dict[int, Piece] = {}
+    for index, event in events:
+        if isinstance(event, Piece):
+            before = pieces.get(index)
+            pieces[index] = event if before is None else Piece(before.text + event.text, before.tokens + event.tokens)
+            continue
+        if index in pieces:
+            yield index, pieces.pop(index)
+        yield index, event
+    yield from pieces.items()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

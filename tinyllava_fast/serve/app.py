@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ class Api:
         return Response(self.metrics.text(), headers={"content-type": TYPE})
 
 
-async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
+async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncGenerator[str, None]:
     """Yield the server-sent events of a streamed answer. ApiError before the first one if it cannot be given.
 
     What goes wrong later is the last event.
@@ -142,7 +142,7 @@ async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncItera
                 if isinstance(event, Answer):
                     yield _event(reply.last(index, event))
                 elif event.text:
-                    yield _event(reply.piece(index, event.text, ()))
+                    yield _event(reply.piece(index, event.text))
     except ApiError as error:
         if not opened:
             raise
@@ -153,8 +153,8 @@ async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncItera
     yield "data: [DONE]\n\n"
 
 
-async def _after(first: str, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    async with aclosing(chunks):  # type: ignore[type-var]
+async def _after(first: str, chunks: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with aclosing(chunks):
         yield first
         async for chunk in chunks:
             yield chunk

@@ -108,8 +108,9 @@ class Fetcher:
         if not addresses or not all(map(self.allowed, addresses)):
             raise bad("its host is not one that this server fetches from")
         context = ssl.create_default_context() if parts.scheme == "https" else None
-        name = {"server_hostname": host} if context else {}
-        reader, writer = await asyncio.open_connection(addresses[0], port, ssl=context, **name)
+        reader, writer = await asyncio.open_connection(
+            addresses[0], port, ssl=context, server_hostname=host if context else None
+        )
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             return await self._exchange(reader, writer, host if port in _PORTS.values() else f"{host}:{port}", target)
@@ -121,8 +122,8 @@ class Fetcher:
     ) -> tuple[int, str, bytes]:
         peer = h11.Connection(h11.CLIENT)
         headers = [("Host", host), ("Accept", "image/*"), ("Accept-Encoding", "identity"), ("Connection", "close")]
-        for event in (h11.Request(method="GET", target=target, headers=headers), h11.EndOfMessage()):
-            writer.write(peer.send(event) or b"")
+        writer.write(peer.send(h11.Request(method="GET", target=target, headers=headers)) or b"")
+        writer.write(peer.send(h11.EndOfMessage()) or b"")
         await writer.drain()
         status, location, content = 0, "", bytearray()
         while True:

@@ -90,8 +90,11 @@ def from_data(url: str, most: int) -> bytes:
 def from_file(url: str, folder: Path, most: int) -> bytes:
     """Return the bytes of a file URL below the folder, links resolved. ApiError 400 for all else, in the same words."""
     refused = bad("no image of that name in the media folder")
-    parts = urlsplit(url)
-    path = unquote(parts.path, errors="strict") if parts.path.isascii() else parts.path
+    try:
+        parts = urlsplit(url)
+        path = unquote(parts.path, errors="strict")
+    except ValueError:
+        raise refused from None
     if parts.netloc not in ("", "localhost") or "\0" in path or any(c in parts.path.lower() for c in ("%2f", "%5c")):
         raise refused
     root = os.path.realpath(folder)

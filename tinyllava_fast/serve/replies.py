@@ -67,15 +67,15 @@ class Reply:
             return None
         return self._chunk(self._choice(index, {"delta": {"role": "assistant", "content": ""}}, [], None))
 
-    def piece(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
+    def piece(self, index: int, text: str) -> Json:
         """Return the chunk of a piece of text."""
         said = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
-        return self._chunk(self._choice(index, said, logprobs, None))
+        return self._chunk(self._choice(index, said, [], None))
 
     def last(self, index: int, answer: Answer) -> Json:
-        """Return the chunk that ends a choice."""
-        said = {"delta": {}} if self.kind == "chat" else {"text": ""}
-        return self._chunk(self._choice(index, said, [], _FINISH[answer.finish]))
+        """Return the chunk that ends a choice; it has the log-probabilities of all its tokens."""
+        said: Json = {"delta": {}} if self.kind == "chat" else {"text": ""}
+        return self._chunk(self._choice(index, said, answer.logprobs, _FINISH[answer.finish]))
 
     def counted(self, answers: Sequence[Answer]) -> Json:
         """Return the chunk that ends a stream whose usage is wanted."""
