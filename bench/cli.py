@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from tinyllava_fast.bench.settings import (
     TINYLLAMA_1B,
     FitSettings,
     InferSettings,
+    OpsSettings,
     PackingSettings,
     ParitySettings,
     ScalingSettings,
@@ -113,17 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     command("serve", _serve, text, ServeSettings, SMOLLM2)
 
     text = "Each op on real shapes: torch eager and compiled, the libraries that install, ours."
-    ops = command("ops", _ops, text)
-    ops.add_argument("--op", action="append", help="only this op; may be repeated")
-    ops.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32 (default bfloat16)")
-    ops.add_argument("--rounds", type=int, default=9, help="most timed rounds of a row (default 9)")
-    ops.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    ops.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="include candidates under torch.compile (default yes)",
-    )
+    ops = command("ops", _ops, text, OpsSettings)
     plot(ops, "run further sizes and draw time and memory against size")
     ops.add_argument(
         "--compare", metavar="FILE", help="compare with a file of --json; exit with 1 if a row has become slower"
@@ -204,7 +196,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
-    """The configuration's keys that the command line sets."""
+    """Return the configuration's keys that the command line sets."""
     chosen = [] if args.compile is None else [f"engine.compile={str(args.compile).lower()}"]
     return [*args.overrides, *chosen]
 
@@ -220,26 +212,19 @@ def _infer(args: argparse.Namespace) -> int:
 
 
 def _ops(args: argparse.Namespace) -> int:
-    from tinyllava_fast.bench import compare, machine, ops, ops_table, plots
+    from tinyllava_fast.bench import compare, machine, ops, plots
 
+    settings = replace(OpsSettings.read(args), sweep=args.plot is not None)
     if args.tune:
-        return _tune(args)
-    ops.check(args.op, args.dtype, args.device, args.rounds)
+        return _tune(args, settings)
+    ops.check(settings)
     baseline = None
     if args.compare is not None:  # before minutes of measurement
         baseline = compare.read_baseline(args.compare, args.compare_anyway)
         if not args.compare_anyway:
-            compare.check_same_machine(baseline, machine.describe(args.device), args.dtype, args.compare)
-    result = ops.benchmark(
-        args.op,
-        dtype=args.dtype,
-        device=args.device,
-        rounds=args.rounds,
-        quick=args.quick,
-        sweep=args.plot is not None,
-        compile=args.compile,
-    )
-    _tell(args, result, ops_table.show, plots.draw)
+            compare.check_same_machine(baseline, machine.describe(settings.device), settings.dtype, args.compare)
+    result = ops.benchmark(settings)
+    _tell(args, result, ops.show, plots.draw)
     if baseline is None:
         return 0
     entries = compare.compare(result, baseline)
@@ -247,18 +232,18 @@ def _ops(args: argparse.Namespace) -> int:
     return int(any(entry.get("slower") for entry in entries))
 
 
+def _tune(args: argparse.Namespace, settings: OpsSettings) -> int:
+    from tinyllava_fast.bench import tune
+
+    if settings.ops not in ((), ("packed_attention",)):
+        raise UserError(f"--tune --op {' '.join(settings.ops)}: only packed_attention has launch settings to tune")
+    return _tell(args, tune.tune(), tune.show)
+
+
 def _packing(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import packing
 
     return _tell(args, packing.benchmark(PackingSettings.read(args)), packing.show)
-
-
-def _tune(args: argparse.Namespace) -> int:
-    from tinyllava_fast.bench import tune
-
-    if args.op and args.op != ["packed_attention"]:
-        raise UserError(f"--tune --op {' '.join(args.op)}: only packed_attention has launch settings to tune")
-    return _tell(args, tune.tune(), tune.show)
 
 
 def _triton(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from tinyllava_fast.hardware import peak_rss_bytes, reset_peak_rss
 
 
 class Facts(TypedDict):
-    """What a worker tells when it is ready: means over all packs, and sizes."""
+    """The facts that a worker tells when it is ready: means over all packs, and sizes."""
 
     setup_seconds: float
     flops: dict[str, float]  # useful ones of a step, by part of the model
@@ -33,7 +33,7 @@ class Facts(TypedDict):
 
 
 class Answer(TypedDict):
-    """What a worker tells when an order is carried out."""
+    """The answer of a worker when an order is carried out."""
 
     seconds: list[float]  # of each step
     losses: list[float]  # of each step

@@ -10,14 +10,15 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypedDict
 
 import torch
 
-from tinyllava_fast.bench import machine, memory
+from tinyllava_fast.bench import machine, memory, report
 from tinyllava_fast.bench.case import BOTH, SUITE, Case, Run, Setting, Work
 from tinyllava_fast.bench.report import Report
+from tinyllava_fast.bench.settings import OpsSettings
 from tinyllava_fast.bench.timing import interleave, speedup
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.log import log
@@ -53,39 +54,29 @@ Row = TypedDict(
 )
 
 
-def benchmark(
-    ops: Sequence[str] | None = None,
-    *,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    rounds: int = 9,
-    quick: bool = False,
-    sweep: bool = False,
-    compile: bool = True,
-) -> Report:
-    """Time the named ops (None: all).
+def benchmark(settings: OpsSettings) -> Report:
+    """Time the named ops.
 
-    rounds: at most, of each row; slow rows take fewer. quick: tiny shapes, for tests. sweep:
-    further sizes, for plots. compile: include candidates under Inductor, which cost minutes of compilation.
     Returns {"format", "machine", "roof", "dtype", "rows", "absent", "headline"}: rows are Rows, absent is {op:
-    {candidate: reason}}; headline see headline(). UserError for an unknown op, dtype or device.
+    {candidate: reason}}; headline see headline(). UserError for an unknown op or device.
     """
-    check(ops, dtype, device, rounds)
-    roofs = [machine.roof(machine.DTYPES[dtype], device, quick=quick)]
+    check(settings)
+    dtype, device, quick = machine.DTYPES[settings.dtype], settings.device, settings.quick
+    roofs = [machine.roof(dtype, device, quick=quick)]
     absent: dict[str, dict[str, str]] = {}
     claims: list[tuple[Case, Row]] = []
-    for name in ops or SUITE.names():
-        setting = Setting(machine.DTYPES[dtype], device, quick, sweep, compile)
+    for name in settings.ops or SUITE.names():
+        setting = Setting(dtype, device, quick, settings.sweep, settings.compile)
         for case in SUITE.get(name)(setting):
             began, missing = time.perf_counter(), absent.setdefault(name, {})
             for candidate, reason in case.absent.items():
                 missing.setdefault(candidate, reason)
             for direction in case.work:
-                claims.append((case, _measure(case, direction, device, rounds, missing, quick)))
+                claims.append((case, _measure(case, direction, settings, missing)))
             log.info("%s %s: %.0f s", name, case.label, time.perf_counter() - began)
             torch._dynamo.reset()  # the next shape's candidates share code with these and would count as recompiles
     # a disturbed measurement would make a low roof: again after the race, and the better one counts
-    roofs.append(machine.roof(machine.DTYPES[dtype], device, quick=quick))
+    roofs.append(machine.roof(dtype, device, quick=quick))
     roof = {key: max(r[key] for r in roofs) for key in roofs[0]}
     rows = [row for _, row in claims]
     for row in rows:
@@ -95,27 +86,23 @@ def benchmark(
         "format": FORMAT,
         "machine": machine.describe(device),
         "roof": roof,
-        "dtype": dtype,
+        "dtype": settings.dtype,
         "rows": rows,
         "absent": {op: reasons for op, reasons in absent.items() if reasons},
         "headline": headline(claims),
     }
 
 
-def check(ops: Sequence[str] | None, dtype: str, device: str, rounds: int) -> None:
-    """UserError for what benchmark() cannot take."""
-    if dtype not in machine.DTYPES:
-        raise UserError(f"--dtype {dtype!r}; {nearest(dtype, machine.DTYPES)}")
-    if rounds < 1:
-        raise UserError(f"--rounds {rounds}: at least 1")
-    machine.check_device(device)
-    for name in ops or ():
+def check(settings: OpsSettings) -> None:
+    """Raise UserError for an op or a device that there is not."""
+    machine.check_device(settings.device)
+    for name in settings.ops:
         if name not in SUITE:
             raise UserError(f"--op {name!r}; {nearest(name, SUITE.names())}")
 
 
 def headline(claims: Iterable[tuple[Case, Row]]) -> dict[str, float]:
-    """{key: ratio} from cases and their rows: ratios of forward+backward medians, more than 1 where ours is better.
+    """Return {key: ratio} from cases and their rows: of forward+backward medians, more than 1 where ours is better.
 
     linear_cross_entropy_memory is a ratio of peaks. Where several rows claim a key, the smallest ratio stands.
     """
@@ -133,7 +120,8 @@ def headline(claims: Iterable[tuple[Case, Row]]) -> dict[str, float]:
     return {key: min(ratios) for key, ratios in found.items()}
 
 
-def _measure(case: Case, direction: str, device: str, rounds: int, absent: dict[str, str], quick: bool) -> Row:
+def _measure(case: Case, direction: str, settings: OpsSettings, absent: dict[str, str]) -> Row:
+    rounds, device, quick = settings.rounds, settings.device, settings.quick
     backward = direction == BOTH
     runs = {name: _pass(run, case, backward) for name, run in case.run.items()}
     if not quick:
@@ -224,3 +212,40 @@ def _pass(run: Run, case: Case, backward: bool) -> Callable[[], object]:
         return torch.autograd.grad(out, case.leaves, grad[0])
 
     return both
+
+
+COLUMNS = ["candidate", "median", "quartiles", "work", "traffic", "of roof", "peak", "saved", "ours faster by"]
+
+
+def show(result: Report) -> None:
+    """Print one table an op, a block of lines for each shape and pass; then the headline and who is absent."""
+    facts = "{dtype}, {machine[threads]} threads; roof: {roof[flops_per_s]:FLOP/s}, {roof[bytes_per_s]:B/s}"
+    facts = report.fill(facts, result)
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        lines: list[list[str]] = []
+        for row in (r for r in result["rows"] if r["op"] == op):
+            lines.append([f"{row['shape']}  {row['pass']}"] + [""] * (len(COLUMNS) - 1))
+            lines += [_line(row, name) for name in row["medians"]]
+        report.show(f"{op}, {facts}", COLUMNS, lines)
+    if result["headline"]:
+        lines = [[key, f"{ratio:.2f}x"] for key, ratio in result["headline"].items()]
+        report.show("Headline", ["forward and backward", "ours is better by"], lines)
+    absent = [[op, name, why] for op, reasons in result["absent"].items() for name, why in reasons.items()]
+    if absent:
+        report.show("Not in the race", ["op", "candidate", "reason"], absent)
+
+
+def _line(row: Row, name: str) -> list[str]:
+    low, high = row["spread"][name]
+    peak, saved = row["peak_bytes"].get(name), row["saved_bytes"].get(name)
+    return [
+        f"  {name}",
+        report.seconds(row["medians"][name]),
+        f"{report.seconds(low)} .. {report.seconds(high)}",
+        report.quantity(row["flops_per_s"][name], "FLOP/s") if row["flops"] else "",
+        report.quantity(row["bytes_per_s"][name], "B/s") if row["bytes"] else "",
+        f"{100 * row['roofline'][name]:.0f} %" if row["bytes"] else "",
+        "" if peak is None else report.quantity(peak, "B"),
+        "" if saved is None else report.quantity(saved, "B"),
+        "" if name == "ours" else f"{row['ratio'][name]['ratio']:.2f}x",
+    ]

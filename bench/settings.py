@@ -7,7 +7,7 @@ names the flag, for values that measure nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -41,28 +41,38 @@ SYSTEM_TOKENS = 40  # of text that a record of `tlf-bench packing` has at least,
 
 
 def option(
-    default: T, text: str, *, flag: str = "", metavar: str | None = None, parse: Callable[[str], object] | None = None
+    default: T,
+    text: str,
+    *,
+    flag: str = "",
+    metavar: str | None = None,
+    parse: Callable[[str], object] | None = None,
+    names: Collection[str] = (),
 ) -> T:
     """Return a dataclass field that is a flag too: a switch for a bool, repeated for a tuple, else one value.
 
     text: its help, to which the default is added. flag: its name, if not that of the field. parse: the value of a
-    text; the default's type where none is given.
+    text; the default's type where none is given. names: the values that it may have, if not any.
     """
-    return field(default=default, metadata={"help": text, "flag": flag, "metavar": metavar, "parse": parse})
+    told = {"help": text, "flag": flag, "metavar": metavar, "parse": parse, "names": names}
+    return field(default=default, metadata=told)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the settings of all benchmarks have in common. Counts, whose default is at least 1, must be that too."""
+    """The base of the settings of all benchmarks. A count whose default is at least 1 must be that too."""
 
     quick_values: ClassVar[Mapping[str, object]] = {}
-    """What ``--quick`` sets: the least that shows that the command works; its numbers mean nothing."""
+    """The values that ``--quick`` sets: the least that shows that the command works; its numbers mean nothing."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            least = min(_counts(getattr(self, one.name)), default=1)
-            if least < 1 <= min(_counts(one.default), default=0):
-                raise UserError(f"{_flag(one)} {least}: at least 1")
+            names = one.metadata.get("names")
+            for value in _values(getattr(self, one.name)):
+                if names and value not in names:
+                    raise UserError(f"{_flag(one)} {value!r}; {nearest(value, names)}")
+                if type(value) is int and value < 1 <= min(_values(one.default)):
+                    raise UserError(f"{_flag(one)} {value}: at least 1")
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
@@ -76,7 +86,7 @@ class Settings:
                 switch = argparse.BooleanOptionalAction
                 parser.add_argument(name, dest=one.name, default=argparse.SUPPRESS, action=switch, help=text)
                 continue
-            values = one.default if isinstance(one.default, tuple) else (one.default,)
+            values = _values(one.default)
             if one.default is not None and parse is None:
                 text += f" (default {', '.join(map(str, values))})"
             parser.add_argument(
@@ -97,19 +107,12 @@ class Settings:
         return cls(**(given | dict(cls.quick_values if args.quick else {})))
 
 
-def _counts(value: object) -> list[int]:
-    """The whole numbers among a value or the values of a tuple."""
-    return [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
+def _values(value: T | tuple[T, ...]) -> tuple[T, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _flag(one: Field[object]) -> str:
     return one.metadata.get("flag") or "--" + one.name.replace("_", "-")
-
-
-def known(flag: str, value: str, names: Mapping[str, object] | tuple[str, ...]) -> None:
-    """Raise UserError naming the flag for a value that is none of the names."""
-    if value not in names:
-        raise UserError(f"{flag} {value!r}; {nearest(value, names)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +123,9 @@ class StepSettings(Settings):
         "finetune",
         "finetune, finetune-cached (our tower's features cached), pretrain (connector only), pretrain-cached, lora "
         "(against peft's), qlora (nf4; against our lora and peft's)",
+        names=MODES,
     )
     lora_rank: int = option(128, "rank in lora and qlora; alpha is twice it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known("--mode", self.mode, MODES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,7 @@ class TrainSettings(StepSettings):
         f"how the peer keeps its weights: {', '.join(PRECISIONS)}; repeat for several peers",
         flag="--peer",
         metavar="WEIGHTS",
+        names=PRECISIONS,
     )
     peer_checkpointing: bool = option(False, "the peer recomputes its activations, as TinyLLaVA Factory's scripts set")
     reference: bool = option(True, "after the race, take the losses of the peer in float32")
@@ -150,8 +151,6 @@ class TrainSettings(StepSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for precision in self.peers:
-            known("--peer", precision, PRECISIONS)
         if not self.peers or len(set(self.peers)) < len(self.peers):
             raise UserError(f"--peer {' '.join(self.peers)}: name each peer once")
 
@@ -179,7 +178,9 @@ class FitSettings(Settings):
 
     quick_values: ClassVar = {"steps": 1}
 
-    recipes: tuple[str, ...] = option(tuple(RECIPES), "only this row of the table; repeat", flag="--recipe")
+    recipes: tuple[str, ...] = option(
+        tuple(RECIPES), "only this row of the table; repeat", flag="--recipe", names=RECIPES
+    )
     samples: tuple[int, ...] = option((1, 3), "samples of a step; repeat, two sizes give the slope")
     steps: int = option(2, "timed steps of each size")
     warmup: int = 1  # untimed: moments are made there
@@ -192,8 +193,6 @@ class FitSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.recipes:
-            known("--recipe", name, RECIPES)
         if len(set(self.samples)) < 2:
             raise UserError("--samples: two sizes of a step are needed to tell what a token adds")
 
@@ -231,15 +230,26 @@ class InferSettings(Settings):
     requests: int = option(10, "single requests timed for latency")
     new_tokens: int = 16
     latency_tokens: int = 32
-    dtype: str = option("bfloat16", "bfloat16 or float32")
+    dtype: str = option("bfloat16", "bfloat16 or float32", names=DTYPES)
     weights: str | None = option(None, "of our language model: int8 or nf4 (default: dense, as --dtype)")
     compile: bool = option(False, "compile our decode step")
     agreement: bool = option(True, "compare float32 answers too")
     quick: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known("--dtype", self.dtype, DTYPES)
+
+@dataclass(frozen=True, kw_only=True)
+class OpsSettings(Settings):
+    """The settings of `tlf-bench ops`."""
+
+    quick_values: ClassVar = {"quick": True}
+
+    ops: tuple[str, ...] = option((), "only this op; may be repeated", flag="--op", parse=str)  # none: all
+    dtype: str = option("bfloat16", "bfloat16 or float32", names=DTYPES)
+    rounds: int = option(9, "most timed rounds of a row")
+    device: str = option("cpu", "cpu or cuda")
+    compile: bool = option(True, "include candidates under torch.compile, which cost minutes of compilation")
+    sweep: bool = False  # further sizes, for plots
+    quick: bool = False  # tiny shapes, for tests
 
 
 @dataclass(frozen=True, kw_only=True)

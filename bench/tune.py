@@ -9,6 +9,7 @@ each kernel has its own settings, so what one of them takes does not depend on t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import product
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.bench import machine, report
-from tinyllava_fast.bench.case import Pack
+from tinyllava_fast.bench.case import Pack, Setting
 from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.timing import Series, interleave
 from tinyllava_fast.errors import UserError
@@ -67,7 +68,7 @@ def tune(path: Path = TABLE) -> Report:
 
 
 def race(runs: Mapping[str, Callable[[], object]]) -> dict[str, Series]:
-    """The interleaved measurement on a GPU."""
+    """Measure interleaved on a GPU."""
     return interleave(runs, rounds=7, warmup=2, min_seconds=0.005, budget=30.0, sync=machine.device_sync("cuda"))
 
 
@@ -75,24 +76,20 @@ class Problem:
     """Attention over a pack, of which one kernel at a time is run with settings on trial."""
 
     def __init__(self, pack: Pack, dtype: torch.dtype, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(heads: int) -> Tensor:
-            x = torch.randn(pack.tokens, heads, pack.head_dim, generator=generator)
-            return x.to(device, dtype).requires_grad_()
-
         self.pack, self.dtype, self.device = pack, dtype, device
-        self.qkv = (randn(pack.heads), randn(pack.kv_heads), randn(pack.kv_heads))
+        randn, heads = Setting(dtype, device).randn, (pack.heads, pack.kv_heads, pack.kv_heads)
+        q, k, v = (randn(pack.tokens, count, pack.head_dim) for count in heads)
+        self.qkv = (q, k, v)
         self.cu = torch.tensor(pack.bounds, dtype=torch.int32, device=device)
         self.out = packed_attention(*self.qkv, self.cu)[0]
         self.grad = torch.ones_like(self.out)
 
     def present(self) -> dict[str, Launch]:
-        """The table's settings for this problem."""
+        """Return the table's settings for this problem."""
         return {part: attention_launch(self.device, self.pack.head_dim, self.dtype)[part] for part in PARTS}
 
     def run(self, part: str, launch: Launch) -> list[Tensor]:
-        """Results of the pass that the part belongs to, with these settings for it."""
+        """Return the results of the pass that the part belongs to, with these settings for it."""
         with trying({part: launch}):
             if part == "fwd":
                 with torch.no_grad():
@@ -101,7 +98,7 @@ class Problem:
 
 
 def candidates(part: str, head_dim: int, itemsize: int, shared_limit: int) -> Iterator[Launch]:
-    """Settings whose tiles fit: the tiles a program keeps, and a pipeline of those it streams, in bytes.
+    """Yield the settings whose tiles fit: the tiles a program keeps, and a pipeline of those it streams, in bytes.
 
     fwd keeps q and streams k and v; dq keeps q and dout and streams k and v; dkv keeps k and v (n rows) and streams q
     and dout (m rows).
@@ -170,18 +167,12 @@ def rewrite(path: Path, arch: str, winners: Mapping[str, Mapping[str, Launch]]) 
 
 
 def dumps(table: Table) -> str:
-    """The table as text, one line a setting, architectures ascending."""
-    families = []
-    for family, archs in table.items():
-        entries = []
-        for arch in sorted(archs, key=arch_number):
-            buckets = []
-            for bucket, parts in archs[arch].items():
-                lines = [f'        "{part}": {json.dumps(asdict(launch))}' for part, launch in parts.items()]
-                buckets.append(f'      "{bucket}": {{\n' + ",\n".join(lines) + "\n      }")
-            entries.append(f'    "{arch}": {{\n' + ",\n".join(buckets) + "\n    }")
-        families.append(f'  "{family}": {{\n' + ",\n".join(entries) + "\n  }")
-    return "{\n" + ",\n".join(families) + "\n}\n"
+    """Return the table as text, one line a setting, architectures ascending."""
+    ascending = {
+        family: {arch: archs[arch] for arch in sorted(archs, key=arch_number)} for family, archs in table.items()
+    }
+    text = json.dumps(ascending, indent=2, default=asdict)
+    return re.sub(r"\{\s+([^{}]*?)\s+\}", lambda m: "{" + re.sub(r",\s+", ", ", m[1]) + "}", text) + "\n"
 
 
 def show(result: Report) -> None:

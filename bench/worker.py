@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, answers: IO[str] | None = None) -> i
 
 
 def _claim_stdout() -> IO[str]:
-    """The pipe to the parent for us alone: whatever a library prints goes to standard error."""
+    """Return the pipe to the parent, for us alone: whatever a library prints goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers

@@ -68,12 +68,6 @@ def test_train_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["settings"] == TrainSettings(rounds=3)
 
 
-def test_pick_device() -> None:
-    assert machine.pick_device("cpu") == "cpu"
-    assert machine.pick_device("auto") in ("cpu", "cuda")
-    assert machine.device_sync("cpu") is None
-
-
 def test_a_termination_signal_unwinds(monkeypatch: pytest.MonkeyPatch) -> None:
     unwound: list[bool] = []
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tinyllava_fast.bench import cli, compare, ops
+from tinyllava_fast.bench.settings import OpsSettings
 from tinyllava_fast.errors import UserError
 
 
@@ -46,7 +47,7 @@ def test_rows_without_a_counterpart(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return ops.benchmark(["pack_plan"], quick=True, rounds=2)
+    return ops.benchmark(OpsSettings(ops=("pack_plan",), quick=True, rounds=2))
 
 
 def run(path: Path, content: dict[str, Any], *more: str) -> int:

@@ -10,7 +10,6 @@ import pytest
 
 from tinyllava_fast.bench import cli, packing
 from tinyllava_fast.bench.settings import PackingSettings
-from tinyllava_fast.errors import UserError
 
 
 def test_lengths_are_as_stated() -> None:
@@ -44,18 +43,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (row,) = json.loads(target.read_text())["rows"]
     assert 0.9 < row["efficiency"] <= 1 and row["seconds"] > 0
     assert "Packing 2,000 records, 6 % text only" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"budgets": (1024,)}, "less than the longest"),
-        ({"text_only": 6.0}, "a share"),
-        ({"records": 0}, "at least 1"),
-        ({"lookahead": 0}, "at least 1"),
-        ({"image_tokens": (2040,)}, "must fit"),
-    ],
-)
-def test_what_cannot_be_planned_is_refused(wrong: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        PackingSettings(**wrong)

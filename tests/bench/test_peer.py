@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tests.bench.conftest import TINY_MODEL, RecordingGate
 from tinyllava_fast.bench import sides
 from tinyllava_fast.bench.peer import adapt_peer, build_peer, free_token, run_peer
-from tinyllava_fast.bench.samples import pad, unpack
+from tinyllava_fast.bench.samples import unpack
 from tinyllava_fast.config.schema import (
     DataConfig,
     EngineConfig,
@@ -85,33 +84,6 @@ def test_untied_head(packs: list[PackedBatch]) -> None:
     lmm = build_model(replace(TINY_MODEL, llm=llm), seed=1, dtype=torch.float32)
     ours, theirs = losses_of_both(lmm, packs[:1], RecipeConfig())
     assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_unpack_gives_back_every_label_and_image(lmm: LMM, packs: list[PackedBatch]) -> None:
-    pack = packs[0]
-    samples = unpack(pack, 4, 96)
-    assert [len(s.input_ids) for s in samples] == pack.cu_seqlens.diff().tolist()
-    assert all(int((s.input_ids == 96).sum()) == 4 for s in samples)
-    assert sum(int((s.labels != -100).sum()) for s in samples) == pack.num_supervised
-    for i, s in enumerate(samples):
-        named = s.labels != -100
-        assert torch.equal(s.labels[named], s.input_ids[named])
-        assert torch.equal(s.pixel_values, pack.pixel_values[i])
-
-
-def test_pad_is_right_padding_to_the_longest(packs: list[PackedBatch]) -> None:
-    batch = pad(unpack(packs[0], 4, 96)[:3], pad_token=7)
-    assert batch["input_ids"].shape == batch["labels"].shape == (3, 31)
-    assert batch["attention_mask"].sum(1).tolist() == [20, 31, 9]
-    assert (batch["input_ids"][0, 20:] == 7).all() and (batch["labels"][0, 20:] == -100).all()
-    assert batch["pixel_values"].shape == (3, 3, 16, 16)
-
-
-def test_a_sample_without_image_is_refused(packs: list[PackedBatch]) -> None:
-    pack = copy.deepcopy(packs[0])
-    pack.image_slots[:4] = len(pack.input_ids)
-    with pytest.raises(UserError, match="sample 0 has 0"):
-        unpack(pack, 4, 96)
 
 
 def test_what_llava_cannot_express_is_refused(lmm: LMM) -> None:

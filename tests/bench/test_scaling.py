@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from tinyllava_fast.bench import cli, scaling
-from tinyllava_fast.bench.settings import ScalingSettings
-from tinyllava_fast.errors import UserError
 
 
 def test_the_line_and_how_far_the_measurements_lie_from_it() -> None:
@@ -32,9 +30,3 @@ def test_the_command(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["relative_cost"] == pytest.approx(one["tokens_per_s"] / two["tokens_per_s"])
     assert (tmp_path / "plots" / "scaling.png").stat().st_size > 10_000
     assert "A token costs" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("wrong", [{"factors": (2,)}, {"factors": (1, 1)}, {"factors": (0, 1)}, {"mode": "lorra"}])
-def test_what_measures_nothing_is_refused(wrong: dict) -> None:
-    with pytest.raises(UserError, match=r"--(factor|mode)"):
-        ScalingSettings(**wrong)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,62 +10,13 @@ import pytest
 import yaml
 
 from tests.bench.conftest import RecordingGate
-from tinyllava_fast.bench import cli, samples, sides, train, worker
+from tinyllava_fast.bench import cli, sides, train
 from tinyllava_fast.bench.settings import TrainSettings
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.log import log
-from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.train import compile as compiling
 
 pytest.importorskip("easy_vqa")
 SETTINGS = TrainSettings(rounds=1, warmup=1, samples=2, peers=("float32",), quick=True)
-
-
-def test_records_are_conversations_about_one_image(tmp_path: Path) -> None:
-    path, images = samples.write_easy_vqa(tmp_path, 3)
-    records = json.loads(path.read_text())
-    assert len(records) == 3 and all((images / r["image"]).is_file() for r in records)
-    turns = records[0]["conversations"]
-    assert turns[0]["value"].startswith("<image>\n") and [t["from"] for t in turns[:2]] == ["human", "gpt"]
-    assert "<image>" not in turns[2]["value"] and len(turns) % 2 == 0 and len(turns) >= 4
-    with pytest.raises(UserError, match="easy-VQA has"):
-        samples.write_easy_vqa(tmp_path, 10**6)
-
-
-@pytest.mark.parametrize("mode", ["finetune", "pretrain-cached", "lora"])
-def test_both_sides_see_the_same_samples_and_agree(config: Path, tmp_path: Path, mode: str) -> None:
-    """Without processes: packs from real records, real template and pixels, equal losses in float32."""
-    overrides = ["stages.0.recipe.llm.lora.dropout=0"] if mode == "lora" else []
-    run = load_run(train.compose(config, overrides, tmp_path, replace(SETTINGS, mode=mode, lora_rank=4)))
-    gates = {side: RecordingGate() for side in ("ours", "peer")}
-    for side, gate in gates.items():
-        checkpointing = mode != "finetune"
-        sides.serve(side, run, gate, per_step=2, precision="float32", checkpointing=checkpointing)  # type: ignore[arg-type]
-    ours, peer = gates["ours"].losses, gates["peer"].losses
-    assert len(ours) == 2 and ours == pytest.approx(peer, abs=1e-3) and ours[0] == pytest.approx(peer[0], abs=1e-4)
-    facts = gates["ours"].facts
-    assert ("adapters" in facts["flops"]) == (mode == "lora")  # type: ignore[operator]
-    assert (facts["flops"]["tower"] == 0) == mode.endswith("cached")  # type: ignore[index]
-    assert facts["budget"] % 64 == 0  # type: ignore[operator]
-    assert facts["tokens_per_step"] <= facts["padded_tokens_per_step"]  # type: ignore[operator]
-    assert 0 < facts["supervised_per_step"] < facts["tokens_per_step"]  # type: ignore[operator]
-
-
-def test_our_side_recomputes_what_the_config_says(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    overrides = ["engine.gradient_checkpointing=selective", "engine.compile=regional"]
-    run = load_run(train.compose(config, overrides, tmp_path, SETTINGS))
-    built: list[LMM] = []
-
-    def compiles(lmm: LMM, layers: list[object], cuda_graphs: bool) -> None:
-        assert layers == lmm.layers and not cuda_graphs
-        built.append(lmm)
-
-    monkeypatch.setattr(compiling, "CompiledForward", compiles)  # sees the model as it is about to train
-    sides.serve("ours", run, RecordingGate(), per_step=2, precision="float32")  # type: ignore[arg-type]
-    assert [layer.gradient_checkpointing for layer in built[0].llm.model.layers] == [True, False]  # type: ignore[operator, union-attr]
 
 
 @pytest.mark.slow
@@ -112,44 +61,12 @@ def test_qlora_is_compared_with_our_lora_and_with_pefts(config: Path, tmp_path: 
     train.show(report)
 
 
-def test_a_worker_says_what_is_wrong_and_exits_with_2(
-    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "prepare_memory", lambda: None)
-    path = train.compose(config, ["stages.finetune.data.template=no_such_template"], tmp_path, SETTINGS)
-    log.addHandler(caplog.handler)
-    try:
-        assert worker.main(["ours", str(path), "--per-step", "2", "--precision", "bf16"], io.StringIO()) == 2
-    finally:
-        log.removeHandler(caplog.handler)
-    assert "no_such_template" in caplog.text
-
-
-def test_a_worker_ends_quietly_when_its_parent_has_gone(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = train.compose(config, [], tmp_path, SETTINGS)
-    prepared: list[bool] = []
-    monkeypatch.setattr(worker, "prepare_memory", lambda: prepared.append(True))
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"steps": 1}\n'))
-    answers = io.StringIO()
-    assert worker.main(["ours", str(path), "--per-step", "2", "--precision", "bf16"], answers) == 0
-    assert prepared  # ours runs with tlf-train's memory settings
-    ready, step = map(json.loads, answers.getvalue().splitlines())
-    assert ready["ready"]["flops"]["decoder"] > 0 and len(step["losses"]) == 1
-
-
 def test_a_run_has_one_stage(config: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(config.read_text())
     tree["stages"].append({**tree["stages"][0], "name": "again"})
     config.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match="exactly one stage, this has 2"):
         train.compose(config, [], tmp_path, SETTINGS)
-
-
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--mode 'pretain'.*pretrain"):
-        replace(SETTINGS, mode="pretain")
 
 
 def test_what_the_peer_cannot_train_is_refused(config: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ and needs no block table. What blocks would save is what ranges waste: rows rese
 holes between ranges. A sequence therefore reserves only a few rows beyond those it has written, and grows in place or
 by one copy to a larger range (``Spans.extend``, ``KVPool.move``). Simulated on long and short answers, ten to an image,
 62 % of the rows of a pool that is refilled when half of it is free are in use; blocks of 16 would have 67 %, ranges
-reserved for the longest answer 24 % (tests/infer/scheduling/test_memory.py simulates the first and the last).
+reserved for the longest answer 24 % (tests/infer/scheduling/test_pool.py simulates the first and the last).
 
 Legend: P rows of the pool, L decoder layers, Hkv key-value heads, Dh head width.
 """
