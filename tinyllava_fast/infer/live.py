@@ -19,7 +19,7 @@ from itertools import count
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.scheduling.sequence import Sequence
-from tinyllava_fast.infer.types import Answer, Request
+from tinyllava_fast.infer.types import Answer, Request, TokenLogprob
 from tinyllava_fast.log import log
 
 
@@ -33,10 +33,14 @@ class StoppedError(UserError):
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of an answer that has come since the last piece. text: whole characters only, nothing of a stop text."""
+    """The part of an answer that has come since the last piece.
+
+    text: whole characters only, nothing of a stop text. logprobs: one a token, if the request asked for them.
+    """
 
     text: str
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -294,7 +298,8 @@ class LiveEngine:
             one.stream.put(self._piece(one) if answer.tokens[one.told :] or one.text else None, own)
 
     def _piece(self, one: _Open) -> Piece:
-        piece = Piece(one.text, tuple(one.sequence.tokens[one.told :]))
+        sequence = one.sequence
+        piece = Piece(one.text, tuple(sequence.tokens[one.told :]), tuple(sequence.logprobs[one.told :]))
         one.text, one.told = "", len(one.sequence.tokens)
         return piece
 
