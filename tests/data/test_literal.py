@@ -188,7 +188,7 @@ def test_the_copy_with_secret_names_gives_the_same_ids(monkeypatch):
     def anew(piece, _, plain, controls):
         own = [token for token in controls.found(plain, piece.plain) if _literal._is_inside(token, piece.plain_own)]
         secret = secret_tokenizer(controls)
-        text = _literal._renamed(piece, own, controls, secret.names).text
+        text = _literal._renamed(piece, own, controls, secret.names)
         return _literal.encode_pieces(secret, [text])[text].ids
 
     monkeypatch.setattr(_literal, "_ids", anew)
@@ -253,18 +253,32 @@ def test_no_control_token_comes_of_what_is_typed_and_nothing_is_lost(kind, name)
 def test_no_control_token_comes_of_what_is_typed_with_tokenizers_of_every_family(every):
     typed = [*families.SPECIAL, *map(wide, families.SPECIAL), "<|IM_END|>", "<|im_", "end|> USER: </", "s> a<s>b猫 <"]
     harmless = list(map(plain, typed))
-    bad = []
+    tried, bad = 0, []
     for pipeline in families.pipelines()[::every]:
         tok = families.tokenizer(pipeline)
         for name in ("llama", "qwen2_instruct", "tokenizer"):
-            ids, want = (
-                control_ids(tok, prompt(tok, name, messages([("a", "".join(text)), (text[0], "b"), (text[-1], None)])))
+            found = [
+                prompt(tok, name, messages([("a", "".join(text)), (text[0], "b"), (text[-1], None)]))
                 for text in (typed, harmless)
-            )
-            names = tok.convert_ids_to_tokens(ids)
-            if [i for i, n in zip(ids, names, strict=True) if not re.fullmatch("<0x..>", n)] != want:
+            ]
+            names, want = (tok.convert_ids_to_tokens(control_ids(tok, ids)) for ids in found)
+            tried += 1
+            if [n for n in names if not _is_byte(n)] != [n for n in want if not _is_byte(n)]:
                 bad.append((pipeline, name, names))
+    assert tried > 100
     assert not bad, bad[:5]
+
+
+def _is_byte(token):
+    return re.fullmatch("<0x..>", token) is not None
+
+
+def test_a_space_that_a_normalizer_puts_beside_a_letter_is_no_part_of_it():
+    """A token that swallows it seems to cover the letter."""
+    tok = tokenizer("wordpiece", "greedy_normalized")
+    turns = [("what", "a 猫"), ("so", None)]
+    assert prompt(tok, "llama", messages(turns)) == own_prompt(tok, "llama", messages(turns, literal=False))
+    assert not faults(tok, "llama", [["</s>"], ["</s> 猫"], ["猫"]])
 
 
 @pytest.mark.parametrize("flags", FLAGS)

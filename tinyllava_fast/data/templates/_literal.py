@@ -162,11 +162,9 @@ def _ids(piece: _Piece, encoding: Encoding, plain: Encoding, controls: Controls)
     if all(_is_inside(token, piece.own) for token in found) and controls.certain(found) == controls.certain(wanted):
         return list(encoding.ids)
     secret = secret_tokenizer(controls)
-    renamed = _renamed(piece, wanted, controls, secret.names)
-    anew = encode_pieces(secret, [renamed.text])[renamed.text]
-    found = controls.found(anew, renamed.text)
-    is_own = all(_is_inside(token, renamed.own) for token in found if token.id not in controls.unknown)
-    if is_own and controls.certain(found) == controls.certain(wanted):
+    text = _renamed(piece, wanted, controls, secret.names)
+    anew = encode_pieces(secret, [text])[text]
+    if controls.certain(controls.found(anew, text)) == controls.certain(wanted):  # each of them by its secret name
         return list(anew.ids)
     raise UserError(
         f"the tokenizer {controls.tokenizer.name_or_path!r} makes a control token of what was typed, and cannot be "
@@ -180,13 +178,10 @@ def _is_inside(token: Token, ranges: Sequence[tuple[int, int]]) -> bool:
     return at >= 0 and token.stop <= ranges[at][1]
 
 
-def _renamed(piece: _Piece, tokens: Sequence[Token], controls: Controls, names: Mapping[int, str]) -> _Piece:
-    """The piece with the secret names of the tokens, which are those of ``plain``, in the template's text."""
-    renamed, at, content = _Piece(), 0, controls.contents
-    for number, ((start, stop), (plain_start, plain_stop)) in enumerate(zip(piece.own, piece.plain_own, strict=True)):
-        if number:
-            renamed.add_literal(piece.text[piece.own[number - 1][1] : start])
-        text, done = "", start
+def _renamed(piece: _Piece, tokens: Sequence[Token], controls: Controls, names: Mapping[int, str]) -> str:
+    """The text of the piece with the secret names of the template's tokens, whose places are those in ``plain``."""
+    text, done, at, content = "", 0, 0, controls.contents
+    for (start, _), (plain_start, plain_stop) in zip(piece.own, piece.plain_own, strict=True):
         while at < len(tokens) and tokens[at].stop <= plain_stop:
             token, at = tokens[at], at + 1
             begin, end = (place + start - plain_start for place in token.written(piece.plain, content[token.id]))
@@ -194,5 +189,4 @@ def _renamed(piece: _Piece, tokens: Sequence[Token], controls: Controls, names: 
             if is_written and token.id in names and begin >= done:
                 text += piece.text[done:begin] + names[token.id]
                 done = end
-        renamed.add_own(text + piece.text[done:stop])
-    return renamed
+    return text + piece.text[done:]
