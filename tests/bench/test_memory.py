@@ -8,9 +8,22 @@ from torch import Tensor
 
 from tinyllava_fast.bench import memory
 from tinyllava_fast.ops import _cpp
+from tinyllava_fast.train import cpu_pool
 
 MB = 1 << 20
 SIZE = 64 * MB
+
+
+@pytest.fixture(autouse=True)
+def nothing_free_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test before has trained, torch has the pool, whose free memory hides new allocations as malloc's does."""
+    give_back = memory._return_freed_memory
+
+    def give_back_all() -> None:
+        give_back()
+        cpu_pool.trim()
+
+    monkeypatch.setattr(memory, "_return_freed_memory", give_back_all)
 
 
 def made_by_torch() -> Tensor:
