@@ -21,7 +21,7 @@ _SOURCES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of tlf-convert."""
+    """Return the command line of tlf-convert."""
     p = Parser(prog="tlf-convert", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     into = commands.add_parser("import", help="write a model folder of ours from a checkpoint of another project")

@@ -78,7 +78,7 @@ def layers(lmm: LMM) -> Iterator[tuple[str, AdaptedLayer]]:
 
 
 def parameter_names(lmm: LMM) -> list[str]:
-    """State-dict names of the adapter's own tensors."""
+    """Return the state-dict names of the adapter's own tensors."""
     return [
         f"{name}.{key}"
         for name, layer in layers(lmm)
@@ -173,7 +173,7 @@ def merge(lmm: LMM, dtype: torch.dtype | None = None) -> None:
 
 
 def layer_settings(lmm: LMM) -> dict[str, LayerSettings]:
-    """Settings of each adapted layer."""
+    """Return the settings of each adapted layer."""
     return {
         name: LayerSettings(
             layer.r[_NAME], layer.lora_alpha[_NAME], layer.use_rslora.get(_NAME, False), layer.use_dora[_NAME]
@@ -219,7 +219,7 @@ def write_folder(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path
 
 
 def read(folder: Path) -> Adapter:
-    """An adapter folder. Raises CheckpointError if it is incomplete, damaged, or no LoRA."""
+    """Read an adapter folder. Raises CheckpointError if it is incomplete, damaged, or no LoRA."""
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; the adapter is incomplete")

@@ -98,7 +98,7 @@ def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor | NF4 | None:
 
 
 def _reads(layer: AdaptedLayer, name: str) -> list[nn.Parameter]:
-    """Parameters of other modules that the forward reads: ZeRO-3 has to gather them for it."""
+    """Return the parameters of other modules that the forward reads: ZeRO-3 has to gather them for it."""
     base = layer.base_layer
     used = (layer.lora_A[name].weight, layer.lora_B[name].weight, base.weight, base.bias)
     return [p for p in used if isinstance(p, nn.Parameter)]

@@ -23,7 +23,7 @@ from tinyllava_fast.models.vision.base import VISION
 
 
 def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LMM:
-    """The model of a run: pretrained parts from their paths, the others with weights drawn from the seed.
+    """Return the model of a run: pretrained parts from their paths, the others with weights drawn from the seed.
 
     A LoRA adapter of ``path`` stays live: the recipe merges it or goes on with it.
     Raises UserError naming the config key.
@@ -45,14 +45,14 @@ def build_model(model: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch
 
 
 def build_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run: of the model folder, of ``llm.tokenizer``, or of ``llm.path``."""
+    """Return the tokenizer of a run: of the model folder, of ``llm.tokenizer``, or of ``llm.path``."""
     if model.path is not None:
         return io.load_tokenizer(_folder(model.path))
     return _tokenizer(model.llm)
 
 
 def build_image_processor(model: ModelConfig) -> BaseImageProcessor:
-    """The PIL image processor of the tower: its own files where the path has them, else made from image_size."""
+    """Return the PIL image processor of the tower: its own files where the path has them, else made from image_size."""
     if model.path is not None:
         return io.load_processor(_folder(model.path))
     processor = _image_processor(model.vision)
@@ -111,7 +111,7 @@ def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _llm_config(config: LLMConfig) -> Values:
-    """The transformers config of random weights, or what overrides the pretrained one."""
+    """Return the transformers config of random weights, or what overrides the pretrained one."""
     given = config.path is not None or not config.config or "vocab_size" in config.config
     if given or config.tokenizer is None:
         return config.config

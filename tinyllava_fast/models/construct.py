@@ -126,5 +126,5 @@ def _build_connector(
 
 
 def _key(file: str | None, key: str) -> str:
-    """A key of the architecture as messages name it."""
+    """Return a key of the architecture as messages name it."""
     return f"{file}: {key}" if file else f"model.{key}"

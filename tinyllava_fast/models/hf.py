@@ -156,7 +156,7 @@ _LEGACY_DEFAULTS: dict[str, Values] = {
 
 
 def legacy_text_config(values: Mapping[str, object], where: str = "config.json") -> Values:
-    """The config of a language model as TinyLLaVA Factory stored it, with every default that it left out.
+    """Return the config of a language model as TinyLLaVA Factory stored it, with every default that it left out.
 
     values: ``text_config`` of its config.json, or such keys gathered from a flat one; ``model_type`` decides the
     class. where: the file, for messages. Keys that the class does not have are dropped, as transformers 4.40 ignored
@@ -177,7 +177,7 @@ def legacy_text_config(values: Mapping[str, object], where: str = "config.json")
 
 
 def config_of(model_type: str | None, values: Values, where: str, *, strict: bool = True) -> PreTrainedConfig:
-    """A transformers config of a model type from its keys.
+    """Return a transformers config of a model type from its keys.
 
     strict: refuse keys that the config class does not have (transformers itself stores them silently).
     """
@@ -227,7 +227,7 @@ def check_numbers(cls: type, values: Mapping[str, object], where: str, *, cut: b
 
 
 def known_keys(cls: type) -> set[str]:
-    """The keys of a transformers config class, those that it still accepts from older releases included."""
+    """Return the keys of a transformers config class, those that it still accepts from older releases included."""
     return {f.name for f in dataclasses.fields(cls)} | set(getattr(cls, "attribute_map", {})) | _LEGACY_KEYS
 
 

@@ -148,7 +148,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
-    """The config.json of a model folder and the dtype that its weights are stored in."""
+    """Return the config.json of a model folder and the dtype that its weights are stored in."""
     check_folder(folder)
     path = Path(folder) / "config.json"
     values = read_json(path, CheckpointError)
@@ -171,14 +171,14 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer stored in a model folder."""
+    """Return the tokenizer stored in a model folder."""
     if is_foreign(folder):
         return open_tokenizer(folder)
     return read_tokenizer(str(folder), None)
 
 
 def load_processor(folder: str | Path) -> BaseImageProcessor:
-    """The image processor stored in a model folder: the PIL class of its tower."""
+    """Return the image processor stored in a model folder: the PIL class of its tower."""
     if is_foreign(folder):
         return open_processor(folder)
     config, _ = read_config(folder)

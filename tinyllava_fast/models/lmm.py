@@ -88,7 +88,7 @@ class LMM(nn.Module):
         pixel_values: Tensor,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        """The SUM of the losses of all supervised tokens, a float32 scalar.
+        """Return the SUM of the losses of all supervised tokens, a float32 scalar.
 
         Arguments as in data.types.PackedBatch. With no image (N == 0) the tower does not run.
         """
@@ -134,7 +134,7 @@ class LMM(nn.Module):
         return embeds * torch.full((), self.embedding_scale, dtype=embeds.dtype, device=embeds.device)
 
     def decode(self, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Tensor | KVView | None) -> Tensor:
-        """Hidden states [T, D] after the final norm.
+        """Return the hidden states [T, D] after the final norm.
 
         attention_kwargs: ``cu_seqlens`` and ``prefix`` of a PackedBatch, or ``kv``, a models.attention.KVView.
         """

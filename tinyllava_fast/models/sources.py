@@ -42,7 +42,7 @@ def resolve(path: str, gguf_file: str | None, where: str, key: str = "path") -> 
 
 
 def read_tokenizer(source: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, hub id or GGUF file."""
+    """Return the tokenizer of a folder, hub id or GGUF file."""
     if gguf_file is None:
         with reading(f"{source}: its tokenizer's files cannot be read", UserError):
             return load_tokenizer(source)

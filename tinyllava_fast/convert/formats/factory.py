@@ -115,7 +115,7 @@ def _config(model: Model) -> Values:
 
 
 def text_config(lmm: LMM) -> Values:
-    """The language model's config with the keys of transformers 4.40."""
+    """Return the language model's config with the keys of transformers 4.40."""
     values = config_to_dict(lmm.llm.config)
     kind = values["model_type"]
     if kind not in LEGACY_FAMILIES:

@@ -46,14 +46,14 @@ class Folder:
         return all((self.path / name).exists() for name in names)
 
     def json(self, name: str) -> Values:
-        """A JSON object in it. Raises CheckpointError if the file is missing or holds anything else."""
+        """Return a JSON object in it. Raises CheckpointError if the file is missing or holds anything else."""
         path = self.path / name
         if not path.is_file():
             raise CheckpointError(f"{path}: the file does not exist")
         return dict(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError).values)
 
     def tensors(self, name: str = ".") -> dict[str, Stored]:
-        """Tensors of a file in it, or of the weights in a folder of it."""
+        """Return the tensors of a file in it, or of the weights in a folder of it."""
         return read_tensors(self.path / name)
 
 
@@ -98,7 +98,7 @@ LAYOUTS: Registry[type[Layout]] = Registry("checkpoint layout", "tinyllava_fast.
 
 
 def layout_of(folder: Folder) -> Layout:
-    """The layout of a folder. Raises CheckpointError saying what it holds and which layouts are known."""
+    """Return the layout of a folder. Raises CheckpointError saying what it holds and which layouts are known."""
     for name in LAYOUTS:
         if (layout := LAYOUTS.get(name)()).recognizes(folder):
             return layout

@@ -63,12 +63,12 @@ def open_checkpoint(
 
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of such a folder."""
+    """Return the tokenizer of such a folder."""
     return _tokenizer(_describe(path, Sources()))
 
 
 def open_processor(path: str | Path) -> BaseImageProcessor:
-    """The image processor of such a folder."""
+    """Return the image processor of such a folder."""
     checkpoint = _describe(path, Sources())
     with torch.device("meta"):
         tower = build_tower(checkpoint.config.vision, file=str(path))

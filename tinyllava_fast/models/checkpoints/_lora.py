@@ -57,12 +57,12 @@ class Lora:
         return self.config.number("lora_alpha", _ALPHA)
 
     def scale(self, name: str) -> float:
-        """Factor of a weight's update: alpha / r, or alpha / sqrt(r) for rank-stabilized adapters."""
+        """Return the factor of a weight's update: alpha / r, or alpha / sqrt(r) for rank-stabilized adapters."""
         rank = self.updates[name][0].shape[0]
         return self.alpha(name) / (math.sqrt(rank) if self.config.boolean("use_rslora", False) else rank)
 
     def merge(self, weights: Mapping[str, Stored], where: str) -> dict[str, Stored]:
-        """The weights with the updates added, still unread. Raises CheckpointError where they do not fit."""
+        """Return the weights with the updates added, still unread. Raises CheckpointError where they do not fit."""
         merged = dict(weights)
         for name, (a, b) in self.updates.items():
             if name not in merged:
@@ -103,7 +103,7 @@ class Lora:
 
 
 def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
-    """The adapter of a folder.
+    """Return the adapter of a folder.
 
     rename: the weight's name in the wrapped model -> our name, None if we have no such weight, NO_USE if it is one that
     the model leaves out.
@@ -137,7 +137,7 @@ def _check(fields: Fields) -> None:
 
 
 def _module(key: str) -> re.Match[str] | None:
-    """Module (group 1) and letter (group 2) of a stored name."""
+    """Return the module (group 1) and the letter (group 2) of a stored name."""
     return re.fullmatch(rf"(?:{re.escape(_PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
 
 

@@ -36,7 +36,7 @@ def irrelevant(component: str, name: str) -> bool:
 
 
 def under(prefix: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors whose names begin with the prefix, without it."""
+    """Return the tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): stored for name, stored in tensors.items() if name.startswith(prefix)}
 
 
@@ -48,7 +48,7 @@ def llm_part(config: Values) -> LLMPart:
 
 
 def llm_weights(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Under our names: a causal LM's own, in every layout."""
+    """Return the weights under our names; a causal LM's own names stand in every layout."""
     return {f"llm.{name}": stored for name, stored in tensors.items()}
 
 
@@ -102,7 +102,7 @@ def connector_part(kind: str, config: Mapping[str, object], where: str) -> Conne
 
 
 def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:
-    """The folder itself where it has tokenizer files, else the name that the checkpoint gives."""
+    """Return the folder itself where it has tokenizer files, else the name that the checkpoint gives."""
     if has_tokenizer(folder.path):
         return str(folder.path)
     if not name:
@@ -111,7 +111,7 @@ def tokenizer_source(folder: Folder, name: str | None, where: str) -> str:
 
 
 def stored_processor(tower: str, sources: Sequence[str | None]) -> BaseImageProcessor | None:
-    """The image processor in the first local folder that has one; None without any."""
+    """Return the image processor in the first local folder that has one; None without any."""
     for source in sources:
         if source and any((Path(source) / name).is_file() for name in PROCESSORS):
             processor = read_processor(VISION.get(tower), source)
@@ -122,13 +122,13 @@ def stored_processor(tower: str, sources: Sequence[str | None]) -> BaseImageProc
 
 
 def processor_values(sources: Sequence[str | None]) -> Values:
-    """The keys of the image processor that ``stored_processor`` would read."""
+    """Return the keys of the image processor that ``stored_processor`` would read."""
     found = (processor_fields(source) for source in sources if source)
     return next((dict(fields.values) for fields in found if fields is not None), {})
 
 
 def image_processor(tower: str, image_size: int, sources: Sequence[str | None]) -> BaseImageProcessor:
-    """The stored image processor, else the tower's defaults for the size."""
+    """Return the stored image processor, else the tower's defaults for the size."""
     stored = stored_processor(tower, sources)
     if stored is None:
         log.info("no preprocessor_config.json found; using the %s defaults at %d pixels", tower, image_size)
@@ -163,7 +163,7 @@ def _needed(config: Mapping[str, object], key: str, where: str) -> Fields:
 
 
 def image_mode(config: Mapping[str, object], where: str) -> str:
-    """Our image mode for an ``image_aspect_ratio``."""
+    """Return our image mode for an ``image_aspect_ratio``."""
     ratio = config.get("image_aspect_ratio") or "square"
     if ratio not in ("square", "pad"):
         raise UserError(f"{where}: image_aspect_ratio {ratio!r} is not supported; known: square, pad")

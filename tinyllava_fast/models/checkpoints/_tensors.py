@@ -35,7 +35,7 @@ class Stored:
     read: Callable[[], Tensor]
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Stored, ...]:
-        """As Tensor.chunk, for equal parts: still unread."""
+        """Return equal parts, as Tensor.chunk does, still unread."""
         size = self.shape[dim] // chunks
         shape = (*self.shape[:dim], size, *self.shape[dim + 1 :])
 
@@ -46,7 +46,7 @@ class Stored:
 
     @classmethod
     def of(cls, key: str, tensor: Tensor) -> Stored:
-        """A tensor that is in memory already."""
+        """Return a tensor that is in memory already."""
         return cls(key, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 

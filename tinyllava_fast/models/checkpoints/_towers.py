@@ -81,7 +81,7 @@ _LEGACY_VISION: dict[str, Values] = {
 
 
 def tower_type(config: Mapping[str, object], where: str) -> str:
-    """Our tower for a transformers vision config."""
+    """Return our tower for a transformers vision config."""
     known = {kind: name for name in sorted(VISION, reverse=True) for kind in _model_types(VISION.get(name))}
     kind = str(config.get("model_type"))
     if kind not in known:
@@ -94,7 +94,7 @@ def _model_types(tower: type[VisionTower]) -> list[str]:
 
 
 def legacy_vision_config(config: Mapping[str, object], where: str) -> Values:
-    """A nested vision config with the defaults that it leaves out."""
+    """Return a nested vision config with the defaults that it leaves out."""
     kind = str(config.get("model_type"))
     if kind not in _LEGACY_VISION:
         raise CheckpointError(f"{where}: vision_config.model_type: {kind!r}; {nearest(kind, _LEGACY_VISION)}")
@@ -102,7 +102,7 @@ def legacy_vision_config(config: Mapping[str, object], where: str) -> Values:
 
 
 def truncated(config: Mapping[str, object], feature_layer: int, where: str) -> Values:
-    """The vision config without provenance, ending at the layer that is read."""
+    """Return the vision config without provenance, ending at the layer that is read."""
     values: Values = {k: v for k, v in config.items() if k not in _PROVENANCE}
     layers = int(values.setdefault("num_hidden_layers", 12))
     kept = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
@@ -112,7 +112,7 @@ def truncated(config: Mapping[str, object], feature_layer: int, where: str) -> V
 
 
 def tower_config(name: str, override: str | None, where: str, flag: str) -> Values:
-    """The full transformers vision config of a tower that a checkpoint only names.
+    """Return the full transformers vision config of a tower that a checkpoint only names.
 
     From the override if given, a local folder, a built-in table of published towers, or the hub, in that order.
     """
@@ -137,7 +137,7 @@ def tower_config(name: str, override: str | None, where: str, flag: str) -> Valu
 
 
 def layer_number(name: str) -> int | None:
-    """The layer of a tower that a tensor belongs to."""
+    """Return the layer of a tower that a tensor belongs to."""
     match = re.search(r"(?:^|\.)encoder\.layers?\.(\d+)\.", name)
     return int(match[1]) if match else None
 

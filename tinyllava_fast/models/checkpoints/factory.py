@@ -36,7 +36,7 @@ class FactoryLayout(Layout):
         raise NotImplementedError
 
     def describe(self, folder: Folder, sources: Sources, tensors: Mapping[str, Mapping[str, Stored]]) -> Checkpoint:
-        """The model of a config.json. tensors: of each component, under its own names."""
+        """Return the model of a config.json. tensors: of each component, under its own names."""
         config, where = folder.config, str(folder.path / "config.json")
         processors = [
             str(folder.path),
@@ -165,7 +165,7 @@ def _split_tensors(folder: Folder) -> dict[str, dict[str, Stored]]:
 
 
 def _vision(config: Values, sources: Sources, processors: list[str | None], where: str) -> VisionPart:
-    """The tower, or the two towers of a mixture, that config.json describes.
+    """Return the tower, or the two towers of a mixture, that config.json describes.
 
     DINOv2's position table is resized as transformers 4.40 did. The size of its images is only in its image processor,
     whose crop is 224 in every release.

@@ -41,7 +41,7 @@ class LegacyLayout(Layout):
         return str(config.get("mm_vision_select_feature") or "patch")
 
     def describe(self, folder: Folder, sources: Sources, tensors: Mapping[str, Stored]) -> Checkpoint:
-        """The model of a config.json and all tensors under LLaVA's names."""
+        """Return the model of a config.json and all tensors under LLaVA's names."""
         config, where = folder.config, str(folder.path / "config.json")
         for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
             if config.get(key):

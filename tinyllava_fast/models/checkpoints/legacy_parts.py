@@ -87,7 +87,7 @@ def _is_legacy(folder: Folder) -> bool:
 
 
 def _base(folder: Folder, sources: Sources, named: str | None) -> tuple[Path, dict[str, Stored]]:
-    """The folder of the language model and its tensors, under LLaVA's names."""
+    """Return the folder of the language model and its tensors, under LLaVA's names."""
     name = sources.llm or named or folder.config.get("_name_or_path")
     path = Path(str(name))
     if not name or not path.is_dir() or not holds_weights(path):

@@ -59,7 +59,7 @@ class Connector(nn.Module, ABC):
 
     @classmethod
     def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
-        """Weights under TinyLLaVA Factory's names, its prefix ``_connector.`` removed, under ours."""
+        """Return the weights under TinyLLaVA Factory's names, its prefix ``_connector.`` removed, under ours."""
         return dict(state)
 
     def describe(self) -> ConnectorPart:

@@ -38,11 +38,11 @@ class MLP(nn.Sequential):
         return connector_mlp(features, first.weight, first.bias, last.weight, last.bias, self._activation)
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """Parameters of other modules that ``forward`` reads: ZeRO-3 has to gather them for it."""
+        """Return the parameters of other modules that ``forward`` reads: ZeRO-3 has to gather them for it."""
         return list(self.parameters()) if self._plain_pair() else []
 
     def _plain_pair(self) -> tuple[nn.Linear, nn.Linear] | None:
-        """The two layers that run as one op, if they do."""
+        """Return the two layers that run as one op, if they do."""
         if len(self) != 3:
             return None
         first, last = self[0], self[2]

@@ -33,7 +33,7 @@ class MoFConnector(Connector):
             )
 
     def num_tokens(self, num_features: int) -> int:
-        """Each token of each tower."""
+        """Return twice K: every token of every tower becomes a row."""
         return 2 * num_features
 
     def forward(self, features: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class PixelShuffleConnector(Connector):
         self.linear = nn.Linear(vision_size * self.options.factor**2, llm_size, bias=False)
 
     def num_tokens(self, num_features: int) -> int:
-        """A token a block. UserError unless K is a square grid that blocks tile."""
+        """Return the number of blocks. Raise UserError unless K is a square grid that blocks tile."""
         factor, side = self.options.factor, math.isqrt(num_features)
         if side * side != num_features:
             raise UserError(

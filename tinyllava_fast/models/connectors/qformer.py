@@ -73,7 +73,7 @@ class QFormerConnector(Connector):
         self.projector = nn.Linear(o.hidden_size, llm_size)
 
     def num_tokens(self, num_features: int) -> int:
-        """The number of queries."""
+        """Return the number of queries."""
         return self.options.num_queries
 
     def reset(self, generator: torch.Generator) -> None:

@@ -52,7 +52,7 @@ class ResamplerConnector(Connector):
         self.norm = nn.LayerNorm(llm_size)
 
     def num_tokens(self, num_features: int) -> int:
-        """The number of latents."""
+        """Return the number of latents."""
         return self.options.num_queries
 
     def reset(self, generator: torch.Generator) -> None:

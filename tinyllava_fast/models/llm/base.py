@@ -68,7 +68,7 @@ class LLMFamily(ABC):
         where: str,
         strict: bool = True,
     ) -> PreTrainedModel:
-        """A model with weights drawn from the seed (None: uninitialized).
+        """Return a model with weights drawn from the seed (None: uninitialized).
 
         strict: refuse config keys that transformers does not know; one without model_type is of the family's first.
         """
@@ -81,7 +81,7 @@ class LLMFamily(ABC):
     def from_pretrained(
         self, path: str, *, gguf_file: str | None, overrides: Values, dtype: torch.dtype, where: str
     ) -> PreTrainedModel:
-        """A model with the weights of a folder, hub id or "package:<name>", in the given dtype."""
+        """Return a model with the weights of a folder, hub id or "package:<name>", in the given dtype."""
 
     def embedding(self, llm: nn.Module) -> nn.Embedding:
         """Return the input embedding; its weight is [V, D]."""
@@ -129,5 +129,5 @@ LLMS: Registry[type[LLMFamily]] = Registry("language model", "tinyllava_fast.mod
 
 
 def families_for(model_type: str) -> list[str]:
-    """Names of the families that state this transformers model type; ["auto"] if none does."""
+    """Return the names of the families that state this transformers model type; ["auto"] if none does."""
     return [name for name in LLMS if model_type in LLMS.get(name).model_types] or ["auto"]

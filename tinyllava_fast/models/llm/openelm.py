@@ -123,7 +123,7 @@ def _per_layer(multipliers: float | list[int | float], layers: int) -> list[floa
 
 
 def _divisible(value: float, divisor: int) -> int:
-    """The multiple of divisor nearest to value, at least one, and not more than a tenth below it."""
+    """Return the multiple of divisor nearest to value, at least one, and not more than a tenth below it."""
     nearest_multiple = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return nearest_multiple + divisor if nearest_multiple < 0.9 * value else nearest_multiple
 
@@ -296,7 +296,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The module whose weight [V, D] makes the logits."""
+        """Return the module whose weight [V, D] makes the logits."""
         if self.config.share_input_output_layers:
             return self.transformer.token_embeddings
         return self.lm_head

@@ -75,12 +75,12 @@ class EncoderTower(VisionTower):
 
     @classmethod
     def prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """Tokens in front of the patches, such as CLIP's CLS."""
+        """Return the number of tokens in front of the patches, such as CLIP's CLS."""
         return 0
 
     @classmethod
     def input_side(cls, config: PreTrainedConfig, options: VisionTower.Options) -> int:
-        """Side of the input images in pixels."""
+        """Return the side of the input images in pixels."""
         return int(config.image_size)
 
     @classmethod
@@ -131,14 +131,14 @@ class EncoderTower(VisionTower):
 
     @classmethod
     def _given(cls, values: Values, where: str, *, strict: bool) -> PreTrainedConfig:
-        """The transformers config of a tower that is described in full."""
+        """Return the transformers config of a tower that is described in full."""
         built = config_of(cls.model_types()[0], values, f"{where}.config", strict=strict)
         cls._check_type(built, where)
         return built
 
     @classmethod
     def _stored(cls, path: str, overrides: Values, where: str) -> PreTrainedConfig:
-        """The transformers config of pretrained weights, with overrides."""
+        """Return the transformers config of pretrained weights, with overrides."""
         from transformers import AutoConfig
 
         ask_hub(path, f"{where}.path")

@@ -65,7 +65,7 @@ class VisionTower(nn.Module, ABC):
 
     @abstractmethod
     def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:
-        """Parameters of layers from_layer..num_layers - 1."""
+        """Return the parameters of layers from_layer..num_layers - 1."""
 
     @abstractmethod
     def describe(self) -> VisionPart:
@@ -95,17 +95,17 @@ class VisionTower(nn.Module, ABC):
 
     @classmethod
     def input_size(cls, path: str | None, config: Values, options: Options, where: str) -> int:
-        """Side in pixels of the images that such a tower takes, without building it."""
+        """Return the side in pixels of the images that such a tower takes, without building it."""
         raise NotImplementedError
 
     @classmethod
     def image_processor(cls, image_size: int) -> BaseImageProcessor:
-        """The PIL image processor of this family for a size: no pretrained files needed."""
+        """Return the PIL image processor of this family for a size: no pretrained files needed."""
         raise NotImplementedError
 
     @classmethod
     def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:
-        """Weights under TinyLLaVA Factory's names (transformers 4.40, its tower prefix removed) under ours.
+        """Return the weights under TinyLLaVA Factory's names (transformers 4.40, its tower prefix removed) under ours.
 
         What no tower of ours has, such as pooling heads, is left out; layers above the selected one are not.
         """

@@ -20,7 +20,7 @@ class CLIPTower(EncoderTower):
 
     @classmethod
     def prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """The CLS token."""
+        """Return 1, for the CLS token."""
         return 1
 
     @classmethod

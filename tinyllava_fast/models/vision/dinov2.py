@@ -65,12 +65,12 @@ class Dinov2Tower(EncoderTower):
 
     @classmethod
     def prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """The CLS token."""
+        """Return 1, for the CLS token."""
         return 1
 
     @classmethod
     def input_side(cls, config: PreTrainedConfig, options: VisionTower.Options) -> int:
-        """The option, else the size that the position table is made for."""
+        """Return the option, else the size that the position table is made for."""
         return int((isinstance(options, SizeOptions) and options.image_size) or config.image_size)
 
     @classmethod

@@ -40,5 +40,5 @@ class Dinov2WithRegistersTower(Dinov2Tower):
 
     @classmethod
     def prefix_tokens(cls, config: PreTrainedConfig) -> int:
-        """CLS and the registers."""
+        """Return 1 for the CLS token and the number of registers."""
         return 1 + int(config.num_register_tokens)

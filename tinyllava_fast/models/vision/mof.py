@@ -110,12 +110,12 @@ class MoFTower(VisionTower):
 
     @classmethod
     def input_size(cls, path: str | None, config: Values, options: VisionTower.Options, where: str) -> int:
-        """CLIP's."""
+        """See the base class; it is CLIP's."""
         return CLIPTower.input_size(path, config, CLIPTower.Options(), where)
 
     @classmethod
     def image_processor(cls, image_size: int) -> BaseImageProcessor:
-        """CLIP's."""
+        """See the base class; it is CLIP's."""
         return CLIPTower.image_processor(image_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -124,16 +124,16 @@ class MoFTower(VisionTower):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """CLIP's, DINOv2's."""
+        """The widths of CLIP and of DINOv2."""
         return self.clip.hidden_size, self.dinov2.hidden_size
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Of both halves."""
+        """The layers of both halves."""
         return [*self.clip.layers, *self.dinov2.layers]
 
     def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:
-        """Of both halves."""
+        """Return the parameters of both halves."""
         return [*self.clip.layer_parameters(from_layer), *self.dinov2.layer_parameters(from_layer)]
 
     def describe(self) -> VisionPart:
