@@ -10,7 +10,7 @@ import pytest
 
 from tests.damage import DROP, changed
 from tests.eval.damage import RETYPED, places, spoilt_bytes
-from tinyllava_fast.data.records import Record, read_records
+from tinyllava_fast.data.records import Record, check_turns, read_records
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import DataError
 
@@ -29,9 +29,7 @@ def usable(path: Path) -> list[Record]:
     """The records that would be learnt from. DataError as the data set raises it."""
     records = list(read_records(path))
     for record in records:
-        listed = len(record.images) if record.interleaved else None
-        if problem := TEMPLATE.problem(record.turns, bool(record.images), listed):
-            raise DataError(f"{path}: {record.where}: {problem}")
+        check_turns(path, record, TEMPLATE)
     return records
 
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerFast
 
-from tests.data import families
+from tests.data.templates import families
 from tinyllava_fast.infer.text import TextStream
 
 DECODERS = {

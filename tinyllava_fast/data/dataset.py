@@ -19,7 +19,7 @@ from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
 from tinyllava_fast.data.files import ImageFiles
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.data.pictures import MissingImageError
-from tinyllava_fast.data.records import Record, encode_records, read_records
+from tinyllava_fast.data.records import Record, check_turns, encode_records, read_records
 from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
@@ -176,9 +176,7 @@ class PackedDataset:
 
     def _look(self, record: Record, template: Template) -> list[int] | None:
         """Check a record; return the number of tower inputs of each of its images, or None to leave the record out."""
-        listed = len(record.images) if record.interleaved else None
-        if problem := template.problem(record.turns, bool(record.images), listed):
-            raise self._error(record, "conversations", problem)
+        check_turns(self.data.records, record, template)
         try:
             return self.files.inputs(record)
         except DataError as error:

@@ -75,6 +75,13 @@ def read_records(path: str | Path) -> Iterator[Record]:
         raise DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
 
 
+def check_turns(path: str | Path, record: Record, template: Template) -> None:
+    """Raise DataError, naming the file and the record, for turns that are unusable with the template."""
+    listed = len(record.images) if record.interleaved else None
+    if problem := template.problem(record.turns, bool(record.images), listed):
+        raise DataError(f"{path}: {record.where}: conversations: {problem}")
+
+
 def encode_records(
     path: str | Path,
     records: Sequence[Record],

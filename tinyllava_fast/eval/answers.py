@@ -185,9 +185,14 @@ def asked(question: Question, pictures: Sequence[str]) -> str:
 
 
 def line_of(record: Mapping[str, object]) -> str:
-    """A line of JSONL, readable where it can be, escaped where a text cannot be written as UTF-8."""
-    text = json.dumps(record, ensure_ascii=False)
-    return (text if is_text(text) else json.dumps(record)) + "\n"
+    """Return a line of JSONL; see ``to_json``."""
+    return to_json(record) + "\n"
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """Return JSON, readable where it can be, escaped where a text cannot be written as UTF-8."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text if is_text(text) else json.dumps(value, indent=indent)
 
 
 def _complete_lines(path: Path, *, mend: bool) -> list[bytes]:

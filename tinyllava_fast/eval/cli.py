@@ -51,10 +51,7 @@ def parser() -> argparse.ArgumentParser:
     other = p.add_mutually_exclusive_group()
     other.add_argument("--dry-run", action="store_true", help="check files, counts and first prompts; load no model")
     other.add_argument(
-        "--score-only",
-        type=path_argument,
-        metavar="FILE",
-        help="score an answers file, ours, LLaVA's or TinyLLaVA's",
+        "--score-only", type=path_argument, metavar="FILE", help="score an answers file, ours, LLaVA's or TinyLLaVA's"
     )
     other.add_argument(
         "--compare",
@@ -145,10 +142,7 @@ def _without_model(args: argparse.Namespace) -> str:
     benchmarks = build(chosen(args.benchmarks), args.option)
     _need(args, "data")
     plans = make_plans(
-        benchmarks,
-        args.data,
-        limit=args.limit,
-        missing_images="ignore" if args.score_only else args.missing_images,
+        benchmarks, args.data, limit=args.limit, missing_images="ignore" if args.score_only else args.missing_images
     )
     if args.dry_run:
         return "\n".join(plan.report() for plan in plans)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import cast
 
 from tinyllava_fast.errors import DataError, UserError, writing
-from tinyllava_fast.eval.answers import line_of
+from tinyllava_fast.eval.answers import line_of, to_json
 from tinyllava_fast.eval.benchmarks.base import Metric, Score
 from tinyllava_fast.eval.files import is_file
 from tinyllava_fast.eval.official import write_llava_answers
 from tinyllava_fast.eval.plan import Plan
 from tinyllava_fast.eval.types import AnswerRecord, Facts, MetricRow, PublishedRow, Results, Timings, Verdict
-from tinyllava_fast.fields import Fields, is_text, read_jsonl, read_object
+from tinyllava_fast.fields import Fields, read_jsonl, read_object
 from tinyllava_fast.files import atomic_file
 from tinyllava_fast.infer.finish import CONTEXT, REFUSED, TOO_LONG, UNREADABLE
 from tinyllava_fast.log import log
@@ -177,10 +177,7 @@ def _verdict(record: Fields) -> Verdict:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it. UserError if it cannot be."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    if not is_text(text):
-        text = json.dumps(value, indent=2)
-    _replace(path, [text + "\n"])
+    _replace(path, [to_json(value, 2) + "\n"])
 
 
 def table(results: Iterable[Results]) -> str:

@@ -78,12 +78,7 @@ def evaluate(
     digest = model_digest(model, besides=folder)
     lazy = _Model(
         lambda: Assistant.from_pretrained(
-            model,
-            dtype=dtype,
-            device=ranks.device(device),
-            weights=weights,
-            batch_tokens=batch_tokens,
-            threads=threads,
+            model, dtype=dtype, device=ranks.device(device), weights=weights, batch_tokens=batch_tokens, threads=threads
         )
     )
     facts: Facts = {"model": str(model), "model_digest": digest, "dtype": dtype or "as saved", "blind": blind}

@@ -126,13 +126,7 @@ def with_language_model(text: str, llm: str) -> str:
     text = text[:start] + f"  llm: {{path: {json.dumps(llm)}}}\n" + text[end:]
     return filled(
         text,
-        {
-            "recipe": {
-                "vision": {"tune": "full"},
-                "connector": {"tune": "full"},
-                "llm": {"tune": "full", "lr": 1e-4},
-            },
-        },
+        {"recipe": {"vision": {"tune": "full"}, "connector": {"tune": "full"}, "llm": {"tune": "full", "lr": 1e-4}}},
     )
 
 

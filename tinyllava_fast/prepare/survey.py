@@ -15,7 +15,7 @@ import numpy as np
 from tinyllava_fast.data.dataset import chunks
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.data.pictures import is_url
-from tinyllava_fast.data.records import Record, encode_records, read_records
+from tinyllava_fast.data.records import Record, check_turns, encode_records, read_records
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.errors import DataError
@@ -98,9 +98,7 @@ def _measured(
 ) -> Iterable[tuple[int, int]]:
     """Yield (ids, image markers among them) of each record. DataError for one that training would refuse."""
     for record in part:
-        listed = len(record.images) if record.interleaved else None
-        if problem := template.problem(record.turns, bool(record.images), listed):
-            raise DataError(f"{file}: {record.where}: conversations: {problem}")
+        check_turns(file, record, template)
     for segments in encode_records(file, part, template, tokenizer):
         ids = segments[0].ids
         yield len(ids), ids.count(IMAGE_INDEX)

@@ -153,7 +153,8 @@ class Benchmark(ABC):
     name: as registered. title: as papers write it. max_new_tokens: the reference's limit. Options: a frozen dataclass
     of the settings that ``--option <name>.<field>=<value>`` takes, each with a default; the class's docstring or
     the fields' comments say what they do. scored_by: those that change what an answer earns. published: rows to
-    compare with. in_all: part of ``--benchmarks all``.
+    compare with. in_all: part of ``--benchmarks all``. official: questions and images of the official release, where
+    ``counts`` is not overridden.
     """
 
     name: ClassVar[str]
@@ -163,6 +164,7 @@ class Benchmark(ABC):
     scored_by: ClassVar[Sequence[str]] = ()
     published: ClassVar[Sequence[Published]] = ()
     in_all: ClassVar[bool] = True
+    official: ClassVar[tuple[int, int] | None] = None
 
     def __init__(self, options: object = None) -> None:
         self.options: Any = self.Options() if options is None else options
@@ -180,7 +182,7 @@ class Benchmark(ABC):
 
     def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
         """Return numbers of records against those of the official release."""
-        return []
+        return [] if self.official is None else questions_and_images(questions, *self.official)
 
     def grade(self, questions: Sequence[Question], answers: Answers, folder: Path, experiment: str) -> Grades:
         """Ask a judge, for benchmarks that have one: question key -> a grade 0..1 per run. Resumes in ``folder``.
@@ -214,6 +216,12 @@ class Benchmark(ABC):
         that official file names carry.
         """
         return []
+
+
+def questions_and_images(questions: Sequence[Question], expected: int, images: int) -> list[Count]:
+    """Return the numbers of questions and of images that they are about, against those of a release."""
+    found = len({q.images for q in questions})
+    return [Count("questions", len(questions), expected), Count("images", found, images)]
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "tinyllava_fast.eval.benchmarks")

@@ -20,15 +20,7 @@ from typing import Literal
 from tinyllava_fast.config.ranges import PositiveInt, Text
 from tinyllava_fast.data.pictures import IMAGE_ALIASES
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.eval.benchmarks.base import (
-    BENCHMARKS,
-    Answers,
-    Benchmark,
-    Files,
-    Grades,
-    Question,
-    Score,
-)
+from tinyllava_fast.eval.benchmarks.base import BENCHMARKS, Answers, Benchmark, Files, Grades, Question, Score
 from tinyllava_fast.eval.files import Finder, UniqueIds
 from tinyllava_fast.eval.own_answers import contains, equal, key_of, option_of
 from tinyllava_fast.eval.prompts import IMAGE_MARKER

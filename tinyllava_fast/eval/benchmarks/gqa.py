@@ -12,7 +12,6 @@ from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
     Benchmark,
-    Count,
     Files,
     Grades,
     Metric,
@@ -33,6 +32,7 @@ class GQA(Benchmark):
 
     name = "gqa"
     title = "GQA"
+    official = (12578, 398)
     published = published_rows("accuracy", 62.0, 63.3, 62.1, 58.0, 55.8)
 
     def locate(self, root: Path) -> Files:
@@ -77,11 +77,6 @@ class GQA(Benchmark):
                 )
             )
         return questions
-
-    def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
-        """12,578 questions about 398 images."""
-        images = len({q.images for q in questions})
-        return [Count("questions", len(questions), 12578), Count("images", images, 398)]
 
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
         """Accuracy over balanced questions, binary and open apart, and the official breakdowns."""

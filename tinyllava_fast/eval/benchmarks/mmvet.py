@@ -24,7 +24,6 @@ from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
     Benchmark,
-    Count,
     Files,
     Grades,
     Question,
@@ -88,6 +87,7 @@ class MMVet(Benchmark):
 
     name = "mmvet"
     title = "MM-Vet"
+    official = (218, 200)
     Options = Options
     scored_by = ("judge",)
     max_new_tokens = 1024
@@ -142,11 +142,6 @@ class MMVet(Benchmark):
             )
         self._prompt(questions)  # a file that holds none is refused before any question is asked
         return questions
-
-    def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
-        """218 questions about 200 images."""
-        images = len({q.images for q in questions})
-        return [Count("questions", len(questions), 218), Count("images", images, 200)]
 
     def recorded_prompt(self, question: Question) -> str:
         """The whole prompt, as model_vqa.py writes it."""

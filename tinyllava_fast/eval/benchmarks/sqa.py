@@ -156,10 +156,7 @@ class ScienceQA(Benchmark):
         if len(pictured) == len(questions):
             notes.append("Accuracy is over questions with an image only")
         return Score(
-            metrics=[
-                mean_metric(IMAGE_ACCURACY, asked, credit),
-                mean_metric("Accuracy", questions, credit),
-            ],
+            metrics=[mean_metric(IMAGE_ACCURACY, asked, credit), mean_metric("Accuracy", questions, credit)],
             headline=IMAGE_ACCURACY,
             tables={
                 "subject": by_group(questions, credit, [q.category for q in questions]),

@@ -12,7 +12,6 @@ from tinyllava_fast.eval.benchmarks.base import (
     BENCHMARKS,
     Answers,
     Benchmark,
-    Count,
     Files,
     Grades,
     Question,
@@ -43,6 +42,7 @@ class TextVQA(Benchmark):
 
     name = "textvqa"
     title = "TextVQA"
+    official = (5000, 3166)
     Options = Options
     published = published_rows("accuracy", 58.2, 61.3, 60.3, 46.3, 45.2)
 
@@ -84,11 +84,6 @@ class TextVQA(Benchmark):
                 )
             )
         return questions
-
-    def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
-        """5,000 questions about 3,166 images."""
-        images = len({q.images for q in questions})
-        return [Count("questions", len(questions), 5000), Count("images", images, 3166)]
 
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
         """Mean soft accuracy over the questions that have an answer, as the official script takes it."""

@@ -19,6 +19,7 @@ from tinyllava_fast.eval.benchmarks.base import (
     Question,
     Score,
     published_rows,
+    questions_and_images,
 )
 from tinyllava_fast.eval.files import EVAL_ZIP, Finder, UniqueIds, llava_questions
 from tinyllava_fast.eval.prompts import SHORT
@@ -82,8 +83,7 @@ class VQAv2(Benchmark):
 
     def counts(self, files: Files, questions: Sequence[Question]) -> list[Count]:
         """Questions and images of the split."""
-        asked, images = COUNTS[self.options.split]
-        return [Count("questions", len(questions), asked), Count("images", len({q.images for q in questions}), images)]
+        return questions_and_images(questions, *COUNTS[self.options.split])
 
     def score(self, questions: Sequence[Question], answers: Answers, grades: Grades | None = None) -> Score:
         """val2014: the challenge's accuracy of the normalized answers, a missing one being empty. Test: none."""

@@ -93,13 +93,7 @@ class ReportData:
 
 
 def gather(
-    run_dir: Path,
-    results_dir: Path,
-    blind_dir: Path | None,
-    *,
-    note: str = "",
-    shots: int = 32,
-    seed: int = 0,
+    run_dir: Path, results_dir: Path, blind_dir: Path | None, *, note: str = "", shots: int = 32, seed: int = 0
 ) -> ReportData:
     """Collect a report's content.
 

@@ -19,7 +19,6 @@ THUMBNAIL = 256
 
 def page(data: ReportData) -> str:
     """The whole page."""
-    css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
     body = "\n".join(
         [
             _header(data),
@@ -37,10 +36,16 @@ def page(data: ReportData) -> str:
             _footer(data),
         ]
     )
+    return document(f"{escape(data.title)}: {_percent(data.seen.accuracy)}", body)
+
+
+def document(title: str, body: str) -> str:
+    """Return an HTML file with the style sheet inside it. Arguments are HTML."""
+    css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(data.title)}: {_percent(data.seen.accuracy)}</title>\n<style>\n{css}</style>\n</head>\n"
+        f"<title>{title}</title>\n<style>\n{css}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 

@@ -117,13 +117,7 @@ def _grid(figure: Figure, data: ReportData, rows: int, *, bottom: float, top: fl
         centre = left + 0.45 * width
         said = shot.answer or "(nothing)"
         figure.text(
-            centre,
-            low + 0.27 * height,
-            _wrapped(shot.question),
-            fontsize=8,
-            color=SOFT,
-            ha="center",
-            va="center",
+            centre, low + 0.27 * height, _wrapped(shot.question), fontsize=8, color=SOFT, ha="center", va="center"
         )
         verdict = f"✓ {said}" if shot.right else f"✗ {said}  (truth: {shot.truth})"
         figure.text(

@@ -8,14 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Metric
 from tinyllava_fast.eval.report.confusion import section
-from tinyllava_fast.eval.report.html import card, facts_list, inline, size
+from tinyllava_fast.eval.report.html import card, document, facts_list, inline, size
 from tinyllava_fast.eval.report.svg import histogram
 from tinyllava_fast.eval.results import read_results, read_verdicts
 from tinyllava_fast.eval.types import MetricRow, PublishedRow, Results, Verdict
@@ -26,7 +25,6 @@ ROWS = 30  # of a breakdown
 
 def page(folders: Sequence[Path], *, seed: int = 0) -> str:
     """The whole page. folders: results of one benchmark each. The samples are a seeded random draw."""
-    css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
     results = [read_results(folder) for folder in folders]
     model = escape(model_name(results[0].get("model", "answers")))
     body = "\n".join(
@@ -41,12 +39,7 @@ def page(folders: Sequence[Path], *, seed: int = 0) -> str:
             card("How it was measured", "", facts_list(_facts(results[0]))),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{model}: scores</title>\n<style>\n{css}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return document(f"{model}: scores", body)
 
 
 def model_name(path: str) -> str:

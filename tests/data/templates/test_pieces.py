@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.data import families
+from tests.data.templates import families
 from tinyllava_fast.data.templates import _pieces
 from tinyllava_fast.data.templates._pieces import Offsets, added_ids, encode_pieces
 from tinyllava_fast.data.templates.base import TEMPLATES

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.data import families
+from tests.data.templates import families
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
