@@ -19,7 +19,7 @@ from itertools import count
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.scheduling.sequence import Sequence
-from tinyllava_fast.infer.types import Answer, Request
+from tinyllava_fast.infer.types import Answer, Request, TokenLogprob
 from tinyllava_fast.log import log
 
 
@@ -37,6 +37,7 @@ class Piece:
 
     text: str
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,8 @@ class LiveEngine:
             one.stream.put(self._piece(one) if answer.tokens[one.told :] or one.text else None, own)
 
     def _piece(self, one: _Open) -> Piece:
-        piece = Piece(one.text, tuple(one.sequence.tokens[one.told :]))
+        sequence = one.sequence
+        piece = Piece(one.text, tuple(sequence.tokens[one.told :]), tuple(sequence.logprobs[one.told :]))
         one.text, one.told = "", len(one.sequence.tokens)
         return piece
 
