@@ -225,7 +225,8 @@ def _ask(port: int, body: bytes) -> _Seen | float | str:
             return float(response.headers.get("Retry-After", "1"))
         if response.status != 200:
             return f"status {response.status}: {response.read(300).decode(errors='replace')}"
-        stamps, usage = [], {}
+        stamps: list[float] = []
+        usage: Report = {}
         for line in response:
             if not line.startswith(b"data: {"):
                 continue

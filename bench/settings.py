@@ -263,11 +263,7 @@ class ServeSettings(Settings):
     questions: int = option(600, "different questions")
     per_image: int = option(10, "questions about each image")
     new_tokens: int = option(16, "tokens of an answer")
-    dtype: str = option("bfloat16", "bfloat16 or float32")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known("--dtype", self.dtype, DTYPES)
+    dtype: str = option("bfloat16", "bfloat16 or float32", names=DTYPES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,8 @@ class Assistant:
     ) -> str:
         """Answer one question. Greedy unless temperature > 0; the settings are those of Sampling.
 
+        Images and beginnings of prompts that earlier answers have seen are not computed again.
+
         image: path, PIL image, or None; or a list of them, which the question's ``<image>`` markers stand for in order
             (none: they precede the question).
         on_text: called with each piece of the answer as soon as it is certain; the pieces add up to the answer.
@@ -111,8 +113,8 @@ class Assistant:
             if on_text is not None:
                 on_text(piece)
 
-        requests = [Request.ask(question, image, sampling=sampling)]
-        return self.engine.answers(requests, on_token if on_text is not None else None)[0].text
+        request = Request.ask(question, image, sampling=sampling)
+        return self.engine.answer(request, on_token if on_text is not None else None).text
 
     def answer_many(self, questions: Iterable[tuple[Images | None, str]], *, max_new_tokens: int = 64) -> list[str]:
         """Answer (image, question) pairs together, greedily, in order; questions about one image share its work.

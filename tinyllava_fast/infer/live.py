@@ -33,7 +33,10 @@ class StoppedError(UserError):
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of an answer that has come since the last piece. text: whole characters only, nothing of a stop text."""
+    """The part of an answer that has come since the last piece.
+
+    text: whole characters only, nothing of a stop text. logprobs: one a token, if the request asked for them.
+    """
 
     text: str
     tokens: tuple[int, ...]
