@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,10 +23,13 @@ from PIL import Image
 
 from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.models.build import build_image_processor
 from tinyllava_fast.models.io import save_model
 
 ROOT = Path(__file__).parents[2]
+KEY = "sk-a-key-of-this-test"
+SECRETS = (KEY, "Traceback", "tinyllava_fast/", ".py", "/tmp", "site-packages", "127.0.0.1")
 JSON = {"Content-Type": "application/json"}
 
 
@@ -136,3 +140,67 @@ def image_part(url: str) -> dict[str, Any]:
 
 def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
+
+
+@pytest.fixture(scope="session")
+def listener() -> Iterator[socket.socket]:
+    """What a request to this machine would reach: nobody may connect to it."""
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        made.settimeout(0.01)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A media folder with a picture, and ways out of it."""
+    root = tmp_path_factory.mktemp("media")
+    (root / "outside").mkdir()
+    (root / "in" / "deep").mkdir(parents=True)
+    picture = saved(Image.new("RGB", (8, 8), "red"))
+    for name in ("in/a.png", "in/deep/b.png", "outside/secret.png", "inside.png"):
+        (root / name).write_bytes(picture)
+    (root / "in/text.png").write_text("a secret line")
+    (root / "in/link.png").symlink_to("deep/b.png")
+    (root / "in/out.png").symlink_to("../outside/secret.png")
+    (root / "in/folder").symlink_to("../outside")
+    (root / "in/zero.png").symlink_to("/dev/zero")
+    os.mkfifo(root / "in/pipe.png")
+    return root / "in"
+
+
+@pytest.fixture(scope="session")
+def attacked(
+    folder: Path, media: Path, listener: socket.socket, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A server with a key and small limits."""
+    port = listener.getsockname()[1]
+    limits = ["--max-body-mb", "2", "--max-image-mb", "1", "--max-images", "4", "--max-megapixels", "4"]
+    hosts = ["--allow-host", f"localhost:{port}", "--allow-host", "127.0.0.1", "--allow-host", "[::1]"]
+    more = ["--client-seconds", "2", "--max-connections", "40", "--media-path", str(media)]
+    server = Running([str(folder), *limits, *hosts, *more], tmp_path_factory.mktemp("attacked") / "log", KEY)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def expected(engine: Engine) -> str:
+    return engine.answers([Request.ask("why?", sampling=Sampling(max_new_tokens=4))])[0].text
+
+
+@pytest.fixture
+def safe(attacked: Running, expected: str) -> Iterator[Running]:
+    """The server, which still answers right after the test, and has told nothing."""
+    yield attacked
+    status, body, _ = attacked.chat()
+    assert status == 200 and body["choices"][0]["message"]["content"] == expected
+    assert KEY not in attacked.log and "Traceback" not in attacked.log
+
+
+def refused(answer: tuple[int, Any, dict[str, str]], *allowed: int) -> dict[str, Any]:
+    """The error of an answer with one of these statuses (400), in OpenAI's form, that tells nothing."""
+    status, body, headers = answer
+    assert status in (allowed or (400,)), body
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert not any(secret in json.dumps([body, headers]) for secret in SECRETS), body
+    return body["error"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import subprocess
 import threading
@@ -168,6 +169,60 @@ def test_a_system_message_replaces_the_template_s(client, engine):
     found = client.chat.completions.create(model="tiny", messages=said, max_tokens=8, temperature=0)
     assert found.choices[0].message.content == expected.text
     assert found.usage.prompt_tokens == expected.prompt_tokens
+
+
+def test_log_probabilities(client, engine):
+    sampling = Sampling(max_new_tokens=6, logprobs=3)
+    expected = engine.answers([Request(messages=[{"from": "human", "value": ["why?"]}], sampling=sampling)])[0]
+    create = client.chat.completions.create
+    asked = {"model": "tiny", "messages": user("why?"), "max_tokens": 6, "temperature": 0}
+    whole = create(**asked, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    parts = [c.choices[0].logprobs for c in create(**asked, logprobs=True, top_logprobs=3, stream=True) if c.choices]
+    streamed = [one for part in parts if part for one in part.content]
+    for found in (whole, streamed):
+        assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected.logprobs], abs=1e-4)
+        assert [len(one.top_logprobs) for one in found] == [3] * len(expected.tokens)
+    # the tokens themselves: by their text, or where that is part of a character by their probability alone
+    texts = [engine.tokenizer.decode([token]) for token in expected.tokens]
+    assert [one.token for one in whole] == texts
+    assert all(one.bytes == list(text.encode()) for one, text in zip(whole, texts, strict=True) if "\ufffd" not in text)
+    assert create(**asked).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_form_of_an_answer(server, client, stream):
+    """Even an untrained model's answers have it."""
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+
+    def said(**more: Any) -> str:
+        asked = {"model": "tiny", "messages": user("why?"), "max_tokens": 60, "temperature": 1, "seed": 3, **more}
+        found = client.chat.completions.create(**asked, stream=stream)
+        if not stream:
+            return found.choices[0].message.content
+        return "".join(c.choices[0].delta.content or "" for c in found)
+
+    found = json.loads(said(response_format=wanted))
+    assert found["colour"] in ("red", "blue") and 0 <= found["count"] <= 9
+    assert said(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}) in ("yes", "no")
+    assert re.fullmatch("[ab]{3}", said(extra_body={"structured_outputs": {"regex": "[ab]{3}"}}))
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [{"regex": "("}, {"regex": "(?=a)b"}, {"json": {"type": "nothing"}}, {"json": {"$ref": "#/nowhere"}}],
+    ids=str,
+)
+def test_forms_that_are_none(server, outputs):
+    for stream in (True, False):
+        status, body, _ = server.chat(structured_outputs=outputs, stream=stream)
+        assert status == 400 and body["error"]["type"] == "invalid_request_error"
+    assert server.chat()[0] == 200
 
 
 def test_models(client):

@@ -78,19 +78,23 @@ class Choices:
 def joined(events: Iterable[Event]) -> Iterator[Event]:
     """Yield events with the pieces of a choice that wait together as one: who falls behind sends fewer, larger chunks.
 
-    >>> list(joined([(0, Piece("a", (1,))), (1, Piece("x", (5,))), (0, Piece("b", (2,)))]))
-    [(0, Piece(text='ab', tokens=(1, 2))), (1, Piece(text='x', tokens=(5,)))]
+    >>> [(index, piece.text) for index, piece in joined([(0, Piece("a", (1,))), (0, Piece("b", (2,)))])]
+    [(0, 'ab')]
     """
     pieces: dict[int, Piece] = {}
     for index, event in events:
         if isinstance(event, Piece):
             before = pieces.get(index)
-            pieces[index] = event if before is None else Piece(before.text + event.text, before.tokens + event.tokens)
+            pieces[index] = event if before is None else _both(before, event)
             continue
         if index in pieces:
             yield index, pieces.pop(index)
         yield index, event
     yield from pieces.items()
+
+
+def _both(one: Piece, other: Piece) -> Piece:
+    return Piece(one.text + other.text, one.tokens + other.tokens, one.logprobs + other.logprobs)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -141,8 +141,8 @@ async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncGener
                         yield _event(head)
                 if isinstance(event, Answer):
                     yield _event(reply.last(index, event))
-                elif event.text:
-                    yield _event(reply.piece(index, event.text))
+                elif event.text or event.logprobs:
+                    yield _event(reply.piece(index, event))
     except ApiError as error:
         if not opened:
             raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tinyllava_fast.infer.finish import ABORTED, CONTEXT, REFUSED, TOO_LONG, UNREADABLE
+from tinyllava_fast.infer.live import Piece
 from tinyllava_fast.infer.types import Answer, TokenLogprob
 from tinyllava_fast.serve.problems import ApiError, bad, busy
 
@@ -67,15 +68,15 @@ class Reply:
             return None
         return self._chunk(self._choice(index, {"delta": {"role": "assistant", "content": ""}}, [], None))
 
-    def piece(self, index: int, text: str) -> Json:
+    def piece(self, index: int, piece: Piece) -> Json:
         """Return the chunk of a piece of text."""
-        said = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
-        return self._chunk(self._choice(index, said, [], None))
+        said: Json = {"delta": {"content": piece.text}} if self.kind == "chat" else {"text": piece.text}
+        return self._chunk(self._choice(index, said, piece.logprobs, None))
 
     def last(self, index: int, answer: Answer) -> Json:
-        """Return the chunk that ends a choice; it has the log-probabilities of all its tokens."""
+        """Return the chunk that ends a choice."""
         said: Json = {"delta": {}} if self.kind == "chat" else {"text": ""}
-        return self._chunk(self._choice(index, said, answer.logprobs, _FINISH[answer.finish]))
+        return self._chunk(self._choice(index, said, [], _FINISH[answer.finish]))
 
     def counted(self, answers: Sequence[Answer]) -> Json:
         """Return the chunk that ends a stream whose usage is wanted."""
@@ -107,7 +108,7 @@ class Reply:
 
     def _choice(self, index: int, said: Json, logprobs: Sequence[TokenLogprob], finish: str | None) -> Json:
         found = None
-        if self.logprobs and (logprobs or "delta" not in said):
+        if logprobs or (self.logprobs and "message" in said):
             found = self._chat_logprobs(logprobs) if self.kind == "chat" else self._text_logprobs(logprobs)
         return {"index": index, **said, "logprobs": found, "finish_reason": finish}
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tinyllava_fast.data.templates._literal import literal_prompts
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.types import Message
 
 
 class TextTokens:
@@ -20,7 +21,7 @@ class TextTokens:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a prompt without a chat template."""
-        messages = [{"from": "prompt", "value": [text]}]
+        messages: list[Message] = [{"from": "prompt", "value": [text]}]
         with self._lock:
             return literal_prompts(self.template, [messages], self.tokenizer, [False])[0]
 
