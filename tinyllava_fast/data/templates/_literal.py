@@ -125,9 +125,9 @@ def _pieces(template: Template, conversation: Sequence[Message], tokenizer: Any,
     """The pieces of one prompt. UserError if the template does not show every text as it is."""
     slots, messages = _Slots(), list(conversation)
     if _is_whole(messages):
-        return [_piece(part, slots.texts) for part in slots.put(messages[0]["value"]).split(IMAGE_TOKEN)]
+        return [_piece(part, slots.texts) for part in slots.put(messages[0]["value"] or "").split(IMAGE_TOKEN)]
     if messages and messages[0]["from"] == "system":
-        template = template.with_system(slots.put(messages.pop(0)["value"]))
+        template = template.with_system(slots.put(messages.pop(0)["value"] or ""))
     of_system = len(slots.texts)
     values = [
         m["value"] if m["value"] is None or isinstance(m["value"], str) else slots.put(m["value"]) for m in messages

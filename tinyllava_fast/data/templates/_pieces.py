@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 from operator import gt
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from tokenizers import Encoding, Tokenizer
 
@@ -65,7 +65,21 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Rendered], 
     return [_join(item.spans, [pieces[text] for text in parts], front, greedy) for item, parts in pairs]
 
 
-def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str]) -> dict[str, Encoding]:
+class Backed(Protocol):
+    """A tokenizer of the tokenizers library with a name for messages."""
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """Return what encodes."""
+        ...
+
+    @property
+    def name_or_path(self) -> str:
+        """Return its name."""
+        ...
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase | Backed, pieces: Iterable[str]) -> dict[str, Encoding]:
     """Return the encoding of every distinct text, without the tokens that the tokenizer adds to every text.
 
     One parallel call. The offsets are of the text as it is given, and a token that holds a space covers it: the
@@ -100,7 +114,7 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
 
 
 @contextmanager
-def named_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def named_errors(tokenizer: PreTrainedTokenizerBase | Backed) -> Iterator[None]:
     """Raise what a tokenizer says of a text as a DataError: one without an unknown token raises a bare Exception."""
     try:
         yield
@@ -218,9 +232,9 @@ def _excerpt(text: str) -> str:
     return text[max(0, at - 20) : at + 20]
 
 
-def _untrimmed(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def _untrimmed(tokenizer: PreTrainedTokenizerBase | Backed) -> Tokenizer:
     """Return its backend, which neither cuts nor pads a text from here on."""
-    backend = cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer
+    backend = cast("PreTrainedTokenizerFast | Backed", tokenizer).backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     return backend
