@@ -168,9 +168,8 @@ def _mask(logits: Tensor, shapings: Sequence[tuple[int, Shaping]]) -> None:
     bits, errors = allowed_tokens([s.progress for _, s in shapings if s.progress is not None])
     for (_, shaping), error in zip(shapings, errors, strict=True):
         shaping.error = error
-    packed = torch.from_numpy(bits).to(logits.device)
-    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    barred = ((packed[:, :, None] >> places) & 1 == 0).flatten(1)[:, : logits.shape[1]]
+    barred_bits = np.unpackbits(~bits, axis=1, count=logits.shape[1], bitorder="little")
+    barred = torch.from_numpy(barred_bits.view(np.bool_)).to(logits.device)
     if len(shapings) == len(logits):
         logits.masked_fill_(barred, -torch.inf)
     else:
