@@ -237,6 +237,8 @@ def test_models(client):
     [
         ({"colour": "red"}, 400, "colour"),
         ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"stop": ""}, 400, "stop"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
         ({"max_tokens": 10**9}, 400, "max_tokens"),
         ({"temperature": 3}, 400, "temperature"),
         ({"temperature": "1"}, 400, "temperature"),

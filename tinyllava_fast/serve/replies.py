@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tinyllava_fast.infer.finish import ABORTED, CONTEXT, REFUSED, TOO_LONG, UNREADABLE
 from tinyllava_fast.infer.live import Piece
+from tinyllava_fast.infer.scheduling.prompts import NO_ROOM
 from tinyllava_fast.infer.types import Answer, TokenLogprob
 from tinyllava_fast.serve.problems import ApiError, bad, busy
 
@@ -35,6 +36,10 @@ def check(answer: Answer) -> None:
         raise bad(why, "messages", "invalid_image")
     if answer.finish == REFUSED:
         raise bad(why)
+    if NO_ROOM in why:
+        raise bad(
+            "the prompt and its new tokens are more than this server holds", "messages", "context_length_exceeded"
+        )
     raise ApiError(500, "the model could not answer this request")
 
 

@@ -6,7 +6,9 @@ servers of open models have: top_k, min_p, repetition_penalty, ignore_eos, stop_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -210,6 +212,7 @@ class DetokenizeRequest(Strict):
 
 
 Body = TypeVar("Body", bound=Strict)
+_FIELD = re.compile(r"(?!str$)[^-\[]+")  # other steps of pydantic's name the kinds that a value may have
 
 
 def read_as(kind: type[Body], found: dict[str, object]) -> Body:
@@ -229,7 +232,9 @@ def read_as(kind: type[Body], found: dict[str, object]) -> Body:
 
 def _told(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(step) for step in first["loc"])[:80]
+    named = takewhile(lambda step: isinstance(step, int) or _FIELD.fullmatch(step), first["loc"])
+    where = ".".join(map(str, named))[:80]
     if first["type"] == "extra_forbidden":
+        where = ".".join(map(str, first["loc"]))[:80]
         return bad(f"Unrecognized request argument supplied: {where}", param=where)
     return bad(f"{where}: {first['msg']}", param=where)

@@ -29,11 +29,14 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     idle: dict[Limited, None] = {}  # oldest first
 
     class Limited(H11Protocol):
+        """A connection of one client."""
+
         _head: asyncio.TimerHandle | None = None
         _stuck: asyncio.TimerHandle | None = None
         _rest: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            """Also close the oldest idle connection if there are too many."""
             super().connection_made(transport)
             idle[self] = None
             if len(self.connections) > limits.connections:
@@ -43,26 +46,31 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             self._watch_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            """See the base class."""
             idle.pop(self, None)
             _stop(self._head, self._stuck, self._rest)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            """See the base class."""
             super().data_received(data)
             self._watch_head()
 
         def on_response_complete(self) -> None:
+            """Also see to a body whose rest nobody will read."""
             super().on_response_complete()
             if self.conn.their_state is h11.SEND_BODY:  # a client that is cut off while it sends sees no answer
                 self._rest = self.loop.call_later(REST_SECONDS, self.transport.abort)
             self._watch_head()
 
         def pause_writing(self) -> None:
+            """The client takes nothing: give it some time."""
             super().pause_writing()
             _stop(self._stuck)
             self._stuck = self.loop.call_later(limits.client_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
+            """See the base class."""
             super().resume_writing()
             _stop(self._stuck)
 

@@ -29,6 +29,9 @@ from tinyllava_fast.infer.shaping import Shaper
 from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import IMAGE, ImageLike, Message, Request, markers
 
+NO_ROOM = "exceed the K/V pool"
+"""What ``Answer.why`` says of a request that the model could answer, but not with the memory of its engine."""
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -212,7 +215,7 @@ class Prompts:
         needed = len(sequence.prompt) + new
         if needed > self.most:
             raise NoRoomError(
-                f"{_needs(sequence, new)} exceed the K/V pool; raise it to {needed} or more "
+                f"{_needs(sequence, new)} {NO_ROOM}; raise it to {needed} or more "
                 "tokens (batch_tokens or kv_cache_bytes)"
             )
 
