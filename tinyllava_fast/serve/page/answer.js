@@ -40,15 +40,16 @@ export class Answer {
   take(chunk) {
     this.usage = chunk.usage ?? this.usage;
     for (const choice of chunk.choices ?? []) {
-      this.tokens.push(...(choice.logprobs?.content ?? []));
+      const tokens = choice.logprobs?.content ?? [];
+      const text = choice.delta?.content ?? "";
+      this.tokens.push(...tokens);
       this.finish = choice.finish_reason ?? this.finish;
       this.last = performance.now();
-      const text = choice.delta?.content;
-      if (!text) continue;
+      if (!text && !tokens.length) continue;
+      this.first ??= this.last;
+      this.state = "streaming";
       this.text += text;
       this.pieces += 1;
-      this.state = "streaming";
-      this.first ??= this.last;
     }
   }
 

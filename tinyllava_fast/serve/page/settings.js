@@ -19,7 +19,11 @@ export function start() {
   });
   $("settings-button").addEventListener("click", () => open($("settings").hidden));
   $("settings-close").addEventListener("click", () => open(false));
-  $("settings").addEventListener("keydown", (event) => event.key === "Escape" && open(false));
+  $("settings").addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    event.stopPropagation();
+    open(false);
+  });
   theme();
 }
 

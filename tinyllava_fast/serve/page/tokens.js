@@ -74,7 +74,10 @@ export function tokenText(answer, note) {
   };
   const steps = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity };
   box.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") leave();
+    if (event.key === "Escape" && !$("tip").hidden) {
+      event.stopPropagation();
+      leave();
+    }
     if (!(event.key in steps) || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
     walk(current < 0 && Math.abs(steps[event.key]) === 1 ? 0 : current + steps[event.key]);

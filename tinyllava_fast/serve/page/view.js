@@ -15,7 +15,8 @@ export function drawTurns(turns, actions, busy) {
     return make("article", { class: "turn", "aria-label": `Turn ${index + 1}` },
       drawQuestion(turn, index, actions, busy),
       make("div", { class: turn.answers.length > 1 ? "answers two" : "answers" },
-        ...turn.answers.map((answer) => drawAnswer(answer, last && !busy && actions.retry, turn))));
+        ...turn.answers.map(drawAnswer)),
+      ...(last && !busy ? [button("Retry", () => actions.retry(turn), { "aria-label": "Retry the last question" })] : []));
   }));
 }
 
@@ -27,13 +28,11 @@ function drawQuestion(turn, index, actions, busy) {
     ...(busy ? [] : [button("Edit", () => actions.edit(turn), { "aria-label": `Edit question ${index + 1}` })]));
 }
 
-function drawAnswer(answer, retry, turn) {
-  const section = make("section", { class: "answer" },
+function drawAnswer(answer) {
+  answer.section = make("section", { class: "answer" },
     make("h3", { dir: "auto" }, answer.model), make("div", { class: "body" }), make("p", { class: "facts" }));
-  if (retry) section.append(button("Retry", () => retry(turn), { "aria-label": `Retry with ${answer.model}` }));
-  answer.section = section;
   drawText(answer);
-  return section;
+  return answer.section;
 }
 
 /** Draw what has arrived of an answer; its tokens can be looked at once it has ended. */
