@@ -50,6 +50,8 @@ def config(data, tmp_path_factory):
 
 
 def test_demo(config, data, monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(demo.log, "info", lambda text, *values: said.append(text % values))
     arguments = ["--config", str(config), "--data", str(data), "--limit", "12"]
     assert demo.main(arguments) == 0
     run = config.parent / "demo"
@@ -59,6 +61,7 @@ def test_demo(config, data, monkeypatch, capsys):
         assert results[key] > 0, key
     out = capsys.readouterr().out
     assert "blank images" in out and "samples/s" in out and "questions/s" in out
+    assert f"tlf-serve {run / 'final'}, then open http://127.0.0.1:8000" in said[-1]
     html = (run / "report.html").read_text()
     assert "finetune" in html and "Captions" in html and (run / "report.png").stat().st_size > 20_000
 

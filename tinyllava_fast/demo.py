@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,7 @@ def run(
     show(results, {row["name"]: row["questions"] for row in seen["tables"]["type"]})
     log.info("results: %s", run_dir / "results.json")
     log.info("report:  %s, %s", page, picture)
+    log.info("to ask it yourself: %s %s, then open http://127.0.0.1:8000", server_command(), model)
     return 0
 
 
@@ -118,6 +120,11 @@ def trainer_command(config: Path, overrides: Sequence[str], fresh: bool) -> list
     """Return the command line of tlf-train, run by this interpreter."""
     resume = "never" if fresh else "auto"
     return [sys.executable, "-m", "tinyllava_fast.train.cli", str(config), "--resume", resume, *overrides]
+
+
+def server_command() -> str:
+    """Return how tlf-serve is called: by its name, or by its path from here where the name alone is not found."""
+    return "tlf-serve" if shutil.which("tlf-serve") else os.path.relpath(Path(sys.executable).with_name("tlf-serve"))
 
 
 def summarize(training: dict[str, float], seen: Mapping[str, Any], unseen: Mapping[str, Any]) -> dict[str, Any]:

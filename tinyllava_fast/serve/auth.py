@@ -62,8 +62,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _SECURITY.items():
                     headers[name] = value
-                if path in ROUTES:
-                    headers["cache-control"] = "no-store"
+                headers["cache-control"] = "no-store" if path in ROUTES else "no-cache"
             await send(message)
 
         self.active += path in WORK

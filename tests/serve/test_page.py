@@ -1,0 +1,417 @@
+"""The page in a real browser on a real server: what people do with it, and what it must never do."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serve import chromium
+from tests.serve.conftest import Running, data_uri, image_part, saved, text_part
+from tests.tiny import make_model, make_tokenizer, tiny_config
+from tinyllava_fast.models.build import build_image_processor
+from tinyllava_fast.models.io import save_model
+from tinyllava_fast.serve.app import PAGE
+
+CHAT = "/v1/chat/completions"
+IDLE = "document.querySelector('#stop').hidden && document.querySelectorAll('.answer[aria-busy=false]').length > 0"
+SCRIPT = "<img src=x onerror=window.bad=1><script>window.bad=1</script>"
+
+
+def test_files_are_short_and_make_no_markup_of_text() -> None:
+    files = [path for path in PAGE.iterdir() if path.suffix in (".html", ".css", ".js")]
+    assert len(files) > 5
+    unsafe = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|https?://|style=|\son\w+=")
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 400 and not unsafe.search(text), path.name
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that does not come to an end."""
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.llm.lm_head.weight[2] = 0
+    path = tmp_path_factory.mktemp("endless") / "final"
+    save_model(model, make_tokenizer(), build_image_processor(tiny_config()), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., Running], folder: Path, endless: Path) -> Running:
+    return start("--models", f"endless={endless}", f"tiny={folder}")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if chromium.PATH is None:
+        pytest.skip("there is no chromium to drive")
+    found = chromium.Chromium(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Running) -> Iterator[Any]:
+    """The page, freshly opened. Whatever a test does, no request leaves the server and no script fails."""
+    origin = f"http://127.0.0.1:{server.port}/"
+    browser.size(1100, 800)
+    browser.scheme("light")
+    browser.open(origin)
+    browser.run("localStorage.clear(); sessionStorage.clear()")
+    browser.events.clear()
+    browser.open(origin)
+    browser.wait("document.querySelector('#model').options.length === 2")
+    yield browser
+    browser.real()
+    for told in browser.told("Network.requestWillBeSent"):
+        assert told["request"]["url"].startswith((origin, "data:image/"))
+    assert not browser.told("Runtime.exceptionThrown")
+    assert [one for one in browser.told("Log.entryAdded") if one["entry"]["source"] in ("security", "javascript")] == []
+
+
+@pytest.fixture
+def files(tmp_path: Path, pictures) -> list[Path]:
+    paths = [tmp_path / "first.png", tmp_path / f"{SCRIPT.replace('/', '')}.png"]
+    for path, picture in zip(paths, pictures, strict=False):
+        path.write_bytes(saved(picture))
+    return paths
+
+
+def ask(page: Any, text: str) -> None:
+    """Ask, and wait for the end of the answer."""
+    begin(page, text)
+    page.wait(IDLE)
+
+
+def begin(page: Any, text: str) -> None:
+    page.click("#question")
+    page.run("document.querySelector('#question').select()")
+    page.type(text)
+    page.press("Enter")
+
+
+def reload(page: Any, models: int = 2) -> None:
+    page.run("window.old = true; location.reload()")
+    page.wait(f"!window.old && document.querySelector('#model')?.options.length === {models}")
+
+
+def bodies(page: Any) -> list[dict[str, Any]]:
+    """What has been asked of the server."""
+    sent = [one["request"] for one in page.told("Network.requestWillBeSent") if one["request"]["url"].endswith(CHAT)]
+    return [json.loads(request["postData"]) for request in sent]
+
+
+def choose(page: Any, select: str, name: str) -> None:
+    page.run(f"document.querySelector('{select}').value = {json.dumps(name)}")
+
+
+def test_a_picture_is_asked_about_and_the_answer_streams(page, server, files):
+    page.upload("#files", files[:1])
+    page.wait("document.querySelectorAll('#pictures img').length === 1")
+    page.run(
+        "window.lengths = new Set(); new MutationObserver(() => lengths.add("
+        "document.querySelector('.answer .text')?.textContent.length)).observe("
+        "document.querySelector('#turns'), {subtree: true, childList: true, characterData: true})"
+    )
+    ask(page, "what is it?")
+    (body,) = bodies(page)
+    content = [image_part(data_uri(files[0].read_bytes())), text_part("what is it?")]
+    assert body["messages"] == [{"role": "user", "content": content}]
+    expected = server.chat(content, model="endless", max_tokens=256)[1]["choices"][0]["message"]["content"]
+    assert page.run("document.querySelector('.answer .text').textContent") == expected
+    assert page.run("lengths.size") > 3
+    facts = page.text(".facts")
+    assert "to first token" in facts and "tokens/s" in facts and "256 tokens" in facts and "cut" in facts
+    assert page.run("document.querySelector('.question img').alt") == "first.png" and page.count("#pictures img") == 0
+    assert page.run("document.querySelector('#spoken').textContent").split() == expected.split()
+
+
+def test_turns_build_on_each_other_and_can_be_asked_anew(page):
+    choose(page, "#model", "tiny")
+    ask(page, "one")
+    ask(page, "two")
+    first = page.run("document.querySelector('.answer .text')?.textContent ?? ''").removesuffix("∎")
+    wanted = [{"role": "user", "content": "one"}, {"role": "assistant", "content": first}]
+    assert bodies(page)[1]["messages"] == [*wanted, {"role": "user", "content": "two"}]
+    page.click(".turn > button")
+    page.wait(IDLE)
+    assert bodies(page)[2] == bodies(page)[1] and page.count(".turn") == 2
+    page.click(".turn:first-child .question button")
+    assert page.run("document.querySelector('#question').value") == "one" and "Editing question 1" in page.text(
+        "#editing"
+    )
+    ask(page, "three")
+    assert bodies(page)[3]["messages"] == [{"role": "user", "content": "three"}]
+    assert page.count(".turn") == 1 and page.text(".question .text") == "three" and not page.text("#editing")
+    page.click("#fresh")
+    assert page.count(".turn") == 0 and "Ask about a picture" in page.text("#empty")
+
+
+@pytest.mark.parametrize("how", ["button", "key"])
+def test_an_answer_is_stopped(page, server, how):
+    set_field(page, "max_tokens", "1900")
+    begin(page, "go on")
+    page.wait("document.querySelector('.answer .text')?.textContent.length > 5")
+    page.press("Escape") if how == "key" else page.click("#stop")
+    page.wait(IDLE)
+    assert "stopped" in page.text(".facts") and page.run("document.activeElement.id") == "question"
+    deadline = time.monotonic() + 10
+    while server.metric("tlf_running"):
+        assert time.monotonic() < deadline
+    choose(page, "#model", "tiny")
+    ask(page, "again")
+    assert page.count(".turn") == 2 and "stopped" not in page.text(".turn:last-child .facts")
+
+
+def set_field(page: Any, name: str, value: str) -> None:
+    found = f"document.querySelector('#settings-form [name={name}]')"
+    page.run(f"{found}.value = {json.dumps(value)}; {found}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+
+
+def test_settings_are_sent_kept_and_checked(page):
+    page.click("#settings-button")
+    assert page.run("document.activeElement.name") == "system"
+    page.type("be brief")
+    values = {"temperature": "0.5", "top_p": "0.9", "seed": "7", "max_tokens": "3", "top_k": "5", "stop": "a\nb"}
+    for name, value in values.items():
+        set_field(page, name, value)
+    page.press("Escape")
+    assert page.run("document.querySelector('#settings').hidden")
+    ask(page, "why?")
+    (body,) = bodies(page)
+    sent = {name: body[name] for name in values}
+    assert sent == {"temperature": 0.5, "top_p": 0.9, "seed": 7, "max_tokens": 3, "top_k": 5, "stop": ["a", "b"]}
+    assert body["messages"][0] == {"role": "system", "content": "be brief"} and body["top_logprobs"] == 5
+    reload(page)
+    assert page.run("document.querySelector('#settings-form [name=seed]').value") == "7"
+    set_field(page, "top_p", "3")
+    page.click("#question")
+    page.type("why?")
+    page.press("Enter")
+    page.wait("!document.querySelector('#notice').hidden")
+    assert "Top-p" in page.text("#notice") and page.count(".turn") == 0
+    assert page.run("document.activeElement.name") == "top_p"
+    page.click("#settings-reset")
+    assert page.run("document.querySelector('#settings-form [name=top_p]').value") == ""
+
+
+def test_two_models_side_by_side(page):
+    set_field(page, "max_tokens", "8")
+    page.click("#compare")
+    ask(page, "who?")
+    ask(page, "and now?")
+    names = "[...document.querySelectorAll('.turn:last-child h3')].map((e) => e.textContent)"
+    assert page.run(names) == ["endless", "tiny"]
+    sent = bodies(page)
+    assert [body["model"] for body in sent] == ["endless", "tiny"] * 2
+    assert sent[0]["messages"] == sent[1]["messages"] and sent[2]["messages"][1] != sent[3]["messages"][1]
+    page.click("#compare")
+    ask(page, "alone")
+    assert page.count(".turn:last-child .answer") == 1
+
+
+def test_a_token_shows_its_probability_and_its_alternatives(page):
+    set_field(page, "max_tokens", "6")
+    ask(page, "why?")
+    assert page.count(".token") > 1
+    page.hover(".token:nth-of-type(2)")
+    page.wait("!document.querySelector('#tip').hidden")
+    assert page.count("#tip tr") == 5 and page.count("#tip .chosen") == 1 and "%" in page.text("#tip .chosen")
+    page.hover("header h1")
+    page.wait("document.querySelector('#tip').hidden")
+    page.run("document.querySelector('.answer .text').focus({focusVisible: true})")
+    page.press("Home")
+    assert page.run("document.querySelector('.token.current') === document.querySelector('.token')")
+    spoken = page.run("document.querySelector('#said').textContent")
+    page.press("ArrowRight")
+    assert page.run("[...document.querySelectorAll('.token')].indexOf(document.querySelector('.token.current'))") == 1
+    assert "Also:" in spoken and page.run("document.querySelector('#said').textContent") != ""
+    assert not page.run("document.querySelector('#tip').hidden")
+    page.press("Escape")
+    assert page.run("document.querySelector('#tip').hidden") and page.count(".token.current") == 0
+
+
+def test_tokens_add_up_to_the_text_whatever_they_are(page):
+    cases = [
+        ("Hi there", [" Hi", " there", "</s>"]),
+        ("é!", ["\ufffd", "\ufffd", "!"]),
+        ("ab", ["a", "bcd"]),
+        ("", ["</s>"]),
+        ("lost", []),
+    ]
+    for text, tokens in cases:
+        given = json.dumps([{"token": token, "logprob": -1} for token in tokens])
+        pairs = page.run(
+            f"import('/tokens.js').then((m) => m.align({json.dumps(text)}, {given})"
+            ".map(([text, token]) => [text, token && token.token]))"
+        )
+        assert "".join(pair[0] for pair in pairs) == text
+        assert [pair[1] for pair in pairs] == {"Hi there": tokens, "é!": ["\ufffd", "!"], "ab": tokens}.get(
+            text, tokens or [None]
+        )
+
+
+def test_pictures_are_dropped_pasted_and_removed(page, files):
+    drag = {"items": [], "files": [str(files[0])], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.call("Input.dispatchDragEvent", type=kind, x=400, y=300, data=drag)
+    page.wait("document.querySelectorAll('#pictures img').length === 1")
+    pasting = "const d = new DataTransfer(); d.items.add(new File(['x'], '{}', {{type: '{}'}}));"
+    event = "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: d, cancelable: true}));"
+    page.run("{" + pasting.format("b.png", "image/png") + event + "}")
+    page.wait("document.querySelectorAll('#pictures img').length === 2")
+    page.run("{" + pasting.format("c.txt", "text/plain") + event + "}")
+    page.wait("document.querySelector('#notice').textContent === 'c.txt is no picture.'")
+    page.click("#pictures li:first-child .remove")
+    assert page.run("document.querySelector('#pictures img').alt") == "b.png"
+    ask(page, "broken")
+    assert "image" in page.text(".error") and page.count(".turn > button") == 1
+    ask(page, "next")
+    assert bodies(page)[1]["messages"] == [{"role": "user", "content": "next"}]  # not what failed
+
+
+def test_no_text_becomes_markup(page, files):
+    """Script in a model's name, a file's name, an answer, a token and an error stays text."""
+    page.fake("/v1/models", json.dumps({"data": [{"id": SCRIPT}, {"id": "b"}]}))
+    reload(page)
+    one = {"token": SCRIPT, "logprob": -0.1}
+    choice = {"delta": {"content": SCRIPT}, "logprobs": {"content": [{**one, "top_logprobs": [one]}]}}
+    chunks = [{"choices": [choice]}, {"error": {"message": SCRIPT}}]
+    page.fake(CHAT, "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks), kind="text/event-stream")
+    page.upload("#files", files[1:])
+    page.wait("document.querySelectorAll('#pictures img').length === 1")
+    ask(page, SCRIPT)
+    assert page.text(".answer h3") == SCRIPT and page.text(".error") == SCRIPT
+    assert page.text(".answer .text") == SCRIPT and page.text(".question .text") == SCRIPT
+    page.hover(".token")
+    page.wait("!document.querySelector('#tip').hidden")
+    page.fake(CHAT, json.dumps({"error": {"message": SCRIPT}}), status=400)
+    ask(page, "more")
+    assert page.text(".turn:last-child .error") == SCRIPT
+    assert page.run("window.bad") is None and page.count("script") == 2
+    refused = page.told("Log.entryAdded")
+    assert page.run("try { document.body.innerHTML = '<b>'; 'set' } catch { 'refused' }") == "refused"
+    page.events = [one for one in page.events if one["method"] != "Log.entryAdded" or one["params"] in refused]
+
+
+def test_a_server_that_is_gone_or_speaks_otherwise_is_told(page):
+    page.fake(CHAT, "<h1>proxy</h1>", status=502, kind="text/html")
+    ask(page, "why?")
+    assert "502" in page.text(".error")
+    page.fake(CHAT, 'data: {"choices": [{"delta": {"content": "half"}}]}\n\n', kind="text/event-stream")
+    page.click(".turn > button")
+    page.wait("document.querySelector('.error')?.textContent.includes('ended')")
+    assert page.text(".answer .text") == "half"
+
+
+@pytest.mark.slow
+def test_a_key_is_asked_for_and_kept_for_the_tab(page, start, folder):
+    locked = start(str(folder), key="open-sesame")
+    page.open(f"http://127.0.0.1:{locked.port}/")
+    page.wait("document.querySelector('#key-dialog').open")
+    shut = "!document.querySelector('#key-wrong').hidden"
+    for key, then in (("wrong", shut), ("open-sesame", "!document.querySelector('#key-dialog').open")):
+        page.run("document.querySelector('#key').select()")
+        page.type(key)
+        page.press("Enter")
+        page.wait(then)
+    ask(page, "why?")
+    assert page.text(".facts") and not page.text(".error")
+    assert "sesame" not in page.run("JSON.stringify(localStorage) + document.cookie + location.href")
+    reload(page, 1)
+    assert not page.run("document.querySelector('#key-dialog').open")
+    page.run("sessionStorage.clear()")
+    page.events.clear()
+
+
+@pytest.mark.parametrize("settings", [False, True])
+def test_a_phones_width_does_not_scroll_sideways(page, files, settings):
+    page.size(360, 740, phone=True)
+    page.click("#compare")
+    set_field(page, "max_tokens", "30")
+    page.upload("#files", files[:1] * 2)
+    page.wait("document.querySelectorAll('#pictures img').length > 0")
+    if settings:
+        page.click("#settings-button")
+    else:
+        ask(page, "w" * 300)
+    wide = "[...document.querySelectorAll('html, body, main, aside')].filter((e) => e.scrollWidth > e.clientWidth)"
+    assert page.run(f"{wide}.map((e) => e.tagName)") == [] and page.run("innerWidth") == 360
+
+
+def test_dark_and_light(page):
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.run(paper)
+    page.scheme("dark")
+    dark = page.run(paper)
+    assert dark != light and page.text("#theme") == "Light"
+    page.click("#theme")
+    assert page.run(paper) == light
+    reload(page)
+    assert page.run(paper) == light
+    page.click("#theme")
+    assert page.run(paper) == dark and page.run("localStorage.getItem('theme')") is None
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_main_colours_can_be_read(page, scheme):
+    page.scheme(scheme)
+    names = ["paper", "sheet", "wash", "ink", "faint", "accent", "on-accent", "wrong"]
+    found = page.run(
+        f"{json.dumps(names)}.map((n) => getComputedStyle(document.documentElement).getPropertyValue('--' + n).trim())"
+    )
+    light = {name: luminance(value) for name, value in zip(names, found, strict=True)}
+    pairs = [(front, back) for front in ("ink", "faint", "accent", "wrong") for back in ("paper", "sheet")]
+    for front, back in [*pairs, ("ink", "wash"), ("accent", "wash"), ("on-accent", "accent")]:
+        high, low = sorted((light[front], light[back]), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5, f"{front} on {back}"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb, as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_screen_reader_finds_names_for_everything(page, files):
+    page.upload("#files", files[:1])
+    page.wait("document.querySelectorAll('#pictures img').length === 1")
+    set_field(page, "max_tokens", "6")
+    ask(page, "why?")
+    page.click("#settings-button")
+    page.upload("#files", files[:1])
+    page.wait("document.querySelectorAll('#pictures img').length === 1")
+    nodes = [node for node in page.call("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        found.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", "").strip())
+    controls = ("button", "textbox", "combobox", "spinbutton", "image", "link", "article", "group", "listitem")
+    assert {role: names for role in controls if not all(names := found.get(role, [])) and role != "listitem"} == {}
+    assert len(found["button"]) > 8 and len(found["spinbutton"]) > 6 and found["image"] == ["first.png"] * 2
+    assert {"main", "banner", "contentinfo", "complementary", "log", "status"} <= set(found)
+    reload(page)
+    ask(page, "why?")
+    order = focus_order(page)
+    assert order[:6] == ["Skip to the question", "model", "compare", "fresh", "theme", "settings-button"]
+    assert order[6] == "Edit" and order[8:] == ["Retry", "add", "question", "send"]
+
+
+def focus_order(page: Any) -> list[str]:
+    """What the tab key goes through, from the beginning of the page. On each thing the focus is seen."""
+    found: list[str] = []
+    page.run("document.querySelector('.skip').focus()")
+    while not page.run("document.activeElement === document.body") and len(found) < 40:
+        found.append(page.run("document.activeElement.id || document.activeElement.textContent"))
+        page.press("Tab")
+        if page.run("document.activeElement !== document.body"):
+            assert page.run("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    return found

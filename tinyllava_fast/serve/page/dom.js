@@ -1,0 +1,44 @@
+// Elements without markup: whatever a model, a server or a file says goes in as text.
+
+/** Return the element of that id. */
+export const $ = (id) => document.getElementById(id);
+
+/** Return a new element. Children are elements or texts; attributes of value false or null are left out. */
+export function make(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === false || value === null || value === undefined) continue;
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children);
+  return made;
+}
+
+/** Return a button. */
+export const button = (text, onclick, more = {}) => make("button", { type: "button", class: "quiet", onclick, ...more }, text);
+
+/** Show a text in an element, or hide it for an empty one. */
+export function tell(element, text) {
+  element.textContent = text;
+  element.hidden = !text;
+}
+
+/** Read from the browser's storage; null where it is off or empty. */
+export function stored(storage, name) {
+  try {
+    return window[storage].getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+/** Write to the browser's storage, if it is on. */
+export function store(storage, name, value) {
+  try {
+    if (value === null) window[storage].removeItem(name);
+    else window[storage].setItem(name, value);
+  } catch {
+    // Private windows may refuse: then it is kept until the page is closed.
+  }
+}
