@@ -130,7 +130,7 @@ class Assistant:
         return [a.text for a in self.engine.answers(requests)]
 
     def score(self, image: Images | None, question: str, options: Sequence[str]) -> Scores:
-        """How probable each option is as the answer, all in one pass; ``options[scores.best]`` is the likeliest.
+        """Score each option as the answer, all in one pass; ``options[scores.best]`` is the likeliest.
 
         Arguments as for ``answer``. UserError if there are no options, or they are not a list of texts.
         """

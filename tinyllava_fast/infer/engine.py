@@ -43,7 +43,7 @@ from tinyllava_fast.models.lmm import LMM
 
 @dataclass
 class Counters:
-    """What an engine has done so far. prompt_tokens counts every prompt whole; computed_tokens what was really run."""
+    """The work of an engine so far. prompt_tokens counts every prompt whole; computed_tokens what was really run."""
 
     requests: int = 0
     images_encoded: int = 0
@@ -144,7 +144,7 @@ class Engine:
 
     @property
     def counters(self) -> Counters:
-        """What has been done so far."""
+        """Return what has been done so far."""
         return replace(
             self._counters,
             images_encoded=self._images.encoded,
@@ -291,7 +291,7 @@ class Engine:
         return [replace(found[name], id=own) for name, own in ids.items()]
 
     def score(self, questions: Iterable[tuple[Request, Items[str]]]) -> Iterator[Scores]:
-        """How probable each option is as the answer to its request; yields a question when all its options are done.
+        """Score each option as the answer to its request; yield a question when all its options are done.
 
         The tower runs once per image, the K/V of what the prompts about an image share are computed once, and all
         options are packed behind them; nothing is generated, and the requests' ``sampling`` has no effect.

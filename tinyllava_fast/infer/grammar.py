@@ -1,4 +1,4 @@
-"""What an answer must look like: a JSON schema, any JSON object, a regular expression, or one of some texts.
+"""The form that an answer must have: a JSON schema, any JSON object, a regular expression, or one of some texts.
 
 llguidance compiles it and tells before each token which ones may follow.
 
@@ -182,7 +182,7 @@ class Compiler:
 
 
 class Progress:
-    """How far one answer has come in its grammar."""
+    """The place of one answer in its grammar."""
 
     def __init__(self, compiler: Compiler, matcher: LLMatcher, ends: frozenset[int]) -> None:
         self.compiler = compiler

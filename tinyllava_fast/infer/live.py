@@ -45,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stats:
-    """What an engine does now, and what it has done so far.
+    """The load of an engine, and its work so far.
 
     waiting: requests that have no rows of the K/V pool yet. running: those that have. pool_used_rows: rows that running
     requests hold; pool_kept_rows: those kept for prompts that begin alike.

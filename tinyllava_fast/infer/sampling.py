@@ -29,7 +29,7 @@ def next_tokens(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[
 
 
 def all_finite(numbers: Tensor) -> bool:
-    """Whether no number [...] is nan or infinite. One sum tells; only if that overflows is every number looked at."""
+    """Return whether all numbers [...] are finite. One sum tells; only if that overflows is every number looked at."""
     return bool(numbers.sum(dtype=torch.float32).isfinite()) or bool(numbers.isfinite().all())
 
 

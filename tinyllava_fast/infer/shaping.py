@@ -1,4 +1,4 @@
-"""What a request has done to the logits before its tokens are chosen, and what it is told of them.
+"""Changes that a request asks for in the logits, and the log-probabilities that it is told.
 
 In this order: log-probabilities are noted of the model's own logits; then come the repetition penalty, the presence and
 frequency penalties, the bias, the grammar. Temperature, top_k, top_p and min_p follow (sampling.py).
@@ -51,7 +51,7 @@ class Shaper:
 
 
 class Shaping:
-    """What one sequence's request asks for, as far as its answer has come.
+    """The changes that one sequence's request asks for, as far as its answer has come.
 
     It is a function of the prompt and of the tokens pushed, so it stays right when a sequence's K/V are computed anew.
     """

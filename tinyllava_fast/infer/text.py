@@ -36,7 +36,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """What has been decoded up to now, stripped. After ``close``: the answer."""
+        """Return what has been decoded up to now, stripped. After ``close``: the answer."""
         return self._text.strip()
 
     def push(self, token: int) -> str:
@@ -82,7 +82,7 @@ class TextStream:
             self._stable = len(whole) if final else max(self._stable, len(whole) - _TIDIED)
 
     def _in_bytes(self) -> bool:
-        """Whether the last token is a byte, which the next one may join."""
+        """Return whether the last token is a byte, which the next one may join."""
         return _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(self._ids[-1]))) is not None
 
     def _decode(self, ids: list[int]) -> str:
@@ -111,7 +111,7 @@ class TextStream:
         return longest
 
     def _piece(self, held: int) -> str:
-        """What may be shown now: never the white space at either end of the answer."""
+        """Return what may be shown now: never the white space at either end of the answer."""
         safe = self._text[: min(self._stable, len(self._text) - held)].rstrip()
         if not self._shown:
             self._shown = len(safe) - len(safe.lstrip())
@@ -121,7 +121,7 @@ class TextStream:
 
 
 def _tidies(tokenizer: Any) -> bool:
-    """Whether ``decode`` takes spaces out; transformers does not for BPE, unless it is told so in so many words."""
+    """Return whether ``decode`` takes spaces out; transformers does not for BPE, unless it is forced to."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)

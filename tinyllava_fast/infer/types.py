@@ -1,4 +1,4 @@
-"""What goes into the inference engine and what comes out of it."""
+"""Requests to the inference engine, and its answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def markers(value: str | Parts) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen and when a sequence ends. ValueError for a value out of range."""
+    """The choice of tokens, and the end of a sequence. ValueError for a value out of range."""
 
     max_new_tokens: int = 64
     """Most tokens generated."""
@@ -69,7 +69,7 @@ class Sampling:
     logprobs: int | None = None
     """None, or: the answer tells the log-probability of each token, and of so many of the likeliest beside it."""
     grammar: Grammar | None = None
-    """What the answer must look like. It can end only where this is complete, and ends where nothing more can follow;
+    """The form that the answer must have. It ends only where that is complete, and where nothing more can follow;
     max_new_tokens and stop texts may still cut it."""
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Request:
 
     @property
     def named(self) -> str:
-        """What a message calls it."""
+        """Return its name in messages."""
         return f"request {self.id!r}" if self.id else "the question"
 
     @staticmethod
@@ -170,7 +170,7 @@ class Request:
 
     @property
     def interleaved(self) -> bool:
-        """Whether the images are a list, so that each marker stays where it is and stands for its own."""
+        """Return whether the images are a list, so that each marker stays where it is and stands for its own."""
         return isinstance(self.image, tuple)
 
     def conversation(self) -> list[Message]:
@@ -188,7 +188,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How probable the model found a token that it generated.
+    """The probability of a token that the model has generated.
 
     The probabilities are those of softmax over the tokenizer's vocabulary, of the model's own logits: before penalties,
     bias, grammar and temperature, as OpenAI's.
@@ -202,7 +202,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said to one request."""
+    """The model's answer to one request."""
 
     id: str
     text: str
@@ -220,14 +220,14 @@ class Answer:
     cached_tokens: int = field(default=0, compare=False)
     """Tokens of the prompt whose K/V were there already, from an earlier request that begins with them."""
     why: str = ""
-    """What was wrong with a request that could not be answered."""
+    """The fault of a request that could not be answered."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each of ``tokens``, if the request asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How probable the model finds each of the options given to ``Engine.score``, in their order."""
+    """Probabilities of the options given to ``Engine.score``, in their order."""
 
     id: str
     options: tuple[str, ...]
@@ -236,7 +236,7 @@ class Scores:
     means: list[float]
     """The same divided by the number of tokens."""
     greedy: list[bool]
-    """Whether greedy decoding would begin with exactly this option."""
+    """True where greedy decoding would begin with exactly this option."""
     prompt_tokens: int
     """Length of the prompt, image tokens included."""
 

@@ -41,7 +41,7 @@ PAGE = Path(__file__).parent / "page"
 
 @dataclass(frozen=True)
 class Api:
-    """What the routes work with."""
+    """The routes, and what they share."""
 
     models: Mapping[str, Served]
     limits: Limits

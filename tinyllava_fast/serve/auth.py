@@ -1,4 +1,4 @@
-"""Who may talk to the server: the key, and no page of another origin in somebody's browser.
+"""The guard of the server: the key, and no page of another origin in somebody's browser.
 
 A page elsewhere can make a browser send requests here. Those carry an Origin or Sec-Fetch-Site header that says so; and
 where the page's own name has been made to resolve to this machine, the Host header is a name that is not ours. (One

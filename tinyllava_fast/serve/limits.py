@@ -1,4 +1,4 @@
-"""What one request may cost, and the reading of its body within that: size, time, form."""
+"""The limits of one request, and the reading of its body within that: size, time, form."""
 
 from __future__ import annotations
 

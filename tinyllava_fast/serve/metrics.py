@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' form."""
+"""Counters of the server, in Prometheus' form."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Clock:
 
 
 class _Engines(Collector):
-    """What the engines say of themselves."""
+    """Statistics of the engines."""
 
     def __init__(self, models: Mapping[str, Served]) -> None:
         self.models = models

@@ -10,7 +10,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class ApiError(Exception):
-    """What is wrong with one HTTP request: status, a message for its sender, the parameter and OpenAI's code."""
+    """An error of one HTTP request: status, a message for its sender, the parameter and OpenAI's code."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What clients may ask, as pydantic models of OpenAI's requests: strict types, ranges, no unknown parameter.
+"""Requests of clients, as pydantic models of OpenAI's requests: strict types, ranges, no unknown parameter.
 
 Parameters that OpenAI takes and that change nothing here are IGNORED. Beside OpenAI's there are those that other
 servers of open models have: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids, structured_outputs.
@@ -57,7 +57,7 @@ class TextPart(Strict):
 
 
 class ImageUrl(Strict):
-    """Where an image is."""
+    """The place of an image."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
@@ -123,7 +123,7 @@ class StructuredOutputs(Strict):
 
 
 class Generation(Strict):
-    """What chat and plain completion share."""
+    """Parameters that chat and plain completion share."""
 
     model: str | None = Field(None, max_length=256)
     max_tokens: int | None = Field(None, ge=1)
@@ -152,12 +152,12 @@ class Generation(Strict):
 
     @property
     def top_count(self) -> int | None:
-        """How many tokens are reported beside each one that was chosen; None: no log-probability at all."""
+        """Return how many tokens are reported beside each one that was chosen; None: no log-probability at all."""
         return None
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends in a chunk that counts its tokens."""
+        """Return whether a stream ends in a chunk that counts its tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 

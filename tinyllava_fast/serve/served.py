@@ -23,7 +23,7 @@ class Served:
 
     @cached_property
     def tokens(self) -> TextTokens:
-        """What makes tokens of texts for clients."""
+        """Return the maker of tokens from clients' texts."""
         return TextTokens(self.engine)
 
     @cached_property

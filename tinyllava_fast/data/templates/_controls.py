@@ -83,7 +83,7 @@ def _controls(tokenizer: Any, end: tuple[int, str] | None, special: tuple[int, .
 
 
 def _is_byte(model: Any, content: str) -> bool:
-    """Whether a token is one of those that spell a character in bytes, which a model finds by their names."""
+    """Return whether a token is one of those that spell a character in bytes, which a model finds by their names."""
     return _BYTE.fullmatch(content) is not None and model.token_to_id(content) is not None
 
 

@@ -70,7 +70,7 @@ def literal_prompts(
 
 
 def _is_whole(conversation: Sequence[Message]) -> bool:
-    """Whether a message is a whole prompt."""
+    """Return whether a message is a whole prompt."""
     return bool(conversation) and conversation[0].get("from") == "prompt"
 
 
@@ -173,7 +173,7 @@ def _ids(piece: _Piece, encoding: Encoding, plain: Encoding, controls: Controls)
 
 
 def _is_inside(token: Token, ranges: Sequence[tuple[int, int]]) -> bool:
-    """Whether one of the ranges, which are ascending, holds all characters of a token."""
+    """Return whether one of the ranges, which are ascending, holds all characters of a token."""
     at = bisect_right(ranges, token.start, key=lambda own: own[0]) - 1
     return at >= 0 and token.stop <= ranges[at][1]
 

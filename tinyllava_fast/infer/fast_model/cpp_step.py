@@ -38,7 +38,7 @@ class Product(NamedTuple):
 
 
 class StepLayer(NamedTuple):
-    """What one layer of a step reads, and the rows it writes."""
+    """The memory that one layer of a step reads, and the rows it writes."""
 
     input_norm: Tensor  # [D]
     post_norm: Tensor  # [D]

@@ -22,7 +22,7 @@ _KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3Decode
 
 
 def takes(layer: Any, config: Any) -> bool:
-    """Whether DecodeLayer computes what this layer does; a subclass may do anything, so the class must be exact."""
+    """Return whether DecodeLayer computes the same as this layer; of a subclass nobody can say."""
     if type(layer) not in _KINDS or config.hidden_act != "silu":
         return False
     parts = (layer.self_attn, layer.mlp)

@@ -136,7 +136,7 @@ def _linears(layers: list[DecodeLayer]) -> list[DecodeLinear]:
 
 
 def _signature(layer: DecodeLayer) -> tuple[Any, ...]:
-    """What a plan has once for all layers."""
+    """Return what a plan has once for all layers."""
     attention: Any = layer.self_attn
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []

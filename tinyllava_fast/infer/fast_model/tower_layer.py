@@ -21,7 +21,7 @@ _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
 def takes(layer: Any) -> bool:
-    """Whether TowerLayer computes what this layer does; a subclass may do anything, so the class must be exact."""
+    """Return whether TowerLayer computes the same as this layer; of a subclass nobody can say."""
     if type(layer) not in _KINDS or layer.self_attn.config.hidden_act not in _ACTIVATIONS:
         return False
     return all(type(m) is nn.Linear for part in (layer.self_attn, layer.mlp) for n, m in _linears(part))

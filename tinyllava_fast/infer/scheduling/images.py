@@ -196,7 +196,7 @@ class FeatureCache:
 
 
 def _name(image: ImageLike) -> str:
-    """How an error names an image."""
+    """Return the name of an image in an error."""
     if isinstance(image, (str, Path)):
         return naming(image)
     return "the image" if isinstance(image, DecodedImage) else "the image object"

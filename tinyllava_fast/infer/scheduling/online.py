@@ -22,7 +22,7 @@ NEWS = 0.3  # weight of the last pass in the averages
 
 @dataclass
 class Pace:
-    """How long passes take: moving averages. chunk_tokens: tokens of every chunk instead of a number made of them."""
+    """Moving averages of the time that passes take. chunk_tokens: a fixed size of chunks, which needs no times."""
 
     chunk_tokens: int | None = None
     step_seconds: float = 0.0

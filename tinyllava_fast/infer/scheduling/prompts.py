@@ -30,7 +30,7 @@ from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import IMAGE, ImageLike, Message, Request, markers
 
 NO_ROOM = "exceed the K/V pool"
-"""What ``Answer.why`` says of a request that the model could answer, but not with the memory of its engine."""
+"""A part of ``Answer.why`` where the model could answer, but not with the memory of its engine."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tinyllava_fast.log import log
 
 @dataclass
 class Limits:
-    """How much a pass may hold; shrinks when memory runs out, for as long as the engine lives."""
+    """The most that a pass may hold; shrinks when memory runs out, for as long as the engine lives."""
 
     prefill_tokens: int
     sequences: int | None = None  # None: as many as the pool has rows for

@@ -25,7 +25,7 @@ RESERVE = 16  # rows for new tokens that a sequence holds in advance
 
 
 class ImageSpan(NamedTuple):
-    """Where the rows of an image lie in a prompt."""
+    """The place of an image's rows in a prompt."""
 
     start: int
     rows: int
