@@ -18,6 +18,7 @@ from itertools import count
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.finish import ABORTED
 from tinyllava_fast.infer.scheduling.sequence import Sequence
 from tinyllava_fast.infer.types import Answer, Request, TokenLogprob
 from tinyllava_fast.log import log
@@ -272,8 +273,10 @@ class LiveEngine:
                 for name in self._open:
                     self.engine.abort(name)
             answers = self._step()
+            self._aborted += sum(answer.finish == ABORTED for answer in answers)
+            self._failed += sum(bool(answer.why) for answer in answers)
+            self._stats = self._look()  # before anybody is told, who may ask for them
             self._tell(answers)
-            self._stats = self._look()
             if stopping and not self._open:
                 return
 
@@ -292,8 +295,6 @@ class LiveEngine:
                 one.stream.put(self._piece(one))
         for answer in answers:
             one = self._open.pop(answer.id)
-            self._aborted += answer.finish == "aborted"
-            self._failed += bool(answer.why)
             own = replace(answer, id=one.stream.request.id)
             one.stream.put(self._piece(one) if answer.tokens[one.told :] or one.text else None, own)
 
