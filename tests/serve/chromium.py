@@ -166,3 +166,20 @@ class Chromium:
 
     def picture(self) -> bytes:
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+
+    def focus_order(self) -> list[str]:
+        """What the tab key goes through, from the page's first link. On each thing the focus is seen."""
+        found: list[str] = []
+        self.run("document.querySelector('a').focus()")
+        while not self.run("document.activeElement === document.body") and len(found) < 40:
+            found.append(self.run("document.activeElement.id || document.activeElement.textContent"))
+            assert self.run("getComputedStyle(document.activeElement).outlineStyle") != "none", found[-1]
+            self.press("Tab")
+        return found
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb, as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

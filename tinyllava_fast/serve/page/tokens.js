@@ -52,8 +52,8 @@ export function tokenText(answer, note) {
       continue;
     }
     const sure = LEVELS.findIndex((level) => Math.exp(token.logprob) >= level);
-    const span = make("span", { class: `token sure-${sure < 0 ? LEVELS.length : sure}` }, text || "∎");
-    if (!text) span.classList.add("end");
+    const span = make("span", { class: `token sure-${sure < 0 ? LEVELS.length : sure}` }, text);
+    if (!text) span.classList.add("end"); // the style sheet gives it something to point at
     span.addEventListener("mouseenter", () => show(span, token));
     span.addEventListener("click", () => walk(spans.findIndex((one) => one.span === span)));
     spans.push({ span, token });
