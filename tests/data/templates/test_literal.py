@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tests.data import families
-from tests.data.test_tokenizer_template import GOOD
+from tests.data.templates import families
+from tests.data.templates.test_tokenizer import GOOD
 from tests.vectors import GOLDEN
 from tinyllava_fast.data.templates import _literal
 from tinyllava_fast.data.templates._controls import secret_tokenizer
