@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -258,6 +259,7 @@ def test_parameters(server, more, status, param):
         assert body["error"]["param"] == param and body["error"]["type"] and body["error"]["message"]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(server, right):
     body = json.dumps({"model": "tiny", "messages": user("why?"), "max_tokens": 12, "temperature": 0, "stream": True})
     command = ["curl", "-sN", f"http://localhost:{server.port}{CHAT}", "-H", "Content-Type: application/json"]
