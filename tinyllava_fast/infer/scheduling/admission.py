@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from tinyllava_fast.infer.scheduling.images import image_key
 from tinyllava_fast.infer.scheduling.pool import KVPool, Spans
-from tinyllava_fast.infer.scheduling.sequence import IMAGE_ROW, RESERVE, Group, Sequence, Status
+from tinyllava_fast.infer.scheduling.sequence import IMAGE_ROW, RESERVE, Group, Sequence, Status, num_common_tokens
 
 
 def common_prefix(prompts: list[list[int]], own: int = 1) -> int:
@@ -18,7 +18,7 @@ def common_prefix(prompts: list[list[int]], own: int = 1) -> int:
         return 0
     first, last = min(prompts), max(prompts)  # in lexicographic order: what these two share, all share
     limit = max(0, min(len(p) for p in prompts) - own)
-    length = next((i for i in range(limit) if first[i] != last[i]), limit)
+    length = num_common_tokens(first, last, limit)
     if IMAGE_ROW in (first[length], last[length]):
         while length and first[length - 1] == IMAGE_ROW:
             length -= 1

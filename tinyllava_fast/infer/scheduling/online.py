@@ -13,7 +13,7 @@ from itertools import count
 
 from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.infer.scheduling.prefixes import PrefixCache
-from tinyllava_fast.infer.scheduling.sequence import Sequence, Status
+from tinyllava_fast.infer.scheduling.sequence import Sequence, Status, num_common_tokens
 
 LEAST_CHUNK = 8  # a pass over fewer tokens takes hardly less time: all weights are read
 FIRST_CHUNK = 64  # while it is not known how long passes take
@@ -120,7 +120,7 @@ class OnlineQueue:
         """
         content = sequence.content()
         kept, length = self.prefixes.longest(content)
-        soon = max((_common_tokens(content, other.content()) for other in beside), default=0)
+        soon = max((num_common_tokens(content, other.content(), len(content)) for other in beside), default=0)
         if soon >= length + LEAST_CHUNK:
             return False
         length = min(length, len(content) - 1)  # what predicts the next token is computed in any case
@@ -138,10 +138,6 @@ class OnlineQueue:
             sequence.num_reused_tokens = length
         self.prefixes.watch(sequence, content)
         return True
-
-
-def _common_tokens(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _average(old: float, new: float) -> float:

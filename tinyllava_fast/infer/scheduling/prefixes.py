@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from tinyllava_fast.infer.scheduling.pool import Spans
-from tinyllava_fast.infer.scheduling.sequence import Sequence
+from tinyllava_fast.infer.scheduling.sequence import Sequence, num_common_tokens
 
 BLOCK = 16
 
@@ -60,7 +60,7 @@ class PrefixCache:
         best, most = None, 0
         while levels and most < BLOCK * (len(levels) + 1):  # of a running one less may be there than it begins alike
             for kept in levels.pop():
-                length = _common(kept.content, content, kept.num_tokens)
+                length = num_common_tokens(kept.content, content, kept.num_tokens)
                 if length > most:
                     best, most = kept, length
         if best is None or most < BLOCK:
@@ -130,11 +130,3 @@ def _blocks(content: list[int]) -> Iterator[int]:
     for stop in range(BLOCK, len(content) + 1, BLOCK):
         name = hash((name, *content[stop - BLOCK : stop]))
         yield name
-
-
-def _common(a: list[int], b: list[int], most: int) -> int:
-    """Return how many of the first ``most`` tokens are equal from the beginning on."""
-    most = min(most, len(a), len(b))
-    if a[:most] == b[:most]:
-        return most
-    return next(i for i in range(most) if a[i] != b[i])

@@ -184,6 +184,14 @@ class Sequence:
         self.status, self.finish = Status.ABORTED, ABORTED
 
 
+def num_common_tokens(a: list[int], b: list[int], most: int) -> int:
+    """Return how many of the first ``most`` tokens are equal from the beginning on."""
+    most = min(most, len(a), len(b))
+    if a[:most] == b[:most]:
+        return most
+    return next(i for i in range(most) if a[i] != b[i])
+
+
 def _number(image: ImageLike) -> int:
     """Return a negative number for the pixels of a decoded image; token ids are not negative."""
     if not isinstance(image, DecodedImage):
