@@ -27,6 +27,7 @@ from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.core import Core
+from tinyllava_fast.infer.fast_model.fused_step import FIXED_ANGLES
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT, FAILED
@@ -114,7 +115,7 @@ class Engine:
         self.batch_tokens = pool_rows(lmm, batch_tokens, kv_cache_bytes)
         self.lookahead = lookahead
         config = lmm.llm.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.eos = lmm.family.stop_ids(lmm.llm) | {template.stop_id(tokenizer)}
         check_vocabulary(lmm, tokenizer)
         self.vocab = largest_id(tokenizer)[1] + 1
@@ -124,7 +125,7 @@ class Engine:
             lmm, processor, mode=image_mode, grid=image_grid, threads=threads, cache_bytes=image_cache_bytes
         )
         self._prompts = Prompts(
-            template, tokenizer, self._images.rows, context, self.batch_tokens, self.eos, ahead=lookahead
+            template, tokenizer, self._images.rows, self.context, self.batch_tokens, self.eos, ahead=lookahead
         )
         self._decoder = PackedDecoder(self.model, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
         scheduler = Scheduler(
@@ -385,4 +386,4 @@ def _has_fixed_angles(config: PreTrainedConfig) -> bool:
     """True if K depends on a token's position alone, and not on how long the longest sequence of the pass is."""
     scaling = getattr(config, "rope_parameters", None) or {}
     kinds = [scaling, *scaling.values()]
-    return not any(isinstance(k, dict) and k.get("rope_type") in ("dynamic", "longrope") for k in kinds)
+    return all(k.get("rope_type", "default") in FIXED_ANGLES for k in kinds if isinstance(k, dict))

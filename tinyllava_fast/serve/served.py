@@ -39,9 +39,7 @@ class Served:
     @property
     def context(self) -> int | None:
         """Most tokens of a prompt and its answer; None if the model names no limit."""
-        config = self.engine.lmm.llm.config.get_text_config()
-        found = getattr(config, "max_position_embeddings", None)
-        return int(found) if found else None
+        return self.engine.context
 
 
 def find(models: Mapping[str, Served], name: str | None) -> Served:

@@ -21,7 +21,7 @@ from tinyllava_fast.ops import _cpp
 from tinyllava_fast.ops._op import backend_wanted
 from tinyllava_fast.ops._policy import most_rows
 
-_FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # the other kinds depend on the longest position so far
+FIXED_ANGLES = ("default", "linear", "llama3", "yarn")  # the other kinds depend on the longest position so far
 
 
 class FusedStep:
@@ -82,7 +82,7 @@ class FusedStep:
         if lmm.embedding_scale != 1 or len({_signature(layer) for layer in layers}) != 1:
             return f"the layers of {type(lmm.llm).__name__} differ, or its embedding is scaled"
         rotary = getattr(lmm.llm.base_model, "rotary_emb", None)
-        if getattr(rotary, "rope_type", None) not in _FIXED_ANGLES:
+        if getattr(rotary, "rope_type", None) not in FIXED_ANGLES:
             return f"the rotary angles of {type(lmm.llm).__name__} depend on the longest sequence"
         size = layers[0].self_attn.head_dim
         if size % 2 or size > 256 or any(w.in_features % 2 for w in _linears(layers)):

@@ -68,7 +68,7 @@ class ImageEncoder:
         self._decoders = ThreadPoolExecutor(max(1, threads), thread_name_prefix="tlf-image")
         # The image is kept beside its features: an id() is only unique while its object lives.
         self._kept: dict[object, tuple[ImageLike, Tensor]] = {}
-        self._cache = FeatureCache(cache_bytes)
+        self._cache = RecentFeatures(cache_bytes)
         self._rows: dict[str, int] = {}  # of files
 
     def rows(self, image: ImageLike) -> int:
@@ -170,7 +170,7 @@ class ImageEncoder:
         return loaded
 
 
-class FeatureCache:
+class RecentFeatures:
     """Features of decoded images by their digests, those used last first, as many as ``limit`` bytes hold."""
 
     def __init__(self, limit: int) -> None:
