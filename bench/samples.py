@@ -66,13 +66,13 @@ def build_packs(
     The budget is the longest pack's, rounded up to 64. Every pack has the same shape, as in training, and exactly the
     samples of the peer's padded batch.
     """
-    from tinyllava_fast.data.dataset import PackedDataset, build_dataset
+    from tinyllava_fast.data.dataset import PackedDataset
 
     stage = run.stages[0]
 
     def dataset(tokens: int) -> PackedDataset:
         batch = replace(stage.batch, tokens=tokens, max_images=per_step, max_segments=per_step)
-        return build_dataset(
+        return PackedDataset(
             stage.data,
             batch,
             tokenizer=tokenizer,

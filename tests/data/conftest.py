@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.vectors import GOLDEN
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
-from tinyllava_fast.data.dataset import build_dataset
+from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.tokenizer import load_tokenizer
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -51,7 +51,7 @@ def make(folder, tokenizer, processor):
         batch |= {k: v for k, v in settings.items() if k in known}
         data = {"records": str(folder / "data.json"), "image_folder": str(folder / "images")}
         data |= {k: v for k, v in settings.items() if k not in known}
-        return build_dataset(
+        return PackedDataset(
             DataConfig(**data),
             BatchConfig(**batch),
             tokenizer=tokenizer,

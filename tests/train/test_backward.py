@@ -5,7 +5,7 @@ import torch
 
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.config.schema import OptimConfig
-from tinyllava_fast.data.dataset import build_dataset
+from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train.engine.torch_engine import TorchEngine
@@ -27,7 +27,7 @@ def test_it_stops_there(tiny_run, recipe):
     model = build_model(run.model, seed=0)
     stage = run.stages[1]
     groups = apply_recipe(model, stage.recipe, stage.optim)
-    data = build_dataset(
+    data = PackedDataset(
         stage.data,
         stage.batch,
         tokenizer=build_tokenizer(run.model),

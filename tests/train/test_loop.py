@@ -232,14 +232,14 @@ def test_compiled_training_equals_eager(tiny_run, losses, whole, monkeypatch, ho
 
 def test_a_stage_without_supervision_is_refused(tiny_run, monkeypatch):
     path = tiny_run()
-    report = prepare.build_dataset
+    report = prepare.PackedDataset
 
     def nothing(*args, **kwargs):
         dataset = report(*args, **kwargs)
         dataset.report.supervised_tokens = 0
         return dataset
 
-    monkeypatch.setattr(prepare, "build_dataset", nothing)
+    monkeypatch.setattr(prepare, "PackedDataset", nothing)
     with pytest.raises(UserError, match=r"stages\.finetune\.data: no sample of .* has a supervised token"):
         train(load_run(path))
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
-from tinyllava_fast.data.dataset import build_dataset
+from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading
 from tinyllava_fast.infer.types import Request
 from tinyllava_fast.models.build import build_image_processor
@@ -133,7 +133,7 @@ def test_training_and_inference_see_the_same_pixels(reading, mode, tmp_path):
     data = DataConfig(
         records=str(tmp_path / "records.json"), image_folder=str(tmp_path), image_mode=mode, **vars(reading)
     )
-    dataset = build_dataset(
+    dataset = PackedDataset(
         data,
         BatchConfig(tokens=4096, max_images=99),
         tokenizer=tokenizer,

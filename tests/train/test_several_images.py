@@ -16,7 +16,7 @@ from tests.train.conftest import COLOURS, LLAMA, SIGLIP, write_tokenizer
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.config.schema import BatchConfig, DataConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.data.anyres import tiles
-from tinyllava_fast.data.dataset import build_dataset
+from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.images import load_image, to_pixels
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.data.tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def dataset_of(parts, **settings):
     data = {"records": str(folder / "records.json"), "image_folder": str(folder), **settings}
     batch = BatchConfig(tokens=2048, max_images=64, max_segments=64, image_multiple=4)
     rows = lmm.tokens_per_image
-    return build_dataset(
+    return PackedDataset(
         DataConfig(**data), batch, tokenizer=tokenizer, processor=processor, tokens_per_image=rows, seed=0
     )
 

@@ -283,21 +283,6 @@ class PackedDataset:
         return DataError(f"{self.data.records}: {record.where}: {field}: {what}")
 
 
-def build_dataset(
-    data: DataConfig,
-    batch: BatchConfig,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: BaseImageProcessor,
-    tokens_per_image: int,
-    seed: int,
-) -> PackedDataset:
-    """The data set of a stage; see PackedDataset."""
-    return PackedDataset(
-        data, batch, tokenizer=tokenizer, processor=processor, tokens_per_image=tokens_per_image, seed=seed
-    )
-
-
 def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]]:
     """Return (number of the image, its tower inputs) at each marker of a sample as the template encodes it."""
     numbers: list[int] = []

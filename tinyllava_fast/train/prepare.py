@@ -23,7 +23,7 @@ from tinyllava_fast.config.schema import (
     RunConfig,
     StageConfig,
 )
-from tinyllava_fast.data.dataset import build_dataset
+from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import read_records
@@ -110,7 +110,7 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
     config, process = run.config, run.process
     data = replace(stage.data.under(config.data_root), **asdict(reading))
     _check_window(stage, model)
-    dataset = build_dataset(
+    dataset = PackedDataset(
         data,
         stage.batch,
         tokenizer=run.tokenizer,

@@ -188,11 +188,11 @@ def test_a_token_across_prompt_and_answer_is_warned_of(caplog):
 
 def test_a_record_that_loses_characters_is_named(make, talk, processor):
     from tinyllava_fast.config.schema import BatchConfig, DataConfig
-    from tinyllava_fast.data.dataset import build_dataset
+    from tinyllava_fast.data.dataset import PackedDataset
 
     path = make([talk("q", "a"), talk("q", "a 猫", id="bad")]).data.records  # the golden tokenizer takes both
     tok = families.tokenizer(("bpe_without_unk", "whitespace", "none", "none"))
     with pytest.raises(DataError, match=r"data.json: record 1 \(id 'bad', line 1\): .* answer 0 \('a 猫'\): .* '猫'"):
-        build_dataset(
+        PackedDataset(
             DataConfig(records=path), BatchConfig(), tokenizer=tok, processor=processor, tokens_per_image=4, seed=0
         )
