@@ -22,7 +22,7 @@ FLOOR = {
     "paths": 0, "plugins": 0, "tensors": 0, "version": 0, "_C": 0,
     "ops": 1, "kernels": 1, "config": 1,
     "data": 2, "models": 3, "recipes": 4, "convert": 4, "prepare": 4,
-    "train": 5, "infer": 5, "eval": 6, "serve": 6, "demo": 7, "bench": 7,
+    "infer": 5, "eval": 6, "serve": 6, "train": 7, "demo": 8, "bench": 8,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tinyllava_fast.train import cli, loop, metrics, prepare, run, stage
 from tinyllava_fast.train.checkpoint import CheckpointStore
+from tinyllava_fast.train.loggers import tensorboard
 
 
 def errors(caplog) -> str:
@@ -59,7 +60,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tiny_run, losses
         if file in ("config.yaml", "summary.json"):
             patch.setattr(run, "write_file", lambda p, b: full() if p.name == file else write(p, b))
         elif file == "tensorboard":
-            patch.setattr(metrics, "_tensorboard", full)
+            patch.setattr(tensorboard, "_open", full)
         elif file == "model":
             patch.setattr("tinyllava_fast.models.io.save_file", full)
         else:

@@ -26,6 +26,7 @@ from tinyllava_fast.config.ranges import (
     ShareBelowOne,
     Text,
 )
+from tinyllava_fast.config.validation import ValidationConfig
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
 
@@ -281,6 +282,7 @@ class StageConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     epochs: Annotated[float, Range(above=0, most=1e6)] = 1.0
     """Passes over the data; ignored when max_steps is set."""
     max_steps: Annotated[int, Range(least=1, why="leave it out, or give null, to train for `epochs`")] | None = None
@@ -345,4 +347,6 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: PositiveInt = 10
-    """Steps between lines of metrics.jsonl and TensorBoard."""
+    """Steps between lines of metrics.jsonl and of what the loggers show."""
+    loggers: Annotated[list[Text], Named("logger")] = field(default_factory=lambda: ["tensorboard"])
+    """Where the numbers of the run are shown besides metrics.jsonl and index.html."""

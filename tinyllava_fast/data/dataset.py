@@ -19,7 +19,8 @@ from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
 from tinyllava_fast.data.files import ImageFiles
 from tinyllava_fast.data.images import to_pixels
 from tinyllava_fast.data.pictures import MissingImageError
-from tinyllava_fast.data.records import Record, check_turns, encode_records, read_records
+from tinyllava_fast.data.records import Record, check_turns, encode_records
+from tinyllava_fast.data.split import Split, taken
 from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
@@ -59,7 +60,8 @@ class PackedDataset:
     """Samples of one DataConfig, tokenized at construction and served as packs.
 
     tokenizer: see load_tokenizer. processor: a transformers ``*ImageProcessorPil``. tokens_per_image: K. seed: of the
-    order and the augmentation. Construction checks every record and the presence of every image; DataError.
+    order and the augmentation. split: the side of the records that is taken; None: all. Construction checks every
+    record and the presence of every image; DataError.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class PackedDataset:
         processor: BaseImageProcessor,
         tokens_per_image: int,
         seed: int,
+        split: Split | None = None,
     ) -> None:
         self.data = data
         self.batch = batch
@@ -92,7 +95,7 @@ class PackedDataset:
         template.check(tokenizer, data.masks)
         pace = Pace(wait_s=5.0)
         with _no_garbage_collection():
-            for records in chunks(read_records(data.records), _CHUNK):
+            for records in chunks(taken(data.records, split), _CHUNK):
                 self.files.look(records)
                 looked_at = [(record, self._look(record, template)) for record in records]
                 usable = [(record, inputs) for record, inputs in looked_at if inputs is not None]
@@ -104,7 +107,7 @@ class PackedDataset:
                     log.info(_TOKENIZED, data.records, records[-1].index + 1, (records[-1].index + 1) / pace.elapsed_s)
         self.files.raise_if_missing()
         if not sizes:
-            raise self._nothing_left()
+            raise self._nothing_left(split)
         table = np.array(sizes, np.int64)
         self.lengths, self.images, self.segments = (table[:, column].copy() for column in range(3))
         self._check_learnable(table[:, 3])
@@ -210,9 +213,14 @@ class PackedDataset:
             self.skipped = list(dict.fromkeys(self.skipped))
             return
         if self.skipped:
-            raise self._nothing_left()  # but perhaps some without an answer to learn
+            raise self._nothing_left(None)  # but perhaps some without an answer to learn
 
-    def _nothing_left(self) -> DataError:
+    def _nothing_left(self, split: Split | None) -> DataError:
+        if split is not None and not self.skipped:
+            what, how = ("none", "raise") if split.held_out else ("every one", "lower")
+            remedy = f"{how} it, or name other records in validation.records"
+            held = f"validation.share: {split.share:g} holds out {what} of its records"
+            return DataError(f"{self.data.records}: {held}; {remedy}")
         return DataError(f"{self.data.records}: every record was skipped; the first: {self.skipped[0]}")
 
     def _encode(

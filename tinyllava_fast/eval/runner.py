@@ -25,9 +25,10 @@ from tinyllava_fast.eval.pictures import Pictures
 from tinyllava_fast.eval.plan import Plan, make_plans
 from tinyllava_fast.eval.progress import progress
 from tinyllava_fast.eval.ranks import Ranks
-from tinyllava_fast.eval.results import RUN, conclude, read_results, summarize, write_json
+from tinyllava_fast.eval.results import RESULTS, RUN, conclude, read_results, summarize, write_json
 from tinyllava_fast.eval.statistics import histogram
 from tinyllava_fast.eval.types import Facts, Results, Timings
+from tinyllava_fast.files import remove
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.infer.finish import UNREADABLE
@@ -102,6 +103,23 @@ def evaluate(
     return results
 
 
+def evaluate_live(assistant: Assistant, plans: Sequence[Plan], folder: Path, name: str) -> dict[str, Results]:
+    """Evaluate a model in memory that changes, one that trains, on plans made before; benchmark -> its results.
+
+    Everything is asked: answers of earlier calls, in folder/<benchmark>, are replaced. name: of the model in the files.
+    No progress is shown. Errors as for ``evaluate``.
+    """
+    lazy = _Model(lambda: assistant)
+    facts: Facts = {"model": name, "model_digest": name, "dtype": str(assistant.engine.lmm.dtype), "blind": False}
+    results: dict[str, Results] = {}
+    for plan in plans:
+        for answers in (folder / plan.name).glob("answers*.jsonl"):
+            remove(answers)
+        remove(folder / plan.name / RESULTS)
+        results[plan.name] = _Evaluation(plan, lazy, facts, folder, Ranks(), quiet=True).run()
+    return results
+
+
 def default_output(model: str | Path, blind: bool) -> Path:
     """Return the default folder of results: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind."""
     return Path(model).resolve().parent / ("eval" + "-blind" * blind)
@@ -136,8 +154,11 @@ class _Model:
 class _Evaluation:
     """One benchmark on one model."""
 
-    def __init__(self, plan: Plan, model: _Model, facts: Facts, output: Path, ranks: Ranks) -> None:
+    def __init__(
+        self, plan: Plan, model: _Model, facts: Facts, output: Path, ranks: Ranks, *, quiet: bool = False
+    ) -> None:
         self.plan = plan
+        self.quiet = quiet
         self.model = model
         self.ranks = ranks
         self.folder = output / plan.name
@@ -198,7 +219,8 @@ class _Evaluation:
         said = (
             "answers written" if headline is None else f"{headline['name']} {headline['value']:.{headline['digits']}f}"
         )
-        log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.blind, said, results["questions"])
+        if not self.quiet:
+            log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.blind, said, results["questions"])
         return read_results(self.folder)
 
     def _say_replaced(self) -> None:
@@ -280,7 +302,10 @@ class _Evaluation:
             asked = map(self._request, [q for q, *_ in todo.values()])
             for answer in engine.refusals(request for request in asked if not engine.surely_fits(request)):
                 self._add(answer, todo.pop(answer.id), latency=None)
-            for answer in progress(engine.run(requests(), keep_going=True), total=total, done=total - len(todo)):
+            answers: Iterable[Answer] = engine.run(requests(), keep_going=True)
+            if not self.quiet:
+                answers = progress(answers, total=total, done=total - len(todo))
+            for answer in answers:
                 self._add(answer, todo[answer.id], time.monotonic() - entered.pop(answer.id))
         except UserError as error:
             raise UserError(f"{self.plan.name}: {error}") from error

@@ -31,6 +31,7 @@ from tinyllava_fast.log import log
 from tinyllava_fast.tensors import DTYPES, TensorFile
 from tinyllava_fast.train import seed
 from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
+from tinyllava_fast.train.standing import Standing
 
 FORMAT = 1
 LATEST = "latest"
@@ -76,6 +77,8 @@ class TrainState:
     """Loss of each step since the last line of metrics.jsonl."""
     final_losses: dict[str, float] = field(default_factory=dict)
     """Loss of the last line of each stage that is over."""
+    validation: dict[str, Standing] = field(default_factory=dict)
+    """The validations of each stage so far (train/standing.py)."""
     barren: int = 0
     """Steps in a row, up to now, without a supervised token."""
     changes: list[ChangedKey] = field(default_factory=list)
@@ -212,7 +215,7 @@ def _state(fields: Fields) -> TrainState:
         fields.mapping(name)
     for name in ("losses", "changes"):
         fields.items(name, [], empty=True)
-    for name in ("compiled", "final_losses", "parts"):
+    for name in ("compiled", "final_losses", "parts", "validation"):
         fields.mapping(name, None)
     return TrainState(**fields.values)
 

@@ -1,4 +1,4 @@
-"""tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help] [--version]"""
+"""tlf-train CONFIG [--resume auto|never|PATH] [--profile] [--dry-run] [key.path=value ...]; tlf-train status RUN"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tinyllava_fast.paths import expand_home
 
 USAGE = """\
 usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help]
+       tlf-train status RUN [--json]
 
 Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name;
 of a key that is given twice the last value holds:
@@ -29,6 +30,10 @@ of a key that is given twice the last value holds:
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
   --help           this, and every key of a configuration with its default, range and meaning
   --version        print the version and exit
+
+tlf-train status RUN says where a run stands: alive, stalled, dead and why, its step, losses and best model. RUN is its
+output_dir, or its configuration; --json says it to programs. The exit code is 1 for a run that needs somebody: stalled,
+stopped, diverged, failed or dead. (A configuration file that is called status is trained as ./status.)
 """
 FLAGS = ("--help", "--print_config", "--profile", "--version")
 RESUME = ("auto", "never")
@@ -50,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] == ["status"]:
+        return _status(argv[1:])
     path, resume, overrides, flags = parse(argv)
     if "--version" in flags:
         sys.stdout.write(f"{version()}\n")
@@ -81,17 +88,41 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+def _status(argv: list[str]) -> int:
+    """Say where a run stands. Return 0 if it prepares, runs or has finished, else 1."""
+    from tinyllava_fast.train.status import read_status
+
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(USAGE)
+        return 0
+    runs = [argument for argument in argv if not argument.startswith("-")]
+    if unknown := [argument for argument in argv if argument.startswith("-") and argument != "--json"]:
+        raise UserError(f"{unknown[0]}: unknown flag; {nearest_flag(unknown[0], ['--json']) or 'known: --json'}")
+    if len(runs) != 1:
+        raise UserError(f"tlf-train status takes one run folder, got {len(runs)}: tlf-train status RUN [--json]")
+    run = expand_home(runs[0])
+    if Path(run).is_file():
+        from tinyllava_fast.config.load import load_run
+
+        run = load_run(run).output_dir
+    status = read_status(run)
+    sys.stdout.write((status.as_json() if "--json" in argv else str(status)) + "\n")
+    return 0 if status.well else 1
+
+
 def _registered() -> dict[str, list[str]]:
     """Return the names of all components of a run by the kind of their registry."""
     from tinyllava_fast.data.templates.base import TEMPLATES
+    from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
     from tinyllava_fast.models.connectors.base import CONNECTORS
     from tinyllava_fast.models.llm.base import LLMS
     from tinyllava_fast.models.vision.base import VISION
     from tinyllava_fast.recipes.base import RECIPES
     from tinyllava_fast.registry import Registry
+    from tinyllava_fast.train.loggers.base import LOGGERS
     from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 
-    registries: list[Registry[Any]] = [LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS]
+    registries: list[Registry[Any]] = [LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS, LOGGERS, BENCHMARKS]
     return {registry.kind: registry.names() for registry in registries}
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import (
+    AugmentConfig,
     BatchConfig,
     DataConfig,
     OptimConfig,
@@ -27,12 +28,14 @@ from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import read_records
+from tinyllava_fast.data.split import Split
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import check_recipe, find_recipe
+from tinyllava_fast.train.answers import plan_benchmarks
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.profile import trains
 from tinyllava_fast.train.reading import stage_reading
@@ -82,6 +85,8 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
             find_recipe(stage.recipe)
             TEMPLATES.get(stage.data.template, "data.template")
             next(read_records(stage.data.under(config.data_root).records))
+            if stage.validation.records:
+                next(read_records(_held_out(stage).data.under(config.data_root).records))
 
 
 def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: PictureReading) -> list[Outlook]:
@@ -89,7 +94,7 @@ def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: 
 
     model: of the stage before, no recipe applied; it is left as it is. reading: how that stage reads pictures.
     """
-    found = []
+    found, config = [], run.config
     held = adapter.take(model) if later else None
     for stage in later:
         with of_stage(stage.name):
@@ -97,15 +102,21 @@ def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: 
             reading = stage_reading(stage.data, reading)
             loader = build_loader(run, stage, model, reading)
             found.append(Outlook(loader.steps, average_flops(model, stage, loader)))
+            if stage.validation.has_data:
+                validation_loader(run, stage, model, reading)
+            plan_benchmarks(stage.validation, config.data_root)
     if held is not None:
         adapter.attach(model, held, "the model's adapter")
     return found
 
 
-def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
+def build_loader(
+    run: Readers, stage: StageConfig, model: LMM, reading: PictureReading, *, held_out: bool = False
+) -> Loader:
     """Return the stage's data set in a loader, at the first pack. Raise UserError for data that cannot be trained on.
 
-    reading: how the stage reads pictures, whatever its keys say.
+    reading: how the stage reads pictures, whatever its keys say. held_out: take the records that validation.share holds
+    out, which are otherwise left out.
     """
     config, process = run.config, run.process
     data = replace(stage.data.under(config.data_root), **asdict(reading))
@@ -117,6 +128,7 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
         processor=run.processor,
         tokens_per_image=model.tokens_per_image,
         seed=config.seed,
+        split=Split(share, held_out) if (share := stage.validation.share) else None,
     )
     if not dataset.report.supervised_tokens:
         raise UserError(
@@ -134,6 +146,24 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
         prefetch=config.engine.prefetch,
         pin_memory=process.device.type == "cuda",
     )
+
+
+def validation_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
+    """Return what the stage is validated with in a loader, once through, at the first pack; errors as for training."""
+    try:
+        held = replace(_held_out(stage), batch=replace(stage.batch, packs_per_step=run.process.world_size))
+        return build_loader(run, replace(held, epochs=1.0, max_steps=None), model, reading, held_out=True)
+    except UserError as error:
+        raise type(error)(f"validation: {error}") from error
+
+
+def _held_out(stage: StageConfig) -> StageConfig:
+    """Return a stage whose data is what it is validated with: other records, or its own; never augmented."""
+    data, validation = replace(stage.data, augment=AugmentConfig()), stage.validation
+    if validation.records:
+        folder = validation.image_folder or data.image_folder
+        data = replace(data, records=validation.records, image_folder=folder)
+    return replace(stage, data=data)
 
 
 def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:

@@ -47,6 +47,13 @@ class TrainingEngine(Protocol):
         """Accumulate the gradient of scale * (summed loss of the batch); returns the detached float32 loss sum []."""
         ...
 
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """Return the float32 loss sum of the batch [], without gradients, by the model as it is, in eval mode or not.
+
+        It is never compiled. Between two steps only; every rank calls it equally often.
+        """
+        ...
+
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """Clip, update with each group name's learning rate, clear gradients; returns the norm before clipping []."""
         ...

@@ -122,6 +122,12 @@ class DeepSpeedEngine:
         self._unfinished = True
         return loss.detach()
 
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """See TrainingEngine."""
+        loss: Tensor = self._engine(**self._with_image(batch.to(self.device)).tensors())
+        return loss
+
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""
         for group in self._engine.optimizer.param_groups:

@@ -51,6 +51,12 @@ class TorchEngine:
                 self._optimizer.accumulate()
         return loss.detach()
 
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """See TrainingEngine."""
+        loss: Tensor = type(self.model).forward(self.model, **batch.to(self.device).tensors())
+        return loss
+
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""
         return self._optimizer.step(lrs)
