@@ -259,11 +259,15 @@ class OptimConfig:
     """Applied to matrices only, never to biases, norms and embeddings."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    """After the warm-up. wsd: the peak, then a linear fall over the last ``decay_ratio`` of the steps. inverse_sqrt: by
+    the square root of the steps so far, whatever number is to come."""
     warmup_ratio: Share = 0.03
     """Share of the stage's steps spent in linear warm-up."""
     min_lr_ratio: Share = 0.0
     """Final learning rate as a share of the peak."""
+    decay_ratio: Share = 0.1
+    """wsd only: share of the stage's steps in which the learning rate falls."""
     label_smoothing: Share = 0.0
     """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
     z_loss: NonNegativeFloat = 0.0

@@ -15,7 +15,7 @@ from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import expand_home
 
 USAGE = """\
-usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help]
+usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--dry-run] [--print-config]
        tlf-train status RUN [--json]
 
 Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name;
@@ -27,6 +27,7 @@ of a key that is given twice the last value holds:
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
   --resume PATH    continue from that checkpoint or run folder
   --profile        record two steps of each stage: profile-STAGE.md, .json and .trace.json in output_dir
+  --dry-run        look at everything (files, tokens, memory, schedule) and exit: nothing is trained or written
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
   --help           this, and every key of a configuration with its default, range and meaning
   --version        print the version and exit
@@ -35,9 +36,9 @@ tlf-train status RUN says where a run stands: alive, stalled, dead and why, its 
 output_dir, or its configuration; --json says it to programs. The exit code is 1 for a run that needs somebody: stalled,
 stopped, diverged, failed or dead. (A configuration file that is called status is trained as ./status.)
 """
-FLAGS = ("--help", "--print_config", "--profile", "--version")
+FLAGS = ("--dry_run", "--help", "--print_config", "--profile", "--version")
 RESUME = ("auto", "never")
-_ALIASES = {"-h": "--help", "--print-config": "--print_config"}
+_ALIASES = {"-h": "--help", "--dry-run": "--dry_run", "--print-config": "--print_config"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,9 +78,14 @@ def _run(argv: list[str]) -> int:
     if "--print_config" in flags:
         sys.stdout.write(dump(config))
         return 0
-    from tinyllava_fast.train.loop import train
+    from tinyllava_fast.train.loop import start, train
     from tinyllava_fast.train.run import StopRequest
 
+    if "--dry_run" in flags:
+        from tinyllava_fast.train.dry_run import dry_run
+
+        sys.stdout.write(dry_run(config, start(config, path), resume) + "\n")
+        return 0
     try:
         train(config, resume=resume, profile="--profile" in flags, file=path)
     except StopRequest as stop:
@@ -171,7 +177,7 @@ def _override(argument: str, rest: list[str]) -> str:
 
 
 def _unknown(argument: str, keys: Sequence[str] = ()) -> str:
-    flags = ("--help", "--print-config", "--profile", "--resume", "--version")
+    flags = ("--dry-run", "--help", "--print-config", "--profile", "--resume", "--version")
     hint = nearest_flag(argument, [*flags, *(f"--{key}" for key in keys)]) or f"known: {', '.join(flags)}"
     return f"{argument}: unknown flag; {hint}; a key of the configuration is set by key.path=value"
 

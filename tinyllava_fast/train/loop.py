@@ -27,7 +27,7 @@ from tinyllava_fast.recipes.base import check_engine
 from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.answers import check_answering
 from tinyllava_fast.train.best import LAST, copy_model
-from tinyllava_fast.train.engine.launch import start_process
+from tinyllava_fast.train.engine.launch import Process, start_process
 from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import check_feature_cache
 from tinyllava_fast.train.loggers.base import LOGGERS
@@ -47,18 +47,7 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
     profile: record a few steps of each stage (train/profile.py). file: that the configuration came from, for messages.
     Raises UserError for anything the user can mend, StopRequest after a signal.
     """
-    for stage in config.stages:
-        check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
-        check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
-        check_answering(stage.validation, config.engine, f"stages.{stage.name}")
-    load_plugins(config.plugins)
-    for name in config.loggers:
-        LOGGERS.get(name, f"{file}: loggers" if file else "loggers").check()
-    for stage in config.stages:
-        find_optimizer(stage.optim, f"stages.{stage.name}", file)
-    process = start_process(config.engine)
-    for stage in config.stages:
-        check_optimizer(stage.optim, config.engine, process.device, f"stages.{stage.name}")
+    process = start(config, file)
     if process.device.type == "cpu":
         cpu_pool.install()
     run = Run(config, process)
@@ -74,6 +63,26 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
                 return run.finish()
     finally:
         run.close()
+
+
+def start(config: RunConfig, file: str = "") -> Process:
+    """Check what the configuration alone tells, and return this process, ready to train. Raise UserError.
+
+    file: that the configuration came from, for messages.
+    """
+    for stage in config.stages:
+        check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
+        check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
+        check_answering(stage.validation, config.engine, f"stages.{stage.name}")
+    load_plugins(config.plugins)
+    for name in config.loggers:
+        LOGGERS.get(name, f"{file}: loggers" if file else "loggers").check()
+    for stage in config.stages:
+        find_optimizer(stage.optim, f"stages.{stage.name}", file)
+    process = start_process(config.engine)
+    for stage in config.stages:
+        check_optimizer(stage.optim, config.engine, process.device, f"stages.{stage.name}")
+    return process
 
 
 class Stage:
@@ -219,6 +228,7 @@ class Stage:
             schedule=optim.schedule,
             warmup_ratio=optim.warmup_ratio,
             min_lr_ratio=optim.min_lr_ratio,
+            decay_ratio=optim.decay_ratio,
         )
         return {name: lr * factor for name, lr in self.ready.peak_lrs.items()}
 

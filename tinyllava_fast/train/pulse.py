@@ -75,8 +75,8 @@ class Heart:
         pulse = self.pulse
         pulse["stage"], pulse["stage_step"], pulse["stage_steps"] = stage, stage_step, stage_steps
         pulse["step"], pulse["step_s"], pulse["eta_s"] = step, step_s, eta_s
-        pulse["doing"] = ""
-        if time.monotonic() >= self._next:
+        did, pulse["doing"] = pulse["doing"], ""
+        if did or time.monotonic() >= self._next:
             self._write()
 
     def begin(self, doing: str) -> None:

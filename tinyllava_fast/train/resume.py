@@ -41,7 +41,10 @@ STAGE_FREE = frozenset(
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
 STAGE_GOES_ON = frozenset(
     {
-        *(f"optim.{k}" for k in "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio".split()),
+        *(
+            f"optim.{k}"
+            for k in "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio".split()
+        ),
         *(f"recipe.{k}.lr" for k in ("llm", "vision", "connector")),
         "max_steps",
         "epochs",
