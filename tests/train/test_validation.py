@@ -174,7 +174,10 @@ def test_mistakes_are_found_before_the_first_stage_trains(tiny_run: TinyRun) -> 
     path = tiny_run()
     key = "stages.finetune.validation"
     for override, message in (
-        (f"{key}.records=nowhere.json", r"stages\.finetune.*nowhere\.json: cannot read the records"),
+        (
+            f"{key}.records=nowhere.json",
+            r"nowhere\.json: .*\(stages\.finetune\.validation\.records of a run\)",
+        ),
         (f"{key}.share=0.0001", r"validation\.share: 0\.0001 holds out none of its records; raise it"),
     ):
         with pytest.raises(UserError, match=message):

@@ -24,6 +24,7 @@ from tinyllava_fast.config.schema import (
     RunConfig,
     StageConfig,
 )
+from tinyllava_fast.config.validation import ValidationConfig
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
@@ -50,7 +51,13 @@ class Readers(Protocol):
     processor: BaseImageProcessor
 
 
-_SECTIONS = {"data": DataConfig, "batch": BatchConfig, "recipe": RecipeConfig, "optim": OptimConfig}
+_SECTIONS = {
+    "data": DataConfig,
+    "batch": BatchConfig,
+    "recipe": RecipeConfig,
+    "optim": OptimConfig,
+    "validation": ValidationConfig,
+}
 _KEYS = re.compile(
     r"(?<![\w./\\-])(?:" + "|".join(rf"{s}\.{f.name}\b" for s, cls in _SECTIONS.items() for f in fields(cls)) + ")"
 )
@@ -78,6 +85,18 @@ def of_stage(name: str) -> Iterator[None]:
         raise kind(text if _NAMED.search(text) or f"stages.{name}" in text else f"stages.{name}: {text}") from error
 
 
+@contextmanager
+def of_validation(stage: StageConfig) -> Iterator[None]:
+    """Name the keys of the validation, where it has records of its own, in the error of what happens inside."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key in ("records", "image_folder") if stage.validation.records else ():
+            text = text.replace(f"data.{key}", f"validation.{key}")
+        raise type(error)(text if "validation" in text else f"validation: {text}") from error
+
+
 def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
     """Look at the names and the first record of each stage; UserError. It costs next to nothing, so it comes first."""
     for stage in stages:
@@ -86,7 +105,8 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
             TEMPLATES.get(stage.data.template, "data.template")
             next(read_records(stage.data.under(config.data_root).records))
             if stage.validation.records:
-                next(read_records(_held_out(stage).data.under(config.data_root).records))
+                with of_validation(stage):
+                    next(read_records(_held_out(stage).data.under(config.data_root).records))
 
 
 def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: PictureReading) -> list[Outlook]:
@@ -150,11 +170,9 @@ def build_loader(
 
 def validation_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
     """Return what the stage is validated with in a loader, once through, at the first pack; errors as for training."""
-    try:
+    with of_validation(stage):
         held = replace(_held_out(stage), batch=replace(stage.batch, packs_per_step=run.process.world_size))
         return build_loader(run, replace(held, epochs=1.0, max_steps=None), model, reading, held_out=True)
-    except UserError as error:
-        raise type(error)(f"validation: {error}") from error
 
 
 def _held_out(stage: StageConfig) -> StageConfig:

@@ -39,12 +39,10 @@ STAGE_FREE = frozenset(
     }
 )
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
+_OPTIM = "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio"
 STAGE_GOES_ON = frozenset(
     {
-        *(
-            f"optim.{k}"
-            for k in "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio".split()
-        ),
+        *(f"optim.{k}" for k in _OPTIM.split()),
         *(f"recipe.{k}.lr" for k in ("llm", "vision", "connector")),
         "max_steps",
         "epochs",

@@ -33,7 +33,7 @@ from tinyllava_fast.train.profile import StepProfiler
 from tinyllava_fast.train.reading import settle_reading
 from tinyllava_fast.train.run import Run
 from tinyllava_fast.train.standing import interval
-from tinyllava_fast.train.validation import Validator, cost_of
+from tinyllava_fast.train.validation import Validator, cost_of, shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     if config.validation.on:
         every = interval(config.validation, loader.steps, cost)
         validator = Validator(config, model, engine, held_out, answering, every=every, features=features)
-        _go_on_validating(run, config)
+        _go_on_validating(run, config, engine)
     if resumed is not None and run.state.stage_step > 0:
         _restore_optimizer(engine, resumed, run.process.rank)
     return ReadyStage(
@@ -240,11 +240,12 @@ def _open_answering(run: Run, stage: StageConfig, held_out: Loader | None) -> An
     )
 
 
-def _go_on_validating(run: Run, stage: StageConfig) -> None:
+def _go_on_validating(run: Run, stage: StageConfig, engine: TrainingEngine) -> None:
     """Let the state have a standing for the stage, and the best model that it tells of lie where it is looked for."""
-    run.state.validation.setdefault(stage.name, {})
+    standing = run.state.validation.setdefault(stage.name, {})
     if run.main and stage.validation.keep == "best":
         run.best.recover(run.state, run.checkpoint)
+    run.state.validation[stage.name] = shared(engine, standing)
 
 
 def _profiler(run: Run, stage: StageConfig, model: LMM) -> StepProfiler:

@@ -20,7 +20,7 @@ from tinyllava_fast.train.standing import numbers_of
 
 PATIENCE_S = 60.0  # a step that takes longer than this, and than
 PATIENCE_STEPS = 20  # so many average ones, stalls
-LONG_S = 3600.0  # what is said to take long stalls only after that
+LONG_S = 900.0  # what is said to take long stalls only after that
 
 Verdict = Literal["preparing", "running", "stalled", "finished", "stopped", "diverged", "failed", "dead", "unknown"]
 

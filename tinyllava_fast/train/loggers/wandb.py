@@ -57,7 +57,7 @@ class WandB:
 
     def close(self) -> None:
         """See Logger."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _package() -> ModuleType:
