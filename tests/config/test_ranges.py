@@ -31,11 +31,12 @@ VALUES: dict[str, Any] = {
     "list of nan": [NAN, NAN, NAN], "list of a list": [[1, 2, 3]], "mapping": {}, "mapping of null": {"a": None},
     "mapping of nan": {"a": {"b": [NAN]}}, "key 1": {1: 1}, "true": True, "false": False,
 }  # fmt: skip
+ITEM = {"name": "s", "data": "x"}
 STAGE = {"name": "s", "data": {}}
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every value below a dataclass; stages.s is the stage."""
+    """(dotted key, type) of every value below a dataclass; stages.s is the stage, s an item of another list."""
     for name, hint in get_type_hints(cls, include_extras=True).items():
         key = f"{prefix}.{name}" if prefix else name
         section = section_of(hint)
@@ -49,9 +50,9 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
     """A mapping of RunConfig in which nothing stands but a stage and the value."""
     tree: dict[str, Any] = {"stages": [{"name": "s", "data": {}}]}
     node: Any = tree
-    *parents, last = key.replace("stages.s.", "stages.0.").split(".")
-    for part in parents:
-        node = node[0] if part == "0" else node.setdefault(part, {})
+    *parents, last = key.replace(".s.", ".0.").split(".")
+    for part, following in zip(parents, [*parents[1:], last], strict=True):
+        node = node[0] if part == "0" else node.setdefault(part, [dict(ITEM)] if following == "0" else {})
     node[last] = value
     return tree
 
@@ -121,7 +122,7 @@ RUN_LEAVES = dict(leaves(RunConfig))
 @pytest.mark.parametrize("key", RUN_LEAVES)
 def test_every_key_of_a_run(key: str) -> None:
     hint = RUN_LEAVES[key]
-    named = key.replace("stages.s.name", "stages[0].name")  # a stage whose name is wrong has an index only
+    named = re.sub(r"\.s\.name$", "[0].name", key)  # a stage whose name is wrong has an index only
     assert not check(
         lambda value: parse_into(RunConfig, with_value(key, value), "run.yaml"), hint, f"run.yaml: {named}"
     )
@@ -269,7 +270,7 @@ def test_help_shows_ranges_and_the_defaults_that_hold() -> None:
     lines = text.splitlines()
     pairs = zip(lines, [*lines[1:], ""], strict=True)
     bare = [line for line, below in pairs if not line.startswith("   ") and not below.startswith("      ")]
-    assert [line.split(":")[0].split(".")[-1] for line in bare] == ["schedule", "type"], "a key without a help line"
+    assert [line.split(":")[0].split(".")[-1] for line in bare] == ["type"], "a key without a help line"
 
 
 def test_defaults_are_allowed() -> None:

@@ -66,4 +66,4 @@ def test_the_highest_score_is_best_and_another_metric_begins_anew() -> None:
 )
 def test_settings_that_contradict_are_refused(keys: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ValidationConfig(**keys)  # type: ignore[arg-type]
+        ValidationConfig(**keys).check("run.yaml: stages.s.validation")  # type: ignore[arg-type]

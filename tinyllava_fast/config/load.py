@@ -170,6 +170,8 @@ def _check_run(run: RunConfig, where: str) -> None:
     if not run.stages:
         raise UserError(f"{where}: stages: empty; a run needs at least one stage")
     _check_stage_names([stage.name for stage in run.stages], where)
+    for stage in run.stages:
+        stage.validation.check(f"{where}: stages.{stage.name}.validation")
     _check_model(run.model, where)
     if os.path.exists(run.output_dir) and not os.path.isdir(run.output_dir):
         raise UserError(f"{where}: output_dir: {run.output_dir} is a file; name a folder")

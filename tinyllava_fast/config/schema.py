@@ -268,6 +268,9 @@ class OptimConfig:
     """Final learning rate as a share of the peak."""
     decay_ratio: Share = 0.1
     """wsd only: share of the stage's steps in which the learning rate falls."""
+    ema: ShareBelowOne = 0.0
+    """Decay of a running mean of the trained weights (0.999 remembers about 1,000 steps): what validation looks at, and
+    what the stage ends with, instead of the weights of its last step. 0: none."""
     label_smoothing: Share = 0.0
     """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
     z_loss: NonNegativeFloat = 0.0

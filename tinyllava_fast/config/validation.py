@@ -64,20 +64,27 @@ class ValidationConfig:
     patience: NonNegativeInt = 0
     """End the stage after so many validations in a row that were no better than the best; 0: never."""
 
-    def __post_init__(self) -> None:
+    def check(self, where: str) -> None:
+        """Raise UserError for keys that contradict each other. where: file and dotted key of the section."""
+        if said := self._contradiction():
+            raise UserError(f"{where}.{said}")
+
+    def _contradiction(self) -> str:
+        """Return a key and what is wrong with it beside the others; "" if nothing is."""
         if self.records and self.share:
-            raise UserError("share: given beside records; validation has one source, keep one of the two")
+            return "share: given beside records; validation has one source, keep one of the two"
         if self.image_folder and not self.records:
-            raise UserError("image_folder: given without records; name the records, or leave it out")
+            return "image_folder: given without records; name the records, or leave it out"
         names = [benchmark.name for benchmark in self.benchmarks]
         if twin := next((name for name in names if names.count(name) > 1), ""):
-            raise UserError(f"benchmarks: {twin!r} is named twice; keep one of them")
+            return f"benchmarks: {twin!r} is named twice; keep one of them"
         if self.metric != LOSS and self.metric not in names:
             known = ", ".join([LOSS, *names])
-            raise UserError(f"metric: {self.metric!r} is neither the loss nor one of the benchmarks; known: {known}")
+            return f"metric: {self.metric!r} is neither the loss nor one of the benchmarks; known: {known}"
         if self.metric == LOSS and not self.has_data and (self.keep == "best" or self.patience):
             what = "keep: best" if self.keep == "best" else f"patience: {self.patience}"
-            raise UserError(f"{what} goes by a validation loss, which needs records or a share: give one of them")
+            return f"{what} goes by a validation loss, which needs records or a share: give one of them"
+        return ""
 
     @property
     def has_data(self) -> bool:

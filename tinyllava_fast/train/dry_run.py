@@ -177,8 +177,9 @@ def _kept_bytes(config: RunConfig, stage: StageConfig, model: LMM, world_size: i
     skeleton.to(dtype)
     sizes = state_bytes(skeleton, OPTIMIZERS.get(stage.optim.type).moment_bytes)
     weights = sum(count for name, count in sizes.items() if not name.endswith("optimizer"))
-    optimizer = sum(count for name, count in sizes.items() if name.endswith("optimizer"))
     learnt = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    optimizer = sum(count for name, count in sizes.items() if name.endswith("optimizer"))
+    optimizer += 4 * learnt if stage.optim.ema else 0
     several = stage.batch.packs_per_step > world_size and dtype != torch.float32  # summed in float32
     gradients = learnt * (4 if several else dtype.itemsize)
     shards = [world_size if engine.type == "deepspeed" and engine.zero_stage >= level else 1 for level in (1, 2, 3)]

@@ -33,6 +33,7 @@ from tinyllava_fast.train.features import check_feature_cache
 from tinyllava_fast.train.loggers.base import LOGGERS
 from tinyllava_fast.train.lr_schedule import lr_factor
 from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes
+from tinyllava_fast.train.optim import MEAN
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
@@ -301,7 +302,13 @@ class Stage:
         self.engine.barrier()
 
     def _save_model(self, folder: Path) -> None:
-        run = self.run
+        """Write the model, with the running means of its weights if there are any. Every rank calls it."""
+        with self.engine.averaged():
+            self._write_model(folder)
+        self.engine.barrier()
+
+    def _write_model(self, folder: Path) -> None:
+        run, kept = self.run, MEAN if self.config.optim.ema else "master/"
         weights = {item.name: item.fetch() for item in self.engine.model_state()}
         weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
         # The next stage begins from the optimizer's float32 masters, not from weights rounded to the training dtype. An
@@ -309,11 +316,10 @@ class Stage:
         following = self.state.stage_index + 1 < len(run.config.stages)
         exact = set(weights if following else adapter.parameter_names(self.model))
         for item in self.engine.optimizer_state():
-            name = item.name.removeprefix("master/")
+            name = item.name.removeprefix(kept)
             if name != item.name and name in exact:
                 weights[name] = item.fetch()
         if following:
             weights = {name: tensor.float() for name, tensor in weights.items()}
         if run.main:
             io.save_model(self.model, run.tokenizer, run.processor, folder, state_dict=weights)
-        self.engine.barrier()

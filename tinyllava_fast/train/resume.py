@@ -39,7 +39,7 @@ STAGE_FREE = frozenset(
     }
 )
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
-_OPTIM = "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio"
+_OPTIM = "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema"
 STAGE_GOES_ON = frozenset(
     {
         *(f"optim.{k}" for k in _OPTIM.split()),

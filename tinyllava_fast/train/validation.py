@@ -84,7 +84,7 @@ class Validator:
     def validate(self, standing: Standing, step: int) -> Validation:
         """Validate the model as it is now, note the result in the standing, and return it. Every rank calls it."""
         started = time.perf_counter()
-        with _untouched(self._model):
+        with _untouched(self._model), self._engine.averaged():
             self._model.set_loss(label_smoothing=0.0, z_loss=0.0)
             try:
                 found = self._loss(self._loader) if self._loader is not None else Validation()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +59,10 @@ class TrainingEngine(Protocol):
         """Clip, update with each group name's learning rate, clear gradients; returns the norm before clipping []."""
         ...
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the weights are their running means, if optim.ema keeps any."""
+        ...
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks (in place and returned)."""
         ...
@@ -73,7 +78,8 @@ class TrainingEngine(Protocol):
     def optimizer_state(self) -> Sequence[LazyTensor]:
         """Everything the optimizer knows, in a layout that depends neither on the engine nor on the number of ranks.
 
-        "step" [] float32; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>".
+        "step" [] float32; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>";
+        "ema/<weight>", the running means of optim.ema.
         """
         ...
 

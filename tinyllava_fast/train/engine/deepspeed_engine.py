@@ -11,6 +11,7 @@ Three things keep the mathematics that of one process (tests/train/engine/test_d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -135,6 +136,10 @@ class DeepSpeedEngine:
         self._engine.step()
         self._unfinished = False
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See TrainingEngine: it keeps none (check_means)."""
+        return nullcontext()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """See TrainingEngine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,10 @@ class TorchEngine:
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""
         return self._optimizer.step(lrs)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See TrainingEngine."""
+        return self._optimizer.averaged()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """See TrainingEngine."""

@@ -114,6 +114,11 @@ def find_optimizer(optim: OptimConfig, stage: str = "stages.*", file: str = "") 
 
 
 def check_optimizer(optim: OptimConfig, engine: EngineConfig, device: torch.device, stage: str) -> None:
-    """Raise UserError for an optimizer that this engine or device does not have."""
+    """Raise UserError for an optimizer that this engine or device does not have, and for means that it cannot keep."""
+    if optim.ema and engine.type == "deepspeed" and engine.zero_stage > 0:
+        raise UserError(
+            f"{stage}.optim.ema with engine.zero_stage: {engine.zero_stage}, which holds a part of the weights in each "
+            "process; set zero_stage: 0, or ema: 0"
+        )
     found, _ = find_optimizer(optim, stage)
     found.check(engine, device, f"{stage}.optim.type: {optim.type}")
