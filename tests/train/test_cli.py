@@ -40,7 +40,7 @@ def test_arguments():
         (["a.yaml", "--resume="], "expected auto, never or a path"),
         (["a.yaml", "--resume", "--profile"], "expected auto, never or a path"),
         (["a.yaml", "--seed", "--profile"], "--seed: expected a value"),
-        (["a.yaml", "--wet"], "--wet: unknown flag; known: --dry-run, --help, --print-config, --profile, --resume, --ver"),
+        (["a.yaml", "--wet"], "--wet: unknown flag; known: --dry-run, --help, --print-config, --profile, --resume"),
         (["a.yaml", "--print-confg"], r"--print-confg: unknown flag; did you mean --print-config\?"),
         (["a.yaml", "--resum=never"], r"unknown flag; did you mean --resume\?"),
         (["a.yaml", "--sed", "3"], r"unknown flag; did you mean --seed\?"),
