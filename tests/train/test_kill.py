@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.train.test_validation import validations
 from tinyllava_fast.train.cli import main
 
 SHAPE = {
@@ -79,7 +80,8 @@ def hunt(server, path: Path, run: Path, kills: int, seed: int) -> tuple[int, int
     return hits, in_save
 
 
-def check(server, tiny_run, losses, kills: int, **changes) -> None:
+def check(server, tiny_run, losses, kills: int, **changes) -> Path:
+    """Compare a run that is killed with a whole one, in the folders run and whole beside the YAML that is returned."""
     path = tiny_run(**{**SHAPE, **changes})
     whole, run = path.parent / "whole", path.parent / "run"
     child = start(server, path, whole)
@@ -90,6 +92,7 @@ def check(server, tiny_run, losses, kills: int, **changes) -> None:
     final, twin = ((r / "final" / "model.safetensors").read_bytes() for r in (run, whole))
     assert final == twin
     assert hits == kills and in_save >= kills // 4
+    return path
 
 
 def test_workers_end_with_a_run_that_is_killed(server, tiny_run):
@@ -113,3 +116,13 @@ def test_three_kills(server, tiny_run, losses):
 @pytest.mark.slow
 def test_twenty_kills(server, tiny_run, losses):
     check(server, tiny_run, losses, 20, stages__finetune__max_steps=300)
+
+
+def test_kills_do_not_change_validations_best_models_or_an_early_end(server, tiny_run, losses):
+    validation = {"share": 0.3, "every_steps": 2, "keep": "best", "patience": 4, "samples": 2, "max_new_tokens": 3}
+    changes = {"stages__finetune__validation": validation, "stages__finetune__optim__lr": 0.03, "log_every": 3}
+    path = check(server, tiny_run, losses, 3, **changes)
+    found, expected = (validations(path.parent / name) for name in ("run", "whole"))
+    assert found == expected and len(found) > 4
+    best, twin = ((path.parent / name / "last" / "finetune" / "model.safetensors") for name in ("run", "whole"))
+    assert best.read_bytes() == twin.read_bytes()

@@ -47,8 +47,8 @@ class ValidationConfig:
     """Share of the stage's own images whose records are held out instead: no picture is both trained on and validated
     with. Records without a picture are held out by their text."""
     every_steps: NonNegativeInt | None = None
-    """Steps between validations; 0: only at the end. None: up to ten times in a stage, at less than 3 % of its work
-    by the count of FLOPs."""
+    """Steps between validations; 0: only at the end. None: up to ten times in a stage, as far as they take no more
+    than 2 % of its FLOPs."""
     max_packs: PositiveInt | None = None
     """Most packs that a validation reads, drawn at random, the same each time; None: all."""
     samples: NonNegativeInt = 8
