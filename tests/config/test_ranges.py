@@ -51,7 +51,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {"stages": [{"name": "s", "data": {}}]}
     node: Any = tree
     *parents, last = key.replace(".s.", ".0.").split(".")
-    for part, following in zip(parents, [*parents[1:], last], strict=True):
+    for part, following in zip(parents, [*parents[1:], last], strict=False):
         node = node[0] if part == "0" else node.setdefault(part, [dict(ITEM)] if following == "0" else {})
     node[last] = value
     return tree
