@@ -64,6 +64,9 @@ def test_the_table_holds_the_answers_of_the_saved_model(tiny_run: TinyRun) -> No
     assert set(standing["answers_before"]) == set(answers)
     page = (run / "index.html").read_text()
     assert "answer before" in page and all(sample.truth in page for sample in samples)
+    (run / "index.html").unlink()
+    train(config)
+    assert samples[0].truth in (run / "index.html").read_text(), "a resumed run remembers its samples"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard" / "finetune")).Reload()

@@ -100,6 +100,8 @@ class Stage:
         """Train to the end of the stage and save its model folder."""
         total, run, ready = self.state.stage_steps, self.run, self.ready
         run.open()
+        if ready.validator and "answers" in (standing := self.state.validation[self.state.stage]):
+            run.show(ready.validator.table(standing), again=True)  # of before a resumption
         ahead = sum(o.steps * o.flops for o in (run.outlooks or [])[self.state.stage_index + 1 :])
         done, later = self.state.stage_step, ahead / max(ready.flops, 1.0)
         progress = Progress(self.config.name, total, done=done, later=later, show=run.main)

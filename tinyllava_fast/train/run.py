@@ -125,10 +125,11 @@ class Run:
             self.metrics.write(entry)
             self.page.add(entry, self.heart.pulse)
 
-    def show(self, rows: Sequence[SampleRow]) -> None:
-        """Show what the model answers to the samples of its stage."""
+    def show(self, rows: Sequence[SampleRow], *, again: bool = False) -> None:
+        """Show what the model answers to the samples of its stage. again: the loggers have seen it."""
         if self.metrics and self.page and rows:
-            self.metrics.samples(self.state.stage, self.state.step, rows)
+            if not again:
+                self.metrics.samples(self.state.stage, self.state.step, rows)
             self.page.show(self.state.stage, rows)
 
     def beat(self, step_s: float, eta_s: float) -> None:

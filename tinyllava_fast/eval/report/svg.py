@@ -11,7 +11,7 @@ from tinyllava_fast.eval.report.data import Curve
 from tinyllava_fast.eval.types import Histogram
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 44, 22, 30, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 22, 30, 40
 
 
 @dataclass(frozen=True)
