@@ -90,6 +90,11 @@ def test_a_finished_run_by_folder_and_by_configuration(tiny_run: TinyRun, capsys
         code, said = ask(capsys, asked)
         assert code == 0 and "finished" in said and "step 8 of 8 (run: step 12)" in said
         assert re.search(r"best: step \d+, validation loss \d\.\d{4}", said) and "newest checkpoint" not in said
+    code = (
+        "import sys; from tinyllava_fast.train.status import read_status; assert read_status(sys.argv[1]).well;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path.parent / "run")], check=True)  # it answers at once
     page = (path.parent / "run" / "index.html").read_text()
     assert "finished" in page and "http-equiv" not in page and "Validation loss" in page
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page

@@ -6,10 +6,11 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from tinyllava_fast.train.metrics import Entry
-from tinyllava_fast.train.standing import Validation
+if TYPE_CHECKING:  # tlf-train status is to answer at once, without torch
+    from tinyllava_fast.train.metrics import Entry
+    from tinyllava_fast.train.standing import Validation
 
 MOST = 1500  # points of a series; then every second one goes
 
@@ -56,7 +57,7 @@ class History:
             with path.open(encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     try:
-                        history.add(cast(Entry, json.loads(line)))
+                        history.add(cast("Entry", json.loads(line)))
                     except (ValueError, KeyError, TypeError, AttributeError):
                         continue
         return history

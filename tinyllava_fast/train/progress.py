@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast.log import log
 from tinyllava_fast.pace import Pace
-from tinyllava_fast.train.metrics import Entry
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+
+    from tinyllava_fast.train.metrics import Entry
 
 _FIELDS = (
     "loss {loss:.4f} · {samples_per_s:.1f} samples/s · {tokens_per_s:.0f} tok/s · "

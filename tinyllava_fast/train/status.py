@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.history import History
 from tinyllava_fast.train.progress import format_seconds
 from tinyllava_fast.train.pulse import FILE, LOCK, Pulse
@@ -46,6 +45,7 @@ class Status:
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     best: dict[str, object] = field(default_factory=dict)
     checkpoint: str = ""
+    """The newest one, of a run that needs somebody."""
 
     @property
     def well(self) -> bool:
@@ -69,7 +69,7 @@ class Status:
                 lines.append(f"  {name}: " + ", ".join(f"{value:.4f} (step {step:,})" for step, value in values))
         if self.best:
             lines.append(f"  best: step {self.best['step']:,}, {self.best['said']}")
-        if self.checkpoint and self.state not in ("finished", "running", "preparing"):
+        if self.checkpoint:
             lines.append(f"  newest checkpoint: {self.checkpoint}; the same tlf-train command goes on from it")
         if self.why:
             lines.append("  why: " + self.why.replace("\n", "\n       "))
@@ -94,8 +94,11 @@ def read_status(run: str | Path) -> Status:
         status.updated_s_ago = max(now - pulse["updated"], 0.0)
         status.why = pulse["why"] if state not in ("running", "stalled", "preparing") else ""
     _add_numbers(status, folder)
-    newest = CheckpointStore(folder / "checkpoints", 1).latest()
-    status.checkpoint = str(newest) if newest else ""
+    if not status.well:
+        from tinyllava_fast.train.checkpoint import CheckpointStore  # with torch, which takes its seconds
+
+        newest = CheckpointStore(folder / "checkpoints", 1).latest()
+        status.checkpoint = str(newest) if newest else ""
     return status
 
 
