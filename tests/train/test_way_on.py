@@ -278,8 +278,8 @@ _INERT = {
     schema.VisionConfig: "type path config feature_layer feature_select image_mean image_std options",
     schema.ConnectorConfig: "type path options",
     schema.StageConfig: "name data recipe optim batch validation epochs max_steps",
-    schema.ValidationConfig: "records image_folder share every_steps max_packs samples max_new_tokens benchmarks metric "
-    "keep patience",
+    schema.ValidationConfig: "records image_folder share every_steps max_packs samples max_new_tokens benchmarks "
+    "metric keep patience",
     schema.DataConfig: "records image_folder template turns masks turns_per_sample image_mode image_grid orientation "
     "background augment feature_cache on_bad_image overlong max_tokens",
     schema.AugmentConfig: "hflip vflip shift keep_inside scale rotate",
