@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -18,15 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tinyllava_fast.data.dataset import PackedDataset
+from tinyllava_fast.data.dataset import ORDER, PackedDataset
 from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.data.workers import prepare_worker, signals_held
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.fields import Fields
 from tinyllava_fast.log import log
 
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
 T = TypeVar("T")
 Wire = dict[str, Any]  # the fields of a PackedBatch, its tensors as numpy arrays
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
@@ -93,19 +87,25 @@ class Loader:
     def state_dict(self) -> dict[str, object]:
         """Return the position after the packs consumed so far; packs that workers prepared ahead do not count."""
         epoch, pack = self._locate(self._position)
-        checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.store.sources()}
-        return {"epoch": epoch, "pack": pack, **checks, "skipped": list(self.skipped)}
+        checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.source.store.sources()}
+        return {"epoch": epoch, "pack": pack, "order": ORDER, **checks, "skipped": list(self.skipped)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go to a saved position. CheckpointError if the data or the packing is not what it was."""
         saved = Fields(state, "the position in the data", CheckpointError)
+        if saved.integer("order", 1) != ORDER:
+            raise CheckpointError(
+                f"{self.dataset.data.records}: the checkpoint is of a version that put the packs of an epoch in "
+                "another order, so its position in the data means nothing here; finish the run with the version that "
+                "began it, or start over with another output_dir or --resume never"
+            )
         if saved.integer("fingerprint") != self.dataset.fingerprint:
             raise CheckpointError(
                 f"{self.dataset.data.records}: the records or the tokenizer's files differ from those of the "
                 "checkpoint, so its position in the data means nothing; put them back as they were"
                 f"{self._left_out()}, or start over with another output_dir or --resume never"
             )
-        if saved.integer("sources", sources := self.dataset.store.sources()) != sources:
+        if saved.integer("sources", sources := self.dataset.source.store.sources()) != sources:
             log.warning(
                 "%s: record ids or image paths differ from those of the checkpoint, the tokens do not: going on; are "
                 "these the same images?",
@@ -118,7 +118,7 @@ class Loader:
     def _left_out(self) -> str:
         """Return another possible reason for a changed plan: pictures whose size, and so token count, is unknown."""
         skipped = self.dataset.skipped
-        if not skipped or not self.dataset.files.grid:
+        if not skipped or not self.dataset.source.files.grid:
             return ""
         return (
             f", and so the pictures of {len(skipped)} records that are left out: image_mode=anyres takes the number of "
@@ -137,10 +137,10 @@ class Loader:
             multiprocessing_context="fork" if self.workers else None,
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_same,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=_prepare,
             generator=torch.Generator().manual_seed(0),  # else it draws from torch's global generator
         )
-        with _signals_held():
+        with signals_held():
             self._stream = iter(source)
         workers = getattr(self._stream, "_workers", [])
         self._end_workers = Finalize(self._stream, _kill, (workers,), exitpriority=0)
@@ -238,23 +238,5 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
         worker.join()
 
 
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let signals wait while workers start, who inherit that: a signal to the whole process group spares them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _prepare_worker(worker: int) -> None:
-    """Leave signals to the main process, which stops the workers; keep what was inherited out of garbage collection.
-
-    A main process that is killed stops nobody: the kernel then ends its workers, which would wait for it for ever.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):  # not Linux: the DataLoader's own watch has to do
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects
+def _prepare(worker: int) -> None:
+    prepare_worker()

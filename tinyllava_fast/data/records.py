@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from io import BufferedIOBase, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -52,27 +53,33 @@ class Record:
         return f"record {self.index} (id {self.id!r}, line {self.line})"
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_records(path: str | Path, opened: Callable[[BufferedIOBase], object] | None = None) -> Iterator[Record]:
     """Yield the records of a file, one at a time, in order.
 
     A file that begins with ``[`` is a JSON list, any other one JSONL. DataError for a missing or empty file, malformed
     JSON, and any record that is not {id?, image?, conversations: [{from, value}, ...]} with human and gpt in turn.
-    image: one path, or a list of paths, which may also be called images.
+    image: one path, or a list of paths, which may also be called images. opened: told the file, whose position is about
+    where the reader is.
     """
     empty, path = True, Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as stream:
+        with path.open("rb") as file, TextIOWrapper(file, encoding="utf-8-sig") as stream:
+            if opened is not None:
+                opened(file)
             for index, (line, value) in enumerate(_values(path, stream)):
                 empty = False
                 yield _record(path, index, line, value)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the records: {error.strerror}; check the path (data.records of a run)"
-        ) from error
+        raise unreadable(path, error) from error
     if empty:
         raise DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
+
+
+def unreadable(path: str | Path, error: OSError) -> DataError:
+    """Return the error for a file of records that cannot be read."""
+    return DataError(f"{path}: cannot read the records: {error.strerror}; check the path (data.records of a run)")
 
 
 def check_turns(path: str | Path, record: Record, template: Template) -> None:

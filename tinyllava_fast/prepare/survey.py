@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyllava_fast.data.dataset import chunks
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.data.pictures import is_url
 from tinyllava_fast.data.records import Record, check_turns, encode_records, read_records
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX
+from tinyllava_fast.data.workers import chunks
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import shown
 

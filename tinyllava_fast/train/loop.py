@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.loader import STOP_SIGNALS
 from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.data.workers import STOP_SIGNALS
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io

@@ -17,7 +17,7 @@ import torch
 
 from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.loader import STOP_SIGNALS
+from tinyllava_fast.data.workers import STOP_SIGNALS
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.files import TMP, atomic_folder, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes

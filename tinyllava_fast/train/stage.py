@@ -142,7 +142,7 @@ def _open_loader(run: Run, stage: StageConfig, model: LMM, reading: PictureReadi
         template=data.template,
         turns=data.turns,
         image_mode=data.image_mode,
-        image_grid=loader.dataset.files.grid,
+        image_grid=loader.dataset.source.files.grid,
         reading=reading,
     )
     return loader
