@@ -111,7 +111,7 @@ def test_a_limit_that_is_no_number(text, monkeypatch):
 
 
 def test_the_ones_used_longest_ago_go_first(tokens, monkeypatch):
-    monkeypatch.setenv(shelf.LIMIT, str(25_000 / 2**30))
+    monkeypatch.setenv(shelf.LIMIT, str(30_000 / 2**30))
     held = shelf.take("k0", DTYPES, Maker(1000), "what")  # 8 kB each
     for number in (1, 2):
         shelf.take(f"k{number}", DTYPES, Maker(1000), "what")

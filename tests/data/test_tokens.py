@@ -17,8 +17,8 @@ from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import DataError
 
 CHAT = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}user: {{ m.content }}</s>assistant:{% else %} {{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -85,7 +85,7 @@ def test_what_tokens_depend_on_makes_others(data, tokenizer, kept, folder, monke
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "chat_template", CHAT)
         assert made(replace(data, template="tokenizer")) == 6
-        patch.setattr(tokenizer, "chat_template", CHAT.replace("user", "USER ") + " ")
+        patch.setattr(tokenizer, "chat_template", CHAT.replace("user:", "USER:"))
         assert made(replace(data, template="tokenizer")) == 7
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "_CODE", ("records.py",))

@@ -68,7 +68,7 @@ class Columns:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         index = read_object(folder / INDEX)
-        parts = {name: index.mapping(name).values for name in ("columns", "facts")}
+        parts = {name: dict(index.mapping(name).values) for name in ("columns", "facts")}
         if index.integer("crc32") != _checksum(parts):
             raise DataError(f"{folder / INDEX}: damaged")
         self.facts: dict[str, int] = parts["facts"]

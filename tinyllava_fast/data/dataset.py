@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -12,7 +13,7 @@ from PIL import Image
 
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import collate
-from tinyllava_fast.data.images import to_pixels
+from tinyllava_fast.data.images import levels_table, pixel_shape, to_levels
 from tinyllava_fast.data.source import Source
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.types import PackedBatch
@@ -60,6 +61,7 @@ class PackedDataset:
         self.report = self.source.report
         self.skipped = self.source.skipped
         self.lengths, self.images, self.segments = self.source.lengths, self.source.images, self.source.segments
+        self._table = levels_table(processor)
         self._plans: dict[int, list[np.ndarray]] = {}
         limits = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
         self.fingerprint: int = crc32(repr((self.source.fingerprint, seed, tokens_per_image, limits)).encode())
@@ -67,6 +69,15 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the largest pack's pixels in 8 bits; 0 where they are not sent as such, or no sample has any."""
+        if self._table is None or not self.images.any():
+            return 0
+        multiple = self.batch.image_multiple
+        most = -(-self.batch.max_images // multiple) * multiple
+        return most * math.prod(pixel_shape(self.processor))
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The packs of an epoch as arrays of sample numbers; a pure function of the data, the seed and the epoch.
@@ -76,8 +87,11 @@ class PackedDataset:
         if epoch not in self._plans:
             limits = self.batch
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-            needs = (torch.from_numpy(column[order]) for column in (self.lengths, self.images, self.segments))
-            packs = pack_plan(*needs, limits.tokens, limits.max_images, limits.max_segments, limits.lookahead)
+            lengths, images, segments = (
+                torch.from_numpy(column[order]) for column in (self.lengths, self.images, self.segments)
+            )
+            most = (limits.tokens, limits.max_images, limits.max_segments, limits.lookahead)
+            packs = pack_plan(lengths, images, segments, *most)
             by_pack = torch.argsort(packs, stable=True).numpy()
             bounds = np.cumsum(torch.bincount(packs).numpy())[:-1]
             filled = np.split(order[by_pack], bounds)
@@ -88,7 +102,11 @@ class PackedDataset:
         return self._plans[epoch]
 
     def pack(self, epoch: int, indices: Iterable[int]) -> PackedBatch:
-        """One pack: images decoded, augmented by (seed, epoch, record, image) and normalized, tokens laid out.
+        """Return ``levels`` of a pack with its pixels normalized."""
+        return self.levels(epoch, indices).to("cpu")
+
+    def levels(self, epoch: int, indices: Iterable[int]) -> PackedBatch:
+        """One pack: images decoded and augmented by (seed, epoch, record, image), tokens laid out; pixels in 8 bits.
 
         DataError for an image that cannot be decoded, unless data.on_bad_image is skip: then its record is left out
         and named in ``skipped``.
@@ -113,17 +131,18 @@ class PackedDataset:
         return batch
 
     def empty(self) -> PackedBatch:
-        """A pack without samples, for a process that has none in the last step."""
+        """A pack without samples, for a process that has none in the last step; as ``levels`` gives them."""
         return self._collate([], [], [])
 
     def _collate(self, samples: list[list[Segment]], pictures: list[Image.Image], names: list[str]) -> PackedBatch:
         return collate(
             samples,
-            to_pixels(pictures, self.processor, self.data.image_mode),
+            to_levels(pictures, self.processor, self.data.image_mode),
             tokens=self.batch.tokens,
             max_segments=self.batch.max_segments,
             tokens_per_image=self.tokens_per_image,
             image_multiple=self.batch.image_multiple,
             shared_prefixes=self.data.turns == "independent",
             sample_ids=names,
+            levels=self._table,
         )

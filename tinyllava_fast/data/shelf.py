@@ -167,8 +167,8 @@ def _evict(limit: int, newest: str) -> None:
     """Remove what was used longest ago, but not ``newest``, if the folder exceeds the limit."""
     entries: list[tuple[float, int, Path]] = []
     for path in _folder().iterdir():
-        files = [path, *path.glob("*")] if path.is_dir() else [path]
-        used = _used(path / INDEX) or max(map(_used, files))
+        files = list(path.glob("*")) if path.is_dir() else []
+        used = _used(path / INDEX) or max(map(_used, [path, *files]))
         if (path.suffix == ".lock" or path.name.startswith(TMP)) and time.time() - used > _STALE_S:
             remove(path)
         elif path.is_dir() and not path.name.startswith(TMP):

@@ -45,19 +45,24 @@ def in_order(function: Callable[[T], R], items: Iterable[T], processes: int) -> 
         return
     source, waiting = iter(items), deque[Future[R]]()
     pool = ProcessPoolExecutor(processes, get_context("fork"), _start, (function,))
+    failed: Exception | None = None
+
+    def submit(count: int) -> None:
+        nonlocal failed
+        try:
+            waiting.extend(pool.submit(_call, item) for item in islice(source, count))
+        except Exception as error:  # to be raised when the items before have had their turn
+            failed = error
+
     try:
         with signals_held(), _told_of_fork():
-            for item in islice(source, processes * _AHEAD):  # the first one starts all processes
-                waiting.append(pool.submit(_call, item))
+            submit(processes * _AHEAD)  # the first item starts all processes
         while waiting:
             yield waiting.popleft().result()
-            try:
-                for item in islice(source, 1):
-                    waiting.append(pool.submit(_call, item))
-            except Exception:
-                while waiting:  # errors of earlier items come first
-                    yield waiting.popleft().result()
-                raise
+            if failed is None:
+                submit(1)
+        if failed is not None:
+            raise failed
     except BrokenProcessPool as error:
         raise UserError(
             "a process that prepares data was killed, as the system does when memory runs out; close other programs, "
@@ -108,5 +113,5 @@ def _start(function: Callable[[Any], Any]) -> None:
     _work.append(function)
 
 
-def _call(item: object) -> object:
+def _call(item: object) -> Any:
     return _work[-1](item)

@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from tinyllava_fast.config.schema import (
     BatchConfig,
     DataConfig,
+    EngineConfig,
     OptimConfig,
     RecipeConfig,
     RunConfig,
@@ -29,6 +30,7 @@ from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import read_records
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
+from tinyllava_fast.hardware import cores, torchrun_number
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
@@ -53,6 +55,7 @@ _KEYS = re.compile(
 )
 
 
+_MOST_WORKERS = 8  # by themselves; a run may ask for more
 _NAMED = re.compile(r"(?:^|\s)stages[.\[]")  # a key of a stage, which may be another one than that which looks ahead
 
 
@@ -130,10 +133,18 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
         max_steps=stage.max_steps,
         rank=process.rank,
         world_size=process.world_size,
-        workers=config.engine.workers,
+        workers=_workers(config.engine, process),
         prefetch=config.engine.prefetch,
         pin_memory=process.device.type == "cuda",
     )
+
+
+def _workers(engine: EngineConfig, process: Process) -> int:
+    """Return engine.workers, or as many as the machine has cores for."""
+    if engine.workers is not None:
+        return engine.workers
+    own = cores() // torchrun_number("LOCAL_WORLD_SIZE", 1)
+    return min(max(own - 1, 1), _MOST_WORKERS) if process.device.type == "cuda" else 1
 
 
 def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:
