@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import mmap
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -64,9 +65,10 @@ class Columns:
     """
 
     def __init__(self, folder: Path, dtypes: Dtypes) -> None:
-        self._held = (folder / INDEX).open("rb")  # and locked, so that nobody removes what is in use
+        held = (folder / INDEX).open("rb")  # and locked, so that nobody removes what is in use
+        weakref.finalize(self, held.close)
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         index = read_object(folder / INDEX)
         parts = {name: dict(index.mapping(name).values) for name in ("columns", "facts")}
         if index.integer("crc32") != _checksum(parts):
