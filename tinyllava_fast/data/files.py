@@ -18,6 +18,8 @@ from tinyllava_fast.data import shelf
 from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size, tiles
 from tinyllava_fast.data.augment import augment
 from tinyllava_fast.data.columns import ColumnWriter
+from tinyllava_fast.data.formats._base import base_of
+from tinyllava_fast.data.formats._embedded import Embedded, picture_of
 from tinyllava_fast.data.images import check_shape, image_size, load_image
 from tinyllava_fast.data.pictures import REFERENCE, UPRIGHT, PictureReading, is_url, naming
 from tinyllava_fast.data.store import SampleStore
@@ -57,6 +59,7 @@ class ImageFiles:
             )
         self.reading = PictureReading(data.orientation or UPRIGHT.orientation, data.background or UPRIGHT.background)
         self.grid = resolve_grid(data.image_grid, processor) if data.image_mode == "anyres" else []
+        self._base = base_of(data.records)
         self.refused: dict[str, str] = {}
         """Why a file is no picture that can be shown, by its name in the records."""
 
@@ -75,7 +78,8 @@ class ImageFiles:
 
     def _kept_rows(self, store: SampleStore, numbers: np.ndarray) -> np.ndarray:
         """``_rows``, most of them perhaps from the cache."""
-        facts = (os.path.abspath(self.data.image_folder), store.sources(), self._reading_of_size(), PIL.__version__)
+        folders = (os.path.abspath(self.data.image_folder), os.path.abspath(self._base))
+        facts = (folders, store.sources(), self._reading_of_size(), PIL.__version__)
         key = f"pictures-{hashlib.sha256(repr(facts).encode()).hexdigest()[:40]}"
         with shelf.turn(key, self.data.image_folder):
             kept = shelf.find(key, {"rows": _ROW})
@@ -118,15 +122,15 @@ class ImageFiles:
 
     def _measure(self, name: str, before: tuple[int, ...], refused: dict[str, str]) -> tuple[int, ...]:
         """Return the row of a file; ``before`` if that is still true."""
-        path = self._path(name)
+        picture = self._picture(name)
         try:
-            facts = os.stat(path)
+            facts = os.stat(picture if isinstance(picture, str) else picture.file)
         except (OSError, ValueError):
             return 0, 0, MISSING, 0
         if before[2] > 0 and before[:2] == (facts.st_size, facts.st_mtime_ns):
             return before
         try:
-            size = image_size(path, self._reading_of_size())
+            size = image_size(picture, self._reading_of_size())
         except DataError as error:
             refused[name] = str(error)
             return 0, 0, REFUSED, 0
@@ -162,29 +166,30 @@ class ImageFiles:
             if number not in made:
                 made[number] = self._inputs(images[number], (self.seed, epoch, index, *[number] * (number > 0)))
             if len(made[number]) != count:
-                path = self._path(images[number])
-                raise DataError(f"{path}: the size of the image has changed since the run began; start it anew")
+                name = naming(self._picture(images[number]))
+                raise DataError(f"{name}: the size of the image has changed since the run began; start it anew")
             pictures += made[number]
         return pictures
 
     def _inputs(self, name: str, seed: Sequence[int]) -> list[Image.Image]:
         if name in self.refused:
             raise DataError(self.refused[name])
-        image = load_image(self._path(name), self.reading)
+        picture = self._picture(name)
+        image = load_image(picture, self.reading)
         try:
             check_shape(image, self.processor, self.data.image_mode)
         except DataError as error:
-            raise DataError(f"{naming(self._path(name))}: {error}") from error
+            raise DataError(f"{naming(picture)}: {error}") from error
         image = augment(image, self.data.augment, seed)
         return tiles(image, self.grid, self.processor) if self.grid else [image]
 
     def _absent(self, name: str) -> str:
         if is_url(name):
             return f"{naming(name)} is a URL; pictures are not downloaded"
-        return f"{naming(self._path(name))} does not exist"
+        return f"{naming(self._picture(name))} does not exist"
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self.data.image_folder, name)
+    def _picture(self, name: str) -> str | Embedded:
+        return picture_of(name, self.data.image_folder, self._base)
 
 
 def _write_rows(rows: np.ndarray, columns: ColumnWriter) -> dict[str, int]:

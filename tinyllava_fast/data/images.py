@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinyllava_fast.data.pictures import UPRIGHT, PictureReading, check_header, opened, size_of, to_rgb
+from tinyllava_fast.data.pictures import UPRIGHT, Picture, PictureReading, check_header, opened, size_of, to_rgb
 from tinyllava_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,15 +35,15 @@ class _Settings(Protocol):
     image_std: Sequence[float]
 
 
-def load_image(path: str | Path, reading: PictureReading = UPRIGHT) -> Image.Image:
+def load_image(picture: Picture, reading: PictureReading = UPRIGHT) -> Image.Image:
     """Return the file as an RGB image, decoded in full. DataError naming the file and its fault."""
-    with opened(path) as image:
+    with opened(picture) as image:
         return to_rgb(image, reading)
 
 
-def image_size(path: str | Path, reading: PictureReading = UPRIGHT) -> tuple[int, int]:
+def image_size(picture: Picture, reading: PictureReading = UPRIGHT) -> tuple[int, int]:
     """Return (width, height) in pixels of ``load_image``'s result, from the file's header. DataError as there."""
-    with opened(path) as image:
+    with opened(picture) as image:
         check_header(image)
         return size_of(image, reading)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from tinyllava_fast.data.types import laid_out
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.grammar import Grammar
 from tinyllava_fast.infer.types import IMAGE, Message, Request, Sampling
@@ -70,16 +71,8 @@ def turns(messages: Sequence[ChatMessage], limits: Limits) -> list[Message]:
 
 
 def value_of(parts: Sequence[TextPart | ImagePart]) -> list[Any]:
-    """Return one message's parts for the engine, one line each; images before the text, as models are trained.
-
-    Where images stand between texts the order tells which is which, and stays.
-    """
-    if sum(isinstance(part, TextPart) for part in parts) <= 1:
-        parts = sorted(parts, key=lambda part: isinstance(part, TextPart))
-    value: list[Any] = []
-    for part in parts:
-        value += ["\n"] * bool(value) + [part.text if isinstance(part, TextPart) else IMAGE]
-    return value
+    """Return one message's parts for the engine, as training lays them out."""
+    return laid_out([part.text if isinstance(part, TextPart) else IMAGE for part in parts])
 
 
 @dataclass(frozen=True)
