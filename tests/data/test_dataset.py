@@ -258,7 +258,7 @@ def test_turns_per_sample_splits_records_and_loses_no_turn(make, talk):
     assert split.report.supervised_tokens == whole.report.supervised_tokens
     alone = make([talk("<image>\nc?", "3", image="1.png")], turns="independent")
     assert (
-        split.source.store.sample(1)[0].ids == alone.source.store.sample(0)[0].ids
+        split.sources[0].store.sample(1)[0].ids == alone.sources[0].store.sample(0)[0].ids
     )  # a later turn brings its image along
 
 

@@ -83,7 +83,10 @@ BAD = [
         r"conversations\[0\].from: expected 'human' or 'gpt' \('user' or 'assistant'\), .*, got 'narrator'",
     ),
     (json.dumps([{**GOOD, "conversations": ["q"]}]), r"conversations\[0\].from: expected 'human' or 'gpt' .*, got 'q'"),
-    (json.dumps([messages(("human", "q"), ("gpt", None))]), r"conversations\[1\].value: expected text, or a list of parts, got"),
+    (
+        json.dumps([messages(("human", "q"), ("gpt", None))]),
+        r"conversations\[1\].value: expected text, or a list of parts, got",
+    ),
     (
         json.dumps([messages(("human", "q"), ("human", "r"))]),
         r"conversations\[1\].from: two messages of 'human' in a row",

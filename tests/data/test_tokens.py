@@ -62,10 +62,10 @@ def test_a_second_start_reads_no_record(data, tokenizer, make, monkeypatch):
     first = make()
     monkeypatch.setattr(tokens, "read_records", None)
     second = make()
-    assert columns(second.source.store) == columns(first.source.store)
+    assert columns(second.sources[0].store) == columns(first.sources[0].store)
     assert second.fingerprint == first.fingerprint and second.report == first.report
     again = make(tokens=700, tokens_per_image=9, image_mode="pad", seed=3)  # none of which decides a token
-    assert columns(again.source.store) == columns(first.source.store)
+    assert columns(again.sources[0].store) == columns(first.sources[0].store)
 
 
 def test_what_tokens_depend_on_makes_others(data, tokenizer, kept, folder, monkeypatch):

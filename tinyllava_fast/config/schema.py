@@ -26,6 +26,8 @@ from tinyllava_fast.config.ranges import (
     ShareBelowOne,
     Text,
 )
+from tinyllava_fast.config.sources import SourceConfig, check_sources, under
+from tinyllava_fast.errors import UserError
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
 
@@ -116,13 +118,15 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One LLaVA-format data set and how it becomes tokens and pixels."""
+    """One data set, or several that are mixed, and how they become tokens and pixels."""
 
     records: Annotated[str, Located()] = ""
     """JSON list or JSONL file of {id, image?, conversations: [{from, value}, ...]}. image: one path, or a list of paths
     whose i-th is shown where the i-th <image> stands."""
     image_folder: Annotated[str, Located()] = "."
     """Folder that the records' image paths are relative to."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several data sets in place of ``records``."""
     template: Annotated[Text, Named("chat template")] = "llama"
     """Registered chat template. tokenizer is the tokenizer's own (jinja), with the system text that it has."""
     turns: Literal["conversation", "independent"] = "conversation"
@@ -158,12 +162,36 @@ class DataConfig:
     max_tokens: PositiveInt | None = None
     """Longest sample, image tokens included; None, or more than that: the token budget of a pack."""
 
+    def __post_init__(self) -> None:
+        if self.records and self.sources:
+            raise UserError("sources: given beside 'records'; name that file as one of the sources")
+        check_sources(self.sources)
+
     def under(self, root: str) -> DataConfig:
         """Return the same with files relative to ``root``; absolute paths and "no records" stay."""
         if root == ".":
             return self
         records = os.path.join(root, self.records) if self.records else ""
-        return replace(self, records=records, image_folder=os.path.normpath(os.path.join(root, self.image_folder)))
+        folder, sources = under(root, self.image_folder), [source.under(root) for source in self.sources]
+        return replace(self, records=records, image_folder=folder, sources=sources)
+
+    def each(self) -> list[tuple[SourceConfig, DataConfig]]:
+        """Return every source, with this section as it would be for that source alone."""
+        if not self.sources:
+            return [(SourceConfig(path=self.records), self)]
+        return [(source, self._alone(source)) for source in self.sources]
+
+    def _alone(self, source: SourceConfig) -> DataConfig:
+        split = self.turns_per_sample if source.turns_per_sample is None else source.turns_per_sample
+        return replace(
+            self,
+            records=source.path,
+            sources=[],
+            image_folder=self.image_folder if source.image_folder is None else source.image_folder,
+            template=source.template or self.template,
+            turns=source.turns or self.turns,
+            turns_per_sample=split,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

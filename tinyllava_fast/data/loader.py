@@ -88,7 +88,7 @@ class Loader:
     def state_dict(self) -> dict[str, object]:
         """Return the position after the packs consumed so far; packs that workers prepared ahead do not count."""
         epoch, pack = self._locate(self._position)
-        checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.source.store.sources()}
+        checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.names_checksum()}
         return {"epoch": epoch, "pack": pack, "order": ORDER, **checks, "skipped": list(self.skipped)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -96,21 +96,21 @@ class Loader:
         saved = Fields(state, "the position in the data", CheckpointError)
         if saved.integer("order", 1) != ORDER:
             raise CheckpointError(
-                f"{self.dataset.data.records}: the checkpoint is of a version that put the packs of an epoch in "
+                f"{self.dataset.where}: the checkpoint is of a version that put the packs of an epoch in "
                 "another order, so its position in the data means nothing here; finish the run with the version that "
                 "began it, or start over with another output_dir or --resume never"
             )
         if saved.integer("fingerprint") != self.dataset.fingerprint:
             raise CheckpointError(
-                f"{self.dataset.data.records}: the records or the tokenizer's files differ from those of the "
+                f"{self.dataset.where}: the records or the tokenizer's files differ from those of the "
                 "checkpoint, so its position in the data means nothing; put them back as they were"
                 f"{self._left_out()}, or start over with another output_dir or --resume never"
             )
-        if saved.integer("sources", sources := self.dataset.source.store.sources()) != sources:
+        if saved.integer("sources", sources := self.dataset.names_checksum()) != sources:
             log.warning(
                 "%s: record ids or image paths differ from those of the checkpoint, the tokens do not: going on; are "
                 "these the same images?",
-                self.dataset.data.records,
+                self.dataset.where,
             )
         self.close()
         self._position = self._start(saved.integer("epoch")) + saved.integer("pack")
@@ -119,7 +119,7 @@ class Loader:
     def _left_out(self) -> str:
         """Return another possible reason for a changed plan: pictures whose size, and so token count, is unknown."""
         skipped = self.dataset.skipped
-        if not skipped or not self.dataset.source.files.grid:
+        if not skipped or not self.dataset.grid:
             return ""
         return (
             f", and so the pictures of {len(skipped)} records that are left out: image_mode=anyres takes the number of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -46,6 +46,10 @@ class DataReport:
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
         return asdict(self)
+
+    def __add__(self, other: DataReport) -> DataReport:
+        """Return the counts of both."""
+        return DataReport(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class Source:
@@ -116,13 +120,13 @@ class Source:
         sample, shown = self._narrow(index)
         return widen(sample, [count for _, count in shown]), shown
 
-    def pictures(self, index: int, shown: Sequence[tuple[int, int]], epoch: int) -> list[Image.Image]:
-        """Return the inputs of the tower that a sample shows, augmented for the epoch.
+    def pictures(self, index: int, shown: Sequence[tuple[int, int]], epoch: int, ticket: int) -> list[Image.Image]:
+        """Return the inputs of the tower that a sample shows, augmented by (seed, epoch, ticket, image).
 
         DataError, which names the record, for an image that cannot be decoded.
         """
         try:
-            return self.files.load(self.store.images(self._number(index)), shown, epoch, index)
+            return self.files.load(self.store.images(self._number(index)), shown, epoch, ticket)
         except DataError as error:
             raise type(error)(f"{self.data.records}: record id {self.name(index)!r}: image: {error}") from error
 
@@ -241,7 +245,7 @@ class Source:
             return
         for index in np.flatnonzero(learnt).tolist():
             try:
-                self.pictures(index, self.sample(index)[1], 0)
+                self.pictures(index, self.sample(index)[1], 0, index)
             except DataError as error:
                 self.skipped.append(self.bad_image(error))
                 continue

@@ -5,7 +5,7 @@ Legend: T token budget, S max segments, N images in the pack, K tokens an image,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
@@ -28,6 +28,19 @@ class ImagePart(Enum):
 
     def __repr__(self) -> str:
         return self.name
+
+
+def laid_out(parts: Sequence[str | ImagePart]) -> list[str | ImagePart]:
+    """Return the parts of a message one line each, images before the text, as models are trained.
+
+    Where images stand between texts the order tells which is which, and stays.
+    """
+    if sum(isinstance(part, str) for part in parts) <= 1:
+        parts = sorted(parts, key=lambda part: isinstance(part, str))
+    found: list[str | ImagePart] = []
+    for part in parts:
+        found += ["\n"] * bool(found) + [part]
+    return found
 
 
 @dataclass
@@ -58,6 +71,10 @@ class PackedBatch:
     num_tokens: int = 0  # T minus the unused tail
     num_samples: int = 0
     sample_ids: list[str] = field(default_factory=list)
+    segment_sources: list[int] = field(default_factory=list)  # number of each segment's source; empty if there is one
+    source_counts: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # (samples, tokens, supervised tokens) of each source; empty likewise
     skipped: list[str] = field(
         default_factory=list
     )  # records dropped from this pack (data.on_bad_image: skip), with reasons

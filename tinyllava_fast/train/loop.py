@@ -24,6 +24,8 @@ from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import check_engine
 from tinyllava_fast.train import cpu_pool, timings
+from tinyllava_fast.train.by_source import BySource
+from tinyllava_fast.train.engine.base import total as loss_of
 from tinyllava_fast.train.engine.launch import start_process
 from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import check_feature_cache
@@ -77,6 +79,8 @@ class Stage:
         self.engine, self.loader, self.model = ready.engine, ready.loader, ready.model
         self.pending: list[tuple[torch.Tensor, float]] = []  # loss sum and scale of the steps not yet in state.losses
         self.seconds: list[float] = []  # of each step since the start or a resumption
+        totals = self.state.sources.setdefault(self.config.name, {})
+        self.by_source = BySource(self.loader.dataset.names, self.state.source_window, totals)
 
     def train(self) -> None:
         """Train to the end of the stage and save its model folder."""
@@ -125,7 +129,9 @@ class Stage:
             scale = 1.0 / max(counts["supervised_tokens"], 1.0)
             loss_sum = torch.zeros((), device=engine.device)
             for batch in micro:
-                loss_sum += engine.forward_backward(batch, scale)
+                losses = engine.forward_backward(batch, scale)
+                loss_sum += loss_of(losses)
+                self.by_source.note(losses, batch)
             self.pending.append((loss_sum, scale))
             lrs = self._learning_rates(total)
             with torch.profiler.record_function("tlf.optimizer"):
@@ -166,15 +172,18 @@ class Stage:
             sum(b.num_tokens for b in micro),
             sum(b.num_supervised for b in micro),
             sum(b.input_ids.numel() for b in micro),
+            *self.by_source.local(micro),
         ]
         stop = self.run.stop_signal
         if self.run.process.world_size == 1:
-            return dict(zip(COUNTS, map(float, local), strict=True)), stop
+            self.by_source.begin(local[len(COUNTS) :])
+            return dict(zip(COUNTS, map(float, local), strict=False)), stop
         # float64 holds these integers exactly; the flag rides along so that all ranks stop at the same step.
         flags = [float(stop == number) for number in STOP_SIGNALS]
         summed = torch.tensor([*local, *flags], dtype=torch.float64, device=self.engine.device)
         values = self.engine.all_reduce_sum(summed).tolist()
-        arrived = [int(n) for n, count in zip(STOP_SIGNALS, values[len(COUNTS) :], strict=True) if count]
+        self.by_source.begin(values[len(COUNTS) : len(local)])
+        arrived = [int(n) for n, count in zip(STOP_SIGNALS, values[len(local) :], strict=True) if count]
         return dict(zip(COUNTS, values, strict=False)), arrived[0] if arrived else 0
 
     def _learning_rates(self, total: int) -> dict[str, float]:
@@ -216,14 +225,17 @@ class Stage:
         sums = self.engine.all_reduce_sum(torch.stack([loss for loss, _ in self.pending])).tolist()
         self.state.losses += [total * scale for total, (_, scale) in zip(sums, self.pending, strict=True)]
         self.pending.clear()
+        self.by_source.settle(self.engine.all_reduce_sum, self.engine.device)
         loss = sum(self.state.losses) / len(self.state.losses)
         norm = float(grad_norm)
         if not (abs(loss) < float("inf") and norm < float("inf")):
             raise diverged(self.state, self.config.recipe, self.ready.peak_lrs, loss, norm)
+        sources = {"sources": self.by_source.entries()} if self.by_source.names else {}
         return {
             "step": self.state.step,
             "stage": self.state.stage,
             "loss": loss,
+            **sources,
             "lr": {name.partition(".")[0]: lr for name, lr in lrs.items()},
             "grad_norm": norm,
             "epoch": self.loader.epoch,
@@ -233,6 +245,7 @@ class Stage:
 
     def _write(self, entry: Entry) -> None:
         self.state.losses = []
+        self.by_source.clear()
         if self.state.stage_step == self.state.stage_steps:
             self.state.final_losses[self.config.name] = entry["loss"]
         if self.run.metrics:

@@ -84,7 +84,9 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
         with of_stage(stage.name):
             find_recipe(stage.recipe)
             TEMPLATES.get(stage.data.template, "data.template")
-            next(read_records(stage.data.under(config.data_root).records))
+            for source, alone in stage.data.under(config.data_root).each():
+                TEMPLATES.get(alone.template, f"data.sources.{source.title}.template")
+                next(read_records(alone.records))
 
 
 def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: PictureReading) -> list[Outlook]:
@@ -123,7 +125,7 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
     )
     if not dataset.report.supervised_tokens:
         raise UserError(
-            f"stages.{stage.name}.data: no sample of {data.records} has a supervised token, so nothing "
+            f"stages.{stage.name}.data: no sample of {dataset.where} has a supervised token, so nothing "
             f"can be learnt; does template {data.template!r} suit the tokenizer and the records?"
         )
     return Loader(
@@ -149,12 +151,12 @@ def _workers(engine: EngineConfig, process: Process) -> int:
 
 def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:
     """Return the FLOPs of an average step of this process."""
-    data, report, batch = loader.dataset, loader.dataset.report, stage.batch
+    epoch, batch = loader.dataset.epoch_sizes(), stage.batch
     tokens = batch.packs_per_step * batch.tokens
-    samples = max(round(tokens * len(data) / max(report.tokens, 1)), 1)
-    share = samples / len(data)
-    supervised = round(report.supervised_tokens * share)
-    images = round(float(data.images.sum()) * share)
+    samples = max(round(tokens * epoch.samples / max(epoch.tokens, 1)), 1)
+    share = samples / epoch.samples
+    supervised = round(epoch.supervised_tokens * share)
+    images = round(epoch.images * share)
     lengths = [tokens // samples] * samples
     flops = step_flops(costs_of(model), lengths, images, supervised, trains(stage.recipe))
     return sum(flops.values()) / loader.world_size
@@ -167,7 +169,8 @@ def _check_window(stage: StageConfig, model: LMM) -> None:
     kinds = getattr(text, "layer_types", None)
     if not window or (kinds is not None and "sliding_attention" not in kinds):
         return
-    if stage.data.turns == "independent" and window < stage.batch.tokens:
+    independent = any(alone.turns == "independent" for _, alone in stage.data.each())
+    if independent and window < stage.batch.tokens:
         raise UserError(
             f"data.turns=independent shares prefixes, but {type(model.llm).__name__} sees only the last {window} "
             f"tokens and batch.tokens={stage.batch.tokens}; set data.turns=conversation, or batch.tokens to at most "

@@ -173,6 +173,7 @@ class Run:
             "loss": self.state.final_losses,
             "changes": self.state.changes,
             "data": reports,
+            "sources": {stage: sources for stage, sources in self.state.sources.items() if sources},
         }
         for reason in skipped[:10]:
             log.warning("skipped %s", reason)
