@@ -60,7 +60,7 @@ def test_processes_make_what_one_makes(data, tokenizer, kept, monkeypatch, folde
 
 def test_a_second_start_reads_no_record(data, tokenizer, make, monkeypatch):
     first = make()
-    monkeypatch.setattr(tokens, "read_records", None)
+    monkeypatch.setattr(tokens, "read_refusing", None)
     second = make()
     assert columns(second.sources[0].store) == columns(first.sources[0].store)
     assert second.fingerprint == first.fingerprint and second.report == first.report

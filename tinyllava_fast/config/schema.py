@@ -154,11 +154,15 @@ class DataConfig:
     feature_cache: NonNegativeFloat = 0.0
     """GiB of disk for the features of a frozen tower, shared by all runs of a user (TLF_CACHE names another folder): an
     image that was seen before needs no tower. 0: none."""
+    on_error: Literal["fail", "skip", "quarantine"] = "fail"
+    """A record that cannot be used, whatever the reason: malformed, refused by the template, too long, its image
+    missing or broken. fail: stop; skip: leave it out and count it; quarantine: and list it, with the reason, in
+    output_dir/quarantine.jsonl. All but pixels that do not decode is found before the first step."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """A truncated or non-image file: stop, or drop the record and count it; what a file's header tells is found before
-    the first step. A missing file always stops."""
+    the first step. A missing file stops, unless ``on_error`` says otherwise."""
     overlong: Literal["fail", "truncate"] = "fail"
-    """A sample longer than ``max_tokens``: stop, or cut its end and count it."""
+    """A sample longer than ``max_tokens``: do as ``on_error`` says, or cut its end and count it."""
     max_tokens: PositiveInt | None = None
     """Longest sample, image tokens included; None, or more than that: the token budget of a pack."""
 

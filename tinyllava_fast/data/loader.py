@@ -114,7 +114,7 @@ class Loader:
             )
         self.close()
         self._position = self._start(saved.integer("epoch")) + saved.integer("pack")
-        self.skipped = dict.fromkeys(saved.texts("skipped", empty=True))
+        self.skipped = dict.fromkeys([*saved.texts("skipped", empty=True), *self.dataset.skipped])
 
     def _left_out(self) -> str:
         """Return another possible reason for a changed plan: pictures whose size, and so token count, is unknown."""

@@ -20,19 +20,25 @@ from tinyllava_fast.log import log
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Record", "Refused", "check_turns", "encode_records", "read_records", "read_refusing", "unreadable"]
-
 
 def _ignore(_: BufferedIOBase) -> None:
     """Do without the position of the reader."""
 
 
 class Refused(DataError):  # noqa: N818 a record that may be left out, not the end of reading
-    """A record that cannot be used. where: its place in the source; what: the field and the reason."""
+    """A record that cannot be used.
 
-    def __init__(self, path: str | Path, where: str, what: str) -> None:
-        super().__init__(f"{path}: {where}: {what}" if where else what)
-        self.where, self.what = where, what
+    path: its source. where: its place there; "" if ``what`` names it. what: the field and the reason. kind: of fault,
+    for the list of those that were left out.
+    """
+
+    def __init__(self, path: str, where: str, what: str, kind: str = "record") -> None:
+        super().__init__(path, where, what, kind)  # all of them, so that it passes from process to process
+        self.path, self.where, self.what, self.kind = path, where, what, kind
+
+    def __str__(self) -> str:
+        """Return the whole message."""
+        return f"{self.path}: {self.where}: {self.what}" if self.where else self.what
 
 
 def read_records(path: str | Path, opened: Opened = _ignore) -> Iterator[Record]:
@@ -58,7 +64,7 @@ def read_refusing(path: str | Path, opened: Opened = _ignore) -> Iterator[Record
         try:
             for row in files.format.rows(file, files.base, opened):
                 if isinstance(row, Broken):
-                    yield Refused(path, "", row.what)
+                    yield Refused(str(path), "", row.what)
                     index += 1
                     continue
                 if len(files.paths) > 1:
@@ -68,7 +74,7 @@ def read_refusing(path: str | Path, opened: Opened = _ignore) -> Iterator[Record
                 except FaultError as fault:
                     name = row.values.get("id", index) if isinstance(row.values, dict) else index
                     place = row.place or f"line {row.line}"
-                    yield Refused(path, f"record {index} (id {shown(str(name))}, {place})", str(fault))
+                    yield Refused(str(path), f"record {index} (id {shown(str(name))}, {place})", str(fault))
                 index += 1
         except OSError as error:
             raise unreadable(file, error) from error
@@ -93,7 +99,42 @@ def check_turns(path: str | Path, record: Record, template: Template) -> None:
     """Raise Refused, naming the file and the record, for turns that are unusable with the template."""
     listed = len(record.images) if record.interleaved else None
     if problem := template.problem(record.turns, bool(record.images), listed):
-        raise Refused(path, record.where, f"conversations: {problem}")
+        raise Refused(str(path), record.where, f"conversations: {problem}", "template")
+
+
+def encode_each(
+    path: str | Path,
+    records: Sequence[Record],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: TurnMode = "conversation",
+    masks: MaskMode = "offsets",
+) -> list[list[Segment] | Refused]:
+    """Return the records as samples (``Template.encode``), tokenized together, or why the template refuses them."""
+
+    def encode(some: Sequence[Record]) -> list[list[Segment]]:
+        flags = [record.interleaved for record in some]
+        own = template if some[0].system is None else template.with_system(some[0].system)
+        return own.encode([record.turns for record in some], tokenizer, turns, masks, flags)
+
+    alike: dict[str | None, list[int]] = defaultdict(list)  # records of one system text
+    for number, record in enumerate(records):
+        alike[record.system].append(number)
+    found: dict[int, list[Segment] | Refused] = {}
+    for numbers in alike.values():
+        try:
+            found.update(zip(numbers, encode([records[number] for number in numbers]), strict=True))
+            continue
+        except UserError as error:
+            fault = error
+        for number in numbers:
+            try:
+                [found[number]] = encode([records[number]])
+            except UserError as error:
+                found[number] = Refused(str(path), records[number].where, f"conversations: {error}", "template")
+        if not any(isinstance(found[number], Refused) for number in numbers):
+            raise fault  # of all together
+    return [found[number] for number in range(len(records))]
 
 
 def encode_records(
@@ -104,28 +145,10 @@ def encode_records(
     turns: TurnMode = "conversation",
     masks: MaskMode = "offsets",
 ) -> list[list[Segment]]:
-    """Return the records as samples (``Template.encode``), tokenized together.
-
-    Refused, naming the file and the record, for what the template refuses.
-    """
-
-    def encode(some: Sequence[Record]) -> list[list[Segment]]:
-        flags = [record.interleaved for record in some]
-        own = template if some[0].system is None else template.with_system(some[0].system)
-        return own.encode([record.turns for record in some], tokenizer, turns, masks, flags)
-
-    alike: dict[str | None, list[int]] = defaultdict(list)  # records of one system text
-    for number, record in enumerate(records):
-        alike[record.system].append(number)
-    found: dict[int, list[Segment]] = {}
-    for numbers in alike.values():
-        try:
-            found.update(zip(numbers, encode([records[number] for number in numbers]), strict=True))
-        except UserError:
-            for number in numbers:
-                try:
-                    encode([records[number]])
-                except UserError as error:
-                    raise Refused(path, records[number].where, f"conversations: {error}") from error
-            raise
-    return [found[number] for number in range(len(records))]
+    """Return what ``encode_each`` does. Refused, naming the file and the record, for what the template refuses."""
+    found: list[list[Segment]] = []
+    for sample in encode_each(path, records, template, tokenizer, turns, masks):
+        if isinstance(sample, Refused):
+            raise sample
+        found.append(sample)
+    return found

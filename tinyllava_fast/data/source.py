@@ -14,6 +14,7 @@ from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import targets, truncate, widen, width
 from tinyllava_fast.data.files import MISSING, REFUSED, ImageFiles
 from tinyllava_fast.data.pictures import MissingImageError
+from tinyllava_fast.data.records import Refused
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.tokens import tokenized
 from tinyllava_fast.data.types import IMAGE_INDEX
@@ -73,9 +74,11 @@ class Source:
         self.data = data
         self.tokens_per_image = tokens_per_image
         self.files = ImageFiles(data, processor, seed)
-        self.skipped: list[str] = []
-        """Records left out from the start (data.on_bad_image: skip), with reasons."""
+        self._skips_all = data.on_error != "fail"
+        self._skips_bad = self._skips_all or data.on_bad_image == "skip"
         self.store = tokenized(data, tokenizer)
+        self.faults = [Refused(data.records, f.where, f.what, f.kind) for f in self.store.faults()]
+        """Records left out from the start (data.on_error, data.on_bad_image), with reasons."""
         self._inputs, kept = self._look()
         self._kept = None if kept.all() else np.flatnonzero(kept)
         """Numbers in the store of the samples that are left; None: all."""
@@ -84,10 +87,16 @@ class Source:
         self.lengths, self.images, self.segments, learnt = (column[kept] for column in self._needs())
         self._cut = np.flatnonzero(self.lengths > self._budget)
         """Samples that are cut."""
-        self._fit(batch, learnt)
+        with_images = np.diff(self.store.column("samples", "images"))[kept] > 0
+        fits = self._fit(batch, learnt)
+        if not fits.all():
+            numbers = np.arange(len(self.store))[kept][fits]
+            is_cut = np.isin(np.arange(len(fits)), self._cut)[fits]
+            self._kept, self._cut = numbers, np.flatnonzero(is_cut)
+            self.lengths, self.images, self.segments = (c[fits] for c in (self.lengths, self.images, self.segments))
+            learnt, with_images = learnt[fits], with_images[fits]
         if not len(self):
             raise self._nothing_left()
-        with_images = np.diff(self.store.column("samples", "images"))[kept] > 0
         self.report = DataReport(
             records=len(self),
             text_only=len(self) - int(with_images.sum()),
@@ -97,6 +106,8 @@ class Source:
             truncated=len(self._cut),
         )
         self._check_learnable(learnt)
+        self.skipped = list(dict.fromkeys(map(str, self.faults)))
+        """The reasons of ``faults``."""
         if self.skipped:
             count, first = len(self.skipped), self.skipped[0]
             log.warning("%s: %d records are skipped from the start; the first: %s", data.records, count, first)
@@ -128,16 +139,20 @@ class Source:
         try:
             return self.files.load(self.store.images(self._number(index)), shown, epoch, ticket)
         except DataError as error:
-            raise type(error)(f"{self.data.records}: record id {self.name(index)!r}: image: {error}") from error
+            raise type(error)(f"{self.data.records}: {self._named(index)}: image: {error}") from error
 
     def bad_image(self, error: DataError) -> str:
         """Return the reason why a record is skipped; raise DataError where records may not be skipped."""
-        if isinstance(error, MissingImageError):
-            raise DataError(f"{error}; put it back (data.on_bad_image=skip is for damaged files alone)") from error
-        if self.data.on_bad_image == "fail":
+        if isinstance(error, MissingImageError) and not self._skips_all:
+            remedy = "put it back (data.on_bad_image=skip is for damaged files alone), or set data.on_error=skip"
+            raise DataError(f"{error}; {remedy}") from error
+        if not self._skips_bad:
             remedy = "replace it, remove its record, or set data.on_bad_image=skip"
             raise DataError(f"{error}; {remedy}") from error
         return str(error)
+
+    def _named(self, index: int) -> str:
+        return f"record id {self.name(index)!r}"
 
     def _number(self, index: int) -> int:
         """Return the number of a sample in the store."""
@@ -174,10 +189,17 @@ class Source:
         lengths = tokens - views + images * self.tokens_per_image
         return lengths, images, np.diff(segments), self.store.column("samples", "learnt")[1:]
 
-    def _fit(self, batch: BatchConfig, learnt: np.ndarray) -> None:
-        """Cut what is too long, and raise DataError for the first sample that no pack can hold. Changes ``learnt``."""
+    def _fit(self, batch: BatchConfig, learnt: np.ndarray) -> np.ndarray:
+        """Cut what is too long, and return which samples a pack can hold. Changes ``learnt``.
+
+        DataError for the first one that none can, unless such records are left out.
+        """
+        fits = np.ones(len(self), bool)
         for index in self._cut.tolist():
-            self._check_overlong(index)
+            if reason := self._overlong(index):
+                fits[index] = False
+                self._leave_out(index, *reason)
+                continue
             sample, shown = self.sample(index)
             self.lengths[index] = width(sample, self.tokens_per_image)
             self.images[index] = sum(count for _, count in shown)
@@ -187,20 +209,29 @@ class Source:
             (self.images, batch.max_images, "images"),
             (self.segments, batch.max_segments, "segments"),
         ):
-            if len(found := np.flatnonzero(needs > limit)):
-                what = f"{needs[found[0]]} {name} exceed batch.max_{name}={limit}; raise it"
-                raise self._error(int(found[0]), "conversations", what)
+            for index in np.flatnonzero(fits & (needs > limit)).tolist():
+                fits[index] = False
+                what = f"{needs[index]} {name} exceed batch.max_{name}={limit}; raise it"
+                self._leave_out(index, "conversations", what)
+        return fits
 
-    def _check_overlong(self, index: int) -> None:
-        """Raise DataError for a sample that may not be cut."""
+    def _leave_out(self, index: int, field: str, what: str) -> None:
+        """Note that a sample is left out because of its size; raise where it may not be."""
+        where = self.store.where(self._number(index))
+        fault = Refused(self.data.records, where, f"{field}: {what}", "size")
+        if not self._skips_all:
+            raise fault
+        self.faults.append(fault)
+
+    def _overlong(self, index: int) -> tuple[str, str] | None:
+        """Return the field and the reason why a sample that is too long may not be cut; None if it may."""
         largest = self.tokens_per_image * max((count for _, count in self._views(self._number(index))), default=0)
         if largest >= self._budget:
-            what = f"{largest} image tokens do not fit {self._key}={self._budget}; raise {self._key}"
-            raise self._error(index, "image", what)
+            return "image", f"{largest} image tokens do not fit {self._key}={self._budget}; raise {self._key}"
         if self.data.overlong == "fail":
             remedy = f"raise {self._key}, or set data.overlong=truncate"
-            what = f"{self.lengths[index]} tokens exceed {self._key}={self._budget}; {remedy}"
-            raise self._error(index, "conversations", what)
+            return "conversations", f"{self.lengths[index]} tokens exceed {self._key}={self._budget}; {remedy}"
+        return None
 
     def _look(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the inputs of the tower by image, and which samples are kept: [images] int64 and [samples] bool.
@@ -217,18 +248,21 @@ class Source:
         whole = np.concatenate([[True], records[1:] != records[:-1]])[owners]  # of several samples of a record, one
         gone, bad = (np.stack([owners, faulty], 1)[whole & (inputs[faulty] == state)] for state in (MISSING, REFUSED))
         bad = bad[np.unique(bad[:, 0], return_index=True)[1]]  # the first of a record
-        if len(gone) or self.data.on_bad_image == "fail":
-            raise self._faults(gone.tolist(), bad.tolist() if self.data.on_bad_image == "fail" else [])
-        for owner, number in bad.tolist():
-            reason = self.files.fault(self.store.image(number))
-            self.skipped.append(f"{self.data.records}: record id {self.store.name(owner)!r}: image: {reason}")
+        refused = ([] if self._skips_all else gone.tolist(), [] if self._skips_bad else bad.tolist())
+        if any(refused):
+            raise self._unusable(*refused)
+        for owner, number in sorted([*gone.tolist(), *bad.tolist()]):
+            name = self.store.image(number)
+            what = f"image: {self.files.fault(name)}"
+            self.files.refused[name] = self.files.fault(name)  # and not looked for again
+            self.faults.append(Refused(self.data.records, f"record id {self.store.name(owner)!r}", what, "image"))
         if self.files.grid:
             kept[owners] = False  # nothing tells how large it is
         # Else it keeps its place in the plan, so that a run goes on where it stood when the file is mended.
         inputs[faulty] = 1
         return inputs, kept
 
-    def _faults(self, gone: Sequence[tuple[int, int]], bad: Sequence[tuple[int, int]]) -> DataError:
+    def _unusable(self, gone: Sequence[tuple[int, int]], bad: Sequence[tuple[int, int]]) -> DataError:
         """Return the error for images that are missing or no pictures; each is (sample, number of the image)."""
         found = []
         for faults, most, what in ((gone, _SHOWN, _GONE), (bad, _SHOWN_BAD, _BAD)):
@@ -241,24 +275,23 @@ class Source:
 
     def _check_learnable(self, learnt: np.ndarray) -> None:
         """Raise DataError if every sample with a supervised token (their numbers by sample) would be skipped."""
-        if self.data.on_bad_image == "fail":
+        if not self._skips_bad:
             return
+        known = set(map(str, self.faults))
         for index in np.flatnonzero(learnt).tolist():
             try:
                 self.pictures(index, self.sample(index)[1], 0, index)
             except DataError as error:
-                self.skipped.append(self.bad_image(error))
+                if (reason := self.bad_image(error)) not in known:
+                    what = reason.partition(f"{self._named(index)}: ")[2]
+                    self.faults.append(Refused(self.data.records, self._named(index), what, "image"))
                 continue
-            self.skipped = list(dict.fromkeys(self.skipped))
             return
-        if self.skipped:
+        if self.faults:
             raise self._nothing_left()  # but perhaps some without an answer to learn
 
     def _nothing_left(self) -> DataError:
-        return DataError(f"{self.data.records}: every record was skipped; the first: {self.skipped[0]}")
-
-    def _error(self, index: int, field: str, what: str) -> DataError:
-        return DataError(f"{self.data.records}: {self.store.where(self._number(index))}: {field}: {what}")
+        return DataError(f"{self.data.records}: every record was skipped; the first: {self.faults[0]}")
 
 
 def _checksum(values: np.ndarray) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from zlib import crc32
@@ -21,16 +22,20 @@ DTYPES: Dtypes = {
     "segments": np.dtype([("ids", "<i8"), ("spans", "<i8"), ("on_prefix", "<i8")]),
     "views": np.dtype("<i4"),  # number of the image in its sample, at each marker
     "images": np.dtype([("start", "<i8"), ("stop", "<i8"), ("digest", "<u8")]),  # of the path, in the text
-    "text": np.dtype("u1"),  # of each sample its id, then its image paths
+    "text": np.dtype("u1"),  # of each sample its id, its place, then its images
+    "faults": np.dtype("u1"),  # records that were refused: a line of JSON each
     "samples": np.dtype(
-        [(name, "<i8") for name in ("segments", "views", "images", "name", "text", "record", "line", "learnt")]
+        [(name, "<i8") for name in ("segments", "views", "images", "name", "place", "text", "record", "line", "learnt")]
     ),
 }
 """A row of "segments" or "samples" says where each ends in the columns named; both begin with a row of zeros."""
 _PLACES = {
     "segments": {"ids": "ids", "spans": "spans"},
     "images": {"start": "text", "stop": "text"},
-    "samples": {"segments": "segments", "views": "views", "images": "images", "name": "text", "text": "text"},
+    "samples": {
+        **{"segments": "segments", "views": "views", "images": "images"},
+        **{"name": "text", "place": "text", "text": "text"},
+    },
 }
 _ZEROS = ("segments", "samples")
 _READS = 1024  # samples read between two times that their memory is given back
@@ -38,16 +43,26 @@ _READS = 1024  # samples read between two times that their memory is given back
 
 @dataclass(frozen=True)
 class Sample:
-    """What the store keeps of a sample. segments: not widened. record, line: of the record that it is of."""
+    """What the store keeps of a sample. segments: not widened. record, line, place: of the record that it is of."""
 
     segments: Sequence[Segment]
     name: str
     images: Sequence[str] = ()
     record: int = 0
     line: int = 0
+    place: str = ""
 
 
-def columns_of(samples: Iterable[Sample]) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Fault:
+    """A record that was refused. where, what, kind: see records.Refused."""
+
+    where: str
+    what: str
+    kind: str
+
+
+def columns_of(samples: Iterable[Sample], faults: Iterable[Fault] = ()) -> dict[str, np.ndarray]:
     """Return the columns of some samples, without the rows of zeros; ``append`` puts them behind others."""
     ids: list[int] = []
     spans: list[int] = []
@@ -65,16 +80,20 @@ def columns_of(samples: Iterable[Sample]) -> dict[str, np.ndarray]:
             views += segment.images or [0] * segment.ids.count(IMAGE_INDEX)
         text += sample.name.encode()
         name = len(text)
+        text += sample.place.encode()
+        place = len(text)
         for image in sample.images:
             path = image.encode()
             digest = int.from_bytes(blake2b(path, digest_size=8).digest(), "little")
             images.append((len(text), len(text) + len(path), digest))
             text += path
-        ends = (len(segments), len(views), len(images), name, len(text))
+        ends = (len(segments), len(views), len(images), name, place, len(text))
         rows.append((*ends, sample.record, sample.line, targets(sample.segments)))
     found = {"ids": ids, "spans": spans, "segments": segments, "views": views, "images": images, "samples": rows}
     arrays = {name: np.array(values, DTYPES[name]) for name, values in found.items()}
-    return arrays | {"text": np.frombuffer(bytes(text), np.uint8)}
+    lines = "".join(f"{json.dumps(asdict(fault))}\n" for fault in faults)
+    texts = {"text": bytes(text), "faults": lines.encode()}
+    return arrays | {name: np.frombuffer(content, np.uint8) for name, content in texts.items()}
 
 
 class SampleWriter:
@@ -128,7 +147,13 @@ class SampleStore:
     def where(self, index: int) -> str:
         """Return the name of a sample's record in an error."""
         row = self._columns["samples"][index + 1]
-        return f"record {row['record']} (id {self.name(index)!r}, line {row['line']})"
+        place = self._text(row["name"], row["place"]) or f"line {row['line']}"
+        return f"record {row['record']} (id {self.name(index)!r}, {place})"
+
+    def faults(self) -> list[Fault]:
+        """Return the records that were refused, in order."""
+        lines = self._columns["faults"].tobytes().decode().splitlines()
+        return [Fault(**json.loads(line)) for line in lines]
 
     def images(self, index: int) -> list[str]:
         """Return the image paths of one sample; empty for text alone."""

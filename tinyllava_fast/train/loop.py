@@ -34,6 +34,7 @@ from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
+from tinyllava_fast.train.quarantine import Quarantine
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
 from tinyllava_fast.train.stage import ReadyStage, prepare_stage
 
@@ -81,11 +82,15 @@ class Stage:
         self.seconds: list[float] = []  # of each step since the start or a resumption
         totals = self.state.sources.setdefault(self.config.name, {})
         self.by_source = BySource(self.loader.dataset.names, self.state.source_window, totals)
+        lists = run.main and self.config.data.on_error == "quarantine"
+        self.quarantine = Quarantine(run.folder, self.config.name, self.loader.dataset) if lists else None
 
     def train(self) -> None:
         """Train to the end of the stage and save its model folder."""
         total, run, ready = self.loader.steps, self.run, self.ready
         run.open()
+        if self.quarantine:
+            self.quarantine.write(self.loader.skipped)
         ahead = sum(o.steps * o.flops for o in (run.outlooks or [])[self.state.stage_index + 1 :])
         done, later = self.state.stage_step, ahead / max(ready.flops, 1.0)
         progress = Progress(self.config.name, total, done=done, later=later, show=run.main)
@@ -230,18 +235,19 @@ class Stage:
         norm = float(grad_norm)
         if not (abs(loss) < float("inf") and norm < float("inf")):
             raise diverged(self.state, self.config.recipe, self.ready.peak_lrs, loss, norm)
-        sources = {"sources": self.by_source.entries()} if self.by_source.names else {}
-        return {
+        entry: Entry = {
             "step": self.state.step,
             "stage": self.state.stage,
             "loss": loss,
-            **sources,
             "lr": {name.partition(".")[0]: lr for name, lr in lrs.items()},
             "grad_norm": norm,
             "epoch": self.loader.epoch,
             **window.rates(),
             "memory_bytes": memory_bytes(self.engine.device),
         }
+        if sources := self.by_source.entries():
+            entry["sources"] = sources
+        return entry
 
     def _write(self, entry: Entry) -> None:
         self.state.losses = []
@@ -253,6 +259,8 @@ class Stage:
 
     def _checkpoint(self) -> None:
         skipped = self.run.gather(list(self.loader.skipped))
+        if self.quarantine:
+            self.quarantine.write(skipped)
         self.state.loader = {**self.loader.state_dict(), "skipped": skipped}
         self.state.reports[self.config.name] = {**self.ready.report, "skipped": skipped}
         self.run.save(self.engine)

@@ -31,8 +31,8 @@ FREE = frozenset(
     }
 )
 """Keys that may always change: they move work around, not the mathematics."""
-_FILES = "records image_folder sources[].path sources[].image_folder"
-STAGE_FREE = frozenset(f"data.{k}" for k in f"{_FILES} on_bad_image overlong feature_cache".split())
+_FILES = "records image_folder sources[].path sources[].image_folder sources[].name"
+STAGE_FREE = frozenset(f"data.{k}" for k in f"{_FILES} on_error on_bad_image overlong feature_cache".split())
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
 STAGE_GOES_ON = frozenset(
     {

@@ -70,6 +70,8 @@ class RecordFormat(ABC):
 
     sharded: bool = False
     """Whether a folder of such files is one source, whatever else lies in it."""
+    holds_images: bool = False
+    """Whether most of its bytes are those of images, so that a file is known by its size and time of change."""
 
     @abstractmethod
     def matches(self, head: Head) -> bool:

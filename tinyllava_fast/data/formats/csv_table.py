@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TextIO
 
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.record import FaultError
@@ -31,7 +32,7 @@ class CsvTable(RecordFormat):
                 opened(file)
                 separator = _separator(stream.readline())
                 stream.seek(0)
-                yield from _rows(path, csv.reader(stream, delimiter=separator, strict=True))
+                yield from _rows(path, stream, separator)
         except UnicodeDecodeError as error:
             raise not_utf8(path, error) from None
 
@@ -48,7 +49,8 @@ def _separator(line: str) -> str:
     return ""
 
 
-def _rows(path: Path, reader: csv._reader) -> Iterator[Row | Broken]:
+def _rows(path: Path, stream: TextIO, separator: str) -> Iterator[Row | Broken]:
+    reader = csv.reader(stream, delimiter=separator, strict=True)
     header, line = [name.strip() for name in next(reader)], reader.line_num + 1
     if twice := next((name for name in header if header.count(name) > 1), ""):
         raise DataError(f"{path}: line 1: the column {shown(twice)} stands twice; rename one")
@@ -59,7 +61,7 @@ def _rows(path: Path, reader: csv._reader) -> Iterator[Row | Broken]:
                 given = {n: v for n, v in zip(header, values, strict=True) if v or n == "answer"}
                 yield Row(given, line, _no_reference)
             elif values:
-                what = f"{len(values)} values under {len(header)} columns; put text with {reader.dialect.delimiter!r}"
+                what = f"{len(values)} values under {len(header)} columns; put text with {separator!r}"
                 yield Broken(f"{path}: line {line}: {what} in it into quotation marks", line)
             line = reader.line_num + 1
     except csv.Error as error:

@@ -27,6 +27,8 @@ _NAME = "arrow"
 class Datasets(RecordFormat):
     """The folder: state.json names its files in order."""
 
+    holds_images = True
+
     def matches(self, head: Head) -> bool:
         """See the base class."""
         return "dataset_dict.json" in head.names or {"state.json", "dataset_info.json"} <= set(head.names)
@@ -48,7 +50,7 @@ class Datasets(RecordFormat):
 class Arrow(RecordFormat):
     """One Arrow file, of the stream or of the file format."""
 
-    sharded = True
+    sharded = holds_images = True
 
     def matches(self, head: Head) -> bool:
         """See the base class."""

@@ -26,7 +26,7 @@ _KEPT = 2  # columns of row groups in memory
 class Parquet(RecordFormat):
     """A file of Apache Parquet."""
 
-    sharded = True
+    sharded = holds_images = True
 
     def matches(self, head: Head) -> bool:
         """See the base class."""

@@ -28,7 +28,7 @@ _TEXTS = {"txt": "caption", "text": "caption", "caption": "caption", "question":
 class WebDataset(RecordFormat):
     """An uncompressed tar archive."""
 
-    sharded = True
+    sharded = holds_images = True
 
     def matches(self, head: Head) -> bool:
         """See the base class."""
