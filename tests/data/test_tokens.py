@@ -68,6 +68,23 @@ def test_a_second_start_reads_no_record(data, tokenizer, make, monkeypatch):
     assert columns(again.sources[0].store) == columns(first.sources[0].store)
 
 
+def test_refused_records_lie_beside_the_samples(data, tokenizer, many, folder, monkeypatch):
+    rows = json.loads((folder / "data.json").read_text())
+    rows[3]["conversations"] = []
+    rows[4]["conversations"][1]["value"] = "</s>"
+    for row in rows[10:15]:  # all of a part
+        row["image"] = 3
+    (folder / "data.json").write_text(json.dumps(rows))
+    lax = replace(data, on_error="skip")
+    first = tokens.tokenized(lax, tokenizer)
+    assert [fault.where.split()[1] for fault in first.faults()] == ["3", "4", "10", "11", "12", "13", "14"]
+    assert [fault.kind for fault in first.faults()] == ["record", "template"] + ["record"] * 5 and len(first) == 17
+    monkeypatch.setattr(tokens, "read_refusing", None)
+    assert tokens.tokenized(replace(data, on_error="quarantine"), tokenizer).faults() == first.faults()
+    with pytest.raises(DataError, match=r"data.json: record 3 \(id 'r3', line 1\): conversations: expected a list"):
+        tokens.tokenized(data, tokenizer)
+
+
 def test_what_tokens_depend_on_makes_others(data, tokenizer, kept, folder, monkeypatch):
     def made(some=data):
         tokens.tokenized(some, tokenizer)

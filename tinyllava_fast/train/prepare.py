@@ -27,7 +27,7 @@ from tinyllava_fast.config.schema import (
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
-from tinyllava_fast.data.records import read_records
+from tinyllava_fast.data.records import Refused, read_refusing
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.hardware import cores, torchrun_number
@@ -86,7 +86,9 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
             TEMPLATES.get(stage.data.template, "data.template")
             for source, alone in stage.data.under(config.data_root).each():
                 TEMPLATES.get(alone.template, f"data.sources.{source.title}.template")
-                next(read_records(alone.records))
+                first = next(read_refusing(alone.records))
+                if isinstance(first, Refused) and alone.on_error == "fail":
+                    raise first
 
 
 def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: PictureReading) -> list[Outlook]:

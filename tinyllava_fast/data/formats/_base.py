@@ -42,7 +42,7 @@ class Head:
         return not self.start and bool(self.names)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """An entry of a file, not yet checked.
 

@@ -10,14 +10,14 @@ would change what is learnt in silence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import cast
 
 from tinyllava_fast.data.formats._base import Place, Row
 from tinyllava_fast.data.pictures import IMAGE_ALIASES
 from tinyllava_fast.data.record import FaultError, Record
-from tinyllava_fast.data.templates.base import turns_of
+from tinyllava_fast.data.templates.base import paired
 from tinyllava_fast.data.types import IMAGE_TOKEN, ImagePart, laid_out
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import Fields, is_text, shown
@@ -48,15 +48,17 @@ def record_of(index: int, row: Row) -> Record:
     system = _text(record, "system", value.get("system")) if value.get("system") is not None else ""
     where = next((where for where in _LISTS if value.get(where) is not None), "")
     if where:
-        pictures = _Pictures(images, listed, row)
+        pictures = _Pictures(row)
         first, said = _messages(record, where, pictures)
         if system and first:
             raise FaultError(f"system: given beside a system message in {where!r}; keep one of them")
-        system, images, listed = system or first, pictures.found(), pictures.listed
+        system = system or first
+        if pictures.inside or pictures.open:
+            images, listed = pictures.beside(images), True
     else:
         said = _columns(record, bool(images))
     try:
-        turns = turns_of([{"from": who, "value": text} for who, text in said])
+        turns = paired(said) if said else []
     except DataError as error:
         raise FaultError(f"{where or 'question'}: {error}") from None
     if not turns:
@@ -133,20 +135,18 @@ def _answer(record: Fields, name: str) -> str:
 
 
 class _Pictures:
-    """The images of a record: those that it lists, or those that its messages hold."""
+    """The images that the messages of a record hold. open: parts that stand for an image which the record lists."""
 
-    def __init__(self, images: Sequence[str], listed: bool, row: Row) -> None:
-        self.images, self.listed, self.row = list(images), listed, row
+    def __init__(self, row: Row) -> None:
+        self.row = row
         self.inside: list[str] = []
-        self.open = 0  # parts that say no more than that an image of the record stands there
+        self.open = 0
 
-    def found(self) -> list[str]:
+    def beside(self, images: list[str]) -> list[str]:
         """Return all images in order. FaultError where the record lists some and its messages hold others."""
-        if self.inside and (self.images or self.open):
+        if self.inside and (images or self.open):
             raise FaultError("images: given beside images inside the messages; keep one of them")
-        if self.inside or self.open:
-            self.listed = True
-        return self.inside or self.images
+        return self.inside or images
 
     def parts(self, record: Fields, field: str, who: str, value: object, place: Place) -> str:
         """Return the text of a message that is a list of parts, a marker for each image in it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.formats._arrow import AT_ONCE, damaged, pyarrow, rows_of
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _NAME = "parquet"
 _MAGIC = b"PAR1"
 _KEPT = 2  # columns of row groups in memory
+_LOCK = Lock()  # threads that look at neighbouring images want the same column
 
 
 class Parquet(RecordFormat):
@@ -48,7 +50,8 @@ class Parquet(RecordFormat):
 
     def image(self, path: Path, address: tuple[int, ...], place: Place) -> object:
         """See the base class. The address is the row group and the row of the file."""
-        column, start = _column(path, address[0], str(place[0]))
+        with _LOCK:
+            column, start = _column(path, address[0], str(place[0]))
         return walk(column[address[1] - start].as_py(), place[1:])
 
 
