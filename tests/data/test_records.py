@@ -99,7 +99,7 @@ BAD = [
     (json.dumps([messages(("gpt", "a"))]), r"conversations: no question"),
     (
         json.dumps([without("conversations", messages=[{"role": "user"}])]),
-        r"messages\[0\].content: expected text, or a list of parts, got null",
+        r"messages\[0\].value: expected text, or a list of parts, got null",
     ),
     (
         json.dumps([{**GOOD, "conversations": [{"role": "tool", "content": "q"}]}]),

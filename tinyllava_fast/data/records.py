@@ -28,13 +28,13 @@ def _ignore(_: BufferedIOBase) -> None:
 class Refused(DataError):  # noqa: N818 a record that may be left out, not the end of reading
     """A record that cannot be used.
 
-    path: its source. where: its place there; "" if ``what`` names it. what: the field and the reason. kind: of fault,
+    what: the field and the reason. path: its source. where: its place there; "" if ``what`` says all. kind: of fault,
     for the list of those that were left out.
     """
 
-    def __init__(self, path: str, where: str, what: str, kind: str = "record") -> None:
-        super().__init__(path, where, what, kind)  # all of them, so that it passes from process to process
-        self.path, self.where, self.what, self.kind = path, where, what, kind
+    def __init__(self, what: str, path: str = "", where: str = "", kind: str = "record") -> None:
+        super().__init__(what, path, where, kind)  # all of them, so that it passes from process to process
+        self.what, self.path, self.where, self.kind = what, path, where, kind
 
     def __str__(self) -> str:
         """Return the whole message."""
@@ -64,7 +64,7 @@ def read_refusing(path: str | Path, opened: Opened = _ignore) -> Iterator[Record
         try:
             for row in files.format.rows(file, files.base, opened):
                 if isinstance(row, Broken):
-                    yield Refused(str(path), "", row.what)
+                    yield Refused(row.what, str(path))
                     index += 1
                     continue
                 if len(files.paths) > 1:
@@ -74,7 +74,7 @@ def read_refusing(path: str | Path, opened: Opened = _ignore) -> Iterator[Record
                 except FaultError as fault:
                     name = row.values.get("id", index) if isinstance(row.values, dict) else index
                     place = row.place or f"line {row.line}"
-                    yield Refused(str(path), f"record {index} (id {shown(str(name))}, {place})", str(fault))
+                    yield Refused(str(fault), str(path), f"record {index} (id {shown(str(name))}, {place})")
                 index += 1
         except OSError as error:
             raise unreadable(file, error) from error
@@ -99,7 +99,7 @@ def check_turns(path: str | Path, record: Record, template: Template) -> None:
     """Raise Refused, naming the file and the record, for turns that are unusable with the template."""
     listed = len(record.images) if record.interleaved else None
     if problem := template.problem(record.turns, bool(record.images), listed):
-        raise Refused(str(path), record.where, f"conversations: {problem}", "template")
+        raise Refused(f"conversations: {problem}", str(path), record.where, "template")
 
 
 def encode_each(
@@ -131,7 +131,7 @@ def encode_each(
             try:
                 [found[number]] = encode([records[number]])
             except UserError as error:
-                found[number] = Refused(str(path), records[number].where, f"conversations: {error}", "template")
+                found[number] = Refused(f"conversations: {error}", str(path), records[number].where, "template")
         if not any(isinstance(found[number], Refused) for number in numbers):
             raise fault  # of all together
     return [found[number] for number in range(len(records))]

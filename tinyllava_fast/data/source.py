@@ -77,7 +77,7 @@ class Source:
         self._skips_all = data.on_error != "fail"
         self._skips_bad = self._skips_all or data.on_bad_image == "skip"
         self.store = tokenized(data, tokenizer)
-        self.faults = [Refused(data.records, f.where, f.what, f.kind) for f in self.store.faults()]
+        self.faults = [Refused(f.what, data.records, f.where, f.kind) for f in self.store.faults()]
         """Records left out from the start (data.on_error, data.on_bad_image), with reasons."""
         self._inputs, kept = self._look()
         self._kept = None if kept.all() else np.flatnonzero(kept)
@@ -218,7 +218,7 @@ class Source:
     def _leave_out(self, index: int, field: str, what: str) -> None:
         """Note that a sample is left out because of its size; raise where it may not be."""
         where = self.store.where(self._number(index))
-        fault = Refused(self.data.records, where, f"{field}: {what}", "size")
+        fault = Refused(f"{field}: {what}", self.data.records, where, "size")
         if not self._skips_all:
             raise fault
         self.faults.append(fault)
@@ -255,7 +255,7 @@ class Source:
             name = self.store.image(number)
             what = f"image: {self.files.fault(name)}"
             self.files.refused[name] = self.files.fault(name)  # and not looked for again
-            self.faults.append(Refused(self.data.records, f"record id {self.store.name(owner)!r}", what, "image"))
+            self.faults.append(Refused(what, self.data.records, f"record id {self.store.name(owner)!r}", "image"))
         if self.files.grid:
             kept[owners] = False  # nothing tells how large it is
         # Else it keeps its place in the plan, so that a run goes on where it stood when the file is mended.
@@ -284,7 +284,7 @@ class Source:
             except DataError as error:
                 if (reason := self.bad_image(error)) not in known:
                     what = reason.partition(f"{self._named(index)}: ")[2]
-                    self.faults.append(Refused(self.data.records, self._named(index), what, "image"))
+                    self.faults.append(Refused(what, self.data.records, self._named(index), "image"))
                 continue
             return
         if self.faults:

@@ -124,7 +124,7 @@ def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSto
     make = partial(_make, encoder, content)
     store = SampleStore(shelf.take(_key(encoder, content), DTYPES, make, data.records))
     if strict and (faults := store.faults()):  # made by a run that left them out
-        raise Refused(data.records, faults[0].where, faults[0].what, faults[0].kind)
+        raise Refused(faults[0].what, data.records, faults[0].where, faults[0].kind)
     return store
 
 

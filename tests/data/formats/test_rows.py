@@ -98,9 +98,13 @@ def said(record):
             ((("<image>\nq", "3"),), ("a.png",), False, None),
         ),
         ({"question": "q", "answer": ""}, ((("q", ""),), (), False, None)),
+        (
+            {"images": ["a", "b"], "question": "q", "answer": "a"},
+            ((("<image>\n<image>\nq", "a"),), ("a", "b"), True, None),
+        ),
         ({"image": "a.png", "caption": "a cat"}, ((("<image>", "a cat"),), ("a.png",), False, None)),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_shapes(tmp_path, row, expected):
     [record] = read(tmp_path, row)

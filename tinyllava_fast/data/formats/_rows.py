@@ -56,7 +56,7 @@ def record_of(index: int, row: Row) -> Record:
         if pictures.inside or pictures.open:
             images, listed = pictures.beside(images), True
     else:
-        said = _columns(record, bool(images))
+        said = _columns(record, len(images) if listed else len(images[:1]))
     try:
         turns = paired(said) if said else []
     except DataError as error:
@@ -78,13 +78,11 @@ def _messages(record: Fields, where: str, pictures: _Pictures) -> tuple[str, lis
         field = f"{where}[{number}]"
         if not isinstance(message, dict):
             record.fail(f"{field}.from", _KNOWN_ROLES, message)
-        named = message.get("from")
-        key, key_said = ("from", "value") if named is not None else ("role", "content")
-        name = named if named is not None else message.get("role")
+        key = "role" if message.get("from") is None else "from"
+        name = message.get(key)
         who = name if name == "human" or name == "gpt" else _role(record, field, key, name)
+        key_said = "content" if message.get("value") is None and "content" in message else "value"
         text = message.get(key_said)
-        if not isinstance(text, str):
-            text = message.get("content" if key_said == "value" else "value") if text is None else text
         if not isinstance(text, str) or not (text.isascii() or is_text(text)):
             text = pictures.parts(record, f"{field}.{key_said}", who, text, (where, number, key_said))
         if len(message) > 2:
@@ -113,19 +111,19 @@ def _role(record: Fields, field: str, key: str, name: object) -> str:
     return known
 
 
-def _columns(record: Fields, has_image: bool) -> list[_Said]:
-    """Return the turn of a record of columns, its marker put in front if it has none."""
+def _columns(record: Fields, images: int) -> list[_Said]:
+    """Return the turn of a record of columns, a marker for each image put in front if it has none."""
     values = record.values
     if values.get("question") is not None or values.get("answer") is not None:
         question, answer = record.word("question"), _answer(record, "answer")
     elif values.get("caption") is not None:
         question, answer = "", _answer(record, "caption")
-        if not has_image:
+        if not images:
             raise FaultError("caption: there is no image that it could be of; add 'image', or name a 'question'")
     else:
         raise FaultError(f"conversations: missing; {_instead_of_conversations(record)}")
-    if has_image and IMAGE_TOKEN not in question:
-        question = f"{IMAGE_TOKEN}\n{question}".strip()
+    if images and IMAGE_TOKEN not in question:
+        question = (f"{IMAGE_TOKEN}\n" * images + question).strip()
     return [("human", question), ("gpt", answer)]
 
 
