@@ -67,7 +67,12 @@ def test_trouble_is_waited_for():
 @pytest.mark.parametrize(
     ("reply", "reason", "status", "reached"),
     [
-        ({"status": 500, "raw": b'{"error": {"message": "out of\\nluck"}}'}, "HTTP 500: out of luck", 500, True),
+        (
+            {"status": 500, "raw": b'{"error": {"message": "out of\\n\\u001bluck"}}'},
+            "HTTP 500: out of \ufffdluck",
+            500,
+            True,
+        ),
         ({"status": 429, "raw": b'{"object": "error", "message": "busy"}'}, "HTTP 429: busy", 429, True),
         ({"raw": b"<html>"}, "the reply is no chat completion", 200, True),
         ({"drop": True}, "RemoteProtocolError", None, True),

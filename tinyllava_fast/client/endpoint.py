@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -101,6 +101,7 @@ class Endpoint:
 
         Raises RefusedError for a request that the server does not take, NoReplyError when all attempts have failed.
         """
+        started = 0.0
 
         def read(response: httpx2.Response) -> Completion:
             with closing(response):
@@ -111,10 +112,9 @@ class Endpoint:
             started = time.monotonic()
             return self._post(body)
 
-        started = 0.0
         return self._attempted(send, read)
 
-    def stream(self, body: Body) -> Iterator[str]:
+    def stream(self, body: Body) -> Generator[str, None, None]:
         """Yield the pieces of an answer as they come. Closed early, it hangs up, which ends the answer.
 
         Raises as ``chat`` before the first piece, and EndpointError for an answer that is cut off.
@@ -193,7 +193,7 @@ class Endpoint:
             seconds=seconds,
         )
 
-    def _pieces(self, response: httpx2.Response) -> Iterator[str]:
+    def _pieces(self, response: httpx2.Response) -> Generator[str, None, None]:
         finished = False
         try:
             for event in httpx2.EventSource(response):
@@ -201,7 +201,7 @@ class Endpoint:
                     return
                 chunk = Fields.of(decode(event.data, "event"), "event")
                 if "error" in chunk:
-                    raise EndpointError(f"{self.url}: the server ended the answer: {_told(chunk.values)[0]}")
+                    raise EndpointError(f"{self.url}: the server ended the answer: {_plain(_told(chunk.values)[0])}")
                 for choice in chunk.mappings("choices", [], empty=True)[:1]:
                     delta = choice.mapping("delta", None)
                     if delta is not None and (piece := delta.text("content", "", empty=True)):
@@ -278,8 +278,8 @@ def _detail(response: httpx2.Response) -> tuple[str, tuple[str, ...]]:
     """What a reply other than 200 says, and its code and type as OpenAI's errors have them."""
     status = response.status_code
     if 300 <= status < 400:
-        where = response.headers.get("location", "nowhere")
-        return f"HTTP {status}: it redirects to {where[:_LONGEST_REASON]}, which is not followed; give that URL", ()
+        where = _plain(response.headers.get("location", "nowhere"))
+        return f"HTTP {status}: it redirects to {where}, which is not followed; give that URL", ()
     try:
         text = _content(response, CONNECT_S).decode("utf-8", "replace").strip()
     except (httpx2.RequestError, OSError, ValueError):
@@ -289,8 +289,7 @@ def _detail(response: httpx2.Response) -> tuple[str, tuple[str, ...]]:
     except ValueError:
         values = None
     said, kinds = _told(values) if isinstance(values, dict) else (text, ())
-    said = " ".join((said or response.reason_phrase).split())
-    return f"HTTP {status}: {said[:_LONGEST_REASON]}", kinds
+    return f"HTTP {status}: {_plain(said or response.reason_phrase)}", kinds
 
 
 def _told(values: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
@@ -301,6 +300,12 @@ def _told(values: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
     message = found.get("message", found.get("detail"))
     kinds = tuple(kind for kind in (found.get("code"), found.get("type")) if isinstance(kind, str))
     return message if isinstance(message, str) else json.dumps(found), kinds
+
+
+def _plain(text: str) -> str:
+    """What a server says, for one line of a terminal."""
+    line = " ".join(text.split())[:_LONGEST_REASON]
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def _retry_after(response: httpx2.Response) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -43,7 +43,7 @@ class LocalModel:
         threads: int,
     ) -> None:
         self.folder = folder
-        self._options = {
+        self._options: dict[str, Any] = {
             "dtype": dtype, "device": device, "weights": weights, "batch_tokens": batch_tokens, "threads": threads,
         }  # fmt: skip
         self._loaded = False
