@@ -105,6 +105,8 @@ class Facts(TypedDict, total=False):
     answers: str
     """The answers file that was scored, in place of a model."""
     model_digest: str
+    endpoint: str
+    """URL of the server that has the model, where it is no folder."""
     dtype: str
     blind: bool
     weights: str
