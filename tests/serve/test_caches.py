@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,10 +88,19 @@ def test_a_picture_is_one_under_all_its_names(server, media, right, pictures):
     assert ask(server, [f"file://{media}/named.png"], "which?")[0] == right(pictures[1:2], "which?")
 
 
+def of_model(server: Running, name: str, model: str) -> float:
+    text = server.ask("GET", "/metrics")[1].decode()
+    (found,) = re.findall(rf'^{name}{{model="{model}"}} (\S+)$', text, re.M)
+    return float(found)
+
+
 def test_models_share_nothing(server, right, pictures):
+    before = {model: of_model(server, "tlf_images_encoded_total", model) for model in ("tiny", "other")}
     for model in ("tiny", "other", "tiny", "other"):
         assert ask(server, [uri(pictures[2])], model=model)[0] == right(pictures[2:], model=model)
     assert right(pictures[2:], model="tiny") != right(pictures[2:], model="other")
+    for model, count in before.items():
+        assert of_model(server, "tlf_images_encoded_total", model) == count + 1
 
 
 def test_a_beginning_ends_where_a_picture_differs(server, right):

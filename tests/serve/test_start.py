@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ from tinyllava_fast.serve.cli import main
 from tinyllava_fast.serve.server import bound, listen
 
 HAS_IPV6 = Path("/proc/net/if_inet6").is_file() and "00000001 " in Path("/proc/net/if_inet6").read_text()
+
+
+@pytest.fixture(autouse=True)
+def hangups_end_a_process() -> Iterator[None]:
+    """The suite may run under nohup, whose children ignore SIGHUP as they should."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
