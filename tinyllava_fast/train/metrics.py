@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -22,6 +22,8 @@ from tinyllava_fast.log import log
 from tinyllava_fast.train.by_source import SourceEntry
 
 if TYPE_CHECKING:
+    from typing import NotRequired  # Python 3.11
+
     from torch.utils.tensorboard import SummaryWriter
 
 COUNTS = ("samples", "tokens", "supervised_tokens", "capacity")
