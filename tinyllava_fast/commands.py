@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import gc
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -22,6 +24,13 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
         hints = [hint for flag in unknown if (hint := nearest_flag(flag, _flags(self)))]
         super().error("; ".join([message, *hints]))
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run a command and end the process with its code."""
+    code = main()
+    gc.freeze()
+    sys.exit(code)
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:

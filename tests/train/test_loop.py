@@ -259,7 +259,7 @@ def test_skipped_and_unsupervised_records_are_reported(tiny_run, caplog):
 
 def test_torchrun_with_the_torch_engine_is_refused(tiny_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"torchrun started 2; set engine.type=deepspeed"):
+    with pytest.raises(UserError, match=r"but 2 were started; set engine.type=ddp, fsdp or deepspeed"):
         train(load_run(tiny_run()))
 
 

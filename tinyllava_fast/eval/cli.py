@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_fast.commands import Parser
-from tinyllava_fast.errors import UserError, writing
+from tinyllava_fast.errors import LostError, UserError, writing
 from tinyllava_fast.infer.flags import add_model_flags, positive, threads
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run tlf-eval. Returns 0, or 2 after printing what is wrong with the input."""
+    """Run tlf-eval. Returns 0, 2 after printing what is wrong with the input, 1 if another process has died."""
     args = parser().parse_args(argv)
     setup_logging()
     try:
@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("%s", error)
         return 2
+    except LostError as error:
+        log.error("%s", error)
+        return 1
     if said:
         sys.stdout.write(said + "\n")
     return 0
