@@ -25,6 +25,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from tinyllava_fast.errors import LostError, SaidError, UserError
@@ -70,8 +71,7 @@ def join(backend: str, timeout: timedelta | None = None) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    patience = {} if timeout is None else {"timeout": timeout}
-    store, rank, size = next(rendezvous("env://", **patience))
+    store, rank, size = next(rendezvous("env://", timeout=timeout or default_pg_timeout))
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     own = PrefixStore("tlf", store)
@@ -99,9 +99,9 @@ def decided(work: Callable[[], T]) -> T:
             result = work(), None
         except UserError as error:
             result = None, error
-    value, error = gather(result)[0]
-    if error is not None:
-        raise error
+    value, failure = gather(result)[0]
+    if failure is not None:
+        raise failure
     return cast(T, value)
 
 

@@ -46,7 +46,7 @@ def test_the_file_that_changed_is_named(tmp_path, content, said):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b'{"files": {"a": 3}}', b'{"files": {"a": {"bytes": -1, "crc32": "0"}}}']
+    "content", [b"", b"[]", b'{"files": {"a": 3}}', b'{"files": {"a": {"size": -1, "crc32": "0"}}}']
 )
 def test_checksums_that_cannot_be_read_are_named(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)

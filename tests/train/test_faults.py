@@ -144,4 +144,4 @@ def test_packs_that_the_processes_cannot_share_are_found_before_anything_is_read
         assert ranks.wait(60) == [2, 2]
     (line,) = ranks.lines()
     assert "stages.pretrain.batch.packs_per_step: 3 is not a multiple of the 2 processes; try 4" in line
-    assert not list((path.parent / "run").glob("*.*"))
+    assert not list((path.parent / "run").glob("*.jsonl"))

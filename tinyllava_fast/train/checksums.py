@@ -1,6 +1,6 @@
 """The checksum of every file of a checkpoint: made while it is written, verified before anything trains.
 
-    checksums.json   {"files": {"model.safetensors": {"bytes": 1234, "crc32": "0a1b2c3d"}, ...}}
+    checksums.json   {"files": {"model.safetensors": {"size": 1234, "crc32": "0a1b2c3d"}, ...}}
 
 CRC-32, because Python has it and it costs little: 6.9 GB/s on a core with carry-less multiplication, where SHA-256
 reaches 2.0 and BLAKE2b 1.4. It finds bytes that a disk or a copy changed, but for one case in four billion; it is no
@@ -25,15 +25,15 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Checksum:
-    """The length of a file and the CRC-32 of its bytes, eight hexadecimal digits."""
+    """The bytes of a file by number, and their CRC-32, eight hexadecimal digits."""
 
-    bytes: int = 0
+    size: int = 0
     crc32: str = "00000000"
 
     def plus(self, content: bytes | memoryview) -> Checksum:
         """Return the checksum of the bytes so far and these behind them."""
         size = content.nbytes if isinstance(content, memoryview) else len(content)
-        return Checksum(self.bytes + size, f"{zlib.crc32(content, int(self.crc32, 16)):08x}")
+        return Checksum(self.size + size, f"{zlib.crc32(content, int(self.crc32, 16)):08x}")
 
     @classmethod
     def of_file(cls, path: Path) -> Checksum:
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> Checksums | None:
     found = {}
     for name in files.values:
         entry = files.mapping(name)
-        found[name] = Checksum(entry.integer("bytes", least=0), entry.text("crc32"))
+        found[name] = Checksum(entry.integer("size", least=0), entry.text("crc32"))
     return found
 
 
@@ -79,8 +79,8 @@ def _difference(path: Path, expected: Checksum) -> str:
         return f"{path}: missing"
     try:
         size = path.stat().st_size
-        if size != expected.bytes:
-            return f"{path}: truncated or damaged: it has {size} bytes, {expected.bytes} were written"
+        if size != expected.size:
+            return f"{path}: truncated or damaged: it has {size} bytes, {expected.size} were written"
         found = Checksum.of_file(path)
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"

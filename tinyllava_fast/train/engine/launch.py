@@ -137,18 +137,24 @@ def build_engine(
     one process takes in one optimizer step.
     """
     masters = lower(model, getattr(torch, config.dtype))
-    ranks = {"rank": process.rank, "world_size": process.world_size}
     if config.type == "fsdp":
         from tinyllava_fast.train.engine.fsdp_engine import FSDPEngine
 
-        return FSDPEngine(model, groups, optim, device=process.device, masters=masters, **ranks)
+        return FSDPEngine(
+            *(model, groups, optim),
+            device=process.device,
+            masters=masters,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
     if config.type in ("torch", "ddp") or config.zero_stage == 0:
         return (TorchEngine if config.type == "torch" else DataParallelEngine)(
             *(model, groups, optim),
             device=process.device,
             masters=masters,
             cuda_graphs=config.cuda_graphs,
-            **ranks,
+            rank=process.rank,
+            world_size=process.world_size,
         )
     from tinyllava_fast.train.engine.deepspeed_engine import DeepSpeedEngine
 
