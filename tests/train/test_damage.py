@@ -91,7 +91,7 @@ def test_when_all_are_damaged_nothing_starts_over_by_itself(copied, caplog):
     for name in CheckpointStore(folder, 9).names():
         flip(folder / name / "model.safetensors")
     assert cli.main(arguments) == 2
-    assert "all 3 checkpoints are damaged; put back a copy of one, or start over with --resume never" in caplog.text
+    assert "no checkpoint in it is intact; put back a copy of one, or start over with --resume never" in caplog.text
     assert len(CheckpointStore(folder, 9).names()) == 3
 
 

@@ -142,8 +142,7 @@ class CheckpointStore:
             self._damaged.add(folder.name)
             log.warning("%s; trying the checkpoint before it", found)
         raise CheckpointError(
-            f"{self.folder}: all {len(others) + 1} checkpoints are damaged; put back a copy of one, or start over with "
-            "--resume never"
+            f"{self.folder}: no checkpoint in it is intact; put back a copy of one, or start over with --resume never"
         )
 
     def save(self, state: TrainState, engine: TrainingEngine) -> Path:
@@ -248,7 +247,7 @@ def damage(folder: Path) -> str:
         files = read_manifest(folder)
         if files is not None:
             return first_difference(folder, files)
-        _state(Fields.of(read_json(folder / "state.json", CheckpointError), "", CheckpointError))
+        _read_state(folder / "state.json")
         for name in ("model", "optimizer", "rng-0"):
             open_tensors(folder / f"{name}.safetensors")
     except CheckpointError as error:
@@ -264,7 +263,7 @@ def load_state(folder: Path) -> TrainState:
         hint = f"; it holds {', '.join(known)}" if known else _run_above(folder)
         raise CheckpointError(f"{folder}: not a checkpoint, it has no state.json{hint}")
     try:
-        return _state(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError))
+        return _read_state(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}: damaged, or of another version; {another(folder)}") from None
 
@@ -278,8 +277,9 @@ def _run_above(path: Path) -> str:
     return f"{there}--resume takes auto, never, a run folder that tlf-train wrote, or one of its checkpoints"
 
 
-def _state(fields: Fields) -> TrainState:
+def _read_state(path: Path) -> TrainState:
     """state.json as a TrainState. Raises CheckpointError for a field that is missing, unknown or of another kind."""
+    fields = Fields.of(read_json(path, CheckpointError), str(path), CheckpointError)
     if (found := fields.integer("format")) != FORMAT:
         raise CheckpointError(f"{fields.where}: format {found}, this version reads {FORMAT}")
     for name, hint in fields.unknown(TrainState.__dataclass_fields__).items():
