@@ -85,7 +85,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_the_others_name_a_process_that_was_killed(server, tiny_run, tmp_path, losses, engine, victim):
     path = tiny_run(**SHAPE | {"engine__type": engine, "stages__finetune__max_steps": 3000})
     run = path.parent / "run"

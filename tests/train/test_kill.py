@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.train.processes import fork_server
 from tinyllava_fast.train.cli import main
 
 SHAPE = {
@@ -25,9 +25,7 @@ SHAPE = {
 @pytest.fixture(scope="module")
 def server():
     """Children fork from a process that has imported everything already, so that kills fall into the run itself."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinyllava_fast.train.loop", "torch.utils.tensorboard"])
-    return context
+    return fork_server()
 
 
 def start(server, path: Path, output: Path):

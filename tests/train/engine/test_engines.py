@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -73,7 +74,32 @@ def test_each_engine_goes_on_from_the_checkpoint_of_another(server, tiny_run, tm
     go_on("fsdp", 2, after=8)  # from a checkpoint of torch
     go_on("fsdp", 2, after=4)  # the whole stage, for the next two
     go_on("ddp", 4, after=8)
+    go_on("fsdp", 4, after=8)  # some weights have fewer rows than there are processes
     go_on("torch", 1, after=8)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_process_may_have_no_image_in_a_step(server, tiny_run, tmp_path, engine):
+    """One record a pack, of which every fourth is text alone."""
+    path = tiny_run(stages__pretrain__batch__max_segments=1, checkpoint=CHECKPOINTS)
+    train(load_run(path, [f"output_dir={path.parent / 'one'}"]))
+    with Ranks(server, tmp_path / "said", [str(path), f"engine.type={engine}"]) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said(0)
+    assert_same_training(path.parent / "run", path.parent / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "compile_what"), [("ddp", "true"), ("ddp", "regional"), ("fsdp", "regional")])
+def test_several_processes_compile(server, tiny_run, tmp_path, engine, compile_what):
+    path = tiny_run(checkpoint=CHECKPOINTS)
+    train(load_run(path, [f"output_dir={path.parent / 'one'}"]))
+    with Ranks(
+        server, tmp_path / "said", [str(path), f"engine.type={engine}", f"engine.compile={compile_what}"]
+    ) as ranks:
+        assert ranks.wait(400) == [0, 0], ranks.said(0)
+    assert_same_training(path.parent / "run", path.parent / "one")
+    summary = json.loads((path.parent / "run" / "summary.json").read_text())
+    assert summary["compiled_graphs"] > 0 and summary["recompiles"] == 0
 
 
 def test_bfloat16_under_fsdp_keeps_float32_masters_and_resumes_exactly(server, tiny_run, tmp_path, losses):

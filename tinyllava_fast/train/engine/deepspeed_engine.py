@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         except ImportError as error:
             raise UserError(
                 f"engine.type: deepspeed does not import ({error}); "
-                "pip install 'tinyllava-fast[train]' or set engine.type=torch"
+                "pip install 'tinyllava-fast[train]' or set engine.type=fsdp"
             ) from None
         # An all-reduce for inference, which training never calls: DeepSpeed would compile it, for minutes and in
         # silence, at the first start on a CPU.
