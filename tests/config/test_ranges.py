@@ -31,8 +31,9 @@ VALUES: dict[str, Any] = {
     "list of nan": [NAN, NAN, NAN], "list of a list": [[1, 2, 3]], "mapping": {}, "mapping of null": {"a": None},
     "mapping of nan": {"a": {"b": [NAN]}}, "key 1": {1: 1}, "true": True, "false": False,
 }  # fmt: skip
-ITEM = {"name": "s", "data": "x"}
 STAGE = {"name": "s", "data": {}}
+LISTS = {"sources": {"name": "s", "path": "x"}, "benchmarks": {"name": "s", "data": "x"}}
+"""What an item of a list in a stage needs at least."""
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -47,12 +48,12 @@ def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def with_value(key: str, value: Any) -> dict[str, Any]:
-    """A mapping of RunConfig in which nothing stands but a stage and the value."""
+    """A mapping of RunConfig in which nothing stands but a stage, what the value lies in, and the value."""
     tree: dict[str, Any] = {"stages": [{"name": "s", "data": {}}]}
     node: Any = tree
-    *parents, last = key.replace(".s.", ".0.").split(".")
-    for part, following in zip(parents, [*parents[1:], last], strict=False):
-        node = node[0] if part == "0" else node.setdefault(part, [dict(ITEM)] if following == "0" else {})
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node[0] if part == "s" else node.setdefault(part, [dict(LISTS[part])] if part in LISTS else {})
     node[last] = value
     return tree
 
@@ -122,7 +123,7 @@ RUN_LEAVES = dict(leaves(RunConfig))
 @pytest.mark.parametrize("key", RUN_LEAVES)
 def test_every_key_of_a_run(key: str) -> None:
     hint = RUN_LEAVES[key]
-    named = re.sub(r"\.s\.name$", "[0].name", key)  # a stage whose name is wrong has an index only
+    named = re.sub(r"\.s\.name$", "[0].name", key)  # what has a wrong name has an index only
     assert not check(
         lambda value: parse_into(RunConfig, with_value(key, value), "run.yaml"), hint, f"run.yaml: {named}"
     )
@@ -270,7 +271,7 @@ def test_help_shows_ranges_and_the_defaults_that_hold() -> None:
     lines = text.splitlines()
     pairs = zip(lines, [*lines[1:], ""], strict=True)
     bare = [line for line, below in pairs if not line.startswith("   ") and not below.startswith("      ")]
-    assert [line.split(":")[0].split(".")[-1] for line in bare] == ["type"], "a key without a help line"
+    assert [line.split(":")[0].split(".")[-1] for line in bare] == [], "a key without a help line"
 
 
 def test_defaults_are_allowed() -> None:

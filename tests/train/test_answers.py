@@ -112,6 +112,6 @@ def test_mistakes_in_benchmarks_are_found_before_the_first_stage(tiny_run: TinyR
 def test_benchmarks_need_whole_weights(tiny_run: TinyRun) -> None:
     path = tiny_run(stages__finetune__validation={"benchmarks": [{"name": "custom", "data": "."}]})
     config = load_run(path, ["engine.type=deepspeed", "engine.zero_stage=3"])
-    with pytest.raises(UserError, match=r"stages\.finetune\.validation\.benchmarks: ZeRO 3 shards the weights"):
+    with pytest.raises(UserError, match=r"stages\.finetune\.validation\.benchmarks: FSDP and ZeRO 3 shard the weights"):
         check_answering(config.stages[1].validation, config.engine, "stages.finetune")
     check_answering(config.stages[1].validation, load_run(path).engine, "stages.finetune")

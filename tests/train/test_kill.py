@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import random
 import signal
@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.train.mixes import write_mix
+from tests.train.processes import fork_server
 from tests.train.test_validation import validations
 from tinyllava_fast.train.cli import main
 
@@ -26,9 +28,7 @@ SHAPE = {
 @pytest.fixture(scope="module")
 def server():
     """Children fork from a process that has imported everything already, so that kills fall into the run itself."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinyllava_fast.train.loop", "torch.utils.tensorboard"])
-    return context
+    return fork_server()
 
 
 def start(server, path: Path, output: Path):
@@ -83,6 +83,11 @@ def hunt(server, path: Path, run: Path, kills: int, seed: int) -> tuple[int, int
 def check(server, tiny_run, losses, kills: int, **changes) -> Path:
     """Compare a run that is killed with a whole one, in the folders run and whole beside the YAML that is returned."""
     path = tiny_run(**{**SHAPE, **changes})
+    check_run(server, path, losses, kills)
+    return path
+
+
+def check_run(server, path: Path, losses, kills: int) -> None:
     whole, run = path.parent / "whole", path.parent / "run"
     child = start(server, path, whole)
     child.join(300)
@@ -111,6 +116,16 @@ def test_workers_end_with_a_run_that_is_killed(server, tiny_run):
 
 def test_three_kills(server, tiny_run, losses):
     check(server, tiny_run, losses, 3)
+
+
+def by_source(run: Path) -> list[object]:
+    return [json.loads(line).get("sources") for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_kills_of_a_mix_change_no_loss_of_a_source(server, tmp_path, losses):
+    path = write_mix(tmp_path, stages=2, **SHAPE, log_every=3, engine__workers=1)
+    check_run(server, path, losses, 4)
+    assert by_source(tmp_path / "run") == by_source(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from tinyllava_fast.data.records import Record, read_records
 
 _ALL = 2.0**64
 
@@ -23,21 +21,13 @@ class Split:
     share: float
     held_out: bool
 
-    def takes(self, record: Record) -> bool:
-        """Return whether a record is on this side.
+    def takes(self, names: Sequence[str]) -> bool:
+        """Return whether a record is on this side. names: of its images; without any, what stands for its text.
 
-        One that shows pictures of both sides is on neither. One without pictures goes by its text, so that two records
-        of the same text stay together.
+        One that shows pictures of both sides is on neither.
         """
-        keys = [posixpath.normpath(name) for name in record.images] or ["\0".join(map("\n".join, record.turns))]
-        held = [place_of(key) < self.share for key in keys]
+        held = [place_of(posixpath.normpath(name)) < self.share for name in names]
         return all(held) if self.held_out else not any(held)
-
-
-def taken(path: str, split: Split | None) -> Iterator[Record]:
-    """Yield the records of a file that are on a side of the split, in order; None: all of them."""
-    records = read_records(path)
-    return records if split is None else filter(split.takes, records)
 
 
 def place_of(key: str) -> float:

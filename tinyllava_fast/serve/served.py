@@ -9,7 +9,6 @@ from functools import cached_property
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.live import LiveEngine
 from tinyllava_fast.serve.problems import ApiError
-from tinyllava_fast.serve.tokens import TextTokens
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,10 @@ class Served:
     live: LiveEngine
     created: int
 
-    @cached_property
-    def tokens(self) -> TextTokens:
-        """Return the maker of tokens from clients' texts."""
-        return TextTokens(self.engine)
+    def warm_up(self) -> None:
+        """Do before the first request what it would wait for, and others behind it."""
+        self.live.warm_up()
+        _ = self.most_characters
 
     @cached_property
     def most_characters(self) -> int | None:

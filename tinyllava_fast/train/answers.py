@@ -6,8 +6,8 @@ Both go through the project's own engine, on the weights as they are at that ste
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict
@@ -16,10 +16,11 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import DataConfig, EngineConfig
 from tinyllava_fast.config.validation import ValidationConfig
-from tinyllava_fast.data.records import Record
-from tinyllava_fast.data.split import Split, place_of, taken
+from tinyllava_fast.data.records import Refused, read_refusing
+from tinyllava_fast.data.split import Split, place_of
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval.local import LiveModel
 from tinyllava_fast.eval.options import build as build_options
 from tinyllava_fast.eval.plan import Plan, make_plans
 from tinyllava_fast.eval.runner import evaluate_live
@@ -63,20 +64,33 @@ class Sample:
 
 def choose_samples(data: DataConfig, split: Split | None, count: int) -> list[Sample]:
     """Return questions of different pictures, as far as there are any, that follow from the records alone."""
-    looked_at = islice(taken(data.records, split), _LOOKED_AT * count)
-    ranked = sorted(((place_of(f"{record.index}"), record) for record in looked_at), key=lambda pair: pair[0])
-    by_picture: dict[object, Record] = {}
-    for _, record in ranked:
-        by_picture.setdefault(record.images or record.turns[0], record)
-    chosen = list(by_picture.values())[:count]
-    return [_sample(record, data.image_folder) for record in sorted(chosen, key=lambda record: record.index)]
+    found: list[Sample] = []
+    each = data.each()
+    for source, alone in each:
+        looked_at = islice(_usable(alone, split), _LOOKED_AT * count)
+        by_picture: dict[object, Sample] = {}
+        for sample in sorted(looked_at, key=lambda sample: place_of(sample.key)):
+            by_picture.setdefault(sample.images or sample.question, sample)
+        most = -(-count // len(each))
+        chosen = list(by_picture.values())[:most]
+        named = f"{source.title}: " * (len(each) > 1)
+        found += [replace(sample, key=f"{named}{sample.key}") for sample in chosen]
+    return found[:count]
 
 
-def _sample(record: Record, folder: str) -> Sample:
-    question, truth = record.turns[0]
-    shown = question.count(IMAGE_TOKEN) if record.interleaved else len(record.images)
-    images = tuple(os.path.join(folder, name) for name in record.images[:shown])
-    return Sample(f"{record.index}: {record.id}", question, truth, images, record.interleaved)
+def _usable(data: DataConfig, split: Split | None) -> Iterator[Sample]:
+    """Yield the first question of each record of a source that is held out and whose pictures are files.
+
+    Of a split, records without a picture are left out: it goes by their tokens, which are not known here.
+    """
+    for record in read_refusing(data.records):
+        if isinstance(record, Refused) or (split and not (record.images and split.takes(record.images))):
+            continue
+        question, truth = record.turns[0]
+        shown = question.count(IMAGE_TOKEN) if record.interleaved else len(record.images)
+        images = tuple(os.path.join(data.image_folder, name) for name in record.images[:shown])
+        if all(map(os.path.isfile, images)):
+            yield Sample(f"{record.index}: {record.id}", question, truth, images, record.interleaved)
 
 
 def assistant_of(
@@ -122,7 +136,7 @@ class Answering:
         """Return the answers to the samples by key, and the headline of each benchmark. name: of the model as it is."""
         assistant = assistant_of(model, self._tokenizer, self._processor, tokens=self._tokens)
         answers = answer_samples(assistant, self.samples, self._config)
-        results = evaluate_live(assistant, self.plans, self._folder, name)
+        results = evaluate_live(LiveModel(assistant, name), self.plans, self._folder)
         return answers, {benchmark: _headline(found) for benchmark, found in results.items()}
 
 
@@ -130,14 +144,14 @@ def check_answering(validation: ValidationConfig, engine: EngineConfig, where: s
     """Raise UserError for benchmarks where no process has the whole weights."""
     if validation.benchmarks and not has_whole_weights(engine):
         raise UserError(
-            f"{where}.validation.benchmarks: ZeRO 3 shards the weights, which an engine that answers needs whole; set "
-            "engine.zero_stage: 2, or leave the benchmarks out"
+            f"{where}.validation.benchmarks: FSDP and ZeRO 3 shard the weights, which an engine that answers needs whole; "
+            "set engine.type: ddp or engine.zero_stage: 2, or leave the benchmarks out"
         )
 
 
 def has_whole_weights(engine: EngineConfig) -> bool:
     """Return whether each process has the whole model."""
-    return engine.type != "deepspeed" or engine.zero_stage < 3
+    return engine.type != "fsdp" and (engine.type != "deepspeed" or engine.zero_stage < 3)
 
 
 def plan_benchmarks(config: ValidationConfig, root: str) -> list[Plan]:

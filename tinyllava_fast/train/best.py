@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.files import TMP, atomic_folder, remove
 from tinyllava_fast.log import log
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_state
@@ -53,7 +54,10 @@ class BestModels:
         """Remove the models that neither the state nor a checkpoint calls the best of their stage."""
         if not self.folder.is_dir():
             return
-        states = [state, *(load_state(self._store.folder / name) for name in self._store.names())]
+        try:
+            states = [state, *(load_state(self._store.folder / name) for name in self._store.names())]
+        except CheckpointError:  # nobody knows what it calls the best
+            return
         named = [(stage, one["best"]["step"]) for s in states for stage, one in s.validation.items() if "best" in one]
         kept = {self.path(stage, step) for stage, step in named}
         for found in self.folder.iterdir():

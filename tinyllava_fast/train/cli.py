@@ -6,26 +6,30 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tinyllava_fast.commands import nearest_flag, version
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.commands import leave, nearest_flag, version
+from tinyllava_fast.errors import LostError, SaidError, UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import expand_home
 
 USAGE = """\
-usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--dry-run] [--print-config]
+usage: tlf-train CONFIG [--resume auto|never|PATH] [--nproc N [--max-restarts N]] [--profile] [key.path=value ...]
+                 [--dry-run] [--print-config] [--help]
        tlf-train status RUN [--json]
 
 Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name;
 of a key that is given twice the last value holds:
   tlf-train configs/demo.yaml seed=1 stages.finetune.optim.lr=3e-4
-  torchrun --nproc_per_node 2 -m tinyllava_fast.train.cli configs/demo.yaml engine.type=deepspeed
+  tlf-train configs/demo.yaml --nproc 2 engine.type=ddp
+  torchrun --nnodes 2 --nproc_per_node 8 ... -m tinyllava_fast.train.cli configs/demo.yaml engine.type=fsdp
 
   --resume auto    continue where the run in output_dir stopped, if it did (default)
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
   --resume PATH    continue from that checkpoint or run folder
+  --nproc N        start N processes on this machine, as torchrun does; engine.type is ddp, fsdp or deepspeed
+  --max-restarts N with --nproc: if a process dies, start all again from the last checkpoint, N times at most
   --profile        record two steps of each stage: profile-STAGE.md, .json and .trace.json in output_dir
   --dry-run        look at everything (files, tokens, memory, schedule) and exit: nothing is trained or written
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
@@ -42,7 +46,11 @@ _ALIASES = {"-h": "--help", "--dry-run": "--dry_run", "--print-config": "--print
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0, 2 for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    """Train as the arguments say and return the exit code.
+
+    0, 2 for a mistake of the user, 1 if another process of the run has died, 130 after Ctrl-C, 143 after SIGTERM, 129
+    after SIGHUP.
+    """
     setup_logging()
     prepare_memory()
     try:
@@ -50,14 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("%s", error)
         return 2
+    except LostError as error:
+        log.error("%s", error)
+        return 1
+    except SaidError as error:
+        return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
 
 
+def command() -> NoReturn:
+    """Entry point of tlf-train."""
+    leave(main)
+
+
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["status"]:
         return _status(argv[1:])
+    processes, restarts, argv = split_processes(argv)
     path, resume, overrides, flags = parse(argv)
     if "--version" in flags:
         sys.stdout.write(f"{version()}\n")
@@ -78,6 +97,11 @@ def _run(argv: list[str]) -> int:
     if "--print_config" in flags:
         sys.stdout.write(dump(config))
         return 0
+    if processes:
+        from tinyllava_fast.train.engine.launch import check_processes, start_processes
+
+        check_processes(config.engine, processes)
+        return start_processes(processes, restarts, argv)
     from tinyllava_fast.train.loop import start, train
     from tinyllava_fast.train.run import StopRequest
 
@@ -132,6 +156,27 @@ def _registered() -> dict[str, list[str]]:
     return {registry.kind: registry.names() for registry in registries}
 
 
+def split_processes(argv: Sequence[str]) -> tuple[int, int, list[str]]:
+    """(--nproc, --max-restarts, the other arguments). UserError for what is no number, or restarts of nothing."""
+    numbers, rest = {"--nproc": 0, "--max-restarts": 0}, []
+    left = list(argv)
+    while left:
+        argument = left.pop(0)
+        name, given, value = argument.partition("=")
+        if name not in numbers:
+            rest.append(argument)
+            continue
+        if not given:
+            value = left.pop(0) if left else ""
+        least = 1 if name == "--nproc" else 0
+        if not (value.isascii() and value.isdigit()) or int(value) < least:
+            raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        numbers[name] = int(value)
+    if numbers["--max-restarts"] and not numbers["--nproc"]:
+        raise UserError("--max-restarts: needs --nproc N, the number of processes to start, which may be 1")
+    return numbers["--nproc"], numbers["--max-restarts"], rest
+
+
 def parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
     """(config path, resume, overrides as key=value, flags). Raises UserError for an argument it can't place."""
     path, resume, overrides, flags = None, "auto", [], set()
@@ -178,9 +223,12 @@ def _override(argument: str, rest: list[str]) -> str:
 
 def _unknown(argument: str, keys: Sequence[str] = ()) -> str:
     flags = ("--dry-run", "--help", "--print-config", "--profile", "--resume", "--version")
-    hint = nearest_flag(argument, [*flags, *(f"--{key}" for key in keys)]) or f"known: {', '.join(flags)}"
+    hint = (
+        nearest_flag(argument, [*flags, "--nproc", "--max-restarts", *(f"--{key}" for key in keys)])
+        or f"known: {', '.join(flags)}"
+    )
     return f"{argument}: unknown flag; {hint}; a key of the configuration is set by key.path=value"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -59,7 +59,7 @@ def dry_run(config: RunConfig, process: Process, resume: str) -> str:
     found = find_checkpoint(store, config, resume)
     first = found[1].stage_index if found else 0
     stages = config.stages[first:]
-    look_at_files(config, stages)
+    look_at_files(config, stages, process.world_size)
     lines = [f"goes on from {found[0]}" if found else f"starts in {config.output_dir}"]
     tokenizer, processor = build_tokenizer(config.model), build_image_processor(config.model)
     model = build_model(config.model, seed=config.seed, dtype=torch.float32)

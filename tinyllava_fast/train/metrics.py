@@ -20,6 +20,7 @@ from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import rss_bytes
 from tinyllava_fast.log import log
 from tinyllava_fast.train.answers import SampleRow
+from tinyllava_fast.train.by_source import SourceEntry
 from tinyllava_fast.train.loggers.base import LOGGERS, Logged
 from tinyllava_fast.train.standing import Validation
 
@@ -51,8 +52,12 @@ class Line(Rates):
 
 
 class Entry(Line, total=False):
-    """A line of metrics.jsonl. validation: the one that followed the step, which then has a line in any case."""
+    """A line of metrics.jsonl.
 
+    sources: by name, where there are several. validation: what followed the step, which then has a line in any case.
+    """
+
+    sources: dict[str, SourceEntry]
     validation: Validation
 
 
@@ -177,6 +182,8 @@ def _numbers(entry: Entry) -> dict[str, float]:
     """Return the numbers of an entry by the names that loggers show them under."""
     found = {f"lr/{group}": lr for group, lr in entry["lr"].items()}
     found |= {f"train/{k}": v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
+    for source, numbers in entry.get("sources", {}).items():
+        found |= {f"source/{source}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
     validation = entry.get("validation", Validation())
     found |= {f"validation/{k}": v for k, v in validation.items() if isinstance(v, (int, float))}
     return found | {f"validation/{name}": score for name, score in validation.get("scores", {}).items()}

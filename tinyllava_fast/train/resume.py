@@ -7,15 +7,24 @@ packs so far may not: the refusal names each such key, says why, and names a way
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllava_fast import group
 from tinyllava_fast.config.load import parse_into, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
-from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_state
+from tinyllava_fast.train.checkpoint import (
+    CheckpointStore,
+    TrainState,
+    another,
+    damage,
+    is_checkpoint,
+    load_state,
+)
 from tinyllava_fast.train.parts import MODEL_FILES
 
 _ENGINE = "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing"
@@ -31,10 +40,11 @@ FREE = frozenset(
     }
 )
 """Keys that may always change: they move work around, not the mathematics."""
+_FILES = "records image_folder sources[].path sources[].image_folder sources[].name"
 _VALIDATION = "records image_folder every_steps max_packs samples max_new_tokens benchmarks metric keep"
 STAGE_FREE = frozenset(
     {
-        *(f"data.{k}" for k in "records image_folder on_bad_image overlong feature_cache".split()),
+        *(f"data.{k}" for k in f"{_FILES} on_error on_bad_image overlong feature_cache".split()),
         *(f"validation.{k}" for k in _VALIDATION.split()),  # it leaves no trace in the training
     }
 )
@@ -82,10 +92,11 @@ class Change:
 def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> tuple[Path, TrainState] | None:
     """The checkpoint to continue from, or None to start.
 
-    resume: "auto" (the run folder's latest, if any), "never", or the path of a checkpoint or of a run folder.
-    The state's ``changes`` gain the keys that differ. Raises CheckpointError if one of them may not.
+    resume: "auto" (the run folder's newest that is intact, if any), "never", or the path of a checkpoint or of a run
+    folder. The state's ``changes`` gain the keys that differ. Raises CheckpointError if one of them may not. All
+    processes call it; rank 0 reads all of the checkpoint.
     """
-    folder = _folder(store, resume)
+    folder = group.decided(lambda: _folder(store, resume))
     if folder is None:
         return None
     state = load_state(folder)
@@ -153,7 +164,9 @@ def _stage_changes(old: Mapping[str, object], new: Mapping[str, object], *, over
 
 
 def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Return nested dicts as {dotted key: leaf}."""
+    """Return nested dicts as {dotted key: leaf}; those in a list have its index in the key."""
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        return {k: v for i, item in enumerate(tree) for k, v in _flatten(item, f"{prefix}[{i}]").items()}
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     flat: dict[str, object] = {}
@@ -166,12 +179,15 @@ def _folder(store: CheckpointStore, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        return store.latest()
+        return store.intact()
     folder = Path(resume)
-    if (folder / "state.json").is_file():
+    if (folder / "state.json").is_file() or is_checkpoint(folder):
+        if found := damage(folder):
+            raise CheckpointError(f"{found}; {another(folder)}")
         return folder
     inner = folder if folder.name == "checkpoints" else folder / "checkpoints"
-    return CheckpointStore(inner, 1).latest() or folder
+    own = inner.resolve() == store.folder.resolve()
+    return (store if own else CheckpointStore(inner, 1)).intact() or folder
 
 
 def _completed(old: dict[str, object]) -> dict[str, object]:
@@ -227,5 +243,5 @@ def _reason(key: str) -> str:
 
 
 def _among(key: str, keys: frozenset[str]) -> bool:
-    parts = key.split(".")
+    parts = re.sub(r"\[\d+\]", "[]", key).split(".")
     return any(".".join(parts[: i + 1]) in keys for i in range(len(parts)))

@@ -13,6 +13,7 @@ from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.split import Split
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import cache_folder
+from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import check_vocabulary
 from tinyllava_fast.models.lmm import LMM
@@ -24,7 +25,7 @@ from tinyllava_fast.train.answers import Answering, Sample, choose_samples, has_
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import CompiledForward, compile_forward, repays
 from tinyllava_fast.train.engine.base import TrainingEngine
-from tinyllava_fast.train.engine.launch import build_engine
+from tinyllava_fast.train.engine.launch import build_engine, never_compiles
 from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 from tinyllava_fast.train.parts import first_model
@@ -65,7 +66,8 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     groups = apply_recipe(model, config.recipe, config.optim, seed=run.config.seed)
     if resumed is not None:
         _load_weights(model, resumed)  # which have the names that the recipe gives them
-    model.set_loss(label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
+    mixed = len(config.data.sources) > 1
+    model.set_loss(label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, by_segment=mixed)
     model.set_gradient_checkpointing(engine_config.gradient_checkpointing)
     loader = _open_loader(run, config, model, reading)
     report = loader.dataset.report.as_dict()
@@ -111,7 +113,7 @@ def _enter(run: Run, index: int) -> Path | None:
     state = run.state
     resumed = run.checkpoint if state.stage_index == index else None
     if state.stage_index != index or not state.stage:
-        state.stage_step, state.loader, state.barren = 0, {}, 0
+        state.stage_step, state.loader, state.barren, state.source_window = 0, {}, 0, {}
     state.stage, state.stage_index = run.config.stages[index].name, index
     return resumed
 
@@ -157,7 +159,7 @@ def _open_loader(run: Run, stage: StageConfig, model: LMM, reading: PictureReadi
         template=data.template,
         turns=data.turns,
         image_mode=data.image_mode,
-        image_grid=loader.dataset.files.grid,
+        image_grid=loader.dataset.grid,
         reading=reading,
     )
     return loader
@@ -200,6 +202,9 @@ def _compiles(run: Run, stage: StageConfig, model: LMM, loader: Loader, flops: f
     chosen = run.config.engine.compile
     if chosen != "auto":
         return bool(chosen)
+    if reason := never_compiles(run.config.engine):
+        log.info("engine.compile: auto: not compiling: %s", reason)
+        return False
     known = run.state.compiled
     if stage.name not in known:
         known[stage.name] = repays(

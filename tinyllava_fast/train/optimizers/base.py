@@ -76,6 +76,11 @@ class Optimizer(ABC):
     @classmethod
     def check(cls, engine: EngineConfig, device: torch.device, where: str) -> None:
         """Raise UserError for an engine or a device that cannot run it. where: key and name, for the message."""
+        if engine.type == "fsdp":
+            raise UserError(
+                f"{where} with engine.type: fsdp, which cuts weights into rows, so that scales and checkpoints would "
+                "depend on the number of processes; set engine.type: ddp, or type: adamw"
+            )
         if engine.type == "deepspeed" and engine.zero_stage > 0:
             raise UserError(
                 f"{where} with engine.zero_stage: {engine.zero_stage}, whose flat partitions cut weights anywhere, "
@@ -115,10 +120,11 @@ def find_optimizer(optim: OptimConfig, stage: str = "stages.*", file: str = "") 
 
 def check_optimizer(optim: OptimConfig, engine: EngineConfig, device: torch.device, stage: str) -> None:
     """Raise UserError for an optimizer that this engine or device does not have, and for means that it cannot keep."""
-    if optim.ema and engine.type == "deepspeed" and engine.zero_stage > 0:
+    sharded = f"engine.zero_stage: {engine.zero_stage}" if engine.type == "deepspeed" and engine.zero_stage > 0 else ""
+    if optim.ema and (sharded or engine.type == "fsdp"):
         raise UserError(
-            f"{stage}.optim.ema with engine.zero_stage: {engine.zero_stage}, which holds a part of the weights in each "
-            "process; set zero_stage: 0, or ema: 0"
+            f"{stage}.optim.ema with {sharded or 'engine.type: fsdp'}, which holds a part of the weights in each process; "
+            "set engine.type: ddp, or ema: 0"
         )
     found, _ = find_optimizer(optim, stage)
     found.check(engine, device, f"{stage}.optim.type: {optim.type}")
