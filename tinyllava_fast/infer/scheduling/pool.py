@@ -63,7 +63,9 @@ class Spans:
         return False
 
     def give(self, start: int, rows: int) -> None:
-        """Return a range that take() handed out."""
+        """Return a range that take() handed out, or a part of it."""
+        if not rows:
+            return
         self.free_rows += rows
         insort(self._holes, (start, rows))
         merged: list[tuple[int, int]] = []
