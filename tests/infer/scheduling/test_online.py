@@ -9,7 +9,7 @@ import torch
 
 from tests.infer.test_engine import ask
 from tests.tiny import make_engine
-from tinyllava_fast.infer.scheduling.online import FIRST_CHUNK, FIRST_RIDERS, LEAST_CHUNK, OnlineQueue, Pace
+from tinyllava_fast.infer.scheduling.online import FIRST_CHUNK, LEAST_CHUNK, MOST_RIDES, OnlineQueue, Pace
 from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.infer.scheduling.prefixes import PrefixCache
 from tinyllava_fast.infer.scheduling.sequence import Sequence, Status
@@ -39,17 +39,18 @@ def test_chunks_take_as_long_as_a_step_for_each_that_waits() -> None:
 
 def test_riders_add_a_part_of_a_step() -> None:
     pace = Pace()
-    assert pace.riders(8, 1, 32) == FIRST_RIDERS and not pace.knows(8)
+    assert pace.riders(8, 1, 32) == LEAST_CHUNK and not pace.knows(8)
     pace.stepped(8, 0.1)
     assert pace.knows(8) and pace.knows(9) and not pace.knows(16) and not pace.knows(4)
-    pace.rode(4, 0.1 + 4 * 0.0099)
-    assert pace.riders(8, 1, 32) == 6 and pace.riders(8, 2, 5) == 5
+    pace.rode(4, 0.1 + 4 * 0.0049)
+    assert pace.riders(8, 1, 32) == 12 and pace.riders(8, 2, 5) == 5
     assert pace.riders(8, 0, 32) == pace.riders(8, 3, 32) == pace.riders(0, 1, 32) == 0
-    for _ in range(50):
+    for _ in range(MOST_RIDES):
         pace.rode(4, 5.0)
-    assert pace.riders(8, 1, 32) == 1  # a prompt goes on in any case
+    assert pace.riders(8, 1, 32) == LEAST_CHUNK  # a prompt goes on in any case
+    assert not pace.knows(8)  # what steps take may have changed
     pace.stepped(20, 0.5)
-    assert pace.step_seconds == 0.5  # of other steps an average says nothing
+    assert pace.knows(20) and pace.step_seconds == 0.5  # of other steps an average says nothing
     assert Pace(chunk_tokens=8).riders(1, 9, 32) == 8 and Pace(chunk_tokens=40).riders(1, 9, 32) == 0
 
 

@@ -15,10 +15,10 @@ from itertools import count
 from tinyllava_fast.infer.scheduling.prefixes import Kept, PrefixCache
 from tinyllava_fast.infer.scheduling.sequence import Sequence, Status
 
-LEAST_CHUNK = 8  # a pass over fewer tokens takes hardly less time: all weights are read
+LEAST_CHUNK = 8  # fewer take hardly less time, in a pass of their own or as riders, and a prompt has to come to its end
 MOST_RIDERS = 32
-FIRST_RIDERS = 4  # while it is not known what they cost
 RIDE = 0.6  # of the time of a step is what riders may add to it
+MOST_RIDES = 16  # one after the other
 FEW = 2  # newcomers whose prompts ride; when more wait, chunks are computed
 FIRST_CHUNK = 64  # while it is not known how long passes take
 NEWS = 0.3  # weight of the last pass in the averages
@@ -33,14 +33,17 @@ class Pace:
     step_rows: int = 0  # of the last step without riders
     token_seconds: float = 0.0  # of a token of a prompt
     rider_seconds: float = 0.0  # of one that rides
+    rides: int = 0  # since the last step without riders
 
     def stepped(self, rows: int, seconds: float) -> None:
         """Note a step of decoding."""
         again = _alike(rows, self.step_rows)
         self.step_seconds, self.step_rows = _average(self.step_seconds if again else 0.0, seconds), rows
+        self.rides = 0
 
     def rode(self, riders: int, seconds: float) -> None:
         """Note a step of decoding with riders."""
+        self.rides += 1
         if riders:
             least = 1e-3 * self.step_seconds
             self.rider_seconds = _average(self.rider_seconds, max(least, seconds - self.step_seconds) / riders)
@@ -52,12 +55,12 @@ class Pace:
         if not 0 < newcomers <= FEW or not decoding:
             return 0
         if not self.rider_seconds or not self.step_seconds:
-            return min(FIRST_RIDERS, most)
-        return min(most, max(1, int(RIDE * self.step_seconds / self.rider_seconds)))
+            return min(LEAST_CHUNK, most)
+        return min(most, max(LEAST_CHUNK, int(RIDE * self.step_seconds / self.rider_seconds)))
 
     def knows(self, decoding: int) -> bool:
-        """Return whether it knows how long a step of about so many sequences takes."""
-        return self.chunk_tokens is not None or _alike(decoding, self.step_rows)
+        """Return whether it knows how long a step of about so many sequences takes; now and then it looks again."""
+        return self.chunk_tokens is not None or (self.rides < MOST_RIDES and _alike(decoding, self.step_rows))
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """Note a pass over prompts, images not counted."""
