@@ -97,7 +97,7 @@ class PackedDecoder:
         spans = []
         for sequence, stop in zip(sequences, stops, strict=True):
             first = sequence.num_cached_tokens
-            ids = (sequence.prompt + sequence.tokens)[first:stop]
+            ids = sequence.ids_between(first, stop)
             rows = _features(sequence, first, stop, features)
             spans.append(Span(ids, sequence.start, sequence.num_own_cached, sequence.shared_rows, rows))
         return self(spans), np.cumsum([len(s.ids) for s in spans]) - 1
@@ -109,6 +109,31 @@ class PackedDecoder:
         self.steps += 1
         hidden = None if self._fused is None else self._fused(rows)
         return self._run_step(self._step_tokens(rows)) if hidden is None else hidden
+
+    def step_with_riders(
+        self, sequences: Items[Sequence], stops: Items[int], features: Mapping[object, Tensor]
+    ) -> tuple[Tensor, np.ndarray]:
+        """Compute tokens up to their stops of sequences that decode, one each, and of prompts, a few, in one pass.
+
+        Arguments and results as of ``prefill``.
+        """
+        self.steps += 1
+        if self._fused is None or any(
+            s.images_between(s.num_cached_tokens, n) for s, n in zip(sequences, stops, strict=True)
+        ):
+            return self.prefill((), sequences, stops, features)
+        rows, counts = [], []
+        for sequence, stop in zip(sequences, stops, strict=True):
+            first, start, done = sequence.num_cached_tokens, sequence.start, sequence.num_own_cached
+            for place, token in enumerate(sequence.ids_between(first, stop)):
+                # the row of each token is written before any is read: it sees those before it and itself
+                rows.append((token, start, done + place, *sequence.shared_rows))
+            counts.append(stop - first)
+        hidden = self._fused(np.array(rows, dtype=np.int64))
+        if hidden is None:
+            return self.prefill((), sequences, stops, features)
+        self.computed_tokens += len(rows)
+        return hidden, np.cumsum(counts) - 1
 
     def _step_tokens(self, rows: np.ndarray) -> StepTokens:
         """Return the rows [R, 5] that FusedStep takes in the form that attention takes."""
