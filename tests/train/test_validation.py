@@ -86,7 +86,8 @@ def test_the_loss_is_the_mean_over_the_held_out_tokens(tiny_run: TinyRun) -> Non
     ]
     held = sides[0]
     with torch.no_grad():
-        total = sum(float(model(**held.pack(0, indices).tensors())) for indices in held.plan(0))
+        batches = [held.pack(0, indices).to("cpu") for indices in held.plan(0)]
+        total = sum(float(model(**batch.tensors())) for batch in batches)
     assert found["loss"] == pytest.approx(total / held.report.supervised_tokens, rel=1e-5)
     assert found["supervised_tokens"] == held.report.supervised_tokens and found["samples"] == len(held)
     assert summary["data"]["finetune"]["records"] == len(sides[1]) == 60 - len(held)

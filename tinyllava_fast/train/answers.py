@@ -144,7 +144,7 @@ def check_answering(validation: ValidationConfig, engine: EngineConfig, where: s
     """Raise UserError for benchmarks where no process has the whole weights."""
     if validation.benchmarks and not has_whole_weights(engine):
         raise UserError(
-            f"{where}.validation.benchmarks: FSDP and ZeRO 3 shard the weights, which an engine that answers needs whole; "
+            f"{where}.validation.benchmarks: FSDP and ZeRO 3 shard the weights, which answers need whole; "
             "set engine.type: ddp or engine.zero_stage: 2, or leave the benchmarks out"
         )
 
