@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.train.conftest import COLOURS
+from tests.train.mixes import write_mix
 from tests.train.test_resume import back_to
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.data.dataset import PackedDataset
@@ -158,6 +160,29 @@ def test_a_best_model_stays_while_a_checkpoint_calls_it_so(overfit: Path) -> Non
     states = [json.loads((p / "state.json").read_text()) for p in (run / "checkpoints").iterdir() if p.is_dir()]
     named = {f"finetune-{s['validation']['finetune']['best']['step']:08d}" for s in states if s["validation"]}
     assert kept == named and len(kept) <= 2
+
+
+def test_a_share_of_several_sources_is_held_out_of_each(tmp_path: Path) -> None:
+    """Pictures that are files, pictures inside an archive, and text alone."""
+    path = write_mix(tmp_path, stages__finetune__validation={"share": 0.3, "samples": 3, "max_new_tokens": 2})
+    config = load_run(path)
+    train(config)
+    data, (found,) = config.stages[-1].data, validations(path.parent / "run").values()
+    sides = [
+        PackedDataset(
+            replace(data, sources=[replace(source, weight=None) for source in data.sources]),
+            config.stages[-1].batch,
+            tokenizer=build_tokenizer(config.model),
+            processor=build_image_processor(config.model),
+            tokens_per_image=4,
+            seed=0,
+            split=split,
+        )
+        for split in (None, Split(0.3, held_out=True), Split(0.3, held_out=False))
+    ]
+    counts = [[len(source) for source in side.sources] for side in sides]
+    assert counts[0] == [held + kept for held, kept in zip(*counts[1:], strict=True)] and min(counts[1]) > 0
+    assert found["samples"] == sum(counts[1]) and found["loss"] > 0
 
 
 def test_the_share_may_not_change_and_the_rest_may(tiny_run: TinyRun) -> None:
