@@ -36,9 +36,8 @@ of a key that is given twice the last value holds:
   --help           this, and every key of a configuration with its default, range and meaning
   --version        print the version and exit
 
-tlf-train status RUN says where a run stands: alive, stalled, dead and why, its step, losses and best model. RUN is its
-output_dir, or its configuration; --json says it to programs. The exit code is 1 for a run that needs somebody: stalled,
-stopped, diverged, failed or dead. (A configuration file that is called status is trained as ./status.)
+tlf-train status RUN says where a run stands: alive, stalled, dead and why, its step, losses and best model; with --json
+to programs. RUN is its output_dir, or its configuration. Exit code 1: it needs somebody. (A file status: ./status.)
 """
 FLAGS = ("--dry_run", "--help", "--print_config", "--profile", "--version")
 RESUME = ("auto", "never")
