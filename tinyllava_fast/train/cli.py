@@ -35,9 +35,8 @@ of a key that is given twice the last value holds:
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
   --help           this, and every key of a configuration with its default, range and meaning
   --version        print the version and exit
-
-tlf-train status RUN says where a run stands: alive, stalled, dead and why, its step, losses and best model; with --json
-to programs. RUN is its output_dir, or its configuration. Exit code 1: it needs somebody. (A file status: ./status.)
+  status RUN       say where the run of an output_dir, or of a configuration, stands: alive, stalled, dead and why, its
+                   step, losses and best model; exit code 1: it needs somebody (a file called status: ./status)
 """
 FLAGS = ("--dry_run", "--help", "--print_config", "--profile", "--version")
 RESUME = ("auto", "never")
