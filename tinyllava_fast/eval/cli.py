@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError, writing
-from tinyllava_fast.infer.flags import add_model_flags, positive, threads
+from tinyllava_fast.infer.flags import add_adapter_flag, add_model_flags, positive, threads
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import load_plugins
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --compare: pair questions even where their prompts, pictures or right answers differ",
     )
     add_model_flags(p)
+    add_adapter_flag(p)
     p.add_argument("--batch-tokens", type=positive, default=16384, metavar="N", help="tokens in flight (memory)")
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     return p
@@ -119,6 +120,7 @@ def _evaluate(args: argparse.Namespace) -> str:
         dtype=args.dtype,
         weights=args.weights,
         device=args.device,
+        adapter=args.adapter,
         batch_tokens=args.batch_tokens,
         threads=args.threads or torch.get_num_threads(),
         plugins=args.plugin,

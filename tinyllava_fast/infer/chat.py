@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.flags import add_model_flags, threads
+from tinyllava_fast.infer.flags import add_adapter_flag, add_model_flags, threads
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import load_plugins
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     add_model_flags(p)
+    add_adapter_flag(p)
     return p
 
 
@@ -95,7 +96,12 @@ def _run(args: argparse.Namespace) -> int:
 
         torch.set_num_threads(args.threads)
     assistant = Assistant.from_pretrained(
-        args.model, dtype=args.dtype, device=args.device, weights=args.weights, system=_text(args.system)
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        weights=args.weights,
+        system=_text(args.system),
+        adapter=args.adapter,
     )
     talk = Conversation(assistant, args.image, sampling, _show)
     if args.question is not None:

@@ -20,14 +20,14 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tinyllava_fast.data.images import ImageMode
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.core import Core
-from tinyllava_fast.infer.fast_model.fused_step import FIXED_ANGLES
+from tinyllava_fast.infer.fast_model.positions import has_fixed_angles, has_window
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT, FAILED
@@ -120,21 +120,23 @@ class Engine:
         check_vocabulary(lmm, tokenizer)
         self.vocab = largest_id(tokenizer)[1] + 1
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
-        self.share_prefix = not _has_window(config)
+        self.share_prefix = not has_window(config)
         self._images = ImageEncoder(
             lmm, processor, mode=image_mode, grid=image_grid, threads=threads, cache_bytes=image_cache_bytes
         )
-        self._prompts = Prompts(
-            template, tokenizer, self._images.rows, self.context, self.batch_tokens, self.eos, ahead=lookahead
-        )
         self._decoder = PackedDecoder(self.model, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
+        self.adapters = self._decoder.adapters
+        limits = self.context, self.batch_tokens
+        self._prompts = Prompts(
+            template, tokenizer, self._images.rows, *limits, self.eos, ahead=lookahead, adapters=self.adapters
+        )
         scheduler = Scheduler(
             self._decoder.pool,
             Limits(prefill_tokens),
             window=lookahead,
             max_group_rows=self.batch_tokens // 2,
             share_prefix=self.share_prefix,
-            reuse=reuse and _has_fixed_angles(config),
+            reuse=reuse and has_fixed_angles(config),
             chunk_tokens=chunk_tokens,
         )
         self._core = Core(self.model, self._images, self._decoder, scheduler, vocab=self.vocab, source=self.source)
@@ -166,6 +168,24 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         """Bytes of the K/V pool."""
         return self._decoder.pool.nbytes
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Let requests name a LoRA adapter; others are answered as before, in the same passes.
+
+        folder: as peft writes it, with the layer names of this toolkit's model folders, or such a folder that has one
+        in it. UserError for a name that is taken. CheckpointError for a folder that is damaged, not of this model, no
+        plain LoRA, or that changes more than the language model's linear layers.
+        """
+        self.adapters.add(name, self.adapters.read(folder))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. UserError if there is none of that name, or requests in flight use it."""
+        number = self.adapters.number(name)
+        if users := sum(s.adapter == number for s in self._inboxes):
+            raise UserError(
+                f"adapter {name!r}: {users} requests in flight use it; wait for their answers, or abort them"
+            )
+        self.adapters.remove(name)
 
     def add_request(self, request: Request, on_token: OnToken | None = None) -> None:
         """Take in a request beside those that run; ``step`` computes and returns its answer.
@@ -337,6 +357,8 @@ class Engine:
         """Hand sequences to the core; each comes to the inbox when it has ended."""
         for sequence in sequences:
             self._inboxes[sequence] = inbox
+            if not self.adapters.has(sequence.adapter) and not sequence.ended:  # while the prompt was made
+                sequence.fail(UserError(f"{sequence.request.named}: its adapter was unloaded; load it again"))
             self._core.scheduler.add(sequence)
 
     def _deliver(self, ended: Iterable[Sequence]) -> None:
@@ -372,18 +394,3 @@ class Engine:
             logprobs=[] if failed else sequence.logprobs,
             why=(str(sequence.error) or type(sequence.error).__name__) if failed else "",
         )
-
-
-def _has_window(config: PreTrainedConfig) -> bool:
-    """True if some layer attends only to the last tokens."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return "sliding_attention" in kinds
-    return bool(getattr(config, "sliding_window", None))
-
-
-def _has_fixed_angles(config: PreTrainedConfig) -> bool:
-    """True if K depends on a token's position alone, and not on how long the longest sequence of the pass is."""
-    scaling = getattr(config, "rope_parameters", None) or {}
-    kinds = [scaling, *scaling.values()]
-    return all(k.get("rope_type", "default") in FIXED_ANGLES for k in kinds if isinstance(k, dict))

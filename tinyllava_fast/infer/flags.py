@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tinyllava_fast import plugins
+from tinyllava_fast.paths import path_argument
 
 MOST_THREADS = 4096
 
@@ -18,6 +19,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     plugins.add_flag(parser)
+
+
+def add_adapter_flag(parser: argparse.ArgumentParser) -> None:
+    """``--adapter``, as from_pretrained takes it."""
+    parser.add_argument(
+        "--adapter", type=path_argument, metavar="DIR", help="LoRA adapter that is added to the model's weights"
+    )
 
 
 def positive(text: str) -> int:

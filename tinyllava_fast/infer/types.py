@@ -137,6 +137,7 @@ class Request:
         If there are images and no marker, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
     priority: of requests that come one by one (``Engine.add_request``), smaller ones run first.
+    adapter: name of the adapter (``Engine.load_adapter``) that the model answers with; None: as it is.
     """
 
     messages: Sequence[Message]
@@ -144,6 +145,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     id: str = ""
     priority: int = 0
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", image_objects(self.image))

@@ -102,6 +102,7 @@ class Ask:
                 image=list(images) or None,
                 sampling=self._sampling(seed + index),
                 id=f"{name}-{index}",
+                adapter=self.served.adapter,
             )
             for index in range(count)
         ]

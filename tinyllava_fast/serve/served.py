@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.live import LiveEngine
@@ -14,17 +15,31 @@ from tinyllava_fast.serve.tokens import TextTokens
 
 @dataclass(frozen=True)
 class Served:
-    """One model. created: seconds since 1970, for the list of models."""
+    """One model, or one of its adapters. created: seconds since 1970, for the list of models.
+
+    base: of an adapter the model that it changes, whose engine answers.
+    """
 
     name: str
     engine: Engine
     live: LiveEngine
     created: int
+    base: Served | None = None
+
+    def adapted(self, name: str, folder: str | Path) -> Served:
+        """Load an adapter, and return what answers with it. UserError as for ``Engine.load_adapter``."""
+        self.live.load_adapter(name, folder)
+        return replace(self, name=name, base=self)
+
+    @property
+    def adapter(self) -> str | None:
+        """Return the name of the adapter; None for a model."""
+        return None if self.base is None else self.name
 
     @cached_property
     def tokens(self) -> TextTokens:
         """Return the maker of tokens from clients' texts."""
-        return TextTokens(self.engine)
+        return TextTokens(self.engine) if self.base is None else self.base.tokens
 
     @cached_property
     def most_characters(self) -> int | None:
