@@ -156,12 +156,19 @@ class Request:
         return f"request {self.id!r}" if self.id else "the question"
 
     @staticmethod
-    def ask(question: str, image: Images | None = None, *, sampling: Sampling | None = None, id: str = "") -> Request:
+    def ask(
+        question: str,
+        image: Images | None = None,
+        *,
+        sampling: Sampling | None = None,
+        id: str = "",
+        adapter: str | None = None,
+    ) -> Request:
         """A single-turn request. UserError if the question is no text."""
         if not isinstance(question, str):
             raise UserError(f"the question: expected a text, got {type(question).__name__}")
         messages = [{"from": "human", "value": question}]
-        return Request(messages=messages, image=image, sampling=sampling or Sampling(), id=id)
+        return Request(messages=messages, image=image, sampling=sampling or Sampling(), id=id, adapter=adapter)
 
     @property
     def images(self) -> tuple[ImageLike, ...]:

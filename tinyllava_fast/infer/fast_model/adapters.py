@@ -30,10 +30,10 @@ _ELSEWHERE = {"vision": "the vision tower", "connector": "the connector"}
 
 
 class Place(NamedTuple):
-    """A linear layer of the language model as it was trained: which one it is of the layers that a module holds."""
+    """Where a linear layer of the language model is. part: which of the layers that the module holds."""
 
     module: str
-    index: int
+    part: int
     inputs: int
     sizes: tuple[int, ...]  # outputs of the module's layers
 
@@ -127,12 +127,12 @@ class Adapters:
         module: Any = stock(self.lmm.get_submodule(place.module))  # type: ignore[arg-type]
         both = (module.held, module.shift) if isinstance(module, DecodeLinear) else (module.weight, module.bias)
         found = both[kind == "bias"]
-        return found.split(place.sizes)[place.index] if isinstance(found, Tensor) else None
+        return found.split(place.sizes)[place.part] if isinstance(found, Tensor) else None
 
     def _update(self, lora: Lora, name: str, path: Path) -> Update:
         stored_a, stored_b = lora.updates[name]
         place = self._places[name]
-        expected = (place.sizes[place.index], place.inputs)
+        expected = (place.sizes[place.part], place.inputs)
         if len(stored_a.shape) != 2 or len(stored_b.shape) != 2 or stored_a.shape[0] != stored_b.shape[1]:
             raise CheckpointError(
                 f"{path}: {name}: lora_A {list(stored_a.shape)} and lora_B {list(stored_b.shape)} do not multiply"
@@ -156,7 +156,7 @@ class Adapters:
         for layer, update in updates.items():
             place = self._places[layer]
             here = Update(*(t.to(self.lmm.device, self.lmm.dtype) for t in update))
-            self._adapted(place).put(place.index, number, here)
+            self._adapted(place).put(place.part, number, here)
         self._numbers[name] = number
 
     def merge(self, updates: Mapping[str, Update]) -> None:
@@ -173,7 +173,7 @@ class Adapters:
         for place in self._places.values():
             module = self.lmm.get_submodule(place.module)
             if isinstance(module, AdaptedLinear):
-                module.put(place.index, number, None)
+                module.put(place.part, number, None)
                 if not self._numbers:
                     self.lmm.set_submodule(place.module, module.base)
 
