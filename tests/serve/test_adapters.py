@@ -36,7 +36,7 @@ def answer(engine: object, question: str) -> str:
 @pytest.fixture(scope="module")
 def server(start: Callable[..., Running], folder: Path, merged: dict[str, tuple[Path, dict[str, str]]]) -> Running:
     flags = [part for name, (path, _) in merged.items() for part in ("--adapter", f"{name}@tiny={path}")]
-    return start("--models", f"tiny={folder}", f"other={folder}", *flags)
+    return start("--models", f"tiny={folder}", f"other={folder}", *flags, "--speculate", "4")
 
 
 def test_each_is_a_model_and_answers_as_the_merged_one(server, engine, merged):

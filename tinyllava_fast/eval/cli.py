@@ -121,6 +121,7 @@ def _evaluate(args: argparse.Namespace) -> str:
         weights=args.weights,
         device=args.device,
         adapter=args.adapter,
+        speculate=args.speculate,
         batch_tokens=args.batch_tokens,
         threads=args.threads or torch.get_num_threads(),
         plugins=args.plugin,

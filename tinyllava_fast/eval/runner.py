@@ -55,6 +55,7 @@ def evaluate(
     device: str = "auto",
     weights: str | None = None,
     adapter: str | Path | None = None,
+    speculate: int = 0,
     batch_tokens: int = 16384,
     threads: int = 2,
     plugins: Sequence[str] = (),
@@ -64,10 +65,10 @@ def evaluate(
     data: the folder of all benchmarks, or of the only one. options: "textvqa.ocr=false", ... blind: every image is
     replaced by a blank one of the mean colour; what is still answered right comes from the text alone. limit: only
     the first questions of each. missing_images: "error", or "empty" to score their questions as empty answers. output:
-    None puts it beside the model folder. adapter: a LoRA adapter's folder, added to the weights. A killed run goes on
-    with the questions it has not answered. Under torchrun every rank answers its share of the images; the others return
-    {} once rank 0 can score. plugins: those that are loaded, by the names that load_plugins takes; answers belong to
-    their code, too.
+    None puts it beside the model folder. adapter: a LoRA adapter's folder, added to the weights. speculate: as for
+    Engine, whose answers it does not change. A killed run goes on with the questions it has not answered. Under
+    torchrun every rank answers its share of the images; the others return {} once rank 0 can score. plugins: those that
+    are loaded, by the names that load_plugins takes; answers belong to their code, too.
     An answer belongs to the model's files, dtype and weights, the prompt, and what its pictures show, in their order:
     what has changed is asked again, and so is a question whose unreadable picture was mended.
     What is wrong with one question (too long for the context, an unreadable picture) costs that one: it is scored as an
@@ -85,6 +86,7 @@ def evaluate(
             device=ranks.device(device),
             weights=weights,
             adapter=adapter,
+            speculate=speculate,
             batch_tokens=batch_tokens,
             threads=threads,
         )

@@ -102,6 +102,7 @@ def _run(args: argparse.Namespace) -> int:
         weights=args.weights,
         system=_text(args.system),
         adapter=args.adapter,
+        speculate=args.speculate,
     )
     talk = Conversation(assistant, args.image, sampling, _show)
     if args.question is not None:

@@ -14,7 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.core import Core
+from tinyllava_fast.infer.counters import Counters, Usage
 from tinyllava_fast.infer.fast_model.positions import has_fixed_angles, has_window
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
@@ -40,31 +41,6 @@ from tinyllava_fast.infer.scoring import Collector
 from tinyllava_fast.infer.types import Answer, Request, Scores
 from tinyllava_fast.models.build import check_vocabulary
 from tinyllava_fast.models.lmm import LMM
-
-
-@dataclass
-class Counters:
-    """The work of an engine so far. prompt_tokens counts every prompt whole; computed_tokens what was really run."""
-
-    requests: int = 0
-    images_encoded: int = 0
-    images_reused: int = 0  # their features came from the cache
-    reused_tokens: int = 0  # of prompts: their K and V came from earlier requests
-    prompt_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    decode_steps: int = 0
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Sequences in flight, and rows of the K/V pool. kept_rows: of ended sequences, for prompts that begin alike."""
-
-    running: int
-    waiting: int
-    rows: int
-    free_rows: int
-    kept_rows: int
 
 
 class Engine:
@@ -82,6 +58,7 @@ class Engine:
         alike. image_cache_bytes: features of images kept for them. chunk_tokens: tokens of a prompt that are computed
         between two steps of decoding; None: as many as take as long as a step.
     compile: the decode step; True, False, or None: when it pays (compiled_step.py).
+    speculate: most tokens that are guessed and verified in one step of a greedy sequence; 0: none (speculation.py).
     source: what the model is called in messages, its folder.
     UserError for a pool too small to hold anything, and for a tokenizer with ids that the model has no embedding for.
     """
@@ -104,6 +81,7 @@ class Engine:
         image_cache_bytes: int = CACHE_BYTES,
         chunk_tokens: int | None = None,
         compile: bool | None = None,
+        speculate: int = 0,
         source: str | Path = "",
     ) -> None:
         self.model = PreparedModel(model) if isinstance(model, LMM) else model
@@ -139,7 +117,8 @@ class Engine:
             reuse=reuse and has_fixed_angles(config),
             chunk_tokens=chunk_tokens,
         )
-        self._core = Core(self.model, self._images, self._decoder, scheduler, vocab=self.vocab, source=self.source)
+        core = self.model, self._images, self._decoder, scheduler
+        self._core = Core(*core, vocab=self.vocab, source=self.source, speculate=speculate)
         self._counters = Counters()
         self._inboxes: dict[Sequence, deque[Sequence]] = {}  # where each sequence in flight goes when it has ended
         self._added: dict[str, Sequence] = {}  # of add_request, until step has returned their answers
@@ -155,6 +134,8 @@ class Engine:
             computed_tokens=self._decoder.computed_tokens,
             generated_tokens=self._core.generated_tokens,
             decode_steps=self._decoder.steps,
+            guessed_tokens=self._core.speculation.guessed,
+            right_guesses=self._core.speculation.right,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Flags of the commands that open a model: how its weights are held, and where they run."""
+"""Flags of the commands that open a model: how its weights are held, where they run, and in which steps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ MOST_THREADS = 4096
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """``--dtype``, ``--weights``, ``--device`` and ``--plugin``, as from_pretrained and load_plugins take them.
+    """``--dtype``, ``--weights``, ``--device``, ``--speculate``, as from_pretrained takes them, and ``--plugin``.
 
     Nothing heavy is imported: a command answers ``--help`` before torch is there.
     """
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
     parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument(
+        "--speculate",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens of a greedy answer from what its prompt and it repeat, and verify them in one step "
+        "(default: none; 8 is a good number for one answer at a time)",
+    )
     plugins.add_flag(parser)
 
 

@@ -215,7 +215,12 @@ def _open(name: str, path: str, args: argparse.Namespace) -> Served:
 
         torch.set_num_threads(args.threads)
     assistant = Assistant.from_pretrained(
-        path, dtype=args.dtype, device=args.device, weights=args.weights, batch_tokens=args.batch_tokens
+        path,
+        dtype=args.dtype,
+        device=args.device,
+        weights=args.weights,
+        batch_tokens=args.batch_tokens,
+        speculate=args.speculate,
     )
     live = LiveEngine(assistant.engine, max_waiting=args.max_waiting)
     return Served(name, assistant.engine, live, int(time.time()))

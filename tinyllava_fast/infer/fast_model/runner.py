@@ -110,6 +110,33 @@ class PackedDecoder:
             spans.append(Span(ids, *place, rows, sequence.adapter))
         return self(spans), np.cumsum([len(s.ids) for s in spans]) - 1
 
+    def verify(self, sequences: Items[Sequence], guesses: Mapping[Sequence, list[int]]) -> Tensor:
+        """Hidden states [T, D] of the last token of each sequence and of the guesses behind it, in their order.
+
+        K and V of guesses go to the rows behind; those of wrong ones are overwritten by what comes in their place.
+        """
+        self.steps += 1
+        ids = [[s.tokens[-1], *guesses.get(s, ())] for s in sequences]
+        hidden = None
+        if self._fused is not None and not any(s.adapter for s in sequences):
+            # Each guess is a row of its own, that of a sequence which is longer by the guesses before it: K and V of
+            # all rows of a layer are in the pool before any row looks at them.
+            rows = [
+                (name, s.start, s.num_own_cached + place, *s.shared_rows)
+                for s, names in zip(sequences, ids, strict=True)
+                for place, name in enumerate(names)
+            ]
+            hidden = self._fused(np.array(rows, dtype=np.int64))
+        if hidden is not None:
+            self.computed_tokens += len(hidden)
+            return hidden
+        return self(
+            [
+                Span(names, s.start, s.num_own_cached, s.shared_rows, adapter=s.adapter)
+                for s, names in zip(sequences, ids, strict=True)
+            ]
+        )
+
     def step(self, sequences: Items[Sequence]) -> Tensor:
         """Hidden states [R, D] of the last token of each sequence, which is at least one. They must ascend by start."""
         rows = np.array([(s.tokens[-1], s.start, s.num_own_cached, *s.shared_rows) for s in sequences], dtype=np.int64)
