@@ -94,10 +94,10 @@ def test_other_families(tokenizer, images, name):
 
 def test_a_small_pool(lmm, tokenizer, images):
     """Sequences that are sent back and computed anew, and rows that have to be grown."""
-    plain, guessing = pair(lmm, tokenizer, prepared=True, batch_tokens=260, prefill_tokens=64)
+    plain, guessing = pair(lmm, tokenizer, prepared=True, batch_tokens=400, prefill_tokens=64)
     some = [replace(r, image=None) for r in requests(images)[:10]]
     same(plain.answers(some), guessing.answers(some))
-    assert guessing._decoder.pool.rows.free_rows == 260
+    assert guessing._decoder.pool.rows.free_rows == 400
 
 
 def test_with_an_adapter(lmm, tokenizer, tmp_path):
@@ -154,5 +154,7 @@ def test_bfloat16(tokenizer):
     """Answers may differ where two tokens are as likely as rounding tells; each is a token that the model may say."""
     model = make_model(2).to(torch.bfloat16)
     guessing = make_engine(prepare_model(model), tokenizer, speculate=8)
-    answer = guessing.answer(ask(PROMPTS[0], new=60, eos_token_id=()))
-    assert len(answer.tokens) == 60 and guessing.counters.right_guesses > 0
+    for text in PROMPTS:
+        answer = guessing.answer(ask(text, new=120, eos_token_id=()))
+        assert len(answer.tokens) == 120
+    assert guessing.counters.right_guesses > 0
