@@ -21,7 +21,7 @@ from tests.lora import write_adapter
 from tests.tiny import make_engine, make_model, tiny_config
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.engine import Engine
-from tinyllava_fast.infer.fast_model.adapted_linear import MASKED_ROWS, AdaptedLinear
+from tinyllava_fast.infer.fast_model.adapted_linear import MIXED_ROWS, AdaptedLinear
 from tinyllava_fast.infer.fast_model.prepare import prepare_model
 from tinyllava_fast.infer.live import LiveEngine, StoppedError
 from tinyllava_fast.infer.types import Request
@@ -92,10 +92,10 @@ def test_eight_together_equal_each_merged(lmm, tokenizer, images, adapted, prepa
     for _ in range(2):
         assert [engine.answer(r).tokens for r in requests] == expected
     assert engine.counters.reused_tokens > 0
-    # few adapters beside many, and more rows than the masked products take
+    # few adapters beside many, and more rows than mixed products take
     few = [r for r in requests if r.adapter in (None, "kind 0", "kind 3")]
     assert [a.tokens for a in engine.answers(few)] == [t for r, t in zip(requests, expected, strict=True) if r in few]
-    assert len(requests) < MASKED_ROWS
+    assert len(requests) < MIXED_ROWS
     many = requests * 2
     assert [a.tokens for a in engine.answers(many)] == expected * 2
 

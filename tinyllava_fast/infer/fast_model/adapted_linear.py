@@ -11,7 +11,7 @@ Legend: T rows of a pass, K inputs, O outputs, C the ranks of all adapters toget
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from tinyllava_fast.ops.linear import finish_product
 
-MASKED_ROWS = 64
+MIXED_ROWS = 64
 """Most rows of a pass that the products with all adapters are made for."""
-_LEAST_MASKED = 3  # adapters in a pass: fewer multiply their own rows in as many calls
+_LEAST_MIXED = 2  # adapters in a pass: one alone multiplies its own rows
 _MOST_IDLE = 4  # adapters that a layer has for each one in the pass, beyond which the columns of the others cost more
 
 
@@ -34,12 +34,19 @@ class Update(NamedTuple):
     b: Tensor  # [O, R], alpha / R in it
 
 
+class _Factors(NamedTuple):
+    """The same of all layers of a module: zeros where one is of another layer."""
+
+    down: Tensor  # [C, K]
+    up: Tensor  # [C, O]
+
+
 class Pass:
     """The adapter of each row of the pass that runs, for all layers of a model to look at; none outside ``of``."""
 
     def __init__(self) -> None:
         self.numbers: Tensor | None = None  # [T] int64, 0: no adapter
-        self.rows: dict[int, slice | Tensor] = {}  # by adapter
+        self.rows: dict[int, slice | Tensor | None] = {}  # by adapter; None: all
         self._foreign: dict[tuple[int, ...], Tensor] = {}
 
     @contextmanager
@@ -48,9 +55,11 @@ class Pass:
         given = np.asarray(numbers, dtype=np.int64)
         for number in np.unique(given[given > 0]).tolist():
             places = np.flatnonzero(given == number)
-            first, last = int(places[0]), int(places[-1])
-            together = last - first + 1 == len(places)
-            self.rows[number] = slice(first, last + 1) if together else torch.from_numpy(places).to(device)
+            first, stop = int(places[0]), int(places[-1]) + 1
+            if stop - first > len(places):
+                self.rows[number] = torch.from_numpy(places).to(device)
+            else:
+                self.rows[number] = None if len(places) == len(given) else slice(first, stop)
         self.numbers = torch.from_numpy(given).to(device)
         try:
             yield
@@ -62,8 +71,8 @@ class Pass:
     def is_mixed(self, adapters: int) -> bool:
         """Return whether a layer that has so many adapters multiplies all rows by all of them."""
         used = len(self.rows)
-        few = self.numbers is not None and len(self.numbers) <= MASKED_ROWS
-        return few and used >= _LEAST_MASKED and used * _MOST_IDLE >= adapters
+        few = self.numbers is not None and len(self.numbers) <= MIXED_ROWS
+        return few and used >= _LEAST_MIXED and used * _MOST_IDLE >= adapters
 
     def foreign(self, owners: tuple[int, ...]) -> Tensor:
         """[T, C], true where a column is not of the row's adapter. owners: the adapter of each column."""
@@ -81,75 +90,65 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.current = current
-        self._ends = np.cumsum(sizes).tolist()
-        self._updates: dict[tuple[int, int], Update] = {}  # by the layer's place and the adapter; views of the below
-        self._a = torch.empty(0)  # [C, K], by the layer's place and then by the adapter
-        self._owners: tuple[int, ...] = ()
-        self._count = 0  # adapters
-        self._b: dict[int, tuple[slice, Tensor]] = {}  # by place: columns of x Aᵀ, and [their number, outputs]
+        self._sizes = tuple(sizes)
+        self._own: dict[int, _Factors] = {}  # by adapter; parts of the following
+        self._all = _Factors(torch.empty(0), torch.empty(0))
+        self._owners: tuple[int, ...] = ()  # the adapter of each column of x Aᵀ
 
-    def put(self, place: int, number: int, update: Update | None) -> None:
-        """Let an adapter change a layer, or no longer change it."""
-        if update is None:
-            self._updates.pop((place, number), None)
-        else:
-            self._updates[place, number] = update
-        self._lay_out()
+    def put(self, number: int, updates: Mapping[int, Update]) -> None:
+        """Let an adapter change some of the layers. updates: by their place among the layers."""
+        places = sorted(updates)
+        down = torch.cat([updates[place].a for place in places])
+        up = down.new_zeros(len(down), sum(self._sizes))
+        column = 0
+        for place in places:
+            change = updates[place].b.t()
+            up[column : column + len(change)].split(self._sizes, 1)[place].copy_(change)
+            column += len(change)
+        self._lay_out({**self._own, number: _Factors(down, up)})
 
-    def _lay_out(self) -> None:
-        """Put all A side by side, and all B of each layer."""
-        keys = sorted(self._updates)
-        self._count = len({number for _, number in keys})
-        self._b.clear()
-        if not keys:
-            self._a, self._owners = torch.empty(0), ()
+    def drop(self, number: int) -> None:
+        """Forget an adapter."""
+        self._lay_out({key: factors for key, factors in self._own.items() if key != number})
+
+    def _lay_out(self, own: dict[int, _Factors]) -> None:
+        """Put the factors of all adapters side by side."""
+        self._own = own
+        if not own:
             return
-        self._a = torch.cat([self._updates[key].a for key in keys])
-        self._owners = tuple(number for place, number in keys for _ in self._updates[place, number].a)
-        start = 0
-        for place in dict.fromkeys(place for place, _ in keys):
-            own = [key for key in keys if key[0] == place]
-            b = torch.cat([self._updates[key].b for key in own], 1)
-            self._b[place] = (slice(start, start + b.shape[1]), b)
-            column = 0
-            for key in own:
-                rank = self._updates[key].a.shape[0]
-                at = start + column
-                self._updates[key] = Update(self._a[at : at + rank], b[:, column : column + rank])
-                column += rank
-            start += b.shape[1]
+        self._all = _Factors(torch.cat([f.down for f in own.values()]), torch.cat([f.up for f in own.values()]))
+        self._owners = tuple(number for number, factors in own.items() for _ in factors.down)
+        ranks = [len(factors.down) for factors in own.values()]
+        pieces = zip(self._all.down.split(ranks), self._all.up.split(ranks), strict=True)
+        self._own = {number: _Factors(*both) for number, both in zip(own, pieces, strict=True)}
 
     def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., O], as DecodeLinear takes it; nn.Linear's layers have neither of the two others."""
-        current = self.current
-        if current.numbers is None:
+        if self.current.numbers is None:
             more = () if activation == "none" and residual is None else (activation, residual)
             out: Tensor = self.base(x, *more)
             return out
         y = self.base(x)
         flat = y.view(-1, y.shape[-1])
-        rows = x.reshape(len(flat), x.shape[-1])
-        if self._updates:
-            (self._add_all if current.is_mixed(self._count) else self._add_each)(rows, flat)
+        if self._own:
+            self._add(x.reshape(len(flat), x.shape[-1]), flat)
         shared = None if residual is None else residual.reshape(len(flat), -1)
         return finish_product(flat, activation, shared).view(*x.shape[:-1], -1)
 
-    def _outputs(self, place: int) -> slice:
-        return slice(self._ends[place - 1] if place else 0, self._ends[place])
-
-    def _add_all(self, x: Tensor, y: Tensor) -> None:
-        # filled, not multiplied: in float16 the product with another adapter may be no number
-        u = (x @ self._a.t()).masked_fill_(self.current.foreign(self._owners), 0)
-        for place, (columns, b) in self._b.items():
-            y[:, self._outputs(place)].addmm_(u[:, columns], b.t())
-
-    def _add_each(self, x: Tensor, y: Tensor) -> None:
-        for (place, number), (a, b) in self._updates.items():
-            rows = self.current.rows.get(number)
-            if rows is None:
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        """Add what the adapters make of x [T, K] to y [T, O]."""
+        current = self.current
+        if current.is_mixed(len(self._own)):
+            # filled, not multiplied: in float16 the product with another adapter may be no number
+            u = (x @ self._all.down.t()).masked_fill_(current.foreign(self._owners), 0)
+            y.addmm_(u, self._all.up)
+            return
+        for number, rows in current.rows.items():
+            if (own := self._own.get(number)) is None:
                 continue
-            own, u = y[:, self._outputs(place)], x[rows] @ a.t()
-            if isinstance(rows, slice):
-                own[rows].addmm_(u, b.t())
+            if rows is None:
+                y.addmm_(x @ own.down.t(), own.up)
+            elif isinstance(rows, slice):
+                y[rows].addmm_(x[rows] @ own.down.t(), own.up)
             else:
-                own.index_add_(0, rows, u @ b.t())
+                y.index_add_(0, rows, (x[rows] @ own.down.t()) @ own.up)

@@ -153,10 +153,14 @@ class Adapters:
         if not name or name in self._numbers:
             raise UserError(f"adapter {name!r}: the name is empty or taken; give another one")
         number = next(self._next)
+        by_module: dict[str, dict[int, Update]] = {}
         for layer, update in updates.items():
             place = self._places[layer]
             here = Update(*(t.to(self.lmm.device, self.lmm.dtype) for t in update))
-            self._adapted(place).put(place.part, number, here)
+            by_module.setdefault(place.module, {})[place.part] = here
+        sizes = {place.module: place.sizes for place in self._places.values()}
+        for module, parts in by_module.items():
+            self._adapted(module, sizes[module]).put(number, parts)
         self._numbers[name] = number
 
     def merge(self, updates: Mapping[str, Update]) -> None:
@@ -170,18 +174,18 @@ class Adapters:
         """Forget an adapter. UserError if there is none of that name."""
         number = self.number(name)
         del self._numbers[name]
-        for place in self._places.values():
-            module = self.lmm.get_submodule(place.module)
+        for name in {place.module: None for place in self._places.values()}:
+            module = self.lmm.get_submodule(name)
             if isinstance(module, AdaptedLinear):
-                module.put(place.part, number, None)
+                module.drop(number)
                 if not self._numbers:
-                    self.lmm.set_submodule(place.module, module.base)
+                    self.lmm.set_submodule(name, module.base)
 
-    def _adapted(self, place: Place) -> AdaptedLinear:
-        module = self.lmm.get_submodule(place.module)
+    def _adapted(self, name: str, sizes: tuple[int, ...]) -> AdaptedLinear:
+        module = self.lmm.get_submodule(name)
         if not isinstance(module, AdaptedLinear):
-            module = AdaptedLinear(module, place.sizes, self.current).eval()
-            self.lmm.set_submodule(place.module, module)
+            module = AdaptedLinear(module, sizes, self.current).eval()
+            self.lmm.set_submodule(name, module)
         return module
 
 
