@@ -68,7 +68,7 @@ class Core:
         scheduled = self.scheduler.schedule()
         if scheduled is not None:
             try:
-                guesses = {} if scheduled.is_prefill else self.speculation.guess(scheduled.sequences)
+                guesses = {} if scheduled.stops else self.speculation.guess(scheduled.sequences)
                 if guesses:
                     self._verify(scheduled.sequences, guesses)
                 else:

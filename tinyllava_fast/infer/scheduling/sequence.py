@@ -21,7 +21,7 @@ from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import Images, Request, TokenLogprob
 
 IMAGE_ROW = -1
-_APART = 1 << 57  # more than the numbers of tokens and images span
+_APART = 1 << 160  # more than the numbers of tokens and images span
 RESERVE = 16  # rows for new tokens that a sequence holds in advance
 
 
