@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinyllava_fast.ops.linear import finish_product
+from tinyllava_fast.ops.linear import finish_product, linear
 
 MIXED_ROWS = 64
 """Most rows of a pass that the products with all adapters are made for."""
@@ -38,7 +38,7 @@ class _Factors(NamedTuple):
     """The same of all layers of a module: zeros where one is of another layer."""
 
     down: Tensor  # [C, K]
-    up: Tensor  # [C, O]
+    up: Tensor  # [O, C]
 
 
 class Pass:
@@ -91,20 +91,20 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.current = current
         self._sizes = tuple(sizes)
-        self._own: dict[int, _Factors] = {}  # by adapter; parts of the following
-        self._all = _Factors(torch.empty(0), torch.empty(0))
+        self._own: dict[int, _Factors] = {}  # by adapter
+        self._all = _Factors(torch.empty(0), torch.empty(0))  # where there are several
         self._owners: tuple[int, ...] = ()  # the adapter of each column of x Aᵀ
 
     def put(self, number: int, updates: Mapping[int, Update]) -> None:
         """Let an adapter change some of the layers. updates: by their place among the layers."""
         places = sorted(updates)
         down = torch.cat([updates[place].a for place in places])
-        up = down.new_zeros(len(down), sum(self._sizes))
+        up = down.new_zeros(sum(self._sizes), len(down))
         column = 0
         for place in places:
-            change = updates[place].b.t()
-            up[column : column + len(change)].split(self._sizes, 1)[place].copy_(change)
-            column += len(change)
+            b = updates[place].b
+            up.split(self._sizes)[place][:, column : column + b.shape[1]] = b
+            column += b.shape[1]
         self._lay_out({**self._own, number: _Factors(down, up)})
 
     def drop(self, number: int) -> None:
@@ -114,13 +114,11 @@ class AdaptedLinear(nn.Module):
     def _lay_out(self, own: dict[int, _Factors]) -> None:
         """Put the factors of all adapters side by side."""
         self._own = own
-        if not own:
+        if len(own) < _LEAST_MIXED:
+            self._all = _Factors(torch.empty(0), torch.empty(0))
             return
-        self._all = _Factors(torch.cat([f.down for f in own.values()]), torch.cat([f.up for f in own.values()]))
+        self._all = _Factors(torch.cat([f.down for f in own.values()]), torch.cat([f.up for f in own.values()], 1))
         self._owners = tuple(number for number, factors in own.items() for _ in factors.down)
-        ranks = [len(factors.down) for factors in own.values()]
-        pieces = zip(self._all.down.split(ranks), self._all.up.split(ranks), strict=True)
-        self._own = {number: _Factors(*both) for number, both in zip(own, pieces, strict=True)}
 
     def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., O], as DecodeLinear takes it; nn.Linear's layers have neither of the two others."""
@@ -131,24 +129,24 @@ class AdaptedLinear(nn.Module):
         y = self.base(x)
         flat = y.view(-1, y.shape[-1])
         if self._own:
-            self._add(x.reshape(len(flat), x.shape[-1]), flat)
+            flat = self._added(x.reshape(len(flat), x.shape[-1]), flat)
         shared = None if residual is None else residual.reshape(len(flat), -1)
         return finish_product(flat, activation, shared).view(*x.shape[:-1], -1)
 
-    def _add(self, x: Tensor, y: Tensor) -> None:
-        """Add what the adapters make of x [T, K] to y [T, O]."""
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y [T, O] with what the adapters make of x [T, K]. y may be changed."""
         current = self.current
         if current.is_mixed(len(self._own)):
             # filled, not multiplied: in float16 the product with another adapter may be no number
-            u = (x @ self._all.down.t()).masked_fill_(current.foreign(self._owners), 0)
-            y.addmm_(u, self._all.up)
-            return
+            u = linear(x, self._all.down).masked_fill_(current.foreign(self._owners), 0)
+            return linear(u, self._all.up, residual=y)
         for number, rows in current.rows.items():
             if (own := self._own.get(number)) is None:
                 continue
             if rows is None:
-                y.addmm_(x @ own.down.t(), own.up)
+                y = linear(linear(x, own.down), own.up, residual=y)
             elif isinstance(rows, slice):
-                y[rows].addmm_(x[rows] @ own.down.t(), own.up)
+                y[rows] += linear(linear(x[rows], own.down), own.up)
             else:
-                y.index_add_(0, rows, (x[rows] @ own.down.t()) @ own.up)
+                y.index_add_(0, rows, linear(linear(x[rows], own.down), own.up))
+        return y
