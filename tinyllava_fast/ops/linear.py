@@ -56,7 +56,8 @@ def linear(
         y = decode_linear_fwd.infer(flat, *_values_and_scale(weight), bias)
     else:
         y = functional.linear(flat, dense_weight(weight, x.dtype), bias)
-    return finish_product(y, activation, shared).view(*x.shape[:-1], -1)
+    y = finish_product(y, activation, shared)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def finish_product(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:

@@ -124,14 +124,15 @@ class AdaptedLinear(nn.Module):
         """x [..., K] -> [..., O], as DecodeLinear takes it; nn.Linear's layers have neither of the two others."""
         if self.current.numbers is None:
             more = () if activation == "none" and residual is None else (activation, residual)
-            out: Tensor = self.base(x, *more)
-            return out
-        y = self.base(x)
+            plain: Tensor = self.base(x, *more)
+            return plain
+        y: Tensor = self.base(x)
         flat = y.view(-1, y.shape[-1])
         if self._own:
             flat = self._added(x.reshape(len(flat), x.shape[-1]), flat)
-        shared = None if residual is None else residual.reshape(len(flat), -1)
-        return finish_product(flat, activation, shared).view(*x.shape[:-1], -1)
+        shared = None if residual is None else residual.reshape(len(flat), residual.shape[-1])
+        out = finish_product(flat, activation, shared)
+        return out.view(*x.shape[:-1], out.shape[1])
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y [T, O] with what the adapters make of x [T, K]. y may be changed."""
