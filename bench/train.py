@@ -99,7 +99,7 @@ def compose(
     if stage.optim.label_smoothing or stage.optim.z_loss:
         raise UserError(f"{config}: optim: the peer knows neither label_smoothing nor z_loss; leave both at 0")
     stage = replace(stage, data=stage.data.under(run.data_root))
-    if not stage.data.records:
+    if not stage.data.records and not stage.data.sources:
         count = (settings.warmup + settings.rounds * settings.steps) * settings.samples
         records, images = write_easy_vqa(folder, count)
         stage = replace(stage, data=replace(stage.data, records=str(records), image_folder=str(images)))

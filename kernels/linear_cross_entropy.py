@@ -115,14 +115,14 @@ def cross_entropy_rows(
             tl.store(z + at, tl.where(counts, d, 0.0).to(logits.dtype.element_ty), mask=at < vocab)
 
 
-def linear_cross_entropy_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, d_hidden [T, D], d_weight [V, D], d_bias [V]) for an incoming gradient of 1; unwanted: no rows.
+def linear_cross_entropy_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, d_hidden [T, D], d_weight [V, D], d_bias [V], losses [T]); unwanted: no rows.
 
-    The number of rows is read on the host once, to size the products. The sum of d_weight over several chunks is kept
-    in float32.
+    The gradients are those for an incoming gradient of 1. The number of rows is read on the host once, to size the
+    products. The sum of d_weight over several chunks is kept in float32.
     """
     hidden, weight, bias, labels, supervised, ignore_index, softcap, label_smoothing, z_loss, *want = Args._make(args)
-    want_hidden, want_weight, want_bias = want
+    want_hidden, want_weight, want_bias, want_losses = want
     rows = (labels != ignore_index).nonzero()[:, 0] if supervised is None else supervised[supervised < len(labels)]
     x, y = hidden.index_select(0, rows), labels.index_select(0, rows)
     (count, dim), vocab, dtype = x.shape, len(weight), weight.dtype
@@ -150,7 +150,10 @@ def linear_cross_entropy_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Ten
     d_hidden = x.new_zeros((len(hidden) if want_hidden else 0, dim))
     if want_hidden:
         d_hidden.index_copy_(0, rows, dx)
-    return loss.sum(dtype=torch.float64).float(), d_hidden, d_weight.to(dtype), d_bias.to(dtype)
+    losses = loss.new_zeros(len(hidden) if want_losses else 0)
+    if want_losses:
+        losses.index_copy_(0, rows, loss)
+    return loss.sum(dtype=torch.float64).float(), d_hidden, d_weight.to(dtype), d_bias.to(dtype), losses
 
 
 def _turn(

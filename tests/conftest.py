@@ -15,7 +15,8 @@ from tinyllava_fast.log import log
 
 
 def pytest_configure() -> None:
-    """Test processes side by side share the cores; what they start does, too."""
+    """Test processes side by side share the cores; what they start does, too. Tokens are not kept for other tests."""
+    os.environ.setdefault("TLF_TOKENS_GIB", "0")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)

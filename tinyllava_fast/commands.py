@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from tinyllava_fast.version import __version__
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser with ``--version``. An unknown flag is answered with the nearest one."""

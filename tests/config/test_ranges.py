@@ -32,6 +32,8 @@ VALUES: dict[str, Any] = {
     "mapping of nan": {"a": {"b": [NAN]}}, "key 1": {1: 1}, "true": True, "false": False,
 }  # fmt: skip
 STAGE = {"name": "s", "data": {}}
+LISTS = {"sources": {"name": "s", "path": "x"}}
+"""What an item of a list in a stage needs at least."""
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -46,12 +48,12 @@ def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def with_value(key: str, value: Any) -> dict[str, Any]:
-    """A mapping of RunConfig in which nothing stands but a stage and the value."""
+    """A mapping of RunConfig in which nothing stands but a stage, what the value lies in, and the value."""
     tree: dict[str, Any] = {"stages": [{"name": "s", "data": {}}]}
     node: Any = tree
-    *parents, last = key.replace("stages.s.", "stages.0.").split(".")
+    *parents, last = key.split(".")
     for part in parents:
-        node = node[0] if part == "0" else node.setdefault(part, {})
+        node = node[0] if part == "s" else node.setdefault(part, [dict(LISTS[part])] if part in LISTS else {})
     node[last] = value
     return tree
 
@@ -121,7 +123,7 @@ RUN_LEAVES = dict(leaves(RunConfig))
 @pytest.mark.parametrize("key", RUN_LEAVES)
 def test_every_key_of_a_run(key: str) -> None:
     hint = RUN_LEAVES[key]
-    named = key.replace("stages.s.name", "stages[0].name")  # a stage whose name is wrong has an index only
+    named = re.sub(r"\.s\.name$", "[0].name", key)  # what has a wrong name has an index only
     assert not check(
         lambda value: parse_into(RunConfig, with_value(key, value), "run.yaml"), hint, f"run.yaml: {named}"
     )

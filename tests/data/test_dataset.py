@@ -10,8 +10,7 @@ from PIL import Image
 
 from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.data.images import load_image, to_pixels
-from tinyllava_fast.data.store import SampleStore
-from tinyllava_fast.data.templates.base import TEMPLATES, Segment
+from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import DataError, UserError
 
 
@@ -25,6 +24,18 @@ def test_every_record_is_in_exactly_one_pack(make, turns):
         for pack in plan:
             assert dataset.lengths[pack].sum() <= 600
             assert dataset.images[pack].sum() <= 5 and dataset.segments[pack].sum() <= 24
+
+
+def test_the_order_of_packs_has_no_trend_of_length(make, talk):
+    """Packing fills the longest samples it sees first and leaves the shortest for the end."""
+    rows = [talk("q", "word " * int(n)) for n in np.random.default_rng(0).lognormal(3, 1, 600).clip(1, 150)]
+    dataset = make(rows, max_segments=64, lookahead=64)
+    for epoch in range(3):
+        counts = np.array([len(pack) for pack in dataset.plan(epoch)])
+        assert len(counts) > 50
+        places = np.arange(len(counts))
+        assert abs(np.corrcoef(places, counts)[0, 1]) < 0.3
+        assert counts[-3:].max() < counts.max()  # the packs of what was left are not the last ones
 
 
 def test_the_plan_is_a_function_of_seed_and_epoch(make):
@@ -239,24 +250,6 @@ def test_fingerprint(make, folder, talk):
     assert len({base, *(d.fingerprint for d in others)}) == 6
 
 
-def test_store_gives_back_what_it_got():
-    store = SampleStore()
-    samples = [
-        [Segment([1, -200]), Segment([3, 4], [(0, 1), (1, 2)], True)],
-        [Segment([5])],
-        [Segment([6, 7], [(1, 2)])],
-    ]
-    for number, sample in enumerate(samples):
-        images = [] if number else ["a/ü.png", "b.png"]
-        store.append(sample, f"é{number}", images, [(1, 3), (0, 1)] if images else [])
-    assert len(store) == 3
-    assert [store.sample(i) for i in (2, 0, 1)] == [samples[2], samples[0], samples[1]]
-    assert [store.name(i) for i in range(3)] == ["é0", "é1", "é2"]
-    assert [store.images(i) for i in range(3)] == [["a/ü.png", "b.png"], [], []]
-    assert [store.shown(i) for i in range(3)] == [[(1, 3), (0, 1)], [], []]
-    assert store.fingerprint() != SampleStore().fingerprint()
-
-
 def test_turns_per_sample_splits_records_and_loses_no_turn(make, talk):
     rows = [talk("<image>\na?", "1", "b?", "2", "c?", "3", image="1.png", id="r0"), talk("d?", "4", "e?", "5", id="r1")]
     whole, split = make(rows, turns="independent"), make(rows, turns="independent", turns_per_sample=2)
@@ -264,7 +257,9 @@ def test_turns_per_sample_splits_records_and_loses_no_turn(make, talk):
     assert split.images.tolist() == [1, 1, 0]
     assert split.report.supervised_tokens == whole.report.supervised_tokens
     alone = make([talk("<image>\nc?", "3", image="1.png")], turns="independent")
-    assert split.store.sample(1)[0].ids == alone.store.sample(0)[0].ids  # a later turn brings its image along
+    assert (
+        split.sources[0].store.sample(1)[0].ids == alone.sources[0].store.sample(0)[0].ids
+    )  # a later turn brings its image along
 
 
 def test_turns_per_sample_needs_independent_turns(make):

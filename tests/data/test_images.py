@@ -5,13 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.vectors import GOLDEN
 from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.data import images
 from tinyllava_fast.data.augment import augment
-from tinyllava_fast.data.images import check_shape, load_image, pixel_shape, to_pixels
+from tinyllava_fast.data.images import (
+    check_shape,
+    levels_table,
+    load_image,
+    normalized,
+    pixel_shape,
+    to_levels,
+    to_pixels,
+)
 from tinyllava_fast.data.pictures import REFERENCE
 from tinyllava_fast.errors import DataError
 
@@ -60,6 +69,18 @@ def test_the_table_equals_the_processor(name):
     for key in ("wide", "tall", "gradient", "exact56"):
         expected = processor(picture(key), return_tensors="np")["pixel_values"]
         np.testing.assert_array_equal(to_pixels([picture(key)], processor).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
+def test_levels_become_the_same_pixels_on_every_device(name):
+    """_looked_up is the way of a GPU."""
+    processor = make(name)
+    levels, table = to_levels([picture("wide"), picture("gradient")], processor), levels_table(processor)
+    assert levels.dtype == torch.uint8 and table.shape == (3, 256)
+    assert torch.equal(images._looked_up(levels, table), normalized(levels, table))
+    assert torch.equal(normalized(levels, table), to_pixels([picture("wide"), picture("gradient")], processor))
+    for none in (levels[:0], to_levels([], processor)):
+        assert images._looked_up(none, table).shape == normalized(none, table).shape == (0, *levels.shape[1:])
 
 
 def test_other_processors_are_called():

@@ -19,7 +19,8 @@ def names(loader):
 
 
 def same(a, b):
-    return a.sample_ids == b.sample_ids and all(torch.equal(v, b.tensors()[k]) for k, v in a.tensors().items())
+    ours, theirs = (batch.to("cpu").tensors() for batch in (a, b))
+    return a.sample_ids == b.sample_ids and all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -135,6 +136,33 @@ def test_wrong_settings(make):
     state = Loader(make()).state_dict()
     with pytest.raises(CheckpointError, match=r"data.json: the records or the tokenizer's files differ from"):
         Loader(make(seed=1)).load_state_dict(state)
+    for old in ({**state, "order": 1}, {k: v for k, v in state.items() if k != "order"}):
+        with pytest.raises(CheckpointError, match=r"data.json: the checkpoint is of a version that put the packs"):
+            Loader(make()).load_state_dict(old)
+
+
+def test_pixels_travel_in_8_bits_and_arrive_as_they_were(make, monkeypatch):
+    """Through shared memory, whose slots go round many times, and through the pipe where there is none to share."""
+    dataset = make(image_multiple=3)
+    whole = [dataset.pack(epoch, pack) for epoch in range(6) for pack in dataset.plan(epoch)]
+    for refuse in (False, True):
+        if refuse:
+            monkeypatch.setattr("mmap.mmap", lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
+        found = list(Loader(dataset, epochs=6, workers=2, prefetch=1))
+        assert all(batch.pixel_values.dtype == torch.uint8 for batch in found)
+        assert all(same(a, b) for a, b in zip(found, whole, strict=True))
+    assert any(batch.num_blank for batch in whole)
+
+
+def test_a_worker_far_ahead_overwrites_nothing(make):
+    dataset = make()
+    loader = Loader(dataset, epochs=4, workers=1, prefetch=2)
+    expected = [dataset.pack(epoch, pack) for epoch in range(4) for pack in dataset.plan(epoch)]
+    stream = iter(loader)
+    found = [next(stream)]
+    time.sleep(0.5)  # the worker goes as far ahead as it may
+    found += list(stream)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def _leave(make, started):
@@ -161,7 +189,7 @@ def test_a_script_that_leaves_a_loader_unfinished_ends(make):
 
 def test_close_ends_a_worker_that_hangs(make, monkeypatch):
     dataset = make()
-    monkeypatch.setattr(dataset, "pack", lambda epoch, indices: time.sleep(600))
+    monkeypatch.setattr(dataset, "levels", lambda epoch, indices: time.sleep(600))
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     loader = Loader(dataset, epochs=2, workers=1)
     thread = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGUSR1))

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tinyllava_fast.data import records
+from tinyllava_fast.data.formats import json_text
 from tinyllava_fast.data.records import read_records
 from tinyllava_fast.errors import DataError
 
@@ -34,7 +34,7 @@ def test_list_and_lines_give_the_same(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_streaming_crosses_chunk_borders(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(json_text, "_CHUNK", chunk)
     rows = [{**GOOD, "id": f"é{i}\n"} for i in range(20)]
     assert [r.id for r in read_records(write(tmp_path, json.dumps(rows, indent=2)))] == [f"é{i}\n" for i in range(20)]
 
@@ -71,7 +71,7 @@ BAD = [
     (json.dumps([without("conversations", conversation=[])]), r"conversations: missing; did you mean 'conversation'\?"),
     (
         json.dumps([{**GOOD, "conversations": []}]),
-        r'conversations: expected a list of \{"from": "human" \| "gpt", "value": text\}, at least',
+        r'conversations: expected a list of \{"from": "human" \| "gpt", "value": text\} or \{"role".*, at least',
     ),
     (json.dumps([{**GOOD, "conversations": "hi"}]), r"conversations: expected a list"),
     (
@@ -79,11 +79,14 @@ BAD = [
         r"image\[1\]: expected a path, got 3",
     ),
     (
-        json.dumps([messages(("user", "q"), ("gpt", "a"))]),
-        r"conversations\[0\].from: expected 'human' or 'gpt', got 'user'",
+        json.dumps([messages(("narrator", "q"), ("gpt", "a"))]),
+        r"conversations\[0\].from: expected 'human' or 'gpt' \('user' or 'assistant'\), .*, got 'narrator'",
     ),
-    (json.dumps([{**GOOD, "conversations": ["q"]}]), r"conversations\[0\].from: expected 'human' or 'gpt', got 'q'"),
-    (json.dumps([messages(("human", "q"), ("gpt", None))]), r"conversations\[1\].value: expected text, got null"),
+    (json.dumps([{**GOOD, "conversations": ["q"]}]), r"conversations\[0\].from: expected 'human' or 'gpt' .*, got 'q'"),
+    (
+        json.dumps([messages(("human", "q"), ("gpt", None))]),
+        r"conversations\[1\].value: expected text, or a list of parts, got",
+    ),
     (
         json.dumps([messages(("human", "q"), ("human", "r"))]),
         r"conversations\[1\].from: two messages of 'human' in a row",
@@ -96,13 +99,13 @@ BAD = [
     (json.dumps([messages(("gpt", "a"))]), r"conversations: no question"),
     (
         json.dumps([without("conversations", messages=[{"role": "user"}])]),
-        r"record has 'messages'.*role user becomes human",
+        r"messages\[0\].value: expected text, or a list of parts, got null",
     ),
     (
-        json.dumps([{**GOOD, "conversations": [{"role": "user", "content": "q"}]}]),
-        r"\[0\]: it has 'role', .*becomes value",
+        json.dumps([{**GOOD, "conversations": [{"role": "tool", "content": "q"}]}]),
+        r"conversations\[0\].role: expected .*, got 'tool'; calls of tools cannot be learnt",
     ),
-    (json.dumps([without("conversations")]), r"conversations: missing; The record has 'id'; a list of \{"),
+    (json.dumps([without("conversations")]), r"conversations: missing; The record has 'id'; 'conv.*, a list of \{"),
     ('[{"id": 1, "id": 2}]', r"line 1, record 0: malformed JSON: the field 'id' stands twice"),
     ('{"conversations": [{"from": "human", "from": "gpt"}]}', r"line 1, record 0: .*the field 'from' stands twice"),
     ("[" + "[" * 100_000, r"line 1, record 0: malformed JSON: lists or objects are nested too deep"),

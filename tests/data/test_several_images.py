@@ -74,7 +74,7 @@ def test_rendering_of_a_list_and_of_one_image(name, tokenizer, monkeypatch):
 def test_markers_of_a_list_show_its_images_in_order(make, talk, tokenizer, pixels_of, text_of, name, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     dataset = make([talk(*THREE, image=FILES)], template=name)
-    [segment] = dataset.store.sample(0)
+    [segment] = dataset.sources[0].store.sample(0)
     wanted = {"pretrain": "<image><image>red", "tokenizer": "user: Compare <image> with <image>.</s>"}
     assert wanted.get(name, "USER: Compare <image> with <image>. ASSISTANT: red</s>") in text_of(segment)
     assert dataset.images.tolist() == [3]
@@ -86,9 +86,9 @@ def test_one_image_by_name_is_as_before(make, talk, text_of, pixels_of):
     named = make([talk(question, "a", image="1.png")])
     listed = make([talk("<image>\nq", "a", image=["1.png"])])
     single = make([talk("<image>\nq", "a", image="1.png")])
-    assert "USER: <image>\nWhat  is\n this? ASSISTANT" in text_of(named.store.sample(0)[0])
+    assert "USER: <image>\nWhat  is\n this? ASSISTANT" in text_of(named.sources[0].store.sample(0)[0])
     assert named.images.tolist() == [1]
-    assert listed.store.sample(0) == single.store.sample(0)
+    assert listed.sources[0].store.sample(0) == single.sources[0].store.sample(0)
     assert torch.equal(listed.pack(0, [0]).pixel_values, pixels_of("1.png"))
 
 
@@ -144,11 +144,11 @@ def test_a_grid_needs_anyres(make):
 def test_leading_images_are_shared_by_independent_turns(make, talk, tokenizer, pixels_of):
     rows = [talk("<image>\n<image>\nSame?", "no", "Why?", "so", image=FILES[:2])]
     dataset = make(rows, turns="independent")
-    prefix, first, second = dataset.store.sample(0)
+    prefix, first, second = dataset.sources[0].store.sample(0)
     assert prefix.ids.count(IMG) == 2 and prefix.ids[-1] == IMG and not prefix.spans
     assert first.on_prefix and second.on_prefix and IMG not in first.ids + second.ids
     for segment, question, answer in ((first, "Same?", "no"), (second, "Why?", "so")):
-        alone = make([talk(f"<image>\n<image>\n{question}", answer, image=FILES[:2])]).store.sample(0)[0]
+        alone = make([talk(f"<image>\n<image>\n{question}", answer, image=FILES[:2])]).sources[0].store.sample(0)[0]
         assert prefix.ids + segment.ids == alone.ids
         assert prefix.labels() + segment.labels() == alone.labels()
     assert torch.equal(dataset.pack(0, [0]).pixel_values, pixels_of(*FILES[:2]))
@@ -156,7 +156,7 @@ def test_leading_images_are_shared_by_independent_turns(make, talk, tokenizer, p
 
 def test_a_turn_adds_its_own_image_to_the_shared_ones(make, talk, text_of, pixels_of):
     dataset = make([talk("<image>\nWhat?", "a", "<image>\nAnd now?", "b", image=FILES[:2])], turns="independent")
-    prefix, first, second = dataset.store.sample(0)
+    prefix, first, second = dataset.sources[0].store.sample(0)
     assert text_of(second).strip() == "<image>\nAnd now? ASSISTANT: b</s>"
     assert [s.ids.count(IMG) for s in (prefix, first, second)] == [1, 0, 1]
     batch = dataset.pack(0, [0])
@@ -167,13 +167,13 @@ def test_a_turn_adds_its_own_image_to_the_shared_ones(make, talk, text_of, pixel
 def test_what_cannot_be_shared_stands_alone(make, talk, pixels_of):
     rows = [talk("First <image> then <image>.", "a", "Why?", "b", "See <image>", "c", image=FILES)]
     dataset = make(rows, turns="independent", max_images=7)
-    segments = dataset.store.sample(0)
+    segments = dataset.sources[0].store.sample(0)
     assert [s.on_prefix for s in segments] == [False] * 3
     assert [s.ids.count(IMG) for s in segments] == [2, 2, 3] and dataset.images.tolist() == [7]
     order = [FILES[i] for i in (0, 1, 0, 1, 0, 1, 2)]
     assert torch.equal(dataset.pack(0, [0]).pixel_values, pixels_of(*order))
     before = talk("<image>\n<image>\nSee <image>", "c", image=FILES)
-    assert segments[2] == make([before]).store.sample(0)[0]
+    assert segments[2] == make([before]).sources[0].store.sample(0)[0]
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -185,7 +185,7 @@ def test_records_split_between_turns_keep_their_images(make, talk, most, pixels_
     expected = [1 - most + i for i in range(most, 4)]
     assert expected[0] == 1 and split.report.supervised_tokens == whole.report.supervised_tokens
     alone = make([talk("<image>\n<image>\nC <image>?", "c", image=FILES)], turns="independent")
-    assert split.store.sample(len(split) - 1) == alone.store.sample(0)
+    assert split.sources[0].store.sample(len(split) - 1) == alone.sources[0].store.sample(0)
     assert torch.equal(split.pack(0, [len(split) - 1]).pixel_values, pixels_of(*FILES))
 
 
@@ -232,12 +232,12 @@ def test_tiles_follow_the_whole_image(make, talk, folder, processor):
     Image.new("RGB", (40, 20), (1, 2, 3)).save(folder / "images" / "wide.png")
     rows = [talk("See <image> and <image>!", "yes", image=["wide.png", "four.png"], id="t"), talk("q", "a")]
     dataset = make(rows, **GRID, max_images=8)
-    assert dataset.images.tolist() == [3 + 5, 0] and dataset.files.grid == GRID["image_grid"]
+    assert dataset.images.tolist() == [3 + 5, 0] and dataset.sources[0].files.grid == GRID["image_grid"]
     batch = dataset.pack(0, [0, 1])
     assert batch.pixel_values.shape == (8, 3, 16, 16)
     means = ((batch.pixel_values[4:].mean((2, 3)) + 1) * 127.5).round().int().tolist()
     assert means == [list(c) for c in colours]
-    [sample] = dataset.store.sample(0)
+    [sample], _ = dataset.sources[0].sample(0)
     runs = np.flatnonzero(np.array(sample.ids) == IMG)
     assert np.diff(runs)[:2].tolist() == [1, 1] and np.diff(runs)[2] > 1  # three inputs, text, five inputs
     slots = batch.image_slots.reshape(8, 4)
@@ -260,11 +260,10 @@ def test_truncation_never_cuts_between_tiles(make, talk, folder):
     rows = [talk("<image> <image>", "yes", image=["1.png", "four.png"])]
     whole = make(rows, **GRID, max_images=8)
     need = int(whole.lengths[0])
-    after = (
-        len(whole.store.sample(0)[0].ids) - 1 - max(i for i, t in enumerate(whole.store.sample(0)[0].ids) if t == IMG)
-    )
+    ids = whole.sources[0].sample(0)[0][0].ids
+    after = len(ids) - 1 - max(i for i, t in enumerate(ids) if t == IMG)
     cut = make(rows, **GRID, tokens=need - after - 1, overlong="truncate")
-    assert cut.images.tolist() == [3] and cut.store.shown(0) == [(0, 3)]
+    assert cut.images.tolist() == [3] and cut.sources[0].sample(0)[1] == [(0, 3)]
     assert cut.pack(0, [0]).pixel_values.shape[0] == 3
     kept = make(rows, **GRID, tokens=need - after, overlong="truncate", max_images=8)
     assert kept.images.tolist() == [8]

@@ -59,7 +59,7 @@ def assistant(folder: Path) -> Assistant:  # noqa: F811 the fixture
 @pytest.fixture
 def evaluate(folder: Path, assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:  # noqa: F811 the fixture
     """Evaluates questions of one's own; the model is loaded once for all tests."""
-    monkeypatch.setattr(runner.Assistant, "from_pretrained", lambda *_, **__: assistant)
+    monkeypatch.setattr(Assistant, "from_pretrained", lambda *_, **__: assistant)
 
     def run(data: Path, out: Path, *options: str, **others: Any) -> dict[str, Any]:
         every = ["custom.max_new_tokens=4", *options]
@@ -74,7 +74,7 @@ def finished(folder: Path, assistant: Assistant, tmp_path_factory: pytest.TempPa
     root = tmp_path_factory.mktemp("finished")
     write_data(root / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Assistant, "from_pretrained", lambda *_, **__: assistant)
+        patch.setattr(Assistant, "from_pretrained", lambda *_, **__: assistant)
         options = ["custom.max_new_tokens=4"]
         found = runner.evaluate(folder, ["custom"], root / "data", root / "out", options=options)
     assert found["custom"]["run"]["answered_now"] == 3

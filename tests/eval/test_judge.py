@@ -6,21 +6,21 @@ import json
 
 import pytest
 
+from tests.chat_server import chat_server
 from tests.eval import golden
-from tests.eval.judge_server import judge
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.eval.judge import RETRY, Endpoint, Grade, GradeFile, JudgeError, ask, grade_all, grade_key
+from tinyllava_fast.eval.judge import RETRY, Grade, GradeFile, Judge, JudgeError, ask, grade_all, grade_key
 
 
 def endpoint(url, pauses=None, **options):
     sleep = (lambda s: None) if pauses is None else pauses.append
-    return Endpoint(url, "judge", **{"key": "secret", "timeout_s": 5.0, "sleep": sleep} | options)
+    return Judge(url, "judge", **{"key": "secret", "timeout_s": 5.0, "sleep": sleep} | options)
 
 
 @pytest.mark.parametrize("case", golden.load("mm-vet/judge_replies.jsonl"), ids=lambda c: c["case"])
 def test_replies_are_read_as_by_the_official_evaluator(case):
     replies = case["replies"]
-    with judge(lambda number, body: {"say": replies[min(number, len(replies) - 1)]}) as server:
+    with chat_server(lambda number, body: {"say": replies[min(number, len(replies) - 1)]}) as server:
         grade = ask(endpoint(server.url), "the row", "v1_0", 0)
     assert (grade.score, grade.content, grade.model) == (case["score"], case["content_stored"], "judge-1")
     assert len(server.seen) == case["n_calls"] and [b["temperature"] for b in server.seen] == case["temperatures"]
@@ -31,7 +31,7 @@ def test_replies_are_read_as_by_the_official_evaluator(case):
 
 @pytest.mark.parametrize("said", ["nan", None, ""])
 def test_no_number_is_asked_for_again(said):
-    with judge(lambda number, body: {"say": said if number == 0 else "0.4"}) as server:
+    with chat_server(lambda number, body: {"say": said if number == 0 else "0.4"}) as server:
         assert ask(endpoint(server.url, key="", max_tokens=0), "row", "v1_0", 0).score == 0.4
     assert server.keys == [None, None] and "max_tokens" not in server.seen[0]
 
@@ -47,17 +47,17 @@ def test_a_server_in_trouble_is_asked_again():
         {"say": "0.9"},
     ]
     pauses = []
-    with judge(lambda number, body: trouble[number]) as server:
+    with chat_server(lambda number, body: trouble[number]) as server:
         assert ask(endpoint(server.url, pauses, attempts=7, timeout_s=0.2), "row", "v1_0", 0).score == 0.9
     assert pauses == [1, 17, 34, 60, 60, 60]
 
 
 def test_a_server_that_stays_down_or_refuses():
-    with judge(lambda number, body: {"status": 503, "raw": b"try later"}) as server:
+    with chat_server(lambda number, body: {"status": 503, "raw": b"try later"}) as server:
         with pytest.raises(JudgeError, match=r"no reply after 3 attempts; the last: HTTP 503: try later"):
             ask(endpoint(server.url, attempts=3), "row", "v1_0", 0)
         assert len(server.seen) == 3
-    with judge(lambda number, body: {"status": 401, "raw": b"invalid key"}) as server:
+    with chat_server(lambda number, body: {"status": 401, "raw": b"invalid key"}) as server:
         with pytest.raises(
             JudgeError, match=r"refused the request \(HTTP 401: invalid key\); check the base URL"
         ) as error:
@@ -71,14 +71,14 @@ def test_a_server_that_stays_down_or_refuses():
 def test_grades_are_kept_and_not_asked_for_twice(tmp_path):
     path = tmp_path / "grades.jsonl"
     messages = {f"v1_{i}": f"row {i}" for i in range(6)}
-    with judge(lambda number, body: {"say": "0.5"} if number < 7 else {"status": 400}) as server:
+    with chat_server(lambda number, body: {"say": "0.5"} if number < 7 else {"status": 400}) as server:
         file = GradeFile(path)
         with pytest.raises(JudgeError):
             list(grade_all(endpoint(server.url), messages, 2, file, parallel=1))
     first = GradeFile(path).grades
     assert len(first) == 7 and sum(g.run == 0 for g in first.values()) == 6  # a run is completed before the next
     path.write_bytes(path.read_bytes() + b'{"key": "cut of')
-    with judge(lambda number, body: {"say": "0.8"}) as server:
+    with chat_server(lambda number, body: {"say": "0.8"}) as server:
         file = GradeFile(path)
         again = {**messages, "v1_0": "another answer"}
         assert len(list(grade_all(endpoint(server.url), again, 2, file, parallel=3))) == len(server.seen) == 7
@@ -138,7 +138,7 @@ RAW = [
 
 @pytest.mark.parametrize("raw", RAW, ids=range(len(RAW)))
 def test_a_reply_of_another_kind_is_an_error_and_no_grade(raw):
-    with judge(lambda number, body: {"raw": raw}) as server:
+    with chat_server(lambda number, body: {"raw": raw}) as server:
         with pytest.raises(JudgeError, match=r"after 2 attempts; the last: the reply is no chat completion \("):
             ask(endpoint(server.url, attempts=2), "row", "v1_0", 0)
 
@@ -146,6 +146,6 @@ def test_a_reply_of_another_kind_is_an_error_and_no_grade(raw):
 def test_a_reply_without_content_is_asked_for_again_and_one_without_a_model_has_ours():
     none = b'{"choices": [{"message": {"content": null}}], "model": null}'
     raws = [none, b'{"choices": [{"message": {"content": "0.3"}}]}']
-    with judge(lambda number, body: {"raw": raws[number]}) as server:
+    with chat_server(lambda number, body: {"raw": raws[number]}) as server:
         grade = ask(endpoint(server.url), "row", "v1_0", 0)
     assert (grade.score, grade.model) == (0.3, "judge")

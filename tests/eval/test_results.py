@@ -17,6 +17,7 @@ from tinyllava_fast.eval import cli, pictures, runner
 from tinyllava_fast.eval.answers import line_of
 from tinyllava_fast.eval.report import write_scores
 from tinyllava_fast.eval.results import read_results, read_verdicts
+from tinyllava_fast.infer.assistant import Assistant
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_scoring_again_opens_no_model_and_reads_no_picture(evaluate, copied, mon
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished evaluation needs neither")
 
-    monkeypatch.setattr(runner.Assistant, "from_pretrained", never)
+    monkeypatch.setattr(Assistant, "from_pretrained", never)
     monkeypatch.setattr(pictures, "_digest", never)
     monkeypatch.setattr(runner, "load_image", never)
     write_jsonl(data / "questions.jsonl", [{**row, "answer": "z", "category": "c"} for row in ROWS])

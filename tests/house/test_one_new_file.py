@@ -39,6 +39,19 @@ from tinyllava_fast.data.templates.base import TEMPLATES, Template
 
 TEMPLATES.register("fresh_template")(Template(eos="</s>"))
 """,
+    "data.formats": """
+from tinyllava_fast.data.formats._base import RECORD_FORMATS, RecordFormat, Row
+
+class FreshFormat(RecordFormat):
+    def matches(self, head):
+        return head.start.startswith(b"fresh:")
+
+    def rows(self, path, base, opened):
+        for line, text in enumerate(path.read_text().splitlines()[1:], 1):
+            yield Row({"question": text, "answer": "yes"}, line, refer=str)
+
+RECORD_FORMATS.register("fresh_format")(FreshFormat())
+""",
     "recipes": """
 from tinyllava_fast.recipes.base import RECIPES, Recipe
 
@@ -69,7 +82,7 @@ import importlib, sys
 from pathlib import Path
 from types import SimpleNamespace
 
-for folder in Path(sys.argv[1]).iterdir():
+for folder in list(Path(sys.argv[1]).iterdir()):
     importlib.import_module(f"tinyllava_fast.{folder.name}").__path__.append(str(folder))
 
 from tests.models.llm.families import CONFIGS
@@ -77,6 +90,7 @@ from tests.models.test_matrix import TRIPLES
 from tests.models.test_parts import CONNECTOR_OPTIONS, TOWERS
 from tests.models.vision.families import FAMILIES, random_tower
 from tinyllava_fast.config.load import describe
+from tinyllava_fast.data.records import read_records
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.models.checkpoints._parts import fitting_template
@@ -93,6 +107,9 @@ assert CONFIGS["fresh_family"]["hidden_size"] == TOWERS["fresh_tower"]["config"]
 assert CONNECTOR_OPTIONS["fresh_connector"]["num_queries"] == 3
 assert FAMILIES["fresh_tower"].prefix == 1 and random_tower("fresh_tower").hidden_size == 24
 assert {"fresh_family", "fresh_tower", "fresh_connector"} <= {name for triple in TRIPLES for name in triple}
+records = Path(sys.argv[1], "records")
+records.write_text("fresh:\\nis it new ?")
+assert [record.turns for record in read_records(records)] == [(("is it new ?", "yes"),)]
 tokenizer = SimpleNamespace(eos_token="</s>")
 assert fitting_template(tokenizer, "olmo2") == "fresh_template" and fitting_template(tokenizer, "llama") == "llama"
 """

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-import pty
-import subprocess
-import sys
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,15 +13,24 @@ import pytest
 from PIL import Image
 
 import tinyllava_fast
+from tests.infer.terminal import Terminal
 from tests.infer.test_engine import ask
 from tests.lora import write_adapter
 from tests.tiny import make_engine
+from tinyllava_fast.data.records import read_records
 from tinyllava_fast.infer import chat
 from tinyllava_fast.infer.chat import main
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.log import log
 
 FLAGS = ["--max-new-tokens", "5", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where typed lines are kept: not among those of who runs the tests."""
+    monkeypatch.setenv("TLF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -173,7 +181,7 @@ def test_control_c_stops_an_answer_and_the_next_one_is_right(folder, reply, type
     monkeypatch.setattr(chat, "_show", pressed_at_the_first_piece_of_the_second_answer)
     assert main([str(folder), *FLAGS]) == 0
     out = capsys.readouterr().out
-    assert "(stopped; the question is forgotten)" in out
+    assert "(stopped; the question is forgotten, /retry asks it again)" in out
     assert out.rstrip().endswith(reply("why?", first, last))
 
 
@@ -215,29 +223,114 @@ def test_an_unknown_command_ends_a_pipe(folder, monkeypatch, said):
     assert "/nope: unknown command; /help lists them, a space in front makes it a question" in said.text
 
 
+def piped(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_a_system_text_begins_anew(folder, reply, monkeypatch, said, capsys):
+    piped(monkeypatch, "why?", "/system Be brief. <image>", "why?", "/system", "why?")
+    assert main([str(folder), *FLAGS]) == 0
+    engine = tinyllava_fast.load(folder, device="cpu").engine
+    messages = [{"from": "system", "value": "Be brief. <image>"}, {"from": "human", "value": ["why?"]}]
+    (brief,) = engine.answers([Request(messages=messages, sampling=Sampling(max_new_tokens=5))])
+    assert capsys.readouterr().out == f"{reply('why?')}\n{brief.text}\n{reply('why?')}\n"
+    assert said.text.count("a new conversation: about no image") in (2, 4)
+
+
+def test_retry_takes_the_place_of_the_answer(folder, reply, monkeypatch, said, capsys):
+    piped(monkeypatch, "why?", "/set temperature 1", "/retry", "/retry", "/set temperature 0", "/retry", "and?")
+    assert main([str(folder), *FLAGS, "--seed", "3"]) == 0
+    first = reply("why?")
+    engine = tinyllava_fast.load(folder, device="cpu").engine
+
+    def sampled(seed: int) -> str:
+        request = Request.ask("why?", sampling=Sampling(max_new_tokens=5, temperature=1, seed=seed))
+        return engine.answers([request])[0].text
+
+    expected = [first, sampled(4), sampled(5), first, reply("why?", first, "and?")]
+    assert capsys.readouterr().out.split("\n")[:-1] == "\n".join(expected).split("\n") and sampled(4) != sampled(5)
+    assert said.text.count("the temperature is 0, so the answer is the same one") in (1, 2)
+
+
+def test_retry_asks_what_was_stopped(folder, reply, typed, monkeypatch, capsys):
+    typed("why?", "/retry")
+    left = [KeyboardInterrupt]
+    show = chat._show
+
+    def pressed_once(piece: str) -> None:
+        if left and "Ask a question" not in piece:
+            raise left.pop()
+        show(piece)
+
+    monkeypatch.setattr(chat, "_show", pressed_once)
+    assert main([str(folder), *FLAGS]) == 0
+    out = capsys.readouterr().out
+    assert "(stopped; the question is forgotten, /retry asks it again)" in out and out.rstrip().endswith(reply("why?"))
+
+
+def test_settings(folder, reply, typed, said, capsys):
+    wrong = ("/set max_new_tokens x", "/set max_new_tokens", "/set top_p 2", "/set heat 1")
+    typed("/set", "/set max_new_tokens 3", *wrong, "/retry", "why?")
+    assert main([str(folder), *FLAGS]) == 0
+    out = capsys.readouterr().out
+    assert "  max_new_tokens       5\n  temperature          0.0\n" in out and "  max_new_tokens       3\n>" not in out
+    three = tinyllava_fast.load(folder, device="cpu").answer(None, "why?", max_new_tokens=3)
+    assert out.rstrip().endswith(three) and three != reply("why?")
+    for message in (
+        "/set: max_new_tokens 'x' is not a whole number",
+        "/set: max_new_tokens '' is not a whole number",
+        "/set: top_p is 2.0; it must be in (0, 1]",
+        "/set: unknown setting 'heat'; ",
+        "/retry: no question was asked yet",
+    ):
+        assert message in said.text
+
+
+@pytest.mark.parametrize("shown", [0, 1, 2])
+def test_a_saved_conversation_is_a_record(folder, reply, images, tmp_path, monkeypatch, capsys, shown):
+    paths = [str(tmp_path / f"{name}.png") for name in "ab"[:shown]]
+    for path, image in zip(paths, images, strict=False):
+        image.save(path)
+    file = tmp_path / "talk.json"
+    piped(monkeypatch, f"/image {' '.join(paths)}", "wh\u00f6?", f"/save {file}", "and?", f"/save {file}")
+    assert main([str(folder), *FLAGS, "--system", "Be brief."]) == 0
+    (record,) = read_records(file)
+    answers = capsys.readouterr().out.rstrip("\n")
+    assert record.images == tuple(paths) and record.interleaved == (shown > 1)
+    assert [question for question, _ in record.turns] == ["<image>\n" * shown + "wh\u00f6?", "and?"]
+    assert "\n".join(answer for _, answer in record.turns) == answers
+    (stored,) = json.loads(file.read_text())
+    assert stored["system"] == "Be brief." and stored["settings"]["max_new_tokens"] == 5
+    assert stored["model"] == str(folder)
+
+
+def test_what_is_not_saved(folder, typed, said, tmp_path):
+    (tmp_path / "mine.json").write_text("mine")
+    there, new = tmp_path / "mine.json", tmp_path / "new.json"
+    typed(f"/save {new}", "a", f"/save {there}", "/save", f"/save {tmp_path}/no/x", "<image>", f"/save {new}")
+    assert main([str(folder), *FLAGS]) == 0
+    for message in ("nothing was answered yet", "mine.json is there already", "/save: name a file", "holds <image>"):
+        assert message in said.text
+    assert "no/x: cannot be written" in said.text and there.read_text() == "mine" and not new.exists()
+
+
 @pytest.mark.slow
-def test_a_real_terminal(folder: Path, tmp_path: Path) -> None:
-    """Through a pseudo terminal, with readline and real signals."""
+def test_a_real_terminal(folder: Path, tmp_path: Path, cache: Path) -> None:
+    """Through a pseudo terminal, with readline and real signals; the lines are kept for the next time."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "tinyllava_fast.infer.chat", str(folder), *FLAGS]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    seen = b""
-
-    def until(text: bytes) -> None:
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(ours, 4096)
-        seen = seen.partition(text)[2]
-
-    until(b"/quit or Ctrl-D leaves.")
-    until(b"> ")
-    os.write(ours, f"/image {tmp_path / 'a.png'}\n".encode())
-    until(b"a new conversation: about ")
-    until(b"> ")
-    os.write(ours, b"what?\n\x1b[A\n")  # the arrow key asks it again
-    until(b"> ")
-    os.write(ours, b"/quit\n")
-    assert process.wait(60) == 0
-    os.close(ours)
+    lines = [f"/image {tmp_path / 'a.png'}", "what?"]
+    with Terminal(str(folder), *FLAGS) as terminal:
+        terminal.until(b"/quit or Ctrl-D leaves.", b"> ")
+        terminal.type(f"{lines[0]}\n", b"a new conversation: about ", b"> ")
+        terminal.type("what?\n", b"> ")
+        terminal.type("\x1b[A\n", b"what?", b"> ")  # the arrow key asks it again
+        terminal.press_ctrl_c(b"Ctrl-C once more leaves.", b"> ")
+        terminal.press_ctrl_c()
+        assert terminal.process.wait(60) == 0
+    kept = cache / "chat_history"
+    assert kept.read_text().splitlines()[:2] == lines and stat.S_IMODE(kept.stat().st_mode) == 0o600
+    with Terminal(str(folder), *FLAGS) as terminal:
+        terminal.until(b"> ")
+        terminal.type("\x1b[A\n", b"what?", b"> ")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(60) == 0

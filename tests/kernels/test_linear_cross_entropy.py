@@ -25,7 +25,7 @@ def sample(
     rows = torch.arange(0, t, 2) if slots else None  # some of them with an ignored label
     hidden, weight = torch.randn(t, d, generator=g), torch.randn(v, d, generator=g)
     b = torch.randn(v, generator=g) if bias else None
-    return Sample((hidden, weight, b, labels, rows, -100, *scalars, True, True, bias))
+    return Sample((hidden, weight, b, labels, rows, -100, *scalars, True, True, bias, True))
 
 
 @pytest.mark.parametrize("dtype", list(TINY), ids=name)

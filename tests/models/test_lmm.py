@@ -258,6 +258,25 @@ def test_label_smoothing_and_z_loss_are_of_the_training_loss(tiny: Callable, rag
     torch.testing.assert_close(lmm(**inputs), smoothed + 0.01 * (torch.logsumexp(logits, -1) ** 2).sum())
 
 
+def test_the_loss_of_each_segment(tiny: Callable, ragged: Callable, pack: Callable) -> None:
+    lmm = build_model(tiny(), seed=1)
+    samples = ragged(4, seed=3)
+    batch = pack(samples, lmm.tokens_per_image)
+    plain = lmm(**batch.tensors())
+    want = grads_of(lmm, plain)
+    lmm.set_loss(label_smoothing=0.0, z_loss=0.0, by_segment=True)
+    losses = lmm(**batch.tensors())
+    assert losses.shape == batch.cu_seqlens.shape and torch.equal(losses[0], plain)
+    got = grads_of(lmm, losses[0])
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    alone = [lmm(**pack([sample], lmm.tokens_per_image).tensors())[0] for sample in samples]
+    torch.testing.assert_close(losses[1:5], torch.stack(alone), atol=1e-4, rtol=1e-5)
+    assert not losses[5:].any()
+    torch._dynamo.reset()
+    compiled = torch.compile(lmm, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch.tensors()), losses)
+
+
 def test_logits_and_parameters(tiny: Callable) -> None:
     lmm = build_model(tiny(), seed=1)
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))

@@ -53,6 +53,25 @@ def test_equals_torch(backend: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_terms_are_those_of_the_sum_which_stays_as_it_is(backend: str, share: float) -> None:
+    hidden, weight, bias, labels, supervised = problem(share=share)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    extras = {"bias": bias, "softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01}
+    with force_backend(backend):
+        plain = linear_cross_entropy(hidden, weight, labels, supervised, **extras)
+        before = grads(plain, *leaves)
+        loss, losses = MODULE.linear_cross_entropy_by_token(hidden, weight, labels, supervised, **extras)
+        assert torch.equal(loss, plain) and not losses.requires_grad
+        assert all(map(torch.equal, grads(loss, *leaves), before))
+        alone = [
+            linear_cross_entropy(hidden, weight, labels, torch.tensor([at]), **extras) for at in range(len(labels))
+        ]
+    torch.testing.assert_close(losses, torch.stack(alone).detach())
+    torch.testing.assert_close(losses.sum(), loss.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cap", [0.5, 3.0, 30.0, 1e4])
 def test_softcap_equals_torch(backend: str, cap: float) -> None:
     """From a cap far below the logits, where slopes vanish, to one far above, where it does nothing."""

@@ -143,8 +143,8 @@ class Chromium:
         """Put text where the focus is."""
         self.call("Input.insertText", text=text)
 
-    def press(self, key: str) -> None:
-        code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+    def press(self, key: str, *, shift: bool = False) -> None:
+        code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": 8 * shift}
         self.call("Input.dispatchKeyEvent", type="keyDown", **code, **({"text": "\r"} if key == "Enter" else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **code)
 

@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
 
+from tests.serve import chromium
+from tests.serve.asking import SCRIPT
 from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
@@ -42,16 +45,16 @@ class Running:
         if key is not None:
             environment["TLF_API_KEY"] = key
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        command = [sys.executable, "-m", "tinyllava_fast.serve.cli", *arguments, "--port", "0", "--device", "cpu"]
+        command = [sys.executable, "-m", "tinyllava_fast.serve.cli", "--port", "0", "--device", "cpu", *arguments]
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
-        self.port = self._wait()
+        self.host, self.port = self._wait()
 
-    def _wait(self) -> int:
+    def _wait(self) -> tuple[str, int]:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
-            if found := re.search(r" at http://\S+:(\d+)", self.log):
-                return int(found[1])
+            if found := re.search(r" at http://(\S+):(\d+)", self.log):
+                return found[1].strip("[]"), int(found[2])
             time.sleep(0.05)
         raise RuntimeError(f"the server did not start: {self.log}")
 
@@ -61,7 +64,7 @@ class Running:
 
     def ask(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any, dict[str, str]]:
         """Status, body (decoded if it is JSON) and headers of one request; body: bytes as they are, else as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         given = {**self.headers, **(JSON if body is not None else {}), **(headers or {})}
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         try:
@@ -71,7 +74,7 @@ class Running:
         finally:
             connection.close()
         found = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, json.loads(text) if "json" in found.get("content-type", "") else text, found
+        return response.status, json.loads(text) if text and "json" in found.get("content-type", "") else text, found
 
     def chat(self, content: Any = "why?", **more: Any) -> tuple[int, Any, dict[str, str]]:
         """``ask`` a greedy chat of one message."""
@@ -204,3 +207,64 @@ def refused(answer: tuple[int, Any, dict[str, str]], *allowed: int) -> dict[str,
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     assert not any(secret in json.dumps([body, headers]) for secret in SECRETS), body
     return body["error"]
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that does not come to an end."""
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.llm.lm_head.weight[2] = 0
+    path = tmp_path_factory.mktemp("endless") / "final"
+    save_model(model, make_tokenizer(), build_image_processor(tiny_config()), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def page_server(folder: Path, endless: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of two models, for the page."""
+    models = ["--models", f"endless={endless}", f"tiny={folder}"]
+    server = Running(models, tmp_path_factory.mktemp("page") / "log")
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if chromium.PATH is None:
+        pytest.skip("there is no chromium to drive")
+    found = chromium.Chromium(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def page(browser: Any, page_server: Running) -> Iterator[Any]:
+    """The page, freshly opened. Whatever a test does, no request leaves the server and no script fails."""
+    origin = f"http://127.0.0.1:{page_server.port}/"
+    browser.size(1100, 800)
+    browser.scheme("light")
+    browser.open(origin)
+    browser.run("localStorage.clear(); sessionStorage.clear()")
+    browser.events.clear()
+    browser.open(origin)
+    browser.wait("document.querySelector('#model').options.length === 2")
+    yield browser
+    browser.real()
+    for told in browser.told("Network.requestWillBeSent"):
+        assert told["request"]["url"].startswith((origin, "data:image/"))
+    assert not browser.told("Runtime.exceptionThrown")
+    assert [one for one in browser.told("Log.entryAdded") if one["entry"]["source"] in ("security", "javascript")] == []
+
+
+@pytest.fixture
+def files(tmp_path: Path, pictures) -> list[Path]:
+    """Two pictures with script in their metadata, one also in its name."""
+    paths = [tmp_path / "first.png", tmp_path / f"{SCRIPT.replace('/', '')}.png"]
+    script = PngImagePlugin.PngInfo()
+    for name in ("Comment", "XML:com.adobe.xmp"):
+        script.add_itxt(name, SCRIPT)
+    for path, picture in zip(paths, pictures, strict=False):
+        path.write_bytes(saved(picture, pnginfo=script))
+    return paths

@@ -1,7 +1,25 @@
-"""What a server must refuse or survive: each row is answered as it says, and the next request is right."""
+"""What a server must refuse or survive: each row is answered as it says, and the next request is right.
+
+Where each class of attacks on model servers is tried:
+
+- requests of the server itself: ``test_requests_of_the_server``; redirects, names that change their address and hosts
+  that are slow or never end: ``test_fetch.py``;
+- files: ``test_files_elsewhere``, ``test_files_below_the_media_folder``;
+- pictures: ``test_pictures``, ``test_data_uris``, ``test_many_pictures``; many large ones at once: ``test_memory.py``;
+- text: ``test_text_is_text``, ``test_the_context``, ``test_messages``; the control tokens of each template and each
+  kind of tokenizer: ``tests/data/templates/test_literal.py``, ``tests/infer/test_literal.py``;
+- parameters: ``test_parameters``, ``test_forms_that_are_hard``; ``tests/infer/test_grammar.py``;
+- bodies, connections, keys: ``test_connections.py``;
+- caches: ``test_caches.py``; digests: ``tests/infer/scheduling/test_prefixes.py``. How long an answer takes tells
+  whether its beginning was kept: that is no aim here, and docs/serve.md says so;
+- model folders: ``test_start.py``; ``tests/models/test_damage.py``, ``tests/models/checkpoints/test_load.py``. Whoever
+  starts the server chooses its folders: links in them are followed, as a hub's cache has them; no archive is opened;
+- the page: ``test_page.py``; other origins: ``test_connections.py``. There are no cookies.
+"""
 
 from __future__ import annotations
 
+import time
 import zlib
 from typing import Any
 
@@ -116,6 +134,23 @@ def with_text(size: int) -> bytes:
     return saved(Image.new("L", (4, 4)), pnginfo=info)
 
 
+def with_metadata(**metadata: bytes) -> bytes:
+    """A JPEG with EXIF data, a colour profile, or XMP of these bytes."""
+    return saved(Image.new("RGB", (4, 4)), "JPEG", **metadata)
+
+
+# TIFF's directory of entries: one that says where the next directory is, which is itself
+LOOP = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x69\x87\x04\0\x01\0\0\0\x08\0\0\0\x08\0\0\0"
+
+
+def with_profile(size: int) -> bytes:
+    """A PNG with a compressed colour profile that is very long."""
+    content, packed = saved(Image.new("L", (4, 4))), zlib.compress(bytes(size))
+    chunk = b"iCCPx\0\0" + packed
+    chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return content[:33] + chunk + content[33:]
+
+
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
 
 
@@ -130,6 +165,10 @@ NOISE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
         (many_frames("TIFF"), 400),
         (many_frames("PNG"), 400),
         (with_text(80 * MB), 400),
+        (with_profile(80 * MB), 400),
+        (with_metadata(exif=LOOP), 200),
+        (with_metadata(icc_profile=bytes(500_000)), 200),
+        (with_metadata(xmp=b"<a>" * 20_000), 200),
         (saved(Image.fromarray(NOISE), "JPEG")[:300], 400),
         (b"", 400),
         (b"\x89PNG\r\n\x1a\n", 400),
@@ -296,9 +335,35 @@ def form(schema: Any) -> dict[str, Any]:
         {"messages": [{"role": "user", "content": "x", "__class__": "x"}]},
         {"model": 5},
         {"chat_template": "{{ ''.__class__ }}"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
         {"tools": [{}]},
     ],
     ids=lambda value: str(value)[:60],
 )
 def test_parameters(safe, more):
     refused(safe.chat(**more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        form({"$ref": "#"}),
+        form({"type": "object", "properties": {"a": {"$ref": "#"}}}),
+        form({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
+        form({"allOf": [{"$ref": "#"}]}),
+        form({"type": "string", "pattern": "(a|a)*" * 50}),
+        form({"type": "array", "minItems": 10**9}),
+        {"structured_outputs": {"regex": "(a+)+(a*)*(.*)*b"}},
+        {"structured_outputs": {"regex": "a{1000000}"}},
+        {"structured_outputs": {"regex": "((a{100}){100}){100}"}},
+        {"structured_outputs": {"choice": ["a" * 1000] * 1000}},
+    ],
+    ids=lambda value: str(value)[:80],
+)
+def test_forms_that_are_hard(safe, more):
+    """Loops and patterns whose search could take for ever: answered or refused, within the time of any other."""
+    began = time.monotonic()
+    answer = safe.chat(**more)
+    assert time.monotonic() - began < 5
+    if answer[0] != 200:
+        refused(answer)

@@ -129,6 +129,11 @@ def test_old_and_eager_clients(safe):
     assert b" 400 " in sent(safe, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
     assert b" 4" in sent(safe, head("/" + "x" * 200_000))
     assert b" 400 " in sent(safe, b"GET /health HTTP/1.1\r\n\r\n")  # no Host
+    body = body_of()  # a client may ask whether to send it
+    asked = sent(safe, head(Content_Length=len(body), Expect="100-continue", Connection="close"), body, pause=0.2)
+    assert asked.startswith(b"HTTP/1.1 100 ") and b" 200 " in asked
+    too_large = sent(safe, head(Content_Length=2**30, Expect="100-continue", Connection="close"))
+    assert b" 100 " not in too_large and b" 413 " in too_large
     upgrade = head("/health", Connection="Upgrade, close", Upgrade="websocket")
     assert b" 101 " not in sent(safe, upgrade)
 

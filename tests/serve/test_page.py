@@ -5,23 +5,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from tests.serve import chromium
-from tests.serve.conftest import Running, data_uri, image_part, saved, text_part
-from tests.tiny import make_model, make_tokenizer, tiny_config
-from tinyllava_fast.models.build import build_image_processor
-from tinyllava_fast.models.io import save_model
+from tests.serve.asking import CHAT, IDLE, SCRIPT, ask, begin, bodies, choose, reload, set_field
+from tests.serve.conftest import data_uri, image_part, text_part
 from tinyllava_fast.serve.app import PAGE
-
-CHAT = "/v1/chat/completions"
-IDLE = "document.querySelector('#stop').hidden && document.querySelectorAll('.answer[aria-busy=false]').length > 0"
-SCRIPT = "<img src=x onerror=window.bad=1><script>window.bad=1</script>"
 
 
 def test_files_are_short_and_make_no_markup_of_text() -> None:
@@ -33,87 +23,7 @@ def test_files_are_short_and_make_no_markup_of_text() -> None:
         assert len(text.splitlines()) < 400 and not unsafe.search(text), path.name
 
 
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that does not come to an end."""
-    model = make_model(seed=1)
-    with torch.no_grad():
-        model.llm.lm_head.weight[2] = 0
-    path = tmp_path_factory.mktemp("endless") / "final"
-    save_model(model, make_tokenizer(), build_image_processor(tiny_config()), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(start: Callable[..., Running], folder: Path, endless: Path) -> Running:
-    return start("--models", f"endless={endless}", f"tiny={folder}")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if chromium.PATH is None:
-        pytest.skip("there is no chromium to drive")
-    found = chromium.Chromium(tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def page(browser: Any, server: Running) -> Iterator[Any]:
-    """The page, freshly opened. Whatever a test does, no request leaves the server and no script fails."""
-    origin = f"http://127.0.0.1:{server.port}/"
-    browser.size(1100, 800)
-    browser.scheme("light")
-    browser.open(origin)
-    browser.run("localStorage.clear(); sessionStorage.clear()")
-    browser.events.clear()
-    browser.open(origin)
-    browser.wait("document.querySelector('#model').options.length === 2")
-    yield browser
-    browser.real()
-    for told in browser.told("Network.requestWillBeSent"):
-        assert told["request"]["url"].startswith((origin, "data:image/"))
-    assert not browser.told("Runtime.exceptionThrown")
-    assert [one for one in browser.told("Log.entryAdded") if one["entry"]["source"] in ("security", "javascript")] == []
-
-
-@pytest.fixture
-def files(tmp_path: Path, pictures) -> list[Path]:
-    paths = [tmp_path / "first.png", tmp_path / f"{SCRIPT.replace('/', '')}.png"]
-    for path, picture in zip(paths, pictures, strict=False):
-        path.write_bytes(saved(picture))
-    return paths
-
-
-def ask(page: Any, text: str) -> None:
-    """Ask, and wait for the end of the answer."""
-    begin(page, text)
-    page.wait(IDLE)
-
-
-def begin(page: Any, text: str) -> None:
-    page.click("#question")
-    page.run("document.querySelector('#question').select()")
-    page.type(text)
-    page.press("Enter")
-
-
-def reload(page: Any, models: int = 2) -> None:
-    page.run("window.old = true; location.reload()")
-    page.wait(f"!window.old && document.querySelector('#model')?.options.length === {models}")
-
-
-def bodies(page: Any) -> list[dict[str, Any]]:
-    """What has been asked of the server."""
-    sent = [one["request"] for one in page.told("Network.requestWillBeSent") if one["request"]["url"].endswith(CHAT)]
-    return [json.loads(request["postData"]) for request in sent]
-
-
-def choose(page: Any, select: str, name: str) -> None:
-    page.run(f"document.querySelector('{select}').value = {json.dumps(name)}")
-
-
-def test_a_picture_is_asked_about_and_the_answer_streams(page, server, files):
+def test_a_picture_is_asked_about_and_the_answer_streams(page, page_server, files):
     page.upload("#files", files[:1])
     page.wait("document.querySelectorAll('#pictures img').length === 1")
     page.run(
@@ -125,7 +35,7 @@ def test_a_picture_is_asked_about_and_the_answer_streams(page, server, files):
     (body,) = bodies(page)
     content = [image_part(data_uri(files[0].read_bytes())), text_part("what is it?")]
     assert body["messages"] == [{"role": "user", "content": content}]
-    expected = server.chat(content, model="endless", max_tokens=256)[1]["choices"][0]["message"]["content"]
+    expected = page_server.chat(content, model="endless", max_tokens=256)[1]["choices"][0]["message"]["content"]
     assert page.run("document.querySelector('.answer .text').textContent") == expected
     assert page.run("lengths.size") > 3
     facts = page.text(".facts")
@@ -156,7 +66,7 @@ def test_turns_build_on_each_other_and_can_be_asked_anew(page):
 
 
 @pytest.mark.parametrize("how", ["button", "key"])
-def test_an_answer_is_stopped(page, server, how):
+def test_an_answer_is_stopped(page, page_server, how):
     set_field(page, "max_tokens", "1900")
     begin(page, "go on")
     page.wait("document.querySelector('.answer .text')?.textContent.length > 5")
@@ -164,16 +74,11 @@ def test_an_answer_is_stopped(page, server, how):
     page.wait(IDLE)
     assert "stopped" in page.text(".facts") and page.run("document.activeElement.id") == "question"
     deadline = time.monotonic() + 10
-    while server.metric("tlf_running"):
+    while page_server.metric("tlf_running"):
         assert time.monotonic() < deadline
     choose(page, "#model", "tiny")
     ask(page, "again")
     assert page.count(".turn") == 2 and "stopped" not in page.text(".turn:last-child .facts")
-
-
-def set_field(page: Any, name: str, value: str) -> None:
-    found = f"document.querySelector('#settings-form [name={name}]')"
-    page.run(f"{found}.value = {json.dumps(value)}; {found}.dispatchEvent(new Event('input', {{bubbles: true}}))")
 
 
 def test_settings_are_sent_kept_and_checked(page):
@@ -239,6 +144,57 @@ def test_a_token_shows_its_probability_and_its_alternatives(page):
     assert page.run("document.querySelector('#tip').hidden") and page.count(".token.current") == 0
 
 
+def test_tokens_can_be_looked_at_while_the_answer_arrives(page):
+    set_field(page, "max_tokens", "1900")
+    begin(page, "go on")
+    page.wait("document.querySelectorAll('.token').length > 3")
+    page.run("window.first = document.querySelector('.token')")
+    page.hover(".token:nth-of-type(2)")
+    page.wait("!document.querySelector('#tip').hidden")
+    page.run("document.querySelector('.answer .text').focus({focusVisible: true})")
+    page.press("ArrowRight")
+    count = page.count(".token")
+    page.wait(f"document.querySelectorAll('.token').length > {count + 5}")
+    assert page.count(".token.current") == 1 and not page.run("document.querySelector('#tip').hidden")
+    assert page.run("document.querySelector('.answer').ariaBusy") == "true"
+    page.press("Escape")  # hides what is shown of the token
+    assert page.run("document.querySelector('#tip').hidden && !document.querySelector('#stop').hidden")
+    page.press("Escape")  # stops
+    page.wait(IDLE)
+    assert page.run("first.isConnected && document.querySelector('.token') === first")
+
+
+def test_tokens_that_come_in_pieces_are_those_of_the_whole(page):
+    """Whatever the pieces are: texts that come later than their tokens, parts of characters, tokens without text."""
+    page.run("import('/tokens.js').then((m) => { window.m = m; return true })")
+    script = """
+        let state = SEED;
+        const random = (n) => (state = (state * 48271) % 2147483647) % n;
+        const known = [' a', 'bc', '.', ' \u05d0\u05d1', '\\n', 'x y', ' a', '\U0001f600'];
+        let text = '', shown = 0; const tokens = [];
+        for (let i = 0; i < 400; i++) {
+          const kind = random(12);
+          if (kind === 0) { text += '\u00e9'; tokens.push(['\ufffd', text.length - 1], ['\ufffd', text.length]); }
+          else if (kind === 1) tokens.push(['</s>', text.length]);
+          else { const one = known[random(known.length)]; text += one; tokens.push([one, text.length]); }
+        }
+        const all = tokens.map(([token]) => ({ token, logprob: -random(3) }));
+        const grown = new m.TokenText(''), whole = new m.TokenText('');
+        for (let i = 0; i < all.length; i += 1 + random(5)) {
+          const arrived = tokens[Math.max(0, i - random(4))][1];
+          shown = Math.max(shown, arrived);
+          grown.update(text.slice(0, shown), all.slice(0, i + 1), false);
+          if (grown.box.textContent !== text.slice(0, shown)) throw Error(i);
+        }
+        grown.update(text, all, true);
+        whole.update(text, all, true);
+        [grown.box.childNodes.length, grown.box.outerHTML === whole.box.outerHTML]
+    """
+    for seed in range(1, 6):
+        count, equal = page.run("{" + script.replace("SEED", str(seed)) + "}")
+        assert count > 300 and equal
+
+
 def test_tokens_add_up_to_the_text_whatever_they_are(page):
     cases = [
         ("Hi there", [" Hi", " there", "</s>"]),
@@ -257,6 +213,22 @@ def test_tokens_add_up_to_the_text_whatever_they_are(page):
         assert [pair[1] for pair in pairs] == {"Hi there": tokens, "é!": ["\ufffd", "!"], "ab": tokens}.get(
             text, tokens or [None]
         )
+
+
+def test_an_answer_is_copied(page):
+    set_field(page, "max_tokens", "6")
+    ask(page, "why?")
+    text = page.run("document.querySelector('.answer .text').textContent")
+    clipboard = "Object.defineProperty(navigator, 'clipboard', {configurable: true, value: VALUE})"
+    page.run(clipboard.replace("VALUE", "{writeText: async (text) => { window.copied = text }}"))
+    page.click(".answer button")
+    page.wait("document.querySelector('.answer button').textContent === 'Copied'")
+    assert page.run("copied") == text and page.text("#said") == "Copied"
+    page.run(clipboard.replace("VALUE", "undefined"))  # as for a page over plain HTTP from another machine
+    page.run("document.execCommand = () => { window.selected = document.activeElement.value; return true }")
+    page.click(".answer button")
+    page.wait("window.selected !== undefined")
+    assert page.run("selected") == text and page.run("document.activeElement.textContent") == "Copied"
 
 
 def test_pictures_are_dropped_pasted_and_removed(page, files):
@@ -332,9 +304,10 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page, start, folder):
     page.events.clear()
 
 
+@pytest.mark.parametrize("width", [320, 360])
 @pytest.mark.parametrize("settings", [False, True])
-def test_a_phones_width_does_not_scroll_sideways(page, files, settings):
-    page.size(360, 740, phone=True)
+def test_a_phones_width_does_not_scroll_sideways(page, files, width, settings):
+    page.size(width, 640, phone=True)
     page.click("#compare")
     set_field(page, "max_tokens", "30")
     page.upload("#files", files[:1] * 2)
@@ -344,7 +317,7 @@ def test_a_phones_width_does_not_scroll_sideways(page, files, settings):
     else:
         ask(page, "w" * 300)
     wide = "[...document.querySelectorAll('html, body, main, aside')].filter((e) => e.scrollWidth > e.clientWidth)"
-    assert page.run(f"{wide}.map((e) => e.tagName)") == [] and page.run("innerWidth") == 360
+    assert page.run(f"{wide}.map((e) => e.tagName)") == [] and page.run("innerWidth") == width
 
 
 def test_dark_and_light(page):
@@ -395,4 +368,4 @@ def test_a_screen_reader_finds_names_for_everything(page, files):
     ask(page, "why?")
     order = page.focus_order()
     assert order[:6] == ["Skip to the question", "model", "compare", "fresh", "theme", "settings-button"]
-    assert order[6] == "Edit" and order[8:] == ["Retry", "add", "question", "send"]
+    assert order[6] == "Edit" and order[8:] == ["Copy", "Retry", "add", "question", "send"]

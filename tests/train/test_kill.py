@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.train.mixes import write_mix
 from tinyllava_fast.train.cli import main
 
 SHAPE = {
@@ -80,7 +82,10 @@ def hunt(server, path: Path, run: Path, kills: int, seed: int) -> tuple[int, int
 
 
 def check(server, tiny_run, losses, kills: int, **changes) -> None:
-    path = tiny_run(**{**SHAPE, **changes})
+    check_run(server, tiny_run(**{**SHAPE, **changes}), losses, kills)
+
+
+def check_run(server, path: Path, losses, kills: int) -> None:
     whole, run = path.parent / "whole", path.parent / "run"
     child = start(server, path, whole)
     child.join(300)
@@ -108,6 +113,16 @@ def test_workers_end_with_a_run_that_is_killed(server, tiny_run):
 
 def test_three_kills(server, tiny_run, losses):
     check(server, tiny_run, losses, 3)
+
+
+def by_source(run: Path) -> list[object]:
+    return [json.loads(line).get("sources") for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_kills_of_a_mix_change_no_loss_of_a_source(server, tmp_path, losses):
+    path = write_mix(tmp_path, stages=2, **SHAPE, log_every=3, engine__workers=1)
+    check_run(server, path, losses, 4)
+    assert by_source(tmp_path / "run") == by_source(tmp_path / "whole")
 
 
 @pytest.mark.slow

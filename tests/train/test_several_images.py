@@ -128,7 +128,9 @@ def test_a_pack_equals_its_samples_one_by_one(parts, mode, turns):
     plain.zero_grad()
     plain.llm.set_attn_implementation("sdpa")
     alone = RECORDS if turns == "conversation" else ALONE
-    want = sum(loss_alone(parts, plain, *sample, dataset.files.grid) for sample in alone) / batch.num_supervised
+    want = (
+        sum(loss_alone(parts, plain, *sample, dataset.sources[0].files.grid) for sample in alone) / batch.num_supervised
+    )
     want.backward()
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=0)
     assert len(got) > 40

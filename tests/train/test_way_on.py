@@ -36,6 +36,14 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def hangups_end_a_process():
+    """The suite may run under nohup, whose children ignore SIGHUP as they should; these tests are about the others."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def said(caplog):
     """The last warning or error."""
@@ -270,8 +278,8 @@ _INERT = {
     schema.VisionConfig: "type path config feature_layer feature_select image_mean image_std options",
     schema.ConnectorConfig: "type path options",
     schema.StageConfig: "name data recipe optim batch epochs max_steps",
-    schema.DataConfig: "records image_folder template turns masks turns_per_sample image_mode image_grid orientation "
-    "background augment feature_cache on_bad_image overlong max_tokens",
+    schema.DataConfig: "records image_folder sources template turns masks turns_per_sample image_mode image_grid "
+    "orientation background augment feature_cache on_error on_bad_image overlong max_tokens",
     schema.AugmentConfig: "hflip vflip shift keep_inside scale rotate",
     schema.BatchConfig: "tokens max_segments max_images image_multiple packs_per_step lookahead",
     schema.RecipeConfig: "type llm vision connector options",

@@ -26,6 +26,8 @@ from tinyllava_fast.config.ranges import (
     ShareBelowOne,
     Text,
 )
+from tinyllava_fast.config.sources import SourceConfig, check_sources, under
+from tinyllava_fast.errors import UserError
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
 
@@ -116,13 +118,15 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One LLaVA-format data set and how it becomes tokens and pixels."""
+    """One data set, or several that are mixed, and how they become tokens and pixels."""
 
     records: Annotated[str, Located()] = ""
     """JSON list or JSONL file of {id, image?, conversations: [{from, value}, ...]}. image: one path, or a list of paths
     whose i-th is shown where the i-th <image> stands."""
     image_folder: Annotated[str, Located()] = "."
     """Folder that the records' image paths are relative to."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several data sets in place of ``records``."""
     template: Annotated[Text, Named("chat template")] = "llama"
     """Registered chat template. tokenizer is the tokenizer's own (jinja), with the system text that it has."""
     turns: Literal["conversation", "independent"] = "conversation"
@@ -150,20 +154,48 @@ class DataConfig:
     feature_cache: NonNegativeFloat = 0.0
     """GiB of disk for the features of a frozen tower, shared by all runs of a user (TLF_CACHE names another folder): an
     image that was seen before needs no tower. 0: none."""
+    on_error: Literal["fail", "skip", "quarantine"] = "fail"
+    """A record that cannot be used, whatever the reason: malformed, refused by the template, too long, its image
+    missing or broken. fail: stop; skip: leave it out and count it; quarantine: and list it, with the reason, in
+    output_dir/quarantine.jsonl. All but pixels that do not decode is found before the first step."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """A truncated or non-image file: stop, or drop the record and count it; what a file's header tells is found before
-    the first step. A missing file always stops."""
+    the first step. A missing file stops, unless ``on_error`` says otherwise."""
     overlong: Literal["fail", "truncate"] = "fail"
-    """A sample longer than ``max_tokens``: stop, or cut its end and count it."""
+    """A sample longer than ``max_tokens``: do as ``on_error`` says, or cut its end and count it."""
     max_tokens: PositiveInt | None = None
     """Longest sample, image tokens included; None, or more than that: the token budget of a pack."""
+
+    def __post_init__(self) -> None:
+        if self.records and self.sources:
+            raise UserError("sources: given beside 'records'; name that file as one of the sources")
+        check_sources(self.sources)
 
     def under(self, root: str) -> DataConfig:
         """Return the same with files relative to ``root``; absolute paths and "no records" stay."""
         if root == ".":
             return self
         records = os.path.join(root, self.records) if self.records else ""
-        return replace(self, records=records, image_folder=os.path.normpath(os.path.join(root, self.image_folder)))
+        folder, sources = under(root, self.image_folder), [source.under(root) for source in self.sources]
+        return replace(self, records=records, image_folder=folder, sources=sources)
+
+    def each(self) -> list[tuple[SourceConfig, DataConfig]]:
+        """Return every source, with this section as it would be for that source alone."""
+        if not self.sources:
+            return [(SourceConfig(path=self.records), self)]
+        return [(source, self._alone(source)) for source in self.sources]
+
+    def _alone(self, source: SourceConfig) -> DataConfig:
+        split = self.turns_per_sample if source.turns_per_sample is None else source.turns_per_sample
+        return replace(
+            self,
+            records=source.path,
+            sources=[],
+            image_folder=self.image_folder if source.image_folder is None else source.image_folder,
+            template=source.template or self.template,
+            turns=source.turns or self.turns,
+            turns_per_sample=split,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,8 +343,9 @@ class EngineConfig:
     threads: Annotated[int, Range(least=0, most=4096)] = 0
     """CPU threads; 0: OMP_NUM_THREADS if it is set and one process runs, else as many as cores, shared by the processes
     of a node. Beside other work give fewer: threads that wait for one another are slower than one."""
-    workers: Annotated[int, Range(least=0, most=1024)] = 1
-    """Processes that tokenize and decode images; 0: in the training process."""
+    workers: Annotated[int, Range(least=0, most=1024)] | None = None
+    """Processes that decode images and fill packs; 0: in the training process. None: one beside training on a CPU,
+    which takes all cores itself; on a GPU the cores but one, shared by the processes of a node, at most 8."""
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
 

@@ -70,3 +70,5 @@ def texts_of(files: Iterable[str | Path]) -> Iterator[str]:
     for path in files:
         for record in read_records(path):
             yield from pieces(record.turns)
+            if record.system is not None:
+                yield record.system

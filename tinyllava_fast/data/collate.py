@@ -87,12 +87,14 @@ def collate(
     image_multiple: int = 1,
     shared_prefixes: bool = True,
     sample_ids: Sequence[str] = (),
+    levels: Tensor | None = None,
 ) -> PackedBatch:
     """Lay samples end to end in one row of T = tokens positions.
 
-    samples: segments of each sample, as Template.encode gives them, widened. pixels: [n, 3, H, W] float32, one input of
-    the tower for each marker, in order. Their number is rounded up to a multiple of image_multiple with black ones that
-    fill no position. shared_prefixes: False leaves ``prefix`` out, for data of which no sample has one.
+    samples: segments of each sample, as Template.encode gives them, widened. pixels: [n, 3, H, W] float32, or uint8 and
+    the table of ``levels``, one input of the tower for each marker, in order. Their number is rounded up to a multiple
+    of image_multiple with blank ones that fill no position. shared_prefixes: False leaves ``prefix`` out, for data of
+    which no sample has one.
     Raises ValueError if the samples do not fit.
     """
     segments = [segment for sample in samples for segment in sample]
@@ -137,6 +139,8 @@ def collate(
         image_slots=torch.from_numpy(slots.reshape(-1)),
         supervised=torch.from_numpy(supervised),
         pixel_values=pixels,
+        levels=levels,
+        num_blank=blank,
         num_supervised=len(found),
         num_tokens=total,
         num_samples=len(samples),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
@@ -15,48 +13,35 @@ import torch
 from PIL import Image
 
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
-from tinyllava_fast.data.collate import collate, targets, truncate, widen, width
-from tinyllava_fast.data.files import ImageFiles
-from tinyllava_fast.data.images import to_pixels
-from tinyllava_fast.data.pictures import MissingImageError
-from tinyllava_fast.data.records import Record, check_turns, encode_records, read_records
-from tinyllava_fast.data.store import SampleStore
-from tinyllava_fast.data.templates.base import TEMPLATES, Segment, Template
-from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN, PackedBatch
-from tinyllava_fast.errors import DataError, UserError
-from tinyllava_fast.log import log
+from tinyllava_fast.data.collate import collate
+from tinyllava_fast.data.images import levels_table, pixel_shape, to_levels
+from tinyllava_fast.data.mixing import epoch_order, samples_per_epoch
+from tinyllava_fast.data.source import DataReport, Source
+from tinyllava_fast.data.templates.base import Segment
+from tinyllava_fast.data.types import IGNORE_INDEX, PackedBatch
+from tinyllava_fast.errors import DataError
 from tinyllava_fast.ops import pack_plan
-from tinyllava_fast.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-_CHUNK = 512  # records tokenized in one call
-_TOKENIZED = "%s: %d records tokenized so far, %.0f a second"
-T = TypeVar("T")
+ORDER = 2
+"""Of the packs in an epoch; in 1 the longest samples came first and the shortest last."""
+_SHUFFLE = 1  # of an epoch's seeds: that of the order of its packs
 
 
 @dataclass
-class DataReport:
-    """The counts of a data set, logged at the start and written into the run's summary."""
+class EpochSizes:
+    """Sums over an epoch; of a source of which it shows a part, the part of the source's sum."""
 
-    records: int = 0
-    text_only: int = 0
-    tokens: int = 0
-    """Positions of all samples, image tokens included."""
-    supervised_tokens: int = 0
-    unsupervised: int = 0
-    """Samples without a supervised token: kept, but nothing is learnt from them."""
-    truncated: int = 0
-    """Samples cut to the longest length (data.overlong: truncate)."""
-
-    def as_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return asdict(self)
+    samples: int = 0
+    tokens: float = 0.0
+    supervised_tokens: float = 0.0
+    images: float = 0.0
 
 
 class PackedDataset:
-    """Samples of one DataConfig, tokenized at construction and served as packs.
+    """Samples of one DataConfig, of all its sources, tokenized at or before construction and served as packs.
 
     tokenizer: see load_tokenizer. processor: a transformers ``*ImageProcessorPil``. tokens_per_image: K. seed: of the
     order and the augmentation. Construction checks every record and the presence of every image; DataError.
@@ -77,234 +62,168 @@ class PackedDataset:
         self.processor = processor
         self.tokens_per_image = tokens_per_image
         self.seed = seed
-        if data.turns_per_sample and data.turns != "independent":
-            raise UserError(
-                "data.turns_per_sample splits records between turns, which only data.turns=independent allows; "
-                f"got turns={data.turns!r}, turns_per_sample={data.turns_per_sample}"
+        each = data.each()
+        self.names = [source.title for source, _ in each]
+        """Names of the sources."""
+        self.sources = [
+            Source(
+                alone,
+                batch,
+                tokenizer=tokenizer,
+                processor=processor,
+                tokens_per_image=tokens_per_image,
+                seed=seed,
             )
-        self.store = SampleStore()
-        self.report = DataReport()
-        self.files = ImageFiles(data, processor, seed)
-        self.skipped: list[str] = []
+            for _, alone in each
+        ]
+        sizes = [len(source) for source in self.sources]
+        self._sizes, self._ends = sizes, np.cumsum(sizes)
+        self.per_epoch = samples_per_epoch(sizes, [source for source, _ in each])
+        """Samples of each source in an epoch."""
+        self.lengths, self.images, self.segments = (
+            np.concatenate([getattr(source, name) for source in self.sources])
+            for name in ("lengths", "images", "segments")
+        )
+        self.skipped = [reason for source in self.sources for reason in source.skipped]
         """Records left out from the start (data.on_bad_image: skip), with reasons."""
-        sizes: list[tuple[int, int, int, int]] = []
-        template = TEMPLATES.get(data.template, "data.template")
-        template.check(tokenizer, data.masks)
-        pace = Pace(wait_s=5.0)
-        with _no_garbage_collection():
-            for records in chunks(read_records(data.records), _CHUNK):
-                self.files.look(records)
-                looked_at = [(record, self._look(record, template)) for record in records]
-                usable = [(record, inputs) for record, inputs in looked_at if inputs is not None]
-                pieces = [(piece, inputs) for record, inputs in usable for piece in self._pieces(record)]
-                encoded = self._encode([piece for piece, _ in pieces], template, tokenizer)
-                for (piece, inputs), sample in zip(pieces, encoded, strict=True):
-                    sizes.append(self._add(piece, sample, inputs))
-                if pace.due():
-                    log.info(_TOKENIZED, data.records, records[-1].index + 1, (records[-1].index + 1) / pace.elapsed_s)
-        self.files.raise_if_missing()
-        if not sizes:
-            raise self._nothing_left()
-        table = np.array(sizes, np.int64)
-        self.lengths, self.images, self.segments = (table[:, column].copy() for column in range(3))
-        self._check_learnable(table[:, 3])
-        if self.skipped:
-            count = len(self.skipped)
-            log.warning(
-                "%s: %d records are skipped from the start; the first: %s", data.records, count, self.skipped[0]
-            )
+        self.report = sum((source.report for source in self.sources), DataReport())
+        self._table = levels_table(processor)
         self._plans: dict[int, list[np.ndarray]] = {}
+        self._shares_prefixes = any(source.data.turns == "independent" for source in self.sources)
         limits = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
-        self.fingerprint: int = crc32(repr((self.store.fingerprint(), seed, tokens_per_image, limits)).encode())
+        stores = tuple(source.fingerprint for source in self.sources)
+        facts = (*stores, seed, tokens_per_image, limits) + ((self.per_epoch,) if data.sources else ())
+        self.fingerprint: int = crc32(repr(facts).encode())
         """A checksum of everything that the plans depend on."""
 
     def __len__(self) -> int:
-        return len(self.store)
+        """Return the number of samples that are there, each counted once."""
+        return len(self.lengths)
+
+    @property
+    def where(self) -> str:
+        """The record files, for messages."""
+        return ", ".join(source.data.records for source in self.sources)
+
+    @property
+    def grid(self) -> list[tuple[int, int]]:
+        """The resolutions of image_mode anyres, (width, height); empty in the other modes."""
+        return self.sources[0].files.grid
+
+    def epoch_sizes(self) -> EpochSizes:
+        """Return what an epoch holds: each source's own sums, as often as the epoch shows it."""
+        sizes = EpochSizes()
+        for source, count in zip(self.sources, self.per_epoch, strict=True):
+            often = count / len(source)
+            sizes.samples += count
+            sizes.tokens += often * source.report.tokens
+            sizes.supervised_tokens += often * source.report.supervised_tokens
+            sizes.images += often * float(source.images.sum())
+        return sizes
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the largest pack's pixels in 8 bits; 0 where they are not sent as such, or no sample has any."""
+        if self._table is None or not self.images.any():
+            return 0
+        multiple = self.batch.image_multiple
+        most = -(-self.batch.max_images // multiple) * multiple
+        return most * math.prod(pixel_shape(self.processor))
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """The packs of an epoch as arrays of record indices; a pure function of the data, the seed and the epoch."""
+        """The packs of an epoch as arrays of tickets; a pure function of the data, the seed and the epoch.
+
+        A ticket is the number of a sample, or of its second showing in the epoch and so on: see ``epoch_order``.
+        Packing begins with the longest samples it sees and ends with what is left, so the packs are shuffled.
+        """
         if epoch not in self._plans:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            limits = self.batch
+            tickets = epoch_order(self._sizes, self.per_epoch, self.seed, epoch)
+            order = tickets % len(self)
             lengths, images, segments = (
                 torch.from_numpy(column[order]) for column in (self.lengths, self.images, self.segments)
             )
-            limits = (self.batch.tokens, self.batch.max_images, self.batch.max_segments, self.batch.lookahead)
-            packs = pack_plan(lengths, images, segments, *limits)
+            most = (limits.tokens, limits.max_images, limits.max_segments, limits.lookahead)
+            packs = pack_plan(lengths, images, segments, *most)
             by_pack = torch.argsort(packs, stable=True).numpy()
             bounds = np.cumsum(torch.bincount(packs).numpy())[:-1]
+            filled = np.split(tickets[by_pack], bounds)
             while len(self._plans) > 1:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[epoch] = np.split(order[by_pack], bounds)
+            shuffled = np.random.default_rng([self.seed, epoch, _SHUFFLE]).permutation(len(filled))
+            self._plans[epoch] = [filled[number] for number in shuffled]
         return self._plans[epoch]
 
-    def pack(self, epoch: int, indices: Iterable[int]) -> PackedBatch:
-        """One pack: images decoded, augmented by (seed, epoch, record, image) and normalized, tokens laid out.
+    def pack(self, epoch: int, tickets: Iterable[int]) -> PackedBatch:
+        """Return ``levels`` of a pack with its pixels normalized."""
+        return self.levels(epoch, tickets).to("cpu")
+
+    def levels(self, epoch: int, tickets: Iterable[int]) -> PackedBatch:
+        """One pack: images decoded and augmented by (seed, epoch, ticket, image), tokens laid out; pixels in 8 bits.
 
         DataError for an image that cannot be decoded, unless data.on_bad_image is skip: then its record is left out
         and named in ``skipped``.
         """
-        samples, names, pictures, skipped = [], [], [], []
-        for index in map(int, indices):
-            if shown := self.store.shown(index):
+        samples: list[list[Segment]] = []
+        names: list[str] = []
+        owners: list[int] = []
+        pictures: list[Image.Image] = []
+        skipped: list[str] = []
+        for ticket in map(int, tickets):
+            owner, index = self._owner(ticket % len(self))
+            source = self.sources[owner]
+            sample, shown = source.sample(index)
+            if shown:
                 try:
-                    pictures += self.files.load(self.store.images(index), shown, epoch, index)
+                    pictures += source.pictures(index, shown, epoch, ticket)
                 except DataError as error:
-                    reason = self._bad_image(self.store.name(index), error)
-                    skipped.append(reason)
+                    skipped.append(source.bad_image(error))
                     continue
-            samples.append(self.store.sample(index))
-            names.append(self.store.name(index))
+            samples.append(sample)
+            names.append(source.name(index))
+            owners.append(owner)
         batch = self._collate(samples, pictures, names)
         batch.skipped = skipped
+        if len(self.sources) > 1:
+            batch.segment_sources = [owner for owner, sample in zip(owners, samples, strict=True) for _ in sample]
+            batch.source_counts = _counts(batch, owners, len(self.sources))
         return batch
 
     def empty(self) -> PackedBatch:
-        """A pack without samples, for a process that has none in the last step."""
+        """A pack without samples, for a process that has none in the last step; as ``levels`` gives them."""
         return self._collate([], [], [])
+
+    def names_checksum(self) -> int:
+        """Return a checksum of all record ids and image paths, which no position depends on."""
+        each = [source.store.sources() for source in self.sources]
+        return each[0] if len(each) == 1 else crc32(repr(each).encode())
+
+    def _owner(self, sample: int) -> tuple[int, int]:
+        """Return the number of the source that a sample is of, and its number there."""
+        owner = int(np.searchsorted(self._ends, sample, side="right"))
+        return owner, sample - int(self._ends[owner]) + self._sizes[owner]
 
     def _collate(self, samples: list[list[Segment]], pictures: list[Image.Image], names: list[str]) -> PackedBatch:
         return collate(
             samples,
-            to_pixels(pictures, self.processor, self.data.image_mode),
+            to_levels(pictures, self.processor, self.data.image_mode),
             tokens=self.batch.tokens,
             max_segments=self.batch.max_segments,
             tokens_per_image=self.tokens_per_image,
             image_multiple=self.batch.image_multiple,
-            shared_prefixes=self.data.turns == "independent",
+            shared_prefixes=self._shares_prefixes,
             sample_ids=names,
+            levels=self._table,
         )
 
-    def _look(self, record: Record, template: Template) -> list[int] | None:
-        """Check a record; return the number of tower inputs of each of its images, or None to leave the record out."""
-        check_turns(self.data.records, record, template)
-        try:
-            return self.files.inputs(record)
-        except DataError as error:
-            if self.data.on_bad_image == "fail":
-                self.files.note(record, error)
-                return None
-            self.skipped.append(self._bad_image(record.id, error))
-            # It keeps its place in the plan, so that a run goes on where it stood; anyres cannot tell how large it is.
-            return None if self.files.grid else [1] * len(record.images)
 
-    def _bad_image(self, name: str, error: DataError) -> str:
-        """Return the reason why a record is skipped; raise DataError where records may not be skipped."""
-        reason = f"{self.data.records}: record id {name!r}: image: {error}"
-        if isinstance(error, MissingImageError):
-            raise DataError(f"{reason}; put it back (data.on_bad_image=skip is for damaged files alone)") from error
-        if self.data.on_bad_image == "fail":
-            remedy = "replace it, remove its record, or set data.on_bad_image=skip"
-            raise DataError(f"{reason}; {remedy}") from error
-        return reason
-
-    def _check_learnable(self, supervised: np.ndarray) -> None:
-        """Raise DataError if every sample with a supervised token (their numbers by sample) would be skipped."""
-        if self.data.on_bad_image == "fail":
-            return
-        for index in np.flatnonzero(supervised).tolist():
-            try:
-                self.files.load(self.store.images(index), self.store.shown(index), 0, index)
-            except DataError as error:
-                self.skipped.append(self._bad_image(self.store.name(index), error))
-                continue
-            self.skipped = list(dict.fromkeys(self.skipped))
-            return
-        if self.skipped:
-            raise self._nothing_left()  # but perhaps some without an answer to learn
-
-    def _nothing_left(self) -> DataError:
-        return DataError(f"{self.data.records}: every record was skipped; the first: {self.skipped[0]}")
-
-    def _encode(
-        self, records: list[Record], template: Template, tokenizer: PreTrainedTokenizerBase
-    ) -> list[list[Segment]]:
-        """See ``encode_records``."""
-        return encode_records(self.data.records, records, template, tokenizer, self.data.turns, self.data.masks)
-
-    def _add(self, record: Record, encoded: list[Segment], inputs: list[int]) -> tuple[int, int, int, int]:
-        """Store a sample and count it. Return the positions, images and segments it needs, and its supervised tokens.
-
-        inputs: the number of tower inputs of each image of the record.
-        """
-        count = self.tokens_per_image
-        budget = min(self.data.max_tokens or self.batch.tokens, self.batch.tokens)
-        key = "batch.tokens" if budget == self.batch.tokens else "data.max_tokens"
-        shown = _shown(encoded, inputs)
-        sample = widen(encoded, [n for _, n in shown])
-        length = width(sample, count)
-        if length > budget:
-            largest = count * max((n for _, n in shown), default=0)
-            if largest >= budget:
-                raise self._error(record, "image", f"{largest} image tokens do not fit {key}={budget}; raise {key}")
-            if self.data.overlong == "fail":
-                remedy = f"raise {key}, or set data.overlong=truncate"
-                raise self._error(record, "conversations", f"{length} tokens exceed {key}={budget}; {remedy}")
-            encoded = truncate(encoded, budget, count, [n for _, n in shown])
-            shown = _shown(encoded, inputs)
-            sample = widen(encoded, [n for _, n in shown])
-            length = width(sample, count)
-            self.report.truncated += 1
-        images = sum(n for _, n in shown)
-        for need, limit, name in (
-            (images, self.batch.max_images, "max_images"),
-            (len(sample), self.batch.max_segments, "max_segments"),
-        ):
-            if need > limit:
-                what = name.removeprefix("max_")
-                raise self._error(record, "conversations", f"{need} {what} exceed batch.{name}={limit}; raise it")
-        learnt = targets(sample)
-        self.report.records += 1
-        self.report.text_only += not record.images
-        self.report.tokens += length
-        self.report.supervised_tokens += learnt
-        self.report.unsupervised += learnt == 0
-        self.store.append(sample, record.id, record.images, shown)
-        return length, images, len(sample), learnt
-
-    def _pieces(self, record: Record) -> list[Record]:
-        """Return the record, or parts of ``data.turns_per_sample`` turns that begin with the images so far."""
-        most = self.data.turns_per_sample
-        if not most or len(record.turns) <= most:
-            return [record]
-        pieces = []
-        before = 0  # markers in earlier turns
-        for start in range(0, len(record.turns), most):
-            turns = list(record.turns[start : start + most])
-            question, answer = turns[0]
-            if record.interleaved:
-                turns[0] = (f"{IMAGE_TOKEN}\n" * before + question, answer)
-                before += sum(q.count(IMAGE_TOKEN) for q, _ in record.turns[start : start + most])
-            elif start and IMAGE_TOKEN not in question and IMAGE_TOKEN in record.turns[0][0]:
-                turns[0] = (f"{IMAGE_TOKEN}\n{question}", answer)
-            pieces.append(replace(record, turns=tuple(turns)))
-        return pieces
-
-    def _error(self, record: Record, field: str, what: str) -> DataError:
-        return DataError(f"{self.data.records}: {record.where}: {field}: {what}")
-
-
-def _shown(sample: Iterable[Segment], inputs: list[int]) -> list[tuple[int, int]]:
-    """Return (number of the image, its tower inputs) at each marker of a sample as the template encodes it."""
-    numbers: list[int] = []
-    for segment in sample:
-        numbers += segment.images or [0] * segment.ids.count(IMAGE_INDEX)
-    return [(number, inputs[number]) for number in numbers]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Hold back garbage collection: tokenizing makes many lists and no cycles, and collections doubled its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of ``size``, the last one perhaps shorter; read lazily."""
-    source = iter(items)
-    while chunk := list(islice(source, size)):
-        yield chunk
+def _counts(batch: PackedBatch, owners: list[int], sources: int) -> list[tuple[int, int, int]]:
+    """Return (samples, tokens, supervised tokens) of each source in a pack. owners: source of each sample."""
+    bounds = batch.cu_seqlens.numpy()[: len(batch.segment_sources) + 1]
+    learnt = np.concatenate([[0], np.cumsum((batch.labels != IGNORE_INDEX).numpy())])
+    samples = np.bincount(np.array(owners, np.int64), minlength=sources)
+    tokens, supervised = (
+        np.bincount(np.array(batch.segment_sources, np.int64), np.diff(column), minlength=sources).astype(np.int64)
+        for column in (bounds, learnt[bounds])
+    )
+    return list(zip(samples.tolist(), tokens.tolist(), supervised.tolist(), strict=True))

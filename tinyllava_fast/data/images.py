@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinyllava_fast.data.pictures import UPRIGHT, PictureReading, check_header, opened, size_of, to_rgb
+from tinyllava_fast.data.pictures import UPRIGHT, Picture, PictureReading, check_header, opened, size_of, to_rgb
 from tinyllava_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,15 +35,15 @@ class _Settings(Protocol):
     image_std: Sequence[float]
 
 
-def load_image(path: str | Path, reading: PictureReading = UPRIGHT) -> Image.Image:
+def load_image(picture: Picture, reading: PictureReading = UPRIGHT) -> Image.Image:
     """Return the file as an RGB image, decoded in full. DataError naming the file and its fault."""
-    with opened(path) as image:
+    with opened(picture) as image:
         return to_rgb(image, reading)
 
 
-def image_size(path: str | Path, reading: PictureReading = UPRIGHT) -> tuple[int, int]:
+def image_size(picture: Picture, reading: PictureReading = UPRIGHT) -> tuple[int, int]:
     """Return (width, height) in pixels of ``load_image``'s result, from the file's header. DataError as there."""
-    with opened(path) as image:
+    with opened(picture) as image:
         check_header(image)
         return size_of(image, reading)
 
@@ -56,20 +55,56 @@ def to_pixels(images: Sequence[Image.Image], processor: BaseImageProcessor, mode
     squashes). pad: first centred on a square of the processor's mean colour. anyres: as square, for tiles that have
     been cut (anyres.tiles). No images: [0, 3, H, W].
     """
-    if not images:
-        return torch.zeros(0, *pixel_shape(processor))
+    return normalized(to_levels(images, processor, mode), levels_table(processor))
+
+
+def to_levels(images: Sequence[Image.Image], processor: BaseImageProcessor, mode: ImageMode = "square") -> Tensor:
+    """Return what ``normalized`` makes the pixels of ``to_pixels`` from: [n, 3, H, W] uint8.
+
+    Of a processor whose normalization no table can hold they are those pixels already, float32.
+    """
     settings = cast(_Settings, processor)
     if not _is_standard(settings):
+        if not images:
+            return torch.zeros(0, *pixel_shape(processor))
         images = [_pad(image, _fill(settings)) if mode == "pad" else image for image in images]
         # As PIL images: arrays one or three pixels high would be taken for channel-first ones.
         return processor(list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
-    table = _levels(settings)
-    pixels = np.empty((len(images), *pixel_shape(processor)), np.float32)
-    for image, row in zip(images, pixels, strict=True):
-        array = np.asarray(_padded(image, settings) if mode == "pad" else _resized(image, settings))  # [H, W, 3]
+    levels = np.empty((len(images), *pixel_shape(processor)), np.uint8)
+    for image, row in zip(images, levels, strict=True):
+        row[:] = np.asarray(_padded(image, settings) if mode == "pad" else _resized(image, settings)).transpose(2, 0, 1)
+    return torch.from_numpy(levels)
+
+
+def levels_table(processor: BaseImageProcessor) -> Tensor | None:
+    """Return the normalized value of each of 256 levels of each channel, [3, 256] float32, rounded as transformers.
+
+    None for a processor that does more with pixels than that.
+    """
+    settings = cast(_Settings, processor)
+    if not _is_standard(settings):
+        return None
+    level = (np.arange(256) * settings.rescale_factor).astype(np.float32)[None]
+    mean, std = (np.array(v, np.float32)[:, None] for v in (settings.image_mean, settings.image_std))
+    return torch.from_numpy((level - mean) / std)
+
+
+def normalized(levels: Tensor, table: Tensor | None) -> Tensor:
+    """Return pixels [n, 3, H, W] float32 of levels of any device; without a table they are pixels already."""
+    if table is None:
+        return levels
+    if levels.device.type != "cpu":
+        return _looked_up(levels, table.to(levels.device, non_blocking=True))
+    pixels = torch.empty(levels.shape, dtype=torch.float32)
+    for row, out in zip(levels.numpy(), pixels.numpy(), strict=True):
         for channel in range(3):
-            np.take(table[channel], array[:, :, channel], out=row[channel], mode="clip")
-    return torch.from_numpy(pixels)
+            np.take(table[channel].numpy(), row[channel], out=out[channel], mode="clip")
+    return pixels
+
+
+def _looked_up(levels: Tensor, table: Tensor) -> Tensor:
+    """Return what ``normalized`` does; on a CPU it takes longer, for torch wants indices of four bytes."""
+    return torch.stack([table[channel][levels[:, channel].int()] for channel in range(3)], 1)
 
 
 def check_shape(image: Image.Image, processor: BaseImageProcessor, mode: ImageMode) -> None:
@@ -166,13 +201,6 @@ def _padded(image: Image.Image, processor: _Settings) -> Image.Image:
     square = Image.new("RGB", canvas, _fill(processor))
     square.paste(squeezed, ((canvas[0] - squeezed.width) // 2, (canvas[1] - squeezed.height) // 2))
     return _resized(square.resize((width, height), processor.resample), processor)
-
-
-def _levels(processor: _Settings) -> np.ndarray:
-    """Return the normalized value of each of 256 levels of each channel, [3, 256] float32, rounded as transformers."""
-    level = (np.arange(256) * processor.rescale_factor).astype(np.float32)[None]
-    mean, std = (np.array(v, np.float32)[:, None] for v in (processor.image_mean, processor.image_std))
-    return (level - mean) / std
 
 
 def _fill(processor: _Settings) -> tuple[int, ...]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import signal
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -16,19 +13,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from tinyllava_fast.data.dataset import PackedDataset
+from tinyllava_fast.data.dataset import ORDER, PackedDataset
 from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.data.workers import prepare_worker, signals_held
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.fields import Fields
 from tinyllava_fast.log import log
 
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
 T = TypeVar("T")
-Wire = dict[str, Any]  # the fields of a PackedBatch, its tensors as numpy arrays
+Wire = dict[str, Any]  # the fields of a PackedBatch, its tensors as numpy arrays or (slot, shape)
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
 
 
@@ -70,7 +65,7 @@ class Loader:
         """Reasons for records left out (data.on_bad_image: skip), in order of appearance."""
         self._packs: list[int] = []  # packs in each epoch, as far as known
         self._position = 0  # packs of the stream consumed by all ranks together
-        self._stream: Iterator[PackedBatch] | None = None
+        self._stream: Iterator[Wire | str] | None = None
         if max_steps is None:
             whole = int(epochs)
             self._end = self._start(whole) + math.ceil((epochs - whole) * self._count(whole))
@@ -93,32 +88,38 @@ class Loader:
     def state_dict(self) -> dict[str, object]:
         """Return the position after the packs consumed so far; packs that workers prepared ahead do not count."""
         epoch, pack = self._locate(self._position)
-        checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.store.sources()}
-        return {"epoch": epoch, "pack": pack, **checks, "skipped": list(self.skipped)}
+        checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.names_checksum()}
+        return {"epoch": epoch, "pack": pack, "order": ORDER, **checks, "skipped": list(self.skipped)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go to a saved position. CheckpointError if the data or the packing is not what it was."""
         saved = Fields(state, "the position in the data", CheckpointError)
+        if saved.integer("order", 1) != ORDER:
+            raise CheckpointError(
+                f"{self.dataset.where}: the checkpoint is of a version that put the packs of an epoch in "
+                "another order, so its position in the data means nothing here; finish the run with the version that "
+                "began it, or start over with another output_dir or --resume never"
+            )
         if saved.integer("fingerprint") != self.dataset.fingerprint:
             raise CheckpointError(
-                f"{self.dataset.data.records}: the records or the tokenizer's files differ from those of the "
+                f"{self.dataset.where}: the records or the tokenizer's files differ from those of the "
                 "checkpoint, so its position in the data means nothing; put them back as they were"
                 f"{self._left_out()}, or start over with another output_dir or --resume never"
             )
-        if saved.integer("sources", sources := self.dataset.store.sources()) != sources:
+        if saved.integer("sources", sources := self.dataset.names_checksum()) != sources:
             log.warning(
                 "%s: record ids or image paths differ from those of the checkpoint, the tokens do not: going on; are "
                 "these the same images?",
-                self.dataset.data.records,
+                self.dataset.where,
             )
         self.close()
         self._position = self._start(saved.integer("epoch")) + saved.integer("pack")
-        self.skipped = dict.fromkeys(saved.texts("skipped", empty=True))
+        self.skipped = dict.fromkeys([*saved.texts("skipped", empty=True), *self.dataset.skipped])
 
     def _left_out(self) -> str:
         """Return another possible reason for a changed plan: pictures whose size, and so token count, is unknown."""
         skipped = self.dataset.skipped
-        if not skipped or not self.dataset.files.grid:
+        if not skipped or not self.dataset.grid:
             return ""
         return (
             f", and so the pictures of {len(skipped)} records that are left out: image_mode=anyres takes the number of "
@@ -127,8 +128,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         self.close()
+        slots = self._slots()
         source: DataLoader[Wire | str] = DataLoader(
-            _Packs(self.dataset),  # type: ignore[arg-type]
+            _Packs(self.dataset, slots),  # type: ignore[arg-type]
             sampler=_Jobs(self, self._position),
             batch_size=None,
             num_workers=self.workers,
@@ -137,10 +139,10 @@ class Loader:
             multiprocessing_context="fork" if self.workers else None,
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_same,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=_prepare,
             generator=torch.Generator().manual_seed(0),  # else it draws from torch's global generator
         )
-        with _signals_held():
+        with signals_held():
             self._stream = iter(source)
         workers = getattr(self._stream, "_workers", [])
         self._end_workers = Finalize(self._stream, _kill, (workers,), exitpriority=0)
@@ -148,7 +150,7 @@ class Loader:
             if isinstance(wire, str):
                 self.close()
                 raise DataError(wire)
-            batch = _from_wire(wire)
+            batch = _from_wire(wire, slots)
             self._position += self.world_size
             self.skipped.update(dict.fromkeys(batch.skipped))
             yield batch.pin_memory() if self.pin_memory else batch
@@ -169,6 +171,16 @@ class Loader:
                 epoch += 1
             yield epoch, self.dataset.plan(epoch)[pack] if at < self._end else None
             pack += self.world_size
+
+    def _slots(self) -> _Slots | None:
+        """Return the memory that pixels travel in; None without workers, or where the system has none to give."""
+        if not self.workers or not (size := self.dataset.pixel_bytes):
+            return None
+        try:
+            return _Slots(self.workers, self.prefetch + 1, size)
+        except OSError as error:
+            log.warning("no memory to share with %d workers (%s): pixels are sent to this process", self.workers, error)
+            return None
 
     def _count(self, epoch: int) -> int:
         """Packs in an epoch."""
@@ -200,29 +212,71 @@ class _Jobs:
         return self.loader.jobs(self.position)
 
 
+class _Slots:
+    """Memory that workers write pixels to and this process reads them from; of no file, so /dev/shm may be small.
+
+    A worker is never more than ``prefetch`` packs ahead of what this process has asked for, and this process copies a
+    pack before it asks for the next one. So a worker that goes round prefetch + 1 slots overwrites nothing that is
+    still wanted.
+    """
+
+    def __init__(self, workers: int, each: int, size: int) -> None:
+        """each: slots of a worker. size: bytes of a slot."""
+        self._memory = mmap.mmap(-1, workers * each * size)
+        self._each, self._size = each, size
+        self._turn = 0  # packs written by this worker
+
+    def put(self, pixels: Tensor) -> int:
+        """Write pixels; return the slot. In a worker."""
+        info = get_worker_info()
+        assert info is not None  # noqa: S101 there are slots for workers alone
+        slot = info.id * self._each + self._turn % self._each
+        self._turn += 1
+        self._bytes(slot, pixels.numel())[:] = pixels.numpy().reshape(-1)
+        return slot
+
+    def take(self, slot: int, shape: tuple[int, ...]) -> Tensor:
+        """Return a copy of the pixels in a slot."""
+        return torch.from_numpy(self._bytes(slot, math.prod(shape)).reshape(shape).copy())
+
+    def _bytes(self, slot: int, count: int) -> np.ndarray:
+        return np.frombuffer(self._memory, np.uint8, count, slot * self._size)
+
+
 class _Packs:
     """The DataLoader's data set: builds one pack, in a worker."""
 
-    def __init__(self, dataset: PackedDataset) -> None:
+    def __init__(self, dataset: PackedDataset, slots: _Slots | None) -> None:
         self.dataset = dataset
+        self.slots = slots
 
     def __getitem__(self, job: Job) -> Wire | str:
         epoch, indices = job
         try:
-            batch = self.dataset.empty() if indices is None else self.dataset.pack(epoch, indices)
+            batch = self.dataset.empty() if indices is None else self.dataset.levels(epoch, indices)
         except DataError as error:
             return str(error)  # an exception would arrive wrapped in the worker's traceback
-        return _to_wire(batch)
+        return _to_wire(batch, self.slots)
 
 
-def _to_wire(batch: PackedBatch) -> Wire:
-    """Turn tensors into numpy arrays, which pass through a pipe; each tensor would need a file in a small /dev/shm."""
+def _to_wire(batch: PackedBatch, slots: _Slots | None) -> Wire:
+    """Turn tensors into numpy arrays, which pass through a pipe; each tensor would need a file in a small /dev/shm.
+
+    Pixels in 8 bits, which are most of it, stay behind in a slot.
+    """
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
+    wire = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in values.items()}
+    pixels = batch.pixel_values
+    if slots is not None and pixels.dtype == torch.uint8:
+        wire["pixel_values"] = (slots.put(pixels), tuple(pixels.shape))
+    return wire
 
 
-def _from_wire(wire: Wire) -> PackedBatch:
+def _from_wire(wire: Wire, slots: _Slots | None) -> PackedBatch:
     values: Wire = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in wire.items()}
+    if isinstance(sent := values["pixel_values"], tuple):
+        assert slots is not None  # noqa: S101 it was sent through one
+        values["pixel_values"] = slots.take(*sent)
     return PackedBatch(**values)
 
 
@@ -238,23 +292,5 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
         worker.join()
 
 
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let signals wait while workers start, who inherit that: a signal to the whole process group spares them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _prepare_worker(worker: int) -> None:
-    """Leave signals to the main process, which stops the workers; keep what was inherited out of garbage collection.
-
-    A main process that is killed stops nobody: the kernel then ends its workers, which would wait for it for ever.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):  # not Linux: the DataLoader's own watch has to do
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects
+def _prepare(worker: int) -> None:
+    prepare_worker()

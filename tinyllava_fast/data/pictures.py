@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -84,24 +84,40 @@ class MissingImageError(DataError):
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN)
 
 
+class InsideFile(Protocol):
+    """An image file that lies inside another file; its text is its name."""
+
+    def read(self) -> bytes:
+        """Return all of it. DataError with its name."""
+
+
+Picture = str | Path | InsideFile
+
+
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(picture: Picture) -> Iterator[Image.Image]:
     """Open the file as a PIL image of which only the header has been read. Errors in the body name this file.
 
     DataError for what is missing, no regular file, unreadable, no picture, of a format that is not opened, or damaged.
     """
-    name = naming(path)
-    _check_file(path, name)
+    name = naming(picture)
+    content = None if isinstance(picture, (str, Path)) else picture.read()
+    if isinstance(picture, (str, Path)):
+        _check_file(picture, name)
+
+    def stream() -> BinaryIO:
+        return open(str(picture), "rb") if content is None else io.BytesIO(content)
+
     try:
-        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+        with stream() as file, Image.open(file, formats=_formats()) as image:
             yield image
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except PermissionError as error:
         raise DataError(f"{name}: no permission to read the file") from error
     except UnidentifiedImageError as error:
-        with open(path, "rb") as file:
-            reason = what_it_is(file.read(HEAD), os.fstat(file.fileno()).st_size)
+        with stream() as file:
+            reason = what_it_is(file.read(HEAD), file.seek(0, os.SEEK_END))
         raise DataError(f"{name}: {reason}") from error
     except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise DataError(f"{name}: {_why(error)}") from error
@@ -170,9 +186,9 @@ def check_header(image: Image.Image) -> None:
         _say_scaled()
 
 
-def naming(path: str | Path) -> str:
+def naming(picture: Picture) -> str:
     """Return the path for a message: as it is, or escaped where a terminal could not write it; a very long one cut."""
-    text = os.fspath(path)
+    text = str(picture)
     return text if text and text.isprintable() and len(text) <= 400 else shown(text)
 
 

@@ -5,13 +5,15 @@ Legend: T token budget, S max segments, N images in the pack, K tokens an image,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tinyllava_fast.data.images import normalized
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
@@ -26,6 +28,19 @@ class ImagePart(Enum):
 
     def __repr__(self) -> str:
         return self.name
+
+
+def laid_out(parts: Sequence[str | ImagePart]) -> list[str | ImagePart]:
+    """Return the parts of a message one line each, images before the text, as models are trained.
+
+    Where images stand between texts the order tells which is which, and stays.
+    """
+    if sum(isinstance(part, str) for part in parts) <= 1:
+        parts = sorted(parts, key=lambda part: isinstance(part, str))
+    found: list[str | ImagePart] = []
+    for part in parts:
+        found += ["\n"] * bool(found) + [part]
+    return found
 
 
 @dataclass
@@ -46,14 +61,20 @@ class PackedBatch:
     cu_seqlens: Tensor  # [S + 1] int32; segment bounds, padded by repeating the last bound
     image_slots: Tensor  # [N * K] int64; position in T of each image token; T (one past the end) = nowhere
     supervised: Tensor  # [M] int64; positions with labels != -100, ascending, padded with T
-    pixel_values: Tensor  # [N, 3, H, W] float32, already normalized; N may be 0. Or [N, K', V]: the features of a
-    # frozen tower, if they are cached (train/features.py)
+    pixel_values: Tensor  # [N, 3, H, W] float32, already normalized; N may be 0. Or uint8, a quarter of the bytes, on
+    # the way to where ``to`` normalizes them. Or [N, K', V]: features of a frozen tower that are cached
     prefix: Tensor | None = None  # [S, 2] int32; (start, length) of the shared prefix of each segment, (0, 0) = none;
     # None where no segment of the run can have one, which is the same for all packs of a stage
+    levels: Tensor | None = None  # [3, 256] float32; of pixel values in uint8, the normalized value of each
+    num_blank: int = 0  # images at the end that fill no slot: in float32 they are zero
     num_supervised: int = 0
     num_tokens: int = 0  # T minus the unused tail
     num_samples: int = 0
     sample_ids: list[str] = field(default_factory=list)
+    segment_sources: list[int] = field(default_factory=list)  # number of each segment's source; empty if there is one
+    source_counts: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # (samples, tokens, supervised tokens) of each source; empty likewise
     skipped: list[str] = field(
         default_factory=list
     )  # records dropped from this pack (data.on_bad_image: skip), with reasons
@@ -63,8 +84,13 @@ class PackedBatch:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Return a copy on the device; copies are asynchronous where the source is pinned."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a copy on the device, normalized; copies are asynchronous where the source is pinned."""
+        moved = self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.levels is None:
+            return moved
+        pixels = normalized(moved.pixel_values, moved.levels)
+        pixels[len(pixels) - moved.num_blank :] = 0.0
+        return replace(moved, pixel_values=pixels, levels=None)
 
     def pin_memory(self) -> PackedBatch:
         """Return a copy in pinned host memory; called by DataLoader(pin_memory=True)."""

@@ -1,4 +1,4 @@
-"""tlf-eval: evaluate a model folder on benchmarks, score answers that exist, compare two models."""
+"""tlf-eval: evaluate a model folder or a server on benchmarks, score answers that exist, compare two models."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinyllava_fast.commands import Parser
+from tinyllava_fast.commands import INTERRUPTED, Parser
 from tinyllava_fast.errors import UserError, writing
-from tinyllava_fast.infer.flags import add_adapter_flag, add_model_flags, positive, threads
+from tinyllava_fast.infer.flags import (
+    add_adapter_flag,
+    add_model_flags,
+    add_server_flags,
+    positive,
+    server_of,
+    threads,
+)
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import load_plugins
 
+ENDPOINT = "--endpoint"
 EXAMPLES = """
   tlf-eval runs/mine/final --benchmarks vqav2,gqa,textvqa,pope --data /path/to/eval
   tlf-eval runs/mine/final --benchmarks custom --data data --option custom.images=images
+  tlf-eval --endpoint http://localhost:8000 --benchmarks pope --data /path/to/eval
   tlf-eval --benchmarks all --data /path/to/eval --dry-run
   tlf-eval --benchmarks pope --data /path/to/eval --score-only answers.jsonl
   tlf-eval --compare runs/a/eval/gqa runs/b/eval/gqa
@@ -35,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--benchmarks", metavar="NAMES", help="comma list of registered benchmarks, or all")
     p.add_argument("--data", type=path_argument, metavar="DIR", help="folder of all benchmarks, or of the only one")
     p.add_argument(
-        "--output", type=path_argument, metavar="DIR", help="results folder (default: eval beside the model)"
+        "--output",
+        type=path_argument,
+        metavar="DIR",
+        help="results folder (default: eval beside the model folder; of a server eval-MODEL here)",
     )
     p.add_argument(
         "--option", action="append", default=[], metavar="BENCHMARK.OPTION=VALUE", help="e.g. textvqa.ocr=false"
@@ -65,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --compare: pair questions even where their prompts, pictures or right answers differ",
     )
+    group = add_server_flags(p, ENDPOINT)
+    group.add_argument("--concurrency", type=positive, default=8, metavar="N", help="requests in flight (default: 8)")
     add_model_flags(p)
     add_adapter_flag(p)
     p.add_argument("--batch-tokens", type=positive, default=16384, metavar="N", help="tokens in flight (memory)")
@@ -73,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run tlf-eval. Returns 0, or 2 after printing what is wrong with the input."""
+    """Run tlf-eval. Returns 0, 2 after printing what is wrong with the input, or 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     setup_logging()
     try:
@@ -82,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("%s", error)
         return 2
+    except KeyboardInterrupt:
+        log.error("stopped; the answers so far are kept: the same command goes on with the others")
+        return INTERRUPTED
     if said:
         sys.stdout.write(said + "\n")
     return 0
@@ -95,21 +112,26 @@ def _evaluate(args: argparse.Namespace) -> str:
     from tinyllava_fast.eval.options import chosen
     from tinyllava_fast.eval.results import table
 
-    if not args.model:
-        raise UserError("give a model folder, or --dry-run, --score-only or --compare, which need none")
+    if not (args.model or args.server):
+        raise UserError(
+            f"give a model folder, or --dry-run, --score-only or --compare, which need none, or a server by {ENDPOINT}"
+        )
     _need(args, "benchmarks")
     names = chosen(args.benchmarks)
     _need(args, "data")
     import torch
 
+    from tinyllava_fast.eval.endpoint import EndpointModel
     from tinyllava_fast.eval.report import write_scores
     from tinyllava_fast.eval.runner import default_output, evaluate
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    output = Path(args.output) if args.output else default_output(args.model, args.blind)
+    endpoint = server_of(args, ENDPOINT)
+    model = args.model if endpoint is None else EndpointModel(endpoint, args.concurrency)
+    output = Path(args.output) if args.output else default_output(model, args.blind)
     results = evaluate(
-        args.model,
+        model,
         names,
         args.data,
         output,

@@ -9,23 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
-from http.client import HTTPException
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tinyllava_fast.client.endpoint import Endpoint, EndpointError, RefusedError
 from tinyllava_fast.errors import DataError, UserError, writing
-from tinyllava_fast.fields import Fields, decode, read_jsonl
+from tinyllava_fast.fields import Fields, read_jsonl
 from tinyllava_fast.log import log
 
 RETRY = "Predict the correctness of the answer (digit): "
 RETRIES = 5
-BACKOFF_S = (1.0, 60.0)  # the first pause and the longest
-BUSY = (408, 409, 425, 429)
 
 
 class JudgeError(UserError):
@@ -33,78 +28,26 @@ class JudgeError(UserError):
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible server.
+class Judge(Endpoint):
+    """An endpoint that grades. max_tokens: of a reply; 0 leaves the limit to the server."""
 
-    base_url: up to and including /v1. key: sent as a bearer token unless it is empty. max_tokens: of a reply; 0 leaves
-    the limit to the server. timeout_s: of one attempt. attempts: how often a request is sent when the server is
-    busy, fails, stalls or answers something that is no completion. sleep: for tests.
-    """
-
-    base_url: str
-    model: str
-    key: str = field(default="", repr=False)
     max_tokens: int = 3
-    timeout_s: float = 60.0
-    attempts: int = 6
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
     def complete(self, message: str, temperature: float) -> tuple[str, str]:
         """(reply, the model's name as the server gives it) to one user message. Raises JudgeError."""
-        body: dict[str, object] = {
-            "model": self.model,
-            "temperature": temperature,
-            "messages": [{"role": "user", "content": message}],
-        }
+        body: dict[str, object] = {"temperature": temperature, "messages": [{"role": "user", "content": message}]}
         if self.max_tokens:
             body["max_tokens"] = self.max_tokens
-        pause, reason = BACKOFF_S[0], ""
-        for attempt in range(self.attempts):
-            if attempt:
-                log.info("judge %s: %s; trying again in %.0f s", self.base_url, reason, pause)
-                self.sleep(pause)
-                pause = min(2 * pause, BACKOFF_S[1])
-            try:
-                return self._send(body)
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {_detail(error)}"
-                if error.code < 500 and error.code not in BUSY:
-                    raise JudgeError(f"judge {self.base_url} refused the request ({reason}); check {_HINT}") from None
-                pause = max(pause, _retry_after(error))
-            except (OSError, HTTPException) as error:  # refused, reset, cut short, timed out
-                reason = f"{type(error).__name__}: {error}"
-            except ValueError as error:  # not UTF-8, not JSON, or a field of another kind
-                reason = f"the reply is no chat completion ({error})"
-        raise JudgeError(f"judge {self.base_url}: no reply after {self.attempts} attempts; the last: {reason}")
-
-    def _send(self, body: dict[str, object]) -> tuple[str, str]:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        url = self.base_url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            reply = Fields.of(decode(response.read().decode(), "reply"), "reply")
-        message = reply.mappings("choices")[0].mapping("message")
-        return message.text("content", "", empty=True), reply.text("model", self.model, empty=True)
-
-
-_HINT = "the base URL, the model's name and the key"
-
-
-def _detail(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(300).decode("utf-8", "replace").strip() or error.reason
-    except (OSError, HTTPException):
-        return str(error.reason)
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    try:
-        seconds = float(error.headers.get("Retry-After", ""))
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), BACKOFF_S[1])
+        try:
+            reply = self.chat(body)
+        except RefusedError as error:
+            raise JudgeError(
+                f"judge {self.url} refused the request ({error.reason}); check the base URL, the model's name and the "
+                "key"
+            ) from None
+        except EndpointError as error:
+            raise JudgeError(f"judge {error}") from None
+        return reply.text, reply.model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,19 +61,19 @@ class Grade:
     score: float
 
 
-def ask(endpoint: Endpoint, message: str, id: str, run: int) -> Grade:
+def ask(judge: Judge, message: str, id: str, run: int) -> Grade:
     """Have a message graded between 0 and 1, as MM-Vet's evaluator does.
 
     A reply that is no number there is asked for again up to five times, at rising temperature, then counts as 0.
     Unlike there, "nan" is no number. Raises JudgeError.
     """
-    content, model = endpoint.complete(message, 0.0)
+    content, model = judge.complete(message, 0.0)
     for retry in range(RETRIES):
         number = content.split(" ")[0].strip()
         score = _number(number)
         if score is not None:
             return Grade(id=id, run=run, model=model, content=number, score=score)
-        content, model = endpoint.complete(f"{message}\n{RETRY}", 0.5 * retry)
+        content, model = judge.complete(f"{message}\n{RETRY}", 0.5 * retry)
     log.warning("judge: no number for %s in %d replies, the last %r; it scores 0", id, RETRIES + 1, content)
     return Grade(id=id, run=run, model=model, content=content, score=0.0)
 
@@ -184,13 +127,13 @@ def _grade(record: Fields) -> Grade:
     )
 
 
-def grade_key(endpoint: Endpoint, message: str, run: int) -> str:
+def grade_key(judge: Judge, message: str, run: int) -> str:
     """Return a digest of all that a grade depends on: the judge, the message and the number of the run."""
-    return hashlib.sha256(f"{endpoint.model}\0{run}\0{message}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{judge.model}\0{run}\0{message}".encode()).hexdigest()[:32]
 
 
 def grade_all(
-    endpoint: Endpoint, messages: Mapping[str, str], runs: int, file: GradeFile, *, parallel: int = 4
+    judge: Judge, messages: Mapping[str, str], runs: int, file: GradeFile, *, parallel: int = 4
 ) -> Iterable[str]:
     """Grade every message (id -> text) ``runs`` times, but for those in the file; yield the id of each new grade.
 
@@ -198,11 +141,11 @@ def grade_all(
     way are waited for and kept, the rest isn't sent.
     """
     for run in range(runs):
-        keys = {id: grade_key(endpoint, message, run) for id, message in messages.items()}
+        keys = {id: grade_key(judge, message, run) for id, message in messages.items()}
         todo = {id: key for id, key in keys.items() if key not in file.grades}
         failure: JudgeError | None = None
         with ThreadPoolExecutor(parallel) as pool:
-            futures = {pool.submit(ask, endpoint, messages[id], id, run): key for id, key in todo.items()}
+            futures = {pool.submit(ask, judge, messages[id], id, run): key for id, key in todo.items()}
             for future in as_completed(futures):
                 if future.cancelled():
                     continue

@@ -19,7 +19,7 @@ from tinyllava_fast.eval.plan import Plan
 from tinyllava_fast.eval.types import AnswerRecord, Facts, MetricRow, PublishedRow, Results, Timings, Verdict
 from tinyllava_fast.fields import Fields, read_jsonl, read_object
 from tinyllava_fast.files import atomic_file
-from tinyllava_fast.infer.finish import CONTEXT, REFUSED, TOO_LONG, UNREADABLE
+from tinyllava_fast.infer.finish import CONTEXT, FAILED, REFUSED, TOO_LONG, UNREADABLE
 from tinyllava_fast.log import log
 
 RESULTS = "results.json"
@@ -78,6 +78,7 @@ def describe(plan: Plan, records: Mapping[str, AnswerRecord], score: Score, fact
         "unreadable": len(unreadable),
         "too long": ended[TOO_LONG],
         "refused": ended[REFUSED],
+        "failed": ended[FAILED],
         "unanswered": len(plan.questions) - len(answered),
         **score.counts,
     }

@@ -1,23 +1,19 @@
-"""Runs benchmarks on a model: questions to the engine, answers to JSONL, the official scores to results.json."""
+"""Runs benchmarks on a model: questions to an answerer, answers to JSONL, the official scores to results.json."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict
-from functools import cached_property
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from PIL import Image
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.eval.answerer import Answerer, Reply
 from tinyllava_fast.eval.answers import CANNED, AnswerLog, asked
 from tinyllava_fast.eval.benchmarks.base import Question
-from tinyllava_fast.eval.machine import machine, model_digest, plugins_digest, versions
+from tinyllava_fast.eval.local import LocalModel
+from tinyllava_fast.eval.machine import machine, plugins_digest, versions
 from tinyllava_fast.eval.official import experiment_name
 from tinyllava_fast.eval.options import build
 from tinyllava_fast.eval.options import describe as settings
@@ -29,20 +25,15 @@ from tinyllava_fast.eval.results import RUN, conclude, read_results, summarize, 
 from tinyllava_fast.eval.statistics import histogram
 from tinyllava_fast.eval.types import Facts, Results, Timings
 from tinyllava_fast.hardware import peak_rss_bytes
-from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.infer.finish import UNREADABLE
-from tinyllava_fast.infer.types import Answer, Request, Sampling
 from tinyllava_fast.log import log
-
-if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
 
 ROUNDS = 3  # how often a question is asked whose pictures change meanwhile
 SHOWN = 5  # of the questions that were scored as empty answers, in the log
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | Answerer,
     benchmarks: Sequence[str],
     data: str | Path,
     output: str | Path | None = None,
@@ -60,28 +51,30 @@ def evaluate(
     threads: int = 2,
     plugins: Sequence[str] = (),
 ) -> dict[str, Results]:
-    """Evaluate a model folder; benchmark name -> the content of output/<name>/results.json, run.json under "run".
+    """Evaluate a model folder, or another answerer.
 
-    data: the folder of all benchmarks, or of the only one. options: "textvqa.ocr=false", ... blind: every image is
-    replaced by a blank one of the mean colour; what is still answered right comes from the text alone. limit: only
-    the first questions of each. missing_images: "error", or "empty" to score their questions as empty answers. output:
-    None puts it beside the model folder. adapter: a LoRA adapter's folder, added to the weights. speculate: as for
-    Engine, whose answers it does not change. A killed run goes on with the questions it has not answered. Under
-    torchrun every rank answers its share of the images; the others return {} once rank 0 can score. plugins: those that
-    are loaded, by the names that load_plugins takes; answers belong to their code, too.
+    Returns benchmark name -> the content of output/<name>/results.json, run.json under "run".
+    data: the folder of all benchmarks, or of the only one. output: None: see ``default_output``. options:
+    "textvqa.ocr=false", ... blind: every image is replaced by a blank one of the mean colour; what is still answered
+    right comes from the text alone. limit: only the first questions of each. missing_images: "error", or "empty" to
+    score their questions as empty answers. dtype, device, weights, adapter (a folder), speculate, batch_tokens and
+    threads are those of a model folder. plugins: those that are loaded, by the names that load_plugins takes; answers
+    belong to their code, too.
+    A killed run goes on with the questions it has not answered. Under torchrun every rank answers its share of the
+    images; the others return {} once rank 0 can score.
     An answer belongs to the model's files, dtype and weights, the prompt, and what its pictures show, in their order:
     what has changed is asked again, and so is a question whose unreadable picture was mended.
     What is wrong with one question (too long for the context, an unreadable picture) costs that one: it is scored as an
     empty answer and counted. Raises UserError for an unknown benchmark, missing files, a folder that is no model or
-    whose numbers are not finite, and for output that cannot be written.
+    whose numbers are not finite, a server that does not answer, and for output that cannot be written.
     """
     plans = make_plans(build(benchmarks, options), data, limit=limit, missing_images=missing_images)
     ranks = Ranks.of_torchrun()
     folder = Path(output) if output is not None else default_output(model, blind)
-    digest = model_digest(model, besides=folder, adapter=adapter)
-    lazy = _Model(
-        lambda: Assistant.from_pretrained(
+    if isinstance(model, (str, Path)):
+        model = LocalModel(
             model,
+            besides=folder,
             dtype=dtype,
             device=ranks.device(device),
             weights=weights,
@@ -90,65 +83,41 @@ def evaluate(
             batch_tokens=batch_tokens,
             threads=threads,
         )
-    )
-    facts: Facts = {"model": str(model), "model_digest": digest, "dtype": dtype or "as saved", "blind": blind}
-    if weights:
-        facts["weights"] = weights
+    facts: Facts = {**model.facts, "blind": blind}
     if plugins:
         facts["plugins"] = plugins_digest(plugins)
     results: dict[str, Results] = {}
     if ranks.world == 1:
         for plan in plans:
-            results[plan.name] = _Evaluation(plan, lazy, facts, folder, ranks).run()
+            results[plan.name] = _Evaluation(plan, model, facts, folder, ranks).run()
     else:
-        every = [_Evaluation(plan, lazy, facts, folder, ranks) for plan in plans]
+        every = [_Evaluation(plan, model, facts, folder, ranks) for plan in plans]
         for one in every:
             one.answer()
         ranks.wait_for_all()
         if ranks.rank == 0:
             results = {one.plan.name: one.merge().conclude() for one in every}
     if ranks.rank == 0:
-        summarize(folder, digest)
+        summarize(folder, facts["model_digest"])
     return results
 
 
-def default_output(model: str | Path, blind: bool) -> Path:
-    """Return the default folder of results: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind."""
-    return Path(model).resolve().parent / ("eval" + "-blind" * blind)
+def default_output(model: str | Path | Answerer, blind: bool) -> Path:
+    """Return the default folder of results: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind.
 
-
-def blank_image(processor: BaseImageProcessor, size: int) -> Image.Image:
-    """Return an image of the processor's mean colour: all zeros once normalized."""
-    mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
-    return Image.new("RGB", (size, size), tuple(int(255 * m) for m in mean))
-
-
-class _Model:
-    """A model folder that is opened when it is first needed: a finished evaluation is scored without it."""
-
-    def __init__(self, open_: Callable[[], Assistant]) -> None:
-        self.loaded = False
-        self._open = open_
-
-    @cached_property
-    def assistant(self) -> Assistant:
-        """The opened model."""
-        self.loaded = True
-        return self._open()
-
-    @cached_property
-    def blank(self) -> Image.Image:
-        """The image that --blind shows in place of each."""
-        engine = self.assistant.engine
-        return blank_image(engine.processor, engine.lmm.image_size)
+    Of another answerer: eval-NAME in the working directory.
+    """
+    if isinstance(model, (str, Path)):
+        return Path(model).resolve().parent / ("eval" + "-blind" * blind)
+    return Path(f"eval-{_experiment({**model.facts, 'blind': blind})}")
 
 
 class _Evaluation:
-    """One benchmark on one model."""
+    """One benchmark on one answerer."""
 
-    def __init__(self, plan: Plan, model: _Model, facts: Facts, output: Path, ranks: Ranks) -> None:
+    def __init__(self, plan: Plan, answerer: Answerer, facts: Facts, output: Path, ranks: Ranks) -> None:
         self.plan = plan
-        self.model = model
+        self.answerer = answerer
         self.ranks = ranks
         self.folder = output / plan.name
         self.facts: Facts = {
@@ -244,8 +213,11 @@ class _Evaluation:
                 self.answers.records.pop(q.key, None)
 
     def _reopen(self) -> None:
-        """Ask again where a picture could not be read and now can, whatever it was that has been mended."""
+        """Ask again what another try may answer, and where a picture could not be read and now can, whatever it was
+        that has been mended."""
         records = self.answers.records
+        for key in [key for key, record in records.items() if record["finish"] in self.answerer.asked_again]:
+            del records[key]
         unread = [q for q in self.mine if q.key in records and records[q.key]["finish"] == UNREADABLE]
         bad = _unreadable(image for q in unread for image in q.images)
         for q in unread:
@@ -277,40 +249,24 @@ class _Evaluation:
 
     def _ask(self, todo: dict[str, list[Question]]) -> None:
         """Ask the first of each list of twins. What is wrong with one question costs that one: an empty answer."""
-        engine = self.model.assistant.engine
         total = len(self.mine)
-        entered: dict[str, float] = {}
-
-        def requests() -> Iterator[Request]:
-            for q, *_ in sorted(todo.values(), key=lambda twins: (twins[0].cluster, twins[0].key)):
-                entered[q.key] = time.monotonic()
-                yield self._request(q)
-
+        first = [twins[0] for twins in todo.values()]
+        replies = self.answerer.replies(first, self.plan.benchmark.max_new_tokens, blind=self.blind)
         try:
-            asked = map(self._request, [q for q, *_ in todo.values()])
-            for answer in engine.refusals(request for request in asked if not engine.surely_fits(request)):
-                self._add(answer, todo.pop(answer.id), latency=None)
-            for answer in progress(engine.run(requests(), keep_going=True), total=total, done=total - len(todo)):
-                self._add(answer, todo[answer.id], time.monotonic() - entered.pop(answer.id))
+            with closing(replies):
+                for reply in progress(replies, total=total, done=total - len(todo)):
+                    self._add(reply, todo[reply.key])
         except UserError as error:
             raise UserError(f"{self.plan.name}: {error}") from error
 
-    def _request(self, q: Question) -> Request:
-        images: list[Image.Image | Path] = [self.model.blank for _ in q.images] if self.blind else list(q.images)
-        shown = (images[0] if len(images) == 1 else images) if images else None
-        return Request.ask(
-            q.prompt, shown, sampling=Sampling(max_new_tokens=self.plan.benchmark.max_new_tokens), id=q.key
-        )
-
-    def _add(self, answer: Answer, twins: Sequence[Question], latency: float | None) -> None:
+    def _add(self, reply: Reply, twins: Sequence[Question]) -> None:
         """Record an answer, unless its pictures are no longer those that were looked at."""
         first, *rest = twins
         if not self.blind and (changed := self.pictures.changed(first.images)):
             log.warning("%s: %s was changed while it was asked about; asking again", self.plan.name, changed[0])
             return
-        why = "" if answer.finish == UNREADABLE else answer.why
         self.answers.add(
-            first.key, answer.text, finish=answer.finish, tokens=len(answer.tokens), latency=latency, why=why
+            first.key, reply.text, finish=reply.finish, tokens=reply.tokens, latency=reply.latency, why=reply.why
         )
         for twin in rest:
             self._copy(first, twin)
@@ -324,17 +280,17 @@ class _Evaluation:
         self.answers.add(twin.key, record["answer"], finish=record["finish"], tokens=record["tokens"], why=why)
 
     def _timings(self) -> Timings:
-        """Return the times and the machine. Counters are of this process, over all benchmarks so far."""
+        """Return the times and the machine."""
         seconds, records = self.answers.seconds, self.answers.records
-        engine = self.model.assistant.engine if self.model.loaded else None
+        effort = self.answerer.effort()
         return {
             "answered_now": len(records) - self._known,
             "eval_seconds": round(seconds, 3),
             "questions_per_s": round(len(records) / seconds, 3) if seconds else 0.0,
             "latency": histogram([r["latency"] for r in records.values() if r["latency"] is not None]),
             "peak_rss_bytes": peak_rss_bytes(),
-            "engine": asdict(engine.counters) if engine else {},
-            "dtype": str(engine.lmm.dtype).removeprefix("torch.") if engine else "",
+            "engine": effort.counters,
+            "dtype": effort.dtype,
             "processes": self.ranks.world,
             "machine": machine(),
         }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from typing import NotRequired  # Python 3.11
 
 
 class AnswerRecord(TypedDict, total=False):
@@ -105,6 +108,8 @@ class Facts(TypedDict, total=False):
     answers: str
     """The answers file that was scored, in place of a model."""
     model_digest: str
+    endpoint: str
+    """URL of the server that has the model, where it is no folder."""
     dtype: str
     blind: bool
     weights: str

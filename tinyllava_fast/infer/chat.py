@@ -1,4 +1,4 @@
-"""tlf-chat: talk to a model about images in the terminal; answers appear as they are generated.
+"""tlf-chat: talk to a model folder or a server about images in the terminal; answers appear as they are generated.
 
 Standard input may also be a file or a pipe: each line is a question, and nothing but the answers is printed.
 """
@@ -12,24 +12,28 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from tinyllava_fast.commands import Parser
+from tinyllava_fast.commands import INTERRUPTED, Parser
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.flags import add_adapter_flag, add_model_flags, threads
+from tinyllava_fast.infer.flags import add_adapter_flag, add_model_flags, add_server_flags, server_of, threads
+from tinyllava_fast.infer.history import kept_lines
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import load_plugins
 
 if TYPE_CHECKING:
     from tinyllava_fast.infer.conversation import Conversation
+    from tinyllava_fast.infer.partners import Partner
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells count
+HISTORY = "chat_history"
+SERVER = "--server"
 LEAVE = ("quit", "exit")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of tlf-chat."""
     p = Parser(prog="tlf-chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("model", type=path_argument, help="model folder, e.g. runs/demo/final")
+    p.add_argument("model", nargs="?", type=path_argument, help="model folder, e.g. runs/demo/final")
+    add_server_flags(p, SERVER)
     p.add_argument(
         "--image",
         type=path_argument,
@@ -76,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tinyllava_fast.infer.assistant import Assistant
     from tinyllava_fast.infer.conversation import Conversation
     from tinyllava_fast.infer.types import Sampling
 
@@ -91,27 +94,39 @@ def _run(args: argparse.Namespace) -> int:
         frequency_penalty=args.frequency_penalty,
         seed=args.seed,
     )
-    if args.threads:
-        import torch
-
-        torch.set_num_threads(args.threads)
-    assistant = Assistant.from_pretrained(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        weights=args.weights,
-        system=_text(args.system),
-        adapter=args.adapter,
-        speculate=args.speculate,
-    )
-    talk = Conversation(assistant, args.image, sampling, _show)
+    talk = Conversation(_partner(args), args.image, sampling, _show, _text(args.system))
     if args.question is not None:
         talk.ask(_text(args.question) or "")
         return 0
     if not _at_terminal():
         return _answer_lines(talk)
-    _show(f"{args.model}: {talk.about()}\nAsk a question. /help lists the commands, /quit or Ctrl-D leaves.\n")
-    return _answer_typed(talk)
+    _show(f"{talk.partner.name}: {talk.about()}\nAsk a question. /help lists the commands, /quit or Ctrl-D leaves.\n")
+    with kept_lines(HISTORY):
+        return _answer_typed(talk)
+
+
+def _partner(args: argparse.Namespace) -> Partner:
+    """Who answers. Raises UserError as ``server_of`` and ``from_pretrained``."""
+    from tinyllava_fast.infer.partners import LocalPartner, ServerPartner
+
+    if (endpoint := server_of(args, SERVER)) is not None:
+        return ServerPartner(endpoint)
+    from tinyllava_fast.infer.assistant import Assistant
+
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    return LocalPartner(
+        Assistant.from_pretrained(
+            args.model,
+            dtype=args.dtype,
+            device=args.device,
+            weights=args.weights,
+            adapter=args.adapter,
+            speculate=args.speculate,
+        )
+    )
 
 
 def _answer_lines(talk: Conversation) -> int:
@@ -128,7 +143,7 @@ def _answer_lines(talk: Conversation) -> int:
         try:
             talk.ask(line.strip())
         except UserError as error:
-            if not talk.said:  # nothing that a new conversation could mend
+            if not talk.turns:  # nothing that a new conversation could mend
                 raise
             log.error("%s", talk.explain(error))
             code = 2
@@ -166,15 +181,11 @@ def _answer(talk: Conversation, line: str) -> None:
     except UserError as error:
         log.error("%s", talk.explain(error))
     except KeyboardInterrupt:
-        _show("\n(stopped; the question is forgotten)\n")
+        _show("\n(stopped; the question is forgotten, /retry asks it again)\n")
 
 
 def _typed() -> Iterator[str | None]:
     """Lines typed at a prompt until the input ends, empty ones left out; None for Ctrl-C at the prompt."""
-    try:
-        import readline  # noqa: F401 gives input() its history and its arrow keys
-    except ImportError:
-        pass
     while True:
         try:
             line = input("> ").rstrip()

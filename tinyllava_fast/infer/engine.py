@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -185,13 +184,13 @@ class Engine:
         self._take([sequence], self._answered)
 
     def preparer(self) -> Preparer:
-        """Return a function that reads a request's images and makes tokens of its text, for one thread of its own.
+        """Return what reads a request's images and makes tokens of its text, for one thread of its own.
 
-        Both take time in which the thread that calls ``step`` can go on. The function has its own copy of the
-        tokenizer. A request that cannot be put to the model comes back as a sequence that has failed.
+        Both take time in which the thread that calls ``step`` can go on. It has its own copy of the tokenizer. A
+        request that cannot be put to the model comes back as a sequence that has failed.
         """
         prompts = replace(self._prompts, tokenizer=copy.deepcopy(self.tokenizer), decoder=self.tokenizer)
-        return partial(prepare, prompts, self._images)
+        return Preparer(prompts, self._images)
 
     def abort(self, request_id: str) -> bool:
         """End a request of ``add_request``. Return False if there is none of that id.

@@ -1,11 +1,16 @@
-"""Flags of the commands that open a model: how its weights are held, where they run, and in which steps."""
+"""Flags of the commands that open a model: how its weights are held, and where they run; or which server has it."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from tinyllava_fast import plugins
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.paths import path_argument
+
+if TYPE_CHECKING:
+    from tinyllava_fast.client.endpoint import Endpoint
 
 MOST_THREADS = 4096
 
@@ -36,6 +41,47 @@ def add_adapter_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_server_flags(parser: argparse.ArgumentParser, flag: str) -> argparse._ArgumentGroup:
+    """``flag URL``, ``--model``, ``--api-key-env``, ``--retries`` and ``--timeout``, in a group that is returned."""
+    group = parser.add_argument_group("a server instead of a model folder, which speaks OpenAI's chat completions")
+    group.add_argument(
+        flag, dest="server", metavar="URL", help="e.g. http://localhost:8000; without a path it gets /v1"
+    )
+    group.add_argument("--model", dest="served", metavar="ID", help="name there (default: the only one it has)")
+    group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds its key (default: none)")
+    group.add_argument("--retries", type=natural, default=5, metavar="N", help="if it is busy or fails (default: 5)")
+    group.add_argument("--timeout", type=positive, default=300, metavar="S", help="to wait for it (default: 300)")
+    return group
+
+
+def server_of(args: argparse.Namespace, flag: str) -> Endpoint | None:
+    """Return the server that the flags name; None if they name a model folder.
+
+    Raises UserError for both or none of them, flags of the other one, and as ``client.endpoint.at``.
+    """
+    if args.server and args.model:
+        raise UserError(f"{flag} and the model folder {args.model}: name one of them; a server's model by --model")
+    if not args.server and not args.model:
+        raise UserError(f"give a model folder, or a server by {flag}")
+    of_folders = {
+        "--dtype": args.dtype,
+        "--weights": args.weights,
+        "--adapter": args.adapter,
+        "--speculate": args.speculate,
+    }
+    of_servers = {"--model": args.served, "--api-key-env": args.api_key_env}
+    for name, value in (of_folders if args.server else of_servers).items():
+        if value:
+            raise UserError(f"{name} is for {'a model folder' if args.server else f'a server ({flag})'}; leave it out")
+    if not args.server:
+        return None
+    from tinyllava_fast.client.endpoint import at
+
+    return at(
+        args.server, args.served, key_variable=args.api_key_env, timeout_s=args.timeout, attempts=args.retries + 1
+    )
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, as argparse's ``type``."""
     try:
@@ -45,6 +91,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0, as argparse's ``type``."""
+    return 0 if text.strip() == "0" else positive(text)
 
 
 def threads(text: str) -> int:

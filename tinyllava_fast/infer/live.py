@@ -219,6 +219,17 @@ class LiveEngine:
         """Forget an adapter: ``Engine.unload_adapter``. StoppedError after ``close``."""
         self._call(lambda: self.engine.unload_adapter(name))
 
+    def warm_up(self) -> None:
+        """Do now what the first request of some kind would wait for, and others behind it."""
+        self._preparer.submit(self._prepare.warm_up).result()
+
+    async def literal_ids(self, text: str) -> list[int]:
+        """Return the ids of a text without a chat template, in which no control token is anything but text.
+
+        Raises what the tokenizer says against the text.
+        """
+        return await asyncio.wrap_future(self._preparer.submit(self._prepare.literal_ids, text))
+
     def stats(self) -> Stats:
         """Return the numbers of the last step."""
         stats = self._stats

@@ -25,7 +25,7 @@ from tinyllava_fast.models.attention import KVView
 from tinyllava_fast.models.connectors.base import Connector
 from tinyllava_fast.models.llm.base import LLMFamily
 from tinyllava_fast.models.vision.base import VisionTower
-from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy
+from tinyllava_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_by_token
 from tinyllava_fast.ops.splice import splice
 
 COMPONENTS = ("vision", "connector", "llm")
@@ -90,13 +90,15 @@ class LMM(nn.Module):
     ) -> Tensor:
         """Return the SUM of the losses of all supervised tokens, a float32 scalar.
 
-        Arguments as in data.types.PackedBatch. With no image (N == 0) the tower does not run.
+        Arguments as in data.types.PackedBatch. With no image (N == 0) the tower does not run. After
+        ``set_loss(by_segment=True)``: [1 + S], that sum and those of the segments, which have no gradient.
         """
         features = self.encode_images(pixel_values).flatten(0, 1)  # [N * K, D]
         embeds = self.embed(input_ids, features, image_slots)
         hidden = self.decode(embeds, position_ids, cu_seqlens=cu_seqlens, prefix=prefix)
         weight, bias = self.family.head(self.llm)
-        return linear_cross_entropy(
+        loss_of = linear_cross_entropy_by_token if self.loss_by_segment else linear_cross_entropy
+        found = loss_of(
             hidden,
             weight,
             labels,
@@ -106,6 +108,13 @@ class LMM(nn.Module):
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )
+        if isinstance(found, Tensor):
+            return found
+        loss, losses = found
+        positions = torch.arange(len(losses), device=losses.device, dtype=cu_seqlens.dtype)
+        segments = torch.bucketize(positions, cu_seqlens[1:], right=True)  # S: the tail that nothing uses
+        sums = losses.new_zeros(len(cu_seqlens)).index_add(0, segments, losses)
+        return torch.cat([loss[None], sums[:-1]])
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, K, D] rows for the language model, before any embedding scale.
@@ -149,12 +158,12 @@ class LMM(nn.Module):
         """Return products with the head [R, V] as logits: Gemma 2 squashes them into +-softcap."""
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
-    def set_loss(self, *, label_smoothing: float, z_loss: float) -> None:
+    def set_loss(self, *, label_smoothing: float, z_loss: float, by_segment: bool = False) -> None:
         """Set what the training loss has besides the cross-entropy, as ops.linear_cross_entropy defines it.
 
-        A new model's loss has none.
+        A new model's loss has none. by_segment: let ``forward`` return the sums of the segments, too.
         """
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.label_smoothing, self.z_loss, self.loss_by_segment = label_smoothing, z_loss, by_segment
 
     def describe_training(
         self, *, template: str, turns: str, image_mode: str, image_grid: list[tuple[int, int]], reading: PictureReading

@@ -55,10 +55,47 @@ def linear_cross_entropy(
     are computed only for those of hidden, weight and bias that require them. Raises ValueError for shapes, dtypes and,
     on a CPU, labels out of range.
     """
+    scalars = (ignore_index, softcap, label_smoothing, z_loss)
+    return _forward(hidden, weight, bias, labels, supervised, scalars, want_losses=False)[0]
+
+
+def linear_cross_entropy_by_token(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    supervised: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``linear_cross_entropy`` with its terms: (the sum, the loss of each position [T]).
+
+    Arguments and errors as there; the sum is the same bit for bit. The losses are of the sum's dtype, 0 where nothing
+    is supervised, and have no gradient.
+    """
+    scalars = (ignore_index, softcap, label_smoothing, z_loss)
+    loss, *_, losses = _forward(hidden, weight, bias, labels, supervised, scalars, want_losses=True)
+    return loss, losses
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    supervised: Tensor | None,
+    scalars: tuple[int, float, float, float],
+    *,
+    want_losses: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     graded = torch.is_grad_enabled()
     want = [graded and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    scalars = (ignore_index, float(softcap), float(label_smoothing), float(z_loss))
-    return linear_cross_entropy_fwd.op(hidden, weight, bias, labels, supervised, *scalars, *want)[0]
+    ignore_index, *floats = scalars
+    numbers = (ignore_index, *map(float, floats))
+    return linear_cross_entropy_fwd.op(hidden, weight, bias, labels, supervised, *numbers, *want, want_losses)
 
 
 class Args(NamedTuple):
@@ -76,6 +113,7 @@ class Args(NamedTuple):
     want_hidden: bool
     want_weight: bool
     want_bias: bool
+    want_losses: bool
 
 
 def _check(*args: object) -> None:
@@ -146,7 +184,7 @@ def _samples() -> Iterator[Sample]:
             rows = (labels != -100).nonzero()[:, 0]
             supervised = torch.cat([rows, torch.full((t - len(rows),), t)])
         b = torch.randn(v, generator=g) if bias else None
-        flags = ("h" in want, "w" in want, "b" in want and bias)
+        flags = ("h" in want, "w" in want, "b" in want and bias, "l" in want)
         args = (hidden, weight, b, labels, supervised, -100, cap, smooth, z_loss, *flags)
         return Sample(args, label, differentiable="w" in want)
 
@@ -163,10 +201,13 @@ def _samples() -> Iterator[Sample]:
     yield case("smoothed labels", 21, 67, 8, 0.7, slots=True, bias=True, smooth=0.1)
     yield case("z-loss", 14, 70, 8, 0.7, slots=False, bias=False, z_loss=0.05)
     yield case("all three", 19, 133, 16, 0.5, slots=True, bias=True, cap=5.0, smooth=0.3, z_loss=0.01)
+    yield case("losses", 23, 40, 8, 0.5, slots=True, bias=True, want="hwbl", cap=4.0, smooth=0.2, z_loss=0.02)
+    yield case("losses alone", 10, 30, 8, 0.7, slots=False, bias=False, want="l")
+    yield case("losses, nothing supervised", 4, 9, 8, 0.0, slots=True, bias=False, want="hwl")
     yield case("smoothed, nothing supervised", 3, 11, 8, 0.0, slots=True, bias=True, smooth=0.2, z_loss=0.1)
 
 
-def _fake(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = Args._make(args)
     hidden, weight = given.hidden, given.weight
     return (
@@ -174,6 +215,7 @@ def _fake(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden.new_empty(hidden.shape if given.want_hidden else (0, hidden.shape[1])),
         weight.new_empty(weight.shape if given.want_weight else (0, weight.shape[1])),
         weight.new_empty(weight.shape[:1] if given.want_bias else (0,)),
+        hidden.new_empty(hidden.shape[:1] if given.want_losses else (0,), dtype=_loss_dtype(hidden)),
     )
 
 
@@ -181,7 +223,12 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _cpp_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _spread(losses: Tensor, rows: Tensor, positions: int) -> Tensor:
+    """Losses of rows as losses of all positions, 0 elsewhere."""
+    return losses.new_zeros(positions).index_copy_(0, rows, losses)
+
+
+def _cpp_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = Args._make(args)
     hidden, weight, bias, labels = given.hidden, given.weight, given.bias, given.labels
     want_hidden, want_weight, want_bias = given.want_hidden, given.want_weight, given.want_bias
@@ -215,7 +262,8 @@ def _cpp_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_hidden = x.new_zeros(hidden.shape if want_hidden else (0, dim))
     if want_hidden:
         d_hidden.index_copy_(0, rows, dx)
-    return loss.sum().float(), d_hidden, d_weight.result(), d_bias.to(dtype)
+    losses = _spread(loss.float(), rows, len(hidden)) if given.want_losses else torch.empty(0)
+    return loss.sum().float(), d_hidden, d_weight.result(), d_bias.to(dtype), losses
 
 
 class _Sum:
@@ -264,8 +312,11 @@ def linear_cross_entropy_fwd(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, d_hidden [T, D], d_weight [V, D], d_bias [V]) for an incoming gradient of 1; unwanted: no rows.
+    want_losses: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, d_hidden [T, D], d_weight [V, D], d_bias [V], losses [T]); unwanted: no rows.
+
+    The gradients are those for an incoming gradient of 1.
 
     The backward pass may scale the three in place: take the loss alone, as linear_cross_entropy() does.
     """
@@ -298,18 +349,22 @@ def linear_cross_entropy_fwd(
         d_weight = dz.t() @ x
     if want_bias:
         d_bias = dz.sum(0, dtype=exact).to(weight.dtype)
-    return loss, d_hidden, d_weight, d_bias
+    losses = logits.new_zeros(0)
+    if want_losses:
+        each = torch.nn.functional.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
+        losses = _spread(each + z_loss * lse[:, 0] ** 2, rows, len(hidden))
+    return loss, d_hidden, d_weight, d_bias, losses
 
 
 def _setup_context(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:4])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or a [V, D] tensor of zeros would arrive for the unused output d_weight
 
 
 def _backward(ctx: Context, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     # Plain products: Inductor fuses them into whatever consumes the gradients (a tied embedding adds its own). In eager
     # mode in place, unless the graph is kept for another backward: 8 ms instead of 34 ms for 49,152 x 576 in fresh
     # memory (docs/LOG.md). While tracing, saved tensors are of a subclass.
@@ -318,7 +373,7 @@ def _backward(ctx: Context, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
         None if not need else d.mul_(grad) if type(d) is Tensor and not keep else d * grad
         for d, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return (*scaled, *(None,) * 9)
+    return (*scaled, *(None,) * 10)
 
 
 linear_cross_entropy_fwd.op.register_autograd(_backward, setup_context=_setup_context)

@@ -30,14 +30,16 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = p.add_subparsers(dest="command", required=True)
     init = commands.add_parser("init", help="look at records and images, write a run configuration for tlf-train")
-    init.add_argument("records", type=path_argument, help="JSON list or JSONL file of LLaVA records")
+    init.add_argument("records", type=path_argument, help="records: JSON, JSONL, CSV, Parquet, ... (docs/data.md)")
     init.add_argument("images", type=path_argument, help="folder that the records' image paths are relative to")
     init.add_argument("out", type=path_argument, help="YAML file to write; its tokenizer goes to a folder beside it")
     init.add_argument(
         "--llm", type=path_argument, metavar="PATH", help="pretrained language model: folder, hub id or package:NAME"
     )
     bpe = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on the texts of records")
-    bpe.add_argument("records", type=path_argument, nargs="+", help="JSON lists or JSONL files of LLaVA records")
+    bpe.add_argument(
+        "records", type=path_argument, nargs="+", help="records: JSON, JSONL, CSV, Parquet, ... (docs/data.md)"
+    )
     bpe.add_argument("out", type=path_argument, help="folder to write; must not exist")
     for command in (init, bpe):
         command.add_argument("--vocab", type=int, metavar="N", help=f"most tokens (default: {VOCABULARY})")

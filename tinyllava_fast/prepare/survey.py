@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyllava_fast.data.dataset import chunks
+from tinyllava_fast.data.formats._base import base_of
+from tinyllava_fast.data.formats._embedded import is_reference, picture_of
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.data.pictures import is_url
 from tinyllava_fast.data.records import Record, check_turns, encode_records, read_records
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX
+from tinyllava_fast.data.workers import chunks
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import shown
 
@@ -59,7 +61,7 @@ def pictures(records: str | Path, folder: str | Path) -> Pictures | None:
     paths = list(dict.fromkeys(image for record in read_records(records) for image in record.images))
     if not paths:
         return None
-    missing = [path for path in paths if not (Path(folder) / path).is_file()]
+    missing = [path for path in paths if not (is_reference(path) or (Path(folder) / path).is_file())]
     if missing:
         raise DataError(
             f"{records}: {len(missing):,} of {len(paths):,} images are not in {folder}, the first is "
@@ -68,7 +70,7 @@ def pictures(records: str | Path, folder: str | Path) -> Pictures | None:
     chosen = paths[:: math.ceil(len(paths) / LOOKED_AT)]
     sides, sums, squares = [], np.zeros(3), np.zeros(3)
     for path in chosen:
-        image = load_image(Path(folder) / path)
+        image = load_image(picture_of(path, str(folder), base_of(records)))
         sides.append(max(image.size))
         pixels = np.asarray(image, np.float64).reshape(-1, 3) / 255
         sums += pixels.mean(0)  # every image counts once, whatever its size

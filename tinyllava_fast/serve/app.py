@@ -16,12 +16,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.types import Answer
 from tinyllava_fast.infer.types import Request as Question
 from tinyllava_fast.serve.answering import Choices, unless_gone
 from tinyllava_fast.serve.auth import Guard
-from tinyllava_fast.serve.limits import Limits, read_object
+from tinyllava_fast.serve.limits import ServerLimits, read_object
 from tinyllava_fast.serve.media import Media
+from tinyllava_fast.serve.memory import Memory, Share, share_of
 from tinyllava_fast.serve.metrics import TYPE, Metrics
 from tinyllava_fast.serve.problems import ApiError, ClientGoneError, bad
 from tinyllava_fast.serve.prompts import Ask, check_length, image_urls, texts, turns
@@ -44,21 +46,21 @@ class Api:
     """The routes, and what they share."""
 
     models: Mapping[str, Served]
-    limits: Limits
+    limits: ServerLimits
     media: Media
     metrics: Metrics
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = read_as(ChatRequest, await read_object(request, self.limits))
-        return await unless_gone(request, self._chat(body))
+        return await unless_gone(request, self._chat(body, share_of(request.scope)))
 
-    async def _chat(self, body: ChatRequest) -> Response:
+    async def _chat(self, body: ChatRequest, share: Share) -> Response:
         ask = Ask(body, find(self.models, body.model), self.limits)
         check_length([texts(body.messages)], ask.served)
         urls = image_urls(body.messages, self.limits)
         messages = turns(body.messages, self.limits)
-        images = await self.media.pictures(urls)
+        images = await self.media.pictures(urls, share, ask.choices)
         name = f"chatcmpl-{secrets.token_hex(12)}"
         reply = Reply("chat", name, ask.served.name, ask.served.engine.tokenizer, body.top_count is not None)
         return await self._answer(body, ask.served, reply, ask.requests(messages, images, name))
@@ -100,7 +102,10 @@ class Api:
         """POST /tokenize."""
         body = read_as(TokenizeRequest, await read_object(request, self.limits))
         served = find(self.models, body.model)
-        ids = await asyncio.to_thread(served.tokens.ids, body.prompt)
+        try:
+            ids = await served.live.literal_ids(body.prompt)
+        except UserError as error:
+            raise bad(str(error), "prompt") from None
         return JSONResponse({"count": len(ids), "max_model_len": served.context, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
@@ -109,7 +114,8 @@ class Api:
         served = find(self.models, body.model)
         if wrong := next((i for i in body.tokens if i >= served.engine.vocab), None):
             raise bad(f"{wrong} is no token of this model", "tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(served.tokens.text, body.tokens)})
+        text = await asyncio.to_thread(served.engine.tokenizer.decode, list(body.tokens))
+        return JSONResponse({"prompt": text})
 
     async def list_models(self) -> Response:
         """GET /v1/models."""
@@ -181,10 +187,11 @@ def _described(served: Served) -> dict[str, object]:
 
 
 def build_app(
-    models: Mapping[str, Served], *, limits: Limits, media: Media, key: str | None, hosts: Sequence[str]
+    models: Mapping[str, Served], *, limits: ServerLimits, media: Media, key: str | None, hosts: Sequence[str]
 ) -> Guard:
     """Return the application behind its guard."""
-    metrics = Metrics(models)
+    memory = Memory(limits.memory_bytes)
+    metrics = Metrics(models, memory)
     api = Api(models, limits, media, metrics)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for kind, handler in (
@@ -194,22 +201,30 @@ def build_app(
         (Exception, _failed),
     ):
         app.add_exception_handler(kind, handler)
-    guard = Guard(app, metrics, key=key, hosts=hosts)
+    guard = Guard(app, metrics, memory, key=key, hosts=hosts)
     routes = APIRouter()
-    routes.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
-    routes.add_api_route("/v1/completions", api.complete, methods=["POST"])
-    routes.add_api_route("/tokenize", api.tokenize, methods=["POST"])
-    routes.add_api_route("/detokenize", api.detokenize, methods=["POST"])
-    routes.add_api_route("/v1/models", api.list_models, methods=["GET"])
-    routes.add_api_route("/v1/models/{name:path}", api.one_model, methods=["GET"])
-    routes.add_api_route("/metrics", api.show_metrics, methods=["GET"])
-    routes.add_api_route("/health/live", _alive, methods=["GET"])
+    for path, answer in (
+        ("/v1/chat/completions", api.chat),
+        ("/v1/completions", api.complete),
+        ("/tokenize", api.tokenize),
+        ("/detokenize", api.detokenize),
+    ):
+        routes.add_api_route(path, answer, methods=["POST"])
+        routes.add_api_route(path, _other_method, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
+    routes.add_api_route("/v1/models", api.list_models, methods=["GET", "HEAD"])
+    routes.add_api_route("/v1/models/{name:path}", api.one_model, methods=["GET", "HEAD"])
+    routes.add_api_route("/metrics", api.show_metrics, methods=["GET", "HEAD"])
+    routes.add_api_route("/health/live", _alive, methods=["GET", "HEAD"])
     for path in ("/health", "/health/ready"):
-        routes.add_api_route(path, _ready(guard), methods=["GET"])
+        routes.add_api_route(path, _ready(guard), methods=["GET", "HEAD"])
     app.include_router(routes)
     if PAGE.is_dir():
         app.mount("/", StaticFiles(directory=PAGE, html=True))
     return guard
+
+
+async def _other_method() -> Response:
+    raise HTTPException(405, headers={"Allow": "POST"})  # the files of the page would say that there is nothing
 
 
 async def _alive() -> Response:
@@ -228,7 +243,7 @@ def _ready(guard: Guard) -> Callable[[], Any]:
 async def _no_route(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    known = {404: "there is nothing here", 405: "this route has another method"}
+    known = {404: "there is nothing here", 405: "this route has another method; see the header Allow"}
     return ApiError(
         error.status_code, known.get(error.status_code, "the request is refused"), headers=error.headers
     ).response()

@@ -7,6 +7,7 @@ that is an address cannot have been made to resolve.)
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -18,6 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyllava_fast.log import log
+from tinyllava_fast.serve.memory import Memory, Share
 from tinyllava_fast.serve.metrics import Metrics
 from tinyllava_fast.serve.problems import ApiError, bad, busy
 
@@ -41,9 +43,12 @@ class Guard:
     key: what clients have to know; None: nothing. hosts: names of this server beside localhost.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, key: str | None, hosts: Iterable[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, memory: Memory, *, key: str | None, hosts: Iterable[str] = ()
+    ) -> None:
         self.app = app
         self.metrics = metrics
+        self.memory = memory
         self.digest = None if key is None else _digest(key)
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
         self.active = 0
@@ -66,16 +71,23 @@ class Guard:
             await send(message)
 
         self.active += path in WORK
+        share = Share(self.memory)
+        share.put(scope)
         try:
             self.check(path, Headers(scope=scope))
             await self.app(scope, receive, sending)
         except ApiError as error:
             await error.response()(scope, receive, sending)
+        except asyncio.CancelledError:  # the process ends at once
+            if not status:
+                await busy("the server is stopping").response()(scope, receive, sending)
+            raise
         except Exception as error:  # its text may hold what a user wrote: only its kind and place are logged
             log.error("%s: %s at %s", path if path in ROUTES else "other", type(error).__name__, _place(error))
             if not status:
                 await ApiError(500, "the server failed on this request").response()(scope, receive, sending)
         finally:
+            share.release()
             self.active -= path in WORK
             route = path if path in ROUTES or path in OPEN_ROUTES else "other"
             self.metrics.requests.labels(route, str(status)).inc()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -22,10 +23,11 @@ from tinyllava_fast.paths import expand_home, path_argument
 from tinyllava_fast.plugins import load_plugins
 
 if TYPE_CHECKING:
-    from tinyllava_fast.serve.limits import Limits
+    from tinyllava_fast.serve.limits import ServerLimits
     from tinyllava_fast.serve.served import Served
 
 KEY_VARIABLE = "TLF_API_KEY"
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]+")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EXAMPLES = """
   tlf-serve runs/demo/final
@@ -84,6 +86,7 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         ("--max-images", 16, "images"),
         ("--max-new-tokens", 2048, "new tokens, and how many where none are named"),
         ("--max-choices", 16, "choices (n)"),
+        ("--max-memory-mb", 2048, "bodies and decoded pictures of all requests together"),
         ("--max-connections", 1024, "connections of all clients; of more the oldest idle one is closed"),
         ("--client-seconds", 30, "time for sending a request's head, its body, and for taking what is sent back"),
         ("--drain-seconds", 60, "time to finish what runs after SIGTERM"),
@@ -92,7 +95,10 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run tlf-serve until SIGTERM or Ctrl-C. Returns 0, or 2 after saying what is wrong with the input."""
+    """Run tlf-serve until SIGTERM or Ctrl-C.
+
+    Returns 0; 2 after saying what is wrong with the input; 130 for Ctrl-C before it has started.
+    """
     args = parser().parse_args(argv)
     setup_logging()
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
@@ -102,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError) as error:
         log.error("%s", error)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -110,33 +118,36 @@ def _run(args: argparse.Namespace) -> int:
     from tinyllava_fast.serve.app import build_app
     from tinyllava_fast.serve.fetch import Fetcher
     from tinyllava_fast.serve.media import Media
-    from tinyllava_fast.serve.server import Server, bound
+    from tinyllava_fast.serve.server import Server, bound, listen
 
     limits = _limits(args)
-    hosts = frozenset(host.lower() for host in args.allow_host)
-    fetch = Fetcher(hosts, limits.image_bytes, limits.fetch_seconds) if hosts else None
+    hosts, allowed = _host_names(args), frozenset(host.lower() for host in args.allow_host)
+    fetch = Fetcher(allowed, limits.image_bytes, limits.fetch_seconds) if allowed else None
     folder = Path(args.media_path) if args.media_path else None
     if folder is not None and not folder.is_dir():
         raise UserError(f"--media-path {folder}: no such folder")
-    socket = bound(args.host, args.port)
-    models = {name: _open(name, path, args) for name, path in folders.items()}
-    try:
-        for name, (model, path) in adapters.items():
-            models[name] = models[model].adapted(name, path)
-        guard = build_app(
-            models,
-            limits=limits,
-            media=Media(limits, folder, fetch),
-            key=key,
-            hosts=args.host_name,
-        )
-        shown = f"[{args.host}]" if ":" in args.host else args.host
-        socket.listen(2048)
-        log.info("%s at http://%s:%d", ", ".join(models), shown, socket.getsockname()[1])
-        Server(guard, limits).run([socket])
-    finally:
-        for name in folders:
-            models[name].live.close()
+    models: dict[str, Served] = {}
+    with bound(args.host, args.port) as socket:
+        try:
+            for name, path in folders.items():
+                models[name] = _open(name, path, args)
+            for name, (model, path) in adapters.items():
+                models[name] = models[model].adapted(name, path)
+            guard = build_app(
+                models,
+                limits=limits,
+                media=Media(limits, folder, fetch),
+                key=key,
+                hosts=hosts,
+            )
+            listen(socket)
+            shown = f"[{args.host}]" if ":" in args.host else args.host
+            log.info("%s at http://%s:%d", ", ".join(models), shown, socket.getsockname()[1])
+            Server(guard, limits).run([socket])
+        finally:
+            for served in models.values():
+                if served.base is None:
+                    served.live.close()
     return 0
 
 
@@ -162,6 +173,8 @@ def _folders(args: argparse.Namespace) -> dict[str, str]:
             path = path_argument(text)
             parts = Path(os.path.abspath(path)).parts
             name = parts[-2] if parts[-1] == "final" and len(parts) > 2 else parts[-1]
+        if not name:
+            raise UserError(f"{text}: a model without a name; write NAME=FOLDER, or the folder alone")
         if name in found:
             raise UserError(f"two models are called {name!r}; give one another name: NAME=FOLDER")
         found[name] = path
@@ -189,16 +202,25 @@ def _adapters(given: Sequence[str], models: Collection[str]) -> dict[str, tuple[
     return found
 
 
-def _limits(args: argparse.Namespace) -> Limits:
-    from tinyllava_fast.serve.limits import MB, Limits
+def _host_names(args: argparse.Namespace) -> list[str]:
+    """The names that browsers know the server by. UserError for one with a scheme, a port or a path."""
+    for name in args.host_name:
+        if not _HOST_NAME.fullmatch(name):
+            raise UserError(f"--host-name {name}: expected a name alone, without http:// and port: gpu1.example.org")
+    return list(args.host_name)
 
-    return Limits(
+
+def _limits(args: argparse.Namespace) -> ServerLimits:
+    from tinyllava_fast.serve.limits import MB, ServerLimits
+
+    return ServerLimits(
         body_bytes=args.max_body_mb * MB,
         image_bytes=args.max_image_mb * MB,
         pixels=args.max_megapixels * 10**6,
         images=args.max_images,
         new_tokens=args.max_new_tokens,
         choices=args.max_choices,
+        memory_bytes=args.max_memory_mb * MB,
         connections=args.max_connections,
         client_seconds=args.client_seconds,
         drain_seconds=args.drain_seconds,
@@ -222,8 +244,11 @@ def _open(name: str, path: str, args: argparse.Namespace) -> Served:
         batch_tokens=args.batch_tokens,
         speculate=args.speculate,
     )
+    assistant.engine.tokenizer.name_or_path = name  # clients are told of it, and not of a folder
     live = LiveEngine(assistant.engine, max_waiting=args.max_waiting)
-    return Served(name, assistant.engine, live, int(time.time()))
+    served = Served(name, assistant.engine, live, int(time.time()))
+    served.warm_up()
+    return served
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The limits of one request, and the reading of its body within that: size, time, form."""
+"""The limits of the server, and the reading of a request's body within them: size, time, form."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from tinyllava_fast.serve.memory import parsed_bytes, share_of
 from tinyllava_fast.serve.problems import ApiError, ClientGoneError, bad
 
 MB = 2**20
@@ -18,8 +19,8 @@ _LARGE = 64 * 1024  # bodies above are parsed in a thread
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The most that is taken from one client. Times are in seconds."""
+class ServerLimits:
+    """The most that is taken from one client, where nothing else is said. Times are in seconds."""
 
     body_bytes: int = 64 * MB
     image_bytes: int = 20 * MB
@@ -33,14 +34,16 @@ class Limits:
     choices: int = 16
     messages: int = 1024
     connections: int = 1024
+    memory_bytes: int = 2048 * MB
+    """For bodies and decoded pictures of all requests together."""
     client_seconds: float = 30
     """For sending the head of a request, for sending its body, and for taking what is sent back."""
     fetch_seconds: float = 10
     drain_seconds: float = 60
 
 
-async def read_object(request: Request, limits: Limits) -> dict[str, object]:
-    """Return the JSON object of a body. ApiError: 415 for another type, 413, 408, 400 for what is none.
+async def read_object(request: Request, limits: ServerLimits) -> dict[str, object]:
+    """Return the JSON object of a body. ApiError: 415 for another type, 413, 429, 408, 400 for what is none.
 
     JSON's type is insisted on: browsers send it to another origin only after asking, which is refused.
     """
@@ -53,6 +56,7 @@ async def read_object(request: Request, limits: Limits) -> dict[str, object]:
         body = await asyncio.wait_for(_read(request, limits.body_bytes), limits.client_seconds)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.client_seconds:g} seconds") from None
+    share_of(request.scope).take(parsed_bytes(body))
     return parse_object(body) if len(body) < _LARGE else await asyncio.to_thread(parse_object, body)
 
 
@@ -70,6 +74,7 @@ async def _read(request: Request, most: int) -> bytes:
         size += len(part)
         if size > most:
             raise too_large
+        share_of(request.scope).take(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)

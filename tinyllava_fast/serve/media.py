@@ -17,7 +17,8 @@ from PIL import Image
 
 from tinyllava_fast.data.pictures import check_header, open_bytes
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.serve.limits import Limits
+from tinyllava_fast.serve.limits import ServerLimits
+from tinyllava_fast.serve.memory import PIXEL_BYTES, Share
 from tinyllava_fast.serve.problems import ApiError, bad
 
 Fetch = Callable[[str], Awaitable[bytes]]
@@ -35,25 +36,30 @@ class Media:
     folder: below which file URLs may name files; None: none. fetch: for http(s) URLs; None: none.
     """
 
-    limits: Limits
+    limits: ServerLimits
     folder: Path | None = None
     fetch: Fetch | None = None
 
-    async def pictures(self, urls: Sequence[str]) -> list[Image.Image]:
-        """Return one picture per URL, in order; what stands there several times is read once. ApiError 400."""
+    async def pictures(self, urls: Sequence[str], share: Share, choices: int) -> list[Image.Image]:
+        """Return one picture per URL, in order; what stands there several times is read once.
+
+        share: holds the memory that they take, once they are decoded for so many choices. ApiError 400, 413 and 429.
+        """
         found: dict[str, Image.Image] = {}
         for number, url in enumerate(urls):
             if url not in found:
                 try:
-                    found[url] = await self._picture(url)
+                    found[url] = await self._picture(url, share, choices)
                 except ApiError as error:
+                    if error.status != 400:
+                        raise
                     error.message = f"image {number}: {error.message}"
                     error.param = error.param or "image_url"
                     error.code = error.code or "invalid_image"
                     raise
         return [found[url] for url in urls]
 
-    async def _picture(self, url: str) -> Image.Image:
+    async def _picture(self, url: str, share: Share, choices: int) -> Image.Image:
         scheme = url[:16].partition(":")[0].lower()
         if scheme == "data":
             content = await asyncio.to_thread(from_data, url, self.limits.image_bytes)
@@ -67,7 +73,10 @@ class Media:
             content = await asyncio.to_thread(from_file, url, self.folder, self.limits.image_bytes)
         else:
             raise bad("expected a data URI: data:image/png;base64,...")
-        return await asyncio.to_thread(open_checked, content, self.limits)
+        share.take(len(content))
+        image = await asyncio.to_thread(open_checked, content, self.limits)
+        share.take((1 + choices) * image.width * image.height * PIXEL_BYTES)  # each has its own in RGB
+        return image
 
 
 def from_data(url: str, most: int) -> bytes:
@@ -129,7 +138,7 @@ def _open_below(root: str, inner: str) -> int:
         os.close(here)
 
 
-def open_checked(content: bytes, limits: Limits) -> Image.Image:
+def open_checked(content: bytes, limits: ServerLimits) -> Image.Image:
     """Return a picture whose header has been read. ApiError 400 for what is none, or is larger than the limits."""
     webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
     if not (content.startswith(_STARTS) or webp or content[4:8] == b"ftyp"):

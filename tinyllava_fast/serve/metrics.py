@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tinyllava_fast.serve.memory import Memory
 from tinyllava_fast.serve.served import Served
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -35,9 +36,13 @@ TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """Counters and histograms of a server, and at each look what its engines say of themselves."""
 
-    def __init__(self, models: Mapping[str, Served]) -> None:
+    def __init__(self, models: Mapping[str, Served], memory: Memory) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Engines(models))
+        held = Gauge("tlf_request_bytes", "Bytes of bodies and pictures that requests hold", registry=self.registry)
+        held.set_function(lambda: memory.held)
+        most = Gauge("tlf_request_bytes_limit", "Bytes that they may hold together", registry=self.registry)
+        most.set(memory.most)
         self.requests = Counter("tlf_http_requests", "Requests answered", ["route", "status"], registry=self.registry)
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:

@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image
 
+from tinyllava_fast.data.types import laid_out
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.grammar import Grammar
 from tinyllava_fast.infer.types import IMAGE, Message, Request, Sampling
-from tinyllava_fast.serve.limits import Limits
+from tinyllava_fast.serve.limits import ServerLimits
 from tinyllava_fast.serve.problems import bad
 from tinyllava_fast.serve.schema import ChatMessage, Generation, ImagePart, TextPart
 from tinyllava_fast.serve.served import Served
@@ -20,7 +21,7 @@ from tinyllava_fast.serve.served import Served
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 
 
-def image_urls(messages: Iterable[ChatMessage], limits: Limits) -> list[str]:
+def image_urls(messages: Iterable[ChatMessage], limits: ServerLimits) -> list[str]:
     """Return where the images of the messages are, in order. ApiError 400 for too many, or one that no user shows."""
     urls: list[str] = []
     for number, message in enumerate(messages):
@@ -46,7 +47,7 @@ def check_length(prompts: Iterable[str], served: Served) -> None:
         raise bad(said, "messages", "context_length_exceeded")
 
 
-def turns(messages: Sequence[ChatMessage], limits: Limits) -> list[Message]:
+def turns(messages: Sequence[ChatMessage], limits: ServerLimits) -> list[Message]:
     """Return the messages as the engine's: a system text if there is one, then user and assistant in turn.
 
     Neighbours of one role become one message. ApiError 400 for too many messages, and for roles in another order.
@@ -70,16 +71,8 @@ def turns(messages: Sequence[ChatMessage], limits: Limits) -> list[Message]:
 
 
 def value_of(parts: Sequence[TextPart | ImagePart]) -> list[Any]:
-    """Return one message's parts for the engine, one line each; images before the text, as models are trained.
-
-    Where images stand between texts the order tells which is which, and stays.
-    """
-    if sum(isinstance(part, TextPart) for part in parts) <= 1:
-        parts = sorted(parts, key=lambda part: isinstance(part, TextPart))
-    value: list[Any] = []
-    for part in parts:
-        value += ["\n"] * bool(value) + [part.text if isinstance(part, TextPart) else IMAGE]
-    return value
+    """Return one message's parts for the engine, as training lays them out."""
+    return laid_out([part.text if isinstance(part, TextPart) else IMAGE for part in parts])
 
 
 @dataclass(frozen=True)
@@ -88,13 +81,18 @@ class Ask:
 
     body: Generation
     served: Served
-    limits: Limits
+    limits: ServerLimits
 
-    def requests(self, conversation: Sequence[Message], images: Sequence[Image.Image], name: str) -> list[Request]:
-        """Return one request a choice; they differ in their seeds. ApiError 400 for a parameter out of range."""
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted. ApiError 400 for too many."""
         count = self.body.n or 1
         if count > self.limits.choices:
             raise bad(f"n is {count}; at most {self.limits.choices} choices are made at once", "n")
+        return count
+
+    def requests(self, conversation: Sequence[Message], images: Sequence[Image.Image], name: str) -> list[Request]:
+        """Return one request a choice; they differ in their seeds. ApiError 400 for a parameter out of range."""
         seed = secrets.randbits(62) if self.body.seed is None else self.body.seed
         return [
             Request(
@@ -104,7 +102,7 @@ class Ask:
                 id=f"{name}-{index}",
                 adapter=self.served.adapter,
             )
-            for index in range(count)
+            for index in range(self.choices)
         ]
 
     def _sampling(self, seed: int) -> Sampling:

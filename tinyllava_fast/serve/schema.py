@@ -36,8 +36,14 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
 }
-"""Parameters of OpenAI's that are taken with these values alone."""
+"""Parameters of OpenAI's and of other servers that are taken with these values alone.
+
+Prompts are what they were in training, so a client does not set variables of a chat template.
+"""
 
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.live import LiveEngine
 from tinyllava_fast.serve.problems import ApiError
-from tinyllava_fast.serve.tokens import TextTokens
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class Served:
         """Return the name of the adapter; None for a model."""
         return None if self.base is None else self.name
 
-    @cached_property
-    def tokens(self) -> TextTokens:
-        """Return the maker of tokens from clients' texts."""
-        return TextTokens(self.engine) if self.base is None else self.base.tokens
+    def warm_up(self) -> None:
+        """Do before the first request what it would wait for, and others behind it."""
+        self.live.warm_up()
+        _ = self.most_characters
 
     @cached_property
     def most_characters(self) -> int | None:

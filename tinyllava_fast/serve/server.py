@@ -15,12 +15,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.serve.auth import Guard
-from tinyllava_fast.serve.limits import Limits
+from tinyllava_fast.serve.limits import ServerLimits
 
 REST_SECONDS = 1  # for the rest of a body that was answered before its end
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
+def protocol(limits: ServerLimits) -> type[H11Protocol]:
     """Return uvicorn's protocol with time limits for a request's head and for a client that does not read.
 
     Of more connections than there may be the oldest one without a request is closed.
@@ -98,7 +98,7 @@ def _stop(*timers: asyncio.TimerHandle | None) -> None:
 class Server(uvicorn.Server):
     """Uvicorn's server that, told to end, refuses new requests, finishes those that run, and returns."""
 
-    def __init__(self, guard: Guard, limits: Limits) -> None:
+    def __init__(self, guard: Guard, limits: ServerLimits) -> None:
         super().__init__(
             uvicorn.Config(
                 guard,
@@ -121,7 +121,10 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Uvicorn raises the signal again at the end; here the process ends as one that has done its work."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)  # the terminal has been closed
+        for number in numbers:
             loop.add_signal_handler(number, self.leave)
         yield
 
@@ -148,7 +151,15 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         made.close()
         raise UserError(f"--host {host} --port {port}: {error}; name another one") from None
     return made
+
+
+def listen(made: socket.socket) -> None:
+    """Let clients connect. UserError if another program has begun to since the address was taken."""
+    try:
+        made.listen(2048)
+    except OSError as error:
+        raise UserError(f"--port {made.getsockname()[1]}: {error}; name another one") from None

@@ -74,6 +74,10 @@ class TrainState:
     """Steps that the stage had when it was planned; 0: not known."""
     losses: list[float] = field(default_factory=list)
     """Loss of each step since the last line of metrics.jsonl."""
+    source_window: dict[str, list[float]] = field(default_factory=dict)
+    """Loss sum and counts of each source since that line (train/by_source.py); empty with one source."""
+    sources: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    """Counts of each source of each stage so far; empty with one source."""
     final_losses: dict[str, float] = field(default_factory=dict)
     """Loss of the last line of each stage that is over."""
     barren: int = 0
@@ -212,7 +216,7 @@ def _state(fields: Fields) -> TrainState:
         fields.mapping(name)
     for name in ("losses", "changes"):
         fields.items(name, [], empty=True)
-    for name in ("compiled", "final_losses", "parts"):
+    for name in ("compiled", "final_losses", "parts", "source_window", "sources"):
         fields.mapping(name, None)
     return TrainState(**fields.values)
 

@@ -134,7 +134,7 @@ def _out_of_memory(engine: EngineConfig, stage: str) -> str:
         ways.append("set engine.gradient_checkpointing=true")
     if engine.type == "deepspeed" and engine.zero_stage > 0 and not engine.offload:
         ways.append("set engine.offload=true")
-    if engine.workers:
+    if engine.workers != 0:
         ways.append("lower engine.workers or engine.prefetch")
     ways.append(f"lower stages.{stage}.batch.tokens, which needs another output_dir once the stage has a checkpoint")
     return "out of memory; " + ", or ".join(ways)

@@ -67,6 +67,7 @@ class FeatureCache:
 
     def attach(self, batch: PackedBatch) -> PackedBatch:
         """The batch with features [N, K, V] in place of its pixels [N, 3, H, W]."""
+        batch = batch.to("cpu")  # where its pixels are normalized
         pixels = batch.pixel_values
         keys = [self.key(image) for image in pixels]
         found = [self._read(key) for key in keys]

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.loader import STOP_SIGNALS
 from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.data.workers import STOP_SIGNALS
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter, io
@@ -24,6 +24,8 @@ from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import check_engine
 from tinyllava_fast.train import cpu_pool, timings
+from tinyllava_fast.train.by_source import BySource
+from tinyllava_fast.train.engine.base import total as loss_of
 from tinyllava_fast.train.engine.launch import start_process
 from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import check_feature_cache
@@ -32,6 +34,7 @@ from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
+from tinyllava_fast.train.quarantine import Quarantine
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
 from tinyllava_fast.train.stage import ReadyStage, prepare_stage
 
@@ -77,11 +80,17 @@ class Stage:
         self.engine, self.loader, self.model = ready.engine, ready.loader, ready.model
         self.pending: list[tuple[torch.Tensor, float]] = []  # loss sum and scale of the steps not yet in state.losses
         self.seconds: list[float] = []  # of each step since the start or a resumption
+        totals = self.state.sources.setdefault(self.config.name, {})
+        self.by_source = BySource(self.loader.dataset.names, self.state.source_window, totals)
+        lists = run.main and self.config.data.on_error == "quarantine"
+        self.quarantine = Quarantine(run.folder, self.config.name, self.loader.dataset) if lists else None
 
     def train(self) -> None:
         """Train to the end of the stage and save its model folder."""
         total, run, ready = self.loader.steps, self.run, self.ready
         run.open()
+        if self.quarantine:
+            self.quarantine.write(self.loader.skipped)
         ahead = sum(o.steps * o.flops for o in (run.outlooks or [])[self.state.stage_index + 1 :])
         done, later = self.state.stage_step, ahead / max(ready.flops, 1.0)
         progress = Progress(self.config.name, total, done=done, later=later, show=run.main)
@@ -125,7 +134,9 @@ class Stage:
             scale = 1.0 / max(counts["supervised_tokens"], 1.0)
             loss_sum = torch.zeros((), device=engine.device)
             for batch in micro:
-                loss_sum += engine.forward_backward(batch, scale)
+                losses = engine.forward_backward(batch, scale)
+                loss_sum += loss_of(losses)
+                self.by_source.note(losses, batch)
             self.pending.append((loss_sum, scale))
             lrs = self._learning_rates(total)
             with torch.profiler.record_function("tlf.optimizer"):
@@ -166,15 +177,18 @@ class Stage:
             sum(b.num_tokens for b in micro),
             sum(b.num_supervised for b in micro),
             sum(b.input_ids.numel() for b in micro),
+            *self.by_source.local(micro),
         ]
         stop = self.run.stop_signal
         if self.run.process.world_size == 1:
-            return dict(zip(COUNTS, map(float, local), strict=True)), stop
+            self.by_source.begin(local[len(COUNTS) :])
+            return dict(zip(COUNTS, map(float, local), strict=False)), stop
         # float64 holds these integers exactly; the flag rides along so that all ranks stop at the same step.
         flags = [float(stop == number) for number in STOP_SIGNALS]
         summed = torch.tensor([*local, *flags], dtype=torch.float64, device=self.engine.device)
         values = self.engine.all_reduce_sum(summed).tolist()
-        arrived = [int(n) for n, count in zip(STOP_SIGNALS, values[len(COUNTS) :], strict=True) if count]
+        self.by_source.begin(values[len(COUNTS) : len(local)])
+        arrived = [int(n) for n, count in zip(STOP_SIGNALS, values[len(local) :], strict=True) if count]
         return dict(zip(COUNTS, values, strict=False)), arrived[0] if arrived else 0
 
     def _learning_rates(self, total: int) -> dict[str, float]:
@@ -216,11 +230,12 @@ class Stage:
         sums = self.engine.all_reduce_sum(torch.stack([loss for loss, _ in self.pending])).tolist()
         self.state.losses += [total * scale for total, (_, scale) in zip(sums, self.pending, strict=True)]
         self.pending.clear()
+        self.by_source.settle(self.engine.all_reduce_sum, self.engine.device)
         loss = sum(self.state.losses) / len(self.state.losses)
         norm = float(grad_norm)
         if not (abs(loss) < float("inf") and norm < float("inf")):
             raise diverged(self.state, self.config.recipe, self.ready.peak_lrs, loss, norm)
-        return {
+        entry: Entry = {
             "step": self.state.step,
             "stage": self.state.stage,
             "loss": loss,
@@ -230,9 +245,13 @@ class Stage:
             **window.rates(),
             "memory_bytes": memory_bytes(self.engine.device),
         }
+        if sources := self.by_source.entries():
+            entry["sources"] = sources
+        return entry
 
     def _write(self, entry: Entry) -> None:
         self.state.losses = []
+        self.by_source.clear()
         if self.state.stage_step == self.state.stage_steps:
             self.state.final_losses[self.config.name] = entry["loss"]
         if self.run.metrics:
@@ -240,6 +259,8 @@ class Stage:
 
     def _checkpoint(self) -> None:
         skipped = self.run.gather(list(self.loader.skipped))
+        if self.quarantine:
+            self.quarantine.write(skipped)
         self.state.loader = {**self.loader.state_dict(), "skipped": skipped}
         self.state.reports[self.config.name] = {**self.ready.report, "skipped": skipped}
         self.run.save(self.engine)

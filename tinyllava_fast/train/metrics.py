@@ -19,8 +19,11 @@ import torch
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import rss_bytes
 from tinyllava_fast.log import log
+from tinyllava_fast.train.by_source import SourceEntry
 
 if TYPE_CHECKING:
+    from typing import NotRequired  # Python 3.11
+
     from torch.utils.tensorboard import SummaryWriter
 
 COUNTS = ("samples", "tokens", "supervised_tokens", "capacity")
@@ -39,7 +42,7 @@ class Rates(TypedDict):
 
 
 class Entry(Rates):
-    """A line of metrics.jsonl. lr: by component."""
+    """A line of metrics.jsonl. lr: by component. sources: by name, where there are several."""
 
     step: int
     stage: str
@@ -48,6 +51,7 @@ class Entry(Rates):
     grad_norm: float
     epoch: float
     memory_bytes: int
+    sources: NotRequired[dict[str, SourceEntry]]
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -128,6 +132,10 @@ class MetricsWriter:
             return
         for group, lr in entry["lr"].items():
             events.add_scalar(f"lr/{group}", lr, step)
+        for source, numbers in entry.get("sources", {}).items():
+            for name, value in numbers.items():
+                if value is not None:
+                    events.add_scalar(f"source/{source}/{name}", value, step)
         for name, value in entry.items():
             if name != "step" and isinstance(value, (int, float)):
                 events.add_scalar(f"train/{name}", value, step)

@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from tinyllava_fast.config.schema import (
     BatchConfig,
     DataConfig,
+    EngineConfig,
     OptimConfig,
     RecipeConfig,
     RunConfig,
@@ -26,9 +27,10 @@ from tinyllava_fast.config.schema import (
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
-from tinyllava_fast.data.records import read_records
+from tinyllava_fast.data.records import Refused, read_refusing
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
+from tinyllava_fast.hardware import cores, torchrun_number
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
@@ -53,6 +55,7 @@ _KEYS = re.compile(
 )
 
 
+_MOST_WORKERS = 8  # by themselves; a run may ask for more
 _NAMED = re.compile(r"(?:^|\s)stages[.\[]")  # a key of a stage, which may be another one than that which looks ahead
 
 
@@ -81,7 +84,11 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
         with of_stage(stage.name):
             find_recipe(stage.recipe)
             TEMPLATES.get(stage.data.template, "data.template")
-            next(read_records(stage.data.under(config.data_root).records))
+            for source, alone in stage.data.under(config.data_root).each():
+                TEMPLATES.get(alone.template, f"data.sources.{source.title}.template")
+                first = next(read_refusing(alone.records))
+                if isinstance(first, Refused) and alone.on_error == "fail":
+                    raise first
 
 
 def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: PictureReading) -> list[Outlook]:
@@ -120,7 +127,7 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
     )
     if not dataset.report.supervised_tokens:
         raise UserError(
-            f"stages.{stage.name}.data: no sample of {data.records} has a supervised token, so nothing "
+            f"stages.{stage.name}.data: no sample of {dataset.where} has a supervised token, so nothing "
             f"can be learnt; does template {data.template!r} suit the tokenizer and the records?"
         )
     return Loader(
@@ -130,20 +137,28 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
         max_steps=stage.max_steps,
         rank=process.rank,
         world_size=process.world_size,
-        workers=config.engine.workers,
+        workers=_workers(config.engine, process),
         prefetch=config.engine.prefetch,
         pin_memory=process.device.type == "cuda",
     )
 
 
+def _workers(engine: EngineConfig, process: Process) -> int:
+    """Return engine.workers, or as many as the machine has cores for."""
+    if engine.workers is not None:
+        return engine.workers
+    own = cores() // torchrun_number("LOCAL_WORLD_SIZE", 1)
+    return min(max(own - 1, 1), _MOST_WORKERS) if process.device.type == "cuda" else 1
+
+
 def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:
     """Return the FLOPs of an average step of this process."""
-    data, report, batch = loader.dataset, loader.dataset.report, stage.batch
+    epoch, batch = loader.dataset.epoch_sizes(), stage.batch
     tokens = batch.packs_per_step * batch.tokens
-    samples = max(round(tokens * len(data) / max(report.tokens, 1)), 1)
-    share = samples / len(data)
-    supervised = round(report.supervised_tokens * share)
-    images = round(float(data.images.sum()) * share)
+    samples = max(round(tokens * epoch.samples / max(epoch.tokens, 1)), 1)
+    share = samples / epoch.samples
+    supervised = round(epoch.supervised_tokens * share)
+    images = round(epoch.images * share)
     lengths = [tokens // samples] * samples
     flops = step_flops(costs_of(model), lengths, images, supervised, trains(stage.recipe))
     return sum(flops.values()) / loader.world_size
@@ -156,7 +171,8 @@ def _check_window(stage: StageConfig, model: LMM) -> None:
     kinds = getattr(text, "layer_types", None)
     if not window or (kinds is not None and "sliding_attention" not in kinds):
         return
-    if stage.data.turns == "independent" and window < stage.batch.tokens:
+    independent = any(alone.turns == "independent" for _, alone in stage.data.each())
+    if independent and window < stage.batch.tokens:
         raise UserError(
             f"data.turns=independent shares prefixes, but {type(model.llm).__name__} sees only the last {window} "
             f"tokens and batch.tokens={stage.batch.tokens}; set data.turns=conversation, or batch.tokens to at most "

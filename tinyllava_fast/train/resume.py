@@ -7,6 +7,7 @@ packs so far may not: the refusal names each such key, says why, and names a way
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ FREE = frozenset(
     }
 )
 """Keys that may always change: they move work around, not the mathematics."""
-STAGE_FREE = frozenset(f"data.{k}" for k in "records image_folder on_bad_image overlong feature_cache".split())
+_FILES = "records image_folder sources[].path sources[].image_folder sources[].name"
+STAGE_FREE = frozenset(f"data.{k}" for k in f"{_FILES} on_error on_bad_image overlong feature_cache".split())
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
 STAGE_GOES_ON = frozenset(
     {
@@ -143,7 +145,9 @@ def _stage_changes(old: Mapping[str, object], new: Mapping[str, object], *, over
 
 
 def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Return nested dicts as {dotted key: leaf}."""
+    """Return nested dicts as {dotted key: leaf}; those in a list have its index in the key."""
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        return {k: v for i, item in enumerate(tree) for k, v in _flatten(item, f"{prefix}[{i}]").items()}
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     flat: dict[str, object] = {}
@@ -217,5 +221,5 @@ def _reason(key: str) -> str:
 
 
 def _among(key: str, keys: frozenset[str]) -> bool:
-    parts = key.split(".")
+    parts = re.sub(r"\[\d+\]", "[]", key).split(".")
     return any(".".join(parts[: i + 1]) in keys for i in range(len(parts)))

@@ -17,13 +17,13 @@ import torch
 
 from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.loader import STOP_SIGNALS
+from tinyllava_fast.data.workers import STOP_SIGNALS
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.files import TMP, atomic_folder, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.log import log
 from tinyllava_fast.models.build import build_image_processor, build_tokenizer
-from tinyllava_fast.train import seed
+from tinyllava_fast.train import quarantine, seed
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
@@ -129,6 +129,8 @@ class Run:
     def _start_over(self) -> None:
         self.store.clear()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+        with writing(self.folder / quarantine.FILE):
+            (self.folder / quarantine.FILE).unlink(missing_ok=True)
         self.unfinish()
 
     def unfinish(self) -> None:
@@ -173,6 +175,7 @@ class Run:
             "loss": self.state.final_losses,
             "changes": self.state.changes,
             "data": reports,
+            "sources": {stage: sources for stage, sources in self.state.sources.items() if sources},
         }
         for reason in skipped[:10]:
             log.warning("skipped %s", reason)

@@ -59,7 +59,8 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     groups = apply_recipe(model, config.recipe, config.optim, seed=run.config.seed)
     if resumed is not None:
         _load_weights(model, resumed)  # which have the names that the recipe gives them
-    model.set_loss(label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss)
+    mixed = len(config.data.sources) > 1
+    model.set_loss(label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, by_segment=mixed)
     model.set_gradient_checkpointing(engine_config.gradient_checkpointing)
     loader = _open_loader(run, config, model, reading)
     report = loader.dataset.report.as_dict()
@@ -96,7 +97,7 @@ def _enter(run: Run, index: int) -> Path | None:
     state = run.state
     resumed = run.checkpoint if state.stage_index == index else None
     if state.stage_index != index or not state.stage:
-        state.stage_step, state.loader, state.barren = 0, {}, 0
+        state.stage_step, state.loader, state.barren, state.source_window = 0, {}, 0, {}
     state.stage, state.stage_index = run.config.stages[index].name, index
     return resumed
 
@@ -142,7 +143,7 @@ def _open_loader(run: Run, stage: StageConfig, model: LMM, reading: PictureReadi
         template=data.template,
         turns=data.turns,
         image_mode=data.image_mode,
-        image_grid=loader.dataset.files.grid,
+        image_grid=loader.dataset.grid,
         reading=reading,
     )
     return loader

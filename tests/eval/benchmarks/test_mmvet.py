@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from tests.chat_server import chat_server
 from tests.eval import golden, layouts
-from tests.eval.judge_server import judge
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.benchmarks.mmvet import MMVet, Options, read_prompt
@@ -111,7 +111,7 @@ def test_the_form_of_the_upload():
 
 def test_graded_by_a_judge(data, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "k")
-    with judge(lambda number, body: {"say": "0.5" if "It is 1." in str(body) else "1.0"}) as server:
+    with chat_server(lambda number, body: {"say": "0.5" if "It is 1." in str(body) else "1.0"}) as server:
         bench = MMVet(Options(base_url=server.url, judge="org/j", key_env="JUDGE_KEY", runs=2))
         score, paths = run(bench, data, tmp_path / "out")
         assert len(server.seen) == 12 and set(server.keys) == {"Bearer k"}
@@ -136,12 +136,12 @@ def test_graded_by_a_judge(data, tmp_path, monkeypatch):
 
 
 def test_a_judge_that_goes_away_costs_nothing(data, tmp_path):
-    with judge(lambda number, body: {"say": "1"} if number < 8 else {"status": 403}) as server:
+    with chat_server(lambda number, body: {"say": "1"} if number < 8 else {"status": 403}) as server:
         bench = MMVet(Options(base_url=server.url, runs=2, parallel=1))
         score, paths = run(bench, data, tmp_path / "out")
     assert score["total"].value == 100 and "1 of 2 runs are complete" in score.notes
     assert "exp_gpt-4-0613-grade-1runs.json" in [p.name for p in paths]
-    with judge(lambda number, body: {"status": 403}) as server:
+    with chat_server(lambda number, body: {"status": 403}) as server:
         score, paths = run(MMVet(Options(base_url=server.url)), data, tmp_path / "other")
     assert "the judge graded 0 of 6" in score.notes[0] and [p.name for p in paths] == ["exp.json"]
 
@@ -182,7 +182,7 @@ def test_a_judge_that_is_named_later_costs_no_answer(data, folder, tmp_path):
     where = (folder, ["mmvet"], tmp_path / "data", tmp_path / "out")
     first = evaluate(*where, **options)["mmvet"]
     assert first["headline"] == "" and first["run"]["answered_now"] == 6
-    with judge(lambda number, body: {"say": "0.7"}) as server:
+    with chat_server(lambda number, body: {"say": "0.7"}) as server:
         said = [f"mmvet.base_url={server.url}", "mmvet.judge=local"]
         second = evaluate(*where, options=said, **options)["mmvet"]
         assert len(server.seen) == 6

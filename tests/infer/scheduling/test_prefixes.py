@@ -100,3 +100,12 @@ def test_images_are_told_apart_by_their_pixels() -> None:
     assert red[1] == red[2] == red[3] < 0 and common(red, content(wider)) == 1
     with pytest.raises(TypeError, match="decoded image"):
         Sequence(Request.ask("?", picture), list(prompt), [ImageSpan(1, 3, 0)]).content()
+
+
+def test_images_are_told_apart_by_their_whole_digests() -> None:
+    def of(digest: bytes) -> list[int]:
+        image = DecodedImage(Image.new("RGB", (1, 1)), digest)
+        return Sequence(Request.ask("?", image), [1, IMAGE_ROW, IMAGE_ROW], [ImageSpan(1, 2, 0)]).content()
+
+    first, last = of(bytes(16)), of(bytes(15) + b"\1")
+    assert first != last and first[1] == first[2] < 0 and last[1] < 0

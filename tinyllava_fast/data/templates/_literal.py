@@ -20,6 +20,7 @@ template's control token may swallow white space beside it. The template ``pretr
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 from bisect import bisect_right
@@ -67,6 +68,15 @@ def literal_prompts(
             ids += _ids(piece, encodings[piece.text], encodings[piece.plain], controls)
         found.append(ids)
     return found
+
+
+def literal_ready(template: Template, tokenizer: Any) -> None:
+    """Make now what ``literal_prompts`` makes for the first text with the name of a control token.
+
+    A tokenizer without such a copy is told of with the text that needs it.
+    """
+    with contextlib.suppress(UserError):
+        secret_tokenizer(controls_of(tokenizer, template))
 
 
 def _is_whole(conversation: Sequence[Message]) -> bool:

@@ -80,10 +80,12 @@ def turns_of(conversation: Conversation) -> list[tuple[str, str | None]]:
     """Return messages as (question, answer) pairs, a leading answer left out. DataError if they do not pair up."""
     if not conversation or isinstance(conversation[0], tuple):
         return list(cast(Turns, conversation))
-    messages = list(cast(Sequence[Message], conversation))
-    if messages[0]["from"] != "human":
-        messages = messages[1:]
-    values = [m["value"] for m in messages]
+    return paired([(message["from"], message["value"]) for message in cast(Sequence[Message], conversation)])
+
+
+def paired(said: Sequence[tuple[str | None, str | None]]) -> list[tuple[str, str | None]]:
+    """Return (role, text) of messages as (question, answer) pairs, as ``turns_of`` does. The roles take turns."""
+    values = [text for _, text in said[said[0][0] != "human" :]]
     questions, answers = cast(list[str], values[0::2]), values[1::2]
     if len(questions) != len(answers):
         raise DataError(f"{len(questions)} questions but {len(answers)} answers; every question needs one answer")

@@ -31,7 +31,7 @@ from tinyllava_fast.eval.benchmarks.base import (
     published_rows,
 )
 from tinyllava_fast.eval.files import EVAL_ZIP, Finder, llava_questions
-from tinyllava_fast.eval.judge import Endpoint, GradeFile, JudgeError, grade_all, grade_key
+from tinyllava_fast.eval.judge import GradeFile, Judge, JudgeError, grade_all, grade_key
 from tinyllava_fast.eval.mmvet_scores import capabilities, integration, metric, rounded, run_totals, score_csv, table
 from tinyllava_fast.eval.progress import progress
 from tinyllava_fast.eval.prompts import whole_prompt
@@ -153,16 +153,16 @@ class MMVet(Benchmark):
 
     def grade(self, questions: Sequence[Question], answers: Answers, folder: Path, experiment: str) -> Grades:
         """Grades of the judge, run by run. An endpoint that fails leaves those made so far; the next run goes on."""
-        endpoint = self._endpoint()
-        if endpoint is None:
+        judge = self._judge()
+        if judge is None:
             return {}
         messages = self._messages(questions, answers)
         folder.mkdir(parents=True, exist_ok=True)
         file = GradeFile(folder / GRADES)
         runs = self.options.runs
-        keys = [grade_key(endpoint, m, run) for m in messages.values() for run in range(runs)]
+        keys = [grade_key(judge, m, run) for m in messages.values() for run in range(runs)]
         done = sum(key in file.grades for key in keys)
-        new = grade_all(endpoint, messages, runs, file, parallel=self.options.parallel)
+        new = grade_all(judge, messages, runs, file, parallel=self.options.parallel)
         try:
             for _ in progress(new, total=len(keys), done=done, label="grades"):
                 pass
@@ -170,16 +170,16 @@ class MMVet(Benchmark):
             log.error("%s: %s. %d of %d grades are in %s; run the same command again to go on", self.name, error,
                       sum(key in file.grades for key in keys), len(keys), file.path)  # fmt: skip
         return {
-            id: [file.grades[key].score for run in range(runs) if (key := grade_key(endpoint, m, run)) in file.grades]
+            id: [file.grades[key].score for run in range(runs) if (key := grade_key(judge, m, run)) in file.grades]
             for id, m in messages.items()
         }
 
-    def _endpoint(self) -> Endpoint | None:
+    def _judge(self) -> Judge | None:
         o = self.options
         key = os.environ.get(o.key_env, "")
         if not key and o.base_url == OPENAI:
             return None
-        return Endpoint(o.base_url, o.judge, key, o.max_tokens, o.timeout_s, o.attempts)
+        return Judge(o.base_url, o.judge, key, o.timeout_s, o.attempts, max_tokens=o.max_tokens)
 
     def _messages(self, questions: Sequence[Question], answers: Answers) -> dict[str, str]:
         prompt = self._prompt(questions)[0]
@@ -240,22 +240,22 @@ class MMVet(Benchmark):
         """<experiment>.json for the online evaluator, and after grading the official grade file and score tables."""
         texts = {q.key: answers[q.key] for q in questions if q.key in answers}
         paths = [_write_json(folder / f"{experiment}.json", texts, 2)]
-        endpoint = self._endpoint()
-        if endpoint is None or not score.headline:
+        judge = self._judge()
+        if judge is None or not score.headline:
             return paths
         grades, runs = GradeFile(folder / GRADES).grades, len(score.tables["run"])
         record: dict[str, dict[str, list[object]]] = {}
         for id, text in self._messages(questions, answers).items():
-            made = [grades[grade_key(endpoint, text, run)] for run in range(runs)]
+            made = [grades[grade_key(judge, text, run)] for run in range(runs)]
             record[id] = {name: [getattr(g, name) for g in made] for name in ("model", "content", "score")}
-        judge = self.options.judge.replace("/", "_")
-        paths.append(_write_json(folder / f"{experiment}_{judge}-grade-{runs}runs.json", record, 4))
+        name = self.options.judge.replace("/", "_")
+        paths.append(_write_json(folder / f"{experiment}_{name}-grade-{runs}runs.json", record, 4))
         scores = {id: [float(str(s)) for s in r["score"]] for id, r in record.items()}
         subset = [q for q in questions if q.meta["bard_set"]]
         for mark, members in (("", questions), ("bardset_", subset)):
             for kind, groups in (("cap-score", capabilities), ("cap-int-score", integration)):
                 if members:
-                    path = folder / f"{experiment}_{mark}{judge}-{kind}-{runs}runs.csv"
+                    path = folder / f"{experiment}_{mark}{name}-{kind}-{runs}runs.csv"
                     path.write_text(score_csv(experiment, members, scores, groups), encoding="utf-8")
                     paths.append(path)
         return paths

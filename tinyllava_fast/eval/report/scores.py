@@ -174,6 +174,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         facts.append(("system", machine["system"]))
     if "versions" in results:
         facts.append(("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())))
-    if "model_digest" in results:
+    if "endpoint" in results:
+        facts.append(("model", f"{results['model']} at {results['endpoint']}"))
+    elif "model_digest" in results:
         facts.append(("model", f"{results['model']}, SHA-256 {results['model_digest'][:16]}"))
     return facts

@@ -7,11 +7,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from tinyllava_fast.data.templates._literal import is_literal, literal_prompts
+from tinyllava_fast.data.templates._literal import is_literal, literal_prompts, literal_ready
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
@@ -229,12 +228,25 @@ class Prompts:
             )
 
 
-class Preparer(Protocol):
-    """Makes the online sequence of a request."""
+@dataclass(frozen=True)
+class Preparer:
+    """Reads images and makes tokens of texts, for one thread: its prompts have a tokenizer of their own."""
+
+    prompts: Prompts
+    images: ImageEncoder
 
     def __call__(self, request: Request, on_token: OnToken | None = None) -> Sequence:
-        """Return the sequence, one that has failed if the request cannot be put to the model."""
-        ...
+        """Return the online sequence of a request, one that has failed if it cannot be put to the model."""
+        return prepare(self.prompts, self.images, request, on_token)
+
+    def literal_ids(self, text: str) -> list[int]:
+        """Return the ids of a text without a chat template, in which no control token is anything but text."""
+        messages: list[Message] = [{"from": "prompt", "value": [text]}]
+        return literal_prompts(self.prompts.template, [messages], self.prompts.tokenizer, [False])[0]
+
+    def warm_up(self) -> None:
+        """Make now what the first text with the name of a control token would wait for: a second or two."""
+        literal_ready(self.prompts.template, self.prompts.tokenizer)
 
 
 def prepare(

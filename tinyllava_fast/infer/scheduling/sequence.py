@@ -202,7 +202,7 @@ def _number(image: ImageLike) -> int:
     """Return a negative number for the pixels of a decoded image; token ids are not negative."""
     if not isinstance(image, DecodedImage):
         raise TypeError(f"{type(image).__name__}: only a decoded image is known by its content")
-    return -1 - int.from_bytes(image.digest[:7], "big")
+    return -1 - int.from_bytes(image.digest, "big")  # whole: of shorter ones, two that are equal can be sought
 
 
 @dataclass(eq=False)

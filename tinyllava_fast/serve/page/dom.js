@@ -24,6 +24,36 @@ export function tell(element, text) {
   element.hidden = !text;
 }
 
+/** Draw at most once a frame of the screen, however often soon() is called; now() draws at once, as at the end. */
+export function eachFrame(draw) {
+  let wanted = 0;
+  const now = () => {
+    cancelAnimationFrame(wanted);
+    wanted = 0;
+    draw();
+  };
+  return { now, soon: () => (wanted ||= requestAnimationFrame(now)) };
+}
+
+/** Copy a text; false if the browser does not let a page do so. */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    // Refused, or a page over plain HTTP from another machine: the older way may still work.
+  }
+  const before = document.activeElement;
+  const box = make("textarea", { class: "unseen", "aria-hidden": "true" });
+  box.value = text;
+  document.body.append(box);
+  box.select();
+  const done = document.execCommand("copy");
+  box.remove();
+  before?.focus();
+  return done;
+}
+
 /** Read from the browser's storage; null where it is off or empty. */
 export function stored(storage, name) {
   try {

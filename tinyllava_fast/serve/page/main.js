@@ -3,10 +3,10 @@
 import { ApiError, models, setKey } from "./api.js";
 import { Answer } from "./answer.js";
 import { messages } from "./conversation.js";
-import { $, tell } from "./dom.js";
+import { $, eachFrame, tell } from "./dom.js";
 import { Pictures } from "./pictures.js";
 import * as settings from "./settings.js";
-import { Speaker, drawText, drawTurns, follow } from "./view.js";
+import { Speaker, drawTurns, follow } from "./view.js";
 
 const pictures = new Pictures();
 let turns = []; // {text, pictures, answers: one a model}
@@ -15,7 +15,7 @@ let running = null; // the AbortController of the answers that arrive
 
 const comparing = () => $("compare").getAttribute("aria-pressed") === "true";
 const chosen = () => [$("model").value, ...(comparing() ? [$("rival").value] : [])];
-const draw = () => drawTurns(turns, { edit, retry }, running !== null);
+const draw = () => drawTurns(turns, { edit, retry });
 
 async function loadModels() {
   try {
@@ -77,17 +77,20 @@ async function answer(asked) {
 async function finish(turn, signal) {
   const speaker = new Speaker();
   const more = { ...settings.parameters() };
-  await Promise.all(turn.answers.map((one, side) => {
+  await Promise.all(turn.answers.map(async (one, side) => {
     const body = { ...more, messages: messages(settings.system(), turns, side) };
-    return one.ask(body, signal, () => {
-      follow(() => drawText(one));
+    const show = eachFrame(() => {
+      follow(() => one.shown.update());
       speaker.tell(one, turn.answers.length > 1);
     });
+    await one.ask(body, signal, show.soon);
+    show.now();
   }));
   running = null;
-  controls();
-  follow(draw);
-  if (turn.answers.some((one) => one.error?.status === 401)) askKey();
+  follow(controls);
+  const failed = (status) => turn.answers.some((one) => one.error?.status === status);
+  if (failed(401)) askKey();
+  if (failed(404)) await loadModels(); // the server has been started anew, with other models
 }
 
 function retry(turn) {
@@ -118,6 +121,7 @@ function controls() {
   const had = document.activeElement === $("send") || document.activeElement === $("stop");
   $("send").hidden = running !== null;
   $("stop").hidden = running === null;
+  $("turns").classList.toggle("busy", running !== null);
   for (const name of ["fresh", "compare", "model", "rival"]) $(name).disabled = running !== null;
   if (had) (running ? $("stop") : $("question")).focus();
 }

@@ -72,16 +72,14 @@ export function parameters() {
 }
 
 function theme() {
-  const root = document.documentElement;
+  const root = document.documentElement; // theme.js sets its theme, and keeps to the system's if none is chosen
   const system = matchMedia("(prefers-color-scheme: dark)");
-  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-  const draw = () => ($("theme").textContent = dark() ? "Light" : "Dark");
+  const other = () => (root.dataset.theme === "dark" ? "light" : "dark");
+  const draw = () => ($("theme").textContent = other() === "dark" ? "Dark" : "Light");
   $("theme").addEventListener("click", () => {
-    const wanted = dark() ? "light" : "dark";
-    const same = (wanted === "dark") === system.matches;
-    if (same) delete root.dataset.theme;
-    else root.dataset.theme = wanted;
-    store("localStorage", "theme", same ? null : wanted);
+    root.dataset.theme = other();
+    const same = (root.dataset.theme === "dark") === system.matches;
+    store("localStorage", "theme", same ? null : root.dataset.theme);
     draw();
   });
   system.addEventListener("change", draw);

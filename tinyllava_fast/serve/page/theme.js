@@ -1,8 +1,18 @@
-// Runs before the page is drawn, so that a chosen theme does not flash.
+// Sets the theme before the page is drawn, so that no other one flashes: the one that was chosen, else the system's.
 "use strict";
-try {
-  const chosen = localStorage.getItem("theme");
-  if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
-} catch {
-  // Storage is off: the system's preference holds.
+{
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const chosen = () => {
+    try {
+      return localStorage.getItem("theme");
+    } catch {
+      return null; // storage is off
+    }
+  };
+  const draw = () => {
+    const theme = chosen();
+    document.documentElement.dataset.theme = theme === "dark" || (theme !== "light" && system.matches) ? "dark" : "light";
+  };
+  system.addEventListener("change", draw);
+  draw();
 }

@@ -1,60 +1,68 @@
 // The conversation on the screen, and what a screen reader is told of it.
 
-import { $, button, make } from "./dom.js";
+import { $, button, copy, make } from "./dom.js";
 import { thumbnail } from "./pictures.js";
-import { hide, tokenText } from "./tokens.js";
+import { TokenText, hide } from "./tokens.js";
 
 const NOTE = "Answer. Arrow keys show the probability of each token.";
 
-/** Draw all turns. actions: {edit(turn), retry(turn)}; busy: no action is offered. */
-export function drawTurns(turns, actions, busy) {
+/** Draw all turns. actions: {edit(turn), retry(turn)}. */
+export function drawTurns(turns, actions) {
   hide();
   $("empty").hidden = turns.length > 0;
   $("turns").replaceChildren(...turns.map((turn, index) => {
     const last = index === turns.length - 1;
     return make("article", { class: "turn", "aria-label": `Turn ${index + 1}` },
-      drawQuestion(turn, index, actions, busy),
+      drawQuestion(turn, index, actions),
       make("div", { class: turn.answers.length > 1 ? "answers two" : "answers" },
-        ...turn.answers.map(drawAnswer)),
-      ...(last && !busy ? [button("Retry", () => actions.retry(turn), { "aria-label": "Retry the last question" })] : []));
+        ...turn.answers.map((answer) => (answer.shown ??= new Shown(answer)).section)),
+      ...(last ? [button("Retry", () => actions.retry(turn), { "aria-label": "Retry the last question" })] : []));
   }));
 }
 
-function drawQuestion(turn, index, actions, busy) {
+function drawQuestion(turn, index, actions) {
   const pictures = turn.pictures.map(thumbnail);
   return make("section", { class: "question", "aria-label": "You" },
     ...(pictures.length ? [make("div", { class: "pictures" }, ...pictures)] : []),
     ...(turn.text ? [make("p", { class: "text", dir: "auto" }, turn.text)] : []),
-    ...(busy ? [] : [button("Edit", () => actions.edit(turn), { "aria-label": `Edit question ${index + 1}` })]));
+    button("Edit", () => actions.edit(turn), { "aria-label": `Edit question ${index + 1}` }));
 }
 
-function drawAnswer(answer) {
-  answer.section = make("section", { class: "answer" },
-    make("h3", { dir: "auto" }, answer.model), make("div", { class: "body" }), make("p", { class: "facts" }));
-  drawText(answer);
-  return answer.section;
-}
+/** An answer on the screen. */
+class Shown {
+  #answer;
+  #text = new TokenText(NOTE);
+  #body = make("div", { class: "body" }, this.#text.box);
+  #facts = make("p", { class: "facts" });
+  #copy = button("Copy", () => this.#copied(), { "aria-label": "Copy this answer" });
 
-/** Draw what has arrived of an answer; its tokens can be looked at once it has ended. */
-export function drawText(answer) {
-  const [body, facts] = [answer.section.querySelector(".body"), answer.section.querySelector(".facts")];
-  answer.section.setAttribute("aria-busy", String(answer.running));
-  answer.section.setAttribute("aria-label", `Answer of ${answer.model}`);
-  if (answer.running) {
-    const text = body.firstChild ?? body.appendChild(make("p", { class: "text", dir: "auto" }));
-    text.textContent = answer.text;
-    text.classList.toggle("waiting", !answer.text);
-  } else {
-    body.replaceChildren();
-    if (answer.state === "done" && !answer.text) body.append(make("p", { class: "hint" }, "An empty answer."));
-    if (answer.tokens.length) body.append(tokenText(answer, NOTE));
-    else if (answer.text) body.append(make("p", { class: "text", dir: "auto" }, answer.text));
-    if (answer.error) {
-      body.append(make("p", { class: "error", dir: "auto" }, answer.error.message),
+  constructor(answer) {
+    this.#answer = answer;
+    this.section = make("section", { class: "answer", "aria-label": `Answer of ${answer.model}` },
+      make("h3", { dir: "auto" }, answer.model), this.#body, make("div", { class: "foot" }, this.#facts, this.#copy));
+    this.update();
+  }
+
+  /** Show what has arrived. */
+  update() {
+    const { running, state, text, tokens, error, facts } = this.#answer;
+    this.section.setAttribute("aria-busy", String(running));
+    this.#text.update(text, tokens, !running);
+    this.#text.box.classList.toggle("waiting", running && !text);
+    this.#facts.textContent = running && !text ? "reading…" : facts.join(" · ");
+    this.#copy.hidden = !text;
+    if (state === "done" && !text) this.#body.append(make("p", { class: "hint" }, "An empty answer."));
+    if (error) {
+      this.#body.append(make("p", { class: "error", dir: "auto" }, error.message),
         make("p", { class: "hint" }, "This turn is left out of what follows. Edit the question, or retry."));
     }
   }
-  facts.textContent = answer.running && !answer.text ? "reading…" : answer.facts.join(" · ");
+
+  async #copied() {
+    const done = await copy(this.#answer.text);
+    this.#copy.textContent = $("said").textContent = done ? "Copied" : "Not copied";
+    setTimeout(() => (this.#copy.textContent = "Copy"), 2000);
+  }
 }
 
 /** Keep the end of the conversation in sight, unless the reader has scrolled away from it. */

@@ -44,7 +44,10 @@ class TrainingEngine(Protocol):
     device: torch.device
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
-        """Accumulate the gradient of scale * (summed loss of the batch); returns the detached float32 loss sum []."""
+        """Accumulate the gradient of scale * (summed loss of the batch); returns what the model did, detached.
+
+        That is the float32 loss sum [], or [1 + S] with those of the segments behind it.
+        """
         ...
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
@@ -77,6 +80,11 @@ class TrainingEngine(Protocol):
     def close(self) -> None:
         """Free what the engine holds. The process group stays."""
         ...
+
+
+def total(losses: Tensor) -> Tensor:
+    """Return the loss sum [] of what ``LMM.forward`` returned."""
+    return losses if losses.dim() == 0 else losses[0]
 
 
 def trainable_names(model: nn.Module, groups: list[ParameterGroup]) -> dict[nn.Parameter, str]:

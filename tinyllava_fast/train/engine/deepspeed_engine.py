@@ -22,7 +22,7 @@ from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import LazyTensor, plain_state, trainable_names
+from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names
 from tinyllava_fast.train.optim import Masters, checked
 from tinyllava_fast.train.optimizers.adamw import MOMENTS
 
@@ -117,10 +117,10 @@ class DeepSpeedEngine:
         """See TrainingEngine."""
         if self._unfinished:
             self._engine.step()  # not the last micro-batch after all: DeepSpeed counts it and goes on
-        loss = self._engine(**self._with_image(batch.to(self.device)).tensors())
-        self._engine.backward(loss * (scale * self.world_size), scale_wrt_gas=False)
+        losses = self._engine(**self._with_image(batch.to(self.device)).tensors())
+        self._engine.backward(total(losses) * (scale * self.world_size), scale_wrt_gas=False)
         self._unfinished = True
-        return loss.detach()
+        return losses.detach()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import LazyTensor, plain_state, trainable_names
+from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
@@ -41,15 +41,15 @@ class TorchEngine:
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
         """See TrainingEngine."""
-        loss = self.model(**batch.to(self.device).tensors())
-        if loss.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
-            (loss * scale).backward()
+        losses = self.model(**batch.to(self.device).tensors())
+        if losses.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
+            (total(losses) * scale).backward()
             if self._cuda_graphs:
                 for p in self.model.parameters():
                     p.grad = None if p.grad is None else p.grad.clone()
             with torch.profiler.record_function("tlf.optimizer"):
                 self._optimizer.accumulate()
-        return loss.detach()
+        return losses.detach().clone() if self._cuda_graphs else losses.detach()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""

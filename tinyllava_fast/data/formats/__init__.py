@@ -1,0 +1,1 @@
+"""Forms in which people have records: one file each."""

@@ -1,0 +1,162 @@
+"""A JSON list of records, or one record a line (JSONL): streamed, strictly checked, errors name the line."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TextIO
+
+from tinyllava_fast.data.formats._base import RECORD_FORMATS, TEXT, Broken, Head, Opened, Place, RecordFormat, Row
+from tinyllava_fast.data.formats._embedded import Embedded, walk
+from tinyllava_fast.errors import DataError
+from tinyllava_fast.fields import DECODER, fault, not_utf8
+
+_SPACE = re.compile(r"\s*")
+_CHUNK = 1 << 20  # characters read at a time from a JSON list
+
+
+class JsonText(RecordFormat):
+    """A file that begins with ``[`` is a JSON list, any other one JSONL."""
+
+    def matches(self, head: Head) -> bool:
+        """See the base class."""
+        return head.start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"[", b"{")
+
+    def rows(self, path: Path, base: Path, opened: Opened) -> Iterator[Row | Broken]:
+        """See the base class. A line of JSONL that is no JSON is broken; in a list, reading ends at such a record."""
+        try:
+            with path.open("rb") as file:
+                skipped = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+            with path.open("rb") as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
+                opened(file)
+                reader = _Reader(stream, skipped)
+                if reader.peek() == "[":
+                    yield from _list_rows(path, base, reader)
+                    return
+                stream.seek(0)
+                yield from _line_rows(path, base, stream, skipped)
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error) from None
+
+    def image(self, path: Path, address: tuple[int, ...], place: Place) -> object:
+        """See the base class. The address is the first byte of the record and the number of its bytes."""
+        with path.open("rb") as file:
+            file.seek(address[0])
+            return walk(json.loads(file.read(address[1])), place)
+
+
+RECORD_FORMATS.register(TEXT)(JsonText())
+
+
+class _Reader:
+    """Decodes JSON values one after the other out of a stream, holding no more text than one value needs."""
+
+    def __init__(self, stream: TextIO, skipped: int) -> None:
+        self.stream = stream
+        self.text = ""
+        self.at = 0
+        self.line = 1  # of the character at `counted`
+        self.counted = 0
+        self.passed = skipped  # bytes of the file before `text`
+        self.decode = DECODER.raw_decode
+
+    def peek(self) -> str:
+        """Return the next character that is not white space; "" at the end."""
+        while True:
+            match = _SPACE.match(self.text, self.at)
+            assert match is not None  # noqa: S101 the pattern matches the empty string
+            self.at = match.end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._fill():
+                return ""
+
+    def value(self) -> tuple[int, int, object]:
+        """Return (line, first character in the text held, value) of the next JSON value; JSONDecodeError for none."""
+        while True:
+            try:
+                value, end = self.decode(self.text, self.at)
+            except json.JSONDecodeError:
+                if not self._fill():
+                    self.decode(self.text, self.at)  # raises again, with positions in the text now held
+            else:
+                start = self.at
+                self.line = self.line_at(start)
+                self.counted = start
+                self.at = end
+                return self.line, start, value
+
+    def line_at(self, position: int) -> int:
+        """Return the line number of a position in the text held."""
+        return self.line + self.text.count("\n", self.counted, position)
+
+    def address(self, start: int) -> tuple[int, int]:
+        """Return the first byte and the number of bytes of the text held from ``start`` up to now."""
+        return self.passed + _bytes(self.text[:start]), _bytes(self.text[start : self.at])
+
+    def _fill(self) -> bool:
+        """Read on, at least as much as is waiting, so that a long value costs linear time."""
+        self.line = self.line_at(self.at)
+        self.passed += _bytes(self.text[: self.at])
+        self.text = self.text[self.at :]
+        self.at = self.counted = 0
+        more = self.stream.read(max(_CHUNK, len(self.text)))
+        self.text += more
+        return bool(more)
+
+
+def _list_rows(path: Path, base: Path, reader: _Reader) -> Iterator[Row]:
+    def refer(start: int, place: Place) -> str:
+        return Embedded(TEXT, str(path), reader.address(start), place).reference(base)
+
+    reader.at += 1
+    index = 0
+    while (sign := reader.peek()) != "]":
+        if index:
+            if sign != ",":
+                line = reader.line_at(reader.at)
+                raise _malformed(path, line, index, "expected ',' or ']' after the record before; mend this record")
+            reader.at += 1
+            reader.peek()
+        try:
+            line, start, value = reader.value()
+        except json.JSONDecodeError as error:
+            what = f"{error.msg}; mend or remove this record"
+            raise _malformed(path, reader.line_at(error.pos), index, what) from None
+        except (ValueError, RecursionError) as error:
+            raise _malformed(path, reader.line_at(reader.at), index, fault(error)) from None
+        yield Row(value, line, partial(refer, start))
+        index += 1
+    reader.at += 1
+    if reader.peek():
+        raise _malformed(path, reader.line_at(reader.at), index, "text after the end of the list; remove it")
+
+
+def _line_rows(path: Path, base: Path, stream: TextIO, skipped: int) -> Iterator[Row | Broken]:
+    def refer(start: int, size: int, place: Place) -> str:
+        return Embedded(TEXT, str(path), (start, size), place).reference(base)
+
+    index, start = 0, skipped
+    for line, text in enumerate(stream, 1):
+        size = _bytes(text)
+        if text.strip():
+            try:
+                yield Row(DECODER.decode(text), line, partial(refer, start, size))
+            except (ValueError, RecursionError) as error:
+                hint = "" if index else "; in a file that is no JSON list, each line holds one whole record"
+                yield Broken(str(_malformed(path, line, index, fault(error, text) + hint)), line)
+            index += 1
+        start += size
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _malformed(path: Path, line: int, index: int, what: str) -> DataError:
+    return DataError(f"{path}: line {line}, record {index}: malformed JSON: {what}")

@@ -1,0 +1,121 @@
+"""WebDataset: tar archives whose neighbouring files of one stem are one record (https://github.com/webdataset).
+
+000001.jpg  000001.json     an image, and a record as in a JSON file
+000002.jpg  000002.txt      an image, and its caption
+000003.a.png 000003.b.png 000003.question.txt 000003.answer.txt
+"""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
+from tinyllava_fast.data.formats._embedded import Embedded, walk
+from tinyllava_fast.errors import DataError
+from tinyllava_fast.fields import decode
+
+_NAME = "webdataset"
+_MAGIC, _MAGIC_AT = b"ustar", 257
+_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "ppm", "img", "image")
+_TEXTS = {"txt": "caption", "text": "caption", "caption": "caption", "question": "question", "answer": "answer"}
+
+
+class WebDataset(RecordFormat):
+    """An uncompressed tar archive."""
+
+    sharded = holds_images = True
+
+    def matches(self, head: Head) -> bool:
+        """See the base class."""
+        return head.start[_MAGIC_AT:].startswith(_MAGIC)
+
+    def rows(self, path: Path, base: Path, opened: Opened) -> Iterator[Row | Broken]:
+        """See the base class."""
+        try:
+            with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                opened(file)
+                files = (member for member in archive if member.isreg() and not _ending(member.name).startswith("_"))
+                for number, (stem, members) in enumerate(groupby(files, lambda member: _stem(member.name))):
+                    try:
+                        yield _row(path, base, archive, number, stem, list(members))
+                    except DataError as error:
+                        yield Broken(str(error), number + 1)
+        except (tarfile.TarError, EOFError) as error:
+            raise DataError(f"{path}: a damaged tar archive ({error}); download or write it again") from error
+
+    def image(self, path: Path, address: tuple[int, ...], place: Place) -> object:
+        """See the base class. The address is the first byte of a file of the archive and the number of its bytes."""
+        with path.open("rb") as file:
+            file.seek(address[0])
+            content = file.read(address[1])
+        if len(content) < address[1]:
+            raise ValueError("the archive has become shorter")
+        return walk(decode(content.decode(), str(path)), place) if place else content
+
+
+RECORD_FORMATS.register(_NAME)(WebDataset())
+
+
+def _stem(name: str) -> str:
+    folder, file = posixpath.split(name)
+    return posixpath.join(folder, file.partition(".")[0])
+
+
+def _ending(name: str) -> str:
+    return posixpath.basename(name).partition(".")[2].lower()
+
+
+def _row(
+    path: Path, base: Path, archive: tarfile.TarFile, number: int, stem: str, members: list[tarfile.TarInfo]
+) -> Row:
+    """Return the files of one stem as an entry; its id is the stem."""
+    values: dict[str, object] = {}
+    pictures, described = [], None
+    for member in members:
+        ending = _ending(member.name)
+        last = ending.rpartition(".")[2]
+        if last in _PICTURES:
+            pictures.append(member)
+        elif last == "json":
+            described = member
+            found = decode(_text(path, archive, member), f"{path}: {member.name}")
+            if not isinstance(found, dict):
+                raise DataError(f"{path}: {member.name}: expected a JSON object; mend or remove it")
+            values = {**found, **values}
+        elif (name := _TEXTS.get(ending.removesuffix(".txt"))) is not None:
+            values[name] = _text(path, archive, member)
+    values.setdefault("id", stem)
+    if pictures:
+        listed = len(pictures) > 1 or "images" in values or isinstance(values.get("image"), list)
+        values = {name: value for name, value in values.items() if name not in ("image", "images")}
+        values["image"] = [True] * len(pictures) if listed else True
+    if "conversations" in values or "messages" in values or "question" in values:
+        values.pop("caption", None)
+    refer = partial(_refer, path, base, pictures, described)
+    return Row(values, number + 1, refer, f"{path.name}: {stem}", binary=True)
+
+
+def _refer(
+    path: Path, base: Path, pictures: list[tarfile.TarInfo], described: tarfile.TarInfo | None, place: Place
+) -> str:
+    """Return the reference to a picture of the entry, or to a data URI in its JSON file."""
+    if pictures and place[0] == "image":
+        member = pictures[int(place[1]) if len(place) > 1 else 0]
+        place = ()
+    else:
+        assert described is not None  # noqa: S101 an image that is no file of its own was named there
+        member = described
+    return Embedded(_NAME, str(path), (member.offset_data, member.size), place).reference(base)
+
+
+def _text(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = archive.extractfile(member)
+    try:
+        return file.read().decode("utf-8-sig") if file is not None else ""
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {member.name}: not UTF-8 text ({error.reason}); save it as UTF-8") from None

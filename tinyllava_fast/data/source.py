@@ -1,0 +1,298 @@
+"""One source of samples: its tokens, its images, and what each sample needs of a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+import numpy as np
+from PIL import Image
+
+from tinyllava_fast.config.schema import BatchConfig, DataConfig
+from tinyllava_fast.data.collate import targets, truncate, widen, width
+from tinyllava_fast.data.files import MISSING, REFUSED, ImageFiles
+from tinyllava_fast.data.pictures import MissingImageError
+from tinyllava_fast.data.records import Refused
+from tinyllava_fast.data.templates.base import Segment
+from tinyllava_fast.data.tokens import tokenized
+from tinyllava_fast.data.types import IMAGE_INDEX
+from tinyllava_fast.errors import DataError
+from tinyllava_fast.log import log
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+_SHOWN = 5  # missing images named in an error
+_SHOWN_BAD = 10  # and files that are no pictures
+_GONE = "a missing image file; check data.image_folder"
+_BAD = "an image that cannot be read; replace it, remove its record, or set data.on_bad_image=skip"
+
+
+@dataclass
+class DataReport:
+    """The counts of a data set, logged at the start and written into the run's summary."""
+
+    records: int = 0
+    text_only: int = 0
+    tokens: int = 0
+    """Positions of all samples, image tokens included."""
+    supervised_tokens: int = 0
+    unsupervised: int = 0
+    """Samples without a supervised token: kept, but nothing is learnt from them."""
+    truncated: int = 0
+    """Samples cut to the longest length (data.overlong: truncate)."""
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+    def __add__(self, other: DataReport) -> DataReport:
+        """Return the counts of both."""
+        return DataReport(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+
+class Source:
+    """The samples of one DataConfig that a pack can hold, in the order of its records.
+
+    tokenizer: see load_tokenizer. processor: a transformers ``*ImageProcessorPil``. tokens_per_image: K. seed: of the
+    augmentation. Construction checks every record and the header of every image; DataError.
+    lengths, images, segments: [n] int64, what each sample needs: positions, inputs of the tower, segments.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        batch: BatchConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: BaseImageProcessor,
+        tokens_per_image: int,
+        seed: int,
+    ) -> None:
+        self.data = data
+        self.tokens_per_image = tokens_per_image
+        self.files = ImageFiles(data, processor, seed)
+        self._skips_all = data.on_error != "fail"
+        self._skips_bad = self._skips_all or data.on_bad_image == "skip"
+        self.store = tokenized(data, tokenizer)
+        self.faults = [Refused(f.what, data.records, f.where, f.kind) for f in self.store.faults()]
+        """Records left out from the start (data.on_error, data.on_bad_image), with reasons."""
+        self._inputs, kept = self._look()
+        self._kept = None if kept.all() else np.flatnonzero(kept)
+        """Numbers in the store of the samples that are left; None: all."""
+        self._budget = min(data.max_tokens or batch.tokens, batch.tokens)
+        self._key = "batch.tokens" if self._budget == batch.tokens else "data.max_tokens"
+        self.lengths, self.images, self.segments, learnt = (column[kept] for column in self._needs())
+        self._cut = np.flatnonzero(self.lengths > self._budget)
+        """Samples that are cut."""
+        with_images = np.diff(self.store.column("samples", "images"))[kept] > 0
+        fits = self._fit(batch, learnt)
+        if not fits.all():
+            numbers = np.arange(len(self.store))[kept][fits]
+            is_cut = np.isin(np.arange(len(fits)), self._cut)[fits]
+            self._kept, self._cut = numbers, np.flatnonzero(is_cut)
+            self.lengths, self.images, self.segments = (c[fits] for c in (self.lengths, self.images, self.segments))
+            learnt, with_images = learnt[fits], with_images[fits]
+        if not len(self):
+            raise self._nothing_left()
+        self.report = DataReport(
+            records=len(self),
+            text_only=len(self) - int(with_images.sum()),
+            tokens=int(self.lengths.sum()),
+            supervised_tokens=int(learnt.sum()),
+            unsupervised=int((learnt == 0).sum()),
+            truncated=len(self._cut),
+        )
+        self._check_learnable(learnt)
+        self.skipped = list(dict.fromkeys(map(str, self.faults)))
+        """The reasons of ``faults``."""
+        if self.skipped:
+            count, first = len(self.skipped), self.skipped[0]
+            log.warning("%s: %d records are skipped from the start; the first: %s", data.records, count, first)
+        self.store.let_go()
+        arrays = (self.lengths, self.images, self.segments)
+        self.fingerprint: int = crc32(repr((self.store.fingerprint(), *map(_checksum, arrays))).encode())
+        """A checksum of all tokens, labels and needs."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def name(self, index: int) -> str:
+        """Return the record id of a sample."""
+        return self.store.name(self._number(index))
+
+    def sample(self, index: int) -> tuple[list[Segment], list[tuple[int, int]]]:
+        """Return the segments of a sample, cut if it is too long, with one marker for each input of the tower.
+
+        And (number of the image, inputs of the tower) of every place that shows an image, in order.
+        """
+        sample, shown = self._narrow(index)
+        return widen(sample, [count for _, count in shown]), shown
+
+    def pictures(self, index: int, shown: Sequence[tuple[int, int]], epoch: int, ticket: int) -> list[Image.Image]:
+        """Return the inputs of the tower that a sample shows, augmented by (seed, epoch, ticket, image).
+
+        DataError, which names the record, for an image that cannot be decoded.
+        """
+        try:
+            return self.files.load(self.store.images(self._number(index)), shown, epoch, ticket)
+        except DataError as error:
+            raise type(error)(f"{self.data.records}: {self._named(index)}: image: {error}") from error
+
+    def bad_image(self, error: DataError) -> str:
+        """Return the reason why a record is skipped; raise DataError where records may not be skipped."""
+        if isinstance(error, MissingImageError) and not self._skips_all:
+            remedy = "put it back (data.on_bad_image=skip is for damaged files alone), or set data.on_error=skip"
+            raise DataError(f"{error}; {remedy}") from error
+        if not self._skips_bad:
+            remedy = "replace it, remove its record, or set data.on_bad_image=skip"
+            raise DataError(f"{error}; {remedy}") from error
+        return str(error)
+
+    def _named(self, index: int) -> str:
+        return f"record id {self.name(index)!r}"
+
+    def _number(self, index: int) -> int:
+        """Return the number of a sample in the store."""
+        return index if self._kept is None else int(self._kept[index])
+
+    def _narrow(self, index: int) -> tuple[list[Segment], list[tuple[int, int]]]:
+        """Return a sample, cut but not widened, and (number of the image, its inputs) at each of its markers."""
+        number = self._number(index)
+        sample, shown = self.store.sample(number), self._views(number)
+        at = np.searchsorted(self._cut, index)
+        if at < len(self._cut) and self._cut[at] == index:
+            sample = truncate(sample, self._budget, self.tokens_per_image, [count for _, count in shown])
+            shown = shown[: sum(segment.ids.count(IMAGE_INDEX) for segment in sample)]
+        return sample, shown
+
+    def _views(self, number: int) -> list[tuple[int, int]]:
+        """Return (number of the image, its inputs) at each marker of a sample of the store."""
+        views = self.store.views(number)
+        if not views or not self.files.grid:
+            return [(view, 1) for view in views]
+        first = int(self.store.column("samples")["images"][number])
+        return [(view, int(self._inputs[first + view])) for view in views]
+
+    def _needs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return positions, inputs of the tower, segments and learnt tokens of every sample of the store."""
+        segments = self.store.column("samples", "segments")
+        tokens = np.diff(self.store.column("segments", "ids")[segments])
+        views = np.diff(self.store.column("samples", "views"))
+        images = views
+        if self.files.grid:
+            first = self.store.column("samples", "images")[:-1]
+            inputs = self._inputs[np.repeat(first, views) + self.store.column("views")]
+            images = np.diff(np.concatenate([[0], np.cumsum(inputs)])[self.store.column("samples", "views")])
+        lengths = tokens - views + images * self.tokens_per_image
+        return lengths, images, np.diff(segments), self.store.column("samples", "learnt")[1:]
+
+    def _fit(self, batch: BatchConfig, learnt: np.ndarray) -> np.ndarray:
+        """Cut what is too long, and return which samples a pack can hold. Changes ``learnt``.
+
+        DataError for the first one that none can, unless such records are left out.
+        """
+        fits = np.ones(len(self), bool)
+        for index in self._cut.tolist():
+            if reason := self._overlong(index):
+                fits[index] = False
+                self._leave_out(index, *reason)
+                continue
+            sample, shown = self.sample(index)
+            self.lengths[index] = width(sample, self.tokens_per_image)
+            self.images[index] = sum(count for _, count in shown)
+            self.segments[index] = len(sample)
+            learnt[index] = targets(sample)
+        for needs, limit, name in (
+            (self.images, batch.max_images, "images"),
+            (self.segments, batch.max_segments, "segments"),
+        ):
+            for index in np.flatnonzero(fits & (needs > limit)).tolist():
+                fits[index] = False
+                what = f"{needs[index]} {name} exceed batch.max_{name}={limit}; raise it"
+                self._leave_out(index, "conversations", what)
+        return fits
+
+    def _leave_out(self, index: int, field: str, what: str) -> None:
+        """Note that a sample is left out because of its size; raise where it may not be."""
+        where = self.store.where(self._number(index))
+        fault = Refused(f"{field}: {what}", self.data.records, where, "size")
+        if not self._skips_all:
+            raise fault
+        self.faults.append(fault)
+
+    def _overlong(self, index: int) -> tuple[str, str] | None:
+        """Return the field and the reason why a sample that is too long may not be cut; None if it may."""
+        largest = self.tokens_per_image * max((count for _, count in self._views(self._number(index))), default=0)
+        if largest >= self._budget:
+            return "image", f"{largest} image tokens do not fit {self._key}={self._budget}; raise {self._key}"
+        if self.data.overlong == "fail":
+            remedy = f"raise {self._key}, or set data.overlong=truncate"
+            return "conversations", f"{self.lengths[index]} tokens exceed {self._key}={self._budget}; {remedy}"
+        return None
+
+    def _look(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs of the tower by image, and which samples are kept: [images] int64 and [samples] bool.
+
+        DataError that names the images which are missing or, unless they may be skipped, no pictures.
+        """
+        inputs = self.files.look(self.store)
+        kept = np.ones(len(self.store), bool)
+        if not (inputs < 1).any():
+            return inputs, kept
+        ends, records = self.store.column("samples", "images"), self.store.column("samples", "record")[1:]
+        faulty = np.flatnonzero(inputs < 1)
+        owners = np.searchsorted(ends, faulty, "right") - 1
+        whole = np.concatenate([[True], records[1:] != records[:-1]])[owners]  # of several samples of a record, one
+        gone, bad = (np.stack([owners, faulty], 1)[whole & (inputs[faulty] == state)] for state in (MISSING, REFUSED))
+        bad = bad[np.unique(bad[:, 0], return_index=True)[1]]  # the first of a record
+        refused = ([] if self._skips_all else gone.tolist(), [] if self._skips_bad else bad.tolist())
+        if any(refused):
+            raise self._unusable(*refused)
+        for owner, number in sorted([*gone.tolist(), *bad.tolist()]):
+            name = self.store.image(number)
+            what = f"image: {self.files.fault(name)}"
+            self.files.refused[name] = self.files.fault(name)  # and not looked for again
+            self.faults.append(Refused(what, self.data.records, f"record id {self.store.name(owner)!r}", "image"))
+        if self.files.grid:
+            kept[owners] = False  # nothing tells how large it is
+        # Else it keeps its place in the plan, so that a run goes on where it stood when the file is mended.
+        inputs[faulty] = 1
+        return inputs, kept
+
+    def _unusable(self, gone: Sequence[tuple[int, int]], bad: Sequence[tuple[int, int]]) -> DataError:
+        """Return the error for images that are missing or no pictures; each is (sample, number of the image)."""
+        found = []
+        for faults, most, what in ((gone, _SHOWN, _GONE), (bad, _SHOWN_BAD, _BAD)):
+            if faults:
+                found.append(f"{len(faults)} records name {what}")
+            for owner, number in faults[:most]:
+                reason = self.files.fault(self.store.image(number))
+                found.append(f"  {self.store.where(owner)}: image: {reason}")
+        return DataError(f"{self.data.records}: " + "\n".join(found))
+
+    def _check_learnable(self, learnt: np.ndarray) -> None:
+        """Raise DataError if every sample with a supervised token (their numbers by sample) would be skipped."""
+        if not self._skips_bad:
+            return
+        known = set(map(str, self.faults))
+        for index in np.flatnonzero(learnt).tolist():
+            try:
+                self.pictures(index, self.sample(index)[1], 0, index)
+            except DataError as error:
+                if (reason := self.bad_image(error)) not in known:
+                    what = reason.partition(f"{self._named(index)}: ")[2]
+                    self.faults.append(Refused(what, self.data.records, self._named(index), "image"))
+                continue
+            return
+        if self.faults:
+            raise self._nothing_left()  # but perhaps some without an answer to learn
+
+    def _nothing_left(self) -> DataError:
+        return DataError(f"{self.data.records}: every record was skipped; the first: {self.faults[0]}")
+
+
+def _checksum(values: np.ndarray) -> int:
+    return crc32(np.ascontiguousarray(values).data)

@@ -1,0 +1,266 @@
+"""The records of a source as tokens: made once, by all cores, and kept for every process and run that asks again."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BufferedIOBase
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import tokenizers
+
+from tinyllava_fast.config.schema import DataConfig
+from tinyllava_fast.data import shelf
+from tinyllava_fast.data.columns import ColumnWriter
+from tinyllava_fast.data.formats._base import find_files
+from tinyllava_fast.data.records import Record, Refused, check_turns, encode_each, read_refusing, unreadable
+from tinyllava_fast.data.store import DTYPES, Fault, Sample, SampleStore, SampleWriter, columns_of
+from tinyllava_fast.data.templates.base import TEMPLATES, MaskMode, Template, TurnMode
+from tinyllava_fast.data.types import IMAGE_TOKEN
+from tinyllava_fast.data.workers import chunks, in_order
+from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.hardware import cores
+from tinyllava_fast.log import log
+from tinyllava_fast.pace import Pace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+_CHUNK = 512  # records tokenized in one call
+_LEAST_BYTES = 8 << 20  # of a file for which processes repay: each costs tens of milliseconds to start
+_CODE = ("record*.py", "tokens.py", "store.py", "collate.py", "formats/*.py", "templates/*.py")
+"""What decides the columns."""
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns records of a file into columns of samples."""
+
+    path: str
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    turns: TurnMode
+    masks: MaskMode
+    turns_per_sample: int
+    strict: bool
+
+    def __call__(self, records: list[Record | Refused]) -> dict[str, np.ndarray]:
+        """Check and encode some records. Refused for the first one that cannot be used, if ``strict``."""
+        usable: list[Record] = []
+        faults: list[Fault] = []
+        for record in records:
+            try:
+                usable.append(self._checked(record))
+            except Refused as refused:
+                self._leave_out(refused, faults)
+        pieces = [piece for record in usable for piece in self._pieces(record)]
+        encoded = encode_each(self.path, pieces, self.template, self.tokenizer, self.turns, self.masks)
+        samples: list[Sample] = []
+        for piece, found in zip(pieces, encoded, strict=True):
+            if isinstance(found, Refused):
+                self._leave_out(found, faults)
+            else:
+                samples.append(Sample(found, piece.id, piece.images, piece.index, piece.line, piece.place))
+        return columns_of(samples, faults)
+
+    def _checked(self, record: Record | Refused) -> Record:
+        if isinstance(record, Refused):
+            raise record
+        check_turns(self.path, record, self.template)
+        return record
+
+    def _leave_out(self, refused: Refused, faults: list[Fault]) -> None:
+        if self.strict:
+            raise refused
+        faults.append(Fault(refused.where, refused.what, refused.kind))
+
+    def _pieces(self, record: Record) -> list[Record]:
+        """Return the record, or parts of ``turns_per_sample`` turns that begin with the images so far."""
+        most = self.turns_per_sample
+        if not most or len(record.turns) <= most:
+            return [record]
+        pieces = []
+        before = 0  # markers in earlier turns
+        for start in range(0, len(record.turns), most):
+            turns = list(record.turns[start : start + most])
+            question, answer = turns[0]
+            if record.interleaved:
+                turns[0] = (f"{IMAGE_TOKEN}\n" * before + question, answer)
+                before += sum(q.count(IMAGE_TOKEN) for q, _ in record.turns[start : start + most])
+            elif start and IMAGE_TOKEN not in question and IMAGE_TOKEN in record.turns[0][0]:
+                turns[0] = (f"{IMAGE_TOKEN}\n{question}", answer)
+            pieces.append(replace(record, turns=tuple(turns)))
+        return pieces
+
+
+def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleStore:
+    """Return the samples of a source, tokenized now or at an earlier start; where its images lie does not matter.
+
+    DataError for a file or, with data.on_error=fail, a record that cannot be used, UserError for settings that do not
+    go together.
+    """
+    if data.turns_per_sample and data.turns != "independent":
+        raise UserError(
+            "data.turns_per_sample splits records between turns, which only data.turns=independent allows; "
+            f"got turns={data.turns!r}, turns_per_sample={data.turns_per_sample}"
+        )
+    template = TEMPLATES.get(data.template, "data.template")
+    template.check(tokenizer, data.masks)
+    strict = data.on_error == "fail"
+    encoder = _Encoder(data.records, template, tokenizer, data.turns, data.masks, data.turns_per_sample, strict)
+    content = _content(data.records)
+    make = partial(_make, encoder, content)
+    store = SampleStore(shelf.take(_key(encoder, content), DTYPES, make, data.records))
+    if strict and (faults := store.faults()):  # made by a run that left them out
+        raise Refused(faults[0].what, data.records, faults[0].where, faults[0].kind)
+    return store
+
+
+def _make(encoder: _Encoder, content: _Content, columns: ColumnWriter) -> Mapping[str, int]:
+    """Tokenize all records, by all cores if there are many."""
+    processes = cores() if content.size >= _LEAST_BYTES and cores() > 1 else 0
+    progress = _Progress(encoder.path, content.size)
+    writer = SampleWriter(columns)
+    with _no_garbage_collection():
+        records = progress.counted(chunks(read_refusing(encoder.path, progress.opened), _CHUNK))
+        for part in in_order(encoder, records, processes):
+            writer.append(part)
+            progress.done()
+    if _stamp(content.files) != (content.size, content.changed):
+        raise DataError(f"{encoder.path}: the file changed while it was read; start again when it is complete")
+    progress.say_last()
+    return {"records": progress.count}
+
+
+class _Progress:
+    """Lines that say how many records are tokenized, how fast, and how long the rest will take."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path, self._size = path, size
+        self._pace, self._said = Pace(wait_s=5.0), False
+        self._file: BufferedIOBase | None = None
+        self._before = 0  # bytes of the files before this one
+        self._waiting = deque[int]()  # records of the parts that are read, but not done
+        self.count = 0
+        """Records done."""
+
+    def opened(self, file: BufferedIOBase) -> None:
+        """Note the file whose position tells how far its reader is."""
+        if self._file is not None:
+            self._before += os.path.getsize(self._file.name)  # type: ignore[attr-defined]
+        self._file = file
+
+    def counted(self, parts: Iterable[list[T]]) -> Iterator[list[T]]:
+        """Yield the parts, and note how many records each has."""
+        for part in parts:
+            self._waiting.append(len(part))
+            yield part
+
+    def done(self) -> None:
+        """Count a part, in their order, as done. Log a line if one is due."""
+        self.count += self._waiting.popleft()
+        if not self._pace.due():
+            return
+        self._said = True
+        seconds, rate = self._pace.elapsed_s, self.count / self._pace.elapsed_s
+        if self._file is None:  # nothing tells how far it is
+            log.info("%s: %d records tokenized so far, %.0f a second", self._path, self.count, rate)
+            return
+        at = self._size if self._file.closed else self._before + self._file.tell()
+        done = min(at / max(self._size, 1), 1.0)
+        rest = seconds / max(done, 1e-9) * (1 - done)
+        text = "%s: %d records tokenized so far (%.0f %%), %.0f a second, about %.0f s left"
+        log.info(text, self._path, self.count, 100 * done, rate, rest)
+
+    def say_last(self) -> None:
+        """Log the end of what was announced."""
+        if self._said:
+            log.info("%s: %d records tokenized in %.0f s", self._path, self.count, self._pace.elapsed_s)
+
+
+def _key(encoder: _Encoder, content: _Content) -> str:
+    """Return a digest of all that the samples depend on: the records, the settings, the tokenizer and our code."""
+    tokenizer, template = encoder.tokenizer, encoder.template
+    parts = [
+        content.digest,
+        (encoder.turns, encoder.masks, encoder.turns_per_sample),
+        (type(template).__qualname__, repr(template)),
+        _code(template),
+        (tokenizers.__version__, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()),
+        (sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items()), tokenizer.chat_template),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:48]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The files of a source: a digest of what they hold, their size and time of change (ns) before they were read."""
+
+    files: list[Path]
+    digest: str
+    size: int
+    changed: int
+
+
+def _content(path: str) -> _Content:
+    """Read the records once, or what tells that they have not changed. DataError if they cannot be read.
+
+    Tables and archives hold the images, too: of them only name, size and time of change are read.
+    """
+    digest = hashlib.sha256()
+    source = find_files(Path(path))
+    files = [file for path in source.paths for file in source.format.files(path)]
+    try:
+        size, changed = _stamp(files)
+        for file in files:
+            if source.format.holds_images:
+                facts = file.stat()
+                digest.update(repr((str(file.relative_to(source.base)), facts.st_size, facts.st_mtime_ns)).encode())
+                continue
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return _Content(files, digest.hexdigest(), size, changed)
+
+
+def _code(template: Template) -> list[str]:
+    """Return digests of the code that makes samples, the template's own included."""
+    folder = Path(__file__).parent
+    files = [file for pattern in _CODE for file in sorted(folder.glob(pattern))]
+    for kind in type(template).__mro__[:-1]:
+        named = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if named is None:  # typed in somewhere: nothing tells whether it is the same the next time
+            return [secrets.token_hex()]
+        files.append(Path(named))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in dict.fromkeys(files)]
+
+
+def _stamp(files: Sequence[Path]) -> tuple[int, int]:
+    facts = [file.stat() for file in files]
+    return sum(fact.st_size for fact in facts), max((fact.st_mtime_ns for fact in facts), default=0)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Hold back garbage collection: tokenizing makes many lists and no cycles, and collections doubled its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
