@@ -68,7 +68,7 @@ def benchmark(config: Path, settings: ServeSettings) -> Report:
     questions = easy_vqa(settings.questions, settings.per_image)
     with tempfile.TemporaryDirectory(prefix="tlf-serve-") as folder:
         lmm = build_model(run.model, seed=run.seed).eval().to(machine.DTYPES[settings.dtype])
-        data = run.stages[0].data
+        data = run.stages[-1].data  # the first one's template may leave the questions out
         lmm.describe_training(
             template=data.template,
             turns=data.turns,

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong": commands print its text and exit with 2."""
+"""Exceptions whose text is for people: commands print it and exit with 2 for a wrong input, 1 for a lost process."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """A record or image that cannot be used; names the file, the record and the field."""
+
+
+class LostError(RuntimeError):
+    """Another process of the run is gone, and this one cannot go on without it. The text says which, and why."""
+
+
+class SaidError(Exception):
+    """An error that another process of the run has told. exit_code: of the command."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @contextmanager

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import signal
 
-from tinyllava_fast.errors import UserError
+import pytest
+from torch.distributed import TCPStore
+
+from tests.test_group import answers_of
+from tinyllava_fast.errors import LostError, UserError
 from tinyllava_fast.eval.ranks import Ranks
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -39,3 +44,22 @@ def test_whole_or_not_there(monkeypatch):
 def test_a_part_of_it_is_found_before_anything_is_asked(monkeypatch, changes, said):
     with pytest.raises(UserError, match=said):
         of(monkeypatch, **{**WHOLE, **changes})
+
+
+def one_dies() -> str:
+    """Rank 1 is killed while rank 0 waits for it."""
+    Ranks.of_torchrun().wait_for_all()
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        Ranks.of_torchrun().wait_for_all()
+    except LostError as error:
+        return str(error)
+    return "nothing happened"
+
+
+def test_a_rank_that_waits_for_one_that_died_says_so():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = answers_of(one_dies, store=store, count=1)[0]
+    assert said.startswith("rank 1 (process ") and "was killed" in said
+    assert said.endswith("All answers so far are kept: the same command asks the rest")

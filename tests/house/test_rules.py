@@ -18,7 +18,7 @@ CPP = sorted(p for suffix in ("*.cpp", "*.h") for p in (ROOT / "csrc").rglob(suf
 
 # Lower rooms never import upper ones.
 FLOOR = {
-    "errors": 0, "commands": 0, "fields": 0, "files": 0, "log": 0, "pace": 0, "registry": 0, "hardware": 0,
+    "errors": 0, "commands": 0, "fields": 0, "files": 0, "group": 0, "log": 0, "pace": 0, "registry": 0, "hardware": 0,
     "paths": 0, "plugins": 0, "tensors": 0, "version": 0, "_C": 0,
     "ops": 1, "kernels": 1, "config": 1,
     "data": 2, "client": 3, "models": 3, "recipes": 4, "convert": 4, "prepare": 4,
@@ -151,7 +151,7 @@ def puts_in_place(call: ast.Call) -> bool:
 
 def test_files_are_put_in_their_place_by_one_file() -> None:
     """A log that is appended to syncs itself, as does the stream of tensors into a folder that is put there later."""
-    own = [PACKAGE / "files.py", PACKAGE / "train" / "metrics.py", PACKAGE / "train" / "checkpoint.py"]
+    own = [PACKAGE / "files.py", PACKAGE / "train" / "metrics.py", PACKAGE / "train" / "tensor_writer.py"]
     calls = [(p, n) for p in SOURCES if p not in own for n in ast.walk(parse(p)) if isinstance(n, ast.Call)]
     found = [f"{path.relative_to(ROOT)}:{call.lineno}" for path, call in calls if puts_in_place(call)]
     assert not found, f"write these through files.py: {found}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,23 @@ def test_a_second_question_computes_only_what_is_new(live, images):
     assert live.engine.counters.images_encoded == 1
     other = live.submit(ask("what is this?", images[1], new=8)).result(60)
     assert 0 < other.cached_tokens < again.cached_tokens - 4  # what stands before the image
+
+
+def test_sixteen_questions_about_an_image_run_the_tower_once(live, engine, images, monkeypatch):
+    """They arrive while the first ones are answered, each with a copy of the picture; its rows are held once."""
+    shown = []
+    encode = live.engine.lmm.encode_images
+    monkeypatch.setattr(live.engine.lmm, "encode_images", lambda pixels: shown.append(len(pixels)) or encode(pixels))
+    asked = [ask(f"question {number}: what is this?", images[0].copy(), new=8, eos_token_id=()) for number in range(16)]
+    streams = []
+    for request in asked:
+        streams.append(live.submit(request))
+        time.sleep(0.02)
+    answers = [stream.result(60) for stream in streams]
+    assert shown == [1] and live.engine.counters.images_encoded == 1
+    assert [a.tokens for a in answers] == [a.tokens for a in engine.answers(asked)]
+    begin = engine.lmm.tokens_per_image
+    assert all(a.cached_tokens >= begin for a in answers[1:])
 
 
 def test_a_full_queue_and_a_closed_engine_refuse(lmm, tokenizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import psutil
 import pytest
 
 from tests.train.mixes import write_mix
+from tests.train.processes import fork_server
 from tinyllava_fast.train.cli import main
 
 SHAPE = {
@@ -27,9 +27,7 @@ SHAPE = {
 @pytest.fixture(scope="module")
 def server():
     """Children fork from a process that has imported everything already, so that kills fall into the run itself."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tinyllava_fast.train.loop", "torch.utils.tensorboard"])
-    return context
+    return fork_server()
 
 
 def start(server, path: Path, output: Path):

@@ -16,6 +16,7 @@ from tinyllava_fast.models.build import build_model
 from tinyllava_fast.train import checkpoint, cli, prepare, resume, stage
 from tinyllava_fast.train import compile as compiling
 from tinyllava_fast.train.compile import CompiledForward
+from tinyllava_fast.train.engine.base import LazyTensor
 from tinyllava_fast.train.loop import train
 from tinyllava_fast.train.optimizers import bitsandbytes
 
@@ -151,6 +152,7 @@ def test_a_configuration_from_before_a_key_existed_resumes_with_its_default(tiny
         for entry in state["config"]["stages"]:
             del entry["optim"]["type"], entry["optim"]["z_loss"]
         (folder / "state.json").write_text(json.dumps(state))
+        (folder / "checksums.json").unlink()
     with pytest.raises(CheckpointError, match=r"stages\.finetune\.optim\.type: checkpoint 'adamw', now 'adamw8bit'"):
         train(load_run(path, [*short, "stages.finetune.optim.type=adamw8bit"]))
     train(load_run(path, short))
@@ -168,16 +170,19 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole, monkeypatch):
 def test_a_full_disk_ends_the_run_and_loses_nothing(tiny_run, losses, whole, monkeypatch, caplog):
     path, _, lines, _ = whole
     path = tiny_run(output_dir=str(path.parent / "full"))
-    run, write, saves = path.parent / "full", checkpoint._write_tensor, []
+    run, write, saves = path.parent / "full", checkpoint.write_tensors, []
 
-    def failing(file, tensor):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def failing(path, items, **settings):
         saves.append(1)
-        if "00000010" in file.name and "optimizer" in file.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, tensor)
+        if "00000010" in str(path) and "optimizer" in path.name:
+            items = [*items, LazyTensor("one too many", (1,), torch.float32, full)]
+        return write(path, items, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_tensor", failing)
+        patch.setattr(checkpoint, "write_tensors", failing)
         assert cli.main([str(path)]) == 2
     message = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"][-1]
     assert "No space left on device" in message and "finetune-00000007 is intact" in message
@@ -259,7 +264,7 @@ def test_skipped_and_unsupervised_records_are_reported(tiny_run, caplog):
 
 def test_torchrun_with_the_torch_engine_is_refused(tiny_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"torchrun started 2; set engine.type=deepspeed"):
+    with pytest.raises(UserError, match=r"but 2 were started; set engine.type=ddp, fsdp or deepspeed"):
         train(load_run(tiny_run()))
 
 
@@ -275,6 +280,7 @@ def test_a_checkpoint_of_a_stage_that_is_gone(whole):
     state = json.loads(state_file.read_text())
     state["stage_index"] = 5
     state_file.write_text(json.dumps(state))
+    (state_file.parent / "checksums.json").unlink()
     with pytest.raises(UserError, match=r"belongs to stage 6, .*, but the configuration has 2; put the stage back"):
         train(load_run(path))
 

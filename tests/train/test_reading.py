@@ -104,6 +104,7 @@ def test_pictures_do_not_change_when_a_run_resumes(tiny_run, losses, kind):
             for stage in state["config"]["stages"]:
                 del stage["data"]["orientation"], stage["data"]["background"]
         file.write_text(json.dumps(state))
+        (file.parent / "checksums.json").unlink()
     train(load_run(path, steps))
     assert losses(run) == lines
     assert read_config(run / "final")[0].reading == (REFERENCE if kind == "old" else UPRIGHT)

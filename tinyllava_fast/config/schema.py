@@ -321,9 +321,12 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The way that steps run: one process with torch, or DeepSpeed over torchrun."""
+    """The way that steps run, in one process or in several that ``tlf-train --nproc`` or torchrun starts."""
 
-    type: Literal["torch", "deepspeed"] = "torch"
+    type: Literal["torch", "ddp", "fsdp", "deepspeed"] = "torch"
+    """torch: one process. Of several, ddp keeps all in each and sums gradients; fsdp (torch's FSDP2) spreads weights,
+    masters and moments over them; deepspeed spreads what zero_stage says.
+    """
     device: Text = "auto"
     """auto (CUDA when there is one), cpu, cuda."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -337,7 +340,7 @@ class EngineConfig:
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute decoder layers in the backward pass: all of them, or every second one (selective)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed only."""
+    """DeepSpeed only: what is spread: 1 moments and masters, 2 gradients too, 3 weights too; 0 is ddp."""
     offload: bool = False
     """DeepSpeed only: optimizer state in host memory."""
     threads: Annotated[int, Range(least=0, most=4096)] = 0

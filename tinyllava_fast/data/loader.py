@@ -27,6 +27,15 @@ Wire = dict[str, Any]  # the fields of a PackedBatch, its tensors as numpy array
 Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
 
 
+def check_packs(packs_per_step: int, world_size: int) -> None:
+    """Raise UserError if the packs of a step are not equally many for each process."""
+    if packs_per_step < 1 or packs_per_step % world_size:
+        raise UserError(
+            f"batch.packs_per_step: {packs_per_step} is not a multiple of the {world_size} processes; "
+            f"try {max(math.ceil(packs_per_step / world_size), 1) * world_size}"
+        )
+
+
 class Loader:
     """Yields this rank's PackedBatches, epoch after epoch, from a position that can be saved and restored.
 
@@ -49,11 +58,7 @@ class Loader:
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        if packs_per_step < 1 or packs_per_step % world_size:
-            raise UserError(
-                f"batch.packs_per_step: {packs_per_step} is not a multiple of the {world_size} processes; "
-                f"try {math.ceil(packs_per_step / world_size) * world_size}"
-            )
+        check_packs(packs_per_step, world_size)
         self.dataset = dataset
         self.packs_per_step = packs_per_step
         self.rank = rank

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import LostError, UserError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.hardware import torchrun_number
 
@@ -53,14 +53,17 @@ class Ranks:
         return [q for group in order[self.rank :: self.world] for q in group]
 
     def wait_for_all(self) -> None:
-        """Return when every rank has come here. Does nothing for a single process."""
+        """Return when every rank has come here. Does nothing for a single process. LostError if one has died."""
         if self.world == 1:
             return
-        import torch.distributed as dist
+        from tinyllava_fast import group
 
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
-        dist.barrier()
+        try:
+            with group.losses_named():
+                group.join("gloo", timeout=PATIENCE)
+                group.gather(None)
+        except LostError as error:
+            raise LostError(f"{error}. All answers so far are kept: the same command asks the rest") from error
 
 
 VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -80,15 +80,20 @@ class Core:
 
     def _run(self, scheduled: Scheduled) -> tuple[Tensor, np.ndarray]:
         """Return hidden states [T, D] of the pass, and the row of each sequence's last token [R]."""
-        if not scheduled.is_prefill:
+        pace, sequences = self.scheduler.pace, scheduled.sequences
+        if not scheduled.stops:
             began = time.perf_counter()
-            hidden = self.decoder.step(scheduled.sequences)
-            self.scheduler.pace.stepped(time.perf_counter() - began)
-            return hidden, np.arange(len(scheduled.sequences))
+            hidden = self.decoder.step(sequences)
+            pace.stepped(len(sequences), time.perf_counter() - began)
+            return hidden, np.arange(len(sequences))
         features = self._encode_images(scheduled)
         began = time.perf_counter()
-        result = self.decoder.prefill(scheduled.groups, scheduled.sequences, scheduled.stops, features)
-        self.scheduler.pace.prefilled(len(result[0]), time.perf_counter() - began)
+        if scheduled.riders:
+            result = self.decoder.step_with_riders(scheduled.sequences, scheduled.stops, features)
+            pace.rode(scheduled.riders, time.perf_counter() - began)
+        else:
+            result = self.decoder.prefill(scheduled.groups, scheduled.sequences, scheduled.stops, features)
+            pace.prefilled(len(result[0]), time.perf_counter() - began)
         return result
 
     def _verify(self, sequences: list[Sequence], guesses: Mapping[Sequence, list[int]]) -> None:
@@ -98,7 +103,7 @@ class Core:
         """
         began = time.perf_counter()
         hidden = self.decoder.verify(sequences, guesses)
-        self.scheduler.pace.stepped(time.perf_counter() - began)
+        self.scheduler.pace.stepped(len(sequences), time.perf_counter() - began)
         counts = [1 + len(guesses.get(s, ())) for s in sequences]
         logits = self._logits([s for s, count in zip(sequences, counts, strict=True) for _ in range(count)], hidden)
         right = dict.fromkeys(guesses, 0)

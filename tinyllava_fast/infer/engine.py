@@ -167,6 +167,10 @@ class Engine:
             )
         self.adapters.remove(name)
 
+    def take_memory(self) -> None:
+        """Take the memory of the K/V pool now, before the first request, and not as it fills."""
+        self._decoder.pool.take_memory()
+
     def add_request(self, request: Request, on_token: OnToken | None = None) -> None:
         """Take in a request beside those that run; ``step`` computes and returns its answer.
 

@@ -187,6 +187,7 @@ class LiveEngine:
         self._inbox: deque[Callable[[], object]] = deque()  # what the engine's thread has to do
         self._news = threading.Condition()
         self._closing = self._stopping = False
+        engine.take_memory()
         self._prepare = engine.preparer()
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="tlf-prepare")
         self._stats = self._look()

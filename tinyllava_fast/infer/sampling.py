@@ -65,12 +65,28 @@ def candidates(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> 
     # top_p counts within the k that top_k left
     probabilities = (values - (values if top_k else logits).logsumexp(-1)).exp()
     if not top_k and len(ids) < size and float(probabilities.sum()) < top_p:
-        values, ids = logits.sort(descending=True)
-        probabilities = values.softmax(-1)
-    if top_p < 1:
-        kept = max(1, int((probabilities.double().cumsum(0) - probabilities < top_p).sum()))
-        ids, probabilities = ids[:kept], probabilities[:kept]
+        ids, probabilities = _nucleus(logits.softmax(-1), top_p)
+    elif top_p < 1:
+        count = max(1, int((probabilities.double().cumsum(0) - probabilities < top_p).sum()))
+        ids, probabilities = ids[:count], probabilities[:count]
     if min_p:
-        kept = int((probabilities >= min_p * probabilities[0]).sum())
-        ids, probabilities = ids[:kept], probabilities[:kept]
+        kept = probabilities >= min_p * probabilities.max()
+        ids, probabilities = ids[kept], probabilities[kept]
     return ids, probabilities
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """(ids [N], probabilities [N]) of the nucleus of a wide distribution [V], in the order of the vocabulary.
+
+    Sorting values alone and looking for those above the last one takes 0.2 ms on a CPU, sorting ids along 3 (V = 49k).
+    """
+    if probabilities.is_cpu:
+        ordered = torch.from_numpy(np.sort(probabilities.numpy())[::-1].copy())
+    else:
+        ordered = probabilities.sort(descending=True).values
+    kept = max(1, int((ordered.double().cumsum(0) - ordered < top_p).sum()))
+    last = ordered[kept - 1]
+    inside = probabilities > last
+    equal = (probabilities == last).nonzero()[:, 0]
+    inside[equal[: kept - int(inside.sum())]] = True
+    return inside.nonzero()[:, 0], probabilities[inside]

@@ -1,41 +1,41 @@
 """Checkpoints that survive kill -9 at any instant, a full disk included.
 
-    <run>/checkpoints/<stage>-<step>/   state.json, model.safetensors, optimizer.safetensors, rng-<rank>.safetensors
-    <run>/checkpoints/latest            name of the newest complete one
+    <run>/checkpoints/<stage>-<step>/   model.safetensors, optimizer.safetensors, rng-<rank>.safetensors, state.json,
+                                        checksums.json
+    <run>/checkpoints/latest            name of the newest one
 
 A checkpoint is written into ``.tmp-<name>`` by all processes, every file and the folder are fsynced, the folder is
 renamed, and only then ``latest`` is replaced. Whatever dies on the way leaves the previous checkpoint valid and a
-``.tmp-`` folder that the next start removes.
+``.tmp-`` folder that the next start removes. What was damaged later is found by its checksum (train/checksums.py), and
+the checkpoint before it is taken.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import Any, TypedDict
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from tinyllava_fast.errors import CheckpointError
+from tinyllava_fast import group
+from tinyllava_fast.errors import CheckpointError, UserError, writing
 from tinyllava_fast.fields import Fields, read_json, shown
 from tinyllava_fast.files import TMP, put_folder, remove, sync, write_file
 from tinyllava_fast.log import log
-from tinyllava_fast.tensors import DTYPES, TensorFile
+from tinyllava_fast.tensors import TensorFile
 from tinyllava_fast.train import seed
+from tinyllava_fast.train.checksums import MANIFEST, Checksum, Checksums, first_difference, manifest, read_manifest
 from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
+from tinyllava_fast.train.tensor_writer import fetch_all, write_tensors
 
 FORMAT = 1
 LATEST = "latest"
 _NAME = re.compile(r".+-\d{8}")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ChangedKey(TypedDict):
@@ -97,6 +97,8 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = max(keep, 1)
+        self._good: set[str] = set()  # read whole or written by this process
+        self._damaged: set[str] = set()
 
     def clean(self) -> None:
         """Remove what a killed run left half-written. Rank 0 only, before anything is saved."""
@@ -110,66 +112,151 @@ class CheckpointStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def names(self) -> list[str]:
-        """Complete checkpoints, oldest first by the time they were written."""
+        """Checkpoints, oldest first by the time they were written. A damaged one may be among them."""
         if not self.folder.is_dir():
             return []
-        found = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and (p / "state.json").is_file()]
-        found = [p for p in found if not p.name.startswith(TMP)]
-        return [p.name for p in sorted(found, key=lambda p: ((p / "state.json").stat().st_mtime_ns, p.name))]
+        found = [p for p in self.folder.iterdir() if is_checkpoint(p)]
+        return [p.name for p in sorted(found, key=lambda p: (_written(p), p.name))]
 
     def latest(self) -> Path | None:
-        """The checkpoint that ``latest`` names; the newest complete one if that file is missing; None without any."""
+        """The checkpoint that ``latest`` names; the newest one if that file is missing; None without any."""
         names = self.names()
         marker = self.folder / LATEST
-        name = marker.read_bytes().decode(errors="replace").strip() if marker.is_file() else ""
+        name = marker.read_bytes().decode(errors="replace").strip() if marker.is_file() else None
         if name in names:
-            return self.folder / name
-        if name and names:
+            return self.folder / str(name)
+        if name is not None and names:
             log.warning("%s: names no checkpoint (%s); taking the newest, %s", marker, shown(name), names[-1])
         return self.folder / names[-1] if names else None
 
+    def intact(self) -> Path | None:
+        """Return the newest checkpoint that is as it was written; None if there is no checkpoint.
+
+        All of its bytes are read. Damaged ones are told, noted and passed over; CheckpointError if all are damaged.
+        """
+        latest = self.latest()
+        if latest is None:
+            return None
+        others = [self.folder / name for name in reversed(self.names()) if name != latest.name]
+        for folder in (latest, *others):
+            found = damage(folder)
+            if not found:
+                self._good.add(folder.name)
+                return folder
+            self._damaged.add(folder.name)
+            log.warning("%s; trying the checkpoint before it", found)
+        raise CheckpointError(
+            f"{self.folder}: no checkpoint in it is intact; put back a copy of one, or start over with --resume never"
+        )
+
     def save(self, state: TrainState, engine: TrainingEngine) -> Path:
-        """Write a checkpoint; every rank calls it. Raises CheckpointError if it can't, the previous one intact."""
+        """Write a checkpoint; every rank calls it. Raises CheckpointError if it can't, the previous one intact.
+
+        In each phase every process learns of another's failure, so that none waits for one that has given up.
+        """
         target, tmp = self.folder / state.name, self.folder / f"{TMP}{state.name}"
-        failure = ""
         try:
-            tmp.mkdir(parents=True, exist_ok=True)
-            self._write_rng(tmp, engine.rank)
-            write_tensors(tmp / "model.safetensors", engine.model_state(), write=engine.rank == 0)
-            write_tensors(tmp / "optimizer.safetensors", engine.optimizer_state(), write=engine.rank == 0)
-            if engine.rank == 0:
-                write_file(tmp / "state.json", json.dumps(asdict(state), indent=1).encode())
-        except OSError as error:
-            failure = str(error)
-        # A rank that failed tells the others before anyone publishes.
-        if float(engine.all_reduce_sum(torch.tensor(float(bool(failure)), device=engine.device))) > 0:
+            files = _agreed(lambda: _write_own(tmp, engine.rank))
+            files |= _agreed(lambda: _write_weights(tmp, engine))
+            _agreed(lambda: self._publish(tmp, target, state, files) if engine.rank == 0 else {})
+        except CheckpointError as error:
             if engine.rank == 0:
                 remove(tmp)
-            raise self._refused(target, failure or "another process could not write its part")
-        try:
-            if engine.rank == 0:
-                self._publish(tmp, target)
-        except OSError as error:
-            remove(tmp)
-            raise self._refused(target, str(error)) from error
-        engine.barrier()
+            raise CheckpointError(f"{target}: could not be saved: {error}") from None
         return target
 
-    def _write_rng(self, folder: Path, rank: int) -> None:
-        plain, tensors = seed.rng_state()
-        items = [LazyTensor.of(name, tensor) for name, tensor in tensors.items()]
-        write_tensors(folder / f"rng-{rank}.safetensors", items, metadata={"state": json.dumps(plain)})
-
-    def _publish(self, tmp: Path, target: Path) -> None:
-        sync(tmp)
-        put_folder(tmp, target)
-        write_file(self.folder / LATEST, f"{target.name}\n".encode())
-        for name in [n for n in self.names() if n != target.name][: -(self.keep - 1) or None]:
+    def _publish(self, tmp: Path, target: Path, state: TrainState, files: Checksums) -> dict[str, Checksum]:
+        """Put the folder in its place, name it in ``latest`` and remove what is too old. Rank 0 only."""
+        content = json.dumps(asdict(state), indent=1).encode()
+        with writing(target):
+            write_file(tmp / "state.json", content)
+            write_file(tmp / MANIFEST, manifest({**files, "state.json": Checksum().plus(content)}))
+            sync(tmp)
+            put_folder(tmp, target)
+            write_file(self.folder / LATEST, f"{target.name}\n".encode())
+        self._good.add(target.name)
+        self._damaged.discard(target.name)
+        # Damaged ones count for nothing, and what this process has not read or written goes before what it has.
+        kept = [name for name in self.names() if name not in self._damaged and name != target.name]
+        kept.sort(key=lambda name: name in self._good)
+        for name in (*self._damaged, *kept[: -(self.keep - 1) or None]):
             remove(self.folder / name)
+        self._damaged.clear()
         remove(tmp)  # the same step, saved before this run was resumed from an older one
+        return {}
 
-    def _refused(self, target: Path, reason: str) -> CheckpointError:
-        return CheckpointError(f"{target}: could not be saved: {reason}; free some space, or mend the disk")
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return True for a folder with the name of a checkpoint, whole or damaged."""
+    return bool(_NAME.fullmatch(folder.name)) and not folder.name.startswith(TMP) and folder.is_dir()
+
+
+def _written(folder: Path) -> int:
+    """Return when a checkpoint was written, in ns."""
+    state = folder / "state.json"
+    return (state if state.is_file() else folder).stat().st_mtime_ns
+
+
+def _agreed(work: Callable[[], dict[str, Checksum]]) -> dict[str, Checksum]:
+    """Return the files that all processes wrote. Raise CheckpointError in each of them if one could not."""
+    files: dict[str, Checksum] = {}
+    failure = ""
+    try:
+        files = work()
+    except UserError as error:
+        failure = str(error)
+    parts = group.gather((failure, files))
+    failures = [(f"rank {rank}: " if len(parts) > 1 else "") + why for rank, (why, _) in enumerate(parts) if why]
+    if failures:
+        raise CheckpointError("; ".join(failures))
+    return {name: checksum for _, part in parts for name, checksum in part.items()}
+
+
+def _write_own(folder: Path, rank: int) -> dict[str, Checksum]:
+    """Write this process's random state."""
+    plain, tensors = seed.rng_state()
+    items = [LazyTensor.of(name, tensor) for name, tensor in tensors.items()]
+    name = f"rng-{rank}.safetensors"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return {name: write_tensors(folder / name, items, metadata={"state": json.dumps(plain)})}
+
+
+def _write_weights(folder: Path, engine: TrainingEngine) -> dict[str, Checksum]:
+    """Write model and optimizer in rank 0, for which all processes gather what is spread over them."""
+    parts = {"model.safetensors": engine.model_state, "optimizer.safetensors": engine.optimizer_state}
+    if engine.rank:
+        for state in parts.values():
+            fetch_all(state())
+        return {}
+    files, failure = {}, None
+    for name, state in parts.items():
+        try:
+            files[name] = write_tensors(folder / name, state())
+        except UserError as error:  # the others are in the next file's gathers already
+            failure = failure or error
+    if failure:
+        raise failure
+    return files
+
+
+def damage(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, by its file; "" if every byte is as it was written.
+
+    Of a checkpoint from before there were checksums, the structure of each file is all that can be looked at.
+    """
+    if not (folder / "state.json").is_file():
+        return f"{folder / 'state.json'}: missing"
+    try:
+        files = read_manifest(folder)
+        if files is not None:
+            return first_difference(folder, files)
+        _read_state(folder / "state.json")
+        for name in ("model", "optimizer", "rng-0"):
+            open_tensors(folder / f"{name}.safetensors")
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def load_state(folder: Path) -> TrainState:
@@ -180,9 +267,9 @@ def load_state(folder: Path) -> TrainState:
         hint = f"; it holds {', '.join(known)}" if known else _run_above(folder)
         raise CheckpointError(f"{folder}: not a checkpoint, it has no state.json{hint}")
     try:
-        return _state(Fields.of(read_json(path, CheckpointError), str(path), CheckpointError))
+        return _read_state(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}: damaged, or of another version; {_another(folder)}") from None
+        raise CheckpointError(f"{error}: damaged, or of another version; {another(folder)}") from None
 
 
 def _run_above(path: Path) -> str:
@@ -194,8 +281,9 @@ def _run_above(path: Path) -> str:
     return f"{there}--resume takes auto, never, a run folder that tlf-train wrote, or one of its checkpoints"
 
 
-def _state(fields: Fields) -> TrainState:
+def _read_state(path: Path) -> TrainState:
     """state.json as a TrainState. Raises CheckpointError for a field that is missing, unknown or of another kind."""
+    fields = Fields.of(read_json(path, CheckpointError), str(path), CheckpointError)
     if (found := fields.integer("format")) != FORMAT:
         raise CheckpointError(f"{fields.where}: format {found}, this version reads {FORMAT}")
     for name, hint in fields.unknown(TrainState.__dataclass_fields__).items():
@@ -221,22 +309,12 @@ def _state(fields: Fields) -> TrainState:
     return TrainState(**fields.values)
 
 
-def _another(folder: Path) -> str:
+def another(folder: Path) -> str:
     """Return the remedy for a damaged checkpoint: one beside it that is whole, by name, or to start over."""
     for name in reversed(CheckpointStore(folder.parent, 1).names()):
-        if name != folder.name and _readable(folder.parent / name):
+        if name != folder.name and not damage(folder.parent / name):
             return f"resume from an older one with --resume {folder.parent / name}"
     return "no other checkpoint lies beside it: start over with --resume never"
-
-
-def _readable(folder: Path) -> bool:
-    try:
-        _state(Fields.of(read_json(folder / "state.json", CheckpointError), "", CheckpointError))
-        for name in ("model.safetensors", "optimizer.safetensors"):
-            TensorFile(folder / name)
-    except (CheckpointError, SafetensorError, OSError):
-        return False
-    return True
 
 
 def load_rng(folder: Path, rank: int) -> None:
@@ -249,64 +327,14 @@ def load_rng(folder: Path, rank: int) -> None:
         try:
             seed.set_rng_state(json.loads(tensors.metadata["state"]), dict(tensors))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); {_another(folder)}") from None
+            raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
 def open_tensors(path: Path) -> TensorFile:
     """Open a safetensors file of a checkpoint; CheckpointError if it is missing or damaged."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete; {_another(path.parent)}")
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
     try:
         return TensorFile(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error}); {_another(path.parent)}") from None
-
-
-def write_tensors(
-    path: Path, items: Sequence[LazyTensor], *, write: bool = True, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Stream tensors into a safetensors file and fsync it; only one of them is in memory at a time.
-
-    The library's save_file takes all of them at once, which a gathered state of a large model does not allow.
-    write: False on ranks that only take part in fetching.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for item in items:
-        size = item.dtype.itemsize * int(torch.Size(item.shape).numel())
-        shape = list(item.shape)
-        header[item.name] = {"dtype": _DTYPE_NAMES[item.dtype], "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file = path.open("wb") if write else None
-    failure: OSError | None = None
-    try:
-        if file:
-            file.write(struct.pack("<Q", len(text)) + text)
-        for item in items:
-            tensor = item.fetch()
-            # After a failed write the fetches go on: other ranks wait in the same gathers.
-            if file and failure is None:
-                try:
-                    _write_tensor(file, tensor)
-                except OSError as error:
-                    failure = error
-        if failure:
-            raise failure
-        if file:
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        if file:
-            try:
-                file.close()
-            except OSError:  # flushing the rest to a full disk fails again; the first failure is the one to report
-                failure = failure or OSError(f"{path}: closing failed")
-    if failure:
-        raise failure
-
-
-def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    file.write(flat.numpy().data)
+        raise CheckpointError(f"{path}: truncated or damaged ({error})") from None

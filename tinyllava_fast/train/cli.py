@@ -1,4 +1,4 @@
-"""tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help] [--version]"""
+"""tlf-train CONFIG [--resume auto|never|PATH] [--nproc N] [--profile] [key.path=value ...] [--print-config] [--help]"""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tinyllava_fast.commands import nearest_flag, version
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.commands import leave, nearest_flag, version
+from tinyllava_fast.errors import LostError, SaidError, UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import expand_home
 
 USAGE = """\
-usage: tlf-train CONFIG [--resume auto|never|PATH] [--profile] [key.path=value ...] [--print-config] [--help]
+usage: tlf-train CONFIG [--resume auto|never|PATH] [--nproc N [--max-restarts N]] [--profile] [key.path=value ...]
+                 [--print-config] [--help]
 
 Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name;
 of a key that is given twice the last value holds:
   tlf-train configs/demo.yaml seed=1 stages.finetune.optim.lr=3e-4
-  torchrun --nproc_per_node 2 -m tinyllava_fast.train.cli configs/demo.yaml engine.type=deepspeed
+  tlf-train configs/demo.yaml --nproc 2 engine.type=ddp
+  torchrun --nnodes 2 --nproc_per_node 8 ... -m tinyllava_fast.train.cli configs/demo.yaml engine.type=fsdp
 
   --resume auto    continue where the run in output_dir stopped, if it did (default)
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
   --resume PATH    continue from that checkpoint or run folder
+  --nproc N        start N processes on this machine, as torchrun does; engine.type is ddp, fsdp or deepspeed
+  --max-restarts N with --nproc: if a process dies, start all again from the last checkpoint, N times at most
   --profile        record two steps of each stage: profile-STAGE.md, .json and .trace.json in output_dir
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
   --help           this, and every key of a configuration with its default, range and meaning
@@ -36,7 +40,11 @@ _ALIASES = {"-h": "--help", "--print-config": "--print_config"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0, 2 for a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    """Train as the arguments say and return the exit code.
+
+    0, 2 for a mistake of the user, 1 if another process of the run has died, 130 after Ctrl-C, 143 after SIGTERM, 129
+    after SIGHUP.
+    """
     setup_logging()
     prepare_memory()
     try:
@@ -44,12 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("%s", error)
         return 2
+    except LostError as error:
+        log.error("%s", error)
+        return 1
+    except SaidError as error:
+        return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
 
 
+def command() -> NoReturn:
+    """Entry point of tlf-train."""
+    leave(main)
+
+
 def _run(argv: list[str]) -> int:
+    processes, restarts, argv = split_processes(argv)
     path, resume, overrides, flags = parse(argv)
     if "--version" in flags:
         sys.stdout.write(f"{version()}\n")
@@ -70,6 +89,11 @@ def _run(argv: list[str]) -> int:
     if "--print_config" in flags:
         sys.stdout.write(dump(config))
         return 0
+    if processes:
+        from tinyllava_fast.train.engine.launch import check_processes, start_processes
+
+        check_processes(config.engine, processes)
+        return start_processes(processes, restarts, argv)
     from tinyllava_fast.train.loop import train
     from tinyllava_fast.train.run import StopRequest
 
@@ -93,6 +117,27 @@ def _registered() -> dict[str, list[str]]:
 
     registries: list[Registry[Any]] = [LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS]
     return {registry.kind: registry.names() for registry in registries}
+
+
+def split_processes(argv: Sequence[str]) -> tuple[int, int, list[str]]:
+    """(--nproc, --max-restarts, the other arguments). UserError for what is no number, or restarts of nothing."""
+    numbers, rest = {"--nproc": 0, "--max-restarts": 0}, []
+    left = list(argv)
+    while left:
+        argument = left.pop(0)
+        name, given, value = argument.partition("=")
+        if name not in numbers:
+            rest.append(argument)
+            continue
+        if not given:
+            value = left.pop(0) if left else ""
+        least = 1 if name == "--nproc" else 0
+        if not (value.isascii() and value.isdigit()) or int(value) < least:
+            raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        numbers[name] = int(value)
+    if numbers["--max-restarts"] and not numbers["--nproc"]:
+        raise UserError("--max-restarts: needs --nproc N, the number of processes to start, which may be 1")
+    return numbers["--nproc"], numbers["--max-restarts"], rest
 
 
 def parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
@@ -141,9 +186,12 @@ def _override(argument: str, rest: list[str]) -> str:
 
 def _unknown(argument: str, keys: Sequence[str] = ()) -> str:
     flags = ("--help", "--print-config", "--profile", "--resume", "--version")
-    hint = nearest_flag(argument, [*flags, *(f"--{key}" for key in keys)]) or f"known: {', '.join(flags)}"
+    hint = (
+        nearest_flag(argument, [*flags, "--nproc", "--max-restarts", *(f"--{key}" for key in keys)])
+        or f"known: {', '.join(flags)}"
+    )
     return f"{argument}: unknown flag; {hint}; a key of the configuration is set by key.path=value"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

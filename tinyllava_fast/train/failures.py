@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from tinyllava_fast import group
 from tinyllava_fast.config.schema import EngineConfig, RecipeConfig
-from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.errors import DataError, LostError, UserError
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.prepare import of_stage
 
@@ -59,11 +60,14 @@ class Way:
 def explained(way: Way, state: TrainState, engine: EngineConfig, stage: str) -> Iterator[None]:
     """Around the work of a stage: errors name it, and say from which checkpoint the same command goes on.
 
-    Out of memory, and a data worker that died, are UserErrors with what to set; other errors pass.
+    Out of memory, and a data worker that died, are UserErrors with what to set; the loss of another process is a
+    LostError; other errors pass.
     """
     try:
-        with of_stage(stage):
+        with of_stage(stage), group.losses_named():
             yield
+    except LostError as error:
+        raise LostError(f"stages.{stage}: step {state.step + 1}: {error}{way_on(way, state, mended='')}") from error
     except UserError as error:
         text = f"{error}{way_on(way, state, str(error))}"
         if isinstance(error, DataError) and state.step:
@@ -83,10 +87,10 @@ def explained(way: Way, state: TrainState, engine: EngineConfig, stage: str) -> 
         raise UserError(f"{where}{way_on(way, state)}") from error
 
 
-def way_on(way: Way, state: TrainState, said: str = "") -> str:
+def way_on(way: Way, state: TrainState, said: str = "", mended: str = ", with what is mended,") -> str:
     """Return the last lines of an error: from where the same command, mended, goes on. Empty before the first step.
 
-    said: the error so far.
+    said: the error so far. mended: words behind "the same command".
     """
     newest, older = way.newest, way.older()
     if newest is None:
@@ -94,7 +98,7 @@ def way_on(way: Way, state: TrainState, said: str = "") -> str:
     if f"{newest}{os.sep}" in said:  # a file of its own is damaged
         back = f"--resume {older}" if older else "--resume never, which starts over: no other lies beside it"
         return "" if older and str(older) in said else f"\nThis checkpoint cannot be used: {back}"
-    text = f"\nThe checkpoint {newest} is intact: {way.command(', with what is mended,')} goes on from there"
+    text = f"\nThe checkpoint {newest} is intact: {way.command(mended)} goes on from there"
     if _UNWRITTEN.search(said):
         text += f"; to go on in another output_dir, add --resume {newest}"
     if DIVERGED in said:

@@ -46,8 +46,11 @@ def check_feature_cache(data: DataConfig, recipe: RecipeConfig, engine: EngineCo
         raise UserError(f"{key}: the tower trains ({where}.recipe.vision.tune: {recipe.vision.tune}); set it to 0")
     if data.augment != AugmentConfig():
         raise UserError(f"{key}: {where}.data.augment changes images every epoch; remove one of the two")
-    if engine.type == "deepspeed" and engine.zero_stage == 3:
-        raise UserError(f"{key}: ZeRO 3 shards the tower, which has to run by itself; use engine.zero_stage 0 to 2")
+    if engine.type == "fsdp" or (engine.type == "deepspeed" and engine.zero_stage == 3):
+        raise UserError(
+            f"{key}: ZeRO 3 and fsdp shard the tower, which has to run by itself; use engine.zero_stage 0 to 2, or "
+            "engine.type: ddp"
+        )
 
 
 class FeatureCache:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from tinyllava_fast import group
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.data.workers import STOP_SIGNALS
@@ -43,7 +44,8 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
     """Run every stage and return the summary (also written to summary.json).
 
     profile: record a few steps of each stage (train/profile.py). file: that the configuration came from, for messages.
-    Raises UserError for anything the user can mend, StopRequest after a signal.
+    Raises UserError for anything the user can mend, StopRequest after a signal, LostError if another process of the run
+    has died, SaidError in all processes but one for an error that they have in common.
     """
     for stage in config.stages:
         check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
@@ -59,9 +61,9 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
     run = Run(config, process)
     run.profile = profile
     try:
-        with stop_on_signals(run):
+        with group.in_concert(), stop_on_signals(run):
             run.start(resume)
-            look_at_files(config, config.stages[run.state.stage_index :])
+            look_at_files(config, config.stages[run.state.stage_index :], process.world_size)
             for index in range(run.state.stage_index, len(config.stages)):
                 with explained(run.way, run.state, config.engine, config.stages[index].name):
                     Stage(run, prepare_stage(run, index)).train()
@@ -258,7 +260,7 @@ class Stage:
             self.run.metrics.write(entry)
 
     def _checkpoint(self) -> None:
-        skipped = self.run.gather(list(self.loader.skipped))
+        skipped = list(dict.fromkeys(reason for part in group.gather(list(self.loader.skipped)) for reason in part))
         if self.quarantine:
             self.quarantine.write(skipped)
         self.state.loader = {**self.loader.state_dict(), "skipped": skipped}

@@ -8,7 +8,7 @@ weights are updated in place and cost nothing extra. The arithmetic is the optim
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class MasterOptimizer:
 
     groups: as apply_recipe returns them. names: weight -> stock name, for the saved state. masters: float32 values of
     weights below float32; one that is missing starts at its rounded weight. exact: weights whose moments stay float32
-    in the 8-bit optimizers.
+    in the 8-bit optimizers. summed: sums a tensor over processes, each of which has other rows of the weights.
     """
 
     def __init__(
@@ -40,8 +40,10 @@ class MasterOptimizer:
         *,
         masters: Masters | None = None,
         exact: Set[Tensor] = frozenset(),
+        summed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         kind, options = find_optimizer(optim)
+        self._summed = summed
         self._names = dict(names)
         self._clip_norm = optim.clip_norm
         low = [p for p in names if p.dtype != torch.float32]
@@ -101,6 +103,10 @@ class MasterOptimizer:
         return [self._found[p] for p in self._low] + [p.grad for p in self._plain if p.grad is not None]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
+        norm = self._own_norm(gradients)
+        return norm if self._summed is None else self._summed(norm.square()).sqrt()
+
+    def _own_norm(self, gradients: list[Tensor]) -> Tensor:
         if not self._optimizer.fused:
             return torch.nn.utils.get_total_norm(gradients, foreach=True)
         squares = [square_sum.infer(gradient) for gradient in gradients]

@@ -25,7 +25,7 @@ from tinyllava_fast.config.schema import (
     StageConfig,
 )
 from tinyllava_fast.data.dataset import PackedDataset
-from tinyllava_fast.data.loader import Loader
+from tinyllava_fast.data.loader import Loader, check_packs
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import Refused, read_refusing
 from tinyllava_fast.data.templates.base import TEMPLATES
@@ -78,10 +78,13 @@ def of_stage(name: str) -> Iterator[None]:
         raise kind(text if _NAMED.search(text) or f"stages.{name}" in text else f"stages.{name}: {text}") from error
 
 
-def look_at_files(config: RunConfig, stages: Sequence[StageConfig]) -> None:
-    """Look at the names and the first record of each stage; UserError. It costs next to nothing, so it comes first."""
+def look_at_files(config: RunConfig, stages: Sequence[StageConfig], world_size: int) -> None:
+    """Look at the names, numbers and the first record of each stage; UserError. It costs next to nothing, so it comes
+    first.
+    """
     for stage in stages:
         with of_stage(stage.name):
+            check_packs(stage.batch.packs_per_step, world_size)
             find_recipe(stage.recipe)
             TEMPLATES.get(stage.data.template, "data.template")
             for source, alone in stage.data.under(config.data_root).each():

@@ -12,11 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllava_fast import group
 from tinyllava_fast.config.load import parse_into, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
-from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState, load_state
+from tinyllava_fast.train.checkpoint import (
+    CheckpointStore,
+    TrainState,
+    another,
+    damage,
+    is_checkpoint,
+    load_state,
+)
 from tinyllava_fast.train.parts import MODEL_FILES
 
 _ENGINE = "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing"
@@ -74,10 +82,11 @@ class Change:
 def find_checkpoint(store: CheckpointStore, config: RunConfig, resume: str) -> tuple[Path, TrainState] | None:
     """The checkpoint to continue from, or None to start.
 
-    resume: "auto" (the run folder's latest, if any), "never", or the path of a checkpoint or of a run folder.
-    The state's ``changes`` gain the keys that differ. Raises CheckpointError if one of them may not.
+    resume: "auto" (the run folder's newest that is intact, if any), "never", or the path of a checkpoint or of a run
+    folder. The state's ``changes`` gain the keys that differ. Raises CheckpointError if one of them may not. All
+    processes call it; rank 0 reads all of the checkpoint.
     """
-    folder = _folder(store, resume)
+    folder = group.decided(lambda: _folder(store, resume))
     if folder is None:
         return None
     state = load_state(folder)
@@ -160,12 +169,15 @@ def _folder(store: CheckpointStore, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        return store.latest()
+        return store.intact()
     folder = Path(resume)
-    if (folder / "state.json").is_file():
+    if (folder / "state.json").is_file() or is_checkpoint(folder):
+        if found := damage(folder):
+            raise CheckpointError(f"{found}; {another(folder)}")
         return folder
     inner = folder if folder.name == "checkpoints" else folder / "checkpoints"
-    return CheckpointStore(inner, 1).latest() or folder
+    own = inner.resolve() == store.folder.resolve()
+    return (store if own else CheckpointStore(inner, 1)).intact() or folder
 
 
 def _completed(old: dict[str, object]) -> dict[str, object]:

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
+from tinyllava_fast import group
 from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.workers import STOP_SIGNALS
@@ -43,6 +42,9 @@ class StopRequest(Exception):  # noqa: N818 a request, not an error
         super().__init__(exit_code)
         self.exit_code = exit_code
         self.said = ""
+
+    def __str__(self) -> str:
+        return self.said
 
 
 class Run:
@@ -80,8 +82,7 @@ class Run:
             self._lock()
         self.way.resume = resume
         found = find_checkpoint(self.store, self.config, resume)
-        if self.process.world_size > 1:
-            torch.distributed.barrier()  # every rank has looked before rank 0 cleans
+        group.gather(None)  # every rank has looked before rank 0 cleans
         if found is not None:
             self.way.began, saved = found
             saved.config = self.state.config
@@ -191,21 +192,12 @@ class Run:
                 totals["wall_seconds"],
                 self.folder / "final",
             )
-        if self.process.world_size > 1:
-            torch.distributed.barrier()
+        group.gather(None)  # no process ends, and takes the store with it, before all is written
         return summary
 
     def stop_signal_now(self) -> int:
         """The signal received so far; 0 with several processes, which must agree at the start of a step."""
         return self.stop_signal if self.process.world_size == 1 else 0
-
-    def gather(self, reasons: list[str]) -> list[str]:
-        """The union of all processes' lists, the same everywhere."""
-        if self.process.world_size == 1:
-            return reasons
-        parts: list[list[str]] = [[] for _ in range(self.process.world_size)]
-        torch.distributed.all_gather_object(parts, reasons)
-        return list(dict.fromkeys(reason for part in parts for reason in part))
 
     def _count_time(self) -> None:
         now = time.perf_counter()
@@ -261,4 +253,5 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         raise
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is handle:  # not one that is ignored by now, see group.losses_named
+                signal.signal(number, handler)

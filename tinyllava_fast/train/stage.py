@@ -12,6 +12,7 @@ from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import cache_folder
+from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import check_vocabulary
 from tinyllava_fast.models.lmm import LMM
@@ -21,7 +22,7 @@ from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import CompiledForward, compile_forward, repays
 from tinyllava_fast.train.engine.base import TrainingEngine
-from tinyllava_fast.train.engine.launch import build_engine
+from tinyllava_fast.train.engine.launch import build_engine, never_compiles
 from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 from tinyllava_fast.train.parts import first_model
@@ -185,6 +186,9 @@ def _compiles(run: Run, stage: StageConfig, model: LMM, loader: Loader, flops: f
     chosen = run.config.engine.compile
     if chosen != "auto":
         return bool(chosen)
+    if reason := never_compiles(run.config.engine):
+        log.info("engine.compile: auto: not compiling: %s", reason)
+        return False
     known = run.state.compiled
     if stage.name not in known:
         known[stage.name] = repays(

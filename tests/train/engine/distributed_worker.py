@@ -9,8 +9,6 @@ import gc
 import sys
 from pathlib import Path
 
-import deepspeed.ops
-
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.log import setup_logging
 from tinyllava_fast.train.loop import train
@@ -20,8 +18,6 @@ def main() -> None:
     """Train every run of the command line."""
     setup_logging()
     gc.freeze()  # what is imported by now need not be visited at the end of every stage
-    # Else every new environment compiles, for a minute, an all-reduce for inference that training never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     folder = Path(sys.argv[1])
     for run in sys.argv[2:]:
         name, _, overrides = run.partition(":")

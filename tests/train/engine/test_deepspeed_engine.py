@@ -101,8 +101,7 @@ def assert_same_adapter(run: Path, reference: Path) -> None:
 
 def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch):
     """In this process: a group of one; stopped in the middle and resumed."""
-    ops = pytest.importorskip("deepspeed.ops")
-    monkeypatch.setitem(ops.__compatible_ops__, "deepspeed_shm_comm", False)  # as distributed_worker.py leaves it out
+    pytest.importorskip("deepspeed")
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)

@@ -104,7 +104,7 @@ class PackedDecoder:
         spans = []
         for sequence, stop in zip(sequences, stops, strict=True):
             first = sequence.num_cached_tokens
-            ids = (sequence.prompt + sequence.tokens)[first:stop]
+            ids = sequence.ids_between(first, stop)
             rows = _features(sequence, first, stop, features)
             place = sequence.start, sequence.num_own_cached, sequence.shared_rows
             spans.append(Span(ids, *place, rows, sequence.adapter))
@@ -117,18 +117,8 @@ class PackedDecoder:
         """
         self.steps += 1
         ids = [[s.tokens[-1], *guesses.get(s, ())] for s in sequences]
-        hidden = None
-        if self._fused is not None and not any(s.adapter for s in sequences):
-            # Each guess is a row of its own, that of a sequence which is longer by the guesses before it: K and V of
-            # all rows of a layer are in the pool before any row looks at them.
-            rows = [
-                (name, s.start, s.num_own_cached + place, *s.shared_rows)
-                for s, names in zip(sequences, ids, strict=True)
-                for place, name in enumerate(names)
-            ]
-            hidden = self._fused(np.array(rows, dtype=np.int64))
+        hidden = self._in_one_call(sequences, ids)
         if hidden is not None:
-            self.computed_tokens += len(hidden)
             return hidden
         return self(
             [
@@ -148,6 +138,40 @@ class PackedDecoder:
                 return self._run_step.plain(self._step_tokens(rows))
         hidden = None if self._fused is None else self._fused(rows)
         return self._run_step(self._step_tokens(rows)) if hidden is None else hidden
+
+    def step_with_riders(
+        self, sequences: Items[Sequence], stops: Items[int], features: Mapping[object, Tensor]
+    ) -> tuple[Tensor, np.ndarray]:
+        """Compute tokens up to their stops of sequences that decode, one each, and of prompts, a few, in one pass.
+
+        Arguments and results as of ``prefill``.
+        """
+        self.steps += 1
+        pairs = list(zip(sequences, stops, strict=True))
+        if any(s.images_between(s.num_cached_tokens, stop) for s, stop in pairs):
+            return self.prefill((), sequences, stops, features)
+        ids = [s.ids_between(s.num_cached_tokens, stop) for s, stop in pairs]
+        hidden = self._in_one_call(sequences, ids)
+        if hidden is None:
+            return self.prefill((), sequences, stops, features)
+        return hidden, np.cumsum([len(names) for names in ids]) - 1
+
+    def _in_one_call(self, sequences: Items[Sequence], ids: Items[Items[int]]) -> Tensor | None:
+        """Hidden states of the next tokens of each sequence; None if the layers have to go one by one.
+
+        Each token is a row of its own: K and V of all rows of a layer are in the pool before any row looks at them, so
+        it sees those before it and itself.
+        """
+        if self._fused is None or any(s.adapter for s in sequences):
+            return None
+        rows = [
+            (name, s.start, s.num_own_cached + place, *s.shared_rows)
+            for s, names in zip(sequences, ids, strict=True)
+            for place, name in enumerate(names)
+        ]
+        hidden = self._fused(np.array(rows, dtype=np.int64))
+        self.computed_tokens += 0 if hidden is None else len(rows)
+        return hidden
 
     def _adapted(self, numbers: Items[int] | np.ndarray) -> AbstractContextManager[None]:
         """The block in which rows go through the adapters of these numbers."""

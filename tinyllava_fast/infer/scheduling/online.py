@@ -1,8 +1,9 @@
 """Sequences that come one by one: who is next, and how much of whose prompt a pass computes.
 
-While others generate, prompts are computed in chunks, one between two steps of decoding, as long as one step for each
-request that waits for its first token: a newcomer doubles the time between two tokens of the others, and when many
-wait, chunks are large, since then the throughput is what everybody waits for.
+While others generate, the next tokens of one or two newcomers' prompts ride in the steps of decoding: all weights are
+read once for both, so a step takes less than twice as long. When more wait, prompts are computed in chunks, one between
+two steps, as long as one step for each request that waits for its first token, since then the throughput is what
+everybody waits for.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
-from tinyllava_fast.infer.scheduling.pool import KVPool
-from tinyllava_fast.infer.scheduling.prefixes import PrefixCache
-from tinyllava_fast.infer.scheduling.sequence import Sequence, Status, num_common_tokens
+from tinyllava_fast.infer.scheduling.prefixes import Kept, PrefixCache
+from tinyllava_fast.infer.scheduling.sequence import Sequence, Status
 
-LEAST_CHUNK = 8  # a pass over fewer tokens takes hardly less time: all weights are read
+LEAST_CHUNK = 8  # fewer take hardly less time, in a pass of their own or as riders, and a prompt has to come to its end
+MOST_RIDERS = 32
+RIDE = 0.6  # of the time of a step is what riders may add to it
+MOST_RIDES = 16  # one after the other
+FEW = 2  # newcomers whose prompts ride; when more wait, chunks are computed
 FIRST_CHUNK = 64  # while it is not known how long passes take
 NEWS = 0.3  # weight of the last pass in the averages
 
@@ -26,11 +30,37 @@ class Pace:
 
     chunk_tokens: int | None = None
     step_seconds: float = 0.0
+    step_rows: int = 0  # of the last step without riders
     token_seconds: float = 0.0  # of a token of a prompt
+    rider_seconds: float = 0.0  # of one that rides
+    rides: int = 0  # since the last step without riders
 
-    def stepped(self, seconds: float) -> None:
+    def stepped(self, rows: int, seconds: float) -> None:
         """Note a step of decoding."""
-        self.step_seconds = _average(self.step_seconds, seconds)
+        again = _alike(rows, self.step_rows)
+        self.step_seconds, self.step_rows = _average(self.step_seconds if again else 0.0, seconds), rows
+        self.rides = 0
+
+    def rode(self, riders: int, seconds: float) -> None:
+        """Note a step of decoding with riders."""
+        self.rides += 1
+        if riders:
+            least = 1e-3 * self.step_seconds
+            self.rider_seconds = _average(self.rider_seconds, max(least, seconds - self.step_seconds) / riders)
+
+    def riders(self, decoding: int, newcomers: int, most: int) -> int:
+        """Return how many tokens of prompts ride in the next step of so many sequences; 0 where chunks are better."""
+        if self.chunk_tokens is not None:
+            return self.chunk_tokens if self.chunk_tokens <= most else 0
+        if not 0 < newcomers <= FEW or not decoding:
+            return 0
+        if not self.rider_seconds or not self.step_seconds:
+            return min(LEAST_CHUNK, most)
+        return min(most, max(LEAST_CHUNK, int(RIDE * self.step_seconds / self.rider_seconds)))
+
+    def knows(self, decoding: int) -> bool:
+        """Return whether it knows how long a step of about so many sequences takes; now and then it looks again."""
+        return self.chunk_tokens is not None or (self.rides < MOST_RIDES and _alike(decoding, self.step_rows))
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """Note a pass over prompts, images not counted."""
@@ -49,8 +79,7 @@ class Pace:
 class OnlineQueue:
     """Those that wait, by priority and then by arrival, and those whose prompts are being computed."""
 
-    def __init__(self, pool: KVPool, prefixes: PrefixCache) -> None:
-        self.pool = pool
+    def __init__(self, prefixes: PrefixCache) -> None:
         self.prefixes = prefixes
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._numbers = count()
@@ -85,9 +114,11 @@ class OnlineQueue:
     def next_parts(self, room: int, most: int | None) -> list[tuple[Sequence, int]]:
         """Return sequences and how far to compute each, ``room`` tokens in all; those that are new have rows by now.
 
-        most: sequences that may be added.
+        most: sequences that may be added. Who begins as one of them does waits for the next pass: then it can share
+        what this one computes.
         """
         parts: list[tuple[Sequence, int]] = []
+        later: list[tuple[int, int, Sequence]] = []
 
         def take(sequence: Sequence) -> None:
             nonlocal room
@@ -102,42 +133,42 @@ class OnlineQueue:
         while room > 0 and self._waiting and (most is None or most > 0):
             sequence = self._waiting[0][2]
             if not sequence.ended:
-                if not self._admit(sequence, [s for s, _ in parts]):
+                content = sequence.content()
+                kept, length = self.prefixes.longest(content)
+                if _begins_alike(content, [s for s, _ in parts], length + LEAST_CHUNK):
+                    later.append(heappop(self._waiting))
+                    continue
+                if not self._admit(sequence, content, kept, length):
                     break
                 self._prefilling.append(sequence)
                 most = None if most is None else most - 1
                 take(sequence)
             heappop(self._waiting)
+        for item in later:
+            heappush(self._waiting, item)
         whole = {sequence for sequence, stop in parts if stop == sequence.num_tokens}
         self._prefilling = [s for s in self._prefilling if s not in whole]
         return parts
 
-    def _admit(self, sequence: Sequence, beside: list[Sequence]) -> bool:
-        """Give a sequence rows, and in them what is there already of its prompt; False if it has to wait.
-
-        beside: sequences of the pass that is being made. If one of them is about to compute what this one could copy
-        from it later, it waits.
-        """
-        content = sequence.content()
-        kept, length = self.prefixes.longest(content)
-        soon = max((num_common_tokens(content, other.content(), len(content)) for other in beside), default=0)
-        if soon >= length + LEAST_CHUNK:
-            return False
+    def _admit(self, sequence: Sequence, content: list[int], kept: Kept | None, length: int) -> bool:
+        """Give a sequence rows, and in them what is there already of its prompt; False if it has to wait."""
         length = min(length, len(content) - 1)  # what predicts the next token is computed in any case
-        rows = sequence.first_rows
-        start = self.pool.rows.take(rows)
-        if start is None:
+        if not self.prefixes.place(sequence, content, kept, length):
             return False
-        if kept is None or not self.prefixes.holds(kept):  # its rows may have been needed
-            length = 0
-        else:
-            self.pool.move(kept.first_row, start, length)
-        sequence.start, sequence.num_reserved_rows = start, rows
-        sequence.num_cached_tokens, sequence.status = length, Status.RUNNING
+        sequence.status = Status.RUNNING
         if not sequence.tokens:
-            sequence.num_reused_tokens = length
-        self.prefixes.watch(sequence, content)
+            sequence.num_reused_tokens = sequence.num_cached_tokens
         return True
+
+
+def _begins_alike(content: list[int], others: list[Sequence], least: int) -> bool:
+    """Return whether one of the others begins with the first ``least`` tokens, or more."""
+    start = content[:least]
+    return len(start) == least and any(other.content()[:least] == start for other in others)
+
+
+def _alike(rows: int, others: int) -> bool:
+    return 3 * others <= 4 * rows <= 5 * others
 
 
 def _average(old: float, new: float) -> float:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.hardware import available_memory_bytes
+from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops import _cpp
 
@@ -63,7 +65,9 @@ class Spans:
         return False
 
     def give(self, start: int, rows: int) -> None:
-        """Return a range that take() handed out."""
+        """Return a range that take() handed out, or a part of it."""
+        if not rows:
+            return
         self.free_rows += rows
         insort(self._holes, (start, rows))
         merged: list[tuple[int, int]] = []
@@ -97,6 +101,23 @@ class KVPool:
         """Copy rows to another range; the two may not overlap."""
         for tensor in (*self.k, *self.v):
             tensor[target : target + rows] = tensor[start : start + rows]
+
+    def take_memory(self) -> None:
+        """Take all of a new pool's memory from the system now, and not as its rows are used: it is zeroed.
+
+        A warning tells where there is not as much.
+        """
+        if not self.k or not self.k[0].is_cpu:
+            return
+        if self.nbytes > (available := available_memory_bytes()):
+            log.warning(
+                "the K/V pool takes up to %.1f GB, and %.1f GB are available; lower batch_tokens",
+                self.nbytes / 1e9,
+                available / 1e9,
+            )
+            return
+        for tensor in (*self.k, *self.v):
+            tensor.zero_()
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,7 @@ from tinyllava_fast.infer.scheduling.admission import (
     requeue,
     without_ended,
 )
-from tinyllava_fast.infer.scheduling.online import OnlineQueue, Pace
+from tinyllava_fast.infer.scheduling.online import MOST_RIDERS, OnlineQueue, Pace
 from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.infer.scheduling.prefixes import PrefixCache
 from tinyllava_fast.infer.scheduling.sequence import Group, NoRoomError, Sequence, Status
@@ -31,6 +31,7 @@ class Limits:
     """The most that a pass may hold; shrinks when memory runs out, for as long as the engine lives."""
 
     prefill_tokens: int
+    riders: int = MOST_RIDERS
     sequences: int | None = None  # None: as many as the pool has rows for
 
 
@@ -39,12 +40,24 @@ class Scheduled:
     """The work of one pass.
 
     sequences: ascending by their first row. stops: of a prefill how many tokens of each the model has seen then; none:
-    one token each. groups: those of which the shared tokens come first.
+    one token each. groups: those of which the shared tokens come first. riders: of a step of decoding, how many of its
+    tokens are of prompts; it has stops, too.
     """
 
     sequences: list[Sequence]
     stops: list[int] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
+    riders: int = 0
+
+    @staticmethod
+    def step(decoding: Iterable[Sequence], riding: Iterable[tuple[Sequence, int]] = ()) -> Scheduled:
+        """Return the step of the sequences that decode, and of others up to their stops beside them."""
+        parts = [*((s, s.num_tokens) for s in decoding), *riding]
+        riders = sum(stop - s.num_cached_tokens for s, stop in riding)
+        scheduled = Scheduled.prefill(parts)
+        return (
+            Scheduled(scheduled.sequences, scheduled.stops, riders=riders) if riders else Scheduled(scheduled.sequences)
+        )
 
     @staticmethod
     def prefill(parts: Iterable[tuple[Sequence, int]], groups: list[Group] | None = None) -> Scheduled:
@@ -54,8 +67,8 @@ class Scheduled:
 
     @property
     def is_prefill(self) -> bool:
-        """Return whether the pass computes prompts."""
-        return bool(self.stops)
+        """Return whether the pass computes prompts alone."""
+        return bool(self.stops) and not self.riders
 
     @property
     def num_tokens(self) -> int:
@@ -66,11 +79,11 @@ class Scheduled:
     def parts(self) -> Iterator[tuple[Sequence, int, int]]:
         """Yield each sequence of a prefill with the range of its tokens, shared ones included, that are computed."""
         for sequence, stop in zip(self.sequences, self.stops, strict=True):
-            yield sequence, 0 if sequence.shared_rows[1] else sequence.num_cached_tokens, stop
+            yield sequence, sequence.num_cached_tokens if sequence.online else 0, stop
 
     def drop_ended(self) -> None:
         """Leave out the sequences that have ended, and the groups that have no other."""
-        if self.is_prefill:
+        if self.stops:
             rest = [(s, stop) for s, stop in zip(self.sequences, self.stops, strict=True) if not s.ended]
             self.sequences, self.stops = [s for s, _ in rest], [stop for _, stop in rest]
         else:
@@ -82,8 +95,8 @@ class Scheduler:
     """Holds the sequences of an engine: those that wait, and those that run on the rows of its pool.
 
     window: how many waiting sequences are grouped together. max_group_rows: most rows that a group begins with.
-    share_prefix: whether the sequences of a group share the K/V of the beginning of their prompts. reuse: whether
-    online ones start from the K/V of earlier ones that begin alike. chunk_tokens: see Pace.
+    share_prefix: whether sequences share the K/V of the beginning of their prompts. reuse: whether online ones start
+    from the K/V of others that begin alike. chunk_tokens: see Pace.
     """
 
     def __init__(
@@ -102,10 +115,9 @@ class Scheduler:
         self.window = window
         self.max_group_rows = max_group_rows
         self.share_prefix = share_prefix
-        self.reuse = reuse
         self.pace = Pace(chunk_tokens)
-        self.prefixes = PrefixCache(pool.rows)
-        self._online = OnlineQueue(pool, self.prefixes)
+        self.prefixes = PrefixCache(pool, share=share_prefix, reuse=reuse)
+        self._online = OnlineQueue(self.prefixes)
         self._arrived: list[Sequence] = []  # not grouped yet
         self._waiting: list[Group] = []
         self._running: list[Sequence] = []
@@ -152,7 +164,8 @@ class Scheduler:
     def schedule(self) -> Scheduled | None:
         """Choose the next pass; None if nothing can run."""
         decoding = sum(s.decodes for s in self._running)
-        parts = [] if self._chunked and decoding else self._online_parts(decoding)
+        riders = self.pace.riders(decoding, len(self._online), self.limits.riders) if decoding else 0
+        parts = [] if riders or (self._chunked and decoding) else self._online_parts(decoding)
         self._chunked = bool(parts)
         if parts:
             return Scheduled.prefill(parts)
@@ -165,8 +178,12 @@ class Scheduler:
                 self._running += members
                 return Scheduled.prefill([(m, m.num_tokens) for m in members], groups)
         self._make_room()
-        sequences = sorted((s for s in self._running if s.decodes), key=lambda s: s.start)
-        return Scheduled(sequences) if sequences else None
+        sequences = [s for s in self._running if s.decodes]
+        if riders and self.pace.knows(len(sequences)):
+            parts = self._next_parts(riders)
+            riding = {s for s, _ in parts}  # one that was sent back may need no more than its newest token
+            sequences = [s for s in sequences if s not in riding]
+        return Scheduled.step(sequences, parts) if sequences or parts else None
 
     def collect(self) -> list[Sequence]:
         """Take out the sequences that have ended since the last call. Their rows are free."""
@@ -181,7 +198,7 @@ class Scheduler:
             self._running = [s for s in self._running if not s.ended]
             for sequence in ended:
                 if sequence.online:
-                    self.prefixes.release(sequence, keep=self.reuse and sequence.error is None)
+                    self.prefixes.release(sequence, keep=sequence.error is None)
                 else:
                     release(sequence, self.pool.rows)
         for sequence in (*before, *ended):
@@ -194,7 +211,13 @@ class Scheduler:
         A sequence that was alone in the pass fails with NoRoomError.
         """
         scheduled.drop_ended()
-        if scheduled.is_prefill:
+        if scheduled.riders and any(s.decodes for s in scheduled.sequences):
+            self.limits.riders = 0
+            self._send_back([s for s in scheduled.sequences if not s.decodes])
+            log.warning(
+                "out of memory in a step with %d tokens of prompts: they do not ride any more", scheduled.riders
+            )
+        elif scheduled.stops:
             self._shrink_prefill(scheduled, error)
         elif scheduled.sequences:
             self._shrink_step(scheduled.sequences, error)
@@ -211,6 +234,9 @@ class Scheduler:
         room = self.limits.prefill_tokens
         if decoding:
             room = min(room, self.pace.chunk(len(self._online)))
+        return self._next_parts(room)
+
+    def _next_parts(self, room: int) -> list[tuple[Sequence, int]]:
         parts = self._online.next_parts(room, self._most_new())
         known = set(self._running)
         self._running += [s for s, _ in parts if s not in known]

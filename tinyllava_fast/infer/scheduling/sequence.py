@@ -77,18 +77,20 @@ class Sequence:
     status: Status = Status.WAITING
     group: Group | None = None
     start: int = 0  # first pool row of the sequence's own tokens, which follow the shared ones
+    stem_rows: tuple[int, int] = (0, 0)  # of an online one: (start, length) of rows that it shares; see prefixes.py
     num_reserved_rows: int = 0  # own rows held
     num_cached_tokens: int = 0  # tokens, shared ones included, whose K and V are in the pool
     tokens: list[int] = field(default_factory=list)  # generated
     finish: str = ""  # why it has ended; "" while it has not
     error: BaseException | None = None  # of a failed sequence
-    num_reused_tokens: int = 0  # of the prompt: their K and V were copied when it was admitted
+    num_reused_tokens: int = 0  # of the prompt: their K and V were there when it was admitted
     truncated: bool = False  # its request wanted more new tokens than the model's context has room for
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
     shaping: Shaping | None = None  # what is done to its logits, and told of them
     text: TextStream | None = None  # where text is needed before the end
     on_token: OnToken | None = None
     result: tuple[Tensor, Tensor] | None = None  # of a scored sequence: log p and greedy of each scored token
+    _content: list[int] | None = None  # of the prompt
 
     @property
     def ended(self) -> bool:
@@ -102,10 +104,10 @@ class Sequence:
 
     @property
     def shared_rows(self) -> tuple[int, int]:
-        """(start, length) of its group's shared tokens in the pool; (0, 0) if there are none."""
+        """(start, length) of the tokens that it shares with its group, or with others online; (0, 0) for none."""
         group = self.group
         if group is None or not group.num_shared_tokens:
-            return 0, 0
+            return self.stem_rows
         return group.shared_start, group.num_shared_tokens
 
     @property
@@ -134,6 +136,11 @@ class Sequence:
         """Own rows that it is admitted with: what its prefill writes, and room for a short answer."""
         return min(self.most_rows, self.num_tokens - self.shared_rows[1] + RESERVE)
 
+    def ids_between(self, start: int, stop: int) -> list[int]:
+        """Return the tokens [start, stop) of prompt and answer."""
+        length = len(self.prompt)
+        return self.prompt[start:stop] + self.tokens[max(0, start - length) : max(0, stop - length)]
+
     def images_between(self, start: int, stop: int) -> list[tuple[ImageLike, slice]]:
         """Return the images among the tokens [start, stop), each with the range of its rows that lies there."""
         found = []
@@ -148,11 +155,12 @@ class Sequence:
 
         The first one also tells the adapter, so that sequences of two adapters have nothing in common.
         """
-        ids = self.prompt + self.tokens
-        for first, rows, image in self.image_spans:
-            ids[first : first + rows] = [_number(self.request.images[image])] * rows
-        ids[:1] = [i + self.adapter * _APART for i in ids[:1]]
-        return ids
+        if self._content is None:
+            self._content = self.prompt.copy()
+            for first, rows, image in self.image_spans:
+                self._content[first : first + rows] = [_number(self.request.images[image])] * rows
+            self._content[:1] = [i + self.adapter * _APART for i in self._content[:1]]
+        return self._content + self.tokens
 
     def append(self, token: int) -> str:
         """Append a generated token, end if it is the last one, and return the text that is certain now.

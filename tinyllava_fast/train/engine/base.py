@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
 
 
@@ -94,6 +95,19 @@ def trainable_names(model: nn.Module, groups: list[ParameterGroup]) -> dict[nn.P
     if not found:
         raise UserError("stages.*.recipe: llm, vision and connector are all frozen, so nothing would train")
     return found
+
+
+def with_image(batch: PackedBatch, model: LMM, world_size: int) -> PackedBatch:
+    """Give a pack without images a blank one that fills no slot.
+
+    Processes must gather the same modules in the same order where weights are sharded, and reduce the same gradients.
+    """
+    if batch.pixel_values.shape[0] or world_size == 1:
+        return batch
+    shape = (1, *batch.pixel_values.shape[1:])
+    device = batch.input_ids.device
+    nowhere = torch.full((model.tokens_per_image,), batch.input_ids.shape[0], device=device)
+    return replace(batch, pixel_values=torch.zeros(shape, device=device), image_slots=nowhere)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

@@ -11,18 +11,18 @@ Three things keep the mathematics that of one process (tests/train/engine/test_d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names
+from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names, with_image
 from tinyllava_fast.train.optim import Masters, checked
 from tinyllava_fast.train.optimizers.adamw import MOMENTS
 
@@ -66,7 +66,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LMM,
         groups: list[ParameterGroup],
         optim: OptimConfig,
         *,
@@ -78,11 +78,15 @@ class DeepSpeedEngine:
     ) -> None:
         try:
             import deepspeed
+            import deepspeed.ops
         except ImportError as error:
             raise UserError(
                 f"engine.type: deepspeed does not import ({error}); "
-                "pip install 'tinyllava-fast[train]' or set engine.type=torch"
+                "pip install 'tinyllava-fast[train]' or set engine.type=fsdp"
             ) from None
+        # An all-reduce for inference, which training never calls: DeepSpeed would compile it, for minutes and in
+        # silence, at the first start on a CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._zero = deepspeed.zero
         self._fragments = deepspeed.utils
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -117,7 +121,7 @@ class DeepSpeedEngine:
         """See TrainingEngine."""
         if self._unfinished:
             self._engine.step()  # not the last micro-batch after all: DeepSpeed counts it and goes on
-        losses = self._engine(**self._with_image(batch.to(self.device)).tensors())
+        losses = self._engine(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
         self._engine.backward(total(losses) * (scale * self.world_size), scale_wrt_gas=False)
         self._unfinished = True
         return losses.detach()
@@ -176,17 +180,6 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See TrainingEngine."""
         self._engine.destroy()
-
-    def _with_image(self, batch: PackedBatch) -> PackedBatch:
-        """A pack without images gets a blank one that fills no slot: ranks must gather the same modules in the same
-        order under ZeRO-3, and reduce the same gradients.
-        """
-        if batch.pixel_values.shape[0] or self.world_size == 1:
-            return batch
-        shape = (1, *batch.pixel_values.shape[1:])
-        count = int(self.model.tokens_per_image)  # type: ignore[arg-type]
-        nowhere = torch.full((count,), batch.input_ids.shape[0], device=self.device)
-        return replace(batch, pixel_values=torch.zeros(shape, device=self.device), image_slots=nowhere)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_id"):

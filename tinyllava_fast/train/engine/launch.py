@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from tinyllava_fast import group
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import torchrun_number
+from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
@@ -35,9 +36,10 @@ def _own_threads(local_size: int) -> int:
 
 
 def start_process(config: EngineConfig) -> Process:
-    """Read torchrun's environment, choose the device, set the threads and, for DeepSpeed, join the process group.
+    """Read torchrun's environment, choose the device, set the threads and, but for type torch, join the others.
 
-    Raises UserError for a device that is not there, or for several processes under engine.type torch.
+    Raises UserError for a device that is not there, for several processes under engine.type torch, and for what the
+    engine cannot compile.
     """
     env = {k: torchrun_number(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
     local_size = torchrun_number("LOCAL_WORLD_SIZE", 1)
@@ -49,6 +51,7 @@ def start_process(config: EngineConfig) -> Process:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: cuda, but torch sees no CUDA device; set engine.device=cpu or auto")
     device = torch.device("cuda", env["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
+    _check_compile(config)
     if config.cuda_graphs:
         _check_cuda_graphs(config, kind)
     if kind == "cuda":
@@ -56,13 +59,56 @@ def start_process(config: EngineConfig) -> Process:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or _own_threads(local_size) or max(cores // local_size, 1))
     process = Process(env["RANK"], env["WORLD_SIZE"], device)
-    if config.type == "deepspeed":
+    check_processes(config, process.world_size)
+    if config.type != "torch":
         _join(process)
-    elif process.world_size > 1:
-        raise UserError(
-            f"engine.type: torch runs one process, but torchrun started {process.world_size}; set engine.type=deepspeed"
-        )
     return process
+
+
+def check_processes(config: EngineConfig, count: int) -> None:
+    """Raise UserError if this engine cannot run in so many processes."""
+    if config.type == "torch" and count > 1:
+        raise UserError(
+            f"engine.type: torch runs one process, but {count} were started; set engine.type=ddp, fsdp or deepspeed"
+        )
+
+
+def start_processes(count: int, restarts: int, argv: Sequence[str]) -> int:
+    """Run tlf-train with these arguments in so many processes of this machine; return the exit code.
+
+    restarts: times that all are started again after one has died.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    # torchrun would set 1 and warn; each process settles its threads itself.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    settings = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={restarts}"]
+    try:
+        main([*settings, "-m", "tinyllava_fast.train.cli", *argv])
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0
+
+
+def never_compiles(config: EngineConfig) -> str:
+    """Return why this engine cannot compile the whole model, or, for ZeRO-3, anything; "" if it can."""
+    if config.type == "deepspeed" and config.zero_stage == 3:
+        return "ZeRO-3 gathers weights in hooks that torch cannot trace; set engine.zero_stage=2, or compile=false"
+    if config.type == "fsdp":
+        return "fsdp gathers weights in hooks around each layer; set compile=regional, or engine.type=ddp"
+    return ""
+
+
+def _check_compile(config: EngineConfig) -> None:
+    reason = never_compiles(config)
+    regional = config.compile == "regional" and config.type == "fsdp"
+    if reason and config.compile in (True, "regional") and not regional:
+        raise UserError(f"engine.compile: {config.compile}: {reason}")
 
 
 def _check_cuda_graphs(config: EngineConfig, kind: str) -> None:
@@ -70,15 +116,17 @@ def _check_cuda_graphs(config: EngineConfig, kind: str) -> None:
         raise UserError("engine.cuda_graphs: the device is a CPU, which has none; set it to false")
     if config.compile not in (True, "auto"):
         raise UserError(f"engine.cuda_graphs with engine.compile: {config.compile}; set compile to true or auto")
-    if config.type == "deepspeed" and config.zero_stage > 0:
-        raise UserError("engine.cuda_graphs: ZeRO moves weights and gradients in memory; set engine.zero_stage: 0")
+    if config.type == "fsdp" or (config.type == "deepspeed" and config.zero_stage > 0):
+        raise UserError(
+            "engine.cuda_graphs: sharded weights and gradients move in memory; set engine.zero_stage: 0, or type: ddp"
+        )
 
 
 def build_engine(
     process: Process,
     config: EngineConfig,
     optim: OptimConfig,
-    model: nn.Module,
+    model: LMM,
     groups: list[ParameterGroup],
     *,
     micro_batches: int,
@@ -89,7 +137,17 @@ def build_engine(
     one process takes in one optimizer step.
     """
     masters = lower(model, getattr(torch, config.dtype))
-    if config.type == "torch" or config.zero_stage == 0:
+    if config.type == "fsdp":
+        from tinyllava_fast.train.engine.fsdp_engine import FSDPEngine
+
+        return FSDPEngine(
+            *(model, groups, optim),
+            device=process.device,
+            masters=masters,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
+    if config.type in ("torch", "ddp") or config.zero_stage == 0:
         return (TorchEngine if config.type == "torch" else DataParallelEngine)(
             *(model, groups, optim),
             device=process.device,
@@ -112,8 +170,6 @@ def build_engine(
 
 def _join(process: Process) -> None:
     """Join the process group; without torchrun, one of a single process."""
-    if torch.distributed.is_initialized():
-        return
     if "MASTER_ADDR" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -121,6 +177,4 @@ def _join(process: Process) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if process.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.distributed.init_process_group("gloo" if process.device.type == "cpu" else "nccl")
-    # Not at the end of a run: DeepSpeed keeps its groups for as long as the process lives.
-    atexit.register(torch.distributed.destroy_process_group)
+    group.join("gloo" if process.device.type == "cpu" else "nccl")

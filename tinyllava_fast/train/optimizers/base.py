@@ -76,6 +76,11 @@ class Optimizer(ABC):
     @classmethod
     def check(cls, engine: EngineConfig, device: torch.device, where: str) -> None:
         """Raise UserError for an engine or a device that cannot run it. where: key and name, for the message."""
+        if engine.type == "fsdp":
+            raise UserError(
+                f"{where} with engine.type: fsdp, which cuts weights into rows, so that scales and checkpoints would "
+                "depend on the number of processes; set engine.type: ddp, or type: adamw"
+            )
         if engine.type == "deepspeed" and engine.zero_stage > 0:
             raise UserError(
                 f"{where} with engine.zero_stage: {engine.zero_stage}, whose flat partitions cut weights anywhere, "

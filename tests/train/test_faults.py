@@ -1,0 +1,147 @@
+"""Several processes of a run of which one fails, is killed or is told to stop: the others end at once, in our words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.processes import Ranks, fork_server
+from tinyllava_fast.train.checkpoint import CheckpointStore
+
+SHAPE = {
+    "engine__type": "ddp",
+    "stages__pretrain__max_steps": 2,
+    "stages__finetune__max_steps": 4,
+    "checkpoint__every_steps": 1,
+    "checkpoint__keep": 9,
+}
+SOON = 20
+"""Seconds; without a word between the processes it would be half an hour."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    return fork_server()
+
+
+def small_files() -> None:
+    """No file of this process may exceed 40 KB: a random state fits, a model does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+
+
+def tiny_files() -> None:
+    """Not even a random state fits."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+
+
+def no_folders() -> None:
+    """The folder of the second checkpoint cannot be made here."""
+    make = Path.mkdir
+
+    def failing(path: Path, *arguments: object, **settings: object) -> None:
+        if path.name == ".tmp-pretrain-00000002":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        make(path, *arguments, **settings)
+
+    Path.mkdir = failing
+
+
+FAULTS = {
+    "model of rank 0": (0, small_files, "model.safetensors: cannot be written: File too large"),
+    "random state of rank 1": (1, tiny_files, "rng-1.safetensors: cannot be written: File too large"),
+    "folder in rank 1": (1, no_folders, ".tmp-pretrain-00000002: cannot be written: No space left on device"),
+    "folder in rank 0": (0, no_folders, ".tmp-pretrain-00000002: cannot be written: No space left on device"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_save_that_fails_in_one_process_ends_all_with_one_message(server, tiny_run, tmp_path, name):
+    rank, fault, reason = FAULTS[name]
+    path = tiny_run(**SHAPE)
+    with Ranks(server, tmp_path / "said", [str(path)], faults={rank: fault}) as ranks:
+        assert ranks.wait(60) == [2, 2]
+        said = ranks.lines()
+    assert len(said) == 1, said
+    assert f"could not be saved: rank {rank}: " in said[0] and reason in said[0]
+    saved = CheckpointStore(path.parent / "run" / "checkpoints", 9).names()
+    assert saved == (["pretrain-00000001"] if "folder" in name else [])
+    whole = "\n".join(ranks.said(r) for r in (0, 1))
+    assert not saved or f"{saved[0]} is intact: the same command, with what is mended, goes on from there" in whole
+    assert not list((path.parent / "run" / "checkpoints").glob(".tmp-*"))
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until metrics.jsonl has so many lines."""
+    until = time.monotonic() + 60
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_bytes().count(b"\n") < step:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_the_others_name_a_process_that_was_killed(server, tiny_run, tmp_path, losses, engine, victim):
+    path = tiny_run(**SHAPE | {"engine__type": engine, "stages__finetune__max_steps": 3000})
+    run = path.parent / "run"
+    with Ranks(server, tmp_path / "said", [str(path)]) as ranks:
+        wait_for_step(run, 4)
+        os.kill(ranks.processes[victim].pid, signal.SIGKILL)
+        began = time.monotonic()
+        codes = ranks.wait(SOON)
+        seconds = time.monotonic() - began
+        survivor = 1 - victim
+        assert codes[victim] == -signal.SIGKILL and codes[survivor] == 1
+        assert seconds < SOON / 2
+        said = ranks.said(survivor)
+    assert "Traceback" not in said and len(ranks.lines()) == 1
+    assert f"rank {victim} (process {ranks.processes[victim].pid}) was killed" in said
+    assert "is intact: the same command goes on from there" in said
+
+
+def bad_answer() -> None:
+    """This process fails in its third step, alone."""
+    from tinyllava_fast.errors import DataError
+    from tinyllava_fast.train import loop
+
+    take = loop.Stage._next_micro_batches
+
+    def failing(stage: loop.Stage, *arguments: object) -> object:
+        if stage.state.step == 2:
+            raise DataError("records.json: record id 'r7': image 7.png: cannot be read")
+        return take(stage, *arguments)
+
+    loop.Stage._next_micro_batches = failing
+
+
+def test_the_others_hear_why_one_has_ended(server, tiny_run, tmp_path):
+    path = tiny_run(**SHAPE)
+    with Ranks(server, tmp_path / "said", [str(path)], faults={1: bad_answer}) as ranks:
+        assert ranks.wait(60) == [1, 2]
+    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+    assert "rank 1 has ended: stages.finetune: records.json: record id 'r7': image 7.png" in ranks.said(0)
+
+
+def test_a_signal_to_one_process_ends_all_within_seconds(server, tiny_run, tmp_path):
+    path = tiny_run(**SHAPE | {"stages__finetune__max_steps": 3000, "checkpoint__every_steps": 1000})
+    with Ranks(server, tmp_path / "said", [str(path)]) as ranks:
+        wait_for_step(path.parent / "run", 4)
+        os.kill(ranks.processes[1].pid, signal.SIGTERM)
+        began = time.monotonic()
+        assert ranks.wait(SOON) == [143, 143]
+        assert time.monotonic() - began < SOON / 2
+    assert "stopped; the same command goes on from" in ranks.said(0)
+
+
+def test_packs_that_the_processes_cannot_share_are_found_before_anything_is_read(server, tiny_run, tmp_path):
+    path = tiny_run(**SHAPE | {"stages__finetune__batch__packs_per_step": 3})
+    with Ranks(server, tmp_path / "said", [str(path)]) as ranks:
+        assert ranks.wait(60) == [2, 2]
+    (line,) = ranks.lines()
+    assert "stages.pretrain.batch.packs_per_step: 3 is not a multiple of the 2 processes; try 4" in line
+    assert not list((path.parent / "run").glob("*.jsonl"))

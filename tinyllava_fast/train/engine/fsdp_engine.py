@@ -1,0 +1,166 @@
+"""torch's fully sharded data parallelism (FSDP2): weights, masters and moments spread over the processes.
+
+Each layer of tower and decoder is gathered when it runs and freed behind it; what lies between the layers is one group
+more. Weights are kept and gathered in the training dtype, gradients are summed over processes in float32. Every
+process updates its own rows with the optimizer of one process (train/optim.py): masters in float32, rounded by dither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tinyllava_fast.config.schema import OptimConfig
+from tinyllava_fast.data.types import PackedBatch
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.recipes.base import ParameterGroup
+from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names, with_image
+from tinyllava_fast.train.optim import MasterOptimizer, Masters, checked
+
+
+class FSDPEngine:
+    """TrainingEngine over FSDP2. model: whole and equal in every process, of its training dtype."""
+
+    def __init__(
+        self,
+        model: LMM,
+        groups: list[ParameterGroup],
+        optim: OptimConfig,
+        *,
+        device: torch.device,
+        masters: Masters | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.device, self.model = device, model
+        self.rank, self.world_size = rank, world_size
+        names = trainable_names(model, groups)
+        self._shapes = {name: tuple(t.shape) for name, t in plain_state(model).items()}
+        _shard(model, device, world_size)
+        whole = {name: p for p, name in names.items()}
+        self._sharded = {name: cast(DTensor, p) for name, p in model.named_parameters() if name in whole}
+        # The optimizer sees this process's rows as weights of their own, which share memory with the model's.
+        self._rows = {name: nn.Parameter(p.to_local().detach()) for name, p in self._sharded.items()}
+        rows = {p: self._rows[name] for p, name in names.items()}
+        own = {rows[p]: self._part(names[p], master) for p, master in (masters or {}).items()}
+        local: list[ParameterGroup] = [{**g, "params": [rows[p] for p in g["params"]]} for g in groups]
+        self._optimizer = MasterOptimizer(
+            local, {rows[p]: name for p, name in names.items()}, optim, masters=own, summed=self.all_reduce_sum
+        )
+
+    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
+        """See TrainingEngine."""
+        losses: Tensor = self.model(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
+        (total(losses) * scale).backward()
+        for name, p in self._sharded.items():
+            if p.grad is not None:
+                row, found = self._rows[name], cast(DTensor, p.grad).to_local()
+                row.grad = found if row.grad is None else row.grad + found
+                p.grad = None
+        with torch.profiler.record_function("tlf.optimizer"):
+            self._optimizer.accumulate()
+        return losses.detach()
+
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """See TrainingEngine."""
+        return self._optimizer.step(lrs)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See TrainingEngine."""
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """See TrainingEngine."""
+        torch.distributed.barrier()
+
+    def model_state(self) -> Sequence[LazyTensor]:
+        """See TrainingEngine."""
+        state = plain_state(self.model)
+        return [
+            LazyTensor(name, shape, state[name].dtype, partial(_whole, state[name]))
+            for name, shape in self._shapes.items()
+        ]
+
+    def optimizer_state(self) -> Sequence[LazyTensor]:
+        """See TrainingEngine."""
+        return [self._gathered(item) for item in self._optimizer.state()]
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """See TrainingEngine."""
+        self._optimizer.load(_Parts(tensors, self._of_this_process))
+
+    def close(self) -> None:
+        """See TrainingEngine."""
+        for p in self._rows.values():
+            p.grad = None
+
+    def _gathered(self, item: LazyTensor) -> LazyTensor:
+        name = item.name.partition("/")[2]
+        if not name:
+            return item
+        like = self._sharded[name]
+
+        def fetch() -> Tensor:
+            rows = item.fetch()
+            part = DTensor.from_local(
+                rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            )
+            return _whole(part)
+
+        return LazyTensor(item.name, self._shapes[name], item.dtype, fetch)
+
+    def _of_this_process(self, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the rows of this process of a tensor of the optimizer's state."""
+        name = key.partition("/")[2]
+        if name not in self._sharded:
+            return tensors[key]
+        return self._part(name, checked(tensors, key, torch.empty(self._shapes[name], device="meta")))
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        like = self._sharded[name]
+        # src_data_rank=None: every process has the whole tensor, none has to send it.
+        part = distribute_tensor(whole.to(self.device), like.device_mesh, like.placements, src_data_rank=None)
+        return part.to_local().clone()
+
+
+class _Parts(Mapping[str, Tensor]):
+    """A state's tensors, of each the rows of this process."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], part: Callable[[str, Mapping[str, Tensor]], Tensor]) -> None:
+        self._tensors, self._part = tensors, part
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._part(name, self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _shard(model: LMM, device: torch.device, world_size: int) -> None:
+    """Shard each layer, then the rest, over all processes."""
+    mesh = init_device_mesh(device.type, (world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums, not means: the loop has divided
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
