@@ -144,26 +144,6 @@ def test_a_token_shows_its_probability_and_its_alternatives(page):
     assert page.run("document.querySelector('#tip').hidden") and page.count(".token.current") == 0
 
 
-def test_tokens_can_be_looked_at_while_the_answer_arrives(page):
-    set_field(page, "max_tokens", "1900")
-    begin(page, "go on")
-    page.wait("document.querySelectorAll('.token').length > 3")
-    page.run("window.first = document.querySelector('.token')")
-    page.hover(".token:nth-of-type(2)")
-    page.wait("!document.querySelector('#tip').hidden")
-    page.run("document.querySelector('.answer .text').focus({focusVisible: true})")
-    page.press("ArrowRight")
-    count = page.count(".token")
-    page.wait(f"document.querySelectorAll('.token').length > {count + 5}")
-    assert page.count(".token.current") == 1 and not page.run("document.querySelector('#tip').hidden")
-    assert page.run("document.querySelector('.answer').ariaBusy") == "true"
-    page.press("Escape")  # hides what is shown of the token
-    assert page.run("document.querySelector('#tip').hidden && !document.querySelector('#stop').hidden")
-    page.press("Escape")  # stops
-    page.wait(IDLE)
-    assert page.run("first.isConnected && document.querySelector('.token') === first")
-
-
 def test_tokens_that_come_in_pieces_are_those_of_the_whole(page):
     """Whatever the pieces are: texts that come later than their tokens, parts of characters, tokens without text."""
     page.run("import('/tokens.js').then((m) => { window.m = m; return true })")

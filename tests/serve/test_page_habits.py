@@ -16,6 +16,7 @@ import pytest
 from tests.serve.asking import CHAT, IDLE, ask, begin, bodies, choose, reload, set_field
 from tests.serve.conftest import Running, saved
 
+END = "data: [DONE]\n\n"
 WIDE = "[...document.querySelectorAll('html, body, main')].filter((e) => e.scrollWidth > e.clientWidth).length"
 
 
@@ -25,7 +26,7 @@ def stream_of(*tokens: str) -> str:
     for token in tokens:
         told = {"content": [{"token": token, "logprob": -0.5, "top_logprobs": [{"token": token, "logprob": -0.5}]}]}
         chunks.append({"choices": [{"delta": {"content": token}, "logprobs": told}]})
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + END
 
 
 def test_more_pictures_than_a_request_may_hold(page, pictures, tmp_path):
@@ -90,6 +91,35 @@ def test_a_very_long_answer(page):
     assert page.run("document.querySelector('.answer .text').textContent.length") == sum(map(len, tokens))
     page.hover(".token:nth-last-of-type(2)")
     page.wait("!document.querySelector('#tip').hidden")
+
+
+def test_tokens_are_looked_at_while_the_answer_arrives(page):
+    page.run(
+        "window.fetch = async () => new Response(new ReadableStream({start(to) { window.to = to }}));"
+        "window.send = (text) => to.enqueue(new TextEncoder().encode(text))"
+    )
+
+    def send(*tokens: str) -> None:
+        page.run(f"send({json.dumps(stream_of(*tokens).removesuffix(END))})")
+
+    begin(page, "go on")
+    page.wait("window.to !== undefined")
+    send("It", " is", " red")
+    page.wait("document.querySelectorAll('.token').length === 3")
+    page.run("window.first = document.querySelector('.token')")
+    page.hover(".token:nth-of-type(2)")
+    page.wait("!document.querySelector('#tip').hidden")
+    page.run("document.querySelector('.answer .text').focus({focusVisible: true})")
+    page.press("ArrowRight")
+    send(*[f" and{number}" for number in range(100)])
+    page.wait("document.querySelectorAll('.token').length === 103")
+    assert page.text(".token.current") == " is" and not page.run("document.querySelector('#tip').hidden")
+    assert page.run("document.querySelector('.answer').ariaBusy") == "true"
+    page.press("Escape")  # hides what is shown of the token, and stops nothing
+    assert page.run("document.querySelector('#tip').hidden && !document.querySelector('#stop').hidden")
+    page.run(f"send({json.dumps(END)}); to.close()")
+    page.wait(IDLE)
+    assert page.run("first.isConnected && document.querySelector('.token') === first") and page.count(".token") == 103
 
 
 def test_no_other_theme_flashes(page):
