@@ -27,6 +27,7 @@ def load(
     weights: str | None = None,
     plugins: Iterable[str] = (),
     system: str | None = None,
+    adapter: str | Path | None = None,
     **engine_options: Any,
 ) -> Assistant:
     """Open a trained model folder and return an assistant that answers questions about images.
@@ -37,6 +38,7 @@ def load(
     weights: of the language model: "bf16", or on CPUs quantized to "int8" or "nf4"; None: as dtype says.
     plugins: Python files (ending in .py) or modules with components of yours that the model is made of.
     system: system text of every prompt; None: the one that the model was trained with.
+    adapter: folder of a LoRA adapter that is added to the weights.
     engine_options: of infer.engine.Engine: batch_tokens or kv_cache_bytes, prefill_tokens, threads, compile.
     Raises UserError if the folder is not a model of this toolkit, or the device is not there.
 
@@ -47,4 +49,6 @@ def load(
     from tinyllava_fast.plugins import load_plugins
 
     load_plugins([plugins] if isinstance(plugins, str) else plugins)
-    return Assistant.from_pretrained(path, dtype=dtype, device=device, weights=weights, system=system, **engine_options)
+    return Assistant.from_pretrained(
+        path, dtype=dtype, device=device, weights=weights, system=system, adapter=adapter, **engine_options
+    )

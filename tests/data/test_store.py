@@ -63,7 +63,7 @@ def test_memory_is_given_back(stored, monkeypatch):
     store = stored(SAMPLES)
     given = []
     monkeypatch.setattr(store._columns, "let_go", lambda: given.append(1))
-    for _ in range(2048):
+    for _ in range(512):
         store.sample(0)
     assert len(given) == 2
     assert isinstance(store.column("ids"), np.ndarray)

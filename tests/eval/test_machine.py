@@ -94,3 +94,13 @@ def test_a_tower_elsewhere_and_plugins_are_part_of_a_model(tmp_path):
     assert plugins_digest([str(plugin), "json"]) != one != plugins_digest([str(plugin)])
     with pytest.raises(CheckpointError, match="no such model folder"):
         model_digest(tmp_path / "none")
+
+
+def test_an_adapter_is_part_of_the_model(tmp_path):
+    for name in ("model", "red", "blue"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
+    model, red, blue = (tmp_path / name for name in ("model", "red", "blue"))
+    assert len({model_digest(model), *(model_digest(model, adapter=one) for one in (red, blue))}) == 3
+    (blue / "adapter_model.safetensors").write_bytes(b"red")
+    assert model_digest(model, adapter=red) == model_digest(model, adapter=blue)

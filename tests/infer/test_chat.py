@@ -15,6 +15,8 @@ from PIL import Image
 import tinyllava_fast
 from tests.infer.terminal import Terminal
 from tests.infer.test_engine import ask
+from tests.lora import write_adapter
+from tests.tiny import make_engine
 from tinyllava_fast.data.records import read_records
 from tinyllava_fast.infer import chat
 from tinyllava_fast.infer.chat import main
@@ -84,6 +86,14 @@ def test_quantized_weights(folder, capsys):
     assert main(words) == 0
     assistant = tinyllava_fast.load(folder, device="cpu", weights="int8")
     assert capsys.readouterr().out == assistant.answer(None, "why?", max_new_tokens=3) + "\n"
+
+
+def test_an_adapter_and_guesses(folder, lmm, tokenizer, capsys, tmp_path):
+    merged = make_engine(write_adapter(lmm, tmp_path / "red", seed=0), tokenizer)
+    flags = ["--adapter", str(tmp_path / "red"), "--speculate", "8", "--max-new-tokens", "30", "--device", "cpu"]
+    assert main([str(folder), *flags, "--question", "why why why"]) == 0
+    expected = merged.answer(ask("why why why", new=30))
+    assert capsys.readouterr().out.splitlines() == expected.text.splitlines()
 
 
 def test_a_conversation(folder, reply, monkeypatch, capsys):

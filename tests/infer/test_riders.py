@@ -54,9 +54,9 @@ def test_a_long_prompt_never_takes_a_pass_from_those_that_run(tokenizer: PreTrai
         )
         for _ in range(2)
     )
-    newcomer = ask("tell me " * 187 + "all", new=12, id="new", eos_token_id=())
+    newcomer = ask("tell me " * 62 + "all", new=12, id="new", eos_token_id=())
     (expected,) = alone.answers([newcomer])
-    assert expected.prompt_tokens > 1500
+    assert expected.prompt_tokens > 500
     names = with_eight_running(engine)
     tokens, answer = passes_of(engine, newcomer, names)
     left = expected.prompt_tokens - answer.cached_tokens

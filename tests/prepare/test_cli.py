@@ -36,7 +36,7 @@ def test_tokenizer_of_several_files(own: Path) -> None:
             "is too large; give 1,048,576 at most",
         ),
         (["init", "{own}/records.json", "{own}", "{own}/new.yaml"], "8 of 8 images are not in"),
-        (["init", "{own}/questions.jsonl", "{own}/images", "{own}/new.yaml"], "conversations"),
+        (["init", "{own}/images/0.png", "{own}/images", "{own}/new.yaml"], "not UTF-8 text"),
         (
             ["init", "{own}/records.json", "{own}/images", "{own}/new.yaml", "--llm", "x", "--vocab", "300"],
             "--vocab: a",

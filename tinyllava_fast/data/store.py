@@ -38,7 +38,7 @@ _PLACES = {
     },
 }
 _ZEROS = ("segments", "samples")
-_READS = 1024  # samples read between two times that their memory is given back
+_READS = 256  # samples read between two times that their memory, a few pages each, is given back
 
 
 @dataclass(frozen=True)

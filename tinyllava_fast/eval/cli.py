@@ -9,7 +9,14 @@ from pathlib import Path
 
 from tinyllava_fast.commands import INTERRUPTED, Parser
 from tinyllava_fast.errors import LostError, UserError, writing
-from tinyllava_fast.infer.flags import add_model_flags, add_server_flags, positive, server_of, threads
+from tinyllava_fast.infer.flags import (
+    add_adapter_flag,
+    add_model_flags,
+    add_server_flags,
+    positive,
+    server_of,
+    threads,
+)
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 from tinyllava_fast.plugins import load_plugins
@@ -73,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     group = add_server_flags(p, ENDPOINT)
     group.add_argument("--concurrency", type=positive, default=8, metavar="N", help="requests in flight (default: 8)")
     add_model_flags(p)
+    add_adapter_flag(p)
     p.add_argument("--batch-tokens", type=positive, default=16384, metavar="N", help="tokens in flight (memory)")
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     return p
@@ -140,6 +148,8 @@ def _evaluate(args: argparse.Namespace) -> str:
         dtype=args.dtype,
         weights=args.weights,
         device=args.device,
+        adapter=args.adapter,
+        speculate=args.speculate,
         batch_tokens=args.batch_tokens,
         threads=args.threads or torch.get_num_threads(),
         plugins=args.plugin,

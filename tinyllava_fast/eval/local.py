@@ -39,17 +39,20 @@ class LocalModel:
         dtype: str | None,
         device: str,
         weights: str | None,
+        adapter: str | Path | None,
+        speculate: int,
         batch_tokens: int,
         threads: int,
     ) -> None:
         self.folder = folder
         self._options: dict[str, Any] = {
             "dtype": dtype, "device": device, "weights": weights, "batch_tokens": batch_tokens, "threads": threads,
+            "adapter": adapter, "speculate": speculate,
         }  # fmt: skip
         self._loaded = False
         self.facts: Facts = {
             "model": str(folder),
-            "model_digest": model_digest(folder, besides=besides),
+            "model_digest": model_digest(folder, besides=besides, adapter=adapter),
             "dtype": dtype or "as saved",
         }
         if weights:

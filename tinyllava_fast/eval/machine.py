@@ -51,12 +51,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_digest(folder: str | Path, besides: str | Path | None = None) -> str:
+def model_digest(folder: str | Path, besides: str | Path | None = None, adapter: str | Path | None = None) -> str:
     """SHA-256 over names and contents of a model folder's files, in sorted order: the same model, the same digest.
 
     Files: those in the folder, and in the folders in it that hold weights (an adapter, the parts of a checkpoint that
     is stored in parts). Of folders elsewhere that the configs name (a tower, a base model) the sizes and times count.
-    besides: results that an evaluation writes into this folder do not count.
+    besides: results that an evaluation writes into this folder do not count. adapter: a folder that counts like it.
     Raises CheckpointError if there is no such folder, or a file of it cannot be read.
     """
     root = Path(folder)
@@ -75,6 +75,8 @@ def model_digest(folder: str | Path, besides: str | Path | None = None) -> str:
             digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    if adapter is not None:
+        digest.update(model_digest(adapter).encode())
     return digest.hexdigest()
 
 

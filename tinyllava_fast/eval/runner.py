@@ -46,6 +46,8 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     weights: str | None = None,
+    adapter: str | Path | None = None,
+    speculate: int = 0,
     batch_tokens: int = 16384,
     threads: int = 2,
     plugins: Sequence[str] = (),
@@ -56,8 +58,9 @@ def evaluate(
     data: the folder of all benchmarks, or of the only one. output: None: see ``default_output``. options:
     "textvqa.ocr=false", ... blind: every image is replaced by a blank one of the mean colour; what is still answered
     right comes from the text alone. limit: only the first questions of each. missing_images: "error", or "empty" to
-    score their questions as empty answers. dtype, device, weights, batch_tokens, threads: of a model folder. plugins:
-    those that are loaded, by the names that load_plugins takes; answers belong to their code, too.
+    score their questions as empty answers. dtype, device, weights, adapter (a folder), speculate, batch_tokens and
+    threads are those of a model folder. plugins: those that are loaded, by the names that load_plugins takes; answers
+    belong to their code, too.
     A killed run goes on with the questions it has not answered. Under torchrun every rank answers its share of the
     images; the others return {} once rank 0 can score.
     An answer belongs to the model's files, dtype and weights, the prompt, and what its pictures show, in their order:
@@ -76,6 +79,8 @@ def evaluate(
             dtype=dtype,
             device=ranks.device(device),
             weights=weights,
+            adapter=adapter,
+            speculate=speculate,
             batch_tokens=batch_tokens,
             threads=threads,
         )

@@ -14,6 +14,7 @@ from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.fast_model.adapters import Adapters
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel, check_finite, check_weights, prepare_model
 from tinyllava_fast.infer.grammar import Grammar
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
@@ -38,6 +39,7 @@ class Assistant:
         device: str = "auto",
         weights: str | None = None,
         system: str | None = None,
+        adapter: str | Path | None = None,
         **engine_options: Any,
     ) -> Assistant:
         """Open a model folder.
@@ -46,6 +48,8 @@ class Assistant:
             one), "cpu", "cuda", ...
         weights: of the language model. "bf16" is dtype="bfloat16"; "int8", "nf4": quantized, on CPUs; None: dense.
         system: system text of every prompt; None: the one that the model was trained with.
+        adapter: folder of a LoRA adapter that is added to the weights. (``assistant.engine.load_adapter`` keeps several
+            beside them, one for each request that names it.)
         engine_options: keyword arguments of Engine (batch_tokens or kv_cache_bytes, prefill_tokens, threads, compile).
         Raises UserError for an unknown dtype or weights, a device that is not there, and a system text where the chat
         template has no place for one, CheckpointError if the folder is not a model of this toolkit.
@@ -61,6 +65,9 @@ class Assistant:
         _check_folder(path)
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
         check_finite(lmm, largest_id(tokenizer)[1] + 1, str(path))
+        if adapter is not None:
+            adapters = Adapters(lmm)
+            adapters.merge(adapters.read(adapter))
         engine_options.setdefault("source", path)
         model = prepare_model(lmm.eval(), weights)
         return cls.around(model, tokenizer, processor, system=system, **engine_options)

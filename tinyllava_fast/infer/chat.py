@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast.commands import INTERRUPTED, Parser
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.flags import add_model_flags, add_server_flags, server_of, threads
+from tinyllava_fast.infer.flags import add_adapter_flag, add_model_flags, add_server_flags, server_of, threads
 from tinyllava_fast.infer.history import kept_lines
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     add_model_flags(p)
+    add_adapter_flag(p)
     return p
 
 
@@ -117,7 +118,14 @@ def _partner(args: argparse.Namespace) -> Partner:
 
         torch.set_num_threads(args.threads)
     return LocalPartner(
-        Assistant.from_pretrained(args.model, dtype=args.dtype, device=args.device, weights=args.weights)
+        Assistant.from_pretrained(
+            args.model,
+            dtype=args.dtype,
+            device=args.device,
+            weights=args.weights,
+            adapter=args.adapter,
+            speculate=args.speculate,
+        )
     )
 
 

@@ -9,7 +9,7 @@ Legend: R sequences, T tokens of a pass, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tinyllava_fast.infer.sampling import all_finite, next_tokens
 from tinyllava_fast.infer.scheduling.images import ImageEncoder, image_key
 from tinyllava_fast.infer.scheduling.scheduler import Scheduled, Scheduler
 from tinyllava_fast.infer.scheduling.sequence import Sequence
+from tinyllava_fast.infer.scheduling.speculation import Speculation
 from tinyllava_fast.infer.scoring import log_probabilities
 from tinyllava_fast.infer.shaping import choose
 
@@ -32,6 +33,7 @@ class Core:
     """Runs sequences on a model.
 
     vocab: tokens that may be generated, the first rows of the embedding. source: what messages call the model.
+    speculate: most tokens of a sequence that are guessed in a step.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Core:
         *,
         vocab: int,
         source: str,
+        speculate: int = 0,
     ) -> None:
         self.model = model
         self.images = images
@@ -51,6 +54,7 @@ class Core:
         self.vocab = vocab
         self.source = source
         self.generated_tokens = 0
+        self.speculation = Speculation(speculate)
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
@@ -64,8 +68,12 @@ class Core:
         scheduled = self.scheduler.schedule()
         if scheduled is not None:
             try:
-                hidden, ends = self._run(scheduled)
-                self._postprocess(scheduled.sequences, hidden, ends)
+                guesses = {} if scheduled.stops else self.speculation.guess(scheduled.sequences)
+                if guesses:
+                    self._verify(scheduled.sequences, guesses)
+                else:
+                    hidden, ends = self._run(scheduled)
+                    self._postprocess(scheduled.sequences, hidden, ends)
             except BaseException as error:
                 self._recover(scheduled, error)
         return self.scheduler.collect()
@@ -87,6 +95,32 @@ class Core:
             result = self.decoder.prefill(scheduled.groups, scheduled.sequences, scheduled.stops, features)
             pace.prefilled(len(result[0]), time.perf_counter() - began)
         return result
+
+    def _verify(self, sequences: list[Sequence], guesses: Mapping[Sequence, list[int]]) -> None:
+        """Do a step with guesses, and append to each sequence what follows as long as the guesses are what was chosen.
+
+        Tokens are chosen one after the other, as in steps of one: what a sequence was told of each is the same.
+        """
+        began = time.perf_counter()
+        hidden = self.decoder.verify(sequences, guesses)
+        self.scheduler.pace.stepped(len(sequences), time.perf_counter() - began)
+        counts = [1 + len(guesses.get(s, ())) for s in sequences]
+        logits = self._logits([s for s, count in zip(sequences, counts, strict=True) for _ in range(count)], hidden)
+        right = dict.fromkeys(guesses, 0)
+        going = list(zip(sequences, np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
+        while going:
+            for sequence, _ in going:
+                sequence.num_cached_tokens += 1
+            part = [s for s, _ in going]
+            self._append(part, _choose(part, logits[[row for _, row in going]]))
+            later = []
+            for sequence, row in going:
+                guessed, place = guesses.get(sequence, []), right.get(sequence, 0)
+                if not sequence.ended and place < len(guessed) and sequence.tokens[-1] == guessed[place]:
+                    right[sequence] += 1
+                    later.append((sequence, row + 1))
+            going = later
+        self.speculation.learn(guesses, right)
 
     def _encode_images(self, scheduled: Scheduled) -> dict[object, Tensor]:
         """Return features by image. Sequences whose images cannot be read fail and leave the pass."""
@@ -130,17 +164,19 @@ class Core:
             hidden = hidden[torch.from_numpy(ends).to(hidden.device)]
         chosen: list[int] = []
         for i in range(0, len(sequences), LOGIT_ROWS):
-            # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
-            rows = hidden[i : i + LOGIT_ROWS]
-            logits = self.model.logits(rows)[:, : self.vocab]  # [R, V]
             part = sequences[i : i + LOGIT_ROWS]
-            self._check_finite(part, rows, logits)
-            samplings, places = [s.request.sampling for s in part], [len(s.tokens) for s in part]
-            shapings = [s.shaping for s in part]
-            if any(shapings):
-                chosen += choose(logits, samplings, places, shapings)
-            else:
-                chosen += next_tokens(logits, samplings, places)
+            chosen += _choose(part, self._logits(part, hidden[i : i + LOGIT_ROWS]))
+        self._append(sequences, chosen)
+
+    def _logits(self, sequences: list[Sequence], hidden: Tensor) -> Tensor:
+        """Logits [R, V] of rows of sequences [R, D]. CheckpointError if some number is none."""
+        # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
+        logits = self.model.logits(hidden)[:, : self.vocab]
+        self._check_finite(sequences, hidden, logits)
+        return logits
+
+    def _append(self, sequences: list[Sequence], chosen: list[int]) -> None:
+        """Append one token to each sequence."""
         self.generated_tokens += len(sequences)
         for sequence, token in zip(sequences, chosen, strict=True):
             if not sequence.ended:  # what ``on_token`` of another one may have done
@@ -185,6 +221,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _choose(sequences: list[Sequence], logits: Tensor) -> list[int]:
+    """Return the next token of each sequence. logits: [R, V], which may be changed."""
+    samplings, places = [s.request.sampling for s in sequences], [len(s.tokens) for s in sequences]
+    shapings = [s.shaping for s in sequences]
+    return choose(logits, samplings, places, shapings) if any(shapings) else next_tokens(logits, samplings, places)
 
 
 def _append(sequence: Sequence, token: int) -> None:

@@ -14,19 +14,20 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tinyllava_fast.data.images import ImageMode
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.core import Core
-from tinyllava_fast.infer.fast_model.fused_step import FIXED_ANGLES
+from tinyllava_fast.infer.counters import Counters, Usage
+from tinyllava_fast.infer.fast_model.positions import has_fixed_angles, has_window
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT, FAILED
@@ -39,31 +40,6 @@ from tinyllava_fast.infer.scoring import Collector
 from tinyllava_fast.infer.types import Answer, Request, Scores
 from tinyllava_fast.models.build import check_vocabulary
 from tinyllava_fast.models.lmm import LMM
-
-
-@dataclass
-class Counters:
-    """The work of an engine so far. prompt_tokens counts every prompt whole; computed_tokens what was really run."""
-
-    requests: int = 0
-    images_encoded: int = 0
-    images_reused: int = 0  # their features came from the cache
-    reused_tokens: int = 0  # of prompts: their K and V came from earlier requests
-    prompt_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    decode_steps: int = 0
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Sequences in flight, and rows of the K/V pool. kept_rows: of ended sequences, for prompts that begin alike."""
-
-    running: int
-    waiting: int
-    rows: int
-    free_rows: int
-    kept_rows: int
 
 
 class Engine:
@@ -81,6 +57,7 @@ class Engine:
         alike. image_cache_bytes: features of images kept for them. chunk_tokens: tokens of a prompt that are computed
         between two steps of decoding; None: as many as take as long as a step.
     compile: the decode step; True, False, or None: when it pays (compiled_step.py).
+    speculate: most tokens that are guessed and verified in one step of a greedy sequence; 0: none (speculation.py).
     source: what the model is called in messages, its folder.
     UserError for a pool too small to hold anything, and for a tokenizer with ids that the model has no embedding for.
     """
@@ -103,6 +80,7 @@ class Engine:
         image_cache_bytes: int = CACHE_BYTES,
         chunk_tokens: int | None = None,
         compile: bool | None = None,
+        speculate: int = 0,
         source: str | Path = "",
     ) -> None:
         self.model = PreparedModel(model) if isinstance(model, LMM) else model
@@ -119,24 +97,27 @@ class Engine:
         check_vocabulary(lmm, tokenizer)
         self.vocab = largest_id(tokenizer)[1] + 1
         # A window hides keys by distance, which a prefix shared between sequences has no single value of.
-        self.share_prefix = not _has_window(config)
+        self.share_prefix = not has_window(config)
         self._images = ImageEncoder(
             lmm, processor, mode=image_mode, grid=image_grid, threads=threads, cache_bytes=image_cache_bytes
         )
-        self._prompts = Prompts(
-            template, tokenizer, self._images.rows, self.context, self.batch_tokens, self.eos, ahead=lookahead
-        )
         self._decoder = PackedDecoder(self.model, self.batch_tokens, share_prefix=self.share_prefix, compile=compile)
+        self.adapters = self._decoder.adapters
+        limits = self.context, self.batch_tokens
+        self._prompts = Prompts(
+            template, tokenizer, self._images.rows, *limits, self.eos, ahead=lookahead, adapters=self.adapters
+        )
         scheduler = Scheduler(
             self._decoder.pool,
             Limits(prefill_tokens),
             window=lookahead,
             max_group_rows=self.batch_tokens // 2,
             share_prefix=self.share_prefix,
-            reuse=reuse and _has_fixed_angles(config),
+            reuse=reuse and has_fixed_angles(config),
             chunk_tokens=chunk_tokens,
         )
-        self._core = Core(self.model, self._images, self._decoder, scheduler, vocab=self.vocab, source=self.source)
+        core = self.model, self._images, self._decoder, scheduler
+        self._core = Core(*core, vocab=self.vocab, source=self.source, speculate=speculate)
         self._counters = Counters()
         self._inboxes: dict[Sequence, deque[Sequence]] = {}  # where each sequence in flight goes when it has ended
         self._added: dict[str, Sequence] = {}  # of add_request, until step has returned their answers
@@ -152,6 +133,8 @@ class Engine:
             computed_tokens=self._decoder.computed_tokens,
             generated_tokens=self._core.generated_tokens,
             decode_steps=self._decoder.steps,
+            guessed_tokens=self._core.speculation.guessed,
+            right_guesses=self._core.speculation.right,
         )
 
     @property
@@ -165,6 +148,24 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         """Bytes of the K/V pool."""
         return self._decoder.pool.nbytes
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Let requests name a LoRA adapter; others are answered as before, in the same passes.
+
+        folder: as peft writes it, with the layer names of this toolkit's model folders, or such a folder that has one
+        in it. UserError for a name that is taken. CheckpointError for a folder that is damaged, not of this model, no
+        plain LoRA, or that changes more than the language model's linear layers.
+        """
+        self.adapters.add(name, self.adapters.read(folder))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. UserError if there is none of that name, or requests in flight use it."""
+        number = self.adapters.number(name)
+        if users := sum(s.adapter == number for s in self._inboxes):
+            raise UserError(
+                f"adapter {name!r}: {users} requests in flight use it; wait for their answers, or abort them"
+            )
+        self.adapters.remove(name)
 
     def take_memory(self) -> None:
         """Take the memory of the K/V pool now, before the first request, and not as it fills."""
@@ -340,6 +341,8 @@ class Engine:
         """Hand sequences to the core; each comes to the inbox when it has ended."""
         for sequence in sequences:
             self._inboxes[sequence] = inbox
+            if not self.adapters.has(sequence.adapter) and not sequence.ended:  # while the prompt was made
+                sequence.fail(UserError(f"{sequence.request.named}: its adapter was unloaded; load it again"))
             self._core.scheduler.add(sequence)
 
     def _deliver(self, ended: Iterable[Sequence]) -> None:
@@ -375,18 +378,3 @@ class Engine:
             logprobs=[] if failed else sequence.logprobs,
             why=(str(sequence.error) or type(sequence.error).__name__) if failed else "",
         )
-
-
-def _has_window(config: PreTrainedConfig) -> bool:
-    """True if some layer attends only to the last tokens."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return "sliding_attention" in kinds
-    return bool(getattr(config, "sliding_window", None))
-
-
-def _has_fixed_angles(config: PreTrainedConfig) -> bool:
-    """True if K depends on a token's position alone, and not on how long the longest sequence of the pass is."""
-    scaling = getattr(config, "rope_parameters", None) or {}
-    kinds = [scaling, *scaling.values()]
-    return all(k.get("rope_type", "default") in FIXED_ANGLES for k in kinds if isinstance(k, dict))

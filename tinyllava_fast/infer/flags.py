@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast import plugins
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.paths import path_argument
 
 if TYPE_CHECKING:
     from tinyllava_fast.client.endpoint import Endpoint
@@ -15,14 +16,29 @@ MOST_THREADS = 4096
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """``--dtype``, ``--weights``, ``--device`` and ``--plugin``, as from_pretrained and load_plugins take them.
+    """``--dtype``, ``--weights``, ``--device``, ``--speculate``, as from_pretrained takes them, and ``--plugin``.
 
     Nothing heavy is imported: a command answers ``--help`` before torch is there.
     """
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
     parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument(
+        "--speculate",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens of a greedy answer from what its prompt and it repeat, and verify them in one step "
+        "(default: none; 8 is a good number for one answer at a time)",
+    )
     plugins.add_flag(parser)
+
+
+def add_adapter_flag(parser: argparse.ArgumentParser) -> None:
+    """``--adapter``, as from_pretrained takes it."""
+    parser.add_argument(
+        "--adapter", type=path_argument, metavar="DIR", help="LoRA adapter that is added to the model's weights"
+    )
 
 
 def add_server_flags(parser: argparse.ArgumentParser, flag: str) -> argparse._ArgumentGroup:
@@ -47,7 +63,12 @@ def server_of(args: argparse.Namespace, flag: str) -> Endpoint | None:
         raise UserError(f"{flag} and the model folder {args.model}: name one of them; a server's model by --model")
     if not args.server and not args.model:
         raise UserError(f"give a model folder, or a server by {flag}")
-    of_folders = {"--dtype": args.dtype, "--weights": args.weights}
+    of_folders = {
+        "--dtype": args.dtype,
+        "--weights": args.weights,
+        "--adapter": args.adapter,
+        "--speculate": args.speculate,
+    }
     of_servers = {"--model": args.served, "--api-key-env": args.api_key_env}
     for name, value in (of_folders if args.server else of_servers).items():
         if value:

@@ -12,9 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
@@ -210,6 +211,15 @@ class LiveEngine:
         self._preparer.submit(self._ready, stream, replace(request, id=name))
         return stream
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Let requests name a LoRA adapter while others run: ``Engine.load_adapter``. StoppedError after ``close``."""
+        updates = self.engine.adapters.read(folder)
+        self._call(lambda: self.engine.adapters.add(name, updates))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter: ``Engine.unload_adapter``. StoppedError after ``close``."""
+        self._call(lambda: self.engine.unload_adapter(name))
+
     def warm_up(self) -> None:
         """Do now what the first request of some kind would wait for, and others behind it."""
         self._preparer.submit(self._prepare.warm_up).result()
@@ -270,6 +280,24 @@ class LiveEngine:
         with self._news:
             self._inbox.append(work)
             self._news.notify()
+
+    def _call(self, work: Callable[[], None]) -> None:
+        """Do something between two steps, and return or raise what comes of it."""
+        done: Future[None] = Future()
+
+        def do() -> None:
+            try:
+                work()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._news:
+            if self._closing:
+                raise StoppedError("the engine is shutting down; open another one")
+            self._inbox.append(do)
+            self._news.notify()
+        done.result()
 
     def _run(self) -> None:
         """Do what callers want, then a step, then tell them, for as long as the engine lives."""

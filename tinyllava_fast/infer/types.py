@@ -137,6 +137,7 @@ class Request:
         If there are images and no marker, the images are placed at the front of the first turn, in order.
     id: any text that names the request in answers and messages.
     priority: of requests that come one by one (``Engine.add_request``), smaller ones run first.
+    adapter: name of the adapter (``Engine.load_adapter``) that the model answers with; None: as it is.
     """
 
     messages: Sequence[Message]
@@ -144,6 +145,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     id: str = ""
     priority: int = 0
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", image_objects(self.image))
@@ -154,12 +156,19 @@ class Request:
         return f"request {self.id!r}" if self.id else "the question"
 
     @staticmethod
-    def ask(question: str, image: Images | None = None, *, sampling: Sampling | None = None, id: str = "") -> Request:
+    def ask(
+        question: str,
+        image: Images | None = None,
+        *,
+        sampling: Sampling | None = None,
+        id: str = "",
+        adapter: str | None = None,
+    ) -> Request:
         """A single-turn request. UserError if the question is no text."""
         if not isinstance(question, str):
             raise UserError(f"the question: expected a text, got {type(question).__name__}")
         messages = [{"from": "human", "value": question}]
-        return Request(messages=messages, image=image, sampling=sampling or Sampling(), id=id)
+        return Request(messages=messages, image=image, sampling=sampling or Sampling(), id=id, adapter=adapter)
 
     @property
     def images(self) -> tuple[ImageLike, ...]:

@@ -56,9 +56,14 @@ def linear(
         y = decode_linear_fwd.infer(flat, *_values_and_scale(weight), bias)
     else:
         y = functional.linear(flat, dense_weight(weight, x.dtype), bias)
-    y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
-    y = y if shared is None else shared + y
+    y = finish_product(y, activation, shared)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def finish_product(y: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    """Return what follows a product y [N, O], as ``linear`` takes it: activation(y) + residual."""
+    y = silu_gate.infer(y) if activation == "silu_gate" else ACTIVATIONS[activation](y)
+    return y if residual is None else residual + y
 
 
 def _values_and_scale(weight: Tensor | Int8) -> tuple[Tensor, Tensor | None]:

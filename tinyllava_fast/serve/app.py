@@ -175,12 +175,14 @@ def _event(found: Mapping[str, Any]) -> str:
 
 
 def _described(served: Served) -> dict[str, object]:
+    parent = {} if served.base is None else {"parent": served.base.name}
     return {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "tinyllava_fast",
         "max_model_len": served.context,
+        **parent,
     }
 
 

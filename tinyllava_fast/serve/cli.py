@@ -11,15 +11,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava_fast.commands import Parser
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.infer.flags import add_model_flags, positive, threads
 from tinyllava_fast.log import log, setup_logging
-from tinyllava_fast.paths import path_argument
+from tinyllava_fast.paths import expand_home, path_argument
 from tinyllava_fast.plugins import load_plugins
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EXAMPLES = """
   tlf-serve runs/demo/final
   tlf-serve --models small=runs/a/final large=runs/b/final --port 9000
+  tlf-serve runs/base/final --adapter maps=runs/maps/final --adapter birds=runs/birds/final
   TLF_API_KEY=... tlf-serve runs/demo/final --host 0.0.0.0 --host-name gpu1.example.org
 """
 
@@ -46,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", nargs="?", type=path_argument, help="model folder, e.g. runs/demo/final")
     p.add_argument("--models", nargs="+", default=[], metavar="[NAME=]FOLDER", help="several models, asked for by name")
+    p.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME[@MODEL]=FOLDER",
+        help="LoRA adapter that requests ask for by name, beside its model; may be given several times",
+    )
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     p.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
     p.add_argument("--api-key", metavar="KEY", help=f"what clients have to send (default: the variable {KEY_VARIABLE})")
@@ -106,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     key, folders = _key(args), _folders(args)
+    adapters = _adapters(args.adapter, folders)
     from tinyllava_fast.serve.app import build_app
     from tinyllava_fast.serve.fetch import Fetcher
     from tinyllava_fast.serve.media import Media
@@ -122,6 +131,8 @@ def _run(args: argparse.Namespace) -> int:
         try:
             for name, path in folders.items():
                 models[name] = _open(name, path, args)
+            for name, (model, path) in adapters.items():
+                models[name] = models[model].adapted(name, path)
             guard = build_app(
                 models,
                 limits=limits,
@@ -135,7 +146,8 @@ def _run(args: argparse.Namespace) -> int:
             Server(guard, limits).run([socket])
         finally:
             for served in models.values():
-                served.live.close()
+                if served.base is None:
+                    served.live.close()
     return 0
 
 
@@ -168,6 +180,25 @@ def _folders(args: argparse.Namespace) -> dict[str, str]:
         found[name] = path
     if not found:
         raise UserError("no model; name its folder, e.g. tlf-serve runs/demo/final")
+    return found
+
+
+def _adapters(given: Sequence[str], models: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Model and folder by name of each adapter. UserError for a name that is taken, and for a model there is not."""
+    found: dict[str, tuple[str, str]] = {}
+    for text in given:
+        left, separator, path = text.partition("=")
+        name, _, model = left.partition("@")
+        if not separator or not name or "/" in name:
+            raise UserError(f"--adapter {text}: give NAME=FOLDER, or NAME@MODEL=FOLDER where there are several models")
+        if name in models or name in found:
+            raise UserError(f"--adapter {text}: {name!r} is taken; give another name")
+        if not model and len(models) > 1:
+            raise UserError(f"--adapter {text}: say of which model it is: {name}@MODEL; {nearest('', models)}")
+        model = model or next(iter(models))
+        if model not in models:
+            raise UserError(f"--adapter {text}: there is no model {model!r}; {nearest(model, models)}")
+        found[name] = model, expand_home(path)
     return found
 
 
@@ -206,7 +237,12 @@ def _open(name: str, path: str, args: argparse.Namespace) -> Served:
 
         torch.set_num_threads(args.threads)
     assistant = Assistant.from_pretrained(
-        path, dtype=args.dtype, device=args.device, weights=args.weights, batch_tokens=args.batch_tokens
+        path,
+        dtype=args.dtype,
+        device=args.device,
+        weights=args.weights,
+        batch_tokens=args.batch_tokens,
+        speculate=args.speculate,
     )
     assistant.engine.tokenizer.name_or_path = name  # clients are told of it, and not of a folder
     live = LiveEngine(assistant.engine, max_waiting=args.max_waiting)

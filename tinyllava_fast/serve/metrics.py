@@ -84,7 +84,7 @@ class _Engines(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See the base class."""
-        stats = {name: served.live.stats() for name, served in self.models.items()}
+        stats = {name: served.live.stats() for name, served in self.models.items() if served.base is None}
         for kind, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for field, text in names.items():
                 family = kind(f"tlf_{field}", text, labels=["model"])

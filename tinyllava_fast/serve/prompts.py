@@ -100,6 +100,7 @@ class Ask:
                 image=list(images) or None,
                 sampling=self._sampling(seed + index),
                 id=f"{name}-{index}",
+                adapter=self.served.adapter,
             )
             for index in range(self.choices)
         ]

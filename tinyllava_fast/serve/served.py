@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.live import LiveEngine
@@ -13,12 +14,26 @@ from tinyllava_fast.serve.problems import ApiError
 
 @dataclass(frozen=True)
 class Served:
-    """One model. created: seconds since 1970, for the list of models."""
+    """One model, or one of its adapters. created: seconds since 1970, for the list of models.
+
+    base: of an adapter the model that it changes, whose engine answers.
+    """
 
     name: str
     engine: Engine
     live: LiveEngine
     created: int
+    base: Served | None = None
+
+    def adapted(self, name: str, folder: str | Path) -> Served:
+        """Load an adapter, and return what answers with it. UserError as for ``Engine.load_adapter``."""
+        self.live.load_adapter(name, folder)
+        return replace(self, name=name, base=self)
+
+    @property
+    def adapter(self) -> str | None:
+        """Return the name of the adapter; None for a model."""
+        return None if self.base is None else self.name
 
     def warm_up(self) -> None:
         """Do before the first request what it would wait for, and others behind it."""

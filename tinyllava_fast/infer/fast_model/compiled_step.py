@@ -72,6 +72,10 @@ class CompiledStep:
         self._seconds[single] += time.perf_counter() - began
         return hidden
 
+    def plain(self, tokens: StepTokens) -> Tensor:
+        """Return hidden states [R, D] without a graph, whatever pays: of a step that graphs do not know."""
+        return self._plain(*tokens, self.pool.k, self.pool.v)
+
     def _pays(self, single: bool) -> bool:
         if self.compile is None:
             fused = isinstance(self.lmm.family.layers(self.lmm.llm)[0], DecodeLayer)

@@ -18,6 +18,13 @@ from tinyllava_fast.infer.fast_model.linear import DecodeLinear
 from tinyllava_fast.models.attention import packed
 from tinyllava_fast.ops.decode_block import rms_norm, rotate
 
+PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Of each product of a DecodeLayer the layers that it stands for."""
 _KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
 
@@ -34,7 +41,7 @@ class DecodeLayer(nn.Module):
 
     def __init__(self, layer: Any, weights: str | None) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.heads = attention.q_proj.out_features // attention.head_dim
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
@@ -42,10 +49,12 @@ class DecodeLayer(nn.Module):
         self.window = getattr(attention, "sliding_window", None)
         if isinstance(layer, MistralDecoderLayer):
             self.window = getattr(attention.config, "sliding_window", None)
-        self.qkv = DecodeLinear([attention.q_proj, attention.k_proj, attention.v_proj], weights)
-        self.o = DecodeLinear([attention.o_proj], weights)
-        self.gate_up = DecodeLinear([mlp.gate_proj, mlp.up_proj], weights)
-        self.down = DecodeLinear([mlp.down_proj], weights)
+
+        def product(name: str) -> DecodeLinear:
+            return DecodeLinear([layer.get_submodule(part) for part in PARTS[name]], weights)
+
+        self.qkv, self.o = product("qkv"), product("o")
+        self.gate_up, self.down = product("gate_up"), product("down")
         self.self_attn = attention  # what packed() asks about, and Qwen3's norms; its products are held once, above
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             delattr(attention, name)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyllava_fast.infer.fast_model.adapters import stock
 from tinyllava_fast.infer.fast_model.cpp_step import DTYPES, Product, StepLayer, StepPlan
 from tinyllava_fast.infer.fast_model.decoder_layer import DecodeLayer
 from tinyllava_fast.infer.fast_model.linear import DecodeLinear
@@ -65,7 +66,8 @@ class FusedStep:
         if parts == self._built_from and self._plan is not None:
             return
         self._plan, self._built_from = self._build(), parts
-        quantized = self.lmm.family.layers(self.lmm.llm)[0].qkv.scales is not None
+        first = self.lmm.family.layers(self.lmm.llm)[0].qkv
+        quantized = stock(first).scales is not None
         self._most = most_rows("decode_step quantized") if quantized else most_rows("decode_step", self.lmm.dtype)
 
     def _why_not(self) -> str | None:
@@ -132,7 +134,7 @@ def _step_layer(layer: DecodeLayer, k: Tensor, v: Tensor) -> StepLayer:
 
 
 def _linears(layers: list[DecodeLayer]) -> list[DecodeLinear]:
-    return [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return [stock(linear) for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
 
 def _signature(layer: DecodeLayer) -> tuple[Any, ...]:
@@ -143,4 +145,5 @@ def _signature(layer: DecodeLayer) -> tuple[Any, ...]:
     epsilons = {norm.variance_epsilon for norm in norms}
     if len(epsilons) != 1:
         return (id(layer),)
-    return (layer.heads, layer.kv_heads, attention.head_dim, attention.scaling, layer.down.in_features, *epsilons)
+    inner = stock(layer.down).in_features
+    return (layer.heads, layer.kv_heads, attention.head_dim, attention.scaling, inner, *epsilons)

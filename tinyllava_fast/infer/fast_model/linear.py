@@ -14,11 +14,15 @@ from tinyllava_fast.ops.linear import linear
 
 
 class DecodeLinear(nn.Module):
-    """[..., in] -> [..., out]: layers of one input, their outputs side by side, each weight held once."""
+    """[..., in] -> [..., out]: layers of one input, their outputs side by side, each weight held once.
+
+    sizes: outputs of each layer.
+    """
 
     def __init__(self, layers: Sequence[Any], weights: str | None) -> None:
         """layers: what has ``weight`` [out, in] and ``bias``. weights: "int8", "nf4"; otherwise dense."""
         super().__init__()
+        self.sizes = [len(layer.weight) for layer in layers]
         weight = torch.cat([layer.weight.detach() for layer in layers])
         self.out_features, self.in_features = weight.shape
         self.blocksize = 0

@@ -5,20 +5,24 @@ Legend: T packed tokens of a pass, S sequences, D hidden width, K tokens an imag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinyllava_fast.infer.fast_model.adapters import Adapters
 from tinyllava_fast.infer.fast_model.compiled_step import CompiledStep, StepTokens
 from tinyllava_fast.infer.fast_model.fused_step import FusedStep
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.scheduling.images import image_key
 from tinyllava_fast.infer.scheduling.pool import KVPool
 from tinyllava_fast.infer.scheduling.sequence import IMAGE_ROW, Group, Sequence
+from tinyllava_fast.log import log_once
 from tinyllava_fast.models.attention import KVView
 
 
@@ -28,7 +32,7 @@ class Span:
 
     ids: tokens, IMAGE_ROW where the next row of ``features`` goes. start: first pool row of the sequence's own tokens.
     done: own rows already written. shared_rows: (start, length) of the pool's rows that the sequence begins with.
-    features: [rows, D] of what lies of each image among the tokens, in order.
+    features: [rows, D] of what lies of each image among the tokens, in order. adapter: its number, 0 for none.
     """
 
     ids: list[int]
@@ -36,6 +40,7 @@ class Span:
     done: int = 0
     shared_rows: tuple[int, int] = (0, 0)
     features: Items[Tensor] = ()
+    adapter: int = 0
 
 
 class PackedDecoder:
@@ -44,6 +49,7 @@ class PackedDecoder:
     def __init__(self, model: PreparedModel, rows: int, *, share_prefix: bool, compile: bool | None = None) -> None:
         """share_prefix: whether sequences share rows. compile: as CompiledStep takes it."""
         self.lmm = lmm = model.lmm
+        self.adapters = Adapters(lmm)
         self.pool = KVPool(rows, lmm.num_kv_heads, lmm.head_dim, dtype=lmm.dtype, device=lmm.device)
         self.computed_tokens = self.steps = 0
         self._share_prefix = share_prefix
@@ -73,7 +79,8 @@ class PackedDecoder:
         if self._fused is not None:
             self._fused.look_again()
         embeds = self._embed(ids, [f for s in spans for f in s.features])
-        return self.lmm.decode(embeds, self._tensor(steps + np.repeat(shared[:, 1], lengths)), kv=view)
+        with self._adapted(np.repeat([s.adapter for s in spans], lengths)):
+            return self.lmm.decode(embeds, self._tensor(steps + np.repeat(shared[:, 1], lengths)), kv=view)
 
     def prefill(
         self,
@@ -93,20 +100,42 @@ class PackedDecoder:
         sharing = sorted((g for g in groups if g.num_shared_tokens), key=lambda g: g.shared_start)
         if sharing:
             parts = [_features(g.members[0], 0, g.num_shared_tokens, features) for g in sharing]
-            self([Span(g.shared_ids, g.shared_start, features=f) for g, f in zip(sharing, parts, strict=True)])
+            self([_shared_span(g, f) for g, f in zip(sharing, parts, strict=True)])
         spans = []
         for sequence, stop in zip(sequences, stops, strict=True):
             first = sequence.num_cached_tokens
             ids = sequence.ids_between(first, stop)
             rows = _features(sequence, first, stop, features)
-            spans.append(Span(ids, sequence.start, sequence.num_own_cached, sequence.shared_rows, rows))
+            place = sequence.start, sequence.num_own_cached, sequence.shared_rows
+            spans.append(Span(ids, *place, rows, sequence.adapter))
         return self(spans), np.cumsum([len(s.ids) for s in spans]) - 1
+
+    def verify(self, sequences: Items[Sequence], guesses: Mapping[Sequence, list[int]]) -> Tensor:
+        """Hidden states [T, D] of the last token of each sequence and of the guesses behind it, in their order.
+
+        K and V of guesses go to the rows behind; those of wrong ones are overwritten by what comes in their place.
+        """
+        self.steps += 1
+        ids = [[s.tokens[-1], *guesses.get(s, ())] for s in sequences]
+        hidden = self._in_one_call(sequences, ids)
+        if hidden is not None:
+            return hidden
+        return self(
+            [
+                Span(names, s.start, s.num_own_cached, s.shared_rows, adapter=s.adapter)
+                for s, names in zip(sequences, ids, strict=True)
+            ]
+        )
 
     def step(self, sequences: Items[Sequence]) -> Tensor:
         """Hidden states [R, D] of the last token of each sequence, which is at least one. They must ascend by start."""
         rows = np.array([(s.tokens[-1], s.start, s.num_own_cached, *s.shared_rows) for s in sequences], dtype=np.int64)
         self.computed_tokens += len(rows)
         self.steps += 1
+        if len(self.adapters) and any(s.adapter for s in sequences):
+            log_once("steps in which a request has an adapter go layer by layer", logging.INFO)
+            with self._adapted([s.adapter for s in sequences]):
+                return self._run_step.plain(self._step_tokens(rows))
         hidden = None if self._fused is None else self._fused(rows)
         return self._run_step(self._step_tokens(rows)) if hidden is None else hidden
 
@@ -118,22 +147,35 @@ class PackedDecoder:
         Arguments and results as of ``prefill``.
         """
         self.steps += 1
-        if self._fused is None or any(
-            s.images_between(s.num_cached_tokens, n) for s, n in zip(sequences, stops, strict=True)
-        ):
+        pairs = list(zip(sequences, stops, strict=True))
+        if any(s.images_between(s.num_cached_tokens, stop) for s, stop in pairs):
             return self.prefill((), sequences, stops, features)
-        rows, counts = [], []
-        for sequence, stop in zip(sequences, stops, strict=True):
-            first, start, done = sequence.num_cached_tokens, sequence.start, sequence.num_own_cached
-            for place, token in enumerate(sequence.ids_between(first, stop)):
-                # the row of each token is written before any is read: it sees those before it and itself
-                rows.append((token, start, done + place, *sequence.shared_rows))
-            counts.append(stop - first)
-        hidden = self._fused(np.array(rows, dtype=np.int64))
+        ids = [s.ids_between(s.num_cached_tokens, stop) for s, stop in pairs]
+        hidden = self._in_one_call(sequences, ids)
         if hidden is None:
             return self.prefill((), sequences, stops, features)
-        self.computed_tokens += len(rows)
-        return hidden, np.cumsum(counts) - 1
+        return hidden, np.cumsum([len(names) for names in ids]) - 1
+
+    def _in_one_call(self, sequences: Items[Sequence], ids: Items[Items[int]]) -> Tensor | None:
+        """Hidden states of the next tokens of each sequence; None if the layers have to go one by one.
+
+        Each token is a row of its own: K and V of all rows of a layer are in the pool before any row looks at them, so
+        it sees those before it and itself.
+        """
+        if self._fused is None or any(s.adapter for s in sequences):
+            return None
+        rows = [
+            (name, s.start, s.num_own_cached + place, *s.shared_rows)
+            for s, names in zip(sequences, ids, strict=True)
+            for place, name in enumerate(names)
+        ]
+        hidden = self._fused(np.array(rows, dtype=np.int64))
+        self.computed_tokens += 0 if hidden is None else len(rows)
+        return hidden
+
+    def _adapted(self, numbers: Items[int] | np.ndarray) -> AbstractContextManager[None]:
+        """The block in which rows go through the adapters of these numbers."""
+        return self.adapters.current.of(numbers, self.lmm.device) if len(self.adapters) else nullcontext()
 
     def _step_tokens(self, rows: np.ndarray) -> StepTokens:
         """Return the rows [R, 5] that FusedStep takes in the form that attention takes."""
@@ -156,6 +198,10 @@ class PackedDecoder:
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.lmm.device, dtype)
+
+
+def _shared_span(group: Group, features: Items[Tensor]) -> Span:
+    return Span(group.shared_ids, group.shared_start, features=features, adapter=group.members[0].adapter)
 
 
 def _features(sequence: Sequence, start: int, stop: int, features: Mapping[object, Tensor]) -> list[Tensor]:

@@ -26,10 +26,10 @@ def common_prefix(prompts: list[list[int]], own: int = 1) -> int:
 
 
 def group_sequences(sequences: Iterable[Sequence], *, max_rows: int, share_prefix: bool) -> list[Group]:
-    """Group sequences by their images. A group larger than max_rows is split; each part computes its own prefix."""
+    """Group sequences by adapter and images. A group above max_rows is split; each part computes its own prefix."""
     by_image: dict[object, list[Sequence]] = {}
     for sequence in sequences:
-        by_image.setdefault(image_key(sequence.request.image), []).append(sequence)
+        by_image.setdefault((sequence.adapter, image_key(sequence.request.image)), []).append(sequence)
     return [group for members in by_image.values() for group in _split(members, max_rows, share_prefix)]
 
 

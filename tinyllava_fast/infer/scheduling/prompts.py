@@ -15,6 +15,7 @@ from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.fields import is_text, shown
+from tinyllava_fast.infer.fast_model.adapters import Adapters
 from tinyllava_fast.infer.scheduling.images import ImageEncoder
 from tinyllava_fast.infer.scheduling.sequence import (
     IMAGE_ROW,
@@ -39,7 +40,8 @@ class Prompts:
     template: chat template with ``prompt_batch`` and ``encode``. decoder: the tokenizer that makes text of answers, in
     the engine's thread (default: ``tokenizer``). rows_of: rows that an image becomes. context: most
     positions of the model, None if unlimited. most: largest prompt + answer that the K/V pool takes. eos: tokens that
-    end an answer unless the request says otherwise. ahead: requests read and tokenized together.
+    end an answer unless the request says otherwise. ahead: requests read and tokenized together. adapters: those that
+    requests may name.
     """
 
     template: Template
@@ -49,6 +51,7 @@ class Prompts:
     most: int
     eos: frozenset[int]
     ahead: int
+    adapters: Adapters
     decoder: PreTrainedTokenizerBase | None = None
 
     def sequences(
@@ -201,7 +204,13 @@ class Prompts:
         except DataError as error:
             raise DataError(f"{request.named}: {error}") from error
         prompt, spans = expand(ids, [(i, rows[i]) for i in marker_images])
-        return Sequence(request, prompt, spans, scored)
+        return Sequence(request, prompt, spans, scored, self._adapter(request))
+
+    def _adapter(self, request: Request) -> int:
+        try:
+            return self.adapters.number(request.adapter)
+        except UserError as error:
+            raise UserError(f"{request.named}: {error}") from None
 
     def _check_context(self, sequence: Sequence, new: int, remedy: str) -> None:
         length = len(sequence.prompt)

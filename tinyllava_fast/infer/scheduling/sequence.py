@@ -21,6 +21,7 @@ from tinyllava_fast.infer.text import TextStream
 from tinyllava_fast.infer.types import Images, Request, TokenLogprob
 
 IMAGE_ROW = -1
+_APART = 1 << 160  # more than the numbers of tokens and images span
 RESERVE = 16  # rows for new tokens that a sequence holds in advance
 
 
@@ -71,6 +72,7 @@ class Sequence:
     prompt: list[int]
     image_spans: Items[ImageSpan] = ()  # one an image marker, ascending
     scored: Items[int] = ()
+    adapter: int = 0  # the number of its adapter; 0: none
     online: bool = False  # admitted by itself, in chunks; otherwise with the group of those about the same images
     status: Status = Status.WAITING
     group: Group | None = None
@@ -149,11 +151,15 @@ class Sequence:
         return found
 
     def content(self) -> list[int]:
-        """Return its tokens, with a number for the pixels of an image in each of its rows: what K and V depend on."""
+        """Return what K and V depend on: its tokens, with a number for the pixels of an image in each of its rows.
+
+        The first one also tells the adapter, so that sequences of two adapters have nothing in common.
+        """
         if self._content is None:
             self._content = self.prompt.copy()
             for first, rows, image in self.image_spans:
                 self._content[first : first + rows] = [_number(self.request.images[image])] * rows
+            self._content[:1] = [i + self.adapter * _APART for i in self._content[:1]]
         return self._content + self.tokens
 
     def append(self, token: int) -> str:

@@ -114,10 +114,10 @@ def read_lora(folder: Path, rename: Callable[[str], str | None]) -> Lora:
     _check(fields)
     config = fields.values
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {config['peft_type']!r}; only LORA can be merged")
+        raise CheckpointError(f"{path}: peft_type is {config['peft_type']!r}; only LORA is supported")
     for key, neutral in _NEUTRAL.items():
         if config.get(key) not in neutral and config.get(key) is not None:
-            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be merged")
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA is supported")
     file = next((folder / name for name in _FILES if (folder / name).is_file()), folder / WEIGHTS)
     return Lora(fields, _pairs(read_tensors(file), rename, str(file)))
 
