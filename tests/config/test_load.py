@@ -135,7 +135,8 @@ def test_errors_name_key_file_and_remedy(config: Path, override: str, parts: lis
         ("a/b", "slash"), ("a\\b", "slash"), ("/", "slash"), ("a\nb", "control"), ("a\x7f", "control"),
         ("a\u202eb", "control"), ("x" * 201, "201 bytes"), ("ä" * 101, "202 bytes"), ("final", "the run folder holds"),
         ("Final", "the run folder holds"), ("checkpoints", "holds"), ("tensorboard", "holds"), ("config.yaml", "holds"),
-        ("metrics.jsonl", "holds"), ("summary.json", "holds"), ("", "not empty"), ("  ", "not empty"), ("a\0b", "NUL"),
+        ("metrics.jsonl", "holds"), ("summary.json", "holds"), ("Best", "holds"), ("index.html", "holds"),
+        ("", "not empty"), ("  ", "not empty"), ("a\0b", "NUL"),
     ],
 )  # fmt: skip
 def test_stage_names_that_are_no_folders(config: Path, name: str, said: str) -> None:

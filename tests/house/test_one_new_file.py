@@ -68,6 +68,14 @@ from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 class FreshOptimizer(AdamW):
     pass
 """,
+    "train.loggers": """
+from tinyllava_fast.train.loggers.base import LOGGERS
+from tinyllava_fast.train.loggers.tensorboard import TensorBoard
+
+@LOGGERS.register("fresh_logger")
+class FreshLogger(TensorBoard):
+    pass
+""",
     "eval.benchmarks": """
 from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.eval.benchmarks.pope import POPE
@@ -97,7 +105,7 @@ from tinyllava_fast.models.checkpoints._parts import fitting_template
 from tinyllava_fast.train.cli import _registered
 
 text = " ".join(describe(names=_registered()).split())
-for name in ("connector", "tower", "family", "template", "recipe", "optimizer"):
+for name in ("connector", "tower", "family", "template", "recipe", "optimizer", "logger", "benchmark"):
     assert f" fresh_{name}" in text, f"tlf-train --help lacks fresh_{name}"
 try:
     BENCHMARKS.get("fresh_benchmarks")

@@ -8,11 +8,13 @@ import yaml
 
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
 from tinyllava_fast.models.connectors.base import CONNECTORS
 from tinyllava_fast.models.llm.base import LLMS
 from tinyllava_fast.models.vision.base import VISION
 from tinyllava_fast.recipes.base import RECIPES
 from tinyllava_fast.train import cli, loop
+from tinyllava_fast.train.loggers.base import LOGGERS
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 from tinyllava_fast.train.run import stop_on_signals
 
@@ -38,7 +40,7 @@ def test_arguments():
         (["a.yaml", "--resume="], "expected auto, never or a path"),
         (["a.yaml", "--resume", "--profile"], "expected auto, never or a path"),
         (["a.yaml", "--seed", "--profile"], "--seed: expected a value"),
-        (["a.yaml", "--dry-run"], "--dry-run: unknown flag; known: --help, --print-config, --profile, --resume, --ver"),
+        (["a.yaml", "--wet"], "--wet: unknown flag; known: --dry-run, --help, --print-config, --profile, --resume"),
         (["a.yaml", "--print-confg"], r"--print-confg: unknown flag; did you mean --print-config\?"),
         (["a.yaml", "--resum=never"], r"unknown flag; did you mean --resume\?"),
         (["a.yaml", "--sed", "3"], r"unknown flag; did you mean --seed\?"),
@@ -57,7 +59,7 @@ def test_help_lists_every_key(capsys):
     shown = capsys.readouterr().out
     for part in ("usage: tlf-train CONFIG", "--resume never", "stages.<name>.optim.lr: float", "engine.zero_stage"):
         assert part in shown
-    registries = (LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS)
+    registries = (LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS, LOGGERS, BENCHMARKS)
     words = " ".join(shown.split())
     for registry in registries:
         assert f"Known: {', '.join(registry)}." in words, registry.kind

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tinyllava_fast.train import cli, loop, metrics, prepare, run, stage
 from tinyllava_fast.train.checkpoint import damage
+from tinyllava_fast.train.loggers import tensorboard
 
 
 def errors(caplog) -> str:
@@ -58,7 +59,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tiny_run, losses
         if file in ("config.yaml", "summary.json"):
             patch.setattr(run, "write_file", lambda p, b: full() if p.name == file else write(p, b))
         elif file == "tensorboard":
-            patch.setattr(metrics, "_tensorboard", full)
+            patch.setattr(tensorboard, "_open", full)
         elif file == "model":
             patch.setattr("tinyllava_fast.models.io.save_file", full)
         else:
@@ -151,7 +152,7 @@ def test_a_signal_between_the_steps_stops_at_once(tiny_run, losses, monkeypatch,
         "look_ahead": (prepare, "check_recipe"),
         "data": (stage, "build_loader"),
         "model folder": (loop.io, "save_model"),
-        "end": (run, "_publish"),
+        "end": (run, "copy_model"),
     }
     owner, name = places[moment]
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.train.mixes import write_mix
 from tests.train.processes import fork_server
+from tests.train.test_validation import validations
 from tinyllava_fast.train.cli import main
 
 SHAPE = {
@@ -79,8 +80,11 @@ def hunt(server, path: Path, run: Path, kills: int, seed: int) -> tuple[int, int
     return hits, in_save
 
 
-def check(server, tiny_run, losses, kills: int, **changes) -> None:
-    check_run(server, tiny_run(**{**SHAPE, **changes}), losses, kills)
+def check(server, tiny_run, losses, kills: int, **changes) -> Path:
+    """Compare a run that is killed with a whole one, in the folders run and whole beside the YAML that is returned."""
+    path = tiny_run(**{**SHAPE, **changes})
+    check_run(server, path, losses, kills)
+    return path
 
 
 def check_run(server, path: Path, losses, kills: int) -> None:
@@ -93,6 +97,7 @@ def check_run(server, path: Path, losses, kills: int) -> None:
     final, twin = ((r / "final" / "model.safetensors").read_bytes() for r in (run, whole))
     assert final == twin
     assert hits == kills and in_save >= kills // 4
+    return path
 
 
 def test_workers_end_with_a_run_that_is_killed(server, tiny_run):
@@ -126,3 +131,13 @@ def test_kills_of_a_mix_change_no_loss_of_a_source(server, tmp_path, losses):
 @pytest.mark.slow
 def test_twenty_kills(server, tiny_run, losses):
     check(server, tiny_run, losses, 20, stages__finetune__max_steps=300)
+
+
+def test_kills_do_not_change_validations_best_models_or_an_early_end(server, tiny_run, losses):
+    validation = {"share": 0.3, "every_steps": 2, "keep": "best", "patience": 4, "samples": 2, "max_new_tokens": 3}
+    changes = {"stages__finetune__validation": validation, "stages__finetune__optim__lr": 0.03, "log_every": 3}
+    path = check(server, tiny_run, losses, 3, **changes)
+    found, expected = (validations(path.parent / name) for name in ("run", "whole"))
+    assert found == expected and len(found) > 4
+    best, twin = ((path.parent / name / "last" / "finetune" / "model.safetensors") for name in ("run", "whole"))
+    assert best.read_bytes() == twin.read_bytes()

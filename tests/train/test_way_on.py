@@ -254,12 +254,14 @@ def test_a_signal_to_the_whole_process_group_spares_the_data_workers(whole, tmp_
 
 
 _INERT = {
-    schema.RunConfig: "output_dir data_root plugins seed model stages engine checkpoint log_every",
+    schema.RunConfig: "output_dir data_root plugins seed model stages engine checkpoint log_every loggers",
     schema.ModelConfig: "path llm vision connector",
     schema.LLMConfig: "type path gguf_file config tokenizer options",
     schema.VisionConfig: "type path config feature_layer feature_select image_mean image_std options",
     schema.ConnectorConfig: "type path options",
-    schema.StageConfig: "name data recipe optim batch epochs max_steps",
+    schema.StageConfig: "name data recipe optim batch validation epochs max_steps",
+    schema.ValidationConfig: "records image_folder share every_steps max_packs samples max_new_tokens benchmarks "
+    "metric keep patience",
     schema.DataConfig: "records image_folder sources template turns masks turns_per_sample image_mode image_grid "
     "orientation background augment feature_cache on_error on_bad_image overlong max_tokens",
     schema.AugmentConfig: "hflip vflip shift keep_inside scale rotate",
@@ -267,8 +269,8 @@ _INERT = {
     schema.RecipeConfig: "type llm vision connector options",
     schema.TuneConfig: "tune from_layer lr lora quant double_quant",
     schema.LoRAConfig: "r alpha dropout bias target_modules rslora dora rank_pattern alpha_pattern",
-    schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio label_smoothing "
-    "z_loss options",
+    schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema "
+    "label_smoothing z_loss options",
     schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload threads "
     "workers prefetch",
     schema.CheckpointConfig: "every_steps keep",

@@ -170,6 +170,8 @@ def _check_run(run: RunConfig, where: str) -> None:
     if not run.stages:
         raise UserError(f"{where}: stages: empty; a run needs at least one stage")
     _check_stage_names([stage.name for stage in run.stages], where)
+    for stage in run.stages:
+        stage.validation.check(f"{where}: stages.{stage.name}.validation")
     _check_model(run.model, where)
     if os.path.exists(run.output_dir) and not os.path.isdir(run.output_dir):
         raise UserError(f"{where}: output_dir: {run.output_dir} is a file; name a folder")
@@ -190,7 +192,9 @@ def _check_stage_names(names: list[str], where: str) -> None:
 
 def _is_taken(name: str) -> bool:
     """Return True if the run folder has something else of that name: some file systems take "Final" for "final"."""
-    return name.casefold() in {"checkpoints", "final", "tensorboard", "config.yaml", "metrics.jsonl", "summary.json"}
+    folders = {"best", "checkpoints", "final", "last", "tensorboard", "trackio", "validation", "wandb"}
+    files = {"config.yaml", "index.html", "metrics.jsonl", "status.json", "summary.json", "wandb-id"}
+    return name.casefold() in folders | files
 
 
 def _check_model(model: ModelConfig, where: str) -> None:

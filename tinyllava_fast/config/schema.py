@@ -27,6 +27,7 @@ from tinyllava_fast.config.ranges import (
     Text,
 )
 from tinyllava_fast.config.sources import SourceConfig, check_sources, under
+from tinyllava_fast.config.validation import ValidationConfig
 from tinyllava_fast.errors import UserError
 
 Tune = Literal["frozen", "full", "partial", "lora", "qlora"]
@@ -290,11 +291,18 @@ class OptimConfig:
     """Applied to matrices only, never to biases, norms and embeddings."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    """After the warm-up. wsd: the peak, then a linear fall over the last ``decay_ratio`` of the steps. inverse_sqrt: by
+    the square root of the steps so far, whatever number is to come."""
     warmup_ratio: Share = 0.03
     """Share of the stage's steps spent in linear warm-up."""
     min_lr_ratio: Share = 0.0
     """Final learning rate as a share of the peak."""
+    decay_ratio: Share = 0.1
+    """wsd only: share of the stage's steps in which the learning rate falls."""
+    ema: ShareBelowOne = 0.0
+    """Decay of a running mean of the trained weights (0.999 remembers about 1,000 steps): what validation looks at, and
+    what the stage ends with, instead of the weights of its last step. 0: none."""
     label_smoothing: Share = 0.0
     """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
     z_loss: NonNegativeFloat = 0.0
@@ -313,6 +321,7 @@ class StageConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     epochs: Annotated[float, Range(above=0, most=1e6)] = 1.0
     """Passes over the data; ignored when max_steps is set."""
     max_steps: Annotated[int, Range(least=1, why="leave it out, or give null, to train for `epochs`")] | None = None
@@ -381,4 +390,6 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: PositiveInt = 10
-    """Steps between lines of metrics.jsonl and TensorBoard."""
+    """Steps between lines of metrics.jsonl and of what the loggers show."""
+    loggers: Annotated[list[Text], Named("logger")] = field(default_factory=lambda: ["tensorboard"])
+    """Where the numbers of the run are shown besides metrics.jsonl and index.html."""

@@ -17,6 +17,7 @@ from tinyllava_fast.data.collate import collate
 from tinyllava_fast.data.images import levels_table, pixel_shape, to_levels
 from tinyllava_fast.data.mixing import epoch_order, samples_per_epoch
 from tinyllava_fast.data.source import DataReport, Source
+from tinyllava_fast.data.split import Split
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.types import IGNORE_INDEX, PackedBatch
 from tinyllava_fast.errors import DataError
@@ -44,7 +45,8 @@ class PackedDataset:
     """Samples of one DataConfig, of all its sources, tokenized at or before construction and served as packs.
 
     tokenizer: see load_tokenizer. processor: a transformers ``*ImageProcessorPil``. tokens_per_image: K. seed: of the
-    order and the augmentation. Construction checks every record and the presence of every image; DataError.
+    order and the augmentation. split: the side of the records that is taken; None: all. Construction checks every
+    record and the presence of every image; DataError.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class PackedDataset:
         processor: BaseImageProcessor,
         tokens_per_image: int,
         seed: int,
+        split: Split | None = None,
     ) -> None:
         self.data = data
         self.batch = batch
@@ -73,6 +76,7 @@ class PackedDataset:
                 processor=processor,
                 tokens_per_image=tokens_per_image,
                 seed=seed,
+                split=split,
             )
             for _, alone in each
         ]

@@ -15,6 +15,7 @@ from tinyllava_fast.data.collate import targets, truncate, widen, width
 from tinyllava_fast.data.files import MISSING, REFUSED, ImageFiles
 from tinyllava_fast.data.pictures import MissingImageError
 from tinyllava_fast.data.records import Refused
+from tinyllava_fast.data.split import Split
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.tokens import tokenized
 from tinyllava_fast.data.types import IMAGE_INDEX
@@ -70,6 +71,7 @@ class Source:
         processor: BaseImageProcessor,
         tokens_per_image: int,
         seed: int,
+        split: Split | None = None,
     ) -> None:
         self.data = data
         self.tokens_per_image = tokens_per_image
@@ -80,6 +82,10 @@ class Source:
         self.faults = [Refused(f.what, data.records, f.where, f.kind) for f in self.store.faults()]
         """Records left out from the start (data.on_error, data.on_bad_image), with reasons."""
         self._inputs, kept = self._look()
+        if split is not None:
+            kept &= self._side(split)
+            if not kept.any():
+                raise self._one_sided(split)
         self._kept = None if kept.all() else np.flatnonzero(kept)
         """Numbers in the store of the samples that are left; None: all."""
         self._budget = min(data.max_tokens or batch.tokens, batch.tokens)
@@ -150,6 +156,22 @@ class Source:
             remedy = "replace it, remove its record, or set data.on_bad_image=skip"
             raise DataError(f"{error}; {remedy}") from error
         return str(error)
+
+    def _side(self, split: Split) -> np.ndarray:
+        """Return which samples of the store are on that side, [samples] bool."""
+        numbers = range(len(self.store))
+        takes = (split.takes(self.store.images(n) or [self._tokens(n)]) for n in numbers)
+        return np.fromiter(takes, bool, len(self.store))
+
+    def _tokens(self, number: int) -> str:
+        """Return the tokens of a sample of the store as text."""
+        return ",".join(str(token) for segment in self.store.sample(number) for token in segment.ids)
+
+    def _one_sided(self, split: Split) -> DataError:
+        what, how = ("none", "raise") if split.held_out else ("every one", "lower")
+        remedy = f"{how} it, or name other records in validation.records"
+        held = f"validation.share: {split.share:g} holds out {what} of its records"
+        return DataError(f"{self.data.records}: {held}; {remedy}")
 
     def _named(self, index: int) -> str:
         return f"record id {self.name(index)!r}"

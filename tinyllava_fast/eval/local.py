@@ -104,6 +104,15 @@ class LocalModel:
         return Effort(counters=asdict(engine.counters), dtype=str(engine.lmm.dtype).removeprefix("torch."))
 
 
+class LiveModel(LocalModel):
+    """A model in memory, such as one that trains. name: of it as it is now, in the results."""
+
+    def __init__(self, assistant: Assistant, name: str) -> None:
+        self.__dict__["assistant"] = assistant  # which is opened already
+        self.folder, self._loaded = name, True
+        self.facts = {"model": name, "model_digest": name, "dtype": str(assistant.engine.lmm.dtype)}
+
+
 def blank_image(processor: BaseImageProcessor, size: int) -> Image.Image:
     """Return an image of the processor's mean colour: all zeros once normalized."""
     mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)

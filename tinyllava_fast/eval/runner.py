@@ -12,7 +12,7 @@ from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.answerer import Answerer, Reply
 from tinyllava_fast.eval.answers import CANNED, AnswerLog, asked
 from tinyllava_fast.eval.benchmarks.base import Question
-from tinyllava_fast.eval.local import LocalModel
+from tinyllava_fast.eval.local import LiveModel, LocalModel
 from tinyllava_fast.eval.machine import machine, plugins_digest, versions
 from tinyllava_fast.eval.official import experiment_name
 from tinyllava_fast.eval.options import build
@@ -21,9 +21,10 @@ from tinyllava_fast.eval.pictures import Pictures
 from tinyllava_fast.eval.plan import Plan, make_plans
 from tinyllava_fast.eval.progress import progress
 from tinyllava_fast.eval.ranks import Ranks
-from tinyllava_fast.eval.results import RUN, conclude, read_results, summarize, write_json
+from tinyllava_fast.eval.results import RESULTS, RUN, conclude, read_results, summarize, write_json
 from tinyllava_fast.eval.statistics import histogram
 from tinyllava_fast.eval.types import Facts, Results, Timings
+from tinyllava_fast.files import remove
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.infer.finish import UNREADABLE
 from tinyllava_fast.log import log
@@ -102,6 +103,22 @@ def evaluate(
     return results
 
 
+def evaluate_live(model: LiveModel, plans: Sequence[Plan], folder: Path) -> dict[str, Results]:
+    """Evaluate a model in memory that changes, one that trains, on plans made before; benchmark -> its results.
+
+    Everything is asked: answers of earlier calls, in folder/<benchmark>, are replaced. No progress is shown.
+    Errors as for ``evaluate``.
+    """
+    results: dict[str, Results] = {}
+    for plan in plans:
+        for answers in (folder / plan.name).glob("answers*.jsonl"):
+            remove(answers)
+        remove(folder / plan.name / RESULTS)
+        facts: Facts = {**model.facts, "blind": False}
+        results[plan.name] = _Evaluation(plan, model, facts, folder, Ranks(), quiet=True).run()
+    return results
+
+
 def default_output(model: str | Path | Answerer, blind: bool) -> Path:
     """Return the default folder of results: runs/demo/final -> runs/demo/eval, or runs/demo/eval-blind.
 
@@ -115,8 +132,11 @@ def default_output(model: str | Path | Answerer, blind: bool) -> Path:
 class _Evaluation:
     """One benchmark on one answerer."""
 
-    def __init__(self, plan: Plan, answerer: Answerer, facts: Facts, output: Path, ranks: Ranks) -> None:
+    def __init__(
+        self, plan: Plan, answerer: Answerer, facts: Facts, output: Path, ranks: Ranks, *, quiet: bool = False
+    ) -> None:
         self.plan = plan
+        self.quiet = quiet
         self.answerer = answerer
         self.ranks = ranks
         self.folder = output / plan.name
@@ -177,7 +197,8 @@ class _Evaluation:
         said = (
             "answers written" if headline is None else f"{headline['name']} {headline['value']:.{headline['digits']}f}"
         )
-        log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.blind, said, results["questions"])
+        if not self.quiet:
+            log.info("%s%s: %s, %d questions", self.plan.name, " (blind)" * self.blind, said, results["questions"])
         return read_results(self.folder)
 
     def _say_replaced(self) -> None:
@@ -254,7 +275,8 @@ class _Evaluation:
         replies = self.answerer.replies(first, self.plan.benchmark.max_new_tokens, blind=self.blind)
         try:
             with closing(replies):
-                for reply in progress(replies, total=total, done=total - len(todo)):
+                shown = replies if self.quiet else progress(replies, total=total, done=total - len(todo))
+                for reply in shown:
                     self._add(reply, todo[reply.key])
         except UserError as error:
             raise UserError(f"{self.plan.name}: {error}") from error

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.tokenizer import largest_id
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.fast_model.adapters import Adapters
-from tinyllava_fast.infer.fast_model.prepare import check_finite, check_weights, prepare_model
+from tinyllava_fast.infer.fast_model.prepare import PreparedModel, check_finite, check_weights, prepare_model
 from tinyllava_fast.infer.grammar import Grammar
 from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
 from tinyllava_fast.models.io import load_model
+from tinyllava_fast.models.lmm import LMM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,14 +68,29 @@ class Assistant:
         if adapter is not None:
             adapters = Adapters(lmm)
             adapters.merge(adapters.read(adapter))
-        model = prepare_model(lmm.eval(), weights)
-        template = _with_system(
-            TEMPLATES.get(lmm.config.template, "config.json: template"), lmm.config.template, system
-        )
-        engine_options.setdefault("image_mode", lmm.config.image_mode)
         engine_options.setdefault("source", path)
+        model = prepare_model(lmm.eval(), weights)
+        return cls.around(model, tokenizer, processor, system=system, **engine_options)
+
+    @classmethod
+    def around(
+        cls,
+        model: LMM | PreparedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: BaseImageProcessor,
+        *,
+        system: str | None = None,
+        **engine_options: Any,
+    ) -> Assistant:
+        """Return an assistant around a model in memory, which is in eval mode; arguments as for ``from_pretrained``.
+
+        Prompts and pictures are made as the model's configuration says. An LMM is left as it is: it may go on training.
+        """
+        config = (model if isinstance(model, LMM) else model.lmm).config
+        template = _with_system(TEMPLATES.get(config.template, "config.json: template"), config.template, system)
+        engine_options.setdefault("image_mode", config.image_mode)
         if engine_options["image_mode"] == "anyres":
-            engine_options.setdefault("image_grid", lmm.config.image_grid)
+            engine_options.setdefault("image_grid", config.image_grid)
         return cls(Engine(model, tokenizer, processor, template, **engine_options))
 
     def answer(

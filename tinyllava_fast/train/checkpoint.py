@@ -31,6 +31,7 @@ from tinyllava_fast.tensors import TensorFile
 from tinyllava_fast.train import seed
 from tinyllava_fast.train.checksums import MANIFEST, Checksum, Checksums, first_difference, manifest, read_manifest
 from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
+from tinyllava_fast.train.standing import Standing
 from tinyllava_fast.train.tensor_writer import fetch_all, write_tensors
 
 FORMAT = 1
@@ -80,6 +81,8 @@ class TrainState:
     """Counts of each source of each stage so far; empty with one source."""
     final_losses: dict[str, float] = field(default_factory=dict)
     """Loss of the last line of each stage that is over."""
+    validation: dict[str, Standing] = field(default_factory=dict)
+    """The validations of each stage so far (train/standing.py)."""
     barren: int = 0
     """Steps in a row, up to now, without a supervised token."""
     changes: list[ChangedKey] = field(default_factory=list)
@@ -304,7 +307,7 @@ def _read_state(path: Path) -> TrainState:
         fields.mapping(name)
     for name in ("losses", "changes"):
         fields.items(name, [], empty=True)
-    for name in ("compiled", "final_losses", "parts", "source_window", "sources"):
+    for name in ("compiled", "final_losses", "parts", "source_window", "sources", "validation"):
         fields.mapping(name, None)
     return TrainState(**fields.values)
 

@@ -1,4 +1,4 @@
-"""tlf-train CONFIG [--resume auto|never|PATH] [--nproc N] [--profile] [key.path=value ...] [--print-config] [--help]"""
+"""tlf-train CONFIG [--resume auto|never|PATH] [--profile] [--dry-run] [key.path=value ...]; tlf-train status RUN"""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tinyllava_fast.paths import expand_home
 
 USAGE = """\
 usage: tlf-train CONFIG [--resume auto|never|PATH] [--nproc N [--max-restarts N]] [--profile] [key.path=value ...]
-                 [--print-config] [--help]
+                 [--dry-run] [--print-config] [--help]
+       tlf-train status RUN [--json]
 
 Train the stages of a YAML run configuration. A key is overridden by its dotted path, a stage is addressed by its name;
 of a key that is given twice the last value holds:
@@ -30,13 +31,16 @@ of a key that is given twice the last value holds:
   --nproc N        start N processes on this machine, as torchrun does; engine.type is ddp, fsdp or deepspeed
   --max-restarts N with --nproc: if a process dies, start all again from the last checkpoint, N times at most
   --profile        record two steps of each stage: profile-STAGE.md, .json and .trace.json in output_dir
+  --dry-run        look at everything (files, tokens, memory, schedule) and exit: nothing is trained or written
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
   --help           this, and every key of a configuration with its default, range and meaning
   --version        print the version and exit
+  status RUN       say where the run of an output_dir, or of a configuration, stands: alive, stalled, dead and why, its
+                   step, losses and best model; exit code 1: it needs somebody (a file called status: ./status)
 """
-FLAGS = ("--help", "--print_config", "--profile", "--version")
+FLAGS = ("--dry_run", "--help", "--print_config", "--profile", "--version")
 RESUME = ("auto", "never")
-_ALIASES = {"-h": "--help", "--print-config": "--print_config"}
+_ALIASES = {"-h": "--help", "--dry-run": "--dry_run", "--print-config": "--print_config"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +72,8 @@ def command() -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] == ["status"]:
+        return _status(argv[1:])
     processes, restarts, argv = split_processes(argv)
     path, resume, overrides, flags = parse(argv)
     if "--version" in flags:
@@ -94,9 +100,14 @@ def _run(argv: list[str]) -> int:
 
         check_processes(config.engine, processes)
         return start_processes(processes, restarts, argv)
-    from tinyllava_fast.train.loop import train
+    from tinyllava_fast.train.loop import start, train
     from tinyllava_fast.train.run import StopRequest
 
+    if "--dry_run" in flags:
+        from tinyllava_fast.train.dry_run import dry_run
+
+        sys.stdout.write(dry_run(config, start(config, path), resume) + "\n")
+        return 0
     try:
         train(config, resume=resume, profile="--profile" in flags, file=path)
     except StopRequest as stop:
@@ -105,17 +116,41 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+def _status(argv: list[str]) -> int:
+    """Say where a run stands. Return 0 if it prepares, runs or has finished, else 1."""
+    from tinyllava_fast.train.status import read_status
+
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(USAGE)
+        return 0
+    runs = [argument for argument in argv if not argument.startswith("-")]
+    if unknown := [argument for argument in argv if argument.startswith("-") and argument != "--json"]:
+        raise UserError(f"{unknown[0]}: unknown flag; {nearest_flag(unknown[0], ['--json']) or 'known: --json'}")
+    if len(runs) != 1:
+        raise UserError(f"tlf-train status takes one run folder, got {len(runs)}: tlf-train status RUN [--json]")
+    run = expand_home(runs[0])
+    if Path(run).is_file():
+        from tinyllava_fast.config.load import load_run
+
+        run = load_run(run).output_dir
+    status = read_status(run)
+    sys.stdout.write((status.as_json() if "--json" in argv else str(status)) + "\n")
+    return 0 if status.well else 1
+
+
 def _registered() -> dict[str, list[str]]:
     """Return the names of all components of a run by the kind of their registry."""
     from tinyllava_fast.data.templates.base import TEMPLATES
+    from tinyllava_fast.eval.benchmarks.base import BENCHMARKS
     from tinyllava_fast.models.connectors.base import CONNECTORS
     from tinyllava_fast.models.llm.base import LLMS
     from tinyllava_fast.models.vision.base import VISION
     from tinyllava_fast.recipes.base import RECIPES
     from tinyllava_fast.registry import Registry
+    from tinyllava_fast.train.loggers.base import LOGGERS
     from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 
-    registries: list[Registry[Any]] = [LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS]
+    registries: list[Registry[Any]] = [LLMS, VISION, CONNECTORS, TEMPLATES, RECIPES, OPTIMIZERS, LOGGERS, BENCHMARKS]
     return {registry.kind: registry.names() for registry in registries}
 
 
@@ -185,7 +220,7 @@ def _override(argument: str, rest: list[str]) -> str:
 
 
 def _unknown(argument: str, keys: Sequence[str] = ()) -> str:
-    flags = ("--help", "--print-config", "--profile", "--resume", "--version")
+    flags = ("--dry-run", "--help", "--print-config", "--profile", "--resume", "--version")
     hint = (
         nearest_flag(argument, [*flags, "--nproc", "--max-restarts", *(f"--{key}" for key in keys)])
         or f"known: {', '.join(flags)}"

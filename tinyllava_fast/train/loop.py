@@ -11,6 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -25,19 +26,24 @@ from tinyllava_fast.plugins import load_plugins
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import check_engine
 from tinyllava_fast.train import cpu_pool, timings
+from tinyllava_fast.train.answers import check_answering
+from tinyllava_fast.train.best import LAST, copy_model
 from tinyllava_fast.train.by_source import BySource
 from tinyllava_fast.train.engine.base import total as loss_of
-from tinyllava_fast.train.engine.launch import start_process
+from tinyllava_fast.train.engine.launch import Process, start_process
 from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import check_feature_cache
+from tinyllava_fast.train.loggers.base import LOGGERS
 from tinyllava_fast.train.lr_schedule import lr_factor
 from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes
+from tinyllava_fast.train.optim import MEAN
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.quarantine import Quarantine
-from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals
+from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals, told
 from tinyllava_fast.train.stage import ReadyStage, prepare_stage
+from tinyllava_fast.train.standing import Validation, ends_with_best
 
 
 def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, file: str = "") -> dict[str, object]:
@@ -47,21 +53,13 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
     Raises UserError for anything the user can mend, StopRequest after a signal, LostError if another process of the run
     has died, SaidError in all processes but one for an error that they have in common.
     """
-    for stage in config.stages:
-        check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
-        check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
-    load_plugins(config.plugins)
-    for stage in config.stages:
-        find_optimizer(stage.optim, f"stages.{stage.name}", file)
-    process = start_process(config.engine)
-    for stage in config.stages:
-        check_optimizer(stage.optim, config.engine, process.device, f"stages.{stage.name}")
+    process = start(config, file)
     if process.device.type == "cpu":
         cpu_pool.install()
     run = Run(config, process)
     run.profile = profile
     try:
-        with group.in_concert(), stop_on_signals(run):
+        with group.in_concert(), told(run), stop_on_signals(run):
             run.start(resume)
             look_at_files(config, config.stages[run.state.stage_index :], process.world_size)
             for index in range(run.state.stage_index, len(config.stages)):
@@ -71,6 +69,26 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
                 return run.finish()
     finally:
         run.close()
+
+
+def start(config: RunConfig, file: str = "") -> Process:
+    """Check what the configuration alone tells, and return this process, ready to train. Raise UserError.
+
+    file: that the configuration came from, for messages.
+    """
+    for stage in config.stages:
+        check_engine(stage.recipe, config.engine, f"stages.{stage.name}")
+        check_feature_cache(stage.data, stage.recipe, config.engine, f"stages.{stage.name}")
+        check_answering(stage.validation, config.engine, f"stages.{stage.name}")
+    load_plugins(config.plugins)
+    for name in config.loggers:
+        LOGGERS.get(name, f"{file}: loggers" if file else "loggers").check()
+    for stage in config.stages:
+        find_optimizer(stage.optim, f"stages.{stage.name}", file)
+    process = start_process(config.engine)
+    for stage in config.stages:
+        check_optimizer(stage.optim, config.engine, process.device, f"stages.{stage.name}")
+    return process
 
 
 class Stage:
@@ -89,15 +107,17 @@ class Stage:
 
     def train(self) -> None:
         """Train to the end of the stage and save its model folder."""
-        total, run, ready = self.loader.steps, self.run, self.ready
+        total, run, ready = self.state.stage_steps, self.run, self.ready
         run.open()
         if self.quarantine:
             self.quarantine.write(self.loader.skipped)
+        if ready.validator and "answers" in (standing := self.state.validation[self.state.stage]):
+            run.show(ready.validator.table(standing), again=True)  # of before a resumption
         ahead = sum(o.steps * o.flops for o in (run.outlooks or [])[self.state.stage_index + 1 :])
         done, later = self.state.stage_step, ahead / max(ready.flops, 1.0)
         progress = Progress(self.config.name, total, done=done, later=later, show=run.main)
         try:
-            if done < total:
+            if not self._over:
                 run.unfinish()
                 run.stepping = True
                 self._steps(total, progress)
@@ -105,11 +125,13 @@ class Stage:
             run.stepping = False
             progress.close()
             self.loader.close()
+            if ready.validator:
+                ready.validator.close()
             if ready.profiler:
                 ready.profiler.close()
         if ready.features:
             log.info("feature cache: %d found, %d computed", ready.features.hits, ready.features.misses)
-        self._save_model()
+        self._save_output()
         self.engine.close()
         if run.main and not ready.profiler and run.config.engine.compile != "regional":
             timings.write(ready.kind, self.seconds, ready.compiled.seconds if ready.compiled else None)
@@ -125,7 +147,7 @@ class Stage:
         features, profiler = self.ready.features, self.ready.profiler
         batches = iter(self.loader)
         window = Window()
-        while state.stage_step < total:
+        while not self._over:
             if profiler:
                 profiler.begin()
             started = time.perf_counter()
@@ -149,22 +171,46 @@ class Stage:
                 profiler.end(micro)
             window.add(counts, wait_s)
             progress.advance(state.stage_step)
+            run.beat(progress.step_s(), progress.run_eta_s())
             stop = stop or run.stop_signal_now()
-            last = state.stage_step == total
-            due = state.step % run.config.log_every == 0 or last
+            validating = self.ready.validator is not None and self.ready.validator.due(state.stage_step, self._over)
+            due = state.step % run.config.log_every == 0 or self._over or validating
             every = run.config.checkpoint.every_steps
-            saving = last or stop or bool(every and state.stage_step % every == 0)
+            saving = self._over or stop or bool(every and state.stage_step % every == 0)
             if due or saving:
                 entry = self._entry(grad_norm, lrs, window)
+                if validating:
+                    entry["validation"] = self._validate(entry)
                 progress.update(state.stage_step, entry, line=due)
                 if due:
                     self._write(entry)
                     window = Window()
             self._check_supervision(counts)
-            if saving:
+            if saving or self._over:
                 self._checkpoint()
             if stop:
                 raise StopRequest(128 + stop)
+
+    @property
+    def _over(self) -> bool:
+        """Whether the stage has no step left; a validation may have ended it early."""
+        return self.state.stage_step >= self.state.stage_steps
+
+    def _validate(self, entry: Entry) -> Validation:
+        """Validate the model as it is after the step of an entry, keep it if it is the best, and perhaps end."""
+        state, run = self.state, self.run
+        standing = state.validation[state.stage]
+        assert self.ready.validator is not None  # noqa: S101 only then a step is followed by one
+        run.begin("validating")
+        found = self.ready.validator.validate(standing, state.step)
+        if not math.isfinite(found.get("loss", 0.0)):
+            raise diverged(state, self.config.recipe, self.ready.peak_lrs, found["loss"], entry["grad_norm"])
+        if found["best"] and self.config.validation.keep == "best":
+            self._save_model(run.best.path(state.stage, state.step))
+        run.show(self.ready.validator.table(standing))
+        if standing["ended_early"]:
+            state.stage_steps = state.stage_step
+        return found
 
     def _next_micro_batches(self, batches: Iterator[PackedBatch]) -> tuple[list[PackedBatch], float]:
         started = time.perf_counter()
@@ -201,6 +247,7 @@ class Stage:
             schedule=optim.schedule,
             warmup_ratio=optim.warmup_ratio,
             min_lr_ratio=optim.min_lr_ratio,
+            decay_ratio=optim.decay_ratio,
         )
         return {name: lr * factor for name, lr in self.ready.peak_lrs.items()}
 
@@ -256,8 +303,7 @@ class Stage:
         self.by_source.clear()
         if self.state.stage_step == self.state.stage_steps:
             self.state.final_losses[self.config.name] = entry["loss"]
-        if self.run.metrics:
-            self.run.metrics.write(entry)
+        self.run.write(entry)
 
     def _checkpoint(self) -> None:
         skipped = list(dict.fromkeys(reason for part in group.gather(list(self.loader.skipped)) for reason in part))
@@ -267,8 +313,27 @@ class Stage:
         self.state.reports[self.config.name] = {**self.ready.report, "skipped": skipped}
         self.run.save(self.engine)
 
-    def _save_model(self) -> None:
-        run = self.run
+    def _save_output(self) -> None:
+        """Save the stage's model, which the next stage begins with: the last one, or the best."""
+        run, standing = self.run, self.state.validation.get(self.config.name, {})
+        output = run.folder / self.config.name
+        if not ends_with_best(self.config.validation, standing):
+            self._save_model(output)
+            return
+        self._save_model(run.folder / LAST / self.config.name)
+        if run.main:
+            copy_model(run.best.path(self.config.name, standing["best"]["step"]), output)
+            log.info("%s: its output is the best model, of step %d", self.config.name, standing["best"]["step"])
+        self.engine.barrier()
+
+    def _save_model(self, folder: Path) -> None:
+        """Write the model, with the running means of its weights if there are any. Every rank calls it."""
+        with self.engine.averaged():
+            self._write_model(folder)
+        self.engine.barrier()
+
+    def _write_model(self, folder: Path) -> None:
+        run, kept = self.run, MEAN if self.config.optim.ema else "master/"
         weights = {item.name: item.fetch() for item in self.engine.model_state()}
         weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
         # The next stage begins from the optimizer's float32 masters, not from weights rounded to the training dtype. An
@@ -276,11 +341,10 @@ class Stage:
         following = self.state.stage_index + 1 < len(run.config.stages)
         exact = set(weights if following else adapter.parameter_names(self.model))
         for item in self.engine.optimizer_state():
-            name = item.name.removeprefix("master/")
+            name = item.name.removeprefix(kept)
             if name != item.name and name in exact:
                 weights[name] = item.fetch()
         if following:
             weights = {name: tensor.float() for name, tensor in weights.items()}
         if run.main:
-            io.save_model(self.model, run.tokenizer, run.processor, run.folder / self.config.name, state_dict=weights)
-        self.engine.barrier()
+            io.save_model(self.model, run.tokenizer, run.processor, folder, state_dict=weights)

@@ -1,8 +1,7 @@
-"""Reports of a run: metrics.jsonl and TensorBoard events, one entry every ``log_every`` steps.
+"""Reports of a run: metrics.jsonl and what its loggers show, one entry every ``log_every`` steps.
 
 ``loss`` of an entry is the mean over the steps since the entry before, each step's loss being its mean over supervised
-tokens; the other numbers are rates over the same steps, or, as grad_norm and lr, those of the last of them. TensorBoard
-has a run for each stage, tensorboard/<stage>, over the steps of the whole run.
+tokens; the other numbers are rates over the same steps, or, as grad_norm and lr, those of the last of them.
 """
 
 from __future__ import annotations
@@ -10,21 +9,20 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import rss_bytes
 from tinyllava_fast.log import log
+from tinyllava_fast.train.answers import SampleRow
 from tinyllava_fast.train.by_source import SourceEntry
-
-if TYPE_CHECKING:
-    from typing import NotRequired  # Python 3.11
-
-    from torch.utils.tensorboard import SummaryWriter
+from tinyllava_fast.train.loggers.base import LOGGERS, Logged
+from tinyllava_fast.train.standing import Validation
 
 COUNTS = ("samples", "tokens", "supervised_tokens", "capacity")
 """Sums over ranks of a step: samples, real tokens, supervised tokens, token budget (real tokens + unused tail)."""
@@ -41,8 +39,8 @@ class Rates(TypedDict):
     step_s: float
 
 
-class Entry(Rates):
-    """A line of metrics.jsonl. lr: by component. sources: by name, where there are several."""
+class Line(Rates):
+    """What every line of metrics.jsonl has. lr: by component."""
 
     step: int
     stage: str
@@ -51,7 +49,16 @@ class Entry(Rates):
     grad_norm: float
     epoch: float
     memory_bytes: int
-    sources: NotRequired[dict[str, SourceEntry]]
+
+
+class Entry(Line, total=False):
+    """A line of metrics.jsonl.
+
+    sources: by name, where there are several. validation: what followed the step, which then has a line in any case.
+    """
+
+    sources: dict[str, SourceEntry]
+    validation: Validation
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -96,22 +103,31 @@ class Window:
 
 
 class MetricsWriter:
-    """Appends to <run>/metrics.jsonl and <run>/tensorboard. after_step: entries of later steps are dropped first.
+    """Appends to <run>/metrics.jsonl and tells the loggers. after_step: entries of later steps are dropped first.
 
-    UserError where a file cannot be written, or where metrics.jsonl has been removed.
+    loggers: registered names. config: the run's, for them. UserError where a file cannot be written, or where
+    metrics.jsonl has been removed.
     """
 
-    def __init__(self, folder: Path, *, after_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        after_step: int = 0,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, object] | None = None,
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             truncate_after(self.path, after_step)
             self._file = self.path.open("a", encoding="utf-8")
-        self._folder, self._after_step = folder / "tensorboard", after_step
-        self._events: dict[str, SummaryWriter | None] = {}  # of each stage; None: TensorBoard is not installed
+        run = Logged(folder, config or {}, after_step)
+        with writing(folder):
+            self._loggers = [LOGGERS.get(name, "loggers")(run) for name in loggers]
 
     def write(self, entry: Entry) -> None:
-        """Append an entry to metrics.jsonl and to the events of its stage."""
+        """Append an entry to metrics.jsonl and show its numbers."""
         if not self.path.exists():
             raise UserError(
                 f"{self.path}: has been removed while this run writes to it; do not remove the folder of a run that "
@@ -120,25 +136,16 @@ class MetricsWriter:
         with writing(self.path):
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-        with writing(self._folder):
-            self._write_events(entry)
+        numbers = _numbers(entry)
+        for logger in self._loggers:
+            with writing(self.path.parent):
+                logger.write(entry["stage"], entry["step"], numbers)
 
-    def _write_events(self, entry: Entry) -> None:
-        stage, step = entry["stage"], entry["step"]
-        if stage not in self._events:
-            self._events[stage] = _tensorboard(self._folder / stage, self._after_step)
-        events = self._events[stage]
-        if events is None:
-            return
-        for group, lr in entry["lr"].items():
-            events.add_scalar(f"lr/{group}", lr, step)
-        for source, numbers in entry.get("sources", {}).items():
-            for name, value in numbers.items():
-                if value is not None:
-                    events.add_scalar(f"source/{source}/{name}", value, step)
-        for name, value in entry.items():
-            if name != "step" and isinstance(value, (int, float)):
-                events.add_scalar(f"train/{name}", value, step)
+    def samples(self, stage: str, step: int, rows: Sequence[SampleRow]) -> None:
+        """Show what the model answers to the samples."""
+        for logger in self._loggers:
+            with writing(self.path.parent):
+                logger.samples(stage, step, rows)
 
     def sync(self) -> None:
         """fsync: before a checkpoint is published, its steps are on disk."""
@@ -148,10 +155,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close all. A full disk is a warning now: whatever matters has been written before."""
-        for file in (self._file, *self._events.values()):
+        for close in (self._file.close, *(logger.close for logger in self._loggers)):
             try:
-                if file is not None:
-                    file.close()
+                close()
             except OSError as error:
                 log.warning("%s: closing failed: %s", self.path.parent, error.strerror or error)
 
@@ -172,10 +178,12 @@ def truncate_after(path: Path, step: int) -> None:
     os.truncate(path, keep)
 
 
-def _tensorboard(folder: Path, after_step: int) -> SummaryWriter | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.warning("no TensorBoard events: tensorboard is not installed (pip install 'tinyllava-fast[train]')")
-        return None
-    return SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
+def _numbers(entry: Entry) -> dict[str, float]:
+    """Return the numbers of an entry by the names that loggers show them under."""
+    found = {f"lr/{group}": lr for group, lr in entry["lr"].items()}
+    found |= {f"train/{k}": v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
+    for source, numbers in entry.get("sources", {}).items():
+        found |= {f"source/{source}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
+    validation = entry.get("validation", Validation())
+    found |= {f"validation/{k}": v for k, v in validation.items() if isinstance(v, (int, float))}
+    return found | {f"validation/{name}": score for name, score in validation.get("scores", {}).items()}

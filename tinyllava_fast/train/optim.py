@@ -8,7 +8,8 @@ weights are updated in place and cost nothing extra. The arithmetic is the optim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from tinyllava_fast.train.engine.base import LazyTensor
 from tinyllava_fast.train.optimizers.base import Group, OptimizerSettings, find_optimizer
 
 Masters = Mapping[nn.Parameter, Tensor]
+MEAN = "ema/"
+"""What the names of running means begin with in the optimizer's state."""
 
 
 class MasterOptimizer:
@@ -60,6 +63,9 @@ class MasterOptimizer:
         weights = dict(zip(self._masters, self._low, strict=True))
         chosen = OptimizerSettings(betas=optim.betas, eps=optim.eps, options=options, exact=kept, weights=weights)
         self._optimizer = kind.build(own, chosen)
+        self._decay = optim.ema
+        # Running means of what the optimizer updates, float32.
+        self._means = {p: updated.detach().clone() for p, updated in self._updated.items()} if optim.ema else {}
 
     def accumulate(self) -> None:
         """Take in the gradients of one micro-batch. float32 weights accumulate by themselves."""
@@ -88,7 +94,30 @@ class MasterOptimizer:
         for p in self._plain:
             p.grad = None
         self._found = {}
+        self._average()
         return norm
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the means towards the weights, faster in the first steps, which would else remember the start."""
+        if self._means:
+            steps = self._optimizer.steps
+            decay = min(self._decay, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_(list(self._means.values()), [self._updated[p] for p in self._means], 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the weights be their running means inside; afterwards they are what they were, bit for bit."""
+        held = {p: p.detach().clone() for p in self._means}
+        with torch.no_grad():
+            for p, mean in self._means.items():
+                p.copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, weight in held.items():
+                    p.copy_(weight)
 
     def gradients(self) -> list[Tensor]:
         """The float32 gradients summed so far, in the order of the weights' dtypes; zero where there is none.
@@ -125,7 +154,7 @@ class MasterOptimizer:
                 items.append(LazyTensor.of(f"{kind}/{self._names[p]}", tensor))
             if updated is not p:
                 items.append(LazyTensor.of(f"master/{self._names[p]}", updated))
-        return items
+        return items + [LazyTensor.of(f"{MEAN}{self._names[p]}", mean) for p, mean in self._means.items()]
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore ``state()``; a master that the file lacks (a float32 run's) keeps the loaded weight's value."""
@@ -139,6 +168,9 @@ class MasterOptimizer:
             self._optimizer.load(updated, state)
             if updated is not p and f"master/{name}" in tensors:
                 updated.copy_(checked(tensors, f"master/{name}", p))
+            if p in self._means:  # a checkpoint of steps without them lets them begin here
+                known = f"{MEAN}{name}" in tensors
+                self._means[p].copy_(checked(tensors, f"{MEAN}{name}", p) if known else updated)
         self._round()
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import (
+    AugmentConfig,
     BatchConfig,
     DataConfig,
     EngineConfig,
@@ -24,10 +25,12 @@ from tinyllava_fast.config.schema import (
     RunConfig,
     StageConfig,
 )
+from tinyllava_fast.config.validation import ValidationConfig
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader, check_packs
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import Refused, read_refusing
+from tinyllava_fast.data.split import Split
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.hardware import cores, torchrun_number
@@ -35,6 +38,7 @@ from tinyllava_fast.models import adapter
 from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import check_recipe, find_recipe
+from tinyllava_fast.train.answers import plan_benchmarks
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.profile import trains
 from tinyllava_fast.train.reading import stage_reading
@@ -49,7 +53,13 @@ class Readers(Protocol):
     processor: BaseImageProcessor
 
 
-_SECTIONS = {"data": DataConfig, "batch": BatchConfig, "recipe": RecipeConfig, "optim": OptimConfig}
+_SECTIONS = {
+    "data": DataConfig,
+    "batch": BatchConfig,
+    "recipe": RecipeConfig,
+    "optim": OptimConfig,
+    "validation": ValidationConfig,
+}
 _KEYS = re.compile(
     r"(?<![\w./\\-])(?:" + "|".join(rf"{s}\.{f.name}\b" for s, cls in _SECTIONS.items() for f in fields(cls)) + ")"
 )
@@ -78,6 +88,19 @@ def of_stage(name: str) -> Iterator[None]:
         raise kind(text if _NAMED.search(text) or f"stages.{name}" in text else f"stages.{name}: {text}") from error
 
 
+@contextmanager
+def of_validation(stage: StageConfig) -> Iterator[None]:
+    """Name the keys of the validation, where it has records of its own, in the error of what happens inside."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key in ("records", "image_folder") if stage.validation.records else ():
+            text = text.replace(f"data.{key}", f"validation.{key}")
+        kind = next(kind for kind in (CheckpointError, DataError, UserError) if isinstance(error, kind))
+        raise kind(text if "validation" in text else f"validation: {text}") from error
+
+
 def look_at_files(config: RunConfig, stages: Sequence[StageConfig], world_size: int) -> None:
     """Look at the names, numbers and the first record of each stage; UserError. It costs next to nothing, so it comes
     first.
@@ -87,11 +110,10 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig], world_size: 
             check_packs(stage.batch.packs_per_step, world_size)
             find_recipe(stage.recipe)
             TEMPLATES.get(stage.data.template, "data.template")
-            for source, alone in stage.data.under(config.data_root).each():
-                TEMPLATES.get(alone.template, f"data.sources.{source.title}.template")
-                first = next(read_refusing(alone.records))
-                if isinstance(first, Refused) and alone.on_error == "fail":
-                    raise first
+            _look_at_records(stage.data.under(config.data_root))
+            if stage.validation.records:
+                with of_validation(stage):
+                    _look_at_records(_held_out(stage).data.under(config.data_root))
 
 
 def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: PictureReading) -> list[Outlook]:
@@ -99,7 +121,7 @@ def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: 
 
     model: of the stage before, no recipe applied; it is left as it is. reading: how that stage reads pictures.
     """
-    found = []
+    found, config = [], run.config
     held = adapter.take(model) if later else None
     for stage in later:
         with of_stage(stage.name):
@@ -107,15 +129,21 @@ def look_ahead(run: Readers, later: Sequence[StageConfig], model: LMM, reading: 
             reading = stage_reading(stage.data, reading)
             loader = build_loader(run, stage, model, reading)
             found.append(Outlook(loader.steps, average_flops(model, stage, loader)))
+            if stage.validation.has_data:
+                validation_loader(run, stage, model, reading)
+            plan_benchmarks(stage.validation, config.data_root)
     if held is not None:
         adapter.attach(model, held, "the model's adapter")
     return found
 
 
-def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
+def build_loader(
+    run: Readers, stage: StageConfig, model: LMM, reading: PictureReading, *, held_out: bool = False
+) -> Loader:
     """Return the stage's data set in a loader, at the first pack. Raise UserError for data that cannot be trained on.
 
-    reading: how the stage reads pictures, whatever its keys say.
+    reading: how the stage reads pictures, whatever its keys say. held_out: take the records that validation.share holds
+    out, which are otherwise left out.
     """
     config, process = run.config, run.process
     data = replace(stage.data.under(config.data_root), **asdict(reading))
@@ -127,6 +155,7 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
         processor=run.processor,
         tokens_per_image=model.tokens_per_image,
         seed=config.seed,
+        split=Split(share, held_out) if (share := stage.validation.share) else None,
     )
     if not dataset.report.supervised_tokens:
         raise UserError(
@@ -144,6 +173,32 @@ def build_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureR
         prefetch=config.engine.prefetch,
         pin_memory=process.device.type == "cuda",
     )
+
+
+def _look_at_records(data: DataConfig) -> None:
+    """Look at the template and the first record of each source."""
+    for source, alone in data.each():
+        TEMPLATES.get(alone.template, f"data.sources.{source.title}.template")
+        first = next(read_refusing(alone.records))
+        if isinstance(first, Refused) and alone.on_error == "fail":
+            raise first
+
+
+def validation_loader(run: Readers, stage: StageConfig, model: LMM, reading: PictureReading) -> Loader:
+    """Return what the stage is validated with in a loader, once through, at the first pack; errors as for training."""
+    with of_validation(stage):
+        held = replace(_held_out(stage), batch=replace(stage.batch, packs_per_step=run.process.world_size))
+        return build_loader(run, replace(held, epochs=1.0, max_steps=None), model, reading, held_out=True)
+
+
+def _held_out(stage: StageConfig) -> StageConfig:
+    """Return a stage whose data is what it is validated with: other records, or its own once; never augmented."""
+    data, validation = replace(stage.data, augment=AugmentConfig()), stage.validation
+    if validation.records:
+        folder = validation.image_folder or data.image_folder
+        data = replace(data, records=validation.records, image_folder=folder, sources=[])
+    once = [replace(source, weight=None, samples=None, times=None) for source in data.sources]
+    return replace(stage, data=replace(data, sources=once))
 
 
 def _workers(engine: EngineConfig, process: Process) -> int:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast.log import log
 from tinyllava_fast.pace import Pace
-from tinyllava_fast.train.metrics import Entry
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+
+    from tinyllava_fast.train.metrics import Entry
 
 _FIELDS = (
     "loss {loss:.4f} · {samples_per_s:.1f} samples/s · {tokens_per_s:.0f} tok/s · "
@@ -38,6 +39,7 @@ class Progress:
         self._pace = Pace()
         self._started, self._first = time.perf_counter(), done
         self._live: Bar | None = None
+        self._validated = ""
         if show and sys.stderr.isatty():
             self._live = _bar()
             self._task = self._live.add_task(stage, total=total_steps, completed=done, text="first step ...")
@@ -56,6 +58,9 @@ class Progress:
         if not self._show:
             return
         text = _FIELDS.format(**entry, memory_gb=entry["memory_bytes"] / 1e9)
+        if "loss" in (found := entry.get("validation", {})):
+            self._validated = f" · validation loss {found['loss']:.4f}"
+        text += self._validated
         if self._live is not None:
             self._live.update(self._task, completed=stage_step, text=f"{text}{self._run_eta()}")
         elif line and self._pace.due(always=stage_step == self._total):
@@ -64,16 +69,17 @@ class Progress:
 
     def eta_s(self) -> float:
         """Seconds to the end of the stage at this process's mean speed."""
-        return self._step_s() * (self._total - self._done)
+        return self.step_s() * (self._total - self._done)
 
     def _run_eta(self) -> str:
         return f" · run ETA {format_seconds(self.run_eta_s())}" if self._later else ""
 
     def run_eta_s(self) -> float:
         """Seconds to the end of the run, later stages reckoned by their FLOPs at this one's speed."""
-        return self.eta_s() + self._step_s() * self._later
+        return self.eta_s() + self.step_s() * self._later
 
-    def _step_s(self) -> float:
+    def step_s(self) -> float:
+        """Return the seconds of a step so far, on average; 0 before the first one."""
         spent, steps = time.perf_counter() - self._started, self._done - self._first
         return spent / steps if steps else 0.0
 

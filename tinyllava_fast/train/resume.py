@@ -35,20 +35,29 @@ FREE = frozenset(
         "plugins",  # files that may have moved; what they register is named by the model's own keys
         "checkpoint",
         "log_every",
+        "loggers",
         *(f"engine.{k}" for k in _ENGINE.split()),
     }
 )
 """Keys that may always change: they move work around, not the mathematics."""
 _FILES = "records image_folder sources[].path sources[].image_folder sources[].name"
-STAGE_FREE = frozenset(f"data.{k}" for k in f"{_FILES} on_error on_bad_image overlong feature_cache".split())
+_VALIDATION = "records image_folder every_steps max_packs samples max_new_tokens benchmarks metric keep"
+STAGE_FREE = frozenset(
+    {
+        *(f"data.{k}" for k in f"{_FILES} on_error on_bad_image overlong feature_cache".split()),
+        *(f"validation.{k}" for k in _VALIDATION.split()),  # it leaves no trace in the training
+    }
+)
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
+_OPTIM = "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema"
 STAGE_GOES_ON = frozenset(
     {
-        *(f"optim.{k}" for k in "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio".split()),
+        *(f"optim.{k}" for k in _OPTIM.split()),
         *(f"recipe.{k}.lr" for k in ("llm", "vision", "connector")),
         "max_steps",
         "epochs",
         "data.augment",
+        "validation.patience",
     }
 )
 """Keys of a stage that say how its next steps go: they may change while it has steps left."""
@@ -59,6 +68,7 @@ _WHY = {
     "name": "the stage has begun under that name",
     "batch": "it decides the packs, so the position in the data would mean nothing",
     "data": "it decides what the samples are, and with them the position in the data",
+    "validation": "it decides which samples train",
     "recipe": "the optimizer's state belongs to the weights that trained so far",
     "optim.type": "the optimizer's state is of that rule",
     "optim": "losses before and after would mean different things",

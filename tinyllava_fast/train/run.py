@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -18,18 +17,23 @@ from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.workers import STOP_SIGNALS
 from tinyllava_fast.errors import UserError, writing
-from tinyllava_fast.files import TMP, atomic_folder, remove, write_file
+from tinyllava_fast.files import TMP, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.log import log
 from tinyllava_fast.models.build import build_image_processor, build_tokenizer
 from tinyllava_fast.train import quarantine, seed
+from tinyllava_fast.train.answers import SampleRow
+from tinyllava_fast.train.best import BestModels, copy_model
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
-from tinyllava_fast.train.failures import Way, stopped
-from tinyllava_fast.train.metrics import COUNTS, MetricsWriter, peak_device_bytes
+from tinyllava_fast.train.failures import DIVERGED, Way, stopped
+from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes
+from tinyllava_fast.train.page import Page
 from tinyllava_fast.train.prepare import Outlook
+from tinyllava_fast.train.pulse import LOCK, Heart, State
 from tinyllava_fast.train.resume import find_checkpoint
+from tinyllava_fast.train.standing import outcome
 
 
 class StopRequest(Exception):  # noqa: N818 a request, not an error
@@ -58,13 +62,17 @@ class Run:
         self.state = TrainState(config=to_dict(config), totals=totals)
         self.started = time.perf_counter()
         self.way = Way(self.store)
+        self.best = BestModels(self.folder, self.store)
         self.stop_signal = 0
         self.profile = False
         self.compile_seconds, self.graphs, self.recompiles = 0.0, 0, 0
         self.metrics: MetricsWriter | None = None
+        self.heart: Heart | None = None
+        self.page: Page | None = None
         self.outlooks: list[Outlook] | None = None
         self.stepping = False
         self._lock_file: TextIO | None = None
+        self._made: list[Path] = []
 
     @property
     def main(self) -> bool:
@@ -107,13 +115,47 @@ class Run:
             self.store.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / "config.yaml"):
             write_file(self.folder / "config.yaml", dump(self.config).encode())
-        self.metrics = MetricsWriter(self.folder, after_step=self.state.step)
+        loggers, step = self.config.loggers, self.state.step
+        self.metrics = MetricsWriter(self.folder, after_step=step, loggers=loggers, config=self.state.config)
+        self.heart, self.page = Heart(self.folder), Page(self.folder, dump(self.config))
+        self.heart.begin("at its first step")
+
+    def write(self, entry: Entry) -> None:
+        """Write an entry to all that tells of the run's numbers."""
+        if self.metrics and self.page and self.heart:
+            self.metrics.write(entry)
+            self.page.add(entry, self.heart.pulse)
+
+    def show(self, rows: Sequence[SampleRow], *, again: bool = False) -> None:
+        """Show what the model answers to the samples of its stage. again: the loggers have seen it."""
+        if self.metrics and self.page and rows:
+            if not again:
+                self.metrics.samples(self.state.stage, self.state.step, rows)
+            self.page.show(self.state.stage, rows)
+
+    def beat(self, step_s: float, eta_s: float) -> None:
+        """Note where the run stands after a step. step_s: seconds of a step. eta_s: to the end of the run."""
+        state = self.state
+        if self.heart:
+            at = {"stage_step": state.stage_step, "stage_steps": state.stage_steps, "step": state.step}
+            self.heart.beat(stage=state.stage, step_s=step_s, eta_s=eta_s, **at)
+
+    def begin(self, doing: str) -> None:
+        """Note that something begins, between two steps, that may take long."""
+        if self.heart:
+            self.heart.begin(doing)
+
+    def end(self, state: State, why: str = "") -> None:
+        """Note how the run has ended, if it has begun at all."""
+        if self.heart and self.page:
+            self.heart.end(state, why)
+            self.page.write(self.heart.pulse)
 
     def _lock(self) -> None:
         """Refuse a folder that another training writes to, for instance one that outlived its killed parent."""
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_file = (self.folder / ".lock").open("w")
+            self._made = _make_folder(self.folder)
+            self._lock_file = (self.folder / LOCK).open("w")
         try:
             # lockf: a record lock ends with this very process; data workers do not inherit it.
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,12 +165,13 @@ class Run:
             ) from None
         except OSError as error:
             raise UserError(
-                f"output_dir: {self.folder / '.lock'} cannot be locked: {error.strerror}; name a folder on a file "
+                f"output_dir: {self.folder / LOCK} cannot be locked: {error.strerror}; name a folder on a file "
                 "system that has locks"
             ) from None
 
     def _start_over(self) -> None:
         self.store.clear()
+        self.best.clear()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
         with writing(self.folder / quarantine.FILE):
             (self.folder / quarantine.FILE).unlink(missing_ok=True)
@@ -146,7 +189,10 @@ class Run:
         if self.metrics:
             self.metrics.sync()
         started = time.perf_counter()
+        self.begin("saving a checkpoint")
         self.way.saved = self.store.save(self.state, engine)
+        if self.main:
+            self.best.prune(self.state)
         log.info("saved %s in %.1f s", self.way.saved, time.perf_counter() - started)
 
     def finish(self) -> dict[str, object]:
@@ -174,6 +220,11 @@ class Run:
             "skipped_records": skipped,
             "unsupervised_samples": unsupervised,
             "loss": self.state.final_losses,
+            "validation": {
+                stage.name: outcome(stage.validation, standing)
+                for stage in self.config.stages
+                if (standing := self.state.validation.get(stage.name)) is not None
+            },
             "changes": self.state.changes,
             "data": reports,
             "sources": {stage: sources for stage, sources in self.state.sources.items() if sources},
@@ -183,7 +234,7 @@ class Run:
         if skipped or unsupervised:
             log.warning("%d records skipped, %d samples without a supervised token", len(skipped), unsupervised)
         if self.main:
-            _publish(self.folder / self.state.stage, self.folder / "final")
+            copy_model(self.folder / self.state.stage, self.folder / "final")
             with writing(self.folder / "summary.json"):
                 write_file(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
             log.info(
@@ -205,24 +256,43 @@ class Run:
         self.started = now
 
     def close(self) -> None:
-        """Close the metrics and let go of the folder, whatever happened."""
+        """Close the metrics and let go of the folder, whatever happened; a start that failed leaves none behind."""
         if self.metrics:
             self.metrics.close()
+        elif self._made:
+            remove(self.folder / LOCK)
+            for folder in self._made:
+                with suppress(OSError):  # something else lies in it
+                    folder.rmdir()
         if self._lock_file:
             self._lock_file.close()
 
 
-def _publish(model: Path, target: Path) -> None:
-    """<run>/final as a copy of the last stage's folder; hard links where the file system has them."""
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and those around it; return the ones that were not there, the innermost first."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
 
-    def link(source: str, destination: str) -> None:
-        try:
-            os.link(source, destination)
-        except OSError:
-            shutil.copy2(source, destination)
 
-    with atomic_folder(target) as temporary:
-        shutil.copytree(model, temporary, copy_function=link, dirs_exist_ok=True)
+@contextmanager
+def told(run: Run) -> Iterator[None]:
+    """Note how the run ends, for whoever asks for its status; errors pass."""
+    try:
+        yield
+    except StopRequest as request:
+        run.end("stopped", request.said)
+        raise
+    except KeyboardInterrupt:
+        run.end("stopped", "interrupted")
+        raise
+    except UserError as error:
+        run.end("diverged" if DIVERGED in str(error) else "failed", str(error))
+        raise
+    except BaseException as error:
+        run.end("failed", f"{type(error).__name__}: {error}")
+        raise
+    run.end("finished")
 
 
 @contextmanager

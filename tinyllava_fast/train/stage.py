@@ -10,6 +10,7 @@ import torch
 from tinyllava_fast.config.schema import StageConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
+from tinyllava_fast.data.split import Split
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import cache_folder
 from tinyllava_fast.log import log
@@ -19,6 +20,8 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import cpu_pool, timings
+from tinyllava_fast.train.answers import FOLDER as VALIDATION
+from tinyllava_fast.train.answers import Answering, Sample, choose_samples, has_whole_weights, plan_benchmarks
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import CompiledForward, compile_forward, repays
 from tinyllava_fast.train.engine.base import TrainingEngine
@@ -26,10 +29,12 @@ from tinyllava_fast.train.engine.launch import build_engine, never_compiles
 from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS
 from tinyllava_fast.train.parts import first_model
-from tinyllava_fast.train.prepare import Outlook, average_flops, build_loader, look_ahead
+from tinyllava_fast.train.prepare import Outlook, average_flops, build_loader, look_ahead, validation_loader
 from tinyllava_fast.train.profile import StepProfiler
 from tinyllava_fast.train.reading import settle_reading
 from tinyllava_fast.train.run import Run
+from tinyllava_fast.train.standing import interval
+from tinyllava_fast.train.validation import Validator, cost_of, shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class ReadyStage:
     compiled: CompiledForward | None
     features: FeatureCache | None
     profiler: StepProfiler | None
+    validator: Validator | None
 
 
 def prepare_stage(run: Run, index: int) -> ReadyStage:
@@ -66,7 +72,10 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     loader = _open_loader(run, config, model, reading)
     report = loader.dataset.report.as_dict()
     _go_to_position(run, config, loader)
+    held_out = validation_loader(run, config, model, reading) if config.validation.has_data else None
+    answering = _open_answering(run, config, held_out)
     flops = average_flops(model, config, loader)
+    cost = cost_of(model, config, held_out, answering, flops)
     kind = _kind_of_step(run, config, model, flops)  # before ZeRO takes the weights apart
     compiled = compile_forward(model, engine_config) if _compiles(run, config, model, loader, flops, kind) else None
     micro_batches = config.batch.packs_per_step // run.process.world_size
@@ -75,6 +84,11 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     cpu_pool.trim()
     features = _open_features(config, model)
     profiler = _profiler(run, config, model) if run.profile and run.main else None
+    validator = None
+    if config.validation.on:
+        every = interval(config.validation, loader.steps, cost)
+        validator = Validator(config, model, engine, held_out, answering, every=every, features=features)
+        _go_on_validating(run, config, engine)
     if resumed is not None and run.state.stage_step > 0:
         _restore_optimizer(engine, resumed, run.process.rank)
     return ReadyStage(
@@ -90,6 +104,7 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
         compiled=compiled,
         features=features,
         profiler=profiler,
+        validator=validator,
     )
 
 
@@ -160,7 +175,8 @@ def _go_to_position(run: Run, stage: StageConfig, loader: Loader) -> None:
             f"stages.{stage.name}: max_steps or epochs give {loader.steps} steps, but {state.stage_step} are done; "
             "give at least as many"
         )
-    state.stage_steps = loader.steps
+    over = state.validation.get(stage.name, {}).get("ended_early", False)
+    state.stage_steps = state.stage_step if over else loader.steps
 
 
 def _kind_of_step(run: Run, stage: StageConfig, model: LMM, flops: float) -> str:
@@ -206,6 +222,35 @@ def _open_features(stage: StageConfig, model: LMM) -> FeatureCache | None:
     if not stage.data.feature_cache:
         return None
     return FeatureCache(cache_folder() / "features", model.vision, limit=int(stage.data.feature_cache * 2**30))
+
+
+def _open_answering(run: Run, stage: StageConfig, held_out: Loader | None) -> Answering | None:
+    """Return what the stage's model is asked at each validation, if there is anything."""
+    validation, share = stage.validation, stage.validation.share
+    plans = plan_benchmarks(validation, run.config.data_root)
+    samples: list[Sample] = []
+    if held_out is not None and validation.samples and has_whole_weights(run.config.engine):
+        split = Split(share, held_out=True) if share else None
+        samples = choose_samples(held_out.dataset.data, split, validation.samples)
+    if not samples and not plans:
+        return None
+    return Answering(
+        validation,
+        samples,
+        plans,
+        run.folder / VALIDATION / stage.name,
+        tokenizer=run.tokenizer,
+        processor=run.processor,
+        tokens=stage.batch.tokens,
+    )
+
+
+def _go_on_validating(run: Run, stage: StageConfig, engine: TrainingEngine) -> None:
+    """Let the state have a standing for the stage, and the best model that it tells of lie where it is looked for."""
+    standing = run.state.validation.setdefault(stage.name, {})
+    if run.main and stage.validation.keep == "best":
+        run.best.recover(run.state, run.checkpoint)
+    run.state.validation[stage.name] = shared(engine, standing)
 
 
 def _profiler(run: Run, stage: StageConfig, model: LMM) -> StepProfiler:

@@ -19,6 +19,7 @@ from tinyllava_fast.train.cli import main
 from tinyllava_fast.train.engine.deepspeed_engine import deepspeed_config
 from tinyllava_fast.train.loop import train
 
+VALIDATION = {"share": 0.2, "every_steps": 3, "keep": "best", "samples": 2, "max_new_tokens": 3}
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -42,6 +43,10 @@ def assert_same_training(run: Path, reference: Path) -> None:
         assert (found["step"], found["stage"], found["lr"]) == (expected["step"], expected["stage"], expected["lr"])
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert found.keys() == expected.keys()
+        if "validation" in expected:
+            assert found["validation"]["loss"] == pytest.approx(expected["validation"]["loss"], abs=1e-4)
+            assert found["validation"]["samples"] == expected["validation"]["samples"]
     for name in ("pretrain/model.safetensors", "final/model.safetensors"):
         found, expected = load_file(run / name), load_file(reference / name)
         assert found.keys() == expected.keys()
@@ -51,7 +56,11 @@ def assert_same_training(run: Path, reference: Path) -> None:
 
 @pytest.mark.slow
 def test_zero_stages_train_as_one_process_does(tiny_run):
-    path = tiny_run(stages__pretrain__batch__packs_per_step=4, stages__finetune__batch__packs_per_step=2)
+    path = tiny_run(
+        stages__pretrain__batch__packs_per_step=4,
+        stages__finetune__batch__packs_per_step=2,
+        stages__finetune__validation=VALIDATION,
+    )
     folder = path.parent
     train(load_run(path, [f"output_dir={folder / 'one'}"]))
     # A run that torch began and one that ZeRO 3 began, each to be finished by the other.
@@ -105,7 +114,7 @@ def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
-    path = tiny_run()
+    path = tiny_run(stages__finetune__validation=VALIDATION)
     folder = path.parent
     train(load_run(path, [f"output_dir={folder / 'one'}"]))
     for zero in (2, 3):

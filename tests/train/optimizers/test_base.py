@@ -19,7 +19,7 @@ from tinyllava_fast.train import cli
 from tinyllava_fast.train.loop import train
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS, check_optimizer
 
-NAMES = ["adamw", "adamw8bit", "lion", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
+NAMES = ["adamw", "adamw8bit", "lion", "lion8bit", "muon", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
 Losses = Callable[[Path], list[tuple[int, str, float]]]
 
 

@@ -39,13 +39,14 @@ def page(data: ReportData) -> str:
     return document(f"{escape(data.title)}: {_percent(data.seen.accuracy)}", body)
 
 
-def document(title: str, body: str) -> str:
-    """Return an HTML file with the style sheet inside it. Arguments are HTML."""
+def document(title: str, body: str, *, refresh_s: float | None = None) -> str:
+    """Return an HTML file with the style sheet inside it. title, body: HTML. refresh_s: seconds to its next reading."""
+    again = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s:.0f}">\n'
     css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{css}</style>\n</head>\n"
+        f"{again}<title>{title}</title>\n<style>\n{css}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 

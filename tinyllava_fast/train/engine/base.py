@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -51,8 +52,19 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """Return the float32 loss sum of the batch [], without gradients, by the model as it is, in eval mode or not.
+
+        It is never compiled. Between two steps only; every rank calls it equally often.
+        """
+        ...
+
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """Clip, update with each group name's learning rate, clear gradients; returns the norm before clipping []."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the weights are their running means, if optim.ema keeps any."""
         ...
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -70,7 +82,8 @@ class TrainingEngine(Protocol):
     def optimizer_state(self) -> Sequence[LazyTensor]:
         """Everything the optimizer knows, in a layout that depends neither on the engine nor on the number of ranks.
 
-        "step" [] float32; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>".
+        "step" [] float32; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>";
+        "ema/<weight>", the running means of optim.ema.
         """
         ...
 

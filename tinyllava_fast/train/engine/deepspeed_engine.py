@@ -11,6 +11,7 @@ Three things keep the mathematics that of one process (tests/train/engine/test_d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,12 @@ class DeepSpeedEngine:
         self._unfinished = True
         return losses.detach()
 
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """See TrainingEngine."""
+        losses: Tensor = self._engine(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
+        return total(losses)
+
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""
         for group in self._engine.optimizer.param_groups:
@@ -133,6 +140,10 @@ class DeepSpeedEngine:
         self._engine.step()
         self._unfinished = False
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See TrainingEngine: it keeps none (check_optimizer)."""
+        return nullcontext()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """See TrainingEngine."""

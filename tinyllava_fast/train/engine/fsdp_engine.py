@@ -8,6 +8,7 @@ process updates its own rows with the optimizer of one process (train/optim.py):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -67,6 +68,16 @@ class FSDPEngine:
         with torch.profiler.record_function("tlf.optimizer"):
             self._optimizer.accumulate()
         return losses.detach()
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """See TrainingEngine."""
+        losses: Tensor = self.model(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
+        return total(losses)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See TrainingEngine: it keeps none (check_optimizer)."""
+        return nullcontext()
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +52,19 @@ class TorchEngine:
                 self._optimizer.accumulate()
         return losses.detach().clone() if self._cuda_graphs else losses.detach()
 
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """See TrainingEngine."""
+        losses: Tensor = type(self.model).forward(self.model, **batch.to(self.device).tensors())
+        return total(losses)
+
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""
         return self._optimizer.step(lrs)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See TrainingEngine."""
+        return self._optimizer.averaged()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """See TrainingEngine."""

@@ -119,6 +119,12 @@ def find_optimizer(optim: OptimConfig, stage: str = "stages.*", file: str = "") 
 
 
 def check_optimizer(optim: OptimConfig, engine: EngineConfig, device: torch.device, stage: str) -> None:
-    """Raise UserError for an optimizer that this engine or device does not have."""
+    """Raise UserError for an optimizer that this engine or device does not have, and for means that it cannot keep."""
+    sharded = f"engine.zero_stage: {engine.zero_stage}" if engine.type == "deepspeed" and engine.zero_stage > 0 else ""
+    if optim.ema and (sharded or engine.type == "fsdp"):
+        raise UserError(
+            f"{stage}.optim.ema with {sharded or 'engine.type: fsdp'}, which holds a part of the weights in each "
+            "process; set engine.type: ddp, or ema: 0"
+        )
     found, _ = find_optimizer(optim, stage)
     found.check(engine, device, f"{stage}.optim.type: {optim.type}")

@@ -1,0 +1,45 @@
+"""A data set split by image: no picture on both sides, the same split whatever else changes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinyllava_fast.data.record import Record
+from tinyllava_fast.data.split import Split
+
+
+def record(index: int, *images: str, text: str = "what?") -> Record:
+    return Record(index, f"r{index}", index + 1, images, len(images) > 1, ((text, "x"),))
+
+
+def names(r: Record) -> list[str]:
+    """What decides the side of a record."""
+    return list(r.images) or [r.turns[0][0]]
+
+
+RECORDS = [
+    *(record(i, f"{i % 300}.png") for i in range(900)),
+    *(record(900 + i, text=f"say {i % 100}") for i in range(200)),
+    *(record(1100 + i, f"{i % 300}.png", f"{(7 * i + 1) % 300}.png") for i in range(300)),
+]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
+def test_no_picture_and_no_text_is_on_both_sides(share: float) -> None:
+    held, kept = ([r for r in RECORDS if Split(share, side).takes(names(r))] for side in (True, False))
+    for seen in (lambda r: set(r.images), lambda r: {r.turns} if not r.images else set()):
+        mine, theirs = (set().union(*map(seen, side)) for side in (held, kept))
+        assert mine and theirs and not mine & theirs
+    neither = [r for r in RECORDS if r not in held and r not in kept]
+    assert all(len(r.images) == 2 for r in neither), "only records with pictures of both sides are on neither"
+    pictures = set().union(*(r.images for r in held))
+    assert len(pictures) / 300 == pytest.approx(share, rel=0.5)
+
+
+def test_a_smaller_share_is_part_of_a_larger_one_and_names_decide() -> None:
+    small, large = (
+        {r.index for r in RECORDS[:900] if Split(share, held_out=True).takes(names(r))} for share in (0.05, 0.2)
+    )
+    assert small < large
+    split = Split(0.5, held_out=True)
+    assert [split.takes([f"a/{i}.png"]) for i in range(50)] == [split.takes([f"a/./b/../{i}.png"]) for i in range(50)]

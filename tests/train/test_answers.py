@@ -1,0 +1,117 @@
+"""What the model answers while it trains: fixed samples through the engine, benchmarks on the weights as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.test_validation import lines, same
+from tinyllava_fast.config.load import load_run
+from tinyllava_fast.data.split import Split
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.assistant import Assistant
+from tinyllava_fast.train.answers import check_answering, choose_samples
+from tinyllava_fast.train.loop import train
+
+TinyRun = Callable[..., Path]
+
+
+def questions(path: Path) -> Path:
+    """A benchmark of one's own over the run's images."""
+    records = [r for r in json.loads((path.parent / "records.json").read_text()) if "image" in r][:12]
+    rows = [
+        {
+            "id": r["id"],
+            "image": r["image"],
+            "question": "what colour is it ?",
+            "answer": r["conversations"][1]["value"],
+        }
+        for r in records
+    ]
+    (path.parent / "images" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.parent / "images"
+
+
+def test_samples_are_of_different_pictures_and_always_the_same(tiny_run: TinyRun) -> None:
+    data = load_run(tiny_run(records=60)).stages[1].data
+    split = Split(0.4, held_out=True)
+    samples = choose_samples(data, split, 6)
+    assert samples == choose_samples(data, split, 6) and len(samples) == 6
+    assert len({sample.images or sample.question for sample in samples}) == 6
+    assert samples != choose_samples(data, None, 6) and choose_samples(data, split, 0) == []
+    assert all(Path(image).is_file() for sample in samples for image in sample.images)
+
+
+def test_the_table_holds_the_answers_of_the_saved_model(tiny_run: TinyRun) -> None:
+    """Those of the last validation are what the stage's model folder answers; those before are of the one before."""
+    validation = {"share": 0.3, "every_steps": 20, "samples": 5, "max_new_tokens": 6}
+    path = tiny_run(
+        stages__finetune__validation=validation, stages__finetune__max_steps=60, stages__finetune__optim__lr=0.01
+    )
+    config = load_run(path)
+    train(config)
+    run = path.parent / "run"
+    state = json.loads((run / "checkpoints" / "finetune-00000064" / "state.json").read_text())
+    standing = state["validation"]["finetune"]
+    samples = choose_samples(config.stages[1].data, Split(0.3, held_out=True), 5)
+    assistant = Assistant.from_pretrained(run / "final", batch_tokens=4096, compile=False)
+    answers = {a.id: a.text for a in assistant.engine.run(sample.request(6) for sample in samples)}
+    assert standing["answers"] == answers and len(answers) == 5
+    assert set(standing["answers_before"]) == set(answers)
+    page = (run / "index.html").read_text()
+    assert "answer before" in page and all(sample.truth in page for sample in samples)
+    (run / "index.html").unlink()
+    train(config)
+    assert samples[0].truth in (run / "index.html").read_text(), "a resumed run remembers its samples"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard" / "finetune")).Reload()
+    assert "validation/loss" in events.Tags()["scalars"] and "samples/0" in events.Tags()["images"]
+    (tag,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("validation/samples")]
+    tables = [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)]
+    assert len(tables) == 3 and samples[0].truth in tables[0]
+
+
+def test_a_benchmark_in_the_loop_chooses_the_best_model(tiny_run: TinyRun) -> None:
+    path = tiny_run()
+    benchmark = {"name": "custom", "data": str(questions(path)), "limit": 8, "options": {"max_new_tokens": 4}}
+    validation = {"every_steps": 10, "benchmarks": [benchmark], "metric": "custom", "keep": "best"}
+    path = tiny_run(
+        stages__finetune__validation=validation, stages__finetune__max_steps=40, stages__finetune__optim__lr=0.02
+    )
+    questions(path)
+    summary = train(load_run(path))
+    run = path.parent / "run"
+    scores = {e["step"]: e["validation"]["scores"]["custom"] for e in lines(run) if "validation" in e}
+    assert sorted(scores) == [14, 24, 34, 44]
+    told = summary["validation"]["finetune"]
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert told["best"] == {"step": best, "metric": "custom", "value": scores[best]} and "loss" not in told["last"]
+    assert same(run / "finetune", run / "best" / f"finetune-{best:08d}")
+    results = json.loads((run / "validation" / "finetune" / "custom" / "results.json").read_text())
+    assert results["questions"] == 8 and results["metrics"][0]["value"] == scores[44]
+    assert results["model"] == "finetune-00000044"
+
+
+def test_mistakes_in_benchmarks_are_found_before_the_first_stage(tiny_run: TinyRun, caplog: Any) -> None:
+    path = tiny_run()
+    for benchmark, message in (
+        ({"name": "custm", "data": "."}, "unknown benchmark 'custm'; did you mean 'custom'"),
+        ({"name": "custom", "data": str(path.parent)}, r"questions\.jsonl"),
+    ):
+        broken = tiny_run(stages__finetune__validation={"benchmarks": [benchmark]})
+        with pytest.raises(UserError, match=message):
+            train(load_run(broken))
+    assert not (path.parent / "run").exists(), "a start that fails leaves no folder"
+
+
+def test_benchmarks_need_whole_weights(tiny_run: TinyRun) -> None:
+    path = tiny_run(stages__finetune__validation={"benchmarks": [{"name": "custom", "data": "."}]})
+    config = load_run(path, ["engine.type=deepspeed", "engine.zero_stage=3"])
+    with pytest.raises(UserError, match=r"stages\.finetune\.validation\.benchmarks: FSDP and ZeRO 3 shard the weights"):
+        check_answering(config.stages[1].validation, config.engine, "stages.finetune")
+    check_answering(config.stages[1].validation, load_run(path).engine, "stages.finetune")

@@ -1,0 +1,97 @@
+"""--dry-run: what it says, what it refuses, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyllava_fast.config.load import load_run
+from tinyllava_fast.models.build import build_model
+from tinyllava_fast.train import cli
+from tinyllava_fast.train.dry_run import token_bytes, without_values
+
+TinyRun = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_tells_what_a_run_would_do_and_leaves_nothing(tiny_run: TinyRun, capsys: Any) -> None:
+    path = tiny_run(stages__finetune__validation={"share": 0.3, "every_steps": 3}, records=60)
+    before = sorted(path.parent.rglob("*"))
+    assert cli.main([str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert sorted(path.parent.rglob("*")) == before
+    for text in (
+        f"starts in {path.parent / 'run'}",
+        "stage pretrain",
+        "data: 60 samples",
+        "steps: 4 of 2 packs",
+        "learning rate: cosine, 1 steps of warm-up: 0.003 at step 1",
+        "stage finetune",
+        "vision has its own peak, 0.001",
+        "every 3 steps and at the end",
+        "fits this machine",
+        "nothing was trained and nothing was written",
+    ):
+        assert text in said, text
+    assert cli.main([str(path)]) == 0
+    summary = json.loads((path.parent / "run" / "summary.json").read_text())
+    assert f"data: {summary['data']['finetune']['records']} samples" in said
+    assert cli.main([str(path), "--dry-run"]) == 0
+    assert "goes on from" in capsys.readouterr().out
+
+
+def test_it_refuses_what_a_run_would_refuse(tiny_run: TinyRun, caplog: Any) -> None:
+    path = tiny_run()
+    for override, message in (
+        ("stages.finetune.data.records=nowhere.json", "cannot read the records"),
+        ("stages.finetune.recipe.vision.lora.r=4", "would ignore it"),
+        ("stages.finetune.batch.tokens=8", "tokens exceed"),
+        ("loggers=[nothing]", "unknown logger"),
+    ):
+        assert cli.main([str(path), "--dry-run", override]) == 2
+        assert message in caplog.text
+    assert not (path.parent / "run").exists()
+    assert cli.main([str(path)]) == 0
+    assert cli.main([str(path), "--dry-run", "seed=3"]) == 2
+    assert "was trained with another configuration" in caplog.text
+
+
+def test_a_model_that_is_too_large_is_said_to_be(tiny_run: TinyRun, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tinyllava_fast.hardware.available_memory_bytes", lambda: 2**19)
+    assert cli.main([str(tiny_run()), "--dry-run"]) == 0
+    assert "DOES NOT FIT this machine: 0 MiB are free; lower stages.finetune.batch.tokens" in capsys.readouterr().out
+
+
+def test_a_copy_without_values_takes_no_memory_and_leaves_the_model(tiny_run: TinyRun) -> None:
+    model = build_model(load_run(tiny_run()).model, seed=0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    skeleton = without_values(model)
+    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+    assert {n: t.shape for n, t in skeleton.state_dict().items()} == {n: t.shape for n, t in before.items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("checkpointing", "file"), [(False, "fit_tinyllama"), (True, "fit_tinyllama_lora16")])
+def test_the_estimate_of_a_token_is_near_what_was_measured(checkpointing: bool, file: str, tiny_run: TinyRun) -> None:
+    """bench/results: the slope of the peak of a 1.1 B model over its tokens, in bytes."""
+    measured = json.loads((ROOT / "bench" / "results" / f"{file}_2core_zen5.json").read_text())["bytes_per_token"]
+    stage = load_run(tiny_run()).stages[1]
+    engine = load_run(tiny_run(), ["engine.dtype=bfloat16", f"engine.gradient_checkpointing={checkpointing}"]).engine
+    shape = load_run(ROOT / "bench" / "workloads" / "tinyllama_1b.yaml", [f"output_dir={tiny_run().parent}"]).model.llm
+    from types import SimpleNamespace
+
+    text = SimpleNamespace(**shape.config)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    model = SimpleNamespace(
+        llm=SimpleNamespace(config=config),
+        hidden_size=text.hidden_size,
+        num_kv_heads=[text.num_key_value_heads],
+        head_dim=text.hidden_size // text.num_attention_heads,
+        num_layers=text.num_hidden_layers,
+    )
+    assert token_bytes(model, stage, engine) == pytest.approx(measured, rel=0.1)  # type: ignore[arg-type]

@@ -1,0 +1,229 @@
+"""`tlf-train CONFIG --dry-run`: everything that a run needs is looked at, and nothing trains or is left behind.
+
+Memory is reckoned, not measured: weights, masters, moments and gradients are counted on a copy of the model without
+values, to which the recipe is applied; what a token of a pack keeps for the backward pass is estimated from the widths
+(within 10 % of what tlf-bench fit measures of a 1.1 B model, docs/memory.md).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from tinyllava_fast import hardware
+from tinyllava_fast.config.schema import EngineConfig, RunConfig, StageConfig
+from tinyllava_fast.data.loader import Loader
+from tinyllava_fast.data.pictures import UPRIGHT, PictureReading
+from tinyllava_fast.eval.report.html import size
+from tinyllava_fast.models import adapter
+from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer, check_vocabulary
+from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.recipes.base import apply_recipe, check_recipe
+from tinyllava_fast.train.answers import plan_benchmarks
+from tinyllava_fast.train.checkpoint import CheckpointStore
+from tinyllava_fast.train.engine.launch import Process
+from tinyllava_fast.train.lr_schedule import lr_factor, warmup_steps
+from tinyllava_fast.train.optimizers.base import OPTIMIZERS
+from tinyllava_fast.train.prepare import average_flops, build_loader, look_at_files, of_stage, validation_loader
+from tinyllava_fast.train.profile import state_bytes, trains
+from tinyllava_fast.train.reading import stage_reading
+from tinyllava_fast.train.resume import find_checkpoint
+from tinyllava_fast.train.standing import interval
+from tinyllava_fast.train.validation import cost_of
+
+ROOM = 0.95  # of the memory that is free: the rest is fragmentation, and what else comes up
+
+
+@dataclass
+class _Parts:
+    """The parts of a run that its data is read with (prepare.Readers)."""
+
+    config: RunConfig
+    process: Process
+    tokenizer: PreTrainedTokenizerBase
+    processor: BaseImageProcessor
+
+
+def dry_run(config: RunConfig, process: Process, resume: str) -> str:
+    """Return what a run would do, stage by stage. Raise UserError for what it would be refused for.
+
+    process: as it would train. The run folder is looked at, and neither made nor changed.
+    """
+    store = CheckpointStore(Path(config.output_dir) / "checkpoints", 1)
+    found = find_checkpoint(store, config, resume)
+    first = found[1].stage_index if found else 0
+    stages = config.stages[first:]
+    look_at_files(config, stages, process.world_size)
+    lines = [f"goes on from {found[0]}" if found else f"starts in {config.output_dir}"]
+    tokenizer, processor = build_tokenizer(config.model), build_image_processor(config.model)
+    model = build_model(config.model, seed=config.seed, dtype=torch.float32)
+    check_vocabulary(model, tokenizer)
+    parts = _Parts(config, process, tokenizer, processor)
+    reading = model.config.reading if config.model.path else UPRIGHT
+    held = adapter.take(model)
+    for stage in stages:
+        with of_stage(stage.name):
+            check_recipe(model, stage.recipe)
+            reading = stage_reading(stage.data, reading)
+            loader = build_loader(parts, stage, model, reading)
+            lines += [f"stage {stage.name}", *(f"  {line}" for line in _stage(parts, stage, model, loader, reading))]
+    if held is not None:
+        adapter.attach(model, held, "the model's adapter")
+    return "\n".join([*lines, "nothing was trained and nothing was written"])
+
+
+def _stage(parts: _Parts, stage: StageConfig, model: LMM, loader: Loader, reading: PictureReading) -> Iterator[str]:
+    report, dataset = loader.dataset.report, loader.dataset
+    packs = len(dataset.plan(0))
+    full = report.tokens / max(packs * stage.batch.tokens, 1)
+    yield (
+        f"data: {report.records:,} samples, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised; "
+        f"{packs:,} packs of {stage.batch.tokens:,} tokens, {full:.1%} full"
+    )
+    if report.unsupervised or report.truncated or dataset.skipped:
+        counts = f"{report.unsupervised:,} samples without a supervised token, {report.truncated:,} truncated"
+        yield f"      {counts}, {len(dataset.skipped):,} records skipped"
+    flops = average_flops(model, stage, loader)
+    yield (
+        f"steps: {loader.steps:,} of {stage.batch.packs_per_step} packs, {loader.steps_per_epoch:,.1f} an epoch; "
+        f"{flops:.2e} FLOPs a step and process"
+    )
+    yield f"learning rate: {_schedule(stage, loader.steps)}"
+    yield from _validation(parts, stage, model, loader, reading, flops)
+    yield from _memory(parts.config, parts.process, stage, model, loader)
+
+
+def _schedule(stage: StageConfig, steps: int) -> str:
+    """Return the learning rate in words, and at five steps from the first to the last."""
+    optim = stage.optim
+    rates = []
+    for step in sorted({round(share * (steps - 1)) for share in (0, 0.25, 0.5, 0.75, 1)}):
+        factor = lr_factor(
+            step,
+            total_steps=steps,
+            schedule=optim.schedule,
+            warmup_ratio=optim.warmup_ratio,
+            min_lr_ratio=optim.min_lr_ratio,
+            decay_ratio=optim.decay_ratio,
+        )
+        rates.append(f"{optim.lr * factor:.2g} at step {step + 1:,}")
+    warm = warmup_steps(steps, optim.warmup_ratio)
+    own = {name: getattr(stage.recipe, name).lr for name in ("llm", "vision", "connector")}
+    others = "".join(f"; {name} has its own peak, {lr:g}" for name, lr in own.items() if lr is not None)
+    return f"{optim.schedule}, {warm:,} steps of warm-up: {', '.join(rates)}{others}"
+
+
+def _validation(
+    parts: _Parts, stage: StageConfig, model: LMM, loader: Loader, reading: PictureReading, flops: float
+) -> Iterator[str]:
+    validation = stage.validation
+    if not validation.on:
+        return
+    held = validation_loader(parts, stage, model, reading) if validation.has_data else None
+    plans = plan_benchmarks(validation, parts.config.data_root)
+    every = interval(validation, loader.steps, cost := cost_of(model, stage, held, None, flops))
+    when = f"every {every:,} steps and at the end" if every else "at the end"
+    what = [f"{held.dataset.report.records:,} samples"] if held is not None else []
+    what += [f"{len(plan.questions):,} questions of {plan.name}" for plan in plans]
+    times = -(-loader.steps // every) if every else 1
+    yield f"validation: {', '.join(what)}, {when}; the loss takes about {times * cost / loader.steps:.1%} of the work"
+
+
+def _memory(config: RunConfig, process: Process, stage: StageConfig, model: LMM, loader: Loader) -> Iterator[str]:
+    """Yield what a process needs for the stage, and whether this machine has it."""
+    try:
+        kept = _kept_bytes(config, stage, model, process.world_size)
+    except (NotImplementedError, RuntimeError) as error:
+        yield f"memory: not reckoned for this recipe ({str(error).splitlines()[0]})"
+        return
+    images = int(loader.dataset.images.max(initial=0)) if stage.batch.max_images else 0
+    step = stage.batch.tokens * token_bytes(model, stage, config.engine)
+    step += min(stage.batch.max_images, max(images, 1)) * image_bytes(model, stage, config.engine)
+    need = sum(kept.values()) + step
+    where, free = _free_bytes(process)
+    what = ", ".join(f"{name} {size(count)}" for name, count in kept.items() if count)
+    yield f"memory: about {size(need)} a process ({what}, activations about {size(step)})"
+    if need > ROOM * free:
+        yield f"        DOES NOT FIT {where}: {size(free)} are free{_remedy(stage)}"
+        return
+    yield f"        fits {where}: {size(free)} are free"
+
+
+def _remedy(stage: StageConfig) -> str:
+    return (
+        f"; lower stages.{stage.name}.batch.tokens, set engine.gradient_checkpointing=true, take an 8-bit optimizer, "
+        "or tune: lora or qlora"
+    )
+
+
+def _free_bytes(process: Process) -> tuple[str, int]:
+    if process.device.type == "cuda":
+        return f"the GPU {torch.cuda.get_device_name(process.device)}", torch.cuda.mem_get_info(process.device)[0]
+    return "this machine", hardware.available_memory_bytes() // max(process.world_size, 1)
+
+
+def _kept_bytes(config: RunConfig, stage: StageConfig, model: LMM, world_size: int) -> dict[str, int]:
+    """Return what stays between steps, and the gradients at the end of a backward pass, in one process."""
+    engine = config.engine
+    dtype = getattr(torch, engine.dtype)
+    skeleton = without_values(model)
+    apply_recipe(skeleton, stage.recipe, stage.optim, seed=config.seed)
+    skeleton.to(dtype)
+    sizes = state_bytes(skeleton, OPTIMIZERS.get(stage.optim.type).moment_bytes)
+    weights = sum(count for name, count in sizes.items() if not name.endswith("optimizer"))
+    learnt = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    optimizer = sum(count for name, count in sizes.items() if name.endswith("optimizer"))
+    optimizer += 4 * learnt if stage.optim.ema else 0
+    several = stage.batch.packs_per_step > world_size and dtype != torch.float32  # summed in float32
+    gradients = learnt * (4 if several else dtype.itemsize)
+    shards = [world_size if engine.type == "deepspeed" and engine.zero_stage >= level else 1 for level in (1, 2, 3)]
+    host = engine.type == "deepspeed" and engine.offload
+    return {
+        "weights": weights // shards[2],
+        "masters and moments": 0 if host else optimizer // shards[0],
+        "gradients": gradients // shards[1],
+    }
+
+
+def without_values(model: LMM) -> LMM:
+    """Return a copy of a model whose tensors have shapes and no memory."""
+    tensors: Sequence[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    memo: dict[int, object] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        is_weight = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_weight else empty
+    return copy.deepcopy(model, memo)
+
+
+def token_bytes(model: LMM, stage: StageConfig, engine: EngineConfig) -> int:
+    """Return about what a token keeps in the decoder for the backward pass: of each layer the inputs of its products.
+
+    A layer that is recomputed keeps its input alone; one such layer at a time has all.
+    """
+    recipe = trains(stage.recipe)
+    if not (recipe.llm or recipe.connector or recipe.vision) and stage.recipe.llm.tune not in ("lora", "qlora"):
+        return 0
+    text = model.llm.config.get_text_config()
+    width, inner = model.hidden_size, getattr(text, "intermediate_size", None) or 4 * model.hidden_size
+    layer = 9 * width + 4 * inner + 3 * max(model.num_kv_heads) * model.head_dim
+    whole = {True: 1.0, "selective": model.num_layers / 2 + 1, False: float(model.num_layers)}
+    kept = (
+        whole[engine.gradient_checkpointing] * layer + (model.num_layers + 13) * width
+    )  # 13: embeddings, last norm, loss
+    return int(kept * getattr(torch, engine.dtype).itemsize)
+
+
+def image_bytes(model: LMM, stage: StageConfig, engine: EngineConfig) -> int:
+    """Return about what an image keeps in a tower that trains; next to nothing in a frozen one."""
+    if not trains(stage.recipe).vision:
+        return 0
+    width = model.vision.hidden_size
+    layer = 9 * width + 4 * 4 * width + 3 * width
+    return int(model.vision.num_tokens * model.vision.num_layers * layer * getattr(torch, engine.dtype).itemsize)
