@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError, writing
+from tinyllava_fast.files import write_file
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 
@@ -20,6 +21,8 @@ EXAMPLES = """
   tlf-data tokenizer data/records.json data/more.jsonl data/tokenizer --vocab 4096
   tlf-data check data/records.json --image-folder data/images --fix data/mended.jsonl
   tlf-data check my.yaml --deep
+  tlf-data preview my.yaml page.html
+  tlf-data split data/records.json data/parts --share 0.02
 """
 
 
@@ -53,6 +56,18 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--fix", type=path_argument, metavar="OUT", help="JSONL file to write the mended set to (of a YAML: a folder)"
     )
+    preview = commands.add_parser(
+        "preview", help="write a page that shows samples, and which of their tokens are learnt"
+    )
+    _add_sources(preview)
+    preview.add_argument("out", type=path_argument, help="HTML file to write")
+    preview.add_argument("--samples", type=int, default=24, metavar="N", help="of each source (default: 24)")
+    split = commands.add_parser("split", help="hold a part out: no image is on both sides")
+    split.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
+    split.add_argument("out", type=path_argument, help="folder for train.jsonl and held_out.jsonl")
+    split.add_argument("--share", type=float, required=True, metavar="X", help="of the records, such as 0.02")
+    for command in (preview, split):
+        command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: 0)")
     return p
 
 
@@ -75,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "check":
             return _check(args)
         with writing(args.out):
-            _init(args) if args.command == "init" else _tokenizer(args)
+            {"init": _init, "tokenizer": _tokenizer, "preview": _preview, "split": _split}[args.command](args)
     except UserError as error:
         log.error("%s", error)
         return 2
@@ -130,6 +145,22 @@ def _check(args: argparse.Namespace) -> int:
     if not clean and args.fix is None:
         log.info("--fix OUT writes the set without these, and lists what it leaves out")
     return 0 if clean else 1
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.preview import preview
+    from tinyllava_fast.prepare.sources import looked_at
+
+    sources = looked_at(args.target, args.image_folder, args.template, args.tokenizer)
+    write_file(args.out, preview(sources, args.samples, args.seed).encode())
+    log.info("wrote %s", args.out)
+
+
+def _split(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.split import split
+
+    found = split(args.records, args.out, args.share, args.seed)
+    log.info("wrote %s: %d records to train on, %d held out", args.out, found.train, found.held_out)
 
 
 def _vocabulary(args: argparse.Namespace) -> int:

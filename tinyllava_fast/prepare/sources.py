@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.config.schema import DataConfig
+from tinyllava_fast.data.formats._base import base_of
 from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.errors import UserError
 
@@ -43,7 +44,7 @@ def looked_at(
 
     own = None if tokenizer is None else load_tokenizer(tokenizer)
     if Path(target).suffix not in _CONFIGS:
-        folder = str(Path(target).parent) if image_folder is None else image_folder
+        folder = str(base_of(target)) if image_folder is None else image_folder
         data = DataConfig(records=target, image_folder=folder, template=template or "llama")
         found = [LookedAt(target, data, own)]
     else:
