@@ -6,6 +6,8 @@ import base64
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from tinyllava_fast.data.formats._embedded import Embedded, picture_of
 from tinyllava_fast.data.pictures import open_bytes
 from tinyllava_fast.data.record import Record
@@ -34,5 +36,5 @@ def _image(image: str, base: Path) -> str:
         return image
     content = picture.read()
     with open_bytes(content, str(picture)) as opened:
-        kind = opened.get_format_mimetype() or "application/octet-stream"
+        kind = Image.MIME.get(opened.format or "", "application/octet-stream")
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
