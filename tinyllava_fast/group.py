@@ -53,11 +53,18 @@ class _Member:
         return "stopped" if state in "Tt" else ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Group:
+    """The processes that this one has joined. runs: so many have begun in it; each has words of its own."""
+
     store: Store
     rank: int
     members: list[_Member]
+    runs: int = 0
+
+    def end_of(self, rank: int) -> str:
+        """Return the key of a process's word."""
+        return f"end-{self.runs}-{rank}"
 
 
 _joined: list[_Group] = []  # one, once this process is in a group
@@ -111,6 +118,8 @@ def in_concert() -> Iterator[None]:
 
     An error that several have in common stays in one of them; it is a SaidError in the rest.
     """
+    for group in _joined:
+        group.runs += 1
     try:
         with losses_named():
             yield
@@ -127,14 +136,14 @@ def _leave_word(reason: str) -> None:
     """Tell the other processes why this one ends. "": because another one did."""
     for group in _joined:
         with suppress(RuntimeError):  # the store has died with its process
-            group.store.set(f"end-{group.rank}", reason)
+            group.store.set(group.end_of(group.rank), reason)
 
 
 def _says(text: str) -> bool:
     """Return True in one of the processes that come to say the same text."""
     for group in _joined:
         with suppress(RuntimeError):
-            return group.store.add(f"said-{hashlib.sha1(text.encode()).hexdigest()}", 1) == 1
+            return group.store.add(f"said-{group.runs}-{hashlib.sha1(text.encode()).hexdigest()}", 1) == 1
     return True
 
 
@@ -193,12 +202,12 @@ def _lost(group: _Group) -> str:
 
 
 def _words(group: _Group) -> dict[int, str]:
-    """Return what processes that have ended left as a word."""
+    """Return what other processes that have ended left as a word."""
     words = {}
     for rank in range(len(group.members)):
         try:
-            if group.store.check([f"end-{rank}"]):
-                words[rank] = group.store.get(f"end-{rank}").decode(errors="replace")
+            if rank != group.rank and group.store.check([group.end_of(rank)]):
+                words[rank] = group.store.get(group.end_of(rank)).decode(errors="replace")
         except RuntimeError:
             return words
     return words

@@ -11,7 +11,7 @@ import pytest
 
 from tinyllava_fast import hardware
 from tinyllava_fast.config.schema import DataConfig
-from tinyllava_fast.data import shelf, tokens
+from tinyllava_fast.data import progress, shelf, tokens
 from tinyllava_fast.data.store import DTYPES
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import DataError
@@ -141,7 +141,7 @@ def test_a_file_that_is_still_written_to_is_refused(data, tokenizer, folder, mon
 
 
 def test_progress_is_said(data, tokenizer, monkeypatch, caplog, many):
-    monkeypatch.setattr(tokens, "Pace", lambda wait_s: shelf.Pace(wait_s=0, every_s=0))
+    monkeypatch.setattr(progress, "Pace", lambda wait_s: shelf.Pace(wait_s=0, every_s=0))
     caplog.set_level("INFO")
     tokens.tokenized(data, tokenizer)
     said = [record.getMessage() for record in caplog.records]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,9 +124,8 @@ class ImageFiles:
     def _measure(self, name: str, before: tuple[int, ...], refused: dict[str, str]) -> tuple[int, ...]:
         """Return the row of a file; ``before`` if that is still true."""
         picture = self._picture(name)
-        try:
-            facts = os.stat(picture if isinstance(picture, str) else picture.file)
-        except (OSError, ValueError):
+        facts = _facts(picture)
+        if facts is None:
             return 0, 0, MISSING, 0
         if before[2] > 0 and before[:2] == (facts.st_size, facts.st_mtime_ns):
             return before
@@ -150,7 +150,7 @@ class ImageFiles:
 
     def fault(self, name: str) -> str:
         """Return what is wrong with a file that was missing or refused."""
-        return self.refused.get(name) or self._absent(name)
+        return self.refused.get(name) or _absent(name, self._picture(name))
 
     def load(
         self, images: Sequence[str], shown: Iterable[tuple[int, int]], epoch: int, index: int
@@ -183,13 +183,40 @@ class ImageFiles:
         image = augment(image, self.data.augment, seed)
         return tiles(image, self.grid, self.processor) if self.grid else [image]
 
-    def _absent(self, name: str) -> str:
-        if is_url(name):
-            return f"{naming(name)} is a URL; pictures are not downloaded"
-        return f"{naming(self._picture(name))} does not exist"
-
     def _picture(self, name: str) -> str | Embedded:
         return picture_of(name, self.data.image_folder, self._base)
+
+
+def image_fault(name: str, folder: str, base: Path, reading: PictureReading, *, deep: bool = False) -> tuple[str, bool]:
+    """Return what is wrong with an image of a record, "" for nothing, and whether it is missing.
+
+    name, folder, base: see picture_of. deep: decode it, which finds all that training would; else only its header is
+    read, which finds what stops a run before its first step.
+    """
+    picture = picture_of(name, folder, base)
+    if _facts(picture) is None:
+        return _absent(name, picture), True
+    try:
+        if deep:
+            load_image(picture, reading)
+        else:
+            image_size(picture, reading)
+    except DataError as error:
+        return str(error), False
+    return "", False
+
+
+def _facts(picture: str | Embedded) -> os.stat_result | None:
+    try:
+        return os.stat(picture if isinstance(picture, str) else picture.file)
+    except (OSError, ValueError):
+        return None
+
+
+def _absent(name: str, picture: str | Embedded) -> str:
+    if is_url(name):
+        return f"{naming(name)} is a URL; pictures are not downloaded"
+    return f"{naming(picture)} does not exist"
 
 
 def _write_rows(rows: np.ndarray, columns: ColumnWriter) -> dict[str, int]:

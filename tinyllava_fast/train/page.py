@@ -9,11 +9,12 @@ from pathlib import Path
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.eval.report.html import card, document, duration, inline, size
+from tinyllava_fast.eval.report.html import duration, size
 from tinyllava_fast.eval.report.svg import Line, line_chart
 from tinyllava_fast.files import write_file
 from tinyllava_fast.log import log
 from tinyllava_fast.pace import Pace
+from tinyllava_fast.page import card, document, inline
 from tinyllava_fast.train.answers import SampleRow
 from tinyllava_fast.train.history import History, Series
 from tinyllava_fast.train.metrics import Entry

@@ -19,7 +19,7 @@ from tinyllava_fast.train.cli import main
 from tinyllava_fast.train.engine.deepspeed_engine import deepspeed_config
 from tinyllava_fast.train.loop import train
 
-VALIDATION = {"every_steps": 3, "keep": "best", "samples": 2, "max_new_tokens": 3}
+VALIDATION = {"share": 0.2, "every_steps": 3, "keep": "best", "samples": 2, "max_new_tokens": 3}
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -51,18 +51,17 @@ def assert_same_training(run: Path, reference: Path) -> None:
         found, expected = load_file(run / name), load_file(reference / name)
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
-            # a tenth of one update: where a gradient is nearly zero, AdamW makes rounding as large as anything
-            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=3e-4, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.slow
 def test_zero_stages_train_as_one_process_does(tiny_run):
-    folder = tiny_run().parent
     path = tiny_run(
         stages__pretrain__batch__packs_per_step=4,
         stages__finetune__batch__packs_per_step=2,
-        stages__finetune__validation=VALIDATION | {"records": str(folder / "records.json")},
+        stages__finetune__validation=VALIDATION,
     )
+    folder = path.parent
     train(load_run(path, [f"output_dir={folder / 'one'}"]))
     # A run that torch began and one that ZeRO 3 began, each to be finished by the other.
     shutil.copytree(folder / "one", folder / "torch_then_zero3")
@@ -106,8 +105,7 @@ def assert_same_adapter(run: Path, reference: Path) -> None:
         found, expected = (load_file(r / name / "adapter" / "adapter_model.safetensors") for r in (run, reference))
         assert found.keys() == expected.keys() and len(found) == 2 * 3
         for key, tensor in expected.items():
-            # a tenth of one update: where a gradient is nearly zero, AdamW makes rounding as large as anything
-            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=3e-4, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch):
@@ -116,8 +114,9 @@ def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
-    folder = tiny_run().parent
-    path = tiny_run(stages__finetune__validation=VALIDATION | {"records": str(folder / "records.json")})
+    # With this seed each step has an image: without one ZeRO-3 moves the tower by its momentum, torch leaves it.
+    path = tiny_run(seed=3, stages__finetune__validation=VALIDATION)
+    folder = path.parent
     train(load_run(path, [f"output_dir={folder / 'one'}"]))
     for zero in (2, 3):
         run = folder / f"zero{zero}"

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable
 from html import escape
-from importlib.resources import files
-
-from PIL import Image
 
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.eval.report.data import ReportData, Shot
 from tinyllava_fast.eval.report.svg import loss_chart
-
-THUMBNAIL = 256
+from tinyllava_fast.page import card, document, facts_list, inline
 
 
 def page(data: ReportData) -> str:
@@ -37,18 +31,6 @@ def page(data: ReportData) -> str:
         ]
     )
     return document(f"{escape(data.title)}: {_percent(data.seen.accuracy)}", body)
-
-
-def document(title: str, body: str, *, refresh_s: float | None = None) -> str:
-    """Return an HTML file with the style sheet inside it. title, body: HTML. refresh_s: seconds to its next reading."""
-    again = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s:.0f}">\n'
-    css = files("tinyllava_fast.eval.report").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{again}<title>{title}</title>\n<style>\n{css}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
 
 
 def duration(seconds: float) -> str:
@@ -96,12 +78,6 @@ def _tiles(data: ReportData) -> str:
         f'<div class="tile {kind}"><b>{value}</b><span>{text}</span></div>' for kind, value, text in tiles
     )
     return f'<div class="tiles">\n{inside}\n</div>'
-
-
-def card(title: str, note: str, inside: str) -> str:
-    """A section of the page. Arguments are HTML."""
-    said = f'<p class="note">{note}</p>' if note else ""
-    return f'<section class="card">\n<h2>{title}</h2>\n{said}\n{inside}\n</section>'
 
 
 def _legend(data: ReportData) -> str:
@@ -179,20 +155,7 @@ def _facts(data: ReportData) -> str:
     return facts_list(facts)
 
 
-def facts_list(facts: Iterable[tuple[str, str]]) -> str:
-    """Names and values, one pair a line."""
-    return "<dl>\n" + "\n".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts) + "\n</dl>"
-
-
 def _config(data: ReportData) -> str:
     if not data.config:
         return ""
     return f'<details class="card"><summary>Configuration</summary>\n<pre>{escape(data.config)}</pre>\n</details>'
-
-
-def inline(image: Image.Image, format: str = "PNG") -> str:
-    """The image, shrunk to a thumbnail, as a data URL."""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format, optimize=True)
-    return f"data:image/{format.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()

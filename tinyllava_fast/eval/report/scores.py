@@ -14,10 +14,11 @@ from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Metric
 from tinyllava_fast.eval.report.confusion import section
-from tinyllava_fast.eval.report.html import card, document, facts_list, inline, size
+from tinyllava_fast.eval.report.html import size
 from tinyllava_fast.eval.report.svg import histogram
 from tinyllava_fast.eval.results import read_results, read_verdicts
 from tinyllava_fast.eval.types import MetricRow, PublishedRow, Results, Verdict
+from tinyllava_fast.page import card, document, facts_list, inline
 
 SAMPLES = 48  # of a benchmark, half of them wrong where there are as many
 ROWS = 30  # of a breakdown
