@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,13 @@ from tinyllava_fast.log import log
 
 
 def pytest_configure() -> None:
-    """Test processes side by side share the cores; what they start does, too. Tokens are not kept for other tests."""
+    """Test processes side by side share the cores; what they start does, too. Tokens are not kept for other tests.
+
+    Signals do what they do in a terminal: what nohup or a shell's "&" let this process ignore, its children would, too.
+    """
+    for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     os.environ.setdefault("TLF_TOKENS_GIB", "0")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:

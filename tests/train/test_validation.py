@@ -113,6 +113,16 @@ def overfit(tiny_run: TinyRun) -> Path:
     )
 
 
+def test_a_mix_is_told_apart_after_a_validation_too(tmp_path: Path, losses: Any) -> None:
+    path = write_mix(tmp_path)
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    train(load_run(path, [f"output_dir={plain}"]))
+    looked = [f"stages.finetune.validation.{k}" for k in (f"records={tmp_path / 'words'}", "every_steps=1")]
+    train(load_run(path, [f"output_dir={watched}", *looked]))
+    assert losses(watched) == losses(plain)
+    assert [e["sources"] for e in lines(watched)] == [e["sources"] for e in lines(plain)]
+
+
 def same(one: Path, other: Path) -> bool:
     return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 

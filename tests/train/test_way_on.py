@@ -35,14 +35,6 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def hangups_end_a_process():
-    """The suite may run under nohup, whose children ignore SIGHUP as they should; these tests are about the others."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.fixture
 def said(caplog):
     """The last warning or error."""

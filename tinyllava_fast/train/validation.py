@@ -83,14 +83,14 @@ class Validator:
 
     def validate(self, standing: Standing, step: int) -> Validation:
         """Validate the model as it is now, note the result in the standing, and return it. Every rank calls it."""
-        started = time.perf_counter()
-        with _untouched(self._model), self._engine.averaged():
-            self._model.set_loss(label_smoothing=0.0, z_loss=0.0)
+        started, model = time.perf_counter(), self._model
+        label_smoothing, z_loss, by_segment = model.label_smoothing, model.z_loss, model.loss_by_segment
+        with _untouched(model), self._engine.averaged():
+            model.set_loss(label_smoothing=0.0, z_loss=0.0)
             try:
                 found = self._loss(self._loader) if self._loader is not None else Validation()
             finally:
-                optim = self._stage.optim
-                self._model.set_loss(label_smoothing=optim.label_smoothing, z_loss=optim.z_loss)
+                model.set_loss(label_smoothing=label_smoothing, z_loss=z_loss, by_segment=by_segment)
             if self._answering is not None:
                 self._ask(self._answering, standing, found, f"{self._stage.name}-{step:08d}")
         found["seconds"] = time.perf_counter() - started
