@@ -207,9 +207,7 @@ class Core:
             f"damaged or the training diverged; take an earlier checkpoint or copy the folder again{remedy}"
         )
 
-    def _recover(
-        self, scheduled: Scheduled, error: BaseException, before: Iterable[tuple[Sequence, int, int]]
-    ) -> None:
+    def _recover(self, scheduled: Scheduled, error: BaseException, before: Iterable[tuple[Sequence, int, int]]) -> None:
         """Shrink the batch after a pass that ran out of memory; any other error fails its sequences and is raised.
 
         before: the sequences of the pass with their numbers of cached and of generated tokens when it began.
