@@ -67,6 +67,15 @@ def _quieten() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def place_of(error: BaseException) -> str:
+    """Return the kind of an error, and the file and line that raised it, for a log that must hold no user's text."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "?" if trace is None else f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+    return f"{type(error).__name__} at {where}"
+
+
 def log_once(message: str, level: int = logging.WARNING) -> None:
     """Log a message the first time it is seen in this process: notices of a slower path taken."""
     if message not in _said:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from tests.eval.own import answers, finishes, write_data
 from tests.serve.conftest import Running
 from tinyllava_fast.client.endpoint import Endpoint
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.eval import cli, runner
+from tinyllava_fast.eval import answerer, cli, endpoint, runner
+from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.endpoint import EndpointModel
 from tinyllava_fast.eval.results import read_verdicts
 from tinyllava_fast.infer.assistant import Assistant
@@ -232,6 +234,37 @@ def test_a_server_that_answers_nothing_ends_the_run(ask, fast, tmp_path, reply, 
     with pytest.raises(UserError, match=f"custom: .*{message}"):
         ask(lambda number, body: reply)
     assert not (tmp_path / "out" / "custom" / "results.json").exists()
+
+
+def counted(finishes: list[str], images: list[tuple[Path, ...]], *, answered: bool = False) -> int:
+    """How many replies are told before the server is given up, or all of them."""
+    found: SimpleQueue[Any] = SimpleQueue()
+    for number, (finish, pictures) in enumerate(zip(finishes, images, strict=True)):
+        question = Question(key=str(number), id=number, images=pictures, prompt="?")
+        found.put((question, answerer.Reply(key=question.key, text="", finish=finish)))
+    told = 0
+    try:
+        for _ in endpoint._counted(found, len(finishes), answered):
+            told += 1
+    except UserError:
+        return told
+    return len(finishes)
+
+
+def test_many_failures_about_one_picture_are_its_own():
+    pictures = [(Path(f"{n}.png"),) for n in range(20)]
+    bad, good = ["failed"] * 20, ["eos"]
+    assert counted([*good, *bad, *good], [pictures[0], *pictures[:1] * 20, pictures[1]]) == 22
+    assert counted([*good, *bad], [pictures[0], *pictures]) == 1 + endpoint.IN_A_ROW
+    assert counted(bad, [()] * 20) == endpoint.IN_A_ROW  # without pictures each is by itself
+
+
+def test_failures_alone_end_a_run_only_where_it_begins():
+    assert counted(["failed"], [()], answered=True) == 1
+    with pytest.raises(UserError, match="1 questions in a row"):
+        found: SimpleQueue[Any] = SimpleQueue()
+        found.put((Question(key="a", id="a", prompt="?"), answerer.Reply(key="a", text="", finish="failed")))
+        list(endpoint._counted(found, 1, False))
 
 
 def test_a_server_that_goes_away_ends_the_run_and_what_is_done_stays(ask, fast, tmp_path):

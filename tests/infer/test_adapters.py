@@ -100,6 +100,20 @@ def test_eight_together_equal_each_merged(lmm, tokenizer, images, adapted, prepa
     assert [a.tokens for a in engine.answers(many)] == expected * 2
 
 
+def test_two_that_change_different_layers(lmm, tokenizer, images, tmp_path):
+    """Each layer then has one adapter of its own, beside rows of another."""
+    ends = {"attention": ("q_proj", "v_proj"), "mlp": ("down_proj", "up_proj")}
+    adapted = {
+        name: (tmp_path / name, write_adapter(lmm, tmp_path / name, seed=seed, ends=some))
+        for seed, (name, some) in enumerate(ends.items())
+    }
+    requests = mixed(images, [None, *adapted])
+    for prepared in (True, False):
+        model = copy.deepcopy(lmm)
+        engine = loaded(make_engine(prepare_model(model) if prepared else model, tokenizer), adapted)
+        assert [a.tokens for a in engine.answers(requests)] == alone(requests, lmm, adapted, tokenizer)
+
+
 @pytest.mark.parametrize("family", ["phi", "qwen3", "openelm", "gemma2"])
 def test_other_families(family, tokenizer, images, tmp_path):
     base = make(family)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -194,6 +195,24 @@ def test_mistakes_at_a_terminal_do_not_end_it(folder, reply, typed, said, tmp_pa
     assert main([str(folder), *FLAGS]) == 0
     assert "did you mean /image?" in said.text and "/no/cat.png" in said.text and "close the quotes" in said.text
     assert capsys.readouterr().out.rstrip().endswith(reply("why?"))
+
+
+def test_a_command_behind_a_space_is_a_question(folder, reply, typed, capsys):
+    typed("why?", " /retry", " /quit")
+    assert main([str(folder), *FLAGS]) == 0
+    first = reply("why?")
+    second = reply("why?", first, "/retry")
+    out = capsys.readouterr().out.rstrip()
+    assert out.endswith(f"{second}\n{reply('why?', first, '/retry', second, '/quit')}")
+
+
+def test_a_terminal_is_shown_nothing_that_moves_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    chat._show("a\tb\n\x1b[2J\x07\r\x9b\u202eé 你 \U0001f600")
+    assert capsys.readouterr().out == "a\tb\n\ufffd[2J\ufffd\ufffd\ufffd\ufffdé 你 \U0001f600"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    chat._show("\x1b[2J")
+    assert capsys.readouterr().out == "\x1b[2J"  # a file gets what the model said
 
 
 def test_another_system_text(folder, capsys):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.tiny import make_engine, make_model
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.live import LiveEngine, QueueFullError, StoppedError, Stream
 from tinyllava_fast.infer.types import Answer, Request
+from tinyllava_fast.log import log
 
 
 @pytest.fixture
@@ -203,3 +206,92 @@ def test_a_prompt_in_chunks_gives_the_same_answer(lmm, tokenizer, engine, images
         found |= {a.id: a for a in [*small.step(), *small.step()]}
         assert len(small._added["runs"].tokens) > before  # never two passes in a row without a token for it
     assert [found["long"].tokens, found["several"].tokens] == [a.tokens for a in alone]
+
+
+def test_a_picture_that_is_named_many_times_is_decoded_once(live, engine, images, monkeypatch):
+    decoded = []
+    decode = live.engine._images.decode
+    monkeypatch.setattr(live.engine._images, "decode", lambda image: decoded.append(image) or decode(image))
+    request = ask("<image> or <image> or <image>?", [images[0], images[1], images[0]], new=6)
+    assert live.submit(request).result(60).tokens == engine.answers([request])[0].tokens
+    assert decoded == images[:2]
+
+
+def hold_the_preparer(live: LiveEngine) -> threading.Event:
+    """Let requests wait for the preparing thread until the event is set."""
+    held = threading.Event()
+    live._preparer.submit(held.wait)
+    return held
+
+
+def test_an_aborted_request_lets_go_of_its_pictures_while_it_waits(live, images):
+    held = hold_the_preparer(live)
+    picture = images[0].copy()
+    gone = weakref.ref(picture)
+    stream = live.submit(ask("what?", picture))
+    del picture
+    assert gone() is not None
+    stream.abort()
+    assert gone() is None
+    held.set()
+    assert stream.result(30).finish == "aborted"
+
+
+def test_close_decodes_nothing_that_waits(lmm, tokenizer, images, monkeypatch):
+    live = LiveEngine(make_engine(lmm, tokenizer))
+    decoded: list[object] = []
+    monkeypatch.setattr(live.engine._images, "decode", decoded.append)
+    held = hold_the_preparer(live)
+    streams = [live.submit(ask("what?", images[0])) for _ in range(5)]
+    threading.Timer(0.3, held.set).start()
+    live.close()
+    assert [stream.result(0).finish for stream in streams] == ["aborted"] * 5 and not decoded
+
+
+def test_no_more_wait_than_may(lmm, tokenizer):
+    """However fast they come, and wherever they are on their way."""
+    live = LiveEngine(make_engine(lmm, tokenizer, batch_tokens=300), max_waiting=3)
+    most, streams = 0, []
+    for _ in range(3000):
+        try:
+            streams.append(live.submit(ask("go on", new=200, eos_token_id=())))
+        except QueueFullError:
+            pass
+        most = max(most, live.stats().waiting)
+    for stream in streams:
+        stream.abort()
+    live.close()
+    assert most == 3
+
+
+@pytest.mark.parametrize("place", ["schedule", "collect"])
+def test_a_fault_outside_a_pass_is_told_to_each(lmm, tokenizer, monkeypatch, caplog, place):
+    """Also one that comes again and again. The log tells where it was, not what it says."""
+    live = LiveEngine(make_engine(lmm, tokenizer))
+    monkeypatch.setattr(log, "propagate", True)
+
+    def broken() -> None:
+        raise RuntimeError("a secret")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(live.engine._core.scheduler, place, broken)
+        answers = [stream.result(30) for stream in [live.submit(ask(q)) for q in QUESTIONS]]
+        assert {(a.finish, a.why, a.text) for a in answers} == {("failed", "a secret", "")}
+    assert len(caplog.records) <= 3 * len(QUESTIONS)
+    assert "RuntimeError at test_live_engine.py:" in caplog.text and "a secret" not in caplog.text
+    assert live.submit(ask("still there?", new=3)).result(30).tokens
+    live.close()
+
+
+def test_an_answer_that_cannot_be_told_costs_no_other(live, monkeypatch):
+    decode = live.engine.tokenizer.decode
+    monkeypatch.setattr(live, "_on_text", None)  # no text before the end
+
+    def picky(ids: list[int], **options: object) -> object:
+        if len(ids) == 5:
+            raise ValueError("five")
+        return decode(ids, **options)
+
+    monkeypatch.setattr(live.engine.tokenizer, "decode", picky)
+    streams = [live.submit(ask("go on", new=new, eos_token_id=())) for new in (4, 5, 6, 5, 4)]
+    assert [s.result(30).finish for s in streams] == ["length", "failed", "length", "failed", "length"]

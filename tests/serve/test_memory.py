@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -39,6 +40,12 @@ def test_what_small_objects_take_is_counted():
     """A list of empty lists takes twenty times its text."""
     assert parsed_bytes(b"[" + b"[]," * 1000 + b"[]]") > 100 * 1000
     assert parsed_bytes(json.dumps({"url": "data:image/png;base64," + "A" * 10**6}).encode()) < 1000
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+def test_one_wide_character_makes_a_text_take_four_times_as_much(escaped):
+    body = json.dumps({"text": "a" * 10**6 + "\U0001f600"}, ensure_ascii=escaped).encode()
+    assert parsed_bytes(body) >= sys.getsizeof(json.loads(body)["text"])
 
 
 @pytest.fixture(scope="module")

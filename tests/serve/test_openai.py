@@ -233,6 +233,13 @@ def test_models(client):
         client.models.retrieve("none")
 
 
+def test_a_prompt_that_is_too_long_is_named(client):
+    for size in (1950, 10**5):  # found when it is a sequence, and by its characters
+        with pytest.raises(openai.BadRequestError) as found:
+            client.completions.create(model="tiny", prompt="x" * size * 2, max_tokens=8)
+        assert (found.value.param, found.value.code) == ("prompt", "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     ("more", "status", "param"),
     [

@@ -43,11 +43,12 @@ class Answerer(Protocol):
     """Finishes of replies that another run might turn into answers."""
 
     def replies(
-        self, questions: Sequence[Question], max_new_tokens: int, *, blind: bool
+        self, questions: Sequence[Question], max_new_tokens: int, *, blind: bool, resumed: bool = False
     ) -> Generator[Reply, None, None]:
         """Yield one reply a question as they come, in any order.
 
-        What is wrong with one question costs that one. blind: show a blank image in place of each. Raises UserError for
+        What is wrong with one question costs that one. blind: show a blank image in place of each. resumed:
+        it has answered others of the same benchmark before. Raises UserError for
         what is wrong with the answerer itself. Left early, it stops.
         """
         ...

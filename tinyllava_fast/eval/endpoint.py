@@ -26,7 +26,7 @@ from tinyllava_fast.eval.types import Facts
 from tinyllava_fast.infer.finish import FAILED, REFUSED, TOO_LONG, UNREADABLE
 
 BLANK_SIDE = 224  # pixels of the grey picture that stands for a blank one
-IN_A_ROW = 8  # questions that fail before the server is given up
+IN_A_ROW = 8  # pictures, or questions without any, that fail before the server is given up
 _FINISH = {"stop": "eos", "": "eos", "length": "length"}
 _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error")
 _GO_ON = "the answers so far are kept; run the same command again to go on"
@@ -51,15 +51,15 @@ class EndpointModel:
         self.facts: Facts = {"model": endpoint.model, "model_digest": digest, "endpoint": endpoint.url}
 
     def replies(
-        self, questions: Sequence[Question], max_new_tokens: int, *, blind: bool
+        self, questions: Sequence[Question], max_new_tokens: int, *, blind: bool, resumed: bool = False
     ) -> Generator[Reply, None, None]:
         """See Answerer. Questions about one image are asked next to each other.
 
-        One that the server refuses, or fails on while it answers others, costs that one. Raises UserError for a server
-        that cannot be reached, refuses everything, or only fails.
+        One that the server refuses, or fails on while it answers others, costs that one, and so do all about an image
+        that it fails on. Raises UserError for a server that cannot be reached, refuses everything, or only fails.
         """
         left = deque(sorted(questions, key=lambda q: (q.cluster, q.key)))
-        found: SimpleQueue[Reply | Exception] = SimpleQueue()
+        found: SimpleQueue[_Found] = SimpleQueue()
         stopped = threading.Event()
 
         def pause(seconds: float) -> None:
@@ -74,17 +74,17 @@ class EndpointModel:
                 except IndexError:
                     return
                 try:
-                    found.put(_reply(endpoint, question, max_new_tokens, blind))
+                    found.put((question, _reply(endpoint, question, max_new_tokens, blind)))
                 except _StoppedError:
                     return
                 except Exception as error:
-                    found.put(error)
+                    found.put((question, error))
                     return
 
         for _ in range(min(self.concurrency, len(left))):
             threading.Thread(target=work, daemon=True).start()  # whose reply nobody waits for after Ctrl-C
         try:
-            yield from _counted(found, len(questions))
+            yield from _counted(found, len(questions), resumed)
         finally:
             stopped.set()
 
@@ -97,17 +97,25 @@ class _StoppedError(Exception):
     """Nobody reads the replies any more."""
 
 
-def _counted(found: SimpleQueue[Reply | Exception], total: int) -> Generator[Reply, None, None]:
-    """The replies, while some of them are answers."""
-    failed, answered = 0, False
+_Found = tuple[Question, Reply | Exception]
+
+
+def _counted(found: SimpleQueue[_Found], total: int, answered: bool) -> Generator[Reply, None, None]:
+    """The replies, while some of them are answers. answered: whether there were others before."""
+    failed = 0  # in a row
+    about: set[object] = set()  # their pictures
     for number in range(1, total + 1):
-        reply = found.get()
+        question, reply = found.get()
         if isinstance(reply, Exception):
             raise reply
         yield reply
-        failed = failed + 1 if reply.finish == FAILED else 0
-        answered = answered or reply.finish != FAILED
-        if failed >= IN_A_ROW or (number == total and not answered):
+        if reply.finish == FAILED:
+            failed += 1
+            about.add(question.images or question.key)
+        else:
+            failed, answered = 0, True
+            about.clear()
+        if len(about) >= IN_A_ROW or (number == total and not answered):
             raise UserError(f"{failed} questions in a row failed on the server, the last: {reply.why}; {_GO_ON}")
 
 

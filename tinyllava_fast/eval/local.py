@@ -71,7 +71,7 @@ class LocalModel:
         return blank_image(engine.processor, engine.lmm.image_size)
 
     def replies(
-        self, questions: Sequence[Question], max_new_tokens: int, *, blind: bool
+        self, questions: Sequence[Question], max_new_tokens: int, *, blind: bool, resumed: bool = False
     ) -> Generator[Reply, None, None]:
         """See Answerer: first those that are too long, then the others, by image."""
         engine = self.assistant.engine

@@ -26,7 +26,7 @@ from tinyllava_fast.eval.statistics import histogram
 from tinyllava_fast.eval.types import Facts, Results, Timings
 from tinyllava_fast.files import remove
 from tinyllava_fast.hardware import peak_rss_bytes
-from tinyllava_fast.infer.finish import UNREADABLE
+from tinyllava_fast.infer.finish import FAILED, UNREADABLE
 from tinyllava_fast.log import log
 
 ROUNDS = 3  # how often a question is asked whose pictures change meanwhile
@@ -272,7 +272,10 @@ class _Evaluation:
         """Ask the first of each list of twins. What is wrong with one question costs that one: an empty answer."""
         total = len(self.mine)
         first = [twins[0] for twins in todo.values()]
-        replies = self.answerer.replies(first, self.plan.benchmark.max_new_tokens, blind=self.blind)
+        unasked = (CANNED, UNREADABLE, FAILED)
+        resumed = any(record["finish"] not in unasked for record in self.answers.records.values())
+        new = self.plan.benchmark.max_new_tokens
+        replies = self.answerer.replies(first, new, blind=self.blind, resumed=resumed)
         try:
             with closing(replies):
                 shown = replies if self.quiet else progress(replies, total=total, done=total - len(todo))

@@ -135,13 +135,13 @@ def _answer_lines(talk: Conversation) -> int:
     for line in sys.stdin:
         if not line.strip():
             continue
-        if line.strip() == "/quit":
+        if line.rstrip() == "/quit":
             break
         if (said := talk.command(line.rstrip())) is not None:
             log.info("%s", said)
             continue
         try:
-            talk.ask(line.strip())
+            talk.ask(line)
         except UserError as error:
             if not talk.turns:  # nothing that a new conversation could mend
                 raise
@@ -161,7 +161,7 @@ def _answer_typed(talk: Conversation) -> int:
             _show("\nCtrl-C once more leaves.\n")
             continue
         pressed = False
-        if line in LEAVE or line.strip() == "/quit":
+        if line in LEAVE or line == "/quit":
             return 0
         _answer(talk, line)
     return 0
@@ -177,7 +177,7 @@ def _answer(talk: Conversation, line: str) -> None:
         log.error("%s", error)
         return
     try:
-        talk.ask(line.strip())
+        talk.ask(line)
     except UserError as error:
         log.error("%s", talk.explain(error))
     except KeyboardInterrupt:
@@ -216,6 +216,9 @@ def _at_terminal() -> bool:
 
 
 def _show(piece: str) -> None:
+    """Write a text; to a terminal without what would move its cursor, colour it or set it up."""
+    if sys.stdout.isatty():
+        piece = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
     sys.stdout.write(piece)
     sys.stdout.flush()
 

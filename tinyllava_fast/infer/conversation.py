@@ -78,7 +78,7 @@ class Conversation:
         if _name(line) == "/retry":
             question, before = self._again()
         else:
-            question, before, self._tries = line, len(self.turns), 0
+            question, before, self._tries = line.strip(), len(self.turns), 0
         self._last = question, before
         turns = self.turns[:before]
         sampling = replace(self.sampling, seed=self.sampling.seed + self._tries)

@@ -67,6 +67,7 @@ class Core:
             return ended
         scheduled = self.scheduler.schedule()
         if scheduled is not None:
+            before = [(s, s.num_cached_tokens, len(s.tokens)) for s in scheduled.sequences]
             try:
                 guesses = {} if scheduled.stops else self.speculation.guess(scheduled.sequences)
                 if guesses:
@@ -75,7 +76,7 @@ class Core:
                     hidden, ends = self._run(scheduled)
                     self._postprocess(scheduled.sequences, hidden, ends)
             except BaseException as error:
-                self._recover(scheduled, error)
+                self._recover(scheduled, error, before)
         return self.scheduler.collect()
 
     def _run(self, scheduled: Scheduled) -> tuple[Tensor, np.ndarray]:
@@ -206,11 +207,17 @@ class Core:
             f"damaged or the training diverged; take an earlier checkpoint or copy the folder again{remedy}"
         )
 
-    def _recover(self, scheduled: Scheduled, error: BaseException) -> None:
-        """Shrink the batch after a pass that ran out of memory; any other error fails its sequences and is raised."""
+    def _recover(self, scheduled: Scheduled, error: BaseException, before: Iterable[tuple[Sequence, int, int]]) -> None:
+        """Shrink the batch after a pass that ran out of memory; any other error fails its sequences and is raised.
+
+        before: the sequences of the pass with their numbers of cached and of generated tokens when it began.
+        """
         if not is_out_of_memory(error):
             _fail(scheduled.sequences, error)
             raise error
+        for sequence, cached, count in before:
+            if not sequence.ended:  # memory may have run out between the K/V and the token that it is for
+                sequence.num_cached_tokens = cached if len(sequence.tokens) == count else sequence.num_tokens - 1
         self.scheduler.shrink(scheduled, error.with_traceback(None))  # its frames hold the tensors of the pass
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

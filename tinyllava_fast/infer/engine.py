@@ -217,10 +217,21 @@ class Engine:
             self._deliver(self._core.step())
         ended = list(self._answered)
         self._answered.clear()
+        answers = []
         for sequence in ended:
+            try:
+                answers.append(self._answer(sequence))
+            except Exception as error:  # a fault of ours must cost no other its answer
+                sequence.fail(error)
+                answers.append(self._answer(sequence))
             del self._added[sequence.request.id]
         self._forget_if_idle()
-        return [self._answer(sequence) for sequence in ended]
+        return answers
+
+    def fail(self, error: BaseException) -> None:
+        """End all requests of ``add_request`` with an error, after a ``step`` that raised it and ended none."""
+        for sequence in self._added.values():
+            self._core.scheduler.fail(sequence, error)
 
     @property
     def unfinished(self) -> int:
@@ -360,17 +371,19 @@ class Engine:
         self._counters.reused_tokens += sequence.num_reused_tokens
 
     def _answer(self, sequence: Sequence) -> Answer:
-        self._count(sequence)
         tokens, failed = sequence.tokens, sequence.error is not None
         # Not every tokenizer counts the end token of its chat template as a special one.
         said = tokens[:-1] if tokens and tokens[-1] in sequence.stop_ids else tokens
-        if sequence.text is not None:
+        if failed:
+            text = ""
+        elif sequence.text is not None:
             text = sequence.text.text
         else:
             text = str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
+        self._count(sequence)
         return Answer(
             id=sequence.request.id,
-            text="" if failed else text,
+            text=text,
             tokens=[] if failed else tokens,
             finish=CONTEXT if sequence.truncated and sequence.finish == "length" else sequence.finish,
             prompt_tokens=0 if failed else len(sequence.prompt),

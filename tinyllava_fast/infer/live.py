@@ -19,10 +19,10 @@ from pathlib import Path
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
-from tinyllava_fast.infer.finish import ABORTED
+from tinyllava_fast.infer.finish import ABORTED, FAILED
 from tinyllava_fast.infer.scheduling.sequence import Sequence
 from tinyllava_fast.infer.types import Answer, Request, TokenLogprob
-from tinyllava_fast.log import log
+from tinyllava_fast.log import log, place_of
 
 
 class QueueFullError(UserError):
@@ -113,8 +113,12 @@ class Stream:
         return self._answer
 
     def abort(self) -> None:
-        """End the request within a step; its answer is what has come until then, with finish "aborted"."""
+        """End the request within a step; its answer is what has come until then, with finish "aborted".
+
+        The request's images are dropped at once: it may be in a queue still.
+        """
         self.aborted = True
+        self.request = replace(self.request, image=None)
         self._abort(self.name)
 
     def put(self, piece: Piece | None, answer: Answer | None = None) -> None:
@@ -181,7 +185,7 @@ class LiveEngine:
         self.engine = engine
         self.max_waiting = max_waiting
         self._numbers = count()
-        self._preparing = 0
+        self._preparing: dict[str, Stream] = {}  # those that are no sequences yet
         self._aborted = self._failed = 0
         self._open: dict[str, _Open] = {}
         self._inbox: deque[Callable[[], object]] = deque()  # what the engine's thread has to do
@@ -203,12 +207,11 @@ class LiveEngine:
         with self._news:
             if self._closing:
                 raise StoppedError("the engine is shutting down and takes no more requests")
-            if self._preparing + self._stats.waiting >= self.max_waiting:
+            if len(self._preparing) + self._stats.waiting >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests wait already; try again later")
-            self._preparing += 1
-        name = f"{request.id or 'request'} {next(self._numbers)}"
-        stream = Stream(request, name, self._abort)
-        self._preparer.submit(self._ready, stream, replace(request, id=name))
+            name = f"{request.id or 'request'} {next(self._numbers)}"
+            self._preparing[name] = stream = Stream(request, name, self._abort)
+            self._preparer.submit(self._ready, stream)
         return stream
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
@@ -233,8 +236,8 @@ class LiveEngine:
 
     def stats(self) -> Stats:
         """Return the numbers of the last step."""
-        stats = self._stats
-        return replace(stats, waiting=stats.waiting + self._preparing)
+        with self._news:
+            return replace(self._stats, waiting=self._stats.waiting + len(self._preparing))
 
     def close(self, *, drain: float = 0.0) -> None:
         """Refuse new requests, let the others finish for so many seconds, abort the rest and end the threads."""
@@ -243,32 +246,35 @@ class LiveEngine:
         until = time.monotonic() + drain
         while time.monotonic() < until and (self._preparing or self._open):
             time.sleep(0.01)
+        with self._news:
+            queued = list(self._preparing.values())
+        for stream in queued:  # whose images need not be read any more
+            stream.abort()
         self._preparer.shutdown()
         with self._news:
             self._stopping = True
             self._news.notify()
         self._thread.join()
 
-    def _ready(self, stream: Stream, request: Request) -> None:
+    def _ready(self, stream: Stream) -> None:
         """Make a sequence of a request, in the preparing thread."""
-        sequence: Sequence | None = None
+        request = replace(stream.request, id=stream.name)
         try:
-            sequence = self._prepare(request, self._on_text) if not stream.aborted else None
+            sequence = Sequence(request, []) if stream.aborted else self._prepare(request, self._on_text)
         except Exception as error:  # a fault of ours must not cost the thread
-            log.exception("a request could not be prepared")
+            log.error("a request could not be prepared: %s", place_of(error))
             sequence = Sequence(request, [])
             sequence.fail(error)
-        self._do(lambda: self._enter(stream, sequence, request))
+        self._do(lambda: self._enter(stream, sequence))
 
-    def _enter(self, stream: Stream, sequence: Sequence | None, request: Request) -> None:
-        with self._news:
-            self._preparing -= 1
-        if sequence is None or stream.aborted:
-            sequence = sequence or Sequence(request, [])
-            if not sequence.ended:
-                sequence.abort()
-        self._open[request.id] = _Open(stream, sequence)
+    def _enter(self, stream: Stream, sequence: Sequence) -> None:
+        if stream.aborted and not sequence.ended:
+            sequence.abort()
+        self._open[stream.name] = _Open(stream, sequence)
         self.engine.add(sequence)
+        with self._news:  # at any time it is counted once: as one that is prepared or as one that waits
+            del self._preparing[stream.name]
+            self._stats = self._look()
 
     def _abort(self, name: str) -> None:
         self._do(lambda: self.engine.abort(name))
@@ -321,11 +327,18 @@ class LiveEngine:
                 return
 
     def _step(self) -> list[Answer]:
+        """Return the answers of a step. One that fails ends a request at least, so that it is not tried for ever."""
+        going = sum(not one.sequence.ended for one in self._open.values())
         try:
-            return self.engine.step()
-        except Exception as error:  # the requests of the pass have failed with it; the next step returns them
-            log.error("a pass of the model failed: %s", error)
+            answers = self.engine.step()
+        except Exception as error:  # the requests of a pass have failed with it; the next step returns them
+            log.error("a step of the engine failed: %s", place_of(error))
+            if not going:  # and so did the step that should have returned what has ended
+                return [_failed(name, error) for name in self._open]
+            if going == sum(not one.sequence.ended for one in self._open.values()):  # it was no pass that failed
+                self.engine.fail(error)
             return []
+        return [answer for answer in answers if answer.id in self._open]  # the others were told of such a failure
 
     def _tell(self, answers: list[Answer]) -> None:
         """Put pieces and complete answers into their streams."""
@@ -361,3 +374,8 @@ class LiveEngine:
             images_encoded=counters.images_encoded,
             images_reused=counters.images_reused,
         )
+
+
+def _failed(name: str, error: Exception) -> Answer:
+    why = str(error) or type(error).__name__
+    return Answer(id=name, text="", tokens=[], finish=FAILED, prompt_tokens=0, why=why)

@@ -57,7 +57,7 @@ class Api:
 
     async def _chat(self, body: ChatRequest, share: Share) -> Response:
         ask = Ask(body, find(self.models, body.model), self.limits)
-        check_length([texts(body.messages)], ask.served)
+        check_length([texts(body.messages)], ask.served, "messages")
         urls = image_urls(body.messages, self.limits)
         messages = turns(body.messages, self.limits)
         images = await self.media.pictures(urls, share, ask.choices)
@@ -72,7 +72,7 @@ class Api:
             async with aclosing(choices.events()) as events:
                 async for _, event in events:
                     if isinstance(event, Answer):
-                        check(event)
+                        check(event, reply.param)
             return JSONResponse(reply.whole(_complete(choices)))
         chunks = stream(choices, reply, body.wants_usage)
         first = await anext(chunks)
@@ -85,7 +85,7 @@ class Api:
 
     async def _complete(self, body: CompletionRequest) -> Response:
         ask = Ask(body, find(self.models, body.model), self.limits)
-        check_length(body.prompts, ask.served)
+        check_length(body.prompts, ask.served, "prompt")
         name = f"cmpl-{secrets.token_hex(12)}"
         if len(body.prompts) * (body.n or 1) > self.limits.choices:
             raise bad(f"at most {self.limits.choices} choices of all prompts are made at once", "n")
@@ -140,7 +140,7 @@ async def stream(choices: Choices, reply: Reply, with_usage: bool) -> AsyncGener
         async with aclosing(choices.events()) as events:
             async for index, event in events:
                 if isinstance(event, Answer):
-                    check(event)
+                    check(event, reply.param)
                 if index not in opened:
                     opened.add(index)
                     if (head := reply.first(index)) is not None:

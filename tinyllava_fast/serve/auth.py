@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinyllava_fast.log import log
+from tinyllava_fast.log import log, place_of
 from tinyllava_fast.serve.memory import Memory, Share
 from tinyllava_fast.serve.metrics import Metrics
 from tinyllava_fast.serve.problems import ApiError, bad, busy
@@ -83,7 +83,7 @@ class Guard:
                 await busy("the server is stopping").response()(scope, receive, sending)
             raise
         except Exception as error:  # its text may hold what a user wrote: only its kind and place are logged
-            log.error("%s: %s at %s", path if path in ROUTES else "other", type(error).__name__, _place(error))
+            log.error("%s: %s", path if path in ROUTES else "other", place_of(error))
             if not status:
                 await ApiError(500, "the server failed on this request").response()(scope, receive, sending)
         finally:
@@ -146,11 +146,3 @@ class Guard:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _place(error: BaseException) -> str:
-    """File and line that raised it, without folders."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"

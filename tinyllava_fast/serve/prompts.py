@@ -39,12 +39,12 @@ def texts(messages: Iterable[ChatMessage]) -> str:
     return "".join(part.text for message in messages for part in message.parts if isinstance(part, TextPart))
 
 
-def check_length(prompts: Iterable[str], served: Served) -> None:
-    """Raise ApiError 400 for texts that cannot fit the model's context, however few tokens they are."""
+def check_length(prompts: Iterable[str], served: Served, param: str) -> None:
+    """Raise ApiError 400 for texts of a parameter that cannot fit the model's context, however few tokens they are."""
     most, length = served.most_characters, max(map(len, prompts))
     if most is not None and length > most:
         said = f"{length} characters of text do not fit the model's context of {served.context} tokens"
-        raise bad(said, "messages", "context_length_exceeded")
+        raise bad(said, param, "context_length_exceeded")
 
 
 def turns(messages: Sequence[ChatMessage], limits: ServerLimits) -> list[Message]:

@@ -20,8 +20,8 @@ _NAMED = re.compile(r"^request '[^']*': ")
 _WORD_START = "\u2581"
 
 
-def check(answer: Answer) -> None:
-    """Raise ApiError for a request that could not be answered.
+def check(answer: Answer, param: str = "messages") -> None:
+    """Raise ApiError for a request that could not be answered. param: what holds its text.
 
     The engine's words are passed on where they are about what the client sent; others could tell of this machine.
     """
@@ -31,15 +31,13 @@ def check(answer: Answer) -> None:
         raise busy("the server is stopping")
     why = _NAMED.sub("", answer.why)
     if answer.finish == TOO_LONG:
-        raise bad(why, "messages", "context_length_exceeded")
+        raise bad(why, param, "context_length_exceeded")
     if answer.finish == UNREADABLE:
-        raise bad(why, "messages", "invalid_image")
+        raise bad(why, param, "invalid_image")
     if answer.finish == REFUSED:
         raise bad(why)
     if NO_ROOM in why:
-        raise bad(
-            "the prompt and its new tokens are more than this server holds", "messages", "context_length_exceeded"
-        )
+        raise bad("the prompt and its new tokens are more than this server holds", param, "context_length_exceeded")
     raise ApiError(500, "the model could not answer this request")
 
 
@@ -57,6 +55,11 @@ class Reply:
     logprobs: bool
     prompts: int = 1
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def param(self) -> str:
+        """Return the parameter of the request that holds its text."""
+        return "messages" if self.kind == "chat" else "prompt"
 
     def whole(self, answers: Sequence[Answer]) -> Json:
         """Return the object of a request that is not streamed."""

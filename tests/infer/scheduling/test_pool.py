@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import tracemalloc
+from dataclasses import replace
 from itertools import count, pairwise
 
 import pytest
@@ -134,6 +135,7 @@ class Failing:
         return self.inner(spans)
 
 
+GUESSED = [ask("say red blue red blue red blue", new=40 + n, eos_token_id=()) for n in range(3)]
 CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
 
@@ -166,6 +168,49 @@ def test_out_of_memory_in_a_step(lmm, tokenizer, engine, images, warnings):
     assert [a.tokens for a in small.answers(requests)] == [a.tokens for a in engine.answers(requests)]
     assert failing.raised >= 2 and small._decoder.pool.rows.free_rows == small.batch_tokens
     assert len(warnings) == failing.raised and "run together now" in warnings[-1]
+
+
+@pytest.mark.parametrize("online", [True, False], ids=["online", "in groups"])
+@pytest.mark.parametrize(("speculate", "at"), [(0, 0), (0, 1), (0, 4), (8, 3)], ids=str)
+def test_out_of_memory_in_the_logits(lmm, tokenizer, engine, images, warnings, online, speculate, at):
+    """After the K/V of the pass have been written: of a prefill, of steps, and of one with guesses."""
+    requests = [replace(r, id=str(i)) for i, r in enumerate([*mixed_requests(images), *GUESSED])]
+    small = make_engine(lmm, tokenizer, speculate=speculate)
+    logits, verify, calls, raised = small.model.logits, small._core._verify, 0, 0
+    verified = 0  # sequences in a step with guesses
+
+    def watched(sequences: list[Sequence], guesses: dict[Sequence, list[int]]) -> None:
+        nonlocal verified
+        verified = len(sequences)
+        try:
+            verify(sequences, guesses)
+        finally:
+            verified = 0
+
+    def failing(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls, raised
+        several = verified > 1 if speculate else len(hidden) > 1  # one alone cannot be helped
+        calls += several
+        if several and not raised and calls > at:
+            raised += 1
+            raise torch.OutOfMemoryError("no room")
+        return logits(hidden)
+
+    small._core._verify, small.model.logits = watched, failing
+    found = {}
+    if online:
+        for request in requests:
+            small.add_request(request)
+        for _ in range(2000):
+            found |= {a.id: a.tokens for a in small.step()}
+            if not small.unfinished:
+                break
+    else:
+        found = {a.id: a.tokens for a in small.answers(requests)}
+    assert raised == 1 and len(warnings) == 1
+    assert found == {a.id: a.tokens for a in engine.answers(requests)}
+    assert small._core.scheduler.limits.prefill_tokens > 1
+    assert small.usage.free_rows + small.usage.kept_rows == small.usage.rows
 
 
 def test_out_of_memory_of_one_request_names_it(lmm, tokenizer):

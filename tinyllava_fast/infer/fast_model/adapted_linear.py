@@ -137,7 +137,7 @@ class AdaptedLinear(nn.Module):
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y [T, O] with what the adapters make of x [T, K]. y may be changed."""
         current = self.current
-        if current.is_mixed(len(self._own)):
+        if len(self._own) >= _LEAST_MIXED and current.is_mixed(len(self._own)):
             # filled, not multiplied: in float16 the product with another adapter may be no number
             u = linear(x, self._all.down).masked_fill_(current.foreign(self._owners), 0)
             return linear(u, self._all.up, residual=y)

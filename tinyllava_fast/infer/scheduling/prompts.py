@@ -263,7 +263,9 @@ def prepare(
     """
     try:
         if request.images:
-            read = [images.decode(image) for image in request.images]
+            distinct = {id(image): image for image in request.images}  # a list may name one many times
+            decoded = {key: images.decode(image) for key, image in distinct.items()}
+            read = [decoded[id(image)] for image in request.images]
             request = replace(request, image=read if request.interleaved else read[0])
     except DataError as error:
         sequence = Sequence(request, [])

@@ -66,11 +66,6 @@ class Scheduled:
         return Scheduled([s for s, _ in ordered], [stop for _, stop in ordered], groups or [])
 
     @property
-    def is_prefill(self) -> bool:
-        """Return whether the pass computes prompts alone."""
-        return bool(self.stops) and not self.riders
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of a prefill, those that groups share counted once."""
         alone = sum(stop - s.num_cached_tokens for s, stop in zip(self.sequences, self.stops, strict=True))
@@ -155,6 +150,14 @@ class Scheduler:
             self._ended.append(sequence)
         sequence.abort()
 
+    def fail(self, sequence: Sequence, error: BaseException) -> None:
+        """End a sequence with an error, unless it has ended; the next ``collect`` frees its rows."""
+        if sequence.ended:
+            return
+        if sequence.status is Status.WAITING:
+            self._ended.append(sequence)
+        sequence.fail(error)
+
     def wants_more(self) -> bool:
         """Return whether the next pass could prefill more than what waits. A long queue need not be read before."""
         if self._ended or not self._has_room():
@@ -188,7 +191,7 @@ class Scheduler:
     def collect(self) -> list[Sequence]:
         """Take out the sequences that have ended since the last call. Their rows are free."""
         before, self._ended = self._ended, []
-        if any(s.status is Status.ABORTED for s in before):
+        if before:
             self._arrived = [s for s in self._arrived if not s.ended]
             self._waiting = [g for group in self._waiting if (g := without_ended(group)) is not None]
         ended = [s for s in self._running if s.ended]
