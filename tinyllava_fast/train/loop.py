@@ -120,6 +120,7 @@ class Stage:
         try:
             if not self._over:
                 run.unfinish()
+                run.begin("at its first step")
                 run.stepping = True
                 self._steps(total, progress)
         finally:

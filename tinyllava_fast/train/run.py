@@ -119,7 +119,6 @@ class Run:
         loggers, step = self.config.loggers, self.state.step
         self.metrics = MetricsWriter(self.folder, after_step=step, loggers=loggers, config=self.state.config)
         self.heart, self.page = Heart(self.folder), Page(self.folder, dump(self.config))
-        self.heart.begin("at its first step")
 
     def write(self, entry: Entry) -> None:
         """Write an entry to all that tells of the run's numbers."""
