@@ -78,7 +78,7 @@ def join(backend: str, timeout: timedelta | None = None) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    store, rank, size = next(rendezvous("env://", timeout=timeout or default_pg_timeout))
+    store, rank, size = next(rendezvous("env://", timeout=default_pg_timeout))  # to find one another
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     own = PrefixStore("tlf", store)

@@ -127,6 +127,9 @@ def test_a_list_that_is_cut_off_is_reported_with_what_was_read(own: Path, pictur
     found = report(str(path), pictures)
     assert found.records == 2 and len(found.groups) == 2
     assert any("malformed JSON" in reason for reason in faults(found))
+    found = report(str(path), pictures, fix=own / "out" / "mended.jsonl")
+    assert found.bad > found.mended  # so that the set does not pass for mended
+    assert "malformed JSON" in (own / "out" / "mended.left-out.jsonl").read_text()
 
 
 @pytest.mark.parametrize("count", [100, 10_000])

@@ -105,6 +105,25 @@ def test_only_the_newest_stay_and_latest_moves(store):
     assert not store.folder.exists()
 
 
+def test_a_newer_damaged_checkpoint_goes_before_the_good_one_that_was_named(store):
+    good, damaged = (store.save(state(step), FakeEngine()) for step in (1, 2))
+    (damaged / "model.safetensors").write_bytes(b"cut")
+    later = CheckpointStore(store.folder, keep=2)
+    assert later.verified(good) == ""
+    later.save(state(3, "other"), FakeEngine())
+    assert later.names() == [good.name, "other-00000003"]
+
+
+def test_a_checkpoint_that_has_lost_its_checksums_is_damaged(store):
+    folder = store.save(state(1), FakeEngine())
+    (folder / "checksums.json").unlink()
+    assert store.verified(folder) == f"{folder / 'checksums.json'}: missing"
+    content = json.loads((folder / "state.json").read_text())
+    del content["checksums"]  # as older versions wrote it
+    (folder / "state.json").write_text(json.dumps(content))
+    assert store.verified(folder) == ""
+
+
 def test_keep_one(store):
     store.keep = 1
     for step in (1, 2, 3):

@@ -114,6 +114,9 @@ def test_a_checkpoint_without_checksums_is_taken_as_before(copied, losses, train
     folder, arguments = copied
     for name in CheckpointStore(folder, 9).names():
         (folder / name / "checksums.json").unlink()
+        state = json.loads((folder / name / "state.json").read_text())
+        del state["checksums"]  # as versions before there were any wrote it
+        (folder / name / "state.json").write_text(json.dumps(state))
     cut(folder / NEWEST / "model.safetensors")
     assert cli.main(arguments) == 0
     assert f"resuming from {folder / BEFORE}" in caplog.text and "model.safetensors: truncated" in caplog.text

@@ -13,7 +13,7 @@ import torch
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.train import cli
-from tinyllava_fast.train.dry_run import token_bytes, without_values
+from tinyllava_fast.train.dry_run import _kept_bytes, token_bytes, without_values
 
 TinyRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -65,6 +65,26 @@ def test_a_model_that_is_too_large_is_said_to_be(tiny_run: TinyRun, capsys: Any,
     monkeypatch.setattr("tinyllava_fast.hardware.available_memory_bytes", lambda: 2**19)
     assert cli.main([str(tiny_run()), "--dry-run"]) == 0
     assert "DOES NOT FIT this machine: 0 MiB are free; lower stages.finetune.batch.tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("engine", "shared"),
+    [
+        (["ddp"], []),
+        (["deepspeed", "engine.zero_stage=1"], ["masters and moments"]),
+        (["deepspeed", "engine.zero_stage=2"], ["masters and moments", "gradients"]),
+        (["fsdp"], ["masters and moments", "gradients", "weights"]),
+    ],
+    ids=["ddp", "zero1", "zero2", "fsdp"],
+)
+def test_what_an_engine_shares_counts_once_over_all_processes(
+    engine: list[str], shared: list[str], tiny_run: TinyRun
+) -> None:
+    config = load_run(tiny_run(), [f"engine.type={engine[0]}", *engine[1:]])
+    model = build_model(config.model, seed=0)
+    alone, four = (_kept_bytes(config, config.stages[-1], model, count) for count in (1, 4))
+    assert {name for name in alone if four[name] < alone[name]} == set(shared)
+    assert all(four[name] == alone[name] // 4 for name in shared)
 
 
 def test_a_copy_without_values_takes_no_memory_and_leaves_the_model(tiny_run: TinyRun) -> None:

@@ -92,7 +92,7 @@ def test_a_checkpoint_that_notes_nothing_of_its_model_says_where_to_put_it(train
     _, path = trained
     _, run, overrides = moved
     for name in CheckpointStore(run / "checkpoints", 9).names():
-        _edit(run / "checkpoints" / name / "state.json", lambda state: state.pop("parts"))
+        _edit(run / "checkpoints" / name / "state.json", lambda state: [state.pop(k) for k in ("parts", "checksums")])
         (run / "checkpoints" / name / "checksums.json").unlink()
     assert run_cli(path, *overrides) == 2
     assert "this checkpoint does not tell what those files held: put them back where they were" in errors(caplog)

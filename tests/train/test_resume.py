@@ -162,6 +162,38 @@ def test_a_stage_may_be_added_behind_a_finished_run_renamed_or_dropped(tiny_run,
     assert load_state(CheckpointStore(run / "checkpoints", 9).latest()).stage == "b"
 
 
+def test_benchmarks_of_a_validation_may_change(trained):
+    old, new = (to_dict(load_run(str(trained))) for _ in range(2))
+    for tree, data in ((old, "here"), (new, "there")):
+        tree["stages"][0]["validation"]["benchmarks"] = [{"name": "pope", "data": data}]
+    changes = resume.differences(old, new, TrainState(stage_index=0, stage_step=1, stage_steps=4))
+    assert [(change.key, change.why_not) for change in changes] == [
+        (f"stages.{old['stages'][0]['name']}.validation.benchmarks[0].data", "")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "attempt", "launched", "taken"),
+    [
+        ("never", 0, "before", "never"),
+        ("never", 1, "before", "auto"),
+        ("never", 1, "after", "never"),
+        ("never", 1, "", "auto"),
+        ("a/path", 1, "before", "auto"),
+        ("a/path", 1, "after", "a/path"),
+        ("a/path", 1, "", "a/path"),
+        ("auto", 1, "after", "auto"),
+    ],
+)
+def test_a_restart_goes_on_from_what_its_run_has_saved(trained, monkeypatch, asked, attempt, launched, taken):
+    store = CheckpointStore(trained.parent / "run" / "checkpoints", 9)
+    newest = (store.latest() / "state.json").stat().st_mtime_ns
+    moments = {"before": str(newest - 1), "after": str(newest + 1), "": ""}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+    monkeypatch.setenv("TLF_LAUNCHED_NS", moments[launched])
+    assert resume._of_attempt(store, asked) == taken
+
+
 FREE = [
     ["engine.gradient_checkpointing=true"],
     ["stages.finetune.data.feature_cache=0", "stages.finetune.data.overlong=truncate", "log_every=1"],

@@ -163,6 +163,13 @@ def _used(path: Path) -> float:
         return 0.0
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # removed by another process
+        return 0
+
+
 def _evict(limit: int, newest: str) -> None:
     """Remove what was used longest ago, but not ``newest``, if the folder exceeds the limit."""
     entries: list[tuple[float, int, Path]] = []
@@ -172,7 +179,7 @@ def _evict(limit: int, newest: str) -> None:
         if (path.suffix == ".lock" or path.name.startswith(TMP)) and time.time() - used > _STALE_S:
             remove(path)
         elif path.is_dir() and not path.name.startswith(TMP):
-            entries.append((used, sum(file.stat().st_size for file in files), path))
+            entries.append((used, sum(map(_size, files)), path))
     total = sum(size for _, size, _ in entries)
     if total <= limit:
         return

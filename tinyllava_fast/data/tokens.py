@@ -20,7 +20,7 @@ import tokenizers
 from tinyllava_fast.config.schema import DataConfig
 from tinyllava_fast.data import shelf
 from tinyllava_fast.data.columns import ColumnWriter
-from tinyllava_fast.data.formats._base import find_files
+from tinyllava_fast.data.formats._base import RecordFormat, find_files
 from tinyllava_fast.data.progress import Progress
 from tinyllava_fast.data.records import Record, Refused, check_turns, encode_each, read_refusing, unreadable
 from tinyllava_fast.data.store import DTYPES, Fault, Sample, SampleStore, SampleWriter, columns_of
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 _CHUNK = 512  # records tokenized in one call
 _LEAST_BYTES = 8 << 20  # of a file for which processes repay: each costs tens of milliseconds to start
-_CODE = ("record*.py", "tokens.py", "store.py", "collate.py", "formats/*.py", "templates/*.py")
+_CODE = (
+    *("record*.py", "tokens.py", "store.py", "collate.py", "types.py", "pictures.py"),
+    *("formats/*.py", "templates/*.py"),
+)
 """What decides the columns."""
 
 
@@ -146,7 +149,7 @@ def _key(encoder: _Encoder, content: _Content) -> str:
         content.digest,
         (encoder.turns, encoder.masks, encoder.turns_per_sample),
         (type(template).__qualname__, repr(template)),
-        _code(template),
+        _code(template, content.format),
         (tokenizers.__version__, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()),
         (sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items()), tokenizer.chat_template),
     ]
@@ -157,6 +160,7 @@ def _key(encoder: _Encoder, content: _Content) -> str:
 class _Content:
     """The files of a source: a digest of what they hold, their size and time of change (ns) before they were read."""
 
+    format: RecordFormat
     files: list[Path]
     digest: str
     size: int
@@ -183,14 +187,14 @@ def _content(path: str) -> _Content:
                     digest.update(block)
     except OSError as error:
         raise unreadable(path, error) from error
-    return _Content(files, digest.hexdigest(), size, changed)
+    return _Content(source.format, files, digest.hexdigest(), size, changed)
 
 
-def _code(template: Template) -> list[str]:
-    """Return digests of the code that makes samples, the template's own included."""
+def _code(*parts: Template | RecordFormat) -> list[str]:
+    """Return digests of the code that makes samples, that of the template and of the format included."""
     folder = Path(__file__).parent
     files = [file for pattern in _CODE for file in sorted(folder.glob(pattern))]
-    for kind in type(template).__mro__[:-1]:
+    for kind in (kind for part in parts for kind in type(part).__mro__ if kind is not object):
         named = getattr(sys.modules.get(kind.__module__), "__file__", None)
         if named is None:  # typed in somewhere: nothing tells whether it is the same the next time
             return [secrets.token_hex()]

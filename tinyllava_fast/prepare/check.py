@@ -156,7 +156,10 @@ def _looked(source: LookedAt, examiner: _Examiner, good: TextIO | None, rest: Te
             good.write("".join(found.lines))
             rest.write("".join(_listed(path, fault) for fault in found.left_out))
     for fault in ended:
+        report.bad += 1  # nobody knows how many follow, but the set is not whole
         report.add(fault)
+        if rest is not None:
+            rest.write(_listed(path, fault))
     progress.say_last()
     report.seconds = pace.elapsed_s
     return report

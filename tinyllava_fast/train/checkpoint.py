@@ -83,6 +83,8 @@ class TrainState:
     """Loss of the last line of each stage that is over."""
     validation: dict[str, Standing] = field(default_factory=dict)
     """The validations of each stage so far (train/standing.py)."""
+    checksums: bool = True
+    """Whether checksums.json lies beside; False in what older versions wrote, which did not say."""
     barren: int = 0
     """Steps in a row, up to now, without a supervised token."""
     changes: list[ChangedKey] = field(default_factory=list)
@@ -121,6 +123,10 @@ class CheckpointStore:
         found = [p for p in self.folder.iterdir() if is_checkpoint(p)]
         return [p.name for p in sorted(found, key=lambda p: (_written(p), p.name))]
 
+    def written_since(self, moment: int) -> bool:
+        """Return whether a checkpoint was written after a moment, in ns of the system's clock."""
+        return any(_written(self.folder / name) >= moment for name in self.names())
+
     def latest(self) -> Path | None:
         """The checkpoint that ``latest`` names; the newest one if that file is missing; None without any."""
         names = self.names()
@@ -142,15 +148,21 @@ class CheckpointStore:
             return None
         others = [self.folder / name for name in reversed(self.names()) if name != latest.name]
         for folder in (latest, *others):
-            found = damage(folder)
+            found = self.verified(folder)
             if not found:
-                self._good.add(folder.name)
                 return folder
-            self._damaged.add(folder.name)
             log.warning("%s; trying the checkpoint before it", found)
         raise CheckpointError(
             f"{self.folder}: no checkpoint in it is intact; put back a copy of one, or start over with --resume never"
         )
+
+    def verified(self, folder: Path) -> str:
+        """Return what is wrong with one of these checkpoints, as ``damage`` does, and note whether it is good."""
+        found = damage(folder)
+        noted, other = (self._damaged, self._good) if found else (self._good, self._damaged)
+        noted.add(folder.name)
+        other.discard(folder.name)
+        return found
 
     def save(self, state: TrainState, engine: TrainingEngine) -> Path:
         """Write a checkpoint; every rank calls it. Raises CheckpointError if it can't, the previous one intact.
@@ -170,7 +182,7 @@ class CheckpointStore:
 
     def _publish(self, tmp: Path, target: Path, state: TrainState, files: Checksums) -> dict[str, Checksum]:
         """Put the folder in its place, name it in ``latest`` and remove what is too old. Rank 0 only."""
-        content = json.dumps(asdict(state), indent=1).encode()
+        content = json.dumps(asdict(state) | {"checksums": True}, indent=1).encode()
         with writing(target):
             write_file(tmp / "state.json", content)
             write_file(tmp / MANIFEST, manifest({**files, "state.json": Checksum().plus(content)}))
@@ -179,9 +191,11 @@ class CheckpointStore:
             write_file(self.folder / LATEST, f"{target.name}\n".encode())
         self._good.add(target.name)
         self._damaged.discard(target.name)
-        # Damaged ones count for nothing, and what this process has not read or written goes before what it has.
+        # Damaged ones count for nothing. One that this process has neither read nor written is read before a good one
+        # is removed in its favour.
         kept = [name for name in self.names() if name not in self._damaged and name != target.name]
-        kept.sort(key=lambda name: name in self._good)
+        if 1 < self.keep <= len(kept) and any(name in self._good for name in kept):
+            kept = [name for name in kept if name in self._good or not self.verified(self.folder / name)]
         for name in (*self._damaged, *kept[: -(self.keep - 1) or None]):
             remove(self.folder / name)
         self._damaged.clear()
@@ -254,7 +268,8 @@ def damage(folder: Path) -> str:
         files = read_manifest(folder)
         if files is not None:
             return first_difference(folder, files)
-        _read_state(folder / "state.json")
+        if _read_state(folder / "state.json").checksums:
+            return f"{folder / MANIFEST}: missing"
         for name in ("model", "optimizer", "rng-0"):
             open_tensors(folder / f"{name}.safetensors")
     except CheckpointError as error:
@@ -309,7 +324,7 @@ def _read_state(path: Path) -> TrainState:
         fields.items(name, [], empty=True)
     for name in ("compiled", "final_losses", "parts", "source_window", "sources", "validation"):
         fields.mapping(name, None)
-    return TrainState(**fields.values)
+    return TrainState(**{**fields.values, "checksums": fields.boolean("checksums", False)})
 
 
 def another(folder: Path) -> str:

@@ -104,9 +104,14 @@ def _run(argv: list[str]) -> int:
     from tinyllava_fast.train.run import StopRequest
 
     if "--dry_run" in flags:
+        from tinyllava_fast import group
         from tinyllava_fast.train.dry_run import dry_run
 
-        sys.stdout.write(dry_run(config, start(config, path), resume) + "\n")
+        process = start(config, path)
+        with group.in_concert():
+            text = dry_run(config, process, resume)
+        if process.rank == 0:
+            sys.stdout.write(f"{text}\n")
         return 0
     try:
         train(config, resume=resume, profile="--profile" in flags, file=path)

@@ -64,6 +64,7 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
             look_at_files(config, config.stages[run.state.stage_index :], process.world_size)
             for index in range(run.state.stage_index, len(config.stages)):
                 with explained(run.way, run.state, config.engine, config.stages[index].name):
+                    run.begin("preparing the stage")
                     Stage(run, prepare_stage(run, index)).train()
             with explained(run.way, run.state, config.engine, run.state.stage):
                 return run.finish()
@@ -119,6 +120,7 @@ class Stage:
         try:
             if not self._over:
                 run.unfinish()
+                run.begin("at its first step")
                 run.stepping = True
                 self._steps(total, progress)
         finally:
@@ -207,6 +209,8 @@ class Stage:
             raise diverged(state, self.config.recipe, self.ready.peak_lrs, found["loss"], entry["grad_norm"])
         if found["best"] and self.config.validation.keep == "best":
             self._save_model(run.best.path(state.stage, state.step))
+            if run.main:
+                run.best.prune(state)
         run.show(self.ready.validator.table(standing))
         if standing["ended_early"]:
             state.stage_steps = state.stage_step
@@ -316,6 +320,7 @@ class Stage:
     def _save_output(self) -> None:
         """Save the stage's model, which the next stage begins with: the last one, or the best."""
         run, standing = self.run, self.state.validation.get(self.config.name, {})
+        run.begin("writing the model")
         output = run.folder / self.config.name
         if not ends_with_best(self.config.validation, standing):
             self._save_model(output)
@@ -334,17 +339,22 @@ class Stage:
 
     def _write_model(self, folder: Path) -> None:
         run, kept = self.run, MEAN if self.config.optim.ema else "master/"
-        weights = {item.name: item.fetch() for item in self.engine.model_state()}
-        weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
+        items = [(item.name, item) for item in self.engine.model_state()]
         # The next stage begins from the optimizer's float32 masters, not from weights rounded to the training dtype. An
         # adapter is saved from its masters too, so that merging it loses nothing.
         following = self.state.stage_index + 1 < len(run.config.stages)
-        exact = set(weights if following else adapter.parameter_names(self.model))
+        exact = {name for name, _ in items} if following else set(adapter.parameter_names(self.model))
         for item in self.engine.optimizer_state():
             name = item.name.removeprefix(kept)
             if name != item.name and name in exact:
-                weights[name] = item.fetch()
-        if following:
-            weights = {name: tensor.float() for name, tensor in weights.items()}
+                items.append((name, item))
+        weights: dict[str, torch.Tensor] = {}
+        for name, item in items:
+            tensor = item.fetch()  # all take part, and only the one that writes holds the whole model
+            if run.main:
+                weights[name] = tensor.cpu()
         if run.main:
+            weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
+            if following:
+                weights = {name: tensor.float() for name, tensor in weights.items()}
             io.save_model(self.model, run.tokenizer, run.processor, folder, state_dict=weights)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.errors import writing
 from tinyllava_fast.files import write_file
+from tinyllava_fast.log import log
 
 FILE = "quarantine.jsonl"
 
@@ -41,7 +42,22 @@ class Quarantine:
             write_file(self.path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
 
     def _before(self) -> list[dict[str, str]]:
+        """Return the lines that are there, without those that are none; a warning tells of them."""
         try:
-            return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError):
+            text = self.path.read_bytes().decode(errors="replace")
+        except OSError:
             return []
+        found: list[dict[str, str]] = []
+        bad = 0
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict):
+                found.append(entry)
+            else:
+                bad += 1
+        if bad:
+            log.warning("%s: %d damaged lines are left out of it", self.path, bad)
+        return found

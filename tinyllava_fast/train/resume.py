@@ -7,6 +7,7 @@ packs so far may not: the refusal names each such key, says why, and names a way
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tinyllava_fast import group
 from tinyllava_fast.config.load import parse_into, to_dict
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.hardware import torchrun_number
 from tinyllava_fast.log import log
 from tinyllava_fast.train.checkpoint import (
     CheckpointStore,
@@ -25,6 +27,7 @@ from tinyllava_fast.train.checkpoint import (
     is_checkpoint,
     load_state,
 )
+from tinyllava_fast.train.engine.launch import LAUNCHED
 from tinyllava_fast.train.parts import MODEL_FILES
 
 _ENGINE = "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing"
@@ -41,7 +44,7 @@ FREE = frozenset(
 )
 """Keys that may always change: they move work around, not the mathematics."""
 _FILES = "records image_folder sources[].path sources[].image_folder sources[].name"
-_VALIDATION = "records image_folder every_steps max_packs samples max_new_tokens benchmarks metric keep"
+_VALIDATION = "records image_folder every_steps max_packs samples max_new_tokens benchmarks benchmarks[] metric keep"
 STAGE_FREE = frozenset(
     {
         *(f"data.{k}" for k in f"{_FILES} on_error on_bad_image overlong feature_cache".split()),
@@ -175,14 +178,26 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _of_attempt(store: CheckpointStore, resume: str) -> str:
+    """Return where this attempt of torchrun goes on from: one that follows another keeps what that one has trained."""
+    if resume == "auto" or not torchrun_number("TORCHELASTIC_RESTART_COUNT", 0):
+        return resume
+    launched = os.environ.get(LAUNCHED, "")
+    if not launched.isdigit():  # torchrun without --nproc: nothing tells the checkpoints of before from its own
+        return "auto" if resume == "never" else resume
+    return "auto" if store.written_since(int(launched)) else resume
+
+
 def _folder(store: CheckpointStore, resume: str) -> Path | None:
+    resume = _of_attempt(store, resume)
     if resume == "never":
         return None
     if resume == "auto":
         return store.intact()
     folder = Path(resume)
     if (folder / "state.json").is_file() or is_checkpoint(folder):
-        if found := damage(folder):
+        own = folder.resolve().parent == store.folder.resolve()
+        if found := store.verified(folder.resolve()) if own else damage(folder):
             raise CheckpointError(f"{found}; {another(folder)}")
         return folder
     inner = folder if folder.name == "checkpoints" else folder / "checkpoints"

@@ -23,7 +23,7 @@ from tinyllava_fast.log import log
 from tinyllava_fast.models.build import build_image_processor, build_tokenizer
 from tinyllava_fast.train import quarantine, seed
 from tinyllava_fast.train.answers import SampleRow
-from tinyllava_fast.train.best import BestModels, copy_model
+from tinyllava_fast.train.best import LAST, BestModels, copy_model
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
@@ -99,8 +99,9 @@ class Run:
             log.info("resuming from %s", self.checkpoint)
         if self.main:
             self.store.clean()
-            for stale in self.folder.glob(f"{TMP}*"):  # what a killed run was writing
-                remove(stale)
+            for folder in (self.folder, self.best.folder, self.folder / LAST):
+                for stale in folder.glob(f"{TMP}*"):  # what a killed run was writing
+                    remove(stale)
         seed.seed_everything(self.config.seed, self.process.rank)
         self.tokenizer = build_tokenizer(self.config.model)
         self.processor = build_image_processor(self.config.model)
@@ -118,7 +119,6 @@ class Run:
         loggers, step = self.config.loggers, self.state.step
         self.metrics = MetricsWriter(self.folder, after_step=step, loggers=loggers, config=self.state.config)
         self.heart, self.page = Heart(self.folder), Page(self.folder, dump(self.config))
-        self.heart.begin("at its first step")
 
     def write(self, entry: Entry) -> None:
         """Write an entry to all that tells of the run's numbers."""

@@ -111,10 +111,12 @@ def lock_holder(path: Path) -> int | None:
     layout = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
     asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
-        with path.open("rb+") as file:
+        with path.open("rb") as file:  # of another user, too
             kind, _, _, _, pid = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, asked))
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be asked who trains there: {error.strerror}") from None
     if kind == fcntl.F_UNLCK:
         return None
     return pid if pid > 0 else -1

@@ -24,6 +24,12 @@ def test_a_table_of_questions(tmp_path, separator, name):
     assert (third.turns, third.line) == ((("<image> is it ?", "3"),), 5)
 
 
+def test_a_cell_may_be_a_long_document(tmp_path):
+    path = tmp_path / "x"
+    path.write_text(f"question,answer\n{'q' * 200_000},a\n")
+    assert [len(record.turns[0][0]) for record in read_records(path)] == [200_000]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -33,10 +39,11 @@ def test_a_table_of_questions(tmp_path, separator, name):
         ('question,answer\n"q,a\n', r"x: line 2: not CSV \(unexpected end of data\)"),
         ("image,question,answer\ndata:x,q,a\n", r"record 0 \(id '0', line 2\): image: a data URI in a table of text"),
         ("img,question,answer\nx.png,q,a\n", r"unknown field 'img'; did you mean 'image'\?"),
+        ('question,answer,"x', r"x: line 1: not CSV \(unexpected end of data\)"),
         ("question,answers\nq,a\n", r"x: line 1, record 0: malformed JSON"),
         ("question,answer\nq,\xe9\n", r"x: not UTF-8 text"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_faults_name_the_line(tmp_path, text, message):
     path = tmp_path / "x"

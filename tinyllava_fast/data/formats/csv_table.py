@@ -14,6 +14,7 @@ from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import not_utf8, shown
 
 _COLUMNS = ({"question", "answer"}, {"image", "caption"})
+_LONGEST = 1 << 24  # characters of a cell; the library's own limit, 131,072, is less than some documents have
 _SEPARATORS = (",", ";", "\t")
 
 
@@ -51,10 +52,12 @@ def _separator(line: str) -> str:
 
 def _rows(path: Path, stream: TextIO, separator: str) -> Iterator[Row | Broken]:
     reader = csv.reader(stream, delimiter=separator, strict=True)
-    header, line = [name.strip() for name in next(reader)], reader.line_num + 1
-    if twice := next((name for name in header if header.count(name) > 1), ""):
-        raise DataError(f"{path}: line 1: the column {shown(twice)} stands twice; rename one")
+    csv.field_size_limit(_LONGEST)
+    line = 1
     try:
+        header, line = [name.strip() for name in next(reader)], reader.line_num + 1
+        if twice := next((name for name in header if header.count(name) > 1), ""):
+            raise DataError(f"{path}: line 1: the column {shown(twice)} stands twice; rename one")
         for values in reader:
             if len(values) == len(header):
                 # An empty cell is no value; an empty answer is learnt as one.

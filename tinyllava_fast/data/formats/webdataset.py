@@ -45,6 +45,8 @@ class WebDataset(RecordFormat):
                         yield _row(path, base, archive, number, stem, list(members))
                     except DataError as error:
                         yield Broken(str(error), number + 1)
+                    # tarfile keeps all that it has seen: gigabytes for a large archive.
+                    archive.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, EOFError) as error:
             raise DataError(f"{path}: a damaged tar archive ({error}); download or write it again") from error
 

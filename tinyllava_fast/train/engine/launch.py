@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -18,6 +20,10 @@ from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
+
+LAUNCHED = "TLF_LAUNCHED_NS"
+"""Environment variable: when ``start_processes`` began, so that a restart knows the checkpoints written since."""
+_PATIENCE = timedelta(hours=6)  # for what rank 0 does alone, as the benchmarks of a validation; deaths are seen at once
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ def start_processes(count: int, restarts: int, argv: Sequence[str]) -> int:
 
     # torchrun would set 1 and warn; each process settles its threads itself.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    # torchrun kills what has not ended 30 s after its signal: too soon for a step and a checkpoint of a large model.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ[LAUNCHED] = str(time.time_ns())
     settings = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={restarts}"]
     try:
         main([*settings, "-m", "tinyllava_fast.train.cli", *argv])
@@ -177,4 +186,4 @@ def _join(process: Process) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if process.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    group.join("gloo" if process.device.type == "cpu" else "nccl")
+    group.join("gloo" if process.device.type == "cpu" else "nccl", timeout=_PATIENCE)
