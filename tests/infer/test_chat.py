@@ -208,8 +208,8 @@ def test_a_command_behind_a_space_is_a_question(folder, reply, typed, capsys):
 
 def test_a_terminal_is_shown_nothing_that_moves_it(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    chat._show("a\tb\n\x1b[2J\x07\r\x9b\u202eé 你 \U0001f600")
-    assert capsys.readouterr().out == "a\tb\n\ufffd[2J\ufffd\ufffd\ufffd\ufffdé 你 \U0001f600"
+    chat._show("a\tb\n\x1b[2J\x07\r\x9b\u202eé 你 \U0001f600\u200d")
+    assert capsys.readouterr().out == "a\tb\n\ufffd[2J\ufffd\ufffd\ufffd\ufffdé 你 \U0001f600\u200d"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     chat._show("\x1b[2J")
     assert capsys.readouterr().out == "\x1b[2J"  # a file gets what the model said

@@ -215,10 +215,13 @@ def _at_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
+_HARMLESS = "\n\t\u200c\u200d"  # the last two join letters of some scripts, and emoji
+
+
 def _show(piece: str) -> None:
     """Write a text; to a terminal without what would move its cursor, colour it or set it up."""
     if sys.stdout.isatty():
-        piece = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
+        piece = "".join(c if c.isprintable() or c in _HARMLESS else "\ufffd" for c in piece)
     sys.stdout.write(piece)
     sys.stdout.flush()
 
