@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.processes import Ranks, fork_server
+from tinyllava_fast.train import checkpoint
 from tinyllava_fast.train.checkpoint import CheckpointStore
 
 SHAPE = {
@@ -30,14 +31,25 @@ def server():
     return fork_server()
 
 
+def limit_files(size: int) -> None:
+    """From its first save on, no file of this process may exceed so many bytes."""
+    write = checkpoint._write_own
+
+    def limited(folder: Path, rank: int) -> dict[str, checkpoint.Checksum]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return write(folder, rank)
+
+    checkpoint._write_own = limited
+
+
 def small_files() -> None:
-    """No file of this process may exceed 40 KB: a random state fits, a model does not."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    """A random state fits, a model does not."""
+    limit_files(40_000)
 
 
 def tiny_files() -> None:
     """Not even a random state fits."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    limit_files(3000)
 
 
 def no_folders() -> None:
