@@ -99,6 +99,7 @@ def test_pictures_do_not_change_when_a_run_resumes(tiny_run, losses, kind):
     shutil.rmtree(max(p for p in (run / "checkpoints").iterdir() if p.is_dir()))
     for file in (run / "checkpoints").glob("*/state.json"):
         state = json.loads(file.read_text())
+        del state["checksums"]
         if kind == "old":
             del state["readings"]
             for stage in state["config"]["stages"]:
