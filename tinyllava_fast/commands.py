@@ -50,7 +50,8 @@ def leave(main: Callable[[], int]) -> NoReturn:
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
-    gc.freeze()
+    if "triton._C.libtriton" not in sys.modules:  # nanobind, which it is built with, lists what is not collected
+        gc.freeze()
     sys.exit(code)
 
 
