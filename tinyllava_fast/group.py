@@ -98,6 +98,11 @@ def gather(item: T) -> list[T]:
     return items
 
 
+def from_first(item: T) -> T:
+    """Return rank 0's item in every process; all call it."""
+    return gather(item)[0]
+
+
 def decided(work: Callable[[], T]) -> T:
     """Return what ``work`` gives in rank 0, in every process; a UserError of it is raised in each."""
     result: tuple[T | None, UserError | None] = None, None
@@ -106,7 +111,7 @@ def decided(work: Callable[[], T]) -> T:
             result = work(), None
         except UserError as error:
             result = None, error
-    value, failure = gather(result)[0]
+    value, failure = from_first(result)
     if failure is not None:
         raise failure
     return cast(T, value)

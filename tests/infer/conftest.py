@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tests.tiny import make_engine, make_model, make_tokenizer, tiny_config
 from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.log import log
 from tinyllava_fast.models.build import build_image_processor
 from tinyllava_fast.models.io import save_model
 from tinyllava_fast.models.lmm import LMM
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the package logs."""
+    log.addHandler(caplog.handler)
+    yield caplog
+    log.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from tinyllava_fast.data.records import read_records
 from tinyllava_fast.infer import chat
 from tinyllava_fast.infer.chat import main
 from tinyllava_fast.infer.types import Request, Sampling
-from tinyllava_fast.log import log
 
 FLAGS = ["--max-new-tokens", "5", "--device", "cpu"]
 
@@ -32,13 +31,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where typed lines are kept: not among those of who runs the tests."""
     monkeypatch.setenv("TLF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    log.addHandler(caplog.handler)
-    yield caplog
-    log.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from tests.chat_server import Reply, chat_server
 from tests.infer.terminal import Terminal
 from tests.serve.conftest import Running
 from tinyllava_fast.infer.chat import main
-from tinyllava_fast.log import log
 
 FLAGS = ["--max-new-tokens", "5"]
 
@@ -32,13 +31,6 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    log.addHandler(caplog.handler)
-    yield caplog
-    log.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -275,7 +275,7 @@ def _content(response: httpx2.Response, timeout_s: float) -> bytes:
 
 
 def _detail(response: httpx2.Response) -> tuple[str, tuple[str, ...]]:
-    """What a reply other than 200 says, and its code and type as OpenAI's errors have them."""
+    """Return the words of a reply other than 200, and its code and type as OpenAI's errors have them."""
     status = response.status_code
     if 300 <= status < 400:
         where = _plain(response.headers.get("location", "nowhere"))
@@ -303,7 +303,7 @@ def _told(values: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
 
 
 def _plain(text: str) -> str:
-    """What a server says, for one line of a terminal."""
+    """Return what a server says, for one line of a terminal."""
     line = " ".join(text.split())[:_LONGEST_REASON]
     return "".join(c if c.isprintable() else "\ufffd" for c in line)
 

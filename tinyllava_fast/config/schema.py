@@ -361,6 +361,11 @@ class EngineConfig:
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
 
+    @property
+    def sharding(self) -> int:
+        """Return what is spread over processes, as ZeRO counts: 0 nothing, 1 moments and masters, 3 weights too."""
+        return {"fsdp": 3, "deepspeed": int(self.zero_stage)}.get(self.type, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -392,4 +397,4 @@ class RunConfig:
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl and of what the loggers show."""
     loggers: Annotated[list[Text], Named("logger")] = field(default_factory=lambda: ["tensorboard"])
-    """Where the numbers of the run are shown besides metrics.jsonl and index.html."""
+    """Loggers that show the numbers of the run, besides metrics.jsonl and index.html."""

@@ -39,7 +39,7 @@ _MANY = 4096  # files for which processes repay, and for which what was found is
 
 
 _ROW = np.dtype([("bytes", "<i8"), ("changed", "<i8"), ("width", "<i8"), ("height", "<i8")])
-"""What is kept of a file: size, time of change (ns), and of the picture that its header promises; width 0: nothing."""
+"""The facts kept of a file: size, time of change (ns), size of the picture by its header; width 0: nothing."""
 MISSING, REFUSED = 0, -1
 
 

@@ -81,19 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from tinyllava_fast.infer.conversation import Conversation
-    from tinyllava_fast.infer.types import Sampling
+    from tinyllava_fast.infer.types import SETTINGS, Sampling
 
-    sampling = Sampling(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        seed=args.seed,
-    )
+    sampling = Sampling(**{name: getattr(args, name) for name in SETTINGS})
     talk = Conversation(_partner(args), args.image, sampling, _show, _text(args.system))
     if args.question is not None:
         talk.ask(_text(args.question) or "")

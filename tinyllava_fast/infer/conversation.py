@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import UserError, nearest, writing
 from tinyllava_fast.files import write_file
 from tinyllava_fast.infer.partners import Partner, Show, Talk
-from tinyllava_fast.infer.types import Sampling
+from tinyllava_fast.infer.types import SETTINGS, Sampling
 from tinyllava_fast.log import log
 from tinyllava_fast.paths import expand_home
 
@@ -32,18 +32,6 @@ COMMANDS = {
 }
 _NAMES = [name.partition(" ")[0] for name in COMMANDS]
 _COMMAND = re.compile(r"/[a-z]+(?=\s|$)")  # a path such as /etc/hosts is a question
-SETTINGS: Mapping[str, Callable[[str], float]] = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-}
-"""Settings of Sampling that people change, and the kind of each."""
 
 
 class Conversation:

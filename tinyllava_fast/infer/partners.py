@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 from tinyllava_fast.client.content import content_of, data_uri, image_part, text_part
 from tinyllava_fast.client.endpoint import Endpoint
 from tinyllava_fast.data.images import load_image
-from tinyllava_fast.infer.types import Images, Message, Request, Sampling
+from tinyllava_fast.infer.types import SETTINGS, Images, Message, Request, Sampling
 
 if TYPE_CHECKING:
     from tinyllava_fast.infer.assistant import Assistant
 
 Show = Callable[[str], None]
 """Takes each piece of an answer as it comes."""
-_OTHERS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_OTHERS = tuple(name for name in SETTINGS if name not in ("max_new_tokens", "temperature", "seed"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,20 @@ class Sampling:
         else:
             ids = frozenset([self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id)
         return ids.union(self.stop_token_ids)
+
+
+SETTINGS: Mapping[str, Callable[[str], float]] = {
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+}
+"""Settings of Sampling that people change, and the kind of each."""
 
 
 @dataclass(frozen=True, kw_only=True)

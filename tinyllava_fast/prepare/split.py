@@ -20,14 +20,14 @@ NAMES = ("train.jsonl", "held_out.jsonl")
 
 
 @dataclass(frozen=True)
-class Split:
+class Sizes:
     """Records on each side."""
 
     train: int
     held_out: int
 
 
-def split(records: str | Path, out: str | Path, share: float, seed: int = 0) -> Split:
+def split(records: str | Path, out: str | Path, share: float, seed: int = 0) -> Sizes:
     """Write the records to two files of the folder ``out``: train.jsonl and held_out.jsonl.
 
     Records that share an image, or without one the first question, stay together. Whole groups are held out, in an
@@ -61,7 +61,7 @@ def split(records: str | Path, out: str | Path, share: float, seed: int = 0) -> 
         ]
         for record, group in zip(read_records(records), groups, strict=True):
             files[group in held].write(line_of(record, base))
-    return Split(len(groups) - count, count)
+    return Sizes(len(groups) - count, count)
 
 
 def _groups(records: str | Path, base: Path) -> list[bytes]:

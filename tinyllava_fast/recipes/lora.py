@@ -42,7 +42,7 @@ def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None
         key = f"{where}.recipe.{component}.lora.dora"
         if engine.compile is not False:
             raise UserError(f"{key}: peft's DoRA does not trace into one graph; set engine.compile or dora to false")
-        if engine.type == "fsdp" or (engine.type == "deepspeed" and engine.zero_stage == 3):
+        if engine.sharding == 3:
             raise UserError(
                 f"{key}: peft's DoRA reads whole weights, which engine.type: fsdp and zero_stage: 3 shard; set type: "
                 "ddp or zero_stage: 2, or dora: false"

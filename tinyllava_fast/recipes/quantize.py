@@ -29,7 +29,7 @@ def check_engine(recipe: RecipeConfig, engine: EngineConfig, where: str) -> None
     """Raise UserError if the engine cannot train quantized layers."""
     for component in _quantized(recipe):
         sharding = "engine.type: fsdp" if engine.type == "fsdp" else f"engine.zero_stage: {engine.zero_stage}"
-        if engine.type == "fsdp" or (engine.type == "deepspeed" and engine.zero_stage == 3):
+        if engine.sharding == 3:
             raise UserError(
                 f"{where}.recipe.{component}.tune: qlora with {sharding}, which would shard packed weights apart from "
                 "their scales; set engine.type: ddp or engine.zero_stage: 2, or tune: lora"

@@ -151,7 +151,7 @@ def check_answering(validation: ValidationConfig, engine: EngineConfig, where: s
 
 def has_whole_weights(engine: EngineConfig) -> bool:
     """Return whether each process has the whole model."""
-    return engine.type != "fsdp" and (engine.type != "deepspeed" or engine.zero_stage < 3)
+    return engine.sharding < 3
 
 
 def plan_benchmarks(config: ValidationConfig, root: str) -> list[Plan]:

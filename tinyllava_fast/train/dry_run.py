@@ -182,8 +182,7 @@ def _kept_bytes(config: RunConfig, stage: StageConfig, model: LMM, world_size: i
     optimizer += 4 * learnt if stage.optim.ema else 0
     several = stage.batch.packs_per_step > world_size and dtype != torch.float32  # summed in float32
     gradients = learnt * (4 if several else dtype.itemsize)
-    sharded = {"fsdp": 3, "deepspeed": engine.zero_stage}.get(engine.type, 0)
-    shards = [world_size if sharded >= level else 1 for level in (1, 2, 3)]
+    shards = [world_size if engine.sharding >= level else 1 for level in (1, 2, 3)]
     host = engine.type == "deepspeed" and engine.offload
     return {
         "weights": weights // shards[2],

@@ -46,7 +46,7 @@ def check_feature_cache(data: DataConfig, recipe: RecipeConfig, engine: EngineCo
         raise UserError(f"{key}: the tower trains ({where}.recipe.vision.tune: {recipe.vision.tune}); set it to 0")
     if data.augment != AugmentConfig():
         raise UserError(f"{key}: {where}.data.augment changes images every epoch; remove one of the two")
-    if engine.type == "fsdp" or (engine.type == "deepspeed" and engine.zero_stage == 3):
+    if engine.sharding == 3:
         raise UserError(
             f"{key}: ZeRO 3 and fsdp shard the tower, which has to run by itself; use engine.zero_stage 0 to 2, or "
             "engine.type: ddp"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tinyllava_fast import group
 from tinyllava_fast.config.schema import StageConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
@@ -34,7 +35,7 @@ from tinyllava_fast.train.profile import StepProfiler
 from tinyllava_fast.train.reading import settle_reading
 from tinyllava_fast.train.run import Run
 from tinyllava_fast.train.standing import interval
-from tinyllava_fast.train.validation import Validator, cost_of, shared
+from tinyllava_fast.train.validation import Validator, cost_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +251,7 @@ def _go_on_validating(run: Run, stage: StageConfig, engine: TrainingEngine) -> N
     standing = run.state.validation.setdefault(stage.name, {})
     if run.main and stage.validation.keep == "best":
         run.best.recover(run.state, run.checkpoint)
-    run.state.validation[stage.name] = shared(engine, standing)
+    run.state.validation[stage.name] = group.from_first(standing)
 
 
 def _profiler(run: Run, stage: StageConfig, model: LMM) -> StepProfiler:

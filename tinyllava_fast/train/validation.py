@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from tinyllava_fast import group
 from tinyllava_fast.config.schema import StageConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.log import log
@@ -111,12 +112,12 @@ class Validator:
 
     def _ask(self, answering: Answering, standing: Standing, found: Validation, name: str) -> None:
         """Let the model answer, and put the answers into the standing, the scores into the result."""
-        engine, scores = self._engine, None
-        if engine.rank == 0:
+        scores: dict[str, float] = {}
+        if self._engine.rank == 0:
             answers, scores = answering.ask(self._model, name)
             standing["answers_before"], standing["answers"] = standing.get("answers", {}), answers
         if answering.plans:
-            found["scores"] = shared(engine, scores)
+            found["scores"] = group.from_first(scores)
 
     def _loss(self, loader: Loader) -> Validation:
         engine = self._engine
@@ -136,15 +137,6 @@ class Validator:
             "samples": int(samples_),
             "supervised_tokens": int(supervised_),
         }
-
-
-def shared(engine: TrainingEngine, value: T | None) -> T:
-    """Return what the first rank has to all ranks."""
-    held = [value]
-    if engine.world_size > 1:
-        torch.distributed.broadcast_object_list(held, src=0)
-    assert held[0] is not None  # noqa: S101 the first rank has a value
-    return held[0]
 
 
 @contextmanager

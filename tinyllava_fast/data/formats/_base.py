@@ -1,4 +1,4 @@
-"""What a format of records is, and how the format of a file is recognized: by its content, never by its name."""
+"""Formats of records; that of a file is recognized by its content, never by its name."""
 
 from __future__ import annotations
 
@@ -30,16 +30,11 @@ _POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Head:
-    """What a format is recognized by. start: first bytes of a file. names: of what is in a folder."""
+    """The signs that a format is recognized by. start: first bytes of a file. names: of what is in a folder."""
 
     path: Path
     start: bytes = b""
     names: tuple[str, ...] = ()
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder's."""
-        return not self.start and bool(self.names)
 
 
 @dataclass(slots=True)
@@ -69,7 +64,7 @@ class RecordFormat(ABC):
     """One form of records. A subclass is registered as an object in RECORD_FORMATS; plugins may add their own."""
 
     sharded: bool = False
-    """Whether a folder of such files is one source, whatever else lies in it."""
+    """A folder of such files is one source, whatever else lies in it."""
     holds_images: bool = False
     """Whether most of its bytes are those of images, so that a file is known by its size and time of change."""
 

@@ -96,6 +96,19 @@ class TrainingEngine(Protocol):
         ...
 
 
+class InGroup:
+    """The collectives of an engine that runs in several processes."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See TrainingEngine."""
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """See TrainingEngine."""
+        torch.distributed.barrier()
+
+
 def total(losses: Tensor) -> Tensor:
     """Return the loss sum [] of what ``LMM.forward`` returned."""
     return losses if losses.dim() == 0 else losses[0]

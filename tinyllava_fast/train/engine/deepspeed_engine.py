@@ -23,7 +23,7 @@ from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names, with_image
+from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names, with_image
 from tinyllava_fast.train.optim import Masters, checked
 from tinyllava_fast.train.optimizers.adamw import MOMENTS
 
@@ -59,7 +59,7 @@ def deepspeed_config(
     return config
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(InGroup):
     """TrainingEngine over DeepSpeed.
 
     model: whole, on every rank; its modules name in ``external_parameters()`` what they read of other modules.
@@ -144,15 +144,6 @@ class DeepSpeedEngine:
     def averaged(self) -> AbstractContextManager[None]:
         """See TrainingEngine: it keeps none (check_optimizer)."""
         return nullcontext()
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """See TrainingEngine."""
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def barrier(self) -> None:
-        """See TrainingEngine."""
-        torch.distributed.barrier()
 
     def model_state(self) -> Sequence[LazyTensor]:
         """See TrainingEngine."""

@@ -22,11 +22,11 @@ from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names, with_image
+from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names, with_image
 from tinyllava_fast.train.optim import MasterOptimizer, Masters, checked
 
 
-class FSDPEngine:
+class FSDPEngine(InGroup):
     """TrainingEngine over FSDP2. model: whole and equal in every process, of its training dtype."""
 
     def __init__(
@@ -82,15 +82,6 @@ class FSDPEngine:
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""
         return self._optimizer.step(lrs)
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """See TrainingEngine."""
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def barrier(self) -> None:
-        """See TrainingEngine."""
-        torch.distributed.barrier()
 
     def model_state(self) -> Sequence[LazyTensor]:
         """See TrainingEngine."""

@@ -125,7 +125,7 @@ def _check_cuda_graphs(config: EngineConfig, kind: str) -> None:
         raise UserError("engine.cuda_graphs: the device is a CPU, which has none; set it to false")
     if config.compile not in (True, "auto"):
         raise UserError(f"engine.cuda_graphs with engine.compile: {config.compile}; set compile to true or auto")
-    if config.type == "fsdp" or (config.type == "deepspeed" and config.zero_stage > 0):
+    if config.sharding:
         raise UserError(
             "engine.cuda_graphs: sharded weights and gradients move in memory; set engine.zero_stage: 0, or type: ddp"
         )
@@ -156,7 +156,7 @@ def build_engine(
             rank=process.rank,
             world_size=process.world_size,
         )
-    if config.type in ("torch", "ddp") or config.zero_stage == 0:
+    if not config.sharding:
         return (TorchEngine if config.type == "torch" else DataParallelEngine)(
             *(model, groups, optim),
             device=process.device,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import LazyTensor, plain_state, total, trainable_names
+from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
@@ -91,7 +91,7 @@ class TorchEngine:
             p.grad = None
 
 
-class DataParallelEngine(TorchEngine):
+class DataParallelEngine(InGroup, TorchEngine):
     """Every process holds the whole model and optimizer; float32 gradients are summed over them before each update."""
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
@@ -100,12 +100,3 @@ class DataParallelEngine(TorchEngine):
         for work in pending:
             work.wait()
         return super().step(lrs)
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """See TrainingEngine."""
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def barrier(self) -> None:
-        """See TrainingEngine."""
-        torch.distributed.barrier()

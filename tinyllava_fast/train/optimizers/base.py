@@ -120,10 +120,10 @@ def find_optimizer(optim: OptimConfig, stage: str = "stages.*", file: str = "") 
 
 def check_optimizer(optim: OptimConfig, engine: EngineConfig, device: torch.device, stage: str) -> None:
     """Raise UserError for an optimizer that this engine or device does not have, and for means that it cannot keep."""
-    sharded = f"engine.zero_stage: {engine.zero_stage}" if engine.type == "deepspeed" and engine.zero_stage > 0 else ""
-    if optim.ema and (sharded or engine.type == "fsdp"):
+    if optim.ema and engine.sharding:
+        sharded = "engine.type: fsdp" if engine.type == "fsdp" else f"engine.zero_stage: {engine.zero_stage}"
         raise UserError(
-            f"{stage}.optim.ema with {sharded or 'engine.type: fsdp'}, which holds a part of the weights in each "
+            f"{stage}.optim.ema with {sharded}, which holds a part of the weights in each "
             "process; set engine.type: ddp, or ema: 0"
         )
     found, _ = find_optimizer(optim, stage)
