@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.train.processes import Ranks, fork_server
-from tinyllava_fast.train import checkpoint
 from tinyllava_fast.train.checkpoint import CheckpointStore
 
 SHAPE = {
@@ -32,14 +31,18 @@ def server():
 
 
 def limit_files(size: int) -> None:
-    """From its first save on, no file of this process may exceed so many bytes."""
-    write = checkpoint._write_own
+    """While this process saves, none of its files may exceed so many bytes; afterwards coverage writes its own."""
+    save = CheckpointStore.save
 
-    def limited(folder: Path, rank: int) -> dict[str, checkpoint.Checksum]:
+    def limited(store: CheckpointStore, *arguments: object) -> Path:
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        return write(folder, rank)
+        try:
+            return save(store, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
-    checkpoint._write_own = limited
+    CheckpointStore.save = limited
 
 
 def small_files() -> None:
