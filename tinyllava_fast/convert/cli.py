@@ -40,11 +40,12 @@ def parser() -> argparse.ArgumentParser:
     out = commands.add_parser("export", help="write a model in another project's format")
     out.add_argument("source", type=path_argument, help="model folder, or a checkpoint that import takes")
     out.add_argument("target", type=path_argument, help="folder to write; must not exist")
-    out.add_argument("--format", required=True, metavar="NAME", help="llava, factory or adapter")
+    out.add_argument("--format", required=True, metavar="NAME", help="adapter, factory, gguf or llava")
     out.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     out.add_argument(
         "--keep-adapter", action="store_true", help="llava: write a LoRA adapter apart, to out/adapter, for peft"
     )
+    out.add_argument("--weights", metavar="NAME", help="gguf: quantize the language model to q8_0 or q4_0")
     for part, what in (("llm", "language model"), ("tokenizer", "tokenizer"), ("vision", "vision tower")):
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
     for command in (into, out):
@@ -104,6 +105,7 @@ def _run(args: argparse.Namespace) -> None:
         names={part: name for part, name in given.items() if name},
         sources=sources,
         keep_adapter=args.keep_adapter,
+        weights=args.weights,
     )
 
 

@@ -67,12 +67,14 @@ def export_model(
     names: dict[str, str] | None = None,
     sources: Sources | None = None,
     keep_adapter: bool = False,
+    weights: str | None = None,
 ) -> Path:
     """Write a model, of ours or of any known layout, in another project's format.
 
     names: hub ids of its parts where the format refers to them: {llm, tokenizer, vision, vision2}.
     sources: as for import, if the model is such a checkpoint. keep_adapter: write a LoRA adapter apart from the weights
-    instead of merging it, for a format that can hold one (llava).
+    instead of merging it, for a format that can hold one (llava). weights: number format to quantize the language model
+    to, for a format that has some (gguf: q8_0, q4_0).
     Raises UserError for a model that the format can't express, naming the field, and if the target exists.
     """
     _check_free(target)
@@ -80,6 +82,10 @@ def export_model(
     if keep_adapter and not kind.keeps_adapter:
         able = [name for name in FORMATS if FORMATS.get(name).keeps_adapter]
         raise UserError(f"--keep-adapter: {format} has no place for one beside the weights; {', '.join(able)} has")
+    if weights is not None and weights not in kind.weights:
+        formats = {name: FORMATS.get(name).weights for name in FORMATS}
+        known = "; ".join(f"{name} has {', '.join(values)}" for name, values in formats.items() if values)
+        raise UserError(f"--weights: {format} has no {weights}; {known}")
     if names and not kind.takes_names:
         raise UserError(
             f"--{next(iter(names))}-name: {format} states no hub ids; leave it out, or give --format factory"
@@ -96,7 +102,7 @@ def export_model(
     if keep_adapter and not lmm.config.has_lora:
         raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
     _say_reading(source, format, lmm.config.reading)
-    model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})})
+    model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})}, weights)
     with atomic_folder(target) as folder, torch.no_grad():
         kind.write(model, folder)
     log.info("%s: exported from %s as %s", target, source, format)

@@ -15,12 +15,17 @@ from tinyllava_fast.registry import Registry
 
 @dataclass(frozen=True)
 class Model:
-    """A model to export. lmm: in eval mode. names: hub ids of the parts, {llm, tokenizer, vision, vision2}."""
+    """A model to export.
+
+    lmm: in eval mode. names: hub ids of the parts, {llm, tokenizer, vision, vision2}. weights: number format that the
+    language model is quantized to, one of the format's ``weights``; None: none.
+    """
 
     lmm: LMM
     tokenizer: PreTrainedTokenizerBase
     processor: BaseImageProcessor
     names: dict[str, str]
+    weights: str | None = None
 
 
 class Format(ABC):
@@ -33,6 +38,8 @@ class Format(ABC):
     """True: it states hub ids of the parts, which ``names`` of a model gives."""
     keeps_adapter: ClassVar[bool] = False
     """True: it can hold an adapter apart from the weights, for --keep-adapter."""
+    weights: ClassVar[tuple[str, ...]] = ()
+    """Number formats that it can quantize to, for --weights."""
 
     @abstractmethod
     def write(self, model: Model, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 
 from PIL import Image
@@ -12,8 +11,9 @@ from transformers import BaseImageProcessor, LlavaProcessor, PreTrainedTokenizer
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from tinyllava_fast.convert.formats._base import Model
+from tinyllava_fast.convert.formats._chat import chat_template, plain_template
 from tinyllava_fast.data.images import pixel_shape
-from tinyllava_fast.data.templates.base import TEMPLATES, Template
+from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.vision._encoder import EncoderTower
@@ -22,22 +22,6 @@ SELECTIONS = {"patch": "default", "cls_patch": "full"}
 # Between the image token and the line break. SentencePiece tokenizers that mark the start of a text only once need a
 # space there: our prompts are tokenized piece by piece, and each piece gets that mark.
 _GLUES = ("", " ")
-_CHAT = """\
-{%- if messages %}{{ SYSTEM }}{% endif -%}
-{%- for message in messages -%}
-{%- set found = namespace(text='', images='') -%}
-{%- if message['content'] is string -%}{%- set found.text = message['content'] -%}
-{%- else -%}{%- for item in message['content'] -%}
-{%- if item['type'] == 'image' -%}{%- set found.images = found.images + IMAGE -%}
-{%- elif item['type'] == 'text' -%}{%- set found.text = found.text + item['text'] -%}{%- endif -%}
-{%- endfor -%}{%- endif -%}
-{%- if message['role'] == 'user' -%}
-{%- if found.images -%}{{ USER + found.images + (found.text | trim) }}{%- else -%}{{ USER + found.text }}{%- endif -%}
-{%- elif message['role'] == 'assistant' -%}{{ SEPARATOR + found.text + EOS }}
-{%- else -%}{{ raise_exception('this model was trained with the roles user and assistant only') }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ OPEN }}{%- endif -%}"""
 _PROBES: tuple[list[tuple[str, str | None]], ...] = (
     [("<image>\nWhat is the blue shape?", None)],
     [("What colour is it?\n<image>", "It is red."), ("Why?", None)],
@@ -47,10 +31,7 @@ _PROBES: tuple[list[tuple[str, str | None]], ...] = (
 
 def build_processor(model: Model, vision: EncoderTower) -> LlavaProcessor:
     """Return the processor of a model and its tower. Raises UserError if none makes our ids and pixels."""
-    name = model.lmm.config.template
-    template = TEMPLATES.get(name, "template")
-    if type(template) is not Template:
-        raise UserError(f"template: {name} has no chat form; import or save the model with another template")
+    template = plain_template(model.lmm.config.template)
     dropped = vision.num_dropped
     if dropped > 1:
         raise UserError(f"vision.feature_select: {vision.name} drops {dropped} tokens, transformers' llava one or none")
@@ -63,7 +44,7 @@ def build_processor(model: Model, vision: EncoderTower) -> LlavaProcessor:
             tokenizer=tokenizer,
             patch_size=patch,
             vision_feature_select_strategy=SELECTIONS[vision.feature_select],
-            chat_template=_chat_template(template, glue),
+            chat_template=chat_template(template, image=f"{IMAGE_TOKEN}{glue}\n"),
             image_token=IMAGE_TOKEN,
             num_additional_image_tokens=prefix,
         )
@@ -78,19 +59,6 @@ def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     if IMAGE_TOKEN not in copied.get_vocab():
         copied.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     return copied
-
-
-def _chat_template(template: Template, glue: str) -> str:
-    values = {
-        "SYSTEM": template.system + " ",
-        "USER": "USER: ",
-        "IMAGE": f"{IMAGE_TOKEN}{glue}\n",
-        "SEPARATOR": template.separator,
-        "EOS": template.eos,
-        "OPEN": template.separator.rstrip(),
-    }
-    heads = [f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in values.items()]
-    return "\n".join([*heads, _CHAT])
 
 
 def _image_processor(model: Model) -> BaseImageProcessor:

@@ -1,0 +1,232 @@
+"""GGUF files answer in llama.cpp as the model does here: its server, in this process, by the package xllamacpp."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.infer.test_families import CHANGES, LARGER
+from tests.models.llm.families import CONFIGS
+from tests.tiny import make_model, tiny_config
+from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
+from tinyllava_fast.convert.convert import export_model
+from tinyllava_fast.convert.formats.gguf import MODEL, MODELFILE, PROJECTOR
+from tinyllava_fast.data.bpe import train_tokenizer
+from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.errors import UserError
+from tinyllava_fast.infer.engine import Engine
+from tinyllava_fast.infer.types import Request, Sampling
+from tinyllava_fast.models import io as model_io
+from tinyllava_fast.models.build import build_image_processor, build_model
+from tinyllava_fast.models.lmm import LMM
+
+STEPS = 12
+QUESTION = "What is the blue shape?"
+TEXTS = ["What is the blue shape in the image? It is a circle.", "USER: ASSISTANT: yes no red"] * 4
+FAMILIES = ["gemma", "openelm", "phi", "qwen3", "stablelm", "tinyllama"]
+CHANGED = {"stablelm": {"qk_layernorm": False}}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@dataclasses.dataclass
+class Exported:
+    """A model and its GGUF folder."""
+
+    lmm: LMM
+    tokenizer: Any
+    processor: Any
+    folder: Path
+
+    def ours(self, question: str, images: Sequence[Image.Image]) -> list[int]:
+        template = TEMPLATES.get(self.lmm.config.template)
+        engine = Engine(self.lmm, self.tokenizer, self.processor, template, image_mode="pad", batch_tokens=512)
+        sampling = Sampling(max_new_tokens=STEPS, logit_bias=dict.fromkeys(self.unreadable(), -100.0))
+        request = Request.ask(question, list(images) or None, sampling=sampling)
+        return engine.answers([request])[0].tokens
+
+    def unreadable(self) -> list[int]:
+        """Ids that are no text by themselves: llama.cpp's server leaves out tokens of half a character."""
+        tokens = self.tokenizer.get_vocab().items()
+        return sorted(index for token, index in tokens if not token.replace("Ġ", "").isascii() or index in (0, 1, 3))
+
+
+def describe(vision: str = "siglip", connector: str = "mlp", **llm: object) -> ModelConfig:
+    base = tiny_config(**llm)
+    select = "cls_patch" if vision == "siglip" else "patch"
+    known = VISION if vision != "dinov2" else {name: VISION[name] for name in VISION if name != "intermediate_size"}
+    tower = VisionConfig(type=vision, config=dict(known), feature_layer=-1, feature_select=select)
+    return dataclasses.replace(base, vision=tower, connector=ConnectorConfig(type=connector))
+
+
+def enlarged(lmm: LMM) -> LMM:
+    """Weights so large that answers depend on prompt and image."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in lmm.named_parameters():
+            if p.ndim > 1 and "position" not in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / p[0].numel() ** 0.5))
+    return lmm.eval()
+
+
+def export(lmm: LMM, config: ModelConfig, folder: Path, **options: Any) -> Exported:
+    tokenizer, processor = train_tokenizer(TEXTS, 268), build_image_processor(config)
+    lmm.config = dataclasses.replace(lmm.config, template="llama", image_mode="pad")
+    model_io.save_model(lmm, tokenizer, processor, folder / "ours")
+    export_model(folder / "ours", folder / "gguf", "gguf", **options)
+    return Exported(lmm, tokenizer, processor, folder / "gguf")
+
+
+def llama_cpp(exported: Exported) -> Any:
+    """llama.cpp's server without a port of ours: every number in float32."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    os.environ["LLAMA_MEDIA_MARKER"] = "<__media_fixed__>"
+    params = xllamacpp.CommonParams()
+    params.model.path, params.mmproj.path = str(exported.folder / MODEL), str(exported.folder / PROJECTOR)
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 0
+    params.cpuparams.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params)
+
+
+def theirs(server: Any, exported: Exported, question: str, images: Sequence[Image.Image]) -> list[int]:
+    parts: list[dict[str, object]] = []
+    for image in images:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    reply = server.handle_chat_completions(
+        {
+            "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}],
+            "max_tokens": STEPS,
+            "temperature": 0,
+            "logprobs": True,
+            "logit_bias": [[index, False] for index in exported.unreadable()],
+        }
+    )
+    return [piece["id"] for piece in reply["choices"][0]["logprobs"]["content"]]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[list[Image.Image]]:
+    generator = np.random.default_rng(0)
+    shapes = [(32, 32, 3), (48, 48, 3)]
+    yield [Image.fromarray(generator.integers(0, 256, shape, np.uint8)) for shape in shapes]
+
+
+def ended(tokens: list[int]) -> list[int]:
+    """Without the end token, which llama.cpp does not list."""
+    return tokens[:-1] if tokens and tokens[-1] == 2 else tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokens_of_text_and_of_one_and_two_pictures(family, pictures, tmp_path) -> None:
+    changes = CHANGES[family] if family == "openelm" else LARGER | CHANGED.get(family, {})
+    config = dataclasses.replace(describe(), llm=LLMConfig(type=family, config=CONFIGS[family] | changes))
+    exported = export(enlarged(build_model(config)), config, tmp_path)
+    server = llama_cpp(exported)
+    answers = []
+    for images in ([], pictures[:1], pictures[1:], pictures):
+        question = "<image>\n" * len(images) + QUESTION
+        expected = ended(exported.ours(question, images))
+        assert theirs(server, exported, QUESTION, images) == expected
+        answers.append(expected)
+    assert len({tuple(answer) for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("connector", ["linear", "mlp1x_gelu"])
+def test_one_linear_map_goes_through_the_graph_of_two(connector, pictures, tmp_path) -> None:
+    config = describe(connector=connector)
+    exported = export(enlarged(build_model(config)), config, tmp_path)
+    expected = ended(exported.ours("<image>\n" + QUESTION, pictures[:1]))
+    assert theirs(llama_cpp(exported), exported, QUESTION, pictures[:1]) == expected
+
+
+@pytest.mark.parametrize("weights", [None, "q8_0", "q4_0"])
+def test_number_formats(weights, tmp_path) -> None:
+    """What is stored is what was meant, within half a step of the format; llama.cpp takes the files."""
+    wide = {"hidden_size": 64, "intermediate_size": 96}
+    config = describe(**wide)
+    options = {"dtype": torch.bfloat16} if weights is None else {"weights": weights}
+    exported = export(enlarged(build_model(config)), config, tmp_path, **options)
+    reader = gguf.GGUFReader(exported.folder / MODEL)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    name = "blk.0.ffn_up.weight"
+    kind = stored[name].tensor_type.name
+    assert kind == (weights or "bf16").upper()
+    assert stored["token_embd.weight"].tensor_type.name == {None: "BF16", "q8_0": "Q8_0", "q4_0": "Q8_0"}[weights]
+    assert stored["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    weight = exported.lmm.llm.model.layers[0].mlp.up_proj.weight.detach().numpy()
+    read = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type).reshape(weight.shape)
+    steps = {"BF16": 2**-8, "Q8_0": 1 / 127, "Q4_0": 1 / 8}
+    assert np.abs(read - weight).max() <= np.abs(weight).max() * steps[kind]
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(exported.folder / PROJECTOR).tensors}
+    assert kinds == ({"F32", "BF16"} if weights is None else {"F32", "F16"})
+    assert theirs(llama_cpp(exported), exported, QUESTION, [])
+
+
+def test_rows_for_padding_and_settings(tmp_path) -> None:
+    config = describe()
+    exported = export(enlarged(build_model(config)), config, tmp_path)
+    reader = gguf.GGUFReader(exported.folder / MODEL)
+    known = len(exported.tokenizer)
+    assert exported.lmm.vocab_size > known
+    assert len(reader.fields["tokenizer.ggml.tokens"].data) == known
+    assert next(t for t in reader.tensors if t.name == "output.weight").shape.tolist() == [48, known]
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is True
+    text = (exported.folder / MODELFILE).read_text()
+    assert text.startswith(f"FROM ./{MODEL}\nFROM ./{PROJECTOR}\n") and 'PARAMETER stop "</s>"' in text
+    assert "USER: {{ .Prompt }} ASSISTANT:{{ .Response }}" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"connector": "pixel_shuffle"}, "connector: llama.cpp has no pixel_shuffle"),
+        ({"connector": "mlp3x_gelu"}, "connector: llama.cpp has no mlp"),
+        ({"connector": "mlp2x_relu"}, "activation: relu"),
+        ({"vision": "dinov2"}, "vision.type: dinov2"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type: linear"),
+        ({"model_type": "gemma", "head_dim": 16, "tie_word_embeddings": False}, "tie_word_embeddings: false"),
+        ({"model_type": "smollm3", "pad_token_id": None}, "llm: gguf export does not know smollm3"),
+    ],
+)
+def test_what_llama_cpp_lacks_is_refused_by_name(changes, reason, tmp_path) -> None:
+    config = describe(**changes)
+    with pytest.raises(UserError, match=reason):
+        export(build_model(config).eval(), config, tmp_path)
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_a_clip_tower_is_written_and_the_fault_of_llama_cpp_is_said(tmp_path, caplog) -> None:
+    config = describe(vision="clip")
+    exported = export(enlarged(build_model(config)), config, tmp_path)
+    assert "class token" in caplog.text
+    names = {tensor.name for tensor in gguf.GGUFReader(exported.folder / PROJECTOR).tensors}
+    assert {"v.class_embd", "v.pre_ln.weight", "mm.0.weight", "mm.2.weight"} <= names
+
+
+def test_a_number_format_that_a_format_lacks(tmp_path) -> None:
+    model_io.save_model(make_model(), train_tokenizer(TEXTS, 272), build_image_processor(tiny_config()), tmp_path / "m")
+    with pytest.raises(UserError, match="--weights: llava has no q8_0; gguf has q8_0, q4_0"):
+        export_model(tmp_path / "m", tmp_path / "out", "llava", weights="q8_0")

@@ -1,0 +1,73 @@
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: model.gguf (language model), mmproj.gguf (tower and connector).
+
+Written with the ``gguf`` package. Beside the two files lies a Modelfile for Ollama. llama.cpp computes what we
+compute, but for three things: its GELU is the tanh form, rounded to float16; a picture that is not square is always
+padded; after an end token in the middle of a prompt, a SentencePiece tokenizer gets one more space.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
+from tinyllava_fast.convert.formats._chat import chat_template, plain_template
+from tinyllava_fast.convert.formats._gguf_llm import language_model
+from tinyllava_fast.convert.formats._gguf_tokenizer import add_tokenizer
+from tinyllava_fast.convert.formats._gguf_vision import add_vision, check_vision
+from tinyllava_fast.convert.formats._gguf_writer import Precision, open_writer, precision
+from tinyllava_fast.data.templates.base import Template
+from tinyllava_fast.data.tokenizer import largest_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL, PROJECTOR, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
+# llama.cpp's server puts a marker for each picture into the text: <__media_...__>. A line ends after each of ours.
+_IMAGES = "{%- set found.text = found.text | replace('__>', '__>\\n') -%}"
+
+
+@FORMATS.register("gguf")
+class GgufFormat(Format):
+    """Language models of llama.cpp with a CLIP or SigLIP tower and one or two linear maps between them."""
+
+    name = "gguf"
+    weights: ClassVar[tuple[str, ...]] = ("q8_0", "q4_0")
+
+    def write(self, model: Model, folder: Path) -> None:
+        """See the base class."""
+        template = plain_template(model.lmm.config.template)
+        check_vision(model.lmm)
+        kinds = precision(model.weights, model.lmm.dtype)
+        known = largest_id(model.tokenizer)[1] + 1
+        _write_llm(folder / MODEL, model, template, known, kinds)
+        with open_writer(folder / PROJECTOR, "clip", kinds.projector) as writer:
+            add_vision(writer, model.lmm, model.processor)
+        (folder / MODELFILE).write_text(_modelfile(template), encoding="utf-8")
+
+
+def _write_llm(path: Path, model: Model, template: Template, known: int, kinds: Precision) -> None:
+    described = language_model(model.lmm, known)
+    stops = [template.stop_id(model.tokenizer), *model.lmm.family.stop_ids(model.lmm.llm)]
+    with open_writer(path, described.arch, kinds) as writer:
+        writer.add_name(path.parent.name)
+        described.describe(writer)
+        add_tokenizer(writer, model.tokenizer, known, stops=stops, add_bos=_adds_bos(template, model.tokenizer))
+        writer.add_chat_template(chat_template(template, image="", prepare=_IMAGES))
+        for name, tensor in described.tensors():
+            writer.add(name, tensor)
+
+
+def _adds_bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether prompts begin with the token that the tokenizer puts before a text."""
+    ids = template.prompt([("Is it raining?", None)], tokenizer).ids
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _modelfile(template: Template) -> str:
+    """Return Ollama's description: its files, the prompt of one turn in Go's template language, greedy decoding."""
+    prompt = f"{template.system} USER: {{{{ .Prompt }}}}{template.separator}".rstrip() + "{{ .Response }}"
+    lines = [f"FROM ./{MODEL}", f"FROM ./{PROJECTOR}", f'TEMPLATE """{prompt}"""', "PARAMETER temperature 0"]
+    stop = template.eos.strip()
+    return "\n".join(lines + [f"PARAMETER stop {json.dumps(stop)}"] * bool(stop)) + "\n"
