@@ -9,12 +9,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
 from tinyllava_fast.data.files import image_fault
 from tinyllava_fast.data.formats._base import base_of, find_files
+from tinyllava_fast.data.formats._shapes import extras_of, whole
+from tinyllava_fast.data.formats.json_text import object_of
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading, naming
 from tinyllava_fast.data.progress import Progress
 from tinyllava_fast.data.record import Record
@@ -25,7 +28,6 @@ from tinyllava_fast.files import atomic_file
 from tinyllava_fast.hardware import cores
 from tinyllava_fast.pace import Pace
 from tinyllava_fast.prepare.mend import mended
-from tinyllava_fast.prepare.rows import line_of
 from tinyllava_fast.prepare.sources import LookedAt
 from tinyllava_fast.prepare.survey import advice
 
@@ -139,7 +141,8 @@ def _looked(source: LookedAt, examiner: _Examiner, good: TextIO | None, rest: Te
     size = sum(os.path.getsize(file) for file in files.paths if file.is_file())
     progress, pace = Progress(path, size, "looked at"), Pace()
     ended: list[Fault] = []
-    records = _readable(read_refusing(path, progress.opened), ended)
+    extra = partial(extras_of, strict=False) if good is not None else None
+    records = _readable(read_refusing(path, progress.opened, extra), ended)
     first = list(islice(records, _MANY))
     if not first and ended:
         raise DataError(ended[0].reason)
@@ -227,7 +230,7 @@ class _Examiner:
                 found.left_out += left
                 return
             found.mended += 1
-        found.lines.append(line_of(record, self.base))
+        found.lines.append(object_of(whole(record, self.source.data.records, self.base)) + "\n")
 
     def _faults(self, records: list[Record]) -> dict[int, list[Fault]]:
         """Return all faults of each record, by its number."""

@@ -23,6 +23,8 @@ EXAMPLES = """
   tlf-data check my.yaml --deep
   tlf-data preview my.yaml page.html
   tlf-data split data/records.json data/parts --share 0.02
+  tlf-data convert data/records.json data/records.parquet --to parquet --image-folder data/images --embed
+  tlf-data convert shards/ data/records.json --to json --images data/images
 """
 
 
@@ -66,6 +68,28 @@ def parser() -> argparse.ArgumentParser:
     split.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
     split.add_argument("out", type=path_argument, help="folder for train.jsonl and held_out.jsonl")
     split.add_argument("--share", type=float, required=True, metavar="X", help="of the records, such as 0.02")
+    convert = commands.add_parser("convert", help="write records in another form; what that cannot hold is refused")
+    convert.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
+    convert.add_argument("out", type=path_argument, help="file (or folder) to write; must not exist")
+    forms = "json (a list if OUT ends in .json, else JSONL), csv, webdataset, parquet, arrow, datasets"
+    convert.add_argument("--to", required=True, metavar="FORMAT", help=forms)
+    convert.add_argument(
+        "--shape", choices=("llava", "openai", "sharegpt"), help="of the entries (default: llava; not of csv)"
+    )
+    convert.add_argument(
+        "--image-folder", type=path_argument, metavar="DIR", help="of the image paths (default: that of the records)"
+    )
+    convert.add_argument(
+        "--images", type=path_argument, metavar="FOLDER", help="new folder that all images are written to as files"
+    )
+    convert.add_argument("--embed", action="store_true", help="write all images into OUT")
+    convert.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="leave out a field that nothing reads; may be repeated",
+    )
     for command in (preview, split):
         command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: 0)")
     return p
@@ -90,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "check":
             return _check(args)
         with writing(args.out):
-            {"init": _init, "tokenizer": _tokenizer, "preview": _preview, "split": _split}[args.command](args)
+            _COMMANDS[args.command](args)
     except UserError as error:
         log.error("%s", error)
         return 2
@@ -163,8 +187,29 @@ def _split(args: argparse.Namespace) -> None:
     log.info("wrote %s: %d records to train on, %d held out", args.out, found.train, found.held_out)
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.convert import convert
+
+    found = convert(
+        args.records,
+        args.out,
+        args.to,
+        shape=args.shape,
+        image_folder=args.image_folder,
+        images=args.images,
+        embed=args.embed,
+        drop=args.drop,
+    )
+    log.info("wrote %s: %d records that show %d images", args.out, found.records, found.images)
+    if args.images:
+        log.info("in a run's YAML: data.image_folder: %s", args.images)
+
+
 def _vocabulary(args: argparse.Namespace) -> int:
     return VOCABULARY if args.vocab is None else int(args.vocab)
+
+
+_COMMANDS = {"init": _init, "tokenizer": _tokenizer, "preview": _preview, "split": _split, "convert": _convert}
 
 
 if __name__ == "__main__":
