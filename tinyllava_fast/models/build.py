@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.architecture import ConnectorPart, LLMPart, LMMConfig, Values, VisionPart
-from tinyllava_fast.models.construct import Weights, build
+from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.construct import Weights, build, build_tower
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.sources import ask_hub, read_tokenizer, resolve
@@ -49,6 +51,22 @@ def build_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.path is not None:
         return io.load_tokenizer(_folder(model.path))
     return _tokenizer(model.llm)
+
+
+def tokens_per_image(model: ModelConfig) -> int:
+    """Return the positions that an input of the tower takes, without making the language model. UserError as above."""
+    config, weights, layer = None, Weights(vision=model.vision.path), model.vision.feature_layer
+    if model.path is not None:
+        config, weights, layer = io.read_config(_folder(model.path))[0], Weights(), -1
+    vision, connector = (model.vision, model.connector) if config is None else (config.vision, config.connector)
+    part = VisionPart(
+        type=vision.type, config=vision.config, feature_select=vision.feature_select, options=vision.options
+    )
+    with torch.device("meta") if weights.vision is None else nullcontext():
+        tower = build_tower(part, weights, feature_layer=layer, file=model.path)
+        cls = CONNECTORS.get(connector.type, "model.connector.type")
+        options = parse_into(cls.Options, connector.options, "", key="model.connector.options")
+        return cls(tower.hidden_size, tower.hidden_size, options).num_tokens(tower.num_tokens)
 
 
 def build_image_processor(model: ModelConfig) -> BaseImageProcessor:

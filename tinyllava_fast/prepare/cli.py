@@ -21,6 +21,7 @@ EXAMPLES = """
   tlf-data tokenizer data/records.json data/more.jsonl data/tokenizer --vocab 4096
   tlf-data check data/records.json --image-folder data/images --fix data/mended.jsonl
   tlf-data check my.yaml --deep
+  tlf-data stats my.yaml --against questions.jsonl --html stats.html
   tlf-data preview my.yaml page.html
   tlf-data split data/records.json data/parts --share 0.02
   tlf-data convert data/records.json data/records.parquet --to parquet --image-folder data/images --embed
@@ -68,6 +69,18 @@ def parser() -> argparse.ArgumentParser:
     split.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
     split.add_argument("out", type=path_argument, help="folder for train.jsonl and held_out.jsonl")
     split.add_argument("--share", type=float, required=True, metavar="X", help="of the records, such as 0.02")
+    stats = commands.add_parser("stats", help="say what a set holds: lengths, images, copies, overlap, tokens, packs")
+    _add_sources(stats)
+    stats.add_argument(
+        "--against", action="append", default=[], type=path_argument, metavar="FILE",
+        help="evaluation set to look for: records, or lines with question and image; may be repeated",
+    )  # fmt: skip
+    stats.add_argument(
+        "--against-images", type=path_argument, metavar="DIR", help="of its image paths (default: that of the file)"
+    )
+    stats.add_argument("--no-images", action="store_true", help="do not look at the images")
+    stats.add_argument("--json", dest="json_file", type=path_argument, metavar="FILE", help="JSON file to write, too")
+    stats.add_argument("--html", type=path_argument, metavar="FILE", help="page with plots to write, too")
     convert = commands.add_parser("convert", help="write records in another form; what that cannot hold is refused")
     convert.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
     convert.add_argument("out", type=path_argument, help="file (or folder) to write; must not exist")
@@ -113,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "check":
             return _check(args)
+        if args.command == "stats":
+            _stats(args)
+            return 0
         with writing(args.out):
             _COMMANDS[args.command](args)
     except UserError as error:
@@ -169,6 +185,23 @@ def _check(args: argparse.Namespace) -> int:
     if not clean and args.fix is None:
         log.info("--fix OUT writes the set without these, and lists what it leaves out")
     return 0 if clean else 1
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.sources import looked_at
+    from tinyllava_fast.prepare.stats import read_against, stats
+    from tinyllava_fast.prepare.stats_page import as_dict, page, text
+
+    sources = looked_at(args.target, args.image_folder, args.template, args.tokenizer)
+    against = [read_against(file, args.against_images) for file in args.against]
+    found = [stats(source, against, pixels=not args.no_images) for source in sources]
+    sys.stdout.write("\n".join(map(text, found)))
+    lines = json.dumps([as_dict(one) for one in found], indent=1, ensure_ascii=False) + "\n"
+    for path, content in ((args.json_file, lines), (args.html, page(found) if args.html else "")):
+        if path:
+            with writing(path):
+                write_file(path, content.encode())
+            log.info("wrote %s", path)
 
 
 def _preview(args: argparse.Namespace) -> None:
