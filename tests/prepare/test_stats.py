@@ -127,9 +127,9 @@ def test_near_copies_are_found_and_others_are_not(photos: Path) -> None:
         image.resize((200, 160)).save(photos / f"s{number}.jpg", quality=60)
     names = [f"s{number}.{end}" for end in ("png", "jpg") for number in range(60)]
     groups = near_groups(rows_of([np.array([look(name, str(photos), photos)]) for name in names]))
-    found = groups[:60] == groups[60:]
-    assert found.mean() >= 0.9 and np.array_equal(groups[:60], np.arange(60))
-    assert np.array_equal(groups[60:], np.where(found, np.arange(60), np.arange(60, 120)))
+    alike = groups[:60] == groups[60:]
+    assert alike.mean() >= 0.9 and np.array_equal(groups[:60], np.arange(60))
+    assert np.array_equal(groups[60:], np.where(alike, np.arange(60), np.arange(60, 120)))
 
 
 def test_groups_are_those_of_all_pairs() -> None:
@@ -137,9 +137,9 @@ def test_groups_are_those_of_all_pairs() -> None:
     rows = np.zeros(300, ROW)
     rows["seen"] = generator.integers(0, 2**63, 30, np.uint64)[generator.integers(0, 30, 300)]
     rows["seen"] ^= np.uint64(1) << generator.integers(0, 64, 300).astype(np.uint64)
-    rows["mean"] = generator.integers(0, 2, (300, 1)) * 100
+    rows["cells"] = generator.integers(0, 2, (300, 1)) * 100
     apart = np.stack([_bits(rows["seen"] ^ one) for one in rows["seen"]])
-    linked = (apart <= NEAR) & (rows["mean"][:, None, 0] == rows["mean"][None, :, 0])
+    linked = (apart <= NEAR) & (rows["cells"][:, None, 0] == rows["cells"][None, :, 0])
     groups = np.arange(300)
     for _ in range(10):
         groups = np.where(linked, groups[None], 300).min(1)

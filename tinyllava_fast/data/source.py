@@ -13,10 +13,11 @@ from PIL import Image
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import targets, truncate, widen, width
 from tinyllava_fast.data.files import MISSING, REFUSED, ImageFiles
+from tinyllava_fast.data.formats._base import base_of
 from tinyllava_fast.data.limits import PackLimits
 from tinyllava_fast.data.pictures import MissingImageError
 from tinyllava_fast.data.records import Refused
-from tinyllava_fast.data.split import Split
+from tinyllava_fast.data.split import Split, image_key
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.tokens import tokenized
 from tinyllava_fast.data.types import IMAGE_INDEX
@@ -45,6 +46,8 @@ class DataReport:
     """Samples without a supervised token: kept, but nothing is learnt from them."""
     truncated: int = 0
     """Samples cut to the longest length (data.overlong: truncate)."""
+    across: int = 0
+    """Samples left out because their images are on both sides of validation.share."""
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -82,6 +85,8 @@ class Source:
         self.store = tokenized(data, tokenizer)
         self.faults = [Refused(f.what, data.records, f.where, f.kind) for f in self.store.faults()]
         """Records left out from the start (data.on_error, data.on_bad_image), with reasons."""
+        self.across = 0
+        """Samples on neither side of the split."""
         self._inputs, kept = self._look()
         if split is not None:
             kept &= self._side(split)
@@ -110,6 +115,7 @@ class Source:
             supervised_tokens=int(learnt.sum()),
             unsupervised=int((learnt == 0).sum()),
             truncated=len(self._cut),
+            across=self.across,
         )
         self._check_learnable(learnt)
         self.skipped = list(dict.fromkeys(map(str, self.faults)))
@@ -158,10 +164,25 @@ class Source:
         return str(error)
 
     def _side(self, split: Split) -> np.ndarray:
-        """Return which samples of the store are on that side, [samples] bool."""
-        numbers = range(len(self.store))
-        takes = (split.takes(self.store.images(n) or [self._tokens(n)]) for n in numbers)
-        return np.fromiter(takes, bool, len(self.store))
+        """Return which samples of the store are on that side, [samples] bool; count those that are on neither."""
+        _, first, inverse = np.unique(self.store.column("images", "digest"), return_index=True, return_inverse=True)
+        base, held = base_of(self.data.records), np.zeros(len(first), bool)
+        for at in np.argsort(first).tolist():  # in the order of the source: what is inside one is read fastest so
+            held[at] = split.holds(image_key(self.store.image(int(first[at])), base))
+        ends = self.store.column("samples", "images")
+        counts = np.diff(ends)
+        sums = np.diff(np.concatenate([[0], np.cumsum(held[inverse])])[ends])
+        for number in np.flatnonzero(counts == 0).tolist():
+            sums[number], counts[number] = split.holds(self._tokens(number)), 1
+        across = (sums > 0) & (sums < counts)
+        self.across = int(across.sum())
+        if self.across and not split.held_out:
+            log.warning(
+                "%s: %d records show images of both sides of validation.share=%g: they are neither trained on nor held "
+                "out",
+                *(self.data.records, self.across, split.share),
+            )
+        return sums == counts if split.held_out else sums == 0
 
     def _tokens(self, number: int) -> str:
         """Return the tokens of a sample of the store as text."""

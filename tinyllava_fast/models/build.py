@@ -119,11 +119,22 @@ def _pixels(processor: BaseImageProcessor) -> str:
 
 def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if the tokenizer makes ids that the model has no embedding for."""
+    _check_ids(lmm.vocab_size, tokenizer)
+
+
+def check_stated_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """``check_vocabulary``, as far as a run's configuration itself states the number of embeddings."""
+    stated = model.llm.config.get("vocab_size")
+    if model.path is None and isinstance(stated, int):
+        _check_ids(stated, tokenizer)
+
+
+def _check_ids(embeddings: int, tokenizer: PreTrainedTokenizerBase) -> None:
     token, largest = largest_id(tokenizer)
-    if largest >= lmm.vocab_size:
+    if largest >= embeddings:
         raise UserError(
             f"the largest id of the tokenizer is {largest}, of {token!r}, but the language model has only "
-            f"{lmm.vocab_size} embeddings, for ids 0 to {lmm.vocab_size - 1}: give model.llm.tokenizer the tokenizer "
+            f"{embeddings} embeddings, for ids 0 to {embeddings - 1}: give model.llm.tokenizer the tokenizer "
             f"of that model, remove the token, or set model.llm.config.vocab_size to {largest + 1} or more"
         )
 

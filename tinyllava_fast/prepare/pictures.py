@@ -2,7 +2,7 @@
 
 The perceptual hash is the difference hash: of the picture shrunk to 9 x 8 grey values, whether each is darker than its
 right neighbour by more than a level or two. Two pictures are near copies where at most ``NEAR`` of 64 bits differ and
-their mean colours are alike: saved again, resized, or a little retouched.
+the colours of 4 x 4 parts of them are alike: saved again, resized, or a little retouched.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from tinyllava_fast.data.pictures import UPRIGHT, open_bytes, to_rgb
 from tinyllava_fast.errors import DataError
 
 ROW = np.dtype(
-    [("content", "<u8"), ("seen", "<u8"), ("mean", "u1", 3), ("width", "<i4"), ("height", "<i4"), ("bytes", "<i8")]
+    [("content", "<u8"), ("seen", "<u8"), ("cells", "u1", 48), ("width", "<i4"), ("height", "<i4"), ("bytes", "<i8")]
 )
-"""Of an image: digest of its bytes, perceptual hash, mean colour, size in pixels (0: it cannot be read), bytes."""
-NEAR = 3
-_COLOUR = 12  # levels that mean colours of near copies may be apart
+"""Of an image: digest of its bytes, perceptual hash, colours of its parts, size in pixels (0: unreadable), bytes."""
+NEAR = 5
+"""Bits that perceptual hashes of near copies may differ in."""
+_COLOUR = 20  # levels that the colours of parts of near copies may be apart
+_WINDOW = 512  # pictures of like hash and brightness that each is compared with
 _MARGIN = 2  # levels of grey that are no difference: noise of JPEG in a plain area
-_BANDS = 4  # one of them is equal where at most 3 bits differ
+_BANDS = ((0, 11), (11, 11), (22, 11), (33, 11), (44, 10), (54, 10))
+"""First bit and width of parts of a hash, one more than NEAR: where at most NEAR bits differ, one part is equal."""
 
 
 def look(name: str, folder: str, base: Path) -> np.ndarray:
@@ -38,16 +41,16 @@ def look(name: str, folder: str, base: Path) -> np.ndarray:
         with open_bytes(content, name) as image:
             width, height = image.size
             image.draft("RGB", (72, 64))  # of a JPEG only as many coefficients as are needed
-            small = to_rgb(image, UPRIGHT).resize((9, 8), Image.Resampling.BOX, reducing_gap=2.0)
+            small = to_rgb(image, UPRIGHT).resize((36, 32), Image.Resampling.BOX, reducing_gap=2.0)
     except (DataError, OSError, ValueError):
         return row
     except Exception:  # decoders of damaged files raise SyntaxError, struct.error, zlib.error, ...
         return row
     row["width"], row["height"] = width, height
     pixels = np.asarray(small, np.int32)
-    grey = pixels @ np.array([299, 587, 114]) // 1000
+    grey = (pixels @ np.array([299, 587, 114])).reshape(8, 4, 9, 4).mean((1, 3)) / 1000
     row["seen"] = np.packbits(grey[:, 1:] - grey[:, :-1] > _MARGIN).view("<u8")[0]
-    row["mean"] = pixels.reshape(-1, 3).mean(0).round()
+    row["cells"] = pixels.reshape(4, 8, 4, 9, 3).mean((1, 3)).round().reshape(-1)
     return row
 
 
@@ -59,10 +62,13 @@ def digest(content: bytes) -> int:
 def near_groups(rows: np.ndarray) -> np.ndarray:
     """Return the number of the group of near copies of each image: [n] int64, that of its first member.
 
-    rows: [n] of ROW, images that can be read. All pairs within NEAR bits and alike in colour are in one group.
+    rows: [n] of ROW, images that can be read. A near copy of a member is a member. Among thousands of pictures of like
+    hash and brightness, as plain graphics are, each is compared with its _WINDOW nearest in brightness only.
     """
-    keys = np.stack([rows["seen"], _colours(rows)], 1)
-    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    keys = np.ascontiguousarray(rows[["seen", "cells"]]).astype([("seen", "<u8"), ("cells", "u1", 48)])
+    _, first, inverse = np.unique(keys.view("V56").reshape(-1), return_index=True, return_inverse=True)
     chosen = rows[first]
     groups = np.arange(len(chosen))
 
@@ -72,38 +78,38 @@ def near_groups(rows: np.ndarray) -> np.ndarray:
             number = above
         return number
 
-    for one, other in _pairs(chosen["seen"], chosen["mean"].astype(np.int16)):
+    for one, other in _pairs(chosen["seen"], chosen["cells"].astype(np.int16)):
         low, high = sorted((top(one), top(other)), key=lambda number: first[number])
         groups[high] = low
     tops = np.array([top(number) for number in range(len(chosen))], np.int64)
-    return first[tops][inverse.reshape(-1)] if len(rows) else np.zeros(0, np.int64)
+    return first[tops][inverse.reshape(-1)]
 
 
-def _colours(rows: np.ndarray) -> np.ndarray:
-    red, green, blue = (rows["mean"][:, n].astype(np.uint64) for n in range(3))
-    return red << np.uint64(16) | green << np.uint64(8) | blue
-
-
-def _pairs(seen: np.ndarray, mean: np.ndarray) -> Iterable[tuple[int, int]]:
-    """Yield all pairs of images that look alike, some of them more than once."""
-    for band in range(_BANDS):
-        part = (seen >> np.uint64(16 * band)) & np.uint64(0xFFFF)
-        order = np.argsort(part, kind="stable")
-        part = part[order]
-        alive, apart = np.arange(len(part)), 0
-        while True:
-            apart += 1
+def _pairs(seen: np.ndarray, cells: np.ndarray) -> Iterable[tuple[int, int]]:
+    """Yield pairs of images that look alike, some of them more than once. cells: [n, 48] int16."""
+    bright = cells.mean(1)
+    for first, width in _BANDS:
+        part = (seen >> np.uint64(first)) & np.uint64((1 << width) - 1)
+        order = np.lexsort((bright, part))
+        part, level = part[order], bright[order]
+        alive = np.arange(len(part))
+        for apart in range(1, _WINDOW + 1):
             alive = alive[: np.searchsorted(alive, len(part) - apart)]
             alive = alive[part[alive] == part[alive + apart]]
+            alive = alive[level[alive + apart] - level[alive] <= _COLOUR]
             if not len(alive):
                 break
             left, right = order[alive], order[alive + apart]
-            alike = (_bits(seen[left] ^ seen[right]) <= NEAR) & (np.abs(mean[left] - mean[right]).max(1) <= _COLOUR)
+            close = _bits(seen[left] ^ seen[right]) <= NEAR
+            left, right = left[close], right[close]
+            alike = np.abs(cells[left] - cells[right]).max(1, initial=0) <= _COLOUR
             yield from zip(left[alike].tolist(), right[alike].tolist(), strict=True)
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
     """Return how many bits of each are set."""
+    if hasattr(np, "bitwise_count"):
+        return np.bitwise_count(values)
     return np.unpackbits(np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8), axis=1).sum(1)
 
 

@@ -94,12 +94,13 @@ def looked_at(
 
 
 def _of_run(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[LookedAt]:
-    from tinyllava_fast.models.build import build_image_processor, build_tokenizer, tokens_per_image
+    from tinyllava_fast.models import build
 
     run = load_run(path)
-    tokenizer = build_tokenizer(run.model) if tokenizer is None else tokenizer
+    tokenizer = build.build_tokenizer(run.model) if tokenizer is None else tokenizer
+    build.check_stated_vocabulary(run.model, tokenizer)
     try:
-        per_image, processor = tokens_per_image(run.model), build_image_processor(run.model)
+        per_image, processor = build.tokens_per_image(run.model), build.build_image_processor(run.model)
     except UserError as error:
         log.warning("%s: whether samples fit into packs is not looked at: %s", path, error)
         processor = None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from html import escape
 
-from tinyllava_fast.page import card, columns, document
+from tinyllava_fast.page import card, columns, document, facts_list
 from tinyllava_fast.prepare.stats import Shared, Spread, Stats
 
 _HEAD = ("least", "median", "mean", "95 %", "most")
@@ -44,16 +44,16 @@ def page(found: Iterable[Stats]) -> str:
 
 def _source(found: Stats) -> Iterator[str]:
     yield f'<header><h1>{escape(found.name)}</h1><p class="note">looked at in {found.seconds:.1f} s</p></header>'
-    rows = [(name, f"{count:,}") for name, count in found.counts.items()]
-    rows += [(name, f"{share:.1%}") for name, share in found.shares.items()]
-    yield card("Counts", "", _table(rows))
+    rows = [(f"{count:,}", name) for name, count in found.counts.items()]
+    rows += [(f"{share:.1%}", name) for name, share in found.shares.items()]
+    yield card("Counts", "", facts_list(rows))
     plots = [
         card(escape(name[:1].upper() + name[1:]), "", _plot(name, spread)) for name, spread in found.spreads.items()
     ]
     yield f'<div class="two">\n{"".join(plots)}\n</div>'
     for shared in found.shared:
         named = "".join(f"<li>{escape(where)}</li>" for where in shared.first)
-        inside = _table([(words, f"{count:,}") for count, words in _overlap(shared)]) + f"<ul>{named}</ul>" * bool(
+        inside = facts_list((f"{count:,}", words) for count, words in _overlap(shared)) + f"<ul>{named}</ul>" * bool(
             named
         )
         yield card(f"Overlap with {escape(shared.file)}", f"It has {shared.questions:,} questions.", inside)
@@ -68,10 +68,6 @@ def _plot(name: str, spread: Spread) -> str:
 def _overlap(shared: Shared) -> Iterator[tuple[int, str]]:
     for field, words in _SHARED:
         yield getattr(shared, field), words
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return "<table>\n" + "\n".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows) + "\n</table>"
 
 
 def _values(spread: Spread) -> Iterator[str]:
