@@ -80,6 +80,7 @@ def test_report(make, talk, folder):
         "supervised_tokens": sum(dataset.pack(0, p).num_supervised for p in dataset.plan(0)),
         "unsupervised": 0,
         "truncated": 0,
+        "across": 0,
     }
     # Reference masks reject a question with a separator: the sample stays, and is counted.
     dataset = make([talk("say ASSISTANT: x", "a"), talk("q", "a")], masks="reference")
