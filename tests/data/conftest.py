@@ -43,7 +43,7 @@ def talk():
 def make(folder, tokenizer, processor):
     """Builds a PackedDataset of the folder; keywords go to DataConfig or BatchConfig, rows replace the records."""
 
-    def build(rows=None, seed=0, tokens_per_image=4, **settings):
+    def build(rows=None, seed=0, tokens_per_image=4, split=None, **settings):
         if rows is not None:
             (folder / "data.json").write_text(json.dumps(rows))
         known = {f.name for f in fields(BatchConfig)}
@@ -58,6 +58,7 @@ def make(folder, tokenizer, processor):
             processor=processor,
             tokens_per_image=tokens_per_image,
             seed=seed,
+            split=split,
         )
 
     return build

@@ -10,6 +10,7 @@ from PIL import Image
 
 from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.data.images import load_image, to_pixels
+from tinyllava_fast.data.split import Split
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import DataError, UserError
 
@@ -79,6 +80,7 @@ def test_report(make, talk, folder):
         "supervised_tokens": sum(dataset.pack(0, p).num_supervised for p in dataset.plan(0)),
         "unsupervised": 0,
         "truncated": 0,
+        "across": 0,
     }
     # Reference masks reject a question with a separator: the sample stays, and is counted.
     dataset = make([talk("say ASSISTANT: x", "a"), talk("q", "a")], masks="reference")
@@ -265,3 +267,16 @@ def test_turns_per_sample_splits_records_and_loses_no_turn(make, talk):
 def test_turns_per_sample_needs_independent_turns(make):
     with pytest.raises(UserError, match=r"turns_per_sample splits records .* got turns='conversation'"):
         make(turns_per_sample=2)
+
+
+def test_records_with_images_of_both_sides_are_counted(make, folder, talk, caplog):
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    held = [name for name in names if Split(0.5, held_out=True).holds(name)]
+    kept = [name for name in names if name not in held]
+    assert held and kept
+    rows = [talk("<image>\n<image>\nq", "a", image=[held[0], kept[0]]), talk("<image>\nq", "a", image=f"./{held[0]}")]
+    rows += [talk("<image>\nq", "a", image=name) for name in kept] + [talk(f"q{n}", "a") for n in range(20)]
+    sides = [make(rows, split=Split(0.5, side)) for side in (True, False)]
+    assert [side.report.across for side in sides] == [1, 1]
+    assert sum(map(len, sides)) == len(rows) - 1 and "1 records show images of both sides" in caplog.text
+    assert sides[0].report.records - sides[0].report.text_only == 1

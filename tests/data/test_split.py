@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
+from pathlib import Path
+
 import pytest
 
 from tinyllava_fast.data.record import Record
-from tinyllava_fast.data.split import Split
+from tinyllava_fast.data.records import read_records
+from tinyllava_fast.data.split import Split, image_key
 
 
 def record(index: int, *images: str, text: str = "what?") -> Record:
@@ -42,4 +47,19 @@ def test_a_smaller_share_is_part_of_a_larger_one_and_names_decide() -> None:
     )
     assert small < large
     split = Split(0.5, held_out=True)
-    assert [split.takes([f"a/{i}.png"]) for i in range(50)] == [split.takes([f"a/./b/../{i}.png"]) for i in range(50)]
+    assert 0 < sum(split.takes([image_key(f"a/./b/../{i}.png", Path())]) for i in range(50)) < 50
+
+
+def test_an_image_is_known_by_its_path_or_by_its_bytes(tmp_path: Path) -> None:
+    def row(content: bytes) -> str:
+        uri = "data:image/png;base64," + base64.b64encode(content).decode()
+        said = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+        return json.dumps({"image": uri, "conversations": said}) + "\n"
+
+    assert image_key("./a//b/../c.jpg", tmp_path) == image_key("a/c.jpg", tmp_path) != image_key("c.jpg", tmp_path)
+    (tmp_path / "x").write_text(row(b"one") + row(b"two") + row(b"one"))
+    one, two, again = (image_key(record.images[0], tmp_path) for record in read_records(tmp_path / "x"))
+    assert one == again != two
+    images = [record.images[0] for record in read_records(tmp_path / "x")]
+    (tmp_path / "x").unlink()
+    assert image_key(images[0], tmp_path) == images[0], "what cannot be read is known by its place"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from tests import tiny as configs
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import sources
-from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer, check_vocabulary
+from tinyllava_fast.models.build import (
+    build_image_processor,
+    build_model,
+    build_tokenizer,
+    check_vocabulary,
+    tokens_per_image,
+)
+from tinyllava_fast.models.io import save_model
 
 TEXT = configs.TEXT | {"vocab_size": 61}
 IMAGE = configs.IMAGE | {"num_hidden_layers": 3}
@@ -46,6 +54,22 @@ def test_pretrained_parts(tmp_path: Path) -> None:
     assert lmm.llm.config.max_position_embeddings == 77 and lmm.llm.config._attn_implementation == "tlf_packed"
     assert build_image_processor(config).size["height"] == 16, "made from image_size where the path has no file"
     assert {p.dtype for p in build_model(config, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "connector", [{}, {"type": "resampler", "options": {"num_queries": 3, "num_layers": 1, "num_heads": 2}}], ids=str
+)
+def test_tokens_of_an_image_are_known_without_the_language_model(
+    connector: dict, tiny: Callable, tmp_path: Path
+) -> None:
+    config = replace(tiny(), connector=ConnectorConfig(**connector)) if connector else tiny()
+    lmm = build_model(config)
+    assert tokens_per_image(config) == lmm.tokens_per_image
+    save_model(lmm, configs.make_tokenizer(), build_image_processor(config), tmp_path / "model")
+    assert tokens_per_image(ModelConfig(path=str(tmp_path / "model"))) == lmm.tokens_per_image
+    SiglipVisionModel(SiglipVisionConfig(**IMAGE)).save_pretrained(tmp_path / "tower")
+    config = replace(config, vision=VisionConfig(path=str(tmp_path / "tower")))
+    assert tokens_per_image(config) == build_model(config).tokens_per_image
 
 
 @pytest.mark.slow

@@ -11,7 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from tinyllava_fast.config.load import load_run
+from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.records import read_records
+from tinyllava_fast.models.build import build_image_processor
 from tinyllava_fast.prepare.check import SHOWN, Report, check, kind_of
 from tinyllava_fast.prepare.cli import main
 from tinyllava_fast.prepare.sources import looked_at
@@ -216,3 +219,49 @@ def test_a_configuration_is_checked_with_its_tokenizer(own: Path, capsys: pytest
     assert "record 2" in capsys.readouterr().out
     assert len(list(read_records(next((own / "fixed").glob("*set.jsonl"))))) == 2
     assert main(["check", str(out), "--template", "phi"]) == 2
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"turns": "independent", "turns_per_sample": 2}, {"image_mode": "anyres"}], ids=str
+)
+def test_samples_that_no_pack_holds_are_those_that_training_leaves_out(own: Path, data: dict[str, Any]) -> None:
+    out = own / "my.yaml"
+    assert main(["init", str(own / "records.json"), str(own / "images"), str(out), "--vocab", "300"]) == 0
+    rows: list[dict[str, Any] | str] = [talk("q", "long " * n, id=f"t{n}") for n in (1, 10, 40, 80)]
+    rows += [ask(["0.png"] * n, id=f"i{n}") | talk("<image>" * n + "q", "a") for n in (1, 2, 9)]
+    rows += [talk(*["<image>\nq", "a", *["more?", "yes. " * 8] * n], image="0.png", id=f"m{n}") for n in (1, 5, 12)]
+    run = yaml.safe_load(out.read_text())
+    stage = run["stages"][0]
+    stage["data"] |= {"records": write(own, rows), "on_error": "skip", **data}
+    stage["batch"] = {"tokens": 256, "max_images": 6, "max_segments": 6}
+    out.write_text(yaml.safe_dump(run))
+    [source] = looked_at(str(out))
+    found = check(source)
+    assert source.fit is not None and source.tokenizer is not None
+    dataset = PackedDataset(
+        source.data,
+        source.fit.batch,
+        tokenizer=source.tokenizer,
+        processor=build_image_processor(load_run(str(out)).model),
+        tokens_per_image=source.fit.tokens_per_image,
+        seed=0,
+    )
+    theirs = {fault.where for fault in dataset.sources[0].faults}
+    ours = {fault.where for group in found.groups.values() for fault in group.first}
+    assert ours == theirs and len(ours) < len(rows)
+    wanted = {"t80", "i9"} | ({"m12"} if "turns" not in data else set())
+    assert wanted <= {where.split("'")[1] for where in ours}
+
+
+def test_the_records_of_the_validation_are_checked(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = own / "my.yaml"
+    assert main(["init", str(own / "records.json"), str(own / "images"), str(out), "--vocab", "300"]) == 0
+    run = yaml.safe_load(out.read_text())
+    run["stages"][0]["validation"] = {"records": write(own, [ask("none.png")])}
+    out.write_text(yaml.safe_dump(run))
+    assert main(["check", str(out)]) == 1
+    assert "train.validation: 1 records" in capsys.readouterr().out
+    run["model"]["llm"]["config"]["vocab_size"] = 30
+    out.write_text(yaml.safe_dump(run))
+    assert main(["check", str(out)]) == 2
+    assert "has only 30 embeddings" in capsys.readouterr().err

@@ -47,6 +47,16 @@ def test_no_image_is_on_both_sides(tmp_path: Path) -> None:
     assert len({f"t{n}" in held for n in range(5)}) == 1
 
 
+def test_two_spellings_of_a_path_are_one_image(tmp_path: Path) -> None:
+    rows = rows_of(300)
+    for number, row in enumerate(rows):
+        if number % 2 and isinstance(row.get("image"), str):
+            row["image"] = f"./{row['image']}"
+    split(write(tmp_path / "set.jsonl", rows), tmp_path / "parts", 0.1)
+    train, held = ({i.removeprefix("./") for r in side.values() for i in r} for side in sides(tmp_path / "parts"))
+    assert held and not train & held
+
+
 def test_the_order_of_records_does_not_matter_but_the_seed_does(tmp_path: Path) -> None:
     rows = rows_of(300)
     mixed = random.Random(0).sample(rows, len(rows))

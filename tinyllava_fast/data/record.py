@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tinyllava_fast.errors import DataError
 
@@ -32,6 +33,8 @@ class Record:
     """System text of its own, in place of the template's."""
     place: str = ""
     """Where it stands, in words, if that is no line."""
+    extra: Mapping[str, object] | None = field(default=None, hash=False)
+    """Fields of its entry that mean nothing here; kept only for those who write it again."""
 
     @property
     def where(self) -> str:

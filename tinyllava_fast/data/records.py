@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_fast.data.formats._base import Broken, Files, Opened, find_files
+from tinyllava_fast.data.formats._base import Broken, Files, Opened, Row, find_files
 from tinyllava_fast.data.formats._rows import record_of
 from tinyllava_fast.data.record import FaultError, Record
 from tinyllava_fast.data.templates.base import MaskMode, Segment, Template, TurnMode
@@ -19,6 +19,10 @@ from tinyllava_fast.log import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Extra = Callable[[Row], Mapping[str, object] | None]
+"""Returns the other fields of an entry that a record is to keep; FaultError for those that it cannot."""
 
 
 def _ignore(_: BufferedIOBase) -> None:
@@ -41,20 +45,20 @@ class Refused(DataError):  # noqa: N818 a record that may be left out, not the e
         return f"{self.path}: {self.where}: {self.what}" if self.where else self.what
 
 
-def read_records(path: str | Path, opened: Opened = _ignore) -> Iterator[Record]:
+def read_records(path: str | Path, opened: Opened = _ignore, extra: Extra | None = None) -> Iterator[Record]:
     """Yield the records of a source, one at a time, in order.
 
     path: a file, a folder of shards, or a pattern such as shards/train-*.parquet. What it holds is told by its content
     (formats/). DataError for what is missing, empty or malformed, and for the first record that cannot be used. opened:
-    told the file that is read, whose position is about where the reader is.
+    told the file that is read, whose position is about where the reader is. extra: makes the ``extra`` of a record.
     """
-    for record in read_refusing(path, opened):
+    for record in read_refusing(path, opened, extra):
         if isinstance(record, Refused):
             raise record
         yield record
 
 
-def read_refusing(path: str | Path, opened: Opened = _ignore) -> Iterator[Record | Refused]:
+def read_refusing(path: str | Path, opened: Opened = _ignore, extra: Extra | None = None) -> Iterator[Record | Refused]:
     """Yield the records of a source as ``read_records`` does, and a Refused in place of each that cannot be used.
 
     DataError where reading cannot go on.
@@ -70,7 +74,8 @@ def read_refusing(path: str | Path, opened: Opened = _ignore) -> Iterator[Record
                 if len(files.paths) > 1:
                     row = replace(row, place=f"{file.name}, {row.place or f'line {row.line}'}")
                 try:
-                    yield record_of(index, row)
+                    record = record_of(index, row)
+                    yield record if extra is None else replace(record, extra=extra(row))
                 except FaultError as fault:
                     name = row.values.get("id", index) if isinstance(row.values, dict) else index
                     place = row.place or f"line {row.line}"

@@ -13,9 +13,11 @@ from PIL import Image
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.data.collate import targets, truncate, widen, width
 from tinyllava_fast.data.files import MISSING, REFUSED, ImageFiles
+from tinyllava_fast.data.formats._base import base_of
+from tinyllava_fast.data.limits import PackLimits
 from tinyllava_fast.data.pictures import MissingImageError
 from tinyllava_fast.data.records import Refused
-from tinyllava_fast.data.split import Split
+from tinyllava_fast.data.split import Split, image_key
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.tokens import tokenized
 from tinyllava_fast.data.types import IMAGE_INDEX
@@ -44,6 +46,8 @@ class DataReport:
     """Samples without a supervised token: kept, but nothing is learnt from them."""
     truncated: int = 0
     """Samples cut to the longest length (data.overlong: truncate)."""
+    across: int = 0
+    """Samples left out because their images are on both sides of validation.share."""
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -81,6 +85,8 @@ class Source:
         self.store = tokenized(data, tokenizer)
         self.faults = [Refused(f.what, data.records, f.where, f.kind) for f in self.store.faults()]
         """Records left out from the start (data.on_error, data.on_bad_image), with reasons."""
+        self.across = 0
+        """Samples on neither side of the split."""
         self._inputs, kept = self._look()
         if split is not None:
             kept &= self._side(split)
@@ -88,13 +94,12 @@ class Source:
                 raise self._one_sided(split)
         self._kept = None if kept.all() else np.flatnonzero(kept)
         """Numbers in the store of the samples that are left; None: all."""
-        self._budget = min(data.max_tokens or batch.tokens, batch.tokens)
-        self._key = "batch.tokens" if self._budget == batch.tokens else "data.max_tokens"
+        self._limits = PackLimits.of(data, batch, tokens_per_image)
         self.lengths, self.images, self.segments, learnt = (column[kept] for column in self._needs())
-        self._cut = np.flatnonzero(self.lengths > self._budget)
+        self._cut = np.flatnonzero(self.lengths > self._limits.tokens)
         """Samples that are cut."""
         with_images = np.diff(self.store.column("samples", "images"))[kept] > 0
-        fits = self._fit(batch, learnt)
+        fits = self._fit(learnt)
         if not fits.all():
             numbers = np.arange(len(self.store))[kept][fits]
             is_cut = np.isin(np.arange(len(fits)), self._cut)[fits]
@@ -110,6 +115,7 @@ class Source:
             supervised_tokens=int(learnt.sum()),
             unsupervised=int((learnt == 0).sum()),
             truncated=len(self._cut),
+            across=self.across,
         )
         self._check_learnable(learnt)
         self.skipped = list(dict.fromkeys(map(str, self.faults)))
@@ -158,10 +164,25 @@ class Source:
         return str(error)
 
     def _side(self, split: Split) -> np.ndarray:
-        """Return which samples of the store are on that side, [samples] bool."""
-        numbers = range(len(self.store))
-        takes = (split.takes(self.store.images(n) or [self._tokens(n)]) for n in numbers)
-        return np.fromiter(takes, bool, len(self.store))
+        """Return which samples of the store are on that side, [samples] bool; count those that are on neither."""
+        _, first, inverse = np.unique(self.store.column("images", "digest"), return_index=True, return_inverse=True)
+        base, held = base_of(self.data.records), np.zeros(len(first), bool)
+        for at in np.argsort(first).tolist():  # in the order of the source: what is inside one is read fastest so
+            held[at] = split.holds(image_key(self.store.image(int(first[at])), base))
+        ends = self.store.column("samples", "images")
+        counts = np.diff(ends)
+        sums = np.diff(np.concatenate([[0], np.cumsum(held[inverse])])[ends])
+        for number in np.flatnonzero(counts == 0).tolist():
+            sums[number], counts[number] = split.holds(self._tokens(number)), 1
+        across = (sums > 0) & (sums < counts)
+        self.across = int(across.sum())
+        if self.across and not split.held_out:
+            log.warning(
+                "%s: %d records show images of both sides of validation.share=%g: they are neither trained on nor held "
+                "out",
+                *(self.data.records, self.across, split.share),
+            )
+        return sums == counts if split.held_out else sums == 0
 
     def _tokens(self, number: int) -> str:
         """Return the tokens of a sample of the store as text."""
@@ -186,7 +207,7 @@ class Source:
         sample, shown = self.store.sample(number), self._views(number)
         at = np.searchsorted(self._cut, index)
         if at < len(self._cut) and self._cut[at] == index:
-            sample = truncate(sample, self._budget, self.tokens_per_image, [count for _, count in shown])
+            sample = truncate(sample, self._limits.tokens, self.tokens_per_image, [count for _, count in shown])
             shown = shown[: sum(segment.ids.count(IMAGE_INDEX) for segment in sample)]
         return sample, shown
 
@@ -211,49 +232,36 @@ class Source:
         lengths = tokens - views + images * self.tokens_per_image
         return lengths, images, np.diff(segments), self.store.column("samples", "learnt")[1:]
 
-    def _fit(self, batch: BatchConfig, learnt: np.ndarray) -> np.ndarray:
+    def _fit(self, learnt: np.ndarray) -> np.ndarray:
         """Cut what is too long, and return which samples a pack can hold. Changes ``learnt``.
 
         DataError for the first one that none can, unless such records are left out.
         """
         fits = np.ones(len(self), bool)
         for index in self._cut.tolist():
-            if reason := self._overlong(index):
+            largest = max((count for _, count in self._views(self._number(index))), default=0)
+            if reason := self._limits.too_long(int(self.lengths[index]), largest):
                 fits[index] = False
-                self._leave_out(index, *reason)
+                self._leave_out(index, reason)
                 continue
             sample, shown = self.sample(index)
             self.lengths[index] = width(sample, self.tokens_per_image)
             self.images[index] = sum(count for _, count in shown)
             self.segments[index] = len(sample)
             learnt[index] = targets(sample)
-        for needs, limit, name in (
-            (self.images, batch.max_images, "images"),
-            (self.segments, batch.max_segments, "segments"),
-        ):
-            for index in np.flatnonzero(fits & (needs > limit)).tolist():
-                fits[index] = False
-                what = f"{needs[index]} {name} exceed batch.max_{name}={limit}; raise it"
-                self._leave_out(index, "conversations", what)
+        over = (self.images > self._limits.images) | (self.segments > self._limits.segments)
+        for index in np.flatnonzero(fits & over).tolist():
+            fits[index] = False
+            self._leave_out(index, self._limits.too_many(int(self.images[index]), int(self.segments[index])))
         return fits
 
-    def _leave_out(self, index: int, field: str, what: str) -> None:
+    def _leave_out(self, index: int, what: str) -> None:
         """Note that a sample is left out because of its size; raise where it may not be."""
         where = self.store.where(self._number(index))
-        fault = Refused(f"{field}: {what}", self.data.records, where, "size")
+        fault = Refused(what, self.data.records, where, "size")
         if not self._skips_all:
             raise fault
         self.faults.append(fault)
-
-    def _overlong(self, index: int) -> tuple[str, str] | None:
-        """Return the field and the reason why a sample that is too long may not be cut; None if it may."""
-        largest = self.tokens_per_image * max((count for _, count in self._views(self._number(index))), default=0)
-        if largest >= self._budget:
-            return "image", f"{largest} image tokens do not fit {self._key}={self._budget}; raise {self._key}"
-        if self.data.overlong == "fail":
-            remedy = f"raise {self._key}, or set data.overlong=truncate"
-            return "conversations", f"{self.lengths[index]} tokens exceed {self._key}={self._budget}; {remedy}"
-        return None
 
     def _look(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the inputs of the tower by image, and which samples are kept: [images] int64 and [samples] bool.

@@ -63,7 +63,7 @@ class _Encoder:
                 usable.append(self._checked(record))
             except Refused as refused:
                 self._leave_out(refused, faults)
-        pieces = [piece for record in usable for piece in self._pieces(record)]
+        pieces = [piece for record in usable for piece in pieces_of(record, self.turns_per_sample)]
         encoded = encode_each(self.path, pieces, self.template, self.tokenizer, self.turns, self.masks)
         samples: list[Sample] = []
         for piece, found in zip(pieces, encoded, strict=True):
@@ -84,23 +84,23 @@ class _Encoder:
             raise refused
         faults.append(Fault(refused.where, refused.what, refused.kind))
 
-    def _pieces(self, record: Record) -> list[Record]:
-        """Return the record, or parts of ``turns_per_sample`` turns that begin with the images so far."""
-        most = self.turns_per_sample
-        if not most or len(record.turns) <= most:
-            return [record]
-        pieces = []
-        before = 0  # markers in earlier turns
-        for start in range(0, len(record.turns), most):
-            turns = list(record.turns[start : start + most])
-            question, answer = turns[0]
-            if record.interleaved:
-                turns[0] = (f"{IMAGE_TOKEN}\n" * before + question, answer)
-                before += sum(q.count(IMAGE_TOKEN) for q, _ in record.turns[start : start + most])
-            elif start and IMAGE_TOKEN not in question and IMAGE_TOKEN in record.turns[0][0]:
-                turns[0] = (f"{IMAGE_TOKEN}\n{question}", answer)
-            pieces.append(replace(record, turns=tuple(turns)))
-        return pieces
+
+def pieces_of(record: Record, most: int) -> list[Record]:
+    """Return the record, or parts of at most so many turns that begin with the images so far. most: 0 for no limit."""
+    if not most or len(record.turns) <= most:
+        return [record]
+    pieces = []
+    before = 0  # markers in earlier turns
+    for start in range(0, len(record.turns), most):
+        turns = list(record.turns[start : start + most])
+        question, answer = turns[0]
+        if record.interleaved:
+            turns[0] = (f"{IMAGE_TOKEN}\n" * before + question, answer)
+            before += sum(q.count(IMAGE_TOKEN) for q, _ in record.turns[start : start + most])
+        elif start and IMAGE_TOKEN not in question and IMAGE_TOKEN in record.turns[0][0]:
+            turns[0] = (f"{IMAGE_TOKEN}\n{question}", answer)
+        pieces.append(replace(record, turns=tuple(turns)))
+    return pieces
 
 
 def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
 from tinyllava_fast.models.architecture import ConnectorPart, LLMPart, LMMConfig, Values, VisionPart
-from tinyllava_fast.models.construct import Weights, build
+from tinyllava_fast.models.connectors.base import CONNECTORS
+from tinyllava_fast.models.construct import Weights, build, build_tower
 from tinyllava_fast.models.llm.base import LLMS, LLMFamily
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.models.sources import ask_hub, read_tokenizer, resolve
@@ -49,6 +51,22 @@ def build_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.path is not None:
         return io.load_tokenizer(_folder(model.path))
     return _tokenizer(model.llm)
+
+
+def tokens_per_image(model: ModelConfig) -> int:
+    """Return the positions that an input of the tower takes, without making the language model. UserError as above."""
+    config, weights, layer = None, Weights(vision=model.vision.path), model.vision.feature_layer
+    if model.path is not None:
+        config, weights, layer = io.read_config(_folder(model.path))[0], Weights(), -1
+    vision, connector = (model.vision, model.connector) if config is None else (config.vision, config.connector)
+    part = VisionPart(
+        type=vision.type, config=vision.config, feature_select=vision.feature_select, options=vision.options
+    )
+    with torch.device("meta") if weights.vision is None else nullcontext():
+        tower = build_tower(part, weights, feature_layer=layer, file=model.path)
+        cls = CONNECTORS.get(connector.type, "model.connector.type")
+        options = parse_into(cls.Options, connector.options, "", key="model.connector.options")
+        return cls(tower.hidden_size, tower.hidden_size, options).num_tokens(tower.num_tokens)
 
 
 def build_image_processor(model: ModelConfig) -> BaseImageProcessor:
@@ -101,11 +119,22 @@ def _pixels(processor: BaseImageProcessor) -> str:
 
 def check_vocabulary(lmm: LMM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if the tokenizer makes ids that the model has no embedding for."""
+    _check_ids(lmm.vocab_size, tokenizer)
+
+
+def check_stated_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """``check_vocabulary``, as far as a run's configuration itself states the number of embeddings."""
+    stated = model.llm.config.get("vocab_size")
+    if model.path is None and isinstance(stated, int):
+        _check_ids(stated, tokenizer)
+
+
+def _check_ids(embeddings: int, tokenizer: PreTrainedTokenizerBase) -> None:
     token, largest = largest_id(tokenizer)
-    if largest >= lmm.vocab_size:
+    if largest >= embeddings:
         raise UserError(
             f"the largest id of the tokenizer is {largest}, of {token!r}, but the language model has only "
-            f"{lmm.vocab_size} embeddings, for ids 0 to {lmm.vocab_size - 1}: give model.llm.tokenizer the tokenizer "
+            f"{embeddings} embeddings, for ids 0 to {embeddings - 1}: give model.llm.tokenizer the tokenizer "
             f"of that model, remove the token, or set model.llm.config.vocab_size to {largest + 1} or more"
         )
 

@@ -9,23 +9,30 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
 from tinyllava_fast.data.files import image_fault
 from tinyllava_fast.data.formats._base import base_of, find_files
+from tinyllava_fast.data.formats._embedded import picture_of
+from tinyllava_fast.data.formats._shapes import extras_of, whole
+from tinyllava_fast.data.formats.json_text import object_of
+from tinyllava_fast.data.images import image_size
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading, naming
 from tinyllava_fast.data.progress import Progress
 from tinyllava_fast.data.record import Record
 from tinyllava_fast.data.records import Refused, check_turns, encode_each, read_refusing
+from tinyllava_fast.data.templates.base import Segment
+from tinyllava_fast.data.tokens import pieces_of
+from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.data.workers import chunks, in_order
 from tinyllava_fast.errors import DataError, UserError, writing
 from tinyllava_fast.files import atomic_file
 from tinyllava_fast.hardware import cores
 from tinyllava_fast.pace import Pace
 from tinyllava_fast.prepare.mend import mended
-from tinyllava_fast.prepare.rows import line_of
 from tinyllava_fast.prepare.sources import LookedAt
 from tinyllava_fast.prepare.survey import advice
 
@@ -139,7 +146,8 @@ def _looked(source: LookedAt, examiner: _Examiner, good: TextIO | None, rest: Te
     size = sum(os.path.getsize(file) for file in files.paths if file.is_file())
     progress, pace = Progress(path, size, "looked at"), Pace()
     ended: list[Fault] = []
-    records = _readable(read_refusing(path, progress.opened), ended)
+    extra = partial(extras_of, strict=False) if good is not None else None
+    records = _readable(read_refusing(path, progress.opened, extra), ended)
     first = list(islice(records, _MANY))
     if not first and ended:
         raise DataError(ended[0].reason)
@@ -227,7 +235,7 @@ class _Examiner:
                 found.left_out += left
                 return
             found.mended += 1
-        found.lines.append(line_of(record, self.base))
+        found.lines.append(object_of(whole(record, self.source.data.records, self.base)) + "\n")
 
     def _faults(self, records: list[Record]) -> dict[int, list[Fault]]:
         """Return all faults of each record, by its number."""
@@ -243,11 +251,30 @@ class _Examiner:
             found[record.index] += self._of_images(record)
         if self.source.tokenizer is not None and usable:
             data = self.source.data
-            samples = encode_each(data.records, usable, self.template, self.source.tokenizer, data.turns, data.masks)
-            for record, sample in zip(usable, samples, strict=True):
-                if isinstance(sample, Refused):
-                    found[record.index].append(Fault(record.where, kind_of(sample.what), sample.what))
+            pieces = [piece for record in usable for piece in pieces_of(record, data.turns_per_sample)]
+            samples = encode_each(data.records, pieces, self.template, self.source.tokenizer, data.turns, data.masks)
+            for piece, sample in zip(pieces, samples, strict=True):
+                what = sample.what if isinstance(sample, Refused) else self._too_large(piece, sample)
+                if what and all(what != fault.reason for fault in found[piece.index]):
+                    found[piece.index].append(Fault(piece.where, kind_of(what), what))
         return found
+
+    def _too_large(self, record: Record, sample: list[Segment]) -> str:
+        """Return why no pack can hold a sample; "" if one can, or if nothing says how large packs are."""
+        fit = self.source.fit
+        if fit is None:
+            return ""
+        views = [view for segment in sample for view in segment.images or [0] * segment.ids.count(IMAGE_INDEX)]
+        return fit.limits.problem(sample, [self._inputs(record.images[view]) for view in views])
+
+    def _inputs(self, image: str) -> int:
+        """Return the tower inputs of an image; 1 for one that cannot be read, of which that is said."""
+        fit = self.source.fit
+        assert fit is not None  # noqa: S101 who calls has looked
+        if not fit.grid or self._known[image][0]:
+            return 1
+        picture = picture_of(image, self.source.data.image_folder, self.base)
+        return fit.inputs(image_size(picture, self.reading))
 
     def _of_images(self, record: Record) -> Iterator[Fault]:
         folder = self.source.data.image_folder

@@ -21,8 +21,11 @@ EXAMPLES = """
   tlf-data tokenizer data/records.json data/more.jsonl data/tokenizer --vocab 4096
   tlf-data check data/records.json --image-folder data/images --fix data/mended.jsonl
   tlf-data check my.yaml --deep
+  tlf-data stats my.yaml --against questions.jsonl --html stats.html
   tlf-data preview my.yaml page.html
   tlf-data split data/records.json data/parts --share 0.02
+  tlf-data convert data/records.json data/records.parquet --to parquet --image-folder data/images --embed
+  tlf-data convert shards/ data/records.json --to json --images data/images
 """
 
 
@@ -66,6 +69,40 @@ def parser() -> argparse.ArgumentParser:
     split.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
     split.add_argument("out", type=path_argument, help="folder for train.jsonl and held_out.jsonl")
     split.add_argument("--share", type=float, required=True, metavar="X", help="of the records, such as 0.02")
+    stats = commands.add_parser("stats", help="say what a set holds: lengths, images, copies, overlap, tokens, packs")
+    _add_sources(stats)
+    stats.add_argument(
+        "--against", action="append", default=[], type=path_argument, metavar="FILE",
+        help="evaluation set to look for: records, or lines with question and image; may be repeated",
+    )  # fmt: skip
+    stats.add_argument(
+        "--against-images", type=path_argument, metavar="DIR", help="of its image paths (default: that of the file)"
+    )
+    stats.add_argument("--no-images", action="store_true", help="do not look at the images")
+    stats.add_argument("--json", dest="json_file", type=path_argument, metavar="FILE", help="JSON file to write, too")
+    stats.add_argument("--html", type=path_argument, metavar="FILE", help="page with plots to write, too")
+    convert = commands.add_parser("convert", help="write records in another form; what that cannot hold is refused")
+    convert.add_argument("records", type=path_argument, help="records in any form (docs/data.md)")
+    convert.add_argument("out", type=path_argument, help="file (or folder) to write; must not exist")
+    forms = "json (a list if OUT ends in .json, else JSONL), csv, webdataset, parquet, arrow, datasets"
+    convert.add_argument("--to", required=True, metavar="FORMAT", help=forms)
+    convert.add_argument(
+        "--shape", choices=("llava", "openai", "sharegpt"), help="of the entries (default: llava; not of csv)"
+    )
+    convert.add_argument(
+        "--image-folder", type=path_argument, metavar="DIR", help="of the image paths (default: that of the records)"
+    )
+    convert.add_argument(
+        "--images", type=path_argument, metavar="FOLDER", help="new folder that all images are written to as files"
+    )
+    convert.add_argument("--embed", action="store_true", help="write all images into OUT")
+    convert.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="leave out a field that nothing reads; may be repeated",
+    )
     for command in (preview, split):
         command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: 0)")
     return p
@@ -89,8 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "check":
             return _check(args)
+        if args.command == "stats":
+            _stats(args)
+            return 0
         with writing(args.out):
-            {"init": _init, "tokenizer": _tokenizer, "preview": _preview, "split": _split}[args.command](args)
+            _COMMANDS[args.command](args)
     except UserError as error:
         log.error("%s", error)
         return 2
@@ -147,6 +187,23 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if clean else 1
 
 
+def _stats(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.sources import looked_at
+    from tinyllava_fast.prepare.stats import read_against, stats
+    from tinyllava_fast.prepare.stats_page import as_dict, page, text
+
+    sources = looked_at(args.target, args.image_folder, args.template, args.tokenizer)
+    against = [read_against(file, args.against_images) for file in args.against]
+    found = [stats(source, against, pixels=not args.no_images) for source in sources]
+    sys.stdout.write("\n".join(map(text, found)))
+    lines = json.dumps([as_dict(one) for one in found], indent=1, ensure_ascii=False) + "\n"
+    for path, content in ((args.json_file, lines), (args.html, page(found) if args.html else "")):
+        if path:
+            with writing(path):
+                write_file(path, content.encode())
+            log.info("wrote %s", path)
+
+
 def _preview(args: argparse.Namespace) -> None:
     from tinyllava_fast.prepare.preview import preview
     from tinyllava_fast.prepare.sources import looked_at
@@ -163,8 +220,29 @@ def _split(args: argparse.Namespace) -> None:
     log.info("wrote %s: %d records to train on, %d held out", args.out, found.train, found.held_out)
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.convert import convert
+
+    found = convert(
+        args.records,
+        args.out,
+        args.to,
+        shape=args.shape,
+        image_folder=args.image_folder,
+        images=args.images,
+        embed=args.embed,
+        drop=args.drop,
+    )
+    log.info("wrote %s: %d records that show %d images", args.out, found.records, found.images)
+    if args.images:
+        log.info("in a run's YAML: data.image_folder: %s", args.images)
+
+
 def _vocabulary(args: argparse.Namespace) -> int:
     return VOCABULARY if args.vocab is None else int(args.vocab)
+
+
+_COMMANDS = {"init": _init, "tokenizer": _tokenizer, "preview": _preview, "split": _split, "convert": _convert}
 
 
 if __name__ == "__main__":

@@ -2,29 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from tinyllava_fast.config.load import load_run
-from tinyllava_fast.config.schema import DataConfig
+from tinyllava_fast.config.schema import BatchConfig, DataConfig
+from tinyllava_fast.data.anyres import count_inputs, resolve_grid, tile_size
 from tinyllava_fast.data.formats._base import base_of
+from tinyllava_fast.data.limits import PackLimits
 from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.log import log
+from tinyllava_fast.ops import pack_plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 _CONFIGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What the samples of a source have to fit into. tile: pixels of a tower input. grid: of anyres, else empty."""
+
+    batch: BatchConfig
+    limits: PackLimits
+    tile: tuple[int, int]
+    grid: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions of a tower input."""
+        return self.limits.tokens_per_image
+
+    def inputs(self, size: tuple[int, int]) -> int:
+        """Return the tower inputs of an image of (width, height) pixels."""
+        return count_inputs(size, self.grid, self.tile) if self.grid else 1
+
+    def packs(self, lengths: np.ndarray, images: np.ndarray, segments: np.ndarray) -> int:
+        """Return how many packs samples fill, in a random order. Each is [n]: what the samples need."""
+        order = np.random.default_rng(0).permutation(len(lengths))
+        first, second, third = (torch.from_numpy(c[order].astype(np.int64)) for c in (lengths, images, segments))
+        batch = self.batch
+        most = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
+        packs = pack_plan(first, second, third, *most)
+        return int(packs.max()) + 1 if len(packs) else 0
+
+
+@dataclass(frozen=True)
 class LookedAt:
-    """One source. data: of it alone. tokenizer: None leaves tokens out."""
+    """One source. data: of it alone. tokenizer: None leaves tokens out. fit: None where no run says it."""
 
     name: str
     data: DataConfig
     tokenizer: PreTrainedTokenizerBase | None
+    fit: Fit | None = None
 
     @property
     def template(self) -> Template:
@@ -58,16 +94,33 @@ def looked_at(
 
 
 def _of_run(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[LookedAt]:
-    from tinyllava_fast.models.build import build_tokenizer
+    from tinyllava_fast.models import build
 
     run = load_run(path)
-    tokenizer = build_tokenizer(run.model) if tokenizer is None else tokenizer
+    tokenizer = build.build_tokenizer(run.model) if tokenizer is None else tokenizer
+    build.check_stated_vocabulary(run.model, tokenizer)
+    try:
+        per_image, processor = build.tokens_per_image(run.model), build.build_image_processor(run.model)
+    except UserError as error:
+        log.warning("%s: whether samples fit into packs is not looked at: %s", path, error)
+        processor = None
     found: list[LookedAt] = []
     known = set()
     for stage in run.stages:
-        for source, alone in stage.data.under(run.data_root).each():
-            key = (alone.records, alone.image_folder, alone.template, alone.turns, alone.masks)
-            if key not in known:
-                found.append(LookedAt(f"{stage.name}.{source.title}", alone, tokenizer))
-            known.add(key)
+        sets = [(f"{stage.name}.{one.title}", alone) for one, alone in stage.data.under(run.data_root).each()]
+        if validation := stage.validation.records:
+            folder = stage.validation.image_folder or stage.data.image_folder
+            held = replace(stage.data, records=validation, image_folder=folder, sources=[])
+            sets.append((f"{stage.name}.validation", held.under(run.data_root)))
+        for name, data in sets:
+            fit = None if processor is None else _fit(data, stage.batch, per_image, processor)
+            key = (data.records, data.image_folder, data.template, data.turns, data.turns_per_sample, data.masks)
+            if (key, fit) not in known:
+                found.append(LookedAt(name, data, tokenizer, fit))
+            known.add((key, fit))
     return found
+
+
+def _fit(data: DataConfig, batch: BatchConfig, per_image: int, processor: BaseImageProcessor) -> Fit:
+    grid = resolve_grid(data.image_grid, processor) if data.image_mode == "anyres" else []
+    return Fit(batch, PackLimits.of(data, batch, per_image), tile_size(processor), tuple(grid))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 from tinyllava_fast.data.formats._base import base_of
-from tinyllava_fast.data.formats._embedded import Embedded, picture_of
+from tinyllava_fast.data.formats._shapes import extras_of, whole
+from tinyllava_fast.data.formats.json_text import object_of
 from tinyllava_fast.data.record import Record
 from tinyllava_fast.data.records import read_records
+from tinyllava_fast.data.split import image_key
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.files import atomic_file
-from tinyllava_fast.prepare.rows import line_of
 
 NAMES = ("train.jsonl", "held_out.jsonl")
 
@@ -59,8 +61,9 @@ def split(records: str | Path, out: str | Path, share: float, seed: int = 0) -> 
             stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
             for path in [stack.enter_context(atomic_file(folder / name)) for name in NAMES]
         ]
-        for record, group in zip(read_records(records), groups, strict=True):
-            files[group in held].write(line_of(record, base))
+        again = read_records(records, extra=partial(extras_of, strict=False))
+        for record, group in zip(again, groups, strict=True):
+            files[group in held].write(object_of(whole(record, str(records), base)) + "\n")
     return Sizes(len(groups) - count, count)
 
 
@@ -85,10 +88,6 @@ def _groups(records: str | Path, base: Path) -> list[bytes]:
 
 
 def _keys(record: Record, base: Path) -> list[bytes]:
-    """Return a digest of each image: of its path, or of its bytes where it has none."""
-    found = []
-    for image in record.images:
-        picture = picture_of(image, "", base)
-        content = picture.read() if isinstance(picture, Embedded) else f"path {picture}".encode()
-        found.append(blake2b(content, digest_size=16).digest())
-    return found or [blake2b(f"text {record.turns[0][0]}".encode(), digest_size=16).digest()]
+    """Return a digest of the key of each image, or of the first question where there is none."""
+    keys = [image_key(image, base) for image in record.images] or [f"text {record.turns[0][0]}"]
+    return [blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest() for key in keys]

@@ -16,8 +16,9 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.config.schema import DataConfig, EngineConfig
 from tinyllava_fast.config.validation import ValidationConfig
+from tinyllava_fast.data.formats._base import base_of
 from tinyllava_fast.data.records import Refused, read_refusing
-from tinyllava_fast.data.split import Split, place_of
+from tinyllava_fast.data.split import Split, image_key, place_of
 from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval.local import LiveModel
@@ -83,8 +84,11 @@ def _usable(data: DataConfig, split: Split | None) -> Iterator[Sample]:
 
     Of a split, records without a picture are left out: it goes by their tokens, which are not known here.
     """
+    base = base_of(data.records)
     for record in read_refusing(data.records):
-        if isinstance(record, Refused) or (split and not (record.images and split.takes(record.images))):
+        if isinstance(record, Refused) or (split and not record.images):
+            continue
+        if split and not split.takes([image_key(image, base) for image in record.images]):
             continue
         question, truth = record.turns[0]
         shown = question.count(IMAGE_TOKEN) if record.interleaved else len(record.images)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import glob
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.registry import Registry
+
+if TYPE_CHECKING:
+    from tinyllava_fast.data.formats._shapes import Shape, Whole
 
 HEAD = 1 << 16
 """Bytes of a file that its format is recognized by."""
@@ -41,15 +45,15 @@ class Head:
 class Row:
     """An entry of a file, not yet checked.
 
-    line: in the file, from 1. place: where it stands, if that is no line. binary: whether True stands for bytes that
-    are there but were not read. refer: returns a reference to the image at a place of the entry.
+    line: in the file, from 1. place: where it stands, if that is no line. binary: fields in which True stands for bytes
+    that are there but were not read. refer: returns a reference to the image at a place of the entry.
     """
 
     values: object
     line: int
     refer: Callable[[Place], str]
     place: str = ""
-    binary: bool = False
+    binary: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class RecordFormat(ABC):
     """A folder of such files is one source, whatever else lies in it."""
     holds_images: bool = False
     """Whether most of its bytes are those of images, so that a file is known by its size and time of change."""
+    is_folder: bool = False
+    """What ``write`` fills is a folder."""
+    always_inside: bool = False
+    """``write`` wants the bytes of every image."""
 
     @abstractmethod
     def matches(self, head: Head) -> bool:
@@ -90,6 +98,14 @@ class RecordFormat(ABC):
         Called by any number of processes, in any order.
         """
         raise NotImplementedError
+
+    def write(self, path: Path, samples: Iterable[Whole], shape: Shape | None) -> None:
+        """Write records to an empty file (or folder). samples: may be gone through more than once.
+
+        shape: of the entries; None: the usual one. DataError, naming file, record and field, for what it cannot hold;
+        UserError for a shape that it does not have, or if nothing can be written in this format.
+        """
+        raise UserError(f"{path.name}: this format is read, but not written; choose another --to")
 
 
 RECORD_FORMATS: Registry[RecordFormat] = Registry("record format", "tinyllava_fast.data.formats")

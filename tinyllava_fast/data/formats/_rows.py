@@ -22,9 +22,10 @@ from tinyllava_fast.data.types import IMAGE_TOKEN, ImagePart, laid_out
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import Fields, is_text, shown
 
-_LISTS = ("conversations", "messages")
+LISTS = ("conversations", "messages")
+"""Fields that hold a conversation; the first that is given is read."""
 _COLUMNS = ("question", "answer", "caption")
-_FIELDS = ("id", "image", "images", "system", *_LISTS, *_COLUMNS)
+_FIELDS = ("id", "image", "images", "system", *LISTS, *_COLUMNS)
 _ROLES = {
     **dict.fromkeys(("human", "user"), "human"),
     **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt"), "gpt"),
@@ -46,7 +47,7 @@ def record_of(index: int, row: Row) -> Record:
         name = record.word("id")
     images, listed = _images(record, row)
     system = _text(record, "system", value.get("system")) if value.get("system") is not None else ""
-    where = next((where for where in _LISTS if value.get(where) is not None), "")
+    where = next((where for where in LISTS if value.get(where) is not None), "")
     if where:
         pictures = _Pictures(row)
         first, said = _messages(record, where, pictures)
@@ -66,6 +67,19 @@ def record_of(index: int, row: Row) -> Record:
     pairs = tuple((question, answer or "") for question, answer in turns)
     name = str(index) if name is None else name
     return Record(index, name, row.line, tuple(images), listed, pairs, (system.strip() and system) or None, row.place)
+
+
+def used_fields(values: Mapping[str, object]) -> set[str]:
+    """Return the names of those fields of an entry that ``record_of`` reads."""
+    where = next((where for where in LISTS if values.get(where) is not None), "")
+    asked = values.get("question") is not None or values.get("answer") is not None
+    return {
+        "id",
+        "image",
+        "images",
+        "system",
+        *([where] if where else ("question", "answer") if asked else ["caption"]),
+    }
 
 
 def _messages(record: Fields, where: str, pictures: _Pictures) -> tuple[str, list[_Said]]:
@@ -205,10 +219,10 @@ def _image(record: Fields, field: str, value: object, place: Place, row: Row) ->
         if value.startswith("data:"):
             return row.refer(place)
         return cast(str, Fields({field: value.removeprefix("file://")}, "", FaultError).path(field))
-    if row.binary and value is True:
+    if value is True and place[0] in row.binary:
         return row.refer(place)
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
-        if row.binary and value.get("bytes") is True:
+        if value.get("bytes") is True and place[0] in row.binary:
             return row.refer((*place, "bytes"))
         if value.get("path") is not None:
             return _image(record, f"{field}.path", value["path"], (*place, "path"), row)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
+from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, not_held
 from tinyllava_fast.data.record import FaultError
-from tinyllava_fast.errors import DataError
-from tinyllava_fast.fields import not_utf8, shown
+from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.fields import is_text, not_utf8, shown
 
 _COLUMNS = ({"question", "answer"}, {"image", "caption"})
 _LONGEST = 1 << 24  # characters of a cell; the library's own limit, 131,072, is less than some documents have
@@ -37,8 +38,49 @@ class CsvTable(RecordFormat):
         except UnicodeDecodeError as error:
             raise not_utf8(path, error) from None
 
+    def write(self, path: Path, samples: Iterable[Whole], shape: Shape | None) -> None:
+        """See the base class. One question a record; beside it columns of text alone."""
+        if shape is not None:
+            raise UserError(f"--shape {shape}: a table has the columns question and answer; leave it out")
+        names = {"id": None, "question": None, "answer": None}
+        for one in samples:
+            values = _values_of(one)
+            check_held(one, {name: value for name, value in values.items() if value or name == "answer"})
+            names |= dict.fromkeys(values)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows(map(_values_of, samples))
+
 
 RECORD_FORMATS.register("csv")(CsvTable())
+
+
+def _values_of(one: Whole) -> dict[str, str]:
+    """Return the cells of a record. DataError for what no cell can hold."""
+    record = one.record
+    if len(record.turns) > 1:
+        raise not_held(one, f"conversations: {len(record.turns)} questions, and a line holds one")
+    if len(record.images) > 1:
+        raise not_held(one, f"image: {len(record.images)} images, and a line holds one")
+    [(question, answer)] = record.turns
+    cells: dict[str, object] = {"id": record.id, "question": question, "answer": answer}
+    if one.images:
+        if one.images[0].inside is not None:
+            raise not_held(
+                one, "image: bytes, which a text cannot hold; write the images to files with --images FOLDER"
+            )
+        cells["image"] = one.images[0].name
+    if record.system is not None:
+        cells["system"] = record.system
+    for name, value in (record.extra or {}).items():
+        if name in cells or name in ("system", "caption") or name != name.strip():
+            raise not_held(one, f"{name}: no column can have this name; leave it out with --drop {name}")
+        cells[name] = value
+    for name, value in cells.items():
+        if not isinstance(value, str) or "\0" in value or len(value) > _LONGEST or not is_text(value):
+            raise not_held(one, f"{name}: expected text, got {shown(value)}; leave it out with --drop {name}")
+    return {name: str(value) for name, value in cells.items()}
 
 
 def _separator(line: str) -> str:

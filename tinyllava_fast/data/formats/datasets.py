@@ -5,7 +5,9 @@ The files are mapped into memory, so an image costs no more than its own bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING
 from tinyllava_fast.data.formats._arrow import damaged, pyarrow, rows_of
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
+from tinyllava_fast.data.formats._shapes import Shape, Whole
+from tinyllava_fast.data.formats._tables import batches, features_of, with_features
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.fields import read_object
 
@@ -27,7 +31,7 @@ _NAME = "arrow"
 class Datasets(RecordFormat):
     """The folder: state.json names its files in order."""
 
-    holds_images = True
+    holds_images = is_folder = True
 
     def matches(self, head: Head) -> bool:
         """See the base class."""
@@ -45,6 +49,18 @@ class Datasets(RecordFormat):
             splits = read_object(path / "dataset_dict.json").texts("splits")
             raise DataError(f"{path}: holds the splits {', '.join(splits)}; name one of them: {path / splits[0]}")
         return [path / item.path("filename") for item in read_object(path / "state.json").mappings("_data_files")]
+
+    def write(self, path: Path, samples: Iterable[Whole], shape: Shape | None) -> None:
+        """See the base class."""
+        file = path / "data-00000-of-00001.arrow"
+        features = _write(file, samples, shape)
+        state: dict[str, object] = {
+            **{"_data_files": [{"filename": file.name}], "_fingerprint": secrets.token_hex(8), "_split": None},
+            **{"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False},
+        }
+        about = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+        for name, values in (("state.json", state), ("dataset_info.json", about)):
+            (path / name).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 class Arrow(RecordFormat):
@@ -71,9 +87,23 @@ class Arrow(RecordFormat):
         batch = _mapped(path)[address[0]]
         return walk(batch.column(str(place[0]))[address[1]].as_py(), place[1:])
 
+    def write(self, path: Path, samples: Iterable[Whole], shape: Shape | None) -> None:
+        """See the base class."""
+        _write(path, samples, shape)
+
 
 RECORD_FORMATS.register(_NAME)(Arrow())
 RECORD_FORMATS.register("datasets")(Datasets())
+
+
+def _write(path: Path, samples: Iterable[Whole], shape: Shape | None) -> dict[str, object]:
+    """Write an Arrow file of the stream format; return its columns in the words of ``datasets``."""
+    ipc = pyarrow(path, "pyarrow.ipc")
+    schema, parts = batches(path, samples, shape or "llava")
+    with ipc.new_stream(path, with_features(schema)) as writer:
+        for part in parts:
+            writer.write_batch(part)
+    return features_of(schema)
 
 
 def _refer(path: Path, base: Path, batch: int, first: int, row: int, place: Place) -> str:

@@ -1,11 +1,14 @@
-"""A JSON list of records, or one record a line (JSONL): streamed, strictly checked, errors name the line."""
+"""A JSON list of records, or one record a line (JSONL): streamed, strictly checked, errors name the line.
+
+A file whose name ends in .json is written as a list, every other one with a record a line.
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -13,8 +16,10 @@ from typing import TextIO
 
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, TEXT, Broken, Head, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
+from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, fields_of, not_held
+from tinyllava_fast.data.record import FaultError
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.fields import DECODER, fault, not_utf8
+from tinyllava_fast.fields import DECODER, fault, is_text, not_utf8
 
 _SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
@@ -49,8 +54,39 @@ class JsonText(RecordFormat):
             file.seek(address[0])
             return walk(json.loads(file.read(address[1])), place)
 
+    def write(self, path: Path, samples: Iterable[Whole], shape: Shape | None) -> None:
+        """See the base class."""
+        before, between, after = ("[\n", ",\n", "\n]\n") if path.suffix == ".json" else ("", "\n", "\n")
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for number, one in enumerate(samples):
+                file.write((between if number else before) + object_of(one, shape))
+            file.write(after)
+
 
 RECORD_FORMATS.register(TEXT)(JsonText())
+
+
+def object_of(one: Whole, shape: Shape | None = None) -> str:
+    """Return a record as one line of JSON, without its end. DataError for what the shape cannot hold."""
+    images = [one.text(number) for number in range(len(one.images))]
+    try:
+        values = fields_of(one.record, shape or "llava", images)
+        line = json.dumps(values, ensure_ascii=False)
+    except FaultError as fault:
+        raise not_held(one, str(fault)) from None
+    except (TypeError, ValueError) as error:  # a date, or another value of a table
+        name = next((n for n, v in (one.record.extra or {}).items() if not _is_json(v)), "record")
+        raise not_held(one, f"{name}: {error}; leave it out with --drop {name}") from None
+    check_held(one, values)
+    return line if is_text(line) else json.dumps(values)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class _Reader:

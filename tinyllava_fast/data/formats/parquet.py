@@ -6,7 +6,7 @@ An image is read by reading the column of its row group, of which each process k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from tinyllava_fast.data.formats._arrow import AT_ONCE, damaged, pyarrow, rows_of
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
+from tinyllava_fast.data.formats._shapes import Shape, Whole
+from tinyllava_fast.data.formats._tables import batches, with_features
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +55,14 @@ class Parquet(RecordFormat):
         with _LOCK:
             column, start = _column(path, address[0], str(place[0]))
         return walk(column[address[1] - start].as_py(), place[1:])
+
+    def write(self, path: Path, samples: Iterable[Whole], shape: Shape | None) -> None:
+        """See the base class. Row groups are small, so that images can be read in any order."""
+        parquet = pyarrow(path, "pyarrow.parquet")
+        schema, parts = batches(path, samples, shape or "llava")
+        with parquet.ParquetWriter(path, with_features(schema)) as writer:
+            for part in parts:
+                writer.write_batch(part, row_group_size=len(part))
 
 
 RECORD_FORMATS.register(_NAME)(Parquet())

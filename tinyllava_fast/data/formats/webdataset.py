@@ -7,28 +7,33 @@
 
 from __future__ import annotations
 
+import io
+import json
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
+from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, ending_of, fields_of, not_held
+from tinyllava_fast.data.record import FaultError
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.fields import decode
+from tinyllava_fast.fields import decode, is_text
 
 _NAME = "webdataset"
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "ppm", "img", "image")
+_BINARY = frozenset({"image"})
 _TEXTS = {"txt": "caption", "text": "caption", "caption": "caption", "question": "question", "answer": "answer"}
 
 
 class WebDataset(RecordFormat):
     """An uncompressed tar archive."""
 
-    sharded = holds_images = True
+    sharded = holds_images = always_inside = True
 
     def matches(self, head: Head) -> bool:
         """See the base class."""
@@ -59,8 +64,37 @@ class WebDataset(RecordFormat):
             raise ValueError("the archive has become shorter")
         return walk(decode(content.decode(), str(path)), place) if place else content
 
+    def write(self, path: Path, samples: Iterable[Whole], shape: Shape | None) -> None:
+        """See the base class. Of each record its images, then its JSON file."""
+        with tarfile.open(path, "w") as archive:
+            for number, one in enumerate(samples):
+                for name, content in _members(one, f"{number:09}", shape or "llava"):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+                archive.members = []  # type: ignore[attr-defined]
+
 
 RECORD_FORMATS.register(_NAME)(WebDataset())
+
+
+def _members(one: Whole, stem: str, shape: Shape) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the files of a record."""
+    names = []
+    for number, image in enumerate(one.images):
+        content = one.content(number)
+        ending = ending_of(one.kind(number, content))
+        ending = ending if ending in _PICTURES else "img"
+        name = f"{stem}.{number}.{ending}" if len(one.images) > 1 else f"{stem}.{ending}"
+        names.append(image.name or name)
+        yield name, content
+    try:
+        values = fields_of(one.record, shape, names, beside=True)
+        text = json.dumps(values, ensure_ascii=False)
+    except (FaultError, TypeError, ValueError) as fault:
+        raise not_held(one, str(fault)) from None
+    check_held(one, _described(values, {}, len(names), stem), _BINARY)
+    yield f"{stem}.json", (text if is_text(text) else json.dumps(values)).encode()
 
 
 def _stem(name: str) -> str:
@@ -76,6 +110,7 @@ def _row(
     path: Path, base: Path, archive: tarfile.TarFile, number: int, stem: str, members: list[tarfile.TarInfo]
 ) -> Row:
     """Return the files of one stem as an entry; its id is the stem."""
+    beside: dict[str, object] = {}
     values: dict[str, object] = {}
     pictures, described = [], None
     for member in members:
@@ -88,18 +123,25 @@ def _row(
             found = decode(_text(path, archive, member), f"{path}: {member.name}")
             if not isinstance(found, dict):
                 raise DataError(f"{path}: {member.name}: expected a JSON object; mend or remove it")
-            values = {**found, **values}
+            values = found
         elif (name := _TEXTS.get(ending.removesuffix(".txt"))) is not None:
-            values[name] = _text(path, archive, member)
+            beside[name] = _text(path, archive, member)
+    values = _described(values, beside, len(pictures), stem)
+    refer = partial(_refer, path, base, pictures, described)
+    return Row(values, number + 1, refer, f"{path.name}: {stem}", _BINARY)
+
+
+def _described(described: dict[str, object], beside: dict[str, object], pictures: int, stem: str) -> dict[str, object]:
+    """Return an entry of the fields of its JSON file and of the texts beside that; True stands for a picture."""
+    values = {**described, **beside}
     values.setdefault("id", stem)
     if pictures:
-        listed = len(pictures) > 1 or "images" in values or isinstance(values.get("image"), list)
+        listed = pictures > 1 or "images" in values or isinstance(values.get("image"), list)
         values = {name: value for name, value in values.items() if name not in ("image", "images")}
-        values["image"] = [True] * len(pictures) if listed else True
+        values["image"] = [True] * pictures if listed else True
     if "conversations" in values or "messages" in values or "question" in values:
         values.pop("caption", None)
-    refer = partial(_refer, path, base, pictures, described)
-    return Row(values, number + 1, refer, f"{path.name}: {stem}", binary=True)
+    return values
 
 
 def _refer(

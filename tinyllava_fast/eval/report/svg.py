@@ -9,6 +9,7 @@ from html import escape
 
 from tinyllava_fast.eval.report.data import Curve
 from tinyllava_fast.eval.types import Histogram
+from tinyllava_fast.page import columns
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 22, 30, 40
@@ -88,19 +89,9 @@ def line_chart(lines: Sequence[Line], label: str, stages: Sequence[tuple[str, in
 
 def histogram(summary: Histogram) -> str:
     """Draw what eval.statistics.histogram counted as columns, its percentiles written out; values are seconds."""
-    bins = summary["bins"]
-    width, height = (WIDTH - LEFT - RIGHT) / len(bins), 120
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height + 48}" role="img" aria-label="answer times">']
-    for i, count in enumerate(bins):
-        tall = height * count / max(bins)
-        box = f'x="{LEFT + i * width:.1f}" y="{8 + height - tall:.1f}" width="{width - 1:.1f}" height="{tall:.1f}"'
-        parts.append(f'<rect class="column" {box}/>')
-    for share in (0, 0.5, 1):
-        place = f'x="{LEFT + share * (WIDTH - LEFT - RIGHT):.1f}" y="{height + 26}" text-anchor="middle"'
-        parts.append(f'<text class="tick" {place}>{share * summary["max"]:.3g}</text>')
     said = "seconds; " + ", ".join(f"{name} {summary[name]:.3g}" for name in ("p50", "p95", "p99"))
-    parts.append(f'<text class="tick" x="{WIDTH / 2}" y="{height + 44}" text-anchor="middle">{said}</text>')
-    return "\n".join([*parts, "</svg>"])
+    ticks = [f"{share * summary['max']:.3g}" for share in (0, 0.5, 1)]
+    return columns(summary["bins"], ticks, "answer times", said)
 
 
 def _decades(low: float, high: float) -> tuple[float, float]:
