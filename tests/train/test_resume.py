@@ -174,7 +174,8 @@ def test_benchmarks_of_a_validation_may_change(trained):
 @pytest.mark.parametrize(
     ("asked", "attempt", "launched", "taken"),
     [
-        ("never", 0, "before", "never"),
+        ("never", 0, "before", "auto"),
+        ("never", 0, "", "never"),
         ("never", 1, "before", "auto"),
         ("never", 1, "after", "never"),
         ("never", 1, "", "auto"),

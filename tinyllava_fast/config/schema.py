@@ -360,6 +360,9 @@ class EngineConfig:
     which takes all cores itself; on a GPU the cores but one, shared by the processes of a node, at most 8."""
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
+    silence_timeout: Annotated[int, Range(least=0, most=86400)] = 300
+    """Of several processes: seconds after which one that does not run at all (stopped, its machine down) is named, and
+    all end; what takes long, as a compilation or a save, is no silence. 0: only after the 6 hours of a collective."""
 
     @property
     def sharding(self) -> int:
