@@ -14,7 +14,7 @@ tmpfs); where there is none, that fault is left out, which the output says.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
 import json
 import os
 import random
@@ -35,7 +35,8 @@ from pathlib import Path
 import psutil
 
 from tests.train.conftest import prepare
-from tests.train.processes import Ranks, fork_server
+from tests.train.notes import Notes, take_note
+from tests.train.processes import PRELOADED, Ranks, fork_server
 from tinyllava_fast.train.checkpoint import CheckpointStore
 
 EVERY, STEPS, SILENCE = 4, 48, 2
@@ -45,48 +46,6 @@ PATIENCE = 60.0
 INSIDE = "TLF_SOAK_DISK"
 SIZE = 64  # MB of the disk that fills up
 ENGINES = ("ddp", "fsdp")
-
-
-def take_note(folder: Path) -> None:
-    """In a process of the run: note the digest of each step's samples before the step."""
-    from tinyllava_fast.train import loop
-
-    take, rank = loop.Stage._next_micro_batches, os.environ["RANK"]
-    notes = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def noting(stage: loop.Stage, *arguments: object) -> object:
-        found = take(stage, *arguments)
-        digest = hashlib.sha1()
-        for batch in found[0]:
-            digest.update(batch.input_ids.numpy().tobytes())
-            digest.update(batch.pixel_values.numpy().tobytes())
-        os.write(notes, f"{time.time():.3f} {stage.state.step} {digest.hexdigest()}\n".encode())
-        return found
-
-    loop.Stage._next_micro_batches = noting
-
-
-@dataclass
-class Notes:
-    """What the processes of a run have noted so far."""
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-
-    def of(self, rank: int) -> list[tuple[float, int, str]]:
-        """(time, step, digest of the samples) of every step that a rank has begun."""
-        path = self.folder / f"{rank}.txt"
-        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-        return [(float(moment), int(step), digest) for moment, step, digest in lines]
-
-    def samples(self, rank: int) -> dict[int, set[str]]:
-        """Step -> the digests of its samples; more than one if it was repeated with others."""
-        found: dict[int, set[str]] = {}
-        for _, step, digest in self.of(rank):
-            found.setdefault(step, set()).add(digest)
-        return found
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -161,7 +120,7 @@ FAULTS = [
     Fault("SIGTERM to rank 1", send(signal.SIGTERM, 1), (STOPPED, STOPPED), "goes on from"),
     Fault("SIGTERM to both", send(signal.SIGTERM, 0, 1), (STOPPED, STOPPED), "goes on from"),
     Fault("SIGTERM, then SIGKILL", preempt, (KILLED | STOPPED, KILLED | STOPPED)),
-    Fault("disk full", lambda _, disk: disk.fill(), (LOST, LOST), "cannot be written: No space left", True),
+    Fault("disk full", lambda _, disk: disk.fill(), (LOST, LOST), "No space left", True),
 ]
 
 
@@ -195,7 +154,7 @@ class Soak:
         with self.ranks(engine, run, notes) as ranks:
             assert ranks.wait(600) == [0, 0], ranks.said(0)
         moments = [moment for moment, _, _ in notes.of(0)]
-        self.step_s = statistics.median(b - a for a, b in zip(moments, moments[1:], strict=False))
+        self.step_s = statistics.median(b - a for a, b in itertools.pairwise(moments))
         return run, notes
 
     def round(self, engine: str, whole: tuple[Path, Notes], number: int, most: int) -> None:
@@ -289,11 +248,12 @@ class Soak:
         starts = [row[2] for row in self.rows if row[2]]
         if starts:
             most = max(row[1] + row[2] + row[3] * self.step_s for row in self.rows)
+            start = f"{statistics.median(starts):.2f} s, at most {max(starts):.2f}"
             lines += [
                 "",
-                f"{len(self.rows)} faults, {self.in_save} inside a save. A restart took {statistics.median(starts):.2f} "
-                f"s to its first step, at most {max(starts):.2f}; a step {self.step_s:.3f} s, {EVERY} steps between "
-                f"checkpoints. Most time lost by a fault (its end, the restart, the steps): {most:.1f} s.",
+                f"{len(self.rows)} faults, {self.in_save} inside a save. A restart took {start}, to its first step.",
+                f"A step took {self.step_s:.3f} s, and there was a checkpoint every {EVERY} steps.",
+                f"The most time that a fault cost (its end, the restart, the steps lost): {most:.1f} s.",
             ]
         return "\n".join(lines)
 
@@ -368,16 +328,16 @@ def soak(folder: Path, disk: Disk, *, faults: int, seed: int, commands: int, say
         shape[f"stages__{stage}__batch__packs_per_step"] = 4
     shape["checkpoint"] = {"every_steps": EVERY, "keep": 2}
     shape["engine__silence_timeout"] = SILENCE
-    found = Soak(fork_server(), disk, random.Random(seed), prepare(folder, **shape))
+    server = fork_server()
+    server.set_forkserver_preload([*PRELOADED, "tests.train.conftest"])
+    found = Soak(server, disk, random.Random(seed), prepare(folder, **shape))
     wholes = {engine: found.undisturbed(engine) for engine in ENGINES}
     number = 0
     while len(found.rows) < faults:
         engine, before = ENGINES[number % len(ENGINES)], len(found.rows)
         found.round(engine, wholes[engine], number, faults - before)
         number += 1
-        say(
-            f"run {number} ({engine}): {len(found.rows) - before} faults, {len(found.rows)} in all; equal to the whole run"
-        )
+        say(f"run {number} ({engine}): {len(found.rows) - before} faults, {len(found.rows)} in all; equal")
     say(found.table())
     if commands:
         say(f"tlf-train --nproc 2 --max-restarts: {disturb_command(found, 'ddp', wholes['ddp'][0], commands)}: equal")
@@ -397,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         inside = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", "tests.train.soak", *arguments]
         if shutil.which("unshare") and subprocess.run([*inside[:3], "true"], capture_output=True).returncode == 0:
             os.environ[INSIDE] = "1"
-            os.execvp(inside[0], inside)  # noqa: S606, S607
+            os.execvp(inside[0], inside)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     disk = Disk(folder / "disk", own=False)
     disk.folder.mkdir(parents=True)
