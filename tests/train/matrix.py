@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from tests.train.conftest import prepare
-from tests.train.notes import Notes, taking_note
+from tests.train.notes import Notes, take_note
 from tests.train.processes import PRELOADED, Ranks, fork_server
 from tests.train.soak import losses
 from tinyllava_fast.config.load import load_run
@@ -38,7 +38,7 @@ RECIPES = {
     "full": "{llm: {tune: full}, vision: {tune: full}, connector: {tune: full}}",
     "frozen tower": "{vision: {tune: frozen}}",
     "LoRA": f"{{llm: {_LORA}, vision: {_LORA}}}",
-    "partial": "{vision: {tune: partial, from_layer: 1}}",
+    "partial": "{llm: {tune: partial, from_layer: 1}, vision: {tune: full}}",
 }
 PROCESSES, ACCUMULATIONS = (1, 2, 4), (1, 2, 4)
 TOLERANCE = 1e-4
@@ -50,8 +50,9 @@ def train_all(path: Path, runs: Runs) -> None:
     """In a process: train one run after another beside the YAML, and end."""
     try:
         for name, changes in runs:
-            with taking_note(path.parent / "notes" / name):
-                train(load_run(path, [f"output_dir={path.parent / name}", *changes]))
+            undo = take_note(path.parent / "notes" / name)
+            train(load_run(path, [f"output_dir={path.parent / name}", *changes]))
+            undo()
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -77,7 +78,7 @@ class Matrix:
         self.path.write_text(yaml.safe_dump(run))
         self.recipes, self.steps = recipes, steps
         self.server = fork_server()
-        self.server.set_forkserver_preload([*PRELOADED, "tests.train.conftest", "tests.train.matrix"])
+        self.server.set_forkserver_preload([*PRELOADED, "tests.train.conftest"])
 
     def run(self, runs: Runs, processes: int) -> None:
         """Train some runs in so many processes."""

@@ -5,22 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllava_fast.data.types import PackedBatch
 
 
-def take_note(folder: Path) -> None:
-    """In a process of a run: note the digests of each step's packs before the step."""
-    taking_note(folder).__enter__()
-
-
-@contextmanager
-def taking_note(folder: Path) -> Iterator[None]:
-    """The same, for the runs inside."""
+def take_note(folder: Path) -> Callable[[], None]:
+    """In a process of a run: note the digests of each step's packs before the step. Return what undoes it."""
     from tinyllava_fast.train import loop
 
     take, rank = loop.Stage._next_micro_batches, os.environ.get("RANK", "0")
@@ -32,12 +25,12 @@ def taking_note(folder: Path) -> Iterator[None]:
         os.write(notes, f"{time.time():.3f} {stage.state.step} {','.join(map(_digest, found[0]))}\n".encode())
         return found
 
-    loop.Stage._next_micro_batches = noting
-    try:
-        yield
-    finally:
+    def undo() -> None:
         loop.Stage._next_micro_batches = take
         os.close(notes)
+
+    loop.Stage._next_micro_batches = noting
+    return undo
 
 
 def _digest(pack: PackedBatch) -> str:

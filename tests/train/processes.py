@@ -16,7 +16,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 PRELOADED = ["tinyllava_fast.train.loop", "tinyllava_fast.train.engine.fsdp_engine", "torch.utils.tensorboard"]
-Fault = Callable[[], None]
+Fault = Callable[[], object]
 """Called in one process before it trains. A function of a module, which the process imports."""
 
 
