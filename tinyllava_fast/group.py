@@ -180,6 +180,11 @@ def losses_named() -> Iterator[None]:
         raise LostError(_not_without(who)) from error
 
 
+def lost() -> str:
+    """Return which other processes are lost and why, in a sentence; "" if all are there, or this one is alone."""
+    return _not_without(who) if _joined and (who := _lost(_joined[0])) else ""
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Ignore SIGTERM, which torchrun sends now: this process ends by itself, once it has said why."""
