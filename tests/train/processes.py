@@ -87,8 +87,9 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def said(self, rank: int) -> str:
-        """Return what a process wrote to stderr."""
-        return (self.folder / f"{rank}.txt").read_text()
+        """Return what a process wrote to stderr; "" of one that was killed before it could."""
+        path = self.folder / f"{rank}.txt"
+        return path.read_text() if path.exists() else ""
 
     def lines(self) -> list[str]:
         """Return the errors and tracebacks of all processes."""
