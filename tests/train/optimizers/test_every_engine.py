@@ -29,8 +29,7 @@ ENGINES = WHOLE | SHARDED
 CPU = torch.device("cpu")
 SEVERAL = {
     **{name: [f"optim.type={name}"] for name in ("adamw8bit", "lion", "lion8bit", "muon")},
-    "qlora nf4": ["recipe.llm={tune: qlora, lora: {r: 2, dropout: 0.0}}"],
-    "qlora int8": ["recipe.llm={tune: qlora, quant: int8, lora: {r: 2, dropout: 0.0}}"],
+    "qlora": ["recipe.llm={tune: qlora, quant: int8, lora: {r: 2, dropout: 0.0}}"],
 }
 """What trains in several processes with whole weights, and the changes of a stage for it."""
 
