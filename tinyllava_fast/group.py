@@ -75,7 +75,8 @@ def join(backend: str, timeout: timedelta | None = None, silence: float = 0) -> 
     if silence and size > 1:
         keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         # Its own connection: on another's, a beat would wait behind whatever that waits for.
-        heartbeat = Heartbeat(own.clone(), rank, members, patience=silence, keeper=keeper)
+        line: Store = own.clone()  # type: ignore[attr-defined]
+        heartbeat = Heartbeat(line, rank, members, patience=silence, keeper=keeper)
         _joined[0].heartbeat = heartbeat
         atexit.register(heartbeat.stop)
 
