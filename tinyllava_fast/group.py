@@ -111,7 +111,7 @@ def decided(work: Callable[[], T]) -> T:
 
 @contextmanager
 def in_concert() -> Iterator[None]:
-    """Around all that a process does: before it ends by an error it tells the others why.
+    """Around all that a process does: before it ends by an error or a signal it tells the others why.
 
     An error that several have in common stays in one of them; it is a SaidError in the rest.
     """
@@ -120,7 +120,7 @@ def in_concert() -> Iterator[None]:
     try:
         with losses_named():
             yield
-    except Exception as error:
+    except BaseException as error:
         lost = isinstance(error, LostError)
         name = "" if isinstance(error, UserError) or not str(error) else f"{type(error).__name__}: "
         _leave_word("" if lost else name + (str(error) or type(error).__name__).splitlines()[0])

@@ -18,6 +18,7 @@ import torch
 from tests.train.conftest import prepare
 from tests.train.test_resume import run_cli
 from tinyllava_fast.config import schema
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.train import cli, loop, run
 from tinyllava_fast.train.checkpoint import CheckpointStore
@@ -102,6 +103,18 @@ def test_after_resume_from_another_run_the_advice_goes_on_from_the_newest(whole,
 def test_a_signal_before_the_first_checkpoint_promises_none(whole, tmp_path, monkeypatch, said, arguments):
     monkeypatch.setattr(run, "build_tokenizer", lambda _: signal.raise_signal(signal.SIGTERM))
     assert run_cli(whole / "run.yaml", f"output_dir={tmp_path / 'run'}", *arguments) == 143
+    assert said() == "stopped before the first checkpoint; the same command starts over"
+
+
+def test_a_signal_passes_code_that_turns_errors_into_others(whole, tmp_path, monkeypatch, said):
+    def broad(_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise UserError("this tokenizer cannot be used") from error
+
+    monkeypatch.setattr(run, "build_tokenizer", broad)
+    assert run_cli(whole / "run.yaml", f"output_dir={tmp_path / 'run'}") == 143
     assert said() == "stopped before the first checkpoint; the same command starts over"
 
 
