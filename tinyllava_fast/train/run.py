@@ -39,7 +39,8 @@ from tinyllava_fast.train.standing import outcome
 class StopRequest(BaseException):
     """A signal asked to stop; a checkpoint is saved if steps were done. exit_code: 128 + the signal.
 
-    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. said: where the run goes on, for people.
+    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. said: where the run
+    goes on, for people.
     """
 
     def __init__(self, exit_code: int) -> None:
