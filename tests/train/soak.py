@@ -321,9 +321,19 @@ def _pids_at(launcher: subprocess.Popen[bytes], run: Path, step: int) -> list[in
     return []
 
 
-def soak(folder: Path, disk: Disk, *, faults: int, seed: int, commands: int, say: Callable[[str], object]) -> Soak:
-    """Disturb runs until so many faults have hit."""
-    shape = {"stages__pretrain__max_steps": 4, "stages__finetune__max_steps": STEPS - 4, "loggers": []}
+def soak(
+    folder: Path,
+    disk: Disk,
+    *,
+    faults: int,
+    seed: int,
+    commands: int,
+    say: Callable[[str], object],
+    engines: Sequence[str] = ENGINES,
+    steps: int = STEPS,
+) -> Soak:
+    """Disturb runs of so many steps, of these engines in turn, until so many faults have hit."""
+    shape = {"stages__pretrain__max_steps": 4, "stages__finetune__max_steps": steps - 4, "loggers": []}
     for stage in ("pretrain", "finetune"):
         shape[f"stages__{stage}__batch__packs_per_step"] = 4
     shape["checkpoint"] = {"every_steps": EVERY, "keep": 2}
@@ -331,16 +341,18 @@ def soak(folder: Path, disk: Disk, *, faults: int, seed: int, commands: int, say
     server = fork_server()
     server.set_forkserver_preload([*PRELOADED, "tests.train.conftest"])
     found = Soak(server, disk, random.Random(seed), prepare(folder, **shape))
-    wholes = {engine: found.undisturbed(engine) for engine in ENGINES}
+    wholes = {engine: found.undisturbed(engine) for engine in engines}
     number = 0
     while len(found.rows) < faults:
-        engine, before = ENGINES[number % len(ENGINES)], len(found.rows)
+        engine, before = engines[number % len(engines)], len(found.rows)
         found.round(engine, wholes[engine], number, faults - before)
         number += 1
         say(f"run {number} ({engine}): {len(found.rows) - before} faults, {len(found.rows)} in all; equal")
     say(found.table())
     if commands:
-        say(f"tlf-train --nproc 2 --max-restarts: {disturb_command(found, 'ddp', wholes['ddp'][0], commands)}: equal")
+        say(
+            f"tlf-train --nproc 2 --max-restarts: {disturb_command(found, engines[0], wholes[engines[0]][0], commands)}: equal"
+        )
     return found
 
 

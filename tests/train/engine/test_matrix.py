@@ -9,21 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.matrix import ENGINES, RECIPES, TOLERANCE, Matrix
+from tests.train.matrix import ENGINES, TOLERANCE, Matrix
 from tests.train.notes import Notes, take_note
 from tests.train.processes import Ranks, fork_server
 from tests.train.soak import losses
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "processes"), [("ddp", 4), ("fsdp", 2), ("zero1", 4), ("zero2", 1), ("zero3", 2)])
+@pytest.mark.parametrize(("engine", "processes"), [("fsdp", 4), ("zero1", 2)])
 def test_an_engine_trains_as_one_process(tmp_path, engine, processes):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
-    matrix = Matrix(tmp_path, 5, list(RECIPES))
+    recipes = ["partial", "LoRA"]
+    matrix = Matrix(tmp_path, 4, recipes)
     matrix.reference([2 * processes])
     found = matrix.difference(engine, processes, [2])
-    assert found.keys() == RECIPES.keys() and max(found.values()) < TOLERANCE, found
+    assert list(found) == recipes and max(found.values()) < TOLERANCE, found
 
 
 def note_and_stop(folder: Path, step: int) -> None:
