@@ -350,9 +350,8 @@ def soak(
         say(f"run {number} ({engine}): {len(found.rows) - before} faults, {len(found.rows)} in all; equal")
     say(found.table())
     if commands:
-        say(
-            f"tlf-train --nproc 2 --max-restarts: {disturb_command(found, engines[0], wholes[engines[0]][0], commands)}: equal"
-        )
+        hits = disturb_command(found, engines[0], wholes[engines[0]][0], commands)
+        say(f"tlf-train --nproc 2 --max-restarts: {', '.join(hits)}: equal")
     return found
 
 
