@@ -1,6 +1,6 @@
 """``make soak``: runs of two processes, disturbed at random instants until they end, must end as an undisturbed one.
 
-    python -m tests.train.soak [--faults 200] [--seed 0] [--commands 6] [--folder DIR]
+    python -m tests.train.soak [--faults 200] [--seed 0] [--commands 6] [--engines ddp,fsdp] [--steps 48]
 
 Processes are killed (one, both), stopped, told to stop (one, both, with too little time), and their disk fills up; at
 the start, between steps and inside saves, under ddp and fsdp in turn. After each fault it is checked that all processes
@@ -361,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", type=int, default=6)
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a run")
     parser.add_argument("--folder", type=Path, help="where the output of all processes stays (default: removed)")
     args = parser.parse_args(argv)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -383,7 +385,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not disk.own:
         say("no file system of its own can be mounted here: the disk is never full")
     try:
-        soak(folder / "work", disk, faults=args.faults, seed=args.seed, commands=args.commands, say=say)
+        chosen = {"faults": args.faults, "seed": args.seed, "commands": args.commands, "steps": args.steps}
+        soak(folder / "work", disk, **chosen, engines=args.engines.split(","), say=say)
     finally:
         if disk.own:
             subprocess.run(["umount", str(disk.folder)], check=False)
