@@ -122,7 +122,8 @@ def in_concert() -> Iterator[None]:
             yield
     except BaseException as error:
         lost = isinstance(error, LostError)
-        name = "" if isinstance(error, UserError) or not str(error) else f"{type(error).__name__}: "
+        plain = isinstance(error, UserError) or not isinstance(error, Exception) or not str(error)  # a text for people
+        name = "" if plain else f"{type(error).__name__}: "
         _leave_word("" if lost else name + (str(error) or type(error).__name__).splitlines()[0])
         if isinstance(error, (UserError, LostError)) and not _says(str(error)):
             raise SaidError(str(error), 1 if lost or isinstance(error, ShortageError) else 2) from None
