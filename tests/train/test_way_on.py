@@ -277,7 +277,7 @@ _INERT = {
     schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema "
     "label_smoothing z_loss options",
     schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload threads "
-    "workers prefetch",
+    "workers prefetch silence_timeout",
     schema.CheckpointConfig: "every_steps keep",
 }
 
