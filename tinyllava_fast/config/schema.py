@@ -344,8 +344,7 @@ class EngineConfig:
     """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it; regional: one layer of
     each kind instead, in less time (train/compile.py)."""
     cuda_graphs: bool = False
-    """On a GPU with compile true or auto: record a compiled step once and replay it without launching its kernels one
-    by one. Keeps the memory of every shape's step."""
+    """On a GPU, compile true or auto: record a compiled step and replay it; keeps the memory of every shape's step."""
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute decoder layers in the backward pass: all of them, or every second one (selective)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -361,8 +360,7 @@ class EngineConfig:
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
     silence_timeout: Annotated[int, Range(least=0, most=86400)] = 300
-    """Of several processes: seconds after which one that does not run at all (stopped, its machine down) is named, and
-    all end; what takes long, as a compilation or a save, is no silence. 0: only after the 6 hours of a collective."""
+    """Seconds after which, of several processes, one that does not run at all is lost, and all end; 0: never."""
 
     @property
     def sharding(self) -> int:
