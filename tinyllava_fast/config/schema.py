@@ -352,8 +352,7 @@ class EngineConfig:
     offload: bool = False
     """DeepSpeed only: optimizer state in host memory."""
     threads: Annotated[int, Range(least=0, most=4096)] = 0
-    """CPU threads; 0: OMP_NUM_THREADS if it is set and one process runs, else as many as cores, shared by the processes
-    of a node. Beside other work give fewer: threads that wait for one another are slower than one."""
+    """CPU threads; 0: OMP_NUM_THREADS if set and one process runs, else all cores, shared by a node's processes."""
     workers: Annotated[int, Range(least=0, most=1024)] | None = None
     """Processes that decode images and fill packs; 0: in the training process. None: one beside training on a CPU,
     which takes all cores itself; on a GPU the cores but one, shared by the processes of a node, at most 8."""
