@@ -10,7 +10,7 @@ SANITIZED := build/sanitize
 WORKERS := -n auto --maxprocesses 4 --max-worker-restart 0
 COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
-.PHONY: help demo test quick sanitize fuzz compilers lint format setup clean
+.PHONY: help demo test quick soak sanitize fuzz compilers lint format setup clean
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -25,6 +25,9 @@ quick: $(VENV)/.dev  ## run the tests that are not marked slow
 
 sanitize: $(SANITIZED)/.built  ## run the kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast $(ARGS)
+
+soak: $(VENV)/.dev  ## disturb runs of two processes 200 times (ARGS="--faults 50 --seed 1")
+	$(BIN)/python -m tests.train.soak $(ARGS)
 
 fuzz: $(SANITIZED)/.built  ## try new arguments under the sanitizers for FUZZ_SECONDS (600)
 	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast --seconds $(FUZZ_SECONDS) $(ARGS)

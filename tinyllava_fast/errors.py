@@ -1,4 +1,7 @@
-"""Exceptions whose text is for people: commands print it and exit with 2 for a wrong input, 1 for a lost process."""
+"""Exceptions whose text is for people: commands print it and exit with 2 for what is wrong until somebody mends it.
+
+Code 1 is for what may be over at the next try: a lost process, a full disk.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,10 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """A record or image that cannot be used; names the file, the record and the field."""
+
+
+class ShortageError(UserError):
+    """Disk, memory or a helping process that failed: the same command may succeed without a change."""
 
 
 class LostError(RuntimeError):

@@ -13,14 +13,12 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -28,29 +26,12 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from tinyllava_fast.errors import LostError, SaidError, UserError
+from tinyllava_fast.errors import LostError, SaidError, ShortageError, UserError
+from tinyllava_fast.heartbeat import Heartbeat, Member, Tell
 
 T = TypeVar("T")
 _TRANSPORT = re.compile(r"gloo|NCCL|Connection (?:closed|reset|refused)|Broken pipe|Socket Timeout|TCPStore", re.I)
 _PATIENCE = 2.0  # seconds until a process that died has been seen to be dead, or has left its word
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A process of the group. machine: equal for processes that see one another. born: tells it from a later one."""
-
-    machine: str
-    pid: int
-    born: str
-
-    def condition(self) -> str:
-        """Return "gone", "stopped" or, if it runs or nobody here can know, nothing."""
-        if self.machine != _machine() or not self.born:
-            return ""
-        born, state = _stat(self.pid)
-        if born != self.born or state in "ZX":
-            return "gone"
-        return "stopped" if state in "Tt" else ""
 
 
 @dataclass
@@ -59,8 +40,9 @@ class _Group:
 
     store: Store
     rank: int
-    members: list[_Member]
+    members: list[Member]
     runs: int = 0
+    heartbeat: Heartbeat | None = None
 
     def end_of(self, rank: int) -> str:
         """Return the key of a process's word."""
@@ -70,8 +52,10 @@ class _Group:
 _joined: list[_Group] = []  # one, once this process is in a group
 
 
-def join(backend: str, timeout: timedelta | None = None) -> None:
+def join(backend: str, timeout: timedelta | None = None, silence: float = 0) -> None:
     """Join the group that torchrun's variables describe; once. timeout: of a collective, None: torch's.
+
+    silence: seconds after which a process that does not run is lost (see watched); 0: never.
 
     torchrun keeps one store for all its attempts, in which restarted processes would find the addresses of dead ones,
     so each attempt has keys of its own.
@@ -82,11 +66,19 @@ def join(backend: str, timeout: timedelta | None = None) -> None:
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     own = PrefixStore("tlf", store)
-    own.set(f"member-{rank}", json.dumps([_machine(), os.getpid(), _stat(os.getpid())[0]]))
-    members = [_Member(*json.loads(own.get(f"member-{other}"))) for other in range(size)]
+    own.set(Heartbeat.key(rank), "0")
+    own.set(f"member-{rank}", json.dumps(asdict(Member.here())))
+    members = [Member(**json.loads(own.get(f"member-{other}"))) for other in range(size)]
     _joined[:] = [_Group(own, rank, members)]
     # Not at the end of a run: DeepSpeed keeps its groups for as long as the process lives.
     atexit.register(torch.distributed.destroy_process_group)
+    if silence and size > 1:
+        keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+        # Its own connection: on another's, a beat would wait behind whatever that waits for.
+        line: Store = own.clone()  # type: ignore[attr-defined]
+        heartbeat = Heartbeat(line, rank, members, patience=silence, keeper=keeper)
+        _joined[0].heartbeat = heartbeat
+        atexit.register(heartbeat.stop)
 
 
 def gather(item: T) -> list[T]:
@@ -119,7 +111,7 @@ def decided(work: Callable[[], T]) -> T:
 
 @contextmanager
 def in_concert() -> Iterator[None]:
-    """Around all that a process does: before it ends by an error it tells the others why.
+    """Around all that a process does: before it ends by an error or a signal it tells the others why.
 
     An error that several have in common stays in one of them; it is a SaidError in the rest.
     """
@@ -128,13 +120,35 @@ def in_concert() -> Iterator[None]:
     try:
         with losses_named():
             yield
-    except Exception as error:
+    except BaseException as error:
         lost = isinstance(error, LostError)
-        name = "" if isinstance(error, UserError) or not str(error) else f"{type(error).__name__}: "
+        plain = isinstance(error, UserError) or not isinstance(error, Exception) or not str(error)  # a text for people
+        name = "" if plain else f"{type(error).__name__}: "
         _leave_word("" if lost else name + (str(error) or type(error).__name__).splitlines()[0])
         if isinstance(error, (UserError, LostError)) and not _says(str(error)):
-            raise SaidError(str(error), 1 if lost else 2) from None
+            raise SaidError(str(error), 1 if lost or isinstance(error, ShortageError) else 2) from None
         raise
+
+
+@contextmanager
+def watched(tell: Tell) -> Iterator[None]:
+    """Around the work of a run: while it lasts, this process ends with exit code 1 once another is silent.
+
+    tell: given which rank is silent, notes it and returns what to say, which one process does. It runs in a thread of
+    its own and must not wait for others.
+    """
+    beats = [group.heartbeat for group in _joined if group.heartbeat]
+    for heartbeat in beats:
+        heartbeat.watch(lambda silent: tell(_not_without(silent)))
+    try:
+        yield
+    finally:
+        for heartbeat in beats:
+            heartbeat.watch(None)
+
+
+def _not_without(who: str) -> str:
+    return f"{who}. The other processes cannot go on without it"
 
 
 def _leave_word(reason: str) -> None:
@@ -165,7 +179,12 @@ def losses_named() -> Iterator[None]:
         with _undisturbed():
             if not (who := _lost(_joined[0])):
                 raise
-        raise LostError(f"{who}. The other processes cannot go on without it") from error
+        raise LostError(_not_without(who)) from error
+
+
+def lost() -> str:
+    """Return which other processes are lost and why, in a sentence; "" if all are there, or this one is alone."""
+    return _not_without(who) if _joined and (who := _lost(_joined[0])) else ""
 
 
 @contextmanager
@@ -201,7 +220,7 @@ def _lost(group: _Group) -> str:
             elif rank not in words and rank != group.rank and condition:
                 how = "was killed, by a signal or for want of memory" if condition == "gone" else "is stopped"
                 found.append(f"rank {rank} (process {member.pid}) {how}")
-    if not found and any(member.machine != _machine() or not member.born for member in group.members):
+    if not found and not all(member.is_near for member in group.members):
         return "a process of another machine has ended or cannot be reached; its own output says why"
     return "; ".join(found)
 
@@ -216,21 +235,3 @@ def _words(group: _Group) -> dict[int, str]:
         except RuntimeError:
             return words
     return words
-
-
-def _machine() -> str:
-    """Return a name of this machine, and of the part of it whose processes this one sees."""
-    try:
-        space = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        space = ""
-    return f"{socket.gethostname()} {space}"
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """Return when a process was born, in the kernel's ticks, and its state; ("", "X") if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return "", "X"
-    return fields[19], fields[0]

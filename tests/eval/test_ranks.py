@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from contextlib import suppress
 
 import pytest
 from torch.distributed import TCPStore
@@ -48,18 +50,50 @@ def test_a_part_of_it_is_found_before_anything_is_asked(monkeypatch, changes, sa
 
 def one_dies() -> str:
     """Rank 1 is killed while rank 0 waits for it."""
-    Ranks.of_torchrun().wait_for_all()
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
+    with Ranks.of_torchrun().together():
+        pass
     try:
-        Ranks.of_torchrun().wait_for_all()
+        with Ranks.of_torchrun().together():
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
     except LostError as error:
         return str(error)
     return "nothing happened"
 
 
-def test_a_rank_that_waits_for_one_that_died_says_so():
+def told_that_one_died() -> str:
+    """Rank 1 is killed while rank 0 answers questions, and torchrun tells it to end."""
+    try:
+        with Ranks.of_torchrun().together():
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+    except LostError as error:
+        return str(error)
+    return "nothing happened"
+
+
+def told_to_end() -> str:
+    """Nobody has died."""
+    with suppress(BaseException), Ranks.of_torchrun().together():
+        if os.environ["RANK"] == "1":
+            time.sleep(4)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit as error:
+            return f"exit {error.code}"
+    return "nothing happened"
+
+
+@pytest.mark.parametrize("work", [one_dies, told_that_one_died], ids=lambda work: work.__name__)
+def test_a_rank_says_that_another_died(work):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    said = answers_of(one_dies, store=store, count=1)[0]
+    said = answers_of(work, store=store, count=1)[0]
     assert said.startswith("rank 1 (process ") and "was killed" in said
     assert said.endswith("All answers so far are kept: the same command asks the rest")
+
+
+def test_a_rank_that_is_told_to_end_does():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert answers_of(told_to_end, store=store) == {0: "exit 143", 1: "exit 143"}

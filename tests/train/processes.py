@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 PRELOADED = ["tinyllava_fast.train.loop", "tinyllava_fast.train.engine.fsdp_engine", "torch.utils.tensorboard"]
-Fault = Callable[[], None]
+Fault = Callable[[], object]
 """Called in one process before it trains. A function of a module, which the process imports."""
 
 
@@ -40,26 +41,30 @@ def _train(environment: dict[str, str], output: Path, argv: list[str], fault: Fa
 
 @dataclass
 class Ranks:
-    """The processes of ``tlf-train`` with some arguments. faults: by rank."""
+    """The processes of ``tlf-train`` with some arguments. faults: by rank.
+
+    launcher: as under torchrun the store outlives every process; False: as under a scheduler, rank 0 keeps it.
+    """
 
     server: ForkServerContext
     folder: Path
     argv: Sequence[str]
     count: int = 2
     faults: dict[int, Fault] = field(default_factory=dict)
+    launcher: bool = True
     processes: list[BaseProcess] = field(default_factory=list)
 
     def __enter__(self) -> Ranks:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # As under torchrun, the store outlives every process.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if self.launcher else None
         shared = {
             **{
                 "WORLD_SIZE": str(self.count),
                 "LOCAL_WORLD_SIZE": str(self.count),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_USE_AGENT_STORE": str(self.launcher),
             },
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "OMP_NUM_THREADS": "1"},
+            **{"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+            "MASTER_PORT": str(self._store.port if self._store else _free_port()),
         }
         for rank in range(self.count):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -82,12 +87,19 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def said(self, rank: int) -> str:
-        """Return what a process wrote to stderr."""
-        return (self.folder / f"{rank}.txt").read_text()
+        """Return what a process wrote to stderr; "" of one that was killed before it could."""
+        path = self.folder / f"{rank}.txt"
+        return path.read_text() if path.exists() else ""
 
     def lines(self) -> list[str]:
         """Return the errors and tracebacks of all processes."""
         return [line for rank in range(self.count) for line in self.said(rank).splitlines() if _is_error(line)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _is_error(line: str) -> bool:

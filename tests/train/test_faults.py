@@ -13,6 +13,7 @@ import pytest
 
 from tests.train.processes import Ranks, fork_server
 from tinyllava_fast.train.checkpoint import CheckpointStore
+from tinyllava_fast.train.status import read_status
 
 SHAPE = {
     "engine__type": "ddp",
@@ -80,7 +81,7 @@ def test_a_save_that_fails_in_one_process_ends_all_with_one_message(server, tiny
     rank, fault, reason = FAULTS[name]
     path = tiny_run(**SHAPE)
     with Ranks(server, tmp_path / "said", [str(path)], faults={rank: fault}) as ranks:
-        assert ranks.wait(60) == [2, 2]
+        assert ranks.wait(60) == [1, 1]
         said = ranks.lines()
     assert len(said) == 1, said
     assert f"could not be saved: rank {rank}: " in said[0] and reason in said[0]
@@ -160,3 +161,47 @@ def test_packs_that_the_processes_cannot_share_are_found_before_anything_is_read
     (line,) = ranks.lines()
     assert "stages.pretrain.batch.packs_per_step: 3 is not a multiple of the 2 processes; try 4" in line
     assert not list((path.parent / "run").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(("victim", "launcher"), [(0, True), (1, True), (0, False)])
+def test_a_process_that_is_stopped_is_named_and_killed(server, tiny_run, tmp_path, victim, launcher):
+    """Also rank 0 with the store of all in it."""
+    path = tiny_run(**SHAPE | {"stages__finetune__max_steps": 3000, "engine__silence_timeout": 2})
+    run = path.parent / "run"
+    with Ranks(server, tmp_path / "said", [str(path)], launcher=launcher) as ranks:
+        wait_for_step(run, 4)
+        os.kill(ranks.processes[victim].pid, signal.SIGSTOP)
+        codes = ranks.wait(SOON)
+        survivor = 1 - victim
+        assert codes[victim] == -signal.SIGKILL and codes[survivor] == 1
+        (said,) = ranks.lines()
+        whole = ranks.said(survivor)
+    assert f"rank {victim} (process {ranks.processes[victim].pid}) is stopped: it has not run for 2 s" in said
+    assert "is intact: the same command goes on from there" in whole
+    if survivor == 0:
+        assert "is stopped: it has not run" in read_status(str(run)).why
+
+
+def test_what_takes_long_is_no_silence(server, tiny_run, tmp_path):
+    """Rank 1 computes for longer than the timeout before its third step."""
+    path = tiny_run(**SHAPE | {"engine__silence_timeout": 1})
+    with Ranks(server, tmp_path / "said", [str(path)], faults={1: long_step}) as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.said(0)
+    assert not ranks.lines()
+
+
+def long_step() -> None:
+    """This process takes three seconds for its third step: two in Python, one asleep."""
+    from tinyllava_fast.train import loop
+
+    take = loop.Stage._next_micro_batches
+
+    def slow(stage: loop.Stage, *arguments: object) -> object:
+        if stage.state.step == 2:
+            until = time.monotonic() + 2
+            while time.monotonic() < until:
+                pass
+            time.sleep(1)
+        return take(stage, *arguments)
+
+    loop.Stage._next_micro_batches = slow

@@ -72,6 +72,28 @@ def test_a_signal_to_the_launcher_saves_and_ends_within_seconds(tiny_run):
     assert "stopped; the same command goes on from" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_a_stopped_process_is_killed_and_all_start_again_but_not_after_a_refusal(tiny_run, losses, tmp_path):
+    path = tiny_run(**SHAPE | {"engine__silence_timeout": 3})
+    whole, run = tmp_path / "whole", path.parent / "run"
+    with Ranks(fork_server(), tmp_path / "said", [str(path), f"output_dir={whole}"]) as ranks:
+        assert ranks.wait() == [0, 0]
+    launcher = start(path, "--max-restarts", "3")
+    try:
+        wait_for_step(run, 7)
+        process_of(launcher, 1).suspend()
+        said = launcher.communicate(timeout=120)[1]
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, said
+    assert "rank 1 (process" in said and "is stopped: it has not run for 3 s" in said
+    assert said.count("resuming from") == 1 and "restart 1 of 3" in said and "Traceback" not in said
+    assert losses(run) == losses(whole)
+    launcher = start(path, "--max-restarts", "3", "seed=7")
+    said = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == 2 and "seed: checkpoint 0, now 7" in said and "restart" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -54,8 +54,8 @@ def back_to(run: Path, name: str) -> None:
     (run / "checkpoints" / "latest").write_text(name)
 
 
-def stopped_at(path: Path, step: int, monkeypatch, error: BaseException) -> None:
-    """Train until an error comes up inside a step."""
+def stopped_at(path: Path, step: int, monkeypatch, error: BaseException, code: int = 2) -> None:
+    """Train until an error comes up inside a step; the command ends with this exit code."""
     advance = loop.Stage._advance
 
     def failing(stage, *arguments):
@@ -65,7 +65,7 @@ def stopped_at(path: Path, step: int, monkeypatch, error: BaseException) -> None
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Stage, "_advance", failing)
-        assert run_cli(path) == 2
+        assert run_cli(path) == code
 
 
 def test_a_picture_damaged_in_the_middle_is_skipped_or_mended_on_resume(tiny_run, losses, caplog):
@@ -174,7 +174,8 @@ def test_benchmarks_of_a_validation_may_change(trained):
 @pytest.mark.parametrize(
     ("asked", "attempt", "launched", "taken"),
     [
-        ("never", 0, "before", "never"),
+        ("never", 0, "before", "auto"),
+        ("never", 0, "", "never"),
         ("never", 1, "before", "auto"),
         ("never", 1, "after", "never"),
         ("never", 1, "", "auto"),
@@ -339,7 +340,7 @@ def test_what_an_error_in_a_step_advises_goes_on(tiny_run, losses, monkeypatch, 
     path = tiny_run(stages__pretrain__max_steps=2, stages__finetune__max_steps=4)
     run, whole = path.parent / "run", path.parent / "whole"
     assert run_cli(path, f"output_dir={whole}") == 0
-    stopped_at(path, 5, monkeypatch, error)
+    stopped_at(path, 5, monkeypatch, error, code=1)
     assert said in errors(caplog) and advice.partition("=")[0] in errors(caplog)
     assert "finetune-00000004 is intact: the same command" in errors(caplog)
     assert run_cli(path, advice) == 0

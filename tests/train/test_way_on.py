@@ -18,6 +18,7 @@ import torch
 from tests.train.conftest import prepare
 from tests.train.test_resume import run_cli
 from tinyllava_fast.config import schema
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.train import cli, loop, run
 from tinyllava_fast.train.checkpoint import CheckpointStore
@@ -77,7 +78,7 @@ def test_after_resume_never_the_advice_does_not_start_over(whole, tmp_path, loss
     path, output = whole / "run.yaml", f"output_dir={tmp_path / 'run'}"
     do = out_of_memory if stop == "error" else lambda: signal.raise_signal(signal.SIGTERM)
     with at_step(4, do):
-        assert run_cli(path, output, "--resume", "never") == (2 if stop == "error" else 143)
+        assert run_cli(path, output, "--resume", "never") == (1 if stop == "error" else 143)
     assert "the same command with --resume auto" in said()
     step = 3 if stop == "error" else 4
     assert str(tmp_path / "run" / "checkpoints" / f"finetune-0000000{step}") in said()
@@ -89,10 +90,10 @@ def test_after_resume_from_another_run_the_advice_goes_on_from_the_newest(whole,
     path, output = whole / "run.yaml", f"output_dir={tmp_path / 'run'}"
     start = ["--resume", str(whole / "run" / "checkpoints" / "finetune-00000003")]
     with at_step(4, out_of_memory):
-        assert run_cli(path, output, *start) == 2
+        assert run_cli(path, output, *start) == 1
     assert f"{start[1]} is intact: the same command, with" in said()
     with at_step(5, out_of_memory):
-        assert run_cli(path, output, *start) == 2
+        assert run_cli(path, output, *start) == 1
     assert "finetune-00000004 is intact: the same command with --resume auto, with what is mended, goes on" in said()
     assert run_cli(path, output, "--resume", "auto") == 0
     assert losses(tmp_path / "run") == losses(whole / "run")[3:]
@@ -102,6 +103,18 @@ def test_after_resume_from_another_run_the_advice_goes_on_from_the_newest(whole,
 def test_a_signal_before_the_first_checkpoint_promises_none(whole, tmp_path, monkeypatch, said, arguments):
     monkeypatch.setattr(run, "build_tokenizer", lambda _: signal.raise_signal(signal.SIGTERM))
     assert run_cli(whole / "run.yaml", f"output_dir={tmp_path / 'run'}", *arguments) == 143
+    assert said() == "stopped before the first checkpoint; the same command starts over"
+
+
+def test_a_signal_passes_code_that_turns_errors_into_others(whole, tmp_path, monkeypatch, said):
+    def broad(_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise UserError("this tokenizer cannot be used") from error
+
+    monkeypatch.setattr(run, "build_tokenizer", broad)
+    assert run_cli(whole / "run.yaml", f"output_dir={tmp_path / 'run'}") == 143
     assert said() == "stopped before the first checkpoint; the same command starts over"
 
 
@@ -146,7 +159,7 @@ def test_a_full_disk_names_the_whole_command_for_another_folder(whole, tmp_path,
     path, other = whole / "run.yaml", tmp_path / "other"
     with monkeypatch.context() as patch:
         patch.setattr(io, "save_file", full)
-        assert run_cli(path, f"output_dir={tmp_path / 'run'}") == 2
+        assert run_cli(path, f"output_dir={tmp_path / 'run'}") == 1
     assert "to go on in another output_dir, add --resume" in said()
     assert run_cli(path, f"output_dir={other}", "--resume", resume_of(said())) == 0
     assert losses(other) == losses(whole / "run")[2:]
@@ -264,7 +277,7 @@ _INERT = {
     schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema "
     "label_smoothing z_loss options",
     schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload threads "
-    "workers prefetch",
+    "workers prefetch silence_timeout",
     schema.CheckpointConfig: "every_steps keep",
 }
 

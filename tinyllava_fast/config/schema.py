@@ -344,8 +344,7 @@ class EngineConfig:
     """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it; regional: one layer of
     each kind instead, in less time (train/compile.py)."""
     cuda_graphs: bool = False
-    """On a GPU with compile true or auto: record a compiled step once and replay it without launching its kernels one
-    by one. Keeps the memory of every shape's step."""
+    """On a GPU, compile true or auto: record a compiled step and replay it; keeps the memory of every shape's step."""
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute decoder layers in the backward pass: all of them, or every second one (selective)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -353,13 +352,14 @@ class EngineConfig:
     offload: bool = False
     """DeepSpeed only: optimizer state in host memory."""
     threads: Annotated[int, Range(least=0, most=4096)] = 0
-    """CPU threads; 0: OMP_NUM_THREADS if it is set and one process runs, else as many as cores, shared by the processes
-    of a node. Beside other work give fewer: threads that wait for one another are slower than one."""
+    """CPU threads; 0: OMP_NUM_THREADS if set and one process runs, else all cores, shared by a node's processes."""
     workers: Annotated[int, Range(least=0, most=1024)] | None = None
     """Processes that decode images and fill packs; 0: in the training process. None: one beside training on a CPU,
     which takes all cores itself; on a GPU the cores but one, shared by the processes of a node, at most 8."""
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
+    silence_timeout: Annotated[int, Range(least=0, most=86400)] = 300
+    """Seconds after which, of several processes, one that does not run at all is lost, and all end; 0: never."""
 
     @property
     def sharding(self) -> int:

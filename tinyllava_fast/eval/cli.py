@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllava_fast.commands import INTERRUPTED, Parser
-from tinyllava_fast.errors import LostError, UserError, writing
+from tinyllava_fast.errors import LostError, SaidError, UserError, writing
 from tinyllava_fast.infer.flags import (
     add_adapter_flag,
     add_model_flags,
@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run tlf-eval.
 
-    Returns 0, 2 after printing what is wrong with the input, 1 if another process has died, or 130 after Ctrl-C.
+    Returns 0, 2 after printing what is wrong with the input, 1 if another process has died, 130 after Ctrl-C, 143 after
+    SIGTERM.
     """
     args = parser().parse_args(argv)
     setup_logging()
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LostError as error:
         log.error("%s", error)
         return 1
+    except SaidError as error:
+        return error.exit_code
     except KeyboardInterrupt:
         log.error("stopped; the answers so far are kept: the same command goes on with the others")
         return INTERRUPTED

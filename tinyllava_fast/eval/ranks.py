@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 from tinyllava_fast.errors import LostError, UserError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.hardware import torchrun_number
+from tinyllava_fast.log import log
 
 PATIENCE = timedelta(days=7)  # ranks finish hours apart
+SILENCE = 300.0  # seconds after which a rank that does not run at all is lost
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,60 @@ class Ranks:
         order = sorted(groups.values(), key=lambda group: (-len(group), group[0].key))
         return [q for group in order[self.rank :: self.world] for q in group]
 
-    def wait_for_all(self) -> None:
-        """Return when every rank has come here. Does nothing for a single process. LostError if one has died."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around the answers of all ranks: it ends when every one has come to its end. Nothing for a single process.
+
+        LostError if one has died or does not run any more, also where torchrun then tells this one to end (SIGTERM);
+        without a loss that signal ends the process with 143. What several have in common one says: SaidError in others.
+        """
         if self.world == 1:
+            yield
             return
         from tinyllava_fast import group
 
-        try:
-            with group.losses_named():
-                group.join("gloo", timeout=PATIENCE)
-                group.gather(None)
-        except LostError as error:
-            raise LostError(f"{error}. All answers so far are kept: the same command asks the rest") from error
+        group.join("gloo", timeout=PATIENCE, silence=SILENCE)
+        with group.in_concert(), _answers_kept(), group.watched(_kept), _told_by_torchrun():
+            yield
+            group.gather(None)
+
+
+@contextmanager
+def _answers_kept() -> Iterator[None]:
+    from tinyllava_fast import group
+
+    try:
+        with group.losses_named():
+            yield
+    except LostError as error:
+        raise LostError(_kept(str(error))) from error
+
+
+def _kept(why: str) -> str:
+    return f"{why}. All answers so far are kept: the same command asks the rest"
+
+
+@contextmanager
+def _told_by_torchrun() -> Iterator[None]:
+    """Take SIGTERM, which torchrun sends once another process has died, as the news of it."""
+    from tinyllava_fast import group
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come again while this process looks and speaks
+        if who := group.lost():
+            raise LostError(who)
+        log.error("stopped; the answers so far are kept: the same command goes on with the others")
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # the caller owns the signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is handle:
+            signal.signal(signal.SIGTERM, before)
 
 
 VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

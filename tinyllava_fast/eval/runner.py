@@ -69,36 +69,34 @@ def evaluate(
     empty answer and counted. Raises UserError for an unknown benchmark, missing files, a folder that is no model or
     whose numbers are not finite, a server that does not answer, and for output that cannot be written.
     """
-    plans = make_plans(build(benchmarks, options), data, limit=limit, missing_images=missing_images)
     ranks = Ranks.of_torchrun()
-    folder = Path(output) if output is not None else default_output(model, blind)
-    if isinstance(model, (str, Path)):
-        model = LocalModel(
-            model,
-            besides=folder,
-            dtype=dtype,
-            device=ranks.device(device),
-            weights=weights,
-            adapter=adapter,
-            speculate=speculate,
-            batch_tokens=batch_tokens,
-            threads=threads,
-        )
-    facts: Facts = {**model.facts, "blind": blind}
-    if plugins:
-        facts["plugins"] = plugins_digest(plugins)
-    results: dict[str, Results] = {}
-    if ranks.world == 1:
+    with ranks.together():
+        plans = make_plans(build(benchmarks, options), data, limit=limit, missing_images=missing_images)
+        folder = Path(output) if output is not None else default_output(model, blind)
+        if isinstance(model, (str, Path)):
+            model = LocalModel(
+                model,
+                besides=folder,
+                dtype=dtype,
+                device=ranks.device(device),
+                weights=weights,
+                adapter=adapter,
+                speculate=speculate,
+                batch_tokens=batch_tokens,
+                threads=threads,
+            )
+        facts: Facts = {**model.facts, "blind": blind}
+        if plugins:
+            facts["plugins"] = plugins_digest(plugins)
+        every: list[_Evaluation] = []
+        results: dict[str, Results] = {}
         for plan in plans:
-            results[plan.name] = _Evaluation(plan, model, facts, folder, ranks).run()
-    else:
-        every = [_Evaluation(plan, model, facts, folder, ranks) for plan in plans]
-        for one in every:
+            every.append(one := _Evaluation(plan, model, facts, folder, ranks))
             one.answer()
-        ranks.wait_for_all()
-        if ranks.rank == 0:
-            results = {one.plan.name: one.merge().conclude() for one in every}
+            if ranks.world == 1:
+                results[plan.name] = one.conclude()
     if ranks.rank == 0:
+        results = results or {one.plan.name: one.merge().conclude() for one in every}
         summarize(folder, facts["model_digest"])
     return results
 

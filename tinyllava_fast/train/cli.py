@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tinyllava_fast.commands import leave, nearest_flag, version
-from tinyllava_fast.errors import LostError, SaidError, UserError
+from tinyllava_fast.errors import LostError, SaidError, ShortageError, UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import expand_home
@@ -29,7 +29,8 @@ of a key that is given twice the last value holds:
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
   --resume PATH    continue from that checkpoint or run folder
   --nproc N        start N processes on this machine, as torchrun does; engine.type is ddp, fsdp or deepspeed
-  --max-restarts N with --nproc: if a process dies, start all again from the last checkpoint, N times at most
+  --max-restarts N with --nproc: if a process dies or a disk is full, start all again from the last checkpoint, N times
+                   at most; not after a refusal (exit code 2), which would only repeat
   --profile        record two steps of each stage: profile-STAGE.md, .json and .trace.json in output_dir
   --dry-run        look at everything (files, tokens, memory, schedule) and exit: nothing is trained or written
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
@@ -46,19 +47,19 @@ _ALIASES = {"-h": "--help", "--dry-run": "--dry_run", "--print-config": "--print
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say and return the exit code.
 
-    0, 2 for a mistake of the user, 1 if another process of the run has died, 130 after Ctrl-C, 143 after SIGTERM, 129
-    after SIGHUP.
+    0; 2 for what is wrong until somebody mends it; 1 for what may be over at the next try: another process of the run
+    that died, a full disk, memory; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     setup_logging()
     prepare_memory()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
+    except (ShortageError, LostError) as error:
+        log.error("%s", error)
+        return 1
     except UserError as error:
         log.error("%s", error)
         return 2
-    except LostError as error:
-        log.error("%s", error)
-        return 1
     except SaidError as error:
         return error.exit_code
     except KeyboardInterrupt:

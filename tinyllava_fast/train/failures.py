@@ -14,12 +14,13 @@ import torch
 
 from tinyllava_fast import group
 from tinyllava_fast.config.schema import EngineConfig, RecipeConfig
-from tinyllava_fast.errors import DataError, LostError, UserError
+from tinyllava_fast.errors import DataError, LostError, ShortageError, UserError
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.prepare import of_stage
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.I)
 _UNWRITTEN = re.compile(r"cannot write the folder|could not be saved|cannot be written")
+_PASSES = re.compile("|".join(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE))))
 DIVERGED = "training diverged"
 _WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:exited unexpectedly|is killed by signal)")
 
@@ -60,19 +61,20 @@ class Way:
 def explained(way: Way, state: TrainState, engine: EngineConfig, stage: str) -> Iterator[None]:
     """Around the work of a stage: errors name it, and say from which checkpoint the same command goes on.
 
-    Out of memory, and a data worker that died, are UserErrors with what to set; the loss of another process is a
-    LostError; other errors pass.
+    Out of memory, a data worker that died and a full disk are ShortageErrors with what to set; the loss of another
+    process is a LostError; other errors pass.
     """
     try:
         with of_stage(stage), group.losses_named():
             yield
     except LostError as error:
-        raise LostError(f"stages.{stage}: step {state.step + 1}: {error}{way_on(way, state, mended='')}") from error
+        raise LostError(without_another(way, state, str(error), stage)) from error
     except UserError as error:
         text = f"{error}{way_on(way, state, str(error))}"
         if isinstance(error, DataError) and state.step:
             text += ". No record may be removed or changed before the run has ended"
-        raise type(error)(text) from error
+        short = bool(_UNWRITTEN.search(str(error)) and _PASSES.search(str(error)))
+        raise (ShortageError if short else type(error))(text) from error
     except (RuntimeError, MemoryError, OSError) as error:
         if _is_memory(error):
             text = _out_of_memory(engine, stage)
@@ -84,7 +86,12 @@ def explained(way: Way, state: TrainState, engine: EngineConfig, stage: str) -> 
         else:
             raise
         where = f"stages.{stage}: step {state.step + 1}: {text}"
-        raise UserError(f"{where}{way_on(way, state)}") from error
+        raise ShortageError(f"{where}{way_on(way, state)}") from error
+
+
+def without_another(way: Way, state: TrainState, lost: str, stage: str = "") -> str:
+    """Return the message of a process that ends because another one is lost. lost: which, and how."""
+    return f"stages.{stage or state.stage}: step {state.step + 1}: {lost}{way_on(way, state, mended='')}"
 
 
 def way_on(way: Way, state: TrainState, said: str = "", mended: str = ", with what is mended,") -> str:

@@ -59,7 +59,7 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
     run = Run(config, process)
     run.profile = profile
     try:
-        with group.in_concert(), told(run), stop_on_signals(run):
+        with group.in_concert(), told(run), group.watched(run.lost), stop_on_signals(run):
             run.start(resume)
             look_at_files(config, config.stages[run.state.stage_index :], process.world_size)
             for index in range(run.state.stage_index, len(config.stages)):

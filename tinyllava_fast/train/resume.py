@@ -30,7 +30,9 @@ from tinyllava_fast.train.checkpoint import (
 from tinyllava_fast.train.engine.launch import LAUNCHED
 from tinyllava_fast.train.parts import MODEL_FILES
 
-_ENGINE = "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing"
+_ENGINE = (
+    "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing silence_timeout"
+)
 FREE = frozenset(
     {
         "output_dir",
@@ -179,13 +181,12 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
 
 
 def _of_attempt(store: CheckpointStore, resume: str) -> str:
-    """Return where this attempt of torchrun goes on from: one that follows another keeps what that one has trained."""
-    if resume == "auto" or not torchrun_number("TORCHELASTIC_RESTART_COUNT", 0):
-        return resume
+    """Return where this attempt of a launcher goes on from: one that follows another keeps what that one trained."""
     launched = os.environ.get(LAUNCHED, "")
-    if not launched.isdigit():  # torchrun without --nproc: nothing tells the checkpoints of before from its own
-        return "auto" if resume == "never" else resume
-    return "auto" if store.written_since(int(launched)) else resume
+    if launched.isdigit():
+        return "auto" if store.written_since(int(launched)) else resume
+    # torchrun without --nproc: nothing tells the checkpoints of before from its own
+    return "auto" if resume == "never" and torchrun_number("TORCHELASTIC_RESTART_COUNT", 0) else resume
 
 
 def _folder(store: CheckpointStore, resume: str) -> Path | None:

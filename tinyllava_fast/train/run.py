@@ -27,7 +27,7 @@ from tinyllava_fast.train.best import LAST, BestModels, copy_model
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
-from tinyllava_fast.train.failures import DIVERGED, Way, stopped
+from tinyllava_fast.train.failures import DIVERGED, Way, stopped, without_another
 from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes
 from tinyllava_fast.train.page import Page
 from tinyllava_fast.train.prepare import Outlook
@@ -36,10 +36,11 @@ from tinyllava_fast.train.resume import find_checkpoint
 from tinyllava_fast.train.standing import outcome
 
 
-class StopRequest(Exception):  # noqa: N818 a request, not an error
+class StopRequest(BaseException):
     """A signal asked to stop; a checkpoint is saved if steps were done. exit_code: 128 + the signal.
 
-    said: where the run goes on, for people.
+    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. said: where the run
+    goes on, for people.
     """
 
     def __init__(self, exit_code: int) -> None:
@@ -150,6 +151,12 @@ class Run:
         if self.heart and self.page:
             self.heart.end(state, why)
             self.page.write(self.heart.pulse)
+
+    def lost(self, silent: str) -> str:
+        """Note that the run ends because a process is silent, and return what to say. silent: which, and since when."""
+        text = without_another(self.way, self.state, silent)
+        self.end("failed", text)
+        return text
 
     def _lock(self) -> None:
         """Refuse a folder that another training writes to, for instance one that outlived its killed parent."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.train import loop
 from tinyllava_fast.train.cli import main
 from tinyllava_fast.train.engine.deepspeed_engine import deepspeed_config
 from tinyllava_fast.train.loop import train
@@ -125,6 +126,50 @@ def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch
         shutil.rmtree(run / "checkpoints" / "finetune-00000012")
         assert main([str(path), *changes]) == 0
         assert_same_training(run, folder / "one")
+
+
+def _states(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """Weights and masters at the end of every stage that trains from now on."""
+    found: list[dict[str, torch.Tensor]] = []
+    save = loop.Stage._save_output
+
+    def kept(stage: loop.Stage) -> None:
+        items = [*stage.engine.model_state(), *stage.engine.optimizer_state()]
+        found.append({item.name: item.fetch().clone() for item in items})
+        save(stage)
+
+    monkeypatch.setattr(loop.Stage, "_save_output", kept)
+    return found
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bfloat16_weights_are_dithered_from_their_masters_and_resume_exactly(tiny_run, losses, monkeypatch, zero):
+    pytest.importorskip("deepspeed")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    engine = {"dtype": "bfloat16", "workers": 0, "threads": 1, "device": "cpu", "type": "deepspeed", "zero_stage": zero}
+    path = tiny_run(engine=engine, checkpoint__every_steps=4)
+    whole, run = path.parent / "whole", path.parent / "run"
+    states = _states(monkeypatch)
+    train(load_run(path, [f"output_dir={whole}"]))
+    weights = {name: t for name, t in states[-1].items() if f"master/{name}" in states[-1]}
+    masters = torch.cat([states[-1][f"master/{name}"].flatten() for name in weights])
+    rounded = torch.cat([t.flatten() for t in weights.values()])
+    up = torch.nextafter(masters.bfloat16(), torch.full_like(rounded, torch.inf))
+    down = torch.nextafter(masters.bfloat16(), torch.full_like(rounded, -torch.inf))
+    assert ((rounded >= down) & (rounded <= up)).all()
+    away = (rounded != masters.bfloat16()).float().mean()
+    assert 0.15 < away < 0.35  # a quarter of what lies between two numbers goes to the further one
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "finetune-00000012")
+    train(load_run(path))
+    assert losses(run) == losses(whole)
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[2].items())
+    one = path.parent / "one"
+    train(load_run(path, [f"output_dir={one}", "engine.type=torch"]))
+    for (_, _, found), (_, _, expected) in zip(losses(run), losses(one), strict=True):
+        assert found == pytest.approx(expected, abs=0.02)
 
 
 def test_deepspeed_that_is_not_installed(tiny_run, monkeypatch):

@@ -1,9 +1,11 @@
 """DeepSpeed's ZeRO 1-3 over torch.distributed. The only module that imports deepspeed.
 
-Three things keep the mathematics that of one process (tests/train/engine/test_deepspeed_engine.py):
+Four things keep the mathematics that of one process (tests/train/engine/test_deepspeed_engine.py):
 - the loop has divided by the global number of supervised tokens, so DeepSpeed must not divide by the number of
   accumulation steps (``scale_wrt_gas=False``), and its mean over ranks is undone by a factor on the loss;
 - gradients accumulate and travel as float32;
+- masters are rounded into bfloat16 weights by the other engines' dither: DeepSpeed rounds to the nearest, so between
+  the update and the end of its step the masters hold what the dither gives, which that rounding leaves as it is;
 - checkpoints hold whole weights, masters and moments by name (gathered one at a time), so that a run may continue
   under another ZeRO stage, another number of processes, or plain torch.
 """
@@ -22,6 +24,7 @@ from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.ops.adamw import dither
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names, with_image
 from tinyllava_fast.train.optim import Masters, checked
@@ -106,6 +109,9 @@ class DeepSpeedEngine(InGroup):
         torch_groups = [{**g, "betas": optim.betas, "eps": optim.eps} for g in groups if g["params"]]
         # amsgrad=False is torch's default; DeepSpeed reads the key from the groups.
         self._adamw = torch.optim.AdamW(torch_groups, amsgrad=False, fused=True)
+        self._exact: list[tuple[Tensor, Tensor]] = []  # masters and their values, inside a step
+        if self._low:
+            self._adamw.register_step_post_hook(self._dither)
         self._engine: Wrapped = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=config, dist_init_required=False
         )[0]
@@ -138,6 +144,10 @@ class DeepSpeedEngine(InGroup):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lrs[group["name"]]
         self._engine.step()
+        with torch.no_grad():
+            for master, exact in self._exact:
+                master.copy_(exact)
+        self._exact.clear()
         self._unfinished = False
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
 
@@ -182,6 +192,16 @@ class DeepSpeedEngine(InGroup):
     def close(self) -> None:
         """See TrainingEngine."""
         self._engine.destroy()
+
+    @torch.no_grad()
+    def _dither(self, *_: object) -> None:
+        """After an update: let the masters that it updated hold their bfloat16 values until the end of the step."""
+        for group in self._adamw.param_groups:
+            for master in group["params"]:
+                self._exact.append((master, master.detach().clone()))
+                rounded = torch.empty_like(master, dtype=torch.bfloat16)
+                dither(master.detach(), rounded)
+                master.copy_(rounded)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_id"):

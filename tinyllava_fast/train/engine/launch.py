@@ -15,6 +15,7 @@ from tinyllava_fast import group
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import torchrun_number
+from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import TrainingEngine
@@ -67,7 +68,7 @@ def start_process(config: EngineConfig) -> Process:
     process = Process(env["RANK"], env["WORLD_SIZE"], device)
     check_processes(config, process.world_size)
     if config.type != "torch":
-        _join(process)
+        _join(process, config.silence_timeout)
     return process
 
 
@@ -82,24 +83,41 @@ def check_processes(config: EngineConfig, count: int) -> None:
 def start_processes(count: int, restarts: int, argv: Sequence[str]) -> int:
     """Run tlf-train with these arguments in so many processes of this machine; return the exit code.
 
-    restarts: times that all are started again after one has died.
+    restarts: times that all are started again after one has died. Not after a refusal (exit code 2), which each attempt
+    would repeat, nor after a signal to this process. torchrun's own restarts know no such difference, so each attempt
+    is a launch of its own.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
 
     # torchrun would set 1 and warn; each process settles its threads itself.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
     # torchrun kills what has not ended 30 s after its signal: too soon for a step and a checkpoint of a large model.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ[LAUNCHED] = str(time.time_ns())
-    settings = ["--standalone", f"--nproc-per-node={count}", f"--max-restarts={restarts}"]
+    settings = ["--standalone", f"--nproc-per-node={count}", "--max-restarts=0", "-m", "tinyllava_fast.train.cli"]
     try:
-        main([*settings, "-m", "tinyllava_fast.train.cli", *argv])
+        code = _attempt([*settings, *argv])
+        for attempt in range(1, restarts + 1):
+            if code in (0, 2):
+                break
+            log.warning("the processes ended with exit code %d; restart %d of %d", code, attempt, restarts)
+            code = _attempt([*settings, *argv])
     except SignalException as stop:
         return 128 + int(stop.sigval)
+    return code
+
+
+def _attempt(arguments: list[str]) -> int:
+    """Run torchrun once. Return 0, 2 if one of the processes refused, else the exit code of the first that failed."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(arguments)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
+        if any(failure.exitcode == 2 for failure in error.failures.values()):
+            return 2
         return code if code > 0 else 128 - code
     return 0
 
@@ -177,8 +195,8 @@ def build_engine(
     )
 
 
-def _join(process: Process) -> None:
-    """Join the process group; without torchrun, one of a single process."""
+def _join(process: Process, silence: float) -> None:
+    """Join the process group; without torchrun, one of a single process. silence: see group.join."""
     if "MASTER_ADDR" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -186,4 +204,4 @@ def _join(process: Process) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if process.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    group.join("gloo" if process.device.type == "cpu" else "nccl", timeout=_PATIENCE)
+    group.join("gloo" if process.device.type == "cpu" else "nccl", timeout=_PATIENCE, silence=silence)
