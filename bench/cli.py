@@ -18,6 +18,7 @@ from tinyllava_fast.bench.settings import (
     OpsSettings,
     PackingSettings,
     ParitySettings,
+    PlanSettings,
     ScalingSettings,
     ServeSettings,
     Settings,
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--json", type=path_argument, metavar="FILE", help="also write the report there")
-        if name != "triton":  # which measures nothing
+        if name not in ("triton", "plan"):  # which measure nothing
             sub.add_argument(
                 "--quick", action="store_true", help="tiny measurements that only show that the command works"
             )
@@ -127,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "How full packs get, on lengths in the shape of LLaVA-1.5's instruction mix."
     command("packing", _packing, text, PackingSettings)
+
+    text = "Memory, bytes over the wire and step time of each engine on 1 to 1,024 GPUs, predicted."
+    plan = command("plan", _plan, text, PlanSettings)
+    plot(plan, "draw the efficiency of each engine against the GPUs, as plan.png")
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = command("triton", _triton, text)
@@ -244,6 +249,12 @@ def _packing(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import packing
 
     return _tell(args, packing.benchmark(PackingSettings.read(args)), packing.show)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import plan, plots
+
+    return _tell(args, plan.benchmark(PlanSettings.read(args)), plan.show, plots.draw_plan)
 
 
 def _triton(args: argparse.Namespace) -> int:
