@@ -18,6 +18,7 @@ from tinyllava_fast.bench.settings import (
     OpsSettings,
     PackingSettings,
     ParitySettings,
+    PlanCheckSettings,
     PlanSettings,
     ScalingSettings,
     ServeSettings,
@@ -132,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "Memory, bytes over the wire and step time of each engine on 1 to 1,024 GPUs, predicted."
     plan = command("plan", _plan, text, PlanSettings)
     plot(plan, "draw the efficiency of each engine against the GPUs, as plan.png")
+
+    text = "That plan against measurement: processes of this machine, also over links of limited speed."
+    command("plan-check", _plan_check, text, PlanCheckSettings)
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = command("triton", _triton, text)
@@ -252,9 +256,15 @@ def _packing(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from tinyllava_fast.bench import plan, plots
+    from tinyllava_fast.bench import plan, plan_table, plots
 
-    return _tell(args, plan.benchmark(PlanSettings.read(args)), plan.show, plots.draw_plan)
+    return _tell(args, plan.benchmark(PlanSettings.read(args)), plan_table.show, plots.draw_plan)
+
+
+def _plan_check(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import plan_check
+
+    return _tell(args, plan_check.benchmark(PlanCheckSettings.read(args)), plan_check.show)
 
 
 def _triton(args: argparse.Namespace) -> int:

@@ -62,7 +62,8 @@ class Device:
 
     flops: of the training dtype, mfu: the share that a pass without communication reaches. update_bytes: of memory
     traffic in an update. node_bytes: of a node's ports together, host_bytes: between device and host, each one way.
-    measured: collectives of a CPU by their number of processes; slowdown: of computation, likewise.
+    context: memory of a process beside its tensors.
+    measured: collectives of a CPU by their number of processes; slowdown: of computation and of updates, likewise.
     """
 
     name: str
@@ -80,17 +81,17 @@ class Device:
     overlap: float
     context: float
     measured: Mapping[int, Mapping[Kind, Measured]] | None = None
-    slowdown: Mapping[int, float] | None = None
+    slowdown: Mapping[int, tuple[float, float]] | None = None
 
     @property
     def is_cpu(self) -> bool:
         """Return True for a CPU, whose processes share its cores."""
         return self.measured is not None
 
-    def compute_slowdown(self, processes: int) -> float:
-        """Return how much longer a process computes beside the others of its node."""
+    def slowdowns(self, processes: int) -> tuple[float, float]:
+        """Return how much longer a process computes, and updates, beside the others of its node."""
         if not self.slowdown:
-            return 1.0
+            return 1.0, 1.0
         here = min(processes, self.per_node)
         return self.slowdown[min(self.slowdown, key=lambda known: (abs(known - here), known))]
 
@@ -175,5 +176,5 @@ def measured_cpu(result: Report, *, node_gbps: float | None = None, per_node: in
         overlap=0.0,
         context=found["process_bytes"],
         measured=collectives,
-        slowdown={int(count): factor for count, factor in found["slowdown"].items()},
+        slowdown={int(count): (factor, found["update_slowdown"][count]) for count, factor in found["slowdown"].items()},
     )

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 
-from tinyllava_fast.bench import cluster, report
+from tinyllava_fast.bench import cluster
 from tinyllava_fast.bench.cluster import Collective, Device
 from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.settings import MOST_GPUS, PlanSettings
@@ -151,12 +152,16 @@ def work_of(settings: PlanSettings) -> Work:
 
 
 def pack_work(
-    model: LMM, stage: StageConfig, lengths: Sequence[int], images: int, supervised: int, *, dtype: str
+    model: LMM,
+    stage: StageConfig,
+    lengths: Sequence[int],
+    images: int,
+    supervised: int,
+    *,
+    dtype: Literal["bfloat16", "float32"],
 ) -> Work:
     """Return the work of a pack of samples of those lengths. model: no recipe applied, its values aren't read."""
-    skeleton = memory.learning_skeleton(
-        model, stage, EngineConfig(dtype="float32" if dtype == "float32" else "bfloat16")
-    )
+    skeleton = memory.learning_skeleton(model, stage, EngineConfig(dtype=dtype))
     costs, learns = costs_of(model), trains(stage.recipe)
     parts = step_flops(costs, lengths, images, supervised, learns)
     flops = float(sum(parts.values()))
@@ -218,7 +223,7 @@ def predict(work: Work, device: Device, engine: EngineConfig, count: int, packs:
     compute, recompute, links, latency, update; only what nothing hides. step_s: their sum. bound: what to mend first.
     """
     kept = memory_bytes(work, device, engine, count, packs)
-    forward = work.forward / (device.flops * device.mfu) * device.compute_slowdown(count)
+    forward = work.forward / (device.flops * device.mfu) * device.slowdowns(count)[0]
     compute = forward * work.flops / work.forward
     again = forward * {True: 1.0, "selective": 0.5, False: 0.0}[engine.gradient_checkpointing]
     sent = traffic(work, engine) if count > 1 else Traffic()
@@ -282,15 +287,19 @@ def _exposed(
 
 def _update_seconds(work: Work, device: Device, engine: EngineConfig, count: int) -> float:
     """Return the seconds of an update: every value that is read or written once, over the memory's speed."""
-    size = next(p.dtype.itemsize for p in work.skeleton.parameters() if p.requires_grad)
-    moments = OPTIMIZERS.get(work.stage.optim.type).moment_bytes
     own = work.learnt / (count if engine.sharding else 1)
-    # moments and master both ways; the gradient for its norm and again; the weight
-    traffic_bytes = own * (2 * moments + 8 + 8 + (size if size < 4 else 0))
+    moved = own * update_bytes(work)
     if not engine.offload or device.is_cpu:
-        return traffic_bytes / device.update_bytes * device.compute_slowdown(count)
-    travel = own * (4 + size) / device.host_bytes
-    return traffic_bytes / float(cluster.table()["host_update_bytes_per_s"]) + travel
+        return moved / device.update_bytes * device.slowdowns(count)[1]
+    travel = own * (4 + getattr(torch, engine.dtype).itemsize) / device.host_bytes
+    return moved / float(cluster.table()["host_update_bytes_per_s"]) + travel
+
+
+def update_bytes(work: Work) -> float:
+    """Return the bytes of memory that the update of a weight reads and writes."""
+    size = next(p.dtype.itemsize for p in work.skeleton.parameters() if p.requires_grad)
+    # moments and master both ways; the gradient for its norm and again; the weight
+    return 2 * OPTIMIZERS.get(work.stage.optim.type).moment_bytes + 8 + 8 + (size if size < 4 else 0)
 
 
 def _rows(work: Work, device: Device, settings: PlanSettings, count: int) -> tuple[list[Report], dict[str, str]]:
@@ -339,77 +348,3 @@ def _best_of_each(rows: Sequence[Report]) -> Iterator[Report]:
         own = [row for row in rows if row["engine"] == name]
         if (index := best(own)) is not None:
             yield own[index]
-
-
-def show(result: Report) -> None:
-    """Print the plan as a table, and what follows from it."""
-    rows, work, device = result["rows"], result["work"], result["device"]
-    title = (
-        "PREDICTED, nothing ran: {settings[gpus]} x {device[title]}, {settings[llm]} + {settings[vision]}, "
-        "{settings[recipe]}: {learnt:.2f} of {parameters:.2f} B weights learn; {settings[packs]} pack(s) of "
-        "{work[tokens]:,} tokens a GPU and step"
-    )
-    billions = {name: work[name] / 1e9 for name in ("learnt", "parameters")}
-    columns = {
-        "engine": "{engine}",
-        "recompute": "{again}",
-        "memory a GPU": "{need:GiB}",
-        "fits": "{answer}",
-        "sent a step": "{wire_bytes:B}",
-        "step": "{step_s:time}",
-        "of it links": "{waits:time}",
-        "update": "{seconds[update]:time}",
-        "efficiency": "{efficiency:.0 %}",
-        "MFU": "{mfu:.0 %}",
-        "tokens/s, all": "{tokens_per_s:,.0f}",
-        "bound by": "{bound}",
-    }
-    told = [
-        {
-            **row,
-            "engine": ("> " if index == result["best"] else "  ") + row["engine"],
-            "again": "yes" if row["checkpointing"] else "no",
-            "answer": "yes" if row["fits"] else "NO",
-            "waits": row["seconds"]["links"] + row["seconds"]["latency"],
-        }
-        for index, row in enumerate(rows)
-    ]
-    report.table(report.fill(title, {**result, **billions}), columns, told)
-    facts = [[text] for text in _sentences(result)]
-    report.show("", [f"{device['memory'] / 2**30:.0f} GiB, MFU {device['mfu']:.0%} without links"], facts)
-
-
-def _sentences(result: Report) -> Iterator[str]:
-    """Yield the recommendation, what is refused, and what the numbers stand on."""
-    rows, index, device, settings = (result[key] for key in ("rows", "best", "device", "settings"))
-    if index is None:
-        least = min((row["need"] for row in rows), default=0.0)
-        yield report.fill(
-            "Nothing fits: at least {need:GiB} are needed of {memory:GiB}. Lower --tokens and --samples, take more "
-            "GPUs, or --recipe lora",
-            {"need": least, "memory": device["memory"]},
-        )
-    else:
-        row = rows[index]
-        engine = ENGINES[row["engine"]]
-        keys = f"engine.type={engine.type}"
-        keys += f" engine.zero_stage={engine.zero_stage}" if engine.type == "deepspeed" else ""
-        keys += " engine.offload=true" if engine.offload else ""
-        keys += " engine.gradient_checkpointing=true" if row["checkpointing"] else ""
-        yield report.fill(
-            "Take {keys}: {step_s:time} a step, {efficiency:.0 %} efficient, bound by {bound}",
-            {**row, "keys": keys},
-        )
-    for name, reason in result["refused"].items():
-        yield f"{name} is refused: {reason}"
-    if device["name"] != "cpu":
-        yield (
-            "Rates are published or assumed (bench/plan.yaml names each source), not measured: no GPU has run this. "
-            f"{device['overlap']:.0%} of a pass hides collectives"
-        )
-    packs = settings["gpus"] * settings["packs"]
-    yield (
-        f"A step of all GPUs is {packs:,} packs of {settings['samples']} samples, {packs * settings['samples']:,}; the "
-        "paper's finetuning has 128 a step (configs/paper), so set optim.lr for what you take"
-    )
-    yield "Not in it: waiting for the slowest process, for data, for checkpoints"

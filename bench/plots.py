@@ -98,7 +98,7 @@ def draw_plan(result: Report, folder: Path) -> list[Path]:
     path, settings, device = folder / "plan.png", result["settings"], result["device"]
     heading = f"{settings['llm']} + {settings['vision']}, {settings['recipe']}, on {device['title']}: predicted"
     facts = f"{settings['packs']} pack(s) of {settings['tokens']:,} tokens a GPU and step; engines where they fit"
-    engines = list(dict.fromkeys(row["engine"] for row in result["curve"] if row["engine"] != "torch"))
+    engines = sorted({row["engine"] for row in result["curve"]} - {"torch"}, key=lambda name: (len(name), name))
     figures: tuple[tuple[str, Callable[[Report], float]], ...] = (
         ("efficiency (%)", lambda row: 100 * row["efficiency"]),
         ("memory a GPU (GiB)", lambda row: row["need"] / 2**30),
@@ -108,12 +108,13 @@ def draw_plan(result: Report, folder: Path) -> list[Path]:
             for name, colour, marker in zip(engines, (OURS, *RIVALS), (*MARKERS, "X"), strict=False):
                 points = [(row["gpus"], value(row)) for row in result["curve"] if row["engine"] == name]
                 panel.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.8, label=name)
-            panel.set_ylim(bottom=0)
             _plain(panel, title, "GPUs")
+            if title != figures[0][0]:
+                panel.axhline(device["memory"] / 2**30, color=SOFT, linewidth=1, linestyle="--")
+            panel.set_ylim(bottom=0)
             panel.set_xscale("log", base=2)
             places = sorted({row["gpus"] for row in result["curve"]})[::2]
             panel.set_xticks(places, [f"{place:,}" for place in places])
-        panel.axhline(device["memory"] / 2**30, color=SOFT, linewidth=1, linestyle="--")
         figure.legend(*panel.get_legend_handles_labels(), loc="lower center", ncol=7, frameon=False, fontsize=10)
         figure.subplots_adjust(left=0.06, right=0.97, top=0.76, bottom=0.2, wspace=0.16)
     return [path]

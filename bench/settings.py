@@ -322,3 +322,39 @@ class PlanSettings(Settings):
         for name, value in (("--node-gbps", self.node_gbps), ("--per-node", self.per_node)):
             if value is not None and not 0 < value < 1e6:
                 raise UserError(f"{name} {value}: a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCheckSettings(Settings):
+    """The settings of `tlf-bench plan-check`. shrunk: overrides of its workload. lengths: of a pack's samples."""
+
+    quick_values: ClassVar = {
+        "steps": 1, "processes": (2,), "lengths": (40, 30),
+        "shrunk": (
+            "model.llm.config.vocab_size=128", "model.llm.config.hidden_size=64",
+            "model.llm.config.num_hidden_layers=2", "model.llm.config.intermediate_size=96",
+            "model.vision.config.image_size=32",
+        ),
+    }  # fmt: skip
+
+    engines: tuple[str, ...] = option(
+        ("ddp", "fsdp", "zero2", "zero3"),
+        "only this engine; repeat",
+        flag="--engine",
+        names=("ddp", "fsdp", "zero1", "zero2", "zero3"),
+    )
+    processes: tuple[int, ...] = option((2, 4), "processes; repeat")
+    network: tuple[int, ...] = option(
+        (), "Mbit/s of a process's link: each in a network namespace (root); repeat", parse=int
+    )
+    deepspeed: bool = option(False, "DeepSpeed with more than 2 processes too: its start takes longer than its steps")
+    steps: int = option(3, "timed steps of each")
+    lengths: tuple[int, ...] = (160, 120, 104)
+    shrunk: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.processes or min(self.processes) < 2:
+            raise UserError(f"--processes {' '.join(map(str, self.processes))}: at least 2")
+        if any(mbit < 1 for mbit in self.network):
+            raise UserError(f"--network {min(self.network)}: at least 1 Mbit/s")

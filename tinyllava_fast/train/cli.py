@@ -24,6 +24,7 @@ of a key that is given twice the last value holds:
   tlf-train configs/demo.yaml seed=1 stages.finetune.optim.lr=3e-4
   tlf-train configs/demo.yaml --nproc 2 engine.type=ddp
   torchrun --nnodes 2 --nproc_per_node 8 ... -m tinyllava_fast.train.cli configs/demo.yaml engine.type=fsdp
+  srun tlf-train configs/demo.yaml engine.type=fsdp
 
   --resume auto    continue where the run in output_dir stopped, if it did (default)
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say and return the exit code.
 
     0, 2 for a mistake of the user, 1 if another process of the run has died, 130 after Ctrl-C, 143 after SIGTERM, 129
-    after SIGHUP.
+    after SIGHUP, 0 after SIGUSR1.
     """
     setup_logging()
     prepare_memory()

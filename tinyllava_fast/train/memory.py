@@ -83,11 +83,11 @@ def _buffer_bytes(skeleton: LMM, engine: EngineConfig, process: Process) -> int:
         # The rest stays gathered for the whole step, a layer runs while the next arrives; then its gradient leaves.
         layers = sorted(whole[:-1])[-overlap:]
         return size * (whole[-1] + sum(layers)) + (size + 4) * max(learnt)
-    if engine.sharding == 3:
-        return size * min(LIVE, sum(whole)) + size * min(BUCKET, sum(learnt))
-    if engine.sharding:
-        return overlap * size * min(BUCKET, sum(learnt))
-    return 0
+    # DeepSpeed's bucket of gradients, and on its way the same in float32, twice: cast, and copied together.
+    bucket = (overlap * size + 8) * min(BUCKET, sum(learnt))
+    if engine.sharding == 3:  # gradients stay until their bucket is full
+        return size * min(LIVE, sum(whole)) + bucket + size * min(BUCKET, sum(learnt))
+    return bucket if engine.sharding else 0
 
 
 def sharded_parts(model: LMM) -> list[list[nn.Parameter]]:

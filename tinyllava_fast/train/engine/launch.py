@@ -48,6 +48,8 @@ def start_process(config: EngineConfig) -> Process:
     engine cannot compile.
     """
     slurm.adopt()
+    if "LOCAL_SIZE" in os.environ:  # what DeepSpeed's launcher says instead
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     env = {k: torchrun_number(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
     local_size = torchrun_number("LOCAL_WORLD_SIZE", 1)
     kind = config.device
