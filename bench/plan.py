@@ -35,7 +35,7 @@ from tinyllava_fast.config.schema import (
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.models.architecture import ConnectorPart, LLMPart, LMMConfig, VisionPart
 from tinyllava_fast.models.construct import build
-from tinyllava_fast.models.flops import costs_of, step_flops
+from tinyllava_fast.models.flops import Trains, costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import check_engine
 from tinyllava_fast.train import memory
@@ -63,7 +63,8 @@ FRACTION = 0.8  # of a step in computation: then nothing else bounds it
 class Work:
     """The work of one pack: the model as it learns, without values, and the FLOPs.
 
-    tokens and images: in a pack. forward: FLOPs of its forward pass. flops: of both passes.
+    tokens and images: in a pack. forward: FLOPs of its forward pass, layers: of them in the decoder's layers, which may
+    be recomputed. flops: of both passes.
     """
 
     skeleton: LMM
@@ -71,6 +72,7 @@ class Work:
     tokens: int
     images: int
     forward: float
+    layers: float
     flops: float
 
     @property
@@ -169,9 +171,13 @@ def pack_work(
     adapters = 0
     if stage.recipe.llm.tune == "lora":
         adapters = sum(p.numel() for p in skeleton.llm.parameters() if p.requires_grad)
-    forward = sum(step_flops(costs, lengths, images, supervised, type(learns)(False, False, False)).values())
+    ahead = step_flops(costs, lengths, images, supervised, Trains(llm=False, connector=False, vision=False))
+    layers = ahead["decoder"] + ahead["attention"] + 2 * tokens * adapters
     return Work(
-        skeleton, stage, tokens, images, float(forward + 2 * tokens * adapters), flops + 6.0 * tokens * adapters
+        *(skeleton, stage, tokens, images),
+        forward=float(sum(ahead.values()) + 2 * tokens * adapters),
+        layers=float(layers),
+        flops=flops + 6.0 * tokens * adapters,
     )
 
 
@@ -225,7 +231,9 @@ def predict(work: Work, device: Device, engine: EngineConfig, count: int, packs:
     kept = memory_bytes(work, device, engine, count, packs)
     forward = work.forward / (device.flops * device.mfu) * device.slowdowns(count)[0]
     compute = forward * work.flops / work.forward
-    again = forward * {True: 1.0, "selective": 0.5, False: 0.0}[engine.gradient_checkpointing]
+    again = (
+        forward * work.layers / work.forward * {True: 1.0, "selective": 0.5, False: 0.0}[engine.gradient_checkpointing]
+    )
     sent = traffic(work, engine) if count > 1 else Traffic()
     hidden = device.overlap
     exposed = [
