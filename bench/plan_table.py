@@ -77,7 +77,7 @@ def _sentences(result: Report) -> Iterator[str]:
         )
     packs = settings["gpus"] * settings["packs"]
     yield (
-        f"A step of all GPUs is {packs:,} packs of {settings['samples']} samples, {packs * settings['samples']:,}; the "
-        "paper's finetuning has 128 a step (configs/paper), so set optim.lr for what you take"
+        f"A step of all GPUs is {packs:,} pack(s) of {settings['samples']} samples, {packs * settings['samples']:,}; "
+        "the paper's finetuning has 128 a step (configs/paper), so set optim.lr for what you take"
     )
     yield "Not in it: waiting for the slowest process, for data, for checkpoints"

@@ -73,7 +73,7 @@ class Settings:
             for value in _values(getattr(self, one.name)):
                 if names and value not in names:
                     raise UserError(f"{_flag(one)} {value!r}; {nearest(value, names)}")
-                if type(value) is int and value < 1 <= min(_values(one.default)):
+                if type(value) is int and value < 1 <= min(_values(one.default), default=1):
                     raise UserError(f"{_flag(one)} {value}: at least 1")
 
     @classmethod
@@ -356,5 +356,3 @@ class PlanCheckSettings(Settings):
         super().__post_init__()
         if not self.processes or min(self.processes) < 2:
             raise UserError(f"--processes {' '.join(map(str, self.processes))}: at least 2")
-        if any(mbit < 1 for mbit in self.network):
-            raise UserError(f"--network {min(self.network)}: at least 1 Mbit/s")

@@ -87,7 +87,7 @@ def test_the_simplest_of_the_fastest_is_taken() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.json"
-    words = ["plan", "--gpus", "64", "--llm", "smollm2_135m", "--recipe", "lora", "--plot", str(tmp_path)]
+    words = ["plan", "--gpus", "64", "--llm", "smollm2_135m", "--recipe", "pretrain", "--plot", str(tmp_path)]
     assert cli.main([*words, "--json", str(target)]) == 0
     report = json.loads(target.read_text())
     assert {r["engine"] for r in report["rows"]} == set(plan.ENGINES) - {"torch"}
@@ -101,7 +101,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_one_device_runs_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--gpus", "1", "--gpu", "rtx4090", "--llm", "phi_2"]) == 0
     said = capsys.readouterr().out
-    assert "torch" in said and "ddp" not in said and "Nothing fits: at least" in said
+    assert "torch" in said and "ddp" not in said and "engine.offload=true" in said
+    assert cli.main(["plan", "--gpus", "1", "--gpu", "rtx4090", "--llm", "phi_2", "--engine", "torch"]) == 0
+    assert "Nothing fits: at least" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

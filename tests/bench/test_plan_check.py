@@ -48,7 +48,7 @@ def test_the_plan_holds_where_it_was_measured() -> None:
     ("changes", "said"),
     [
         ({"processes": (1,)}, "--processes 1: at least 2"),
-        ({"network": (0,)}, "--network 0: at least 1 Mbit/s"),
+        ({"network": (0,)}, "--network 0: at least 1"),
         ({"engines": ("dpp",)}, "--engine 'dpp'; did you mean 'ddp'"),
     ],
     ids=["processes", "network", "engine"],
