@@ -95,6 +95,11 @@ class Device:
         here = min(processes, self.per_node)
         return self.slowdown[min(self.slowdown, key=lambda known: (abs(known - here), known))]
 
+    def sent(self, one: Collective, processes: int) -> float:
+        """Return the bytes that leave each of so many processes: gloo scatters a sum by sending it to everyone."""
+        whole = self.is_cpu and one.kind == "reduce_scatter"
+        return one.sent(processes) * (2 if whole else 1)
+
     def seconds(self, one: Collective, processes: int) -> float:
         """Return what collectives of so many processes take, nothing else going on."""
         if processes == 1 or one.count == 0:
@@ -103,7 +108,7 @@ class Device:
         if self.measured is not None:
             here = min(self.measured, key=lambda known: abs(known - min(processes, self.per_node)))
             found = self.measured[here][one.kind]
-            wire = one.sent(processes)
+            wire = self.sent(one, processes)
             between = wire * self.per_node / self.node_bytes if nodes > 1 else 0.0
             hops = one.count * _TIMES[one.kind] * (nodes - 1) * self.network.ring_hop
             return one.count * found.seconds + max(wire / found.bytes_per_s, between) + hops

@@ -252,7 +252,8 @@ def predict(work: Work, device: Device, engine: EngineConfig, count: int, packs:
     step = sum(seconds.values())
     need = sum(kept.values())
     fits = need <= ROOM * device.memory / (min(count, device.per_node) if device.is_cpu else 1)
-    wire = sum(c.sent(count) for c in (*sent.forward, *sent.backward)) * packs + sum(c.sent(count) for c in sent.end)
+    wire = packs * sum(device.sent(one, count) for one in (*sent.forward, *sent.backward))
+    wire += sum(device.sent(one, count) for one in sent.end)
     slowed = {name: part for name, part in seconds.items() if name != "compute"}
     bound = "compute" if seconds["compute"] >= FRACTION * step else max(slowed, key=lambda name: slowed[name])
     return {
