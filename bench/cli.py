@@ -18,6 +18,8 @@ from tinyllava_fast.bench.settings import (
     OpsSettings,
     PackingSettings,
     ParitySettings,
+    PlanCheckSettings,
+    PlanSettings,
     ScalingSettings,
     ServeSettings,
     Settings,
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--json", type=path_argument, metavar="FILE", help="also write the report there")
-        if name != "triton":  # which measures nothing
+        if name not in ("triton", "plan"):  # which measure nothing
             sub.add_argument(
                 "--quick", action="store_true", help="tiny measurements that only show that the command works"
             )
@@ -127,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "How full packs get, on lengths in the shape of LLaVA-1.5's instruction mix."
     command("packing", _packing, text, PackingSettings)
+
+    text = "Memory, bytes over the wire and step time of each engine on 1 to 1,024 GPUs, predicted."
+    plan = command("plan", _plan, text, PlanSettings)
+    plot(plan, "draw the efficiency of each engine against the GPUs, as plan.png")
+
+    text = "That plan against measurement: processes of this machine, also over links of limited speed."
+    command("plan-check", _plan_check, text, PlanCheckSettings)
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = command("triton", _triton, text)
@@ -244,6 +253,18 @@ def _packing(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import packing
 
     return _tell(args, packing.benchmark(PackingSettings.read(args)), packing.show)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import plan, plan_table, plots
+
+    return _tell(args, plan.benchmark(PlanSettings.read(args)), plan_table.show, plots.draw_plan)
+
+
+def _plan_check(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import plan_check
+
+    return _tell(args, plan_check.benchmark(PlanCheckSettings.read(args)), plan_check.show)
 
 
 def _triton(args: argparse.Namespace) -> int:

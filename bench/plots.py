@@ -1,7 +1,8 @@
 """PNG plots of `--plot DIR`.
 
 `tlf-bench ops`: time and memory of every candidate against size, one file an op. `tlf-bench scaling`: speed and memory
-of the training step against its tokens. `tlf-bench infer`: answers a second and latency.
+of the training step against its tokens. `tlf-bench infer`: answers a second and latency. `tlf-bench plan`: efficiency
+and memory against the number of GPUs.
 
 Each function that draws returns the files that it has written. UserError if matplotlib is not installed or the folder
 cannot be written.
@@ -10,7 +11,7 @@ cannot be written.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,17 +93,45 @@ def draw_infer(result: Report, folder: Path) -> list[Path]:
     return [path]
 
 
+def draw_plan(result: Report, folder: Path) -> list[Path]:
+    """Write plan.png of a report of bench.plan: efficiency and memory of each engine against the number of GPUs."""
+    path, settings, device = folder / "plan.png", result["settings"], result["device"]
+    heading = f"{settings['llm']} + {settings['vision']}, {settings['recipe']}, on {device['title']}: predicted"
+    facts = f"{settings['packs']} pack(s) of {settings['tokens']:,} tokens a GPU and step; engines where they fit"
+    engines = sorted({row["engine"] for row in result["curve"]} - {"torch"}, key=lambda name: (len(name), name))
+    figures: tuple[tuple[str, Callable[[Report], float]], ...] = (
+        ("efficiency (%)", lambda row: 100 * row["efficiency"]),
+        ("memory a GPU (GiB)", lambda row: row["need"] / 2**30),
+    )
+    with _figure(path, (11.2, 4.8), heading, facts, result) as figure:
+        for panel, (title, value) in zip(figure.subplots(1, 2), figures, strict=True):
+            for name, colour, marker in zip(engines, (OURS, *RIVALS), (*MARKERS, "X"), strict=False):
+                points = [(row["gpus"], value(row)) for row in result["curve"] if row["engine"] == name]
+                panel.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.8, label=name)
+            _plain(panel, title, "GPUs")
+            if title != figures[0][0]:
+                panel.axhline(device["memory"] / 2**30, color=SOFT, linewidth=1, linestyle="--")
+            panel.set_ylim(bottom=0)
+            panel.set_xscale("log", base=2)
+            places = sorted({row["gpus"] for row in result["curve"]})[::2]
+            panel.set_xticks(places, [f"{place:,}" for place in places])
+        figure.legend(*panel.get_legend_handles_labels(), loc="lower center", ncol=7, frameon=False, fontsize=10)
+        figure.subplots_adjust(left=0.06, right=0.97, top=0.76, bottom=0.2, wspace=0.16)
+    return [path]
+
+
 @contextlib.contextmanager
 def _figure(path: Path, size: tuple[float, float], heading: str, facts: str, result: Report) -> Iterator[Figure]:
-    """Yield a figure of that size in inches under a heading and the report's machine; written at the end."""
+    """Yield a figure of that size in inches under a heading and the report's machine, if any; written at the end."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("--plot needs matplotlib; run: pip install 'tinyllava-fast[eval]'") from error
-    machine, (width, height) = result["machine"], size
-    cpu = f"{machine['cpu']} ({machine['threads']} threads)"
-    facts += f"{machine['gpu'] if machine['device'].startswith('cuda') else cpu}, torch {machine['torch']}"
+    width, height = size
+    if machine := result.get("machine"):
+        cpu = f"{machine['cpu']} ({machine['threads']} threads)"
+        facts += f"{machine['gpu'] if machine['device'].startswith('cuda') else cpu}, torch {machine['torch']}"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=110, facecolor="white")
         figure.text(0.48 / width, 1 - 0.32 / height, heading, fontsize=15, weight="bold", color=INK)

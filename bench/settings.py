@@ -37,6 +37,8 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {  # name: mode, what is added
     "full, 8-bit AdamW": ("finetune", ("stages.0.optim.type=adamw8bit",)),
     "full, AdamW": ("finetune", ()),
 }
+PLAN_RECIPES = ("full", "full+tower", "lora", "pretrain")
+MOST_GPUS = 1024
 SYSTEM_TOKENS = 40  # of text that a record of `tlf-bench packing` has at least, beside an image
 
 
@@ -71,7 +73,7 @@ class Settings:
             for value in _values(getattr(self, one.name)):
                 if names and value not in names:
                     raise UserError(f"{_flag(one)} {value!r}; {nearest(value, names)}")
-                if type(value) is int and value < 1 <= min(_values(one.default)):
+                if type(value) is int and value < 1 <= min(_values(one.default), default=1):
                     raise UserError(f"{_flag(one)} {value}: at least 1")
 
     @classmethod
@@ -104,7 +106,7 @@ class Settings:
         """Return the settings that the flags say."""
         given = {one.name: getattr(args, one.name) for one in fields(cls) if one.name in args}
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        return cls(**(given | dict(cls.quick_values if args.quick else {})))
+        return cls(**(given | dict(cls.quick_values if getattr(args, "quick", False) else {})))
 
 
 def _values(value: T | tuple[T, ...]) -> tuple[T, ...]:
@@ -288,3 +290,69 @@ class PackingSettings(Settings):
             raise UserError(f"--tokens {min(self.budgets)}: less than the longest sample of {self.longest} tokens")
         if max(self.image_tokens) + SYSTEM_TOKENS >= self.longest or min(self.image_tokens) < 1:
             raise UserError(f"--image-tokens {self.image_tokens}: an image and {SYSTEM_TOKENS} tokens of text must fit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(Settings):
+    """The settings of `tlf-bench plan`. Names of devices and models are those of plan.yaml."""
+
+    gpus: int = option(8, "processes, one a GPU, from 1 to 1,024")
+    gpu: str = option("h100", "device: a100, h100, h200, l40s, rtx4090, rtx5090, or cpu, the one measured")
+    llm: str = option("phi_2", "language model, as configs/model/llm names it")
+    vision: str = option("siglip_so400m_384", "vision tower, as configs/model/vision names it")
+    recipe: str = option(
+        "full", f"what trains: {', '.join(PLAN_RECIPES)} (pretrain: the connector)", names=PLAN_RECIPES
+    )
+    lora_rank: int = option(128, "rank in lora")
+    engine: str = option("all", "only this one: torch, ddp, fsdp, zero1, zero2, zero3, zero2-offload, zero3-offload")
+    tokens: int = option(8448, "tokens of a pack")
+    samples: int = option(8, "samples of a pack, each with one image")
+    packs: int = option(1, "packs that each GPU takes in a step")
+    node_gbps: float | None = option(
+        None, "Gb/s between nodes, all ports of one together (default: the device's)", parse=float
+    )
+    per_node: int | None = option(None, "GPUs of a node (default: the device's)", parse=int)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus > MOST_GPUS:
+            raise UserError(
+                f"--gpus {self.gpus}: at most {MOST_GPUS:,}, beyond which nothing here has been thought about"
+            )
+        for name, value in (("--node-gbps", self.node_gbps), ("--per-node", self.per_node)):
+            if value is not None and not 0 < value < 1e6:
+                raise UserError(f"{name} {value}: a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCheckSettings(Settings):
+    """The settings of `tlf-bench plan-check`. shrunk: overrides of its workload. lengths: of a pack's samples."""
+
+    quick_values: ClassVar = {
+        "steps": 1, "processes": (2,), "lengths": (40, 30),
+        "shrunk": (
+            "model.llm.config.vocab_size=128", "model.llm.config.hidden_size=64",
+            "model.llm.config.num_hidden_layers=2", "model.llm.config.intermediate_size=96",
+            "model.vision.config.image_size=32",
+        ),
+    }  # fmt: skip
+
+    engines: tuple[str, ...] = option(
+        ("ddp", "fsdp", "zero2", "zero3"),
+        "only this engine; repeat",
+        flag="--engine",
+        names=("ddp", "fsdp", "zero1", "zero2", "zero3"),
+    )
+    processes: tuple[int, ...] = option((2, 4), "processes; repeat")
+    network: tuple[int, ...] = option(
+        (), "Mbit/s of a process's link: each in a network namespace (root); repeat", parse=int
+    )
+    deepspeed: bool = option(False, "DeepSpeed with more than 2 processes too: its start takes longer than its steps")
+    steps: int = option(3, "timed steps of each")
+    lengths: tuple[int, ...] = (160, 120, 104)
+    shrunk: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.processes or min(self.processes) < 2:
+            raise UserError(f"--processes {' '.join(map(str, self.processes))}: at least 2")

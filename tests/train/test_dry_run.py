@@ -7,13 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-from tinyllava_fast.config.load import load_run
-from tinyllava_fast.models.build import build_model
 from tinyllava_fast.train import cli
-from tinyllava_fast.train.dry_run import _kept_bytes, token_bytes, without_values
 
 TinyRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -65,53 +59,3 @@ def test_a_model_that_is_too_large_is_said_to_be(tiny_run: TinyRun, capsys: Any,
     monkeypatch.setattr("tinyllava_fast.hardware.available_memory_bytes", lambda: 2**19)
     assert cli.main([str(tiny_run()), "--dry-run"]) == 0
     assert "DOES NOT FIT this machine: 0 MiB are free; lower stages.finetune.batch.tokens" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("engine", "shared"),
-    [
-        (["ddp"], []),
-        (["deepspeed", "engine.zero_stage=1"], ["masters and moments"]),
-        (["deepspeed", "engine.zero_stage=2"], ["masters and moments", "gradients"]),
-        (["fsdp"], ["masters and moments", "gradients", "weights"]),
-    ],
-    ids=["ddp", "zero1", "zero2", "fsdp"],
-)
-def test_what_an_engine_shares_counts_once_over_all_processes(
-    engine: list[str], shared: list[str], tiny_run: TinyRun
-) -> None:
-    config = load_run(tiny_run(), [f"engine.type={engine[0]}", *engine[1:]])
-    model = build_model(config.model, seed=0)
-    alone, four = (_kept_bytes(config, config.stages[-1], model, count) for count in (1, 4))
-    assert {name for name in alone if four[name] < alone[name]} == set(shared)
-    assert all(four[name] == alone[name] // 4 for name in shared)
-
-
-def test_a_copy_without_values_takes_no_memory_and_leaves_the_model(tiny_run: TinyRun) -> None:
-    model = build_model(load_run(tiny_run()).model, seed=0)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    skeleton = without_values(model)
-    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
-    assert {n: t.shape for n, t in skeleton.state_dict().items()} == {n: t.shape for n, t in before.items()}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize(("checkpointing", "file"), [(False, "fit_tinyllama"), (True, "fit_tinyllama_lora16")])
-def test_the_estimate_of_a_token_is_near_what_was_measured(checkpointing: bool, file: str, tiny_run: TinyRun) -> None:
-    """bench/results: the slope of the peak of a 1.1 B model over its tokens, in bytes."""
-    measured = json.loads((ROOT / "bench" / "results" / f"{file}_2core_zen5.json").read_text())["bytes_per_token"]
-    stage = load_run(tiny_run()).stages[1]
-    engine = load_run(tiny_run(), ["engine.dtype=bfloat16", f"engine.gradient_checkpointing={checkpointing}"]).engine
-    shape = load_run(ROOT / "bench" / "workloads" / "tinyllama_1b.yaml", [f"output_dir={tiny_run().parent}"]).model.llm
-    from types import SimpleNamespace
-
-    text = SimpleNamespace(**shape.config)
-    config = SimpleNamespace(get_text_config=lambda: text)
-    model = SimpleNamespace(
-        llm=SimpleNamespace(config=config),
-        hidden_size=text.hidden_size,
-        num_kv_heads=[text.num_key_value_heads],
-        head_dim=text.hidden_size // text.num_attention_heads,
-        num_layers=text.num_hidden_layers,
-    )
-    assert token_bytes(model, stage, engine) == pytest.approx(measured, rel=0.1)  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ from tinyllava_fast.errors import UserError
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _AHEAD = 2  # items that wait for each process
 _PARALLEL = "TOKENIZERS_PARALLELISM"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes, SLURM ahead of time."""
 T = TypeVar("T")
 R = TypeVar("R")
 _work: list[Callable[[Any], Any]] = []  # of a process that ``in_order`` has started: the function

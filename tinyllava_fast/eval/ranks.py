@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+from tinyllava_fast import slurm
 from tinyllava_fast.errors import LostError, UserError
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.hardware import torchrun_number
@@ -29,7 +30,8 @@ class Ranks:
 
     @classmethod
     def of_torchrun(cls) -> Ranks:
-        """From the environment that torchrun sets. UserError if it is set in part, as by a cluster's scheduler."""
+        """From the environment that torchrun or srun sets. UserError if it is set in part, as by another scheduler."""
+        slurm.adopt()
         found = cls(*(torchrun_number(name, default) for name, default in VARIABLES))
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if found.world > 1 and missing:

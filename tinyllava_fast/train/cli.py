@@ -24,6 +24,7 @@ of a key that is given twice the last value holds:
   tlf-train configs/demo.yaml seed=1 stages.finetune.optim.lr=3e-4
   tlf-train configs/demo.yaml --nproc 2 engine.type=ddp
   torchrun --nnodes 2 --nproc_per_node 8 ... -m tinyllava_fast.train.cli configs/demo.yaml engine.type=fsdp
+  srun tlf-train configs/demo.yaml engine.type=fsdp
 
   --resume auto    continue where the run in output_dir stopped, if it did (default)
   --resume never   start over; checkpoints of an earlier run in output_dir are removed
@@ -47,8 +48,8 @@ _ALIASES = {"-h": "--help", "--dry-run": "--dry_run", "--print-config": "--print
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say and return the exit code.
 
-    0; 2 for what is wrong until somebody mends it; 1 for what may be over at the next try: another process of the run
-    that died, a full disk, memory; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+    0, also after SIGUSR1; 2 for what is wrong until somebody mends it; 1 for what may be over at the next try: another
+    process of the run that died, a full disk, memory; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     setup_logging()
     prepare_memory()

@@ -1,37 +1,32 @@
 """`tlf-train CONFIG --dry-run`: everything that a run needs is looked at, and nothing trains or is left behind.
 
-Memory is reckoned, not measured: weights, masters, moments and gradients are counted on a copy of the model without
-values, to which the recipe is applied; what a token of a pack keeps for the backward pass is estimated from the widths
-(within 10 % of what tlf-bench fit measures of a 1.1 B model, docs/memory.md).
+Memory is reckoned, not measured (train/memory.py).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast import hardware
-from tinyllava_fast.config.schema import EngineConfig, RunConfig, StageConfig
+from tinyllava_fast.config.schema import RunConfig, StageConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading
 from tinyllava_fast.eval.report.html import size
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer, check_vocabulary
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.recipes.base import apply_recipe, check_recipe
+from tinyllava_fast.recipes.base import check_recipe
 from tinyllava_fast.train.answers import plan_benchmarks
 from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.lr_schedule import lr_factor, warmup_steps
-from tinyllava_fast.train.optimizers.base import OPTIMIZERS
+from tinyllava_fast.train.memory import image_bytes, kept_bytes, learning_skeleton, token_bytes
 from tinyllava_fast.train.prepare import average_flops, build_loader, look_at_files, of_stage, validation_loader
-from tinyllava_fast.train.profile import state_bytes, trains
 from tinyllava_fast.train.reading import stage_reading
 from tinyllava_fast.train.resume import find_checkpoint
 from tinyllava_fast.train.standing import interval
@@ -138,7 +133,8 @@ def _validation(
 def _memory(config: RunConfig, process: Process, stage: StageConfig, model: LMM, loader: Loader) -> Iterator[str]:
     """Yield what a process needs for the stage, and whether this machine has it."""
     try:
-        kept = _kept_bytes(config, stage, model, process.world_size)
+        skeleton = learning_skeleton(model, stage, config.engine, seed=config.seed)
+        kept = kept_bytes(skeleton, stage, config.engine, process)
     except (NotImplementedError, RuntimeError) as error:
         yield f"memory: not reckoned for this recipe ({str(error).splitlines()[0]})"
         return
@@ -166,64 +162,3 @@ def _free_bytes(process: Process) -> tuple[str, int]:
     if process.device.type == "cuda":
         return f"the GPU {torch.cuda.get_device_name(process.device)}", torch.cuda.mem_get_info(process.device)[0]
     return "this machine", hardware.available_memory_bytes() // max(process.world_size, 1)
-
-
-def _kept_bytes(config: RunConfig, stage: StageConfig, model: LMM, world_size: int) -> dict[str, int]:
-    """Return what stays between steps, and the gradients at the end of a backward pass, in one process."""
-    engine = config.engine
-    dtype = getattr(torch, engine.dtype)
-    skeleton = without_values(model)
-    apply_recipe(skeleton, stage.recipe, stage.optim, seed=config.seed)
-    skeleton.to(dtype)
-    sizes = state_bytes(skeleton, OPTIMIZERS.get(stage.optim.type).moment_bytes)
-    weights = sum(count for name, count in sizes.items() if not name.endswith("optimizer"))
-    learnt = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
-    optimizer = sum(count for name, count in sizes.items() if name.endswith("optimizer"))
-    optimizer += 4 * learnt if stage.optim.ema else 0
-    several = stage.batch.packs_per_step > world_size and dtype != torch.float32  # summed in float32
-    gradients = learnt * (4 if several else dtype.itemsize)
-    shards = [world_size if engine.sharding >= level else 1 for level in (1, 2, 3)]
-    host = engine.type == "deepspeed" and engine.offload
-    return {
-        "weights": weights // shards[2],
-        "masters and moments": 0 if host else optimizer // shards[0],
-        "gradients": gradients // shards[1],
-    }
-
-
-def without_values(model: LMM) -> LMM:
-    """Return a copy of a model whose tensors have shapes and no memory."""
-    tensors: Sequence[torch.Tensor] = [*model.parameters(), *model.buffers()]
-    memo: dict[int, object] = {}
-    for tensor in tensors:
-        empty = torch.empty_like(tensor, device="meta")
-        is_weight = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_weight else empty
-    return copy.deepcopy(model, memo)
-
-
-def token_bytes(model: LMM, stage: StageConfig, engine: EngineConfig) -> int:
-    """Return about what a token keeps in the decoder for the backward pass: of each layer the inputs of its products.
-
-    A layer that is recomputed keeps its input alone; one such layer at a time has all.
-    """
-    recipe = trains(stage.recipe)
-    if not (recipe.llm or recipe.connector or recipe.vision) and stage.recipe.llm.tune not in ("lora", "qlora"):
-        return 0
-    text = model.llm.config.get_text_config()
-    width, inner = model.hidden_size, getattr(text, "intermediate_size", None) or 4 * model.hidden_size
-    layer = 9 * width + 4 * inner + 3 * max(model.num_kv_heads) * model.head_dim
-    whole = {True: 1.0, "selective": model.num_layers / 2 + 1, False: float(model.num_layers)}
-    kept = (
-        whole[engine.gradient_checkpointing] * layer + (model.num_layers + 13) * width
-    )  # 13: embeddings, last norm, loss
-    return int(kept * getattr(torch, engine.dtype).itemsize)
-
-
-def image_bytes(model: LMM, stage: StageConfig, engine: EngineConfig) -> int:
-    """Return about what an image keeps in a tower that trains; next to nothing in a frozen one."""
-    if not trains(stage.recipe).vision:
-        return 0
-    width = model.vision.hidden_size
-    layer = 9 * width + 4 * 4 * width + 3 * width
-    return int(model.vision.num_tokens * model.vision.num_layers * layer * getattr(torch, engine.dtype).itemsize)

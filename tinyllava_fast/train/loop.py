@@ -191,7 +191,7 @@ class Stage:
             if saving or self._over:
                 self._checkpoint()
             if stop:
-                raise StopRequest(128 + stop)
+                raise StopRequest(stop)
 
     @property
     def _over(self) -> bool:

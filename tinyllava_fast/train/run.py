@@ -37,15 +37,15 @@ from tinyllava_fast.train.standing import outcome
 
 
 class StopRequest(BaseException):
-    """A signal asked to stop; a checkpoint is saved if steps were done. exit_code: 128 + the signal.
+    """A signal asked to stop; a checkpoint is saved if steps were done.
 
-    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. said: where the run
-    goes on, for people.
+    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. exit_code: 128 + the
+    signal; 0 for SIGUSR1, by which a batch system asks for this end. said: where the run goes on, for people.
     """
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
         self.said = ""
 
     def __str__(self) -> str:
@@ -304,7 +304,7 @@ def told(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after the step, and stop at once what is between the steps.
+    """STOP_SIGNALS ask the loop to stop after the step, and stop at once what is between the steps.
 
     A second SIGINT interrupts at once. SIGHUP stays ignored where it was, as nohup has it.
     """
@@ -315,7 +315,7 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         run.stop_signal = number
         if not run.stepping:
             log.warning("%s: stopping", signal.Signals(number).name)
-            raise StopRequest(128 + number)
+            raise StopRequest(number)
         log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
 
     try:

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 
-from tinyllava_fast import group
+from tinyllava_fast import group, slurm
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import torchrun_number
@@ -43,11 +43,14 @@ def _own_threads(local_size: int) -> int:
 
 
 def start_process(config: EngineConfig) -> Process:
-    """Read torchrun's environment, choose the device, set the threads and, but for type torch, join the others.
+    """Read torchrun's environment or srun's, choose device and threads and, unless the type is torch, join the others.
 
     Raises UserError for a device that is not there, for several processes under engine.type torch, and for what the
     engine cannot compile.
     """
+    slurm.adopt()
+    if "LOCAL_SIZE" in os.environ:  # what DeepSpeed's launcher says instead
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     env = {k: torchrun_number(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
     local_size = torchrun_number("LOCAL_WORLD_SIZE", 1)
     kind = config.device
