@@ -39,8 +39,8 @@ from tinyllava_fast.train.standing import outcome
 class StopRequest(BaseException):
     """A signal asked to stop; a checkpoint is saved if steps were done.
 
-    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. exit_code: 128 + the
-    signal; 0 for SIGUSR1, by which a batch system asks for this end. said: where the run goes on, for people.
+    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. exit_code: 128 +
+    the signal; 0 for SIGUSR1, by which a batch system asks for this end. said: where the run goes on, for people.
     """
 
     def __init__(self, number: int) -> None:
