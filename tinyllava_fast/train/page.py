@@ -125,7 +125,8 @@ def _tiles(pulse: Pulse, history: History) -> str:
         tiles.append(("", duration(pulse["eta_s"]), "to the end of the run, about"))
     last = history.last
     if last is not None:
-        tiles.append(("", f"{last['loss']:.4g}", f"training loss at step {last['step']:,}"))
+        loss = "no number" if last["loss"] is None else f"{last['loss']:.4g}"
+        tiles.append(("", loss, f"training loss at step {last['step']:,}"))
         if (best := history.best.get(last["stage"])) is not None:
             tiles.append(("", f"step {best[0]:,}", f"best so far: {numbers_of(best[1])}"))
         tiles.append(("", f"{last.get('samples_per_s', 0.0):,.1f}", "samples a second"))
@@ -142,7 +143,9 @@ def _chart(title: str, note: str, history: History, kind: str, *, log: bool = Fa
     series = history.of(kind)
     stages = list(history.ends.items())
     named = len(series) > 1 or "" not in series
-    lines = [_line(one, number, name if named else "", scale) for number, (name, one) in enumerate(series.items())]
+    lines = [
+        _line(one, number, (name or "all") if named else "", scale) for number, (name, one) in enumerate(series.items())
+    ]
     drawn = line_chart(lines, title, stages if len(stages) > 1 else [], log=log)
     return card(title, note, drawn) if drawn else ""
 

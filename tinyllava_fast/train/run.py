@@ -21,14 +21,14 @@ from tinyllava_fast.files import TMP, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.log import log
 from tinyllava_fast.models.build import build_image_processor, build_tokenizer
-from tinyllava_fast.train import quarantine, seed
+from tinyllava_fast.train import nonfinite, quarantine, seed
 from tinyllava_fast.train.answers import SampleRow
 from tinyllava_fast.train.best import LAST, BestModels, copy_model
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.failures import DIVERGED, Way, stopped
-from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes
+from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes, truncate_after
 from tinyllava_fast.train.page import Page
 from tinyllava_fast.train.prepare import Outlook
 from tinyllava_fast.train.pulse import LOCK, Heart, State
@@ -117,6 +117,8 @@ class Run:
         with writing(self.folder / "config.yaml"):
             write_file(self.folder / "config.yaml", dump(self.config).encode())
         loggers, step = self.config.loggers, self.state.step
+        with writing(self.folder / nonfinite.FILE):
+            truncate_after(self.folder / nonfinite.FILE, step)
         self.metrics = MetricsWriter(self.folder, after_step=step, loggers=loggers, config=self.state.config)
         self.heart, self.page = Heart(self.folder), Page(self.folder, dump(self.config))
 
@@ -173,8 +175,9 @@ class Run:
         self.store.clear()
         self.best.clear()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        with writing(self.folder / quarantine.FILE):
-            (self.folder / quarantine.FILE).unlink(missing_ok=True)
+        for name in (quarantine.FILE, nonfinite.FILE):
+            with writing(self.folder / name):
+                (self.folder / name).unlink(missing_ok=True)
         self.unfinish()
 
     def unfinish(self) -> None:
@@ -219,6 +222,11 @@ class Run:
             "skipped": len(skipped),
             "skipped_records": skipped,
             "unsupervised_samples": unsupervised,
+            "skipped_steps": {
+                stage: counts["nonfinite"] + counts["overflow"]
+                for stage, counts in self.state.skipped_steps.items()
+                if counts["nonfinite"] + counts["overflow"]
+            },
             "loss": self.state.final_losses,
             "validation": {
                 stage.name: outcome(stage.validation, standing)
