@@ -96,7 +96,7 @@ def b_parameters(lmm: LMM, component: str) -> Iterator[nn.Parameter]:
     """The matrices B, which start at zero, of a component's adapters."""
     for name, layer in layers(lmm):
         if name.partition(".")[0] == component:
-            yield from layer.lora_B.parameters()
+            yield from (p for linear in layer.lora_B.values() for p in linear.parameters())
 
 
 def inject(lmm: LMM, config: LoraConfig, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:

@@ -285,7 +285,7 @@ class Stage:
             )
 
     def _entry(self, lrs: dict[str, float], window: Window) -> Entry:
-        """The metrics of the steps since the last line. UserError if one is no number, unless such steps are skipped."""
+        """The metrics of the steps since the last line. UserError for one that is no number, unless it was skipped."""
         outcomes, counts = self.outcomes.settle(self.engine.all_reduce_sum), self.outcomes.counts
         stop = self.outcomes.judge(outcomes)
         scale = self.engine.loss_scale()

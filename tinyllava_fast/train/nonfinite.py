@@ -1,7 +1,7 @@
 """Steps whose loss or gradient norm is no finite number: what they learnt from, and whether the stage goes on.
 
-The numbers of a step stay on the device until a line of metrics.jsonl is due, so that no step waits for the host. A step
-that is to be skipped changes nothing by itself (train/optim.py); here it is counted, and its records are listed in
+The numbers of a step stay on the device until a line of metrics.jsonl is due, so that no step waits for the host. A
+step that is to be skipped changes nothing by itself (train/optim.py); here it is counted, and its records are listed in
 nonfinite.jsonl, one line for each source: step, stage, source, records (their ids), loss and grad_norm (numbers, or the
 texts "nan", "inf" and "-inf").
 """

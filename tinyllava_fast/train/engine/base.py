@@ -94,7 +94,8 @@ class TrainingEngine(Protocol):
     def optimizer_state(self) -> Sequence[LazyTensor]:
         """Everything the optimizer knows, in a layout that depends neither on the engine nor on the number of ranks.
 
-        "step" [] float32; in float16 "loss_scale" and "loss_scale_steps"; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>";
+        "step" [] float32; in float16 "loss_scale" and "loss_scale_steps"; "exp_avg/<weight>", "exp_avg_sq/<weight>"
+        and, for weights below float32, "master/<weight>";
         "ema/<weight>", the running means of optim.ema.
         """
         ...

@@ -120,8 +120,8 @@ def check_dtype(config: EngineConfig, kind: str) -> None:
         return
     if kind == "cpu":
         raise UserError(
-            "engine.dtype: float16 on a CPU, which has no fast float16 to gain by; set bfloat16, or float32, or train on "
-            "a GPU"
+            "engine.dtype: float16 on a CPU, which has no fast float16 to gain by; set bfloat16 or float32, or train "
+            "on a GPU"
         )
     if config.type == "deepspeed" and config.sharding:
         raise UserError(

@@ -125,7 +125,7 @@ def check_optimizer(optim: OptimConfig, engine: EngineConfig, device: torch.devi
     """Raise UserError for an optimizer that this engine or device does not have, and for means that it cannot keep."""
     if optim.on_nonfinite == "skip" and engine.type == "deepspeed" and engine.sharding:
         raise UserError(
-            f"{stage}.optim.on_nonfinite: skip with engine.type: deepspeed, which has updated the weights before the norm "
+            f"{stage}.optim.on_nonfinite: skip with engine.type: deepspeed, which updates the weights before the norm "
             "is known; set engine.type: ddp or fsdp, or on_nonfinite: fail"
         )
     if optim.ema and engine.sharding:
