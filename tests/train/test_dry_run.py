@@ -20,7 +20,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_it_tells_what_a_run_would_do_and_leaves_nothing(tiny_run: TinyRun, capsys: Any) -> None:
-    path = tiny_run(stages__finetune__validation={"share": 0.3, "every_steps": 3}, records=60)
+    path = tiny_run(
+        stages__finetune__validation={"share": 0.3, "every_steps": 3},
+        stages__finetune__recipe={
+            "llm": {"tune": "lora", "layer_decay": 0.5, "lora": {"r": 2, "b_lr_ratio": 16}},
+            "vision": {"tune": "full", "lr": 1e-3},
+        },
+        records=60,
+    )
     before = sorted(path.parent.rglob("*"))
     assert cli.main([str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -33,6 +40,9 @@ def test_it_tells_what_a_run_would_do_and_leaves_nothing(tiny_run: TinyRun, caps
         "learning rate: cosine, 1 steps of warm-up: 0.003 at step 1",
         "stage finetune",
         "vision has its own peak, 0.001",
+        "llm by layer, 0.5 times from each to the one below: "
+        "embedding 0.00038, first layer 0.00075, last layer 0.0015, above it 0.003",
+        "llm: the adapters' B has 16 times the rate of A, 0.003 at the top",
         "every 3 steps and at the end",
         "fits this machine",
         "nothing was trained and nothing was written",

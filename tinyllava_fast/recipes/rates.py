@@ -71,7 +71,8 @@ def _stacks(lmm: LMM, component: str) -> list[tuple[str, Sequence[nn.Module]]]:
     elif component == "vision":
         found = list(lmm.vision.layers)
     if not found:
-        raise UserError(f"recipe.{component}.layer_decay: this {component} names no layers; leave it out")
+        what = "vision tower" if component == "vision" else component
+        raise UserError(f"recipe.{component}.layer_decay: this {what} names no layers; leave it out")
     names = {id(module): name for name, module in getattr(lmm, component).named_modules()}
     stacks: dict[str, list[nn.Module]] = {}
     for layer in found:

@@ -17,14 +17,15 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast import hardware
-from tinyllava_fast.config.schema import EngineConfig, RunConfig, StageConfig
+from tinyllava_fast.config.schema import EngineConfig, RunConfig, StageConfig, TuneConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading
 from tinyllava_fast.eval.report.html import size
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer, check_vocabulary
-from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.recipes.base import apply_recipe, check_recipe
+from tinyllava_fast.recipes.rates import layer_count, layer_factor
 from tinyllava_fast.train.answers import plan_benchmarks
 from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.engine.launch import Process
@@ -95,6 +96,7 @@ def _stage(parts: _Parts, stage: StageConfig, model: LMM, loader: Loader, readin
         f"{flops:.2e} FLOPs a step and process"
     )
     yield f"learning rate: {_schedule(stage, loader.steps)}"
+    yield from _rates(stage, model)
     yield from _validation(parts, stage, model, loader, reading, flops)
     yield from _memory(parts.config, parts.process, stage, model, loader)
 
@@ -117,6 +119,22 @@ def _schedule(stage: StageConfig, steps: int) -> str:
     own = {name: getattr(stage.recipe, name).lr for name in ("llm", "vision", "connector")}
     others = "".join(f"; {name} has its own peak, {lr:g}" for name, lr in own.items() if lr is not None)
     return f"{optim.schedule}, {warm:,} steps of warm-up: {', '.join(rates)}{others}"
+
+
+def _rates(stage: StageConfig, model: LMM) -> Iterator[str]:
+    """Yield the peak rates within each component that has more than one."""
+    for name in COMPONENTS:
+        tune: TuneConfig = getattr(stage.recipe, name)
+        lr = stage.optim.lr if tune.lr is None else tune.lr
+        if tune.layer_decay != 1.0:
+            layers = layer_count(model, name)
+            words = {0: "embedding", 1: "first layer", layers: "last layer", layers + 1: "above it"}
+            each = (
+                f"{words[depth]} {lr * layer_factor(tune.layer_decay, layers, depth):.2g}" for depth in sorted(words)
+            )
+            yield f"      {name} by layer, {tune.layer_decay:g} times from each to the one below: {', '.join(each)}"
+        if tune.lora.b_lr_ratio != 1.0:
+            yield f"      {name}: the adapters' B has {tune.lora.b_lr_ratio:g} times the rate of A, {lr:.2g} at the top"
 
 
 def _validation(
