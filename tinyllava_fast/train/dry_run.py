@@ -26,7 +26,7 @@ from tinyllava_fast.models.build import build_image_processor, build_model, buil
 from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.recipes.base import apply_recipe, check_recipe
 from tinyllava_fast.recipes.rates import layer_count, layer_factor
-from tinyllava_fast.train.answers import plan_benchmarks
+from tinyllava_fast.train.answers import open_answering
 from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.lr_schedule import lr_factor, warmup_steps
@@ -134,7 +134,8 @@ def _rates(stage: StageConfig, model: LMM) -> Iterator[str]:
             )
             yield f"      {name} by layer, {tune.layer_decay:g} times from each to the one below: {', '.join(each)}"
         if tune.lora.b_lr_ratio != 1.0:
-            yield f"      {name}: the adapters' B has {tune.lora.b_lr_ratio:g} times the rate of A, {lr:.2g} at the top"
+            ratio = tune.lora.b_lr_ratio
+            yield f"      {name}: B of its adapters has {ratio:g} times the rate of A, at most {lr * ratio:.2g}"
 
 
 def _validation(
@@ -144,13 +145,16 @@ def _validation(
     if not validation.on:
         return
     held = validation_loader(parts, stage, model, reading) if validation.has_data else None
-    plans = plan_benchmarks(validation, parts.config.data_root)
-    every = interval(validation, loader.steps, cost := cost_of(model, stage, held, None, flops))
+    records = None if held is None else held.dataset.data
+    answering = open_answering(parts.config, stage, records, parts.tokenizer, parts.processor)
+    samples, plans = (answering.samples, answering.plans) if answering is not None else ([], [])
+    every = interval(validation, loader.steps, cost := cost_of(model, stage, held, answering, flops))
     when = f"every {every:,} steps and at the end" if every else "at the end"
     what = [f"{held.dataset.report.records:,} samples"] if held is not None else []
+    what += [f"{len(samples)} of them answered"] if samples else []
     what += [f"{len(plan.questions):,} questions of {plan.name}" for plan in plans]
     times = -(-loader.steps // every) if every else 1
-    yield f"validation: {', '.join(what)}, {when}; the loss takes about {times * cost / loader.steps:.1%} of the work"
+    yield f"validation: {', '.join(what)}, {when}; it takes about {times * cost / loader.steps:.1%} of the work"
 
 
 def _memory(config: RunConfig, process: Process, stage: StageConfig, model: LMM, loader: Loader) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import time
@@ -31,7 +32,7 @@ from tinyllava_fast.train.failures import DIVERGED, Way, stopped
 from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes, truncate_after
 from tinyllava_fast.train.page import Page
 from tinyllava_fast.train.prepare import Outlook
-from tinyllava_fast.train.pulse import LOCK, Heart, State
+from tinyllava_fast.train.pulse import LOCK, Heart, State, this_place
 from tinyllava_fast.train.resume import find_checkpoint
 from tinyllava_fast.train.standing import outcome
 
@@ -157,7 +158,7 @@ class Run:
         """Refuse a folder that another training writes to, for instance one that outlived its killed parent."""
         with writing(self.folder):
             self._made = _make_folder(self.folder)
-            self._lock_file = (self.folder / LOCK).open("w")
+            self._lock_file = (self.folder / LOCK).open("a")  # what it says is its holder's
         try:
             # lockf: a record lock ends with this very process; data workers do not inherit it.
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,6 +171,10 @@ class Run:
                 f"output_dir: {self.folder / LOCK} cannot be locked: {error.strerror}; name a folder on a file "
                 "system that has locks"
             ) from None
+        with writing(self.folder / LOCK):
+            self._lock_file.truncate(0)
+            self._lock_file.write(json.dumps({"pid": os.getpid(), **this_place()}))
+            self._lock_file.flush()
 
     def _start_over(self) -> None:
         self.store.clear()
