@@ -35,8 +35,9 @@ class WandB:
                 config=dict(run.config),
             )
         except (self._wandb.Error, ValueError, RuntimeError, TimeoutError) as error:  # no key, no network, WANDB_*
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"loggers: wandb: its run could not begin: {str(error).strip() or type(error).__name__}. Set "
+                f"loggers: wandb: its run could not begin: {reason}. Set "
                 "WANDB_MODE=offline, which needs no account and no network, log in with `wandb login`, mend the WANDB_ "
                 "variable that it names, or take wandb out of loggers"
             ) from error
