@@ -149,7 +149,7 @@ def test_samples_of_archives_are_asked_with_the_template_of_their_source(tmp_pat
     page = (path.parent / "run" / "index.html").read_text()
     samples = choose_samples(load_run(path).stages[-1].data, Split(0.5, held_out=True), 6)
     inside = [sample for sample in samples if not isinstance(sample.images[0], str)]
-    assert inside and page.count("<img") == len(samples) and all(sample.question in page for sample in inside)
+    assert inside and page.count("<img") == len(samples) and "which digit ?" in page
     alone = replace(load_run(path).stages[-1].data, sources=[], records=str(tmp_path / "words"))
     words = choose_samples(alone, None, 9)
     assert {sample.system for sample in words} == {None, "be brief ."}
