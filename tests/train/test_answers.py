@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.train.mixes import write_mix
 from tests.train.test_validation import lines, same
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.data.split import Split
+from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.assistant import Assistant
+from tinyllava_fast.train import answers
 from tinyllava_fast.train.answers import check_answering, choose_samples
 from tinyllava_fast.train.loop import train
 
@@ -115,3 +120,56 @@ def test_benchmarks_need_whole_weights(tiny_run: TinyRun) -> None:
     with pytest.raises(UserError, match=r"stages\.finetune\.validation\.benchmarks: FSDP and ZeRO 3 shard the weights"):
         check_answering(config.stages[1].validation, config.engine, "stages.finetune")
     check_answering(config.stages[1].validation, load_run(path).engine, "stages.finetune")
+
+
+def test_samples_of_archives_are_asked_with_the_template_of_their_source(tmp_path: Path, monkeypatch: Any) -> None:
+    """Pictures inside a WebDataset archive, a template of the source's own, a record's own system text."""
+    path = write_mix(tmp_path, stages__finetune__validation={"share": 0.5, "samples": 6, "max_new_tokens": 2})
+    tree = yaml.safe_load(path.read_text())
+    data = tree["stages"][-1]["data"]
+    data["sources"][1]["template"] = "of digits"
+    assert "llama" in TEMPLATES.names()
+    monkeypatch.setattr(TEMPLATES, "_entries", dict(TEMPLATES._entries))
+    TEMPLATES.register("of digits")(Template(eos="</s>", system="look at digits ."))
+    path.write_text(yaml.safe_dump(tree))
+    asked: dict[str, list[str]] = {}
+    plain = answers.answer_samples
+
+    def noting(assistant: Assistant, samples: Any, config: Any) -> dict[str, str]:
+        prompts = [sample.request(2) for sample in samples]
+        for request in prompts:
+            asked[request.id] = [assistant.engine.template.render([("q", None)], None).text]
+        return plain(assistant, samples, config)
+
+    monkeypatch.setattr(answers, "answer_samples", noting)
+    train(load_run(path))
+    assert {name.partition(":")[0] for name in asked} == {"colours", "digits"}
+    for name, (prompt,) in asked.items():
+        assert ("look at digits ." in prompt) == name.startswith("digits"), (name, prompt)
+    page = (path.parent / "run" / "index.html").read_text()
+    samples = choose_samples(load_run(path).stages[-1].data, Split(0.5, held_out=True), 6)
+    inside = [sample for sample in samples if not isinstance(sample.images[0], str)]
+    assert inside and page.count("<img") == len(samples) and "which digit ?" in page
+    alone = replace(load_run(path).stages[-1].data, sources=[], records=str(tmp_path / "words"))
+    words = choose_samples(alone, None, 9)
+    assert {sample.system for sample in words} == {None, "be brief ."}
+    said = [sample.request(2).messages[0] for sample in words if sample.system]
+    assert said and all(message == {"from": "system", "value": "be brief ."} for message in said)
+
+
+def test_a_picture_that_is_gone_is_an_answer_in_brackets(tmp_path: Path) -> None:
+    path = write_mix(tmp_path)
+    samples = [s for s in choose_samples(load_run(path).stages[-1].data, None, 6) if s.key.startswith("digits")]
+    (tmp_path / "digits").write_bytes(b"")
+    assert samples
+
+    class Nothing:
+        class engine:
+            @staticmethod
+            def run(requests: Any, keep_going: bool) -> list[Any]:
+                assert keep_going and not requests
+                return []
+
+    found = answers.answer_samples(Nothing(), samples, load_run(path).stages[-1].validation)  # type: ignore[arg-type]
+    assert set(found) == {sample.key for sample in samples}
+    assert all(text.startswith("(") and "digits" in text for text in found.values())

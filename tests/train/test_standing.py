@@ -67,3 +67,17 @@ def test_the_highest_score_is_best_and_another_metric_begins_anew() -> None:
 def test_settings_that_contradict_are_refused(keys: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ValidationConfig(**keys).check("run.yaml: stages.s.validation")  # type: ignore[arg-type]
+
+
+def test_other_records_begin_the_search_anew_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = ValidationConfig(share=0.1, keep="best", patience=2)
+    standing: Standing = {}
+    for step, loss, measured in ((10, 1.0, "a"), (20, 2.0, "a"), (30, 5.0, "b")):
+        judge(standing, config, step, {"loss": loss, "seconds": 0.0}, measured)
+    assert standing["best"] == {"step": 30, "metric": "loss", "value": 5.0} and standing["waited"] == 0
+    assert "of step 10, was validated with something else" in caplog.text and "anew at step 30" in caplog.text
+    caplog.clear()
+    judge(standing, config, 40, {"loss": 6.0, "seconds": 0.0}, "b")
+    del standing["measured"]  # as an older version's checkpoint
+    judge(standing, config, 50, {"loss": 7.0, "seconds": 0.0}, "c")
+    assert standing["best"]["step"] == 30 and standing["ended_early"] and not caplog.text

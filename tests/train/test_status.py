@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tinyllava_fast.train import cli, status
-from tinyllava_fast.train.pulse import FILE
+from tinyllava_fast.train.pulse import FILE, LOCK, Heart
 from tinyllava_fast.train.status import lock_holder, read_status
 
 TinyRun = Callable[..., Path]
@@ -156,3 +156,47 @@ def test_a_configuration_called_status_is_still_trained(tmp_path: Path, caplog: 
     (tmp_path / "status").write_text("stages: []\n")
     assert cli.main(["./status"]) == 2
     assert "status: stages: empty; a run needs at least one stage" in caplog.text
+
+
+def seen_from_elsewhere(run: Path, **changes: object) -> str:
+    """Let the run be one of another container; return what is said of it."""
+    pulse = json.loads((run / FILE).read_text()) | {"pids": "pid:[1]", "host": "box"} | changes
+    (run / FILE).write_text(json.dumps(pulse))
+    return str(read_status(run))
+
+
+def test_a_run_in_a_container_is_judged_by_its_heartbeat(tmp_path: Path) -> None:
+    """Its process number means nothing here, and its lock may not show."""
+    Heart(tmp_path).beat(stage="s", stage_step=3, stage_steps=9, step=3, step_s=0.5, eta_s=3)
+    (tmp_path / LOCK).write_text("")
+    now = time.time()
+    assert read_status(tmp_path).state == "dead"  # here, without a lock
+    said = seen_from_elsewhere(tmp_path)
+    assert "alive (process" in said and "on box, which cannot be seen from here, by its heartbeat)" in said
+    assert "stalled" in seen_from_elsewhere(tmp_path, updated=now - 300)
+    said = seen_from_elsewhere(tmp_path, updated=now - 3000)
+    assert "dead, or out of reach" in said and "ask on box" in said and read_status(tmp_path).state == "dead"
+    doing = seen_from_elsewhere(tmp_path, doing="validating", doing_since=now - 300, updated=now - 300)
+    assert "alive" in doing and "validating for 5:00" in doing
+
+
+def test_the_lock_of_a_container_is_its_pulse_s_whatever_its_number_here(tmp_path: Path) -> None:
+    Heart(tmp_path).beat(stage="s", stage_step=3, stage_steps=9, step=3, step_s=0.5, eta_s=3)
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True);"
+        "time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / LOCK)], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"held\n"
+        assert read_status(tmp_path).state == "preparing"  # another process of this machine holds it
+        seen_from_elsewhere(tmp_path, pid=7)
+        pulse = json.loads((tmp_path / FILE).read_text())
+        holder = {key: pulse[key] for key in ("pid", "boot", "pids")}
+        (tmp_path / LOCK).write_text(json.dumps(holder))
+        assert "alive (process 7 on box, which cannot be seen from here)" in str(read_status(tmp_path))
+        (tmp_path / LOCK).write_text(json.dumps(holder | {"pid": 8}))
+        assert read_status(tmp_path).state == "preparing"  # one that follows it
+    finally:
+        child.kill()
+        child.wait()

@@ -193,7 +193,7 @@ def _check_stage_names(names: list[str], where: str) -> None:
 def _is_taken(name: str) -> bool:
     """Return True if the run folder has something else of that name: some file systems take "Final" for "final"."""
     folders = {"best", "checkpoints", "final", "last", "tensorboard", "trackio", "validation", "wandb"}
-    files = {"config.yaml", "index.html", "metrics.jsonl", "status.json", "summary.json", "wandb-id"}
+    files = {"config.yaml", "index.html", "metrics.jsonl", "nonfinite.jsonl", "status.json", "summary.json", "wandb-id"}
     return name.casefold() in folders | files
 
 

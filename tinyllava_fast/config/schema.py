@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from tinyllava_fast.config.optim import OptimConfig
 from tinyllava_fast.config.ranges import (
     FilePath,
     Located,
@@ -239,6 +240,8 @@ class LoRAConfig:
     """Ranks of layers that differ: the end of a layer's name, or a regular expression for it, to its rank."""
     alpha_pattern: dict[str, PositiveFloat] = field(default_factory=dict)
     """Alphas of layers that differ, likewise."""
+    b_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of the matrices B, which start at zero, as a multiple of A's (LoRA+, arXiv 2402.12354)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +255,9 @@ class TuneConfig:
     """First layer that trains when tune is partial."""
     lr: PositiveFloat | None = None
     """Peak learning rate; None: the stage's."""
+    layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
+    """Factor of the learning rate from each layer to the one below it: what lies above the last layer has ``lr``, the
+    last layer ``lr`` times this, the embedding the least. 1: one rate for all."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Settings of lora and qlora."""
     quant: Literal["nf4", "int8"] = "nf4"
@@ -271,44 +277,6 @@ class RecipeConfig:
     connector: TuneConfig = field(default_factory=TuneConfig)
     options: Settings = field(default_factory=dict)
     """Settings of this recipe alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The update rule, its schedule and the loss it minimizes."""
-
-    type: Annotated[Text, Named("optimizer")] = "adamw"
-    """Registered optimizer. adamw is torch's. bitsandbytes' keep moments in 8 bits, let CUDA move them to the host when
-    the GPU is full (paged), or keep one alone: Lion wants a third to a tenth of AdamW's lr, and betas of (0.9, 0.99).
-    """
-    lr: PositiveFloat = 1e-3
-    """Peak learning rate of components without their own."""
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Annotated[float, Range(above=0, most=1)] = 1e-8
-    """Added to the root of the mean square, so that nothing is divided by zero."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Applied to matrices only, never to biases, norms and embeddings."""
-    clip_norm: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
-    """After the warm-up. wsd: the peak, then a linear fall over the last ``decay_ratio`` of the steps. inverse_sqrt: by
-    the square root of the steps so far, whatever number is to come."""
-    warmup_ratio: Share = 0.03
-    """Share of the stage's steps spent in linear warm-up."""
-    min_lr_ratio: Share = 0.0
-    """Final learning rate as a share of the peak."""
-    decay_ratio: Share = 0.1
-    """wsd only: share of the stage's steps in which the learning rate falls."""
-    ema: ShareBelowOne = 0.0
-    """Decay of a running mean of the trained weights (0.999 remembers about 1,000 steps): what validation looks at, and
-    what the stage ends with, instead of the weights of its last step. 0: none."""
-    label_smoothing: Share = 0.0
-    """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
-    z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared log-sum-exp of the logits, added to each token's loss (1e-4 keeps logits from drifting)."""
-    options: Settings = field(default_factory=dict)
-    """Settings of this optimizer alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,8 +306,9 @@ class EngineConfig:
     """
     device: Text = "auto"
     """auto (CUDA when there is one), cpu, cuda."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Parameters and activations; master weights and reductions are float32."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Parameters and activations; master weights and reductions are float32. float16: for GPUs without bfloat16; the
+    loss is scaled, and steps whose gradients overflow are left out (torch's GradScaler)."""
     compile: bool | Literal["auto", "regional"] = False
     """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it; regional: one layer of
     each kind instead, in less time (train/compile.py)."""

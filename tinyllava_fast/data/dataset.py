@@ -189,6 +189,7 @@ class PackedDataset:
         batch = self._collate(samples, pictures, names)
         batch.skipped = skipped
         if len(self.sources) > 1:
+            batch.sample_sources = owners
             batch.segment_sources = [owner for owner, sample in zip(owners, samples, strict=True) for _ in sample]
             batch.source_counts = _counts(batch, owners, len(self.sources))
         return batch

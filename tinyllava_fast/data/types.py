@@ -71,6 +71,7 @@ class PackedBatch:
     num_tokens: int = 0  # T minus the unused tail
     num_samples: int = 0
     sample_ids: list[str] = field(default_factory=list)
+    sample_sources: list[int] = field(default_factory=list)  # number of each sample's source; empty if there is one
     segment_sources: list[int] = field(default_factory=list)  # number of each segment's source; empty if there is one
     source_counts: list[tuple[int, int, int]] = field(
         default_factory=list

@@ -80,18 +80,21 @@ class Assistant:
         processor: BaseImageProcessor,
         *,
         system: str | None = None,
+        template: str | None = None,
         **engine_options: Any,
     ) -> Assistant:
         """Return an assistant around a model in memory, which is in eval mode; arguments as for ``from_pretrained``.
 
-        Prompts and pictures are made as the model's configuration says. An LMM is left as it is: it may go on training.
+        Prompts and pictures are made as the model's configuration says, with the chat template of that name if one is
+        given. An LMM is left as it is: it may go on training.
         """
         config = (model if isinstance(model, LMM) else model.lmm).config
-        template = _with_system(TEMPLATES.get(config.template, "config.json: template"), config.template, system)
+        name = template or config.template
+        chat = _with_system(TEMPLATES.get(name, "config.json: template"), name, system)
         engine_options.setdefault("image_mode", config.image_mode)
         if engine_options["image_mode"] == "anyres":
             engine_options.setdefault("image_grid", config.image_grid)
-        return cls(Engine(model, tokenizer, processor, template, **engine_options))
+        return cls(Engine(model, tokenizer, processor, chat, **engine_options))
 
     def answer(
         self,

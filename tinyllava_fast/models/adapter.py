@@ -92,6 +92,13 @@ def parameters_of(layer: AdaptedLayer) -> Iterator[nn.Parameter]:
     return (p for name in layer.adapter_layer_names for p in getattr(layer, name).parameters())
 
 
+def b_parameters(lmm: LMM, component: str) -> Iterator[nn.Parameter]:
+    """The matrices B, which start at zero, of a component's adapters."""
+    for name, layer in layers(lmm):
+        if name.partition(".")[0] == component:
+            yield from (p for linear in layer.lora_B.values() for p in linear.parameters())
+
+
 def inject(lmm: LMM, config: LoraConfig, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
     """Wrap the layers that a peft LoraConfig names, in place; A is drawn from the seed, B is zero (peft's start).
 

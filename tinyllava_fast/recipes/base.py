@@ -16,13 +16,14 @@ from tinyllava_fast.log import log
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.recipes import lora, quantize
+from tinyllava_fast.recipes.rates import Rate, layer_count, rates_of
 from tinyllava_fast.registry import Registry
 
 
 class ParameterGroup(TypedDict):
     """One group for the optimizer."""
 
-    name: str  # "llm", "llm.no_decay", ...
+    name: str  # "llm", "llm.no_decay", "llm.layer3.lora_b" (recipes/rates.py), ...
     params: list[nn.Parameter]
     lr: float
     weight_decay: float
@@ -77,6 +78,8 @@ class BaseRecipe(Recipe):
                 _layer_parameters(lmm, name, tune.from_layer)
             if tune.tune == "qlora":
                 quantize.check(lmm, name, tune)
+            if tune.layer_decay != 1.0:
+                layer_count(lmm, name)
         if all(tune.tune == "frozen" for tune in tunes.values()):
             raise UserError(_ALL_FROZEN)
 
@@ -142,6 +145,9 @@ def _check(tune: TuneConfig, key: str) -> None:
         raise UserError(f"{key}.tune: {tune.tune!r}; {nearest(tune.tune, get_args(Tune))}")
     default = TuneConfig()
     readers = {"from_layer": ("partial",), "lora": lora.ADAPTED, "quant": ("qlora",), "double_quant": ("qlora",)}
+    readers["layer_decay"] = tuple(kind for kind in get_args(Tune) if kind != "frozen")
+    if key.endswith("connector") and tune.layer_decay != default.layer_decay:
+        raise UserError(f"{key}.layer_decay: a connector has no layers to tell apart; leave it out, or set {key}.lr")
     for name, kinds in readers.items():
         if tune.tune not in kinds and getattr(tune, name) != getattr(default, name):
             raise UserError(
@@ -153,16 +159,22 @@ def _check(tune: TuneConfig, key: str) -> None:
 def _groups(lmm: LMM, recipe: RecipeConfig, optim: OptimConfig) -> list[ParameterGroup]:
     groups: list[ParameterGroup] = []
     undecayed = {id(p) for m in lmm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    for name, parameters in lmm.component_parameters().items():
-        tune: TuneConfig = getattr(recipe, name)
+    for component, parameters in lmm.component_parameters().items():
+        tune: TuneConfig = getattr(recipe, component)
         lr = optim.lr if tune.lr is None else tune.lr
-        trainable = [p for _, p in parameters if p.requires_grad]
-        matrices = [p for p in trainable if _is_matrix(p) and id(p) not in undecayed]
-        rest = [p for p in trainable if not (_is_matrix(p) and id(p) not in undecayed)]
-        if matrices:
-            groups.append({"name": name, "params": matrices, "lr": lr, "weight_decay": optim.weight_decay})
-        if rest:
-            groups.append({"name": f"{name}.no_decay", "params": rest, "lr": lr, "weight_decay": 0.0})
+        by_rate: dict[Rate, list[nn.Parameter]] = {}
+        rates = rates_of(lmm, component, tune)
+        for _, p in parameters:
+            if p.requires_grad:
+                by_rate.setdefault(rates[id(p)], []).append(p)
+        for (label, factor), trainable in by_rate.items():
+            matrices = [p for p in trainable if _is_matrix(p) and id(p) not in undecayed]
+            rest = [p for p in trainable if not (_is_matrix(p) and id(p) not in undecayed)]
+            name, rate = f"{component}{label}", lr * factor
+            if matrices:
+                groups.append({"name": name, "params": matrices, "lr": rate, "weight_decay": optim.weight_decay})
+            if rest:
+                groups.append({"name": f"{name}.no_decay", "params": rest, "lr": rate, "weight_decay": 0.0})
     return groups
 
 

@@ -12,15 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from tinyllava_fast.config.schema import DataConfig, EngineConfig
+from tinyllava_fast.config.schema import DataConfig, EngineConfig, RunConfig, StageConfig
 from tinyllava_fast.config.validation import ValidationConfig
 from tinyllava_fast.data.formats._base import base_of
+from tinyllava_fast.data.formats._embedded import Embedded, picture_of
+from tinyllava_fast.data.images import load_image
 from tinyllava_fast.data.records import Refused, read_refusing
 from tinyllava_fast.data.split import Split, image_key, place_of
 from tinyllava_fast.data.types import IMAGE_TOKEN
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.eval.local import LiveModel
 from tinyllava_fast.eval.options import build as build_options
 from tinyllava_fast.eval.plan import Plan, make_plans
@@ -37,30 +40,41 @@ _POOL_TOKENS = 4096  # K/V rows, if a pack is no larger
 
 
 class SampleRow(TypedDict):
-    """A held-out question. image: path of the first picture, or "". now, before: answers to it, "" for none yet."""
+    """A held-out question. image: the first picture, "" for none. now, before: answers to it, "" for none yet."""
 
     question: str
     truth: str
-    image: str
+    image: str | Embedded
     now: str
     before: str
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The first question of a held-out record. images: paths."""
+    """The first question of a held-out record. images: paths, or files inside the source.
+
+    template: that its source is trained with. system: text of the record's own.
+    """
 
     key: str
     question: str
     truth: str
-    images: tuple[str, ...]
+    images: tuple[str | Embedded, ...]
     interleaved: bool
+    template: str
+    system: str | None = None
 
     def request(self, max_new_tokens: int) -> Request:
-        """Return the question as the engine takes it, answered greedily."""
-        images = list(self.images) if self.interleaved else next(iter(self.images), None)
-        sampling = Sampling(max_new_tokens=max_new_tokens)
-        return Request.ask(self.question, images or None, sampling=sampling, id=self.key)
+        """Return the question as the engine takes it, answered greedily. DataError for a picture that is gone."""
+        images = [image if isinstance(image, str) else image.read() for image in self.images]
+        shown = images if self.interleaved else next(iter(images), None)
+        system = [] if self.system is None else [{"from": "system", "value": self.system}]
+        return Request(
+            messages=[*system, {"from": "human", "value": self.question}],
+            image=shown or None,
+            sampling=Sampling(max_new_tokens=max_new_tokens),
+            id=self.key,
+        )
 
 
 def choose_samples(data: DataConfig, split: Split | None, count: int) -> list[Sample]:
@@ -80,7 +94,7 @@ def choose_samples(data: DataConfig, split: Split | None, count: int) -> list[Sa
 
 
 def _usable(data: DataConfig, split: Split | None) -> Iterator[Sample]:
-    """Yield the first question of each record of a source that is held out and whose pictures are files.
+    """Yield the first question of each record of a source that is held out and whose pictures are there.
 
     Of a split, records without a picture are left out: it goes by their tokens, which are not known here.
     """
@@ -92,19 +106,50 @@ def _usable(data: DataConfig, split: Split | None) -> Iterator[Sample]:
             continue
         question, truth = record.turns[0]
         shown = question.count(IMAGE_TOKEN) if record.interleaved else len(record.images)
-        images = tuple(os.path.join(data.image_folder, name) for name in record.images[:shown])
-        if all(map(os.path.isfile, images)):
-            yield Sample(f"{record.index}: {record.id}", question, truth, images, record.interleaved)
+        images = tuple(picture_of(name, data.image_folder, base) for name in record.images[:shown])
+        if all(map(_is_there, images)):
+            key = f"{record.index}: {record.id}"
+            yield Sample(key, question, truth, images, record.interleaved, data.template, record.system)
+
+
+def _is_there(image: str | Embedded) -> bool:
+    if isinstance(image, str):
+        return os.path.isfile(image)
+    try:
+        return bool(image.read())
+    except DataError:
+        return False
+
+
+def picture(row: SampleRow, side: int) -> Image.Image | None:
+    """Return the picture of a sample, its longer side at most ``side`` pixels; None without one that can be read."""
+    if not row["image"]:
+        return None
+    try:
+        image = load_image(row["image"])
+    except DataError:  # its answer says why
+        return None
+    image.thumbnail((side, side))
+    return image
 
 
 def assistant_of(
-    model: LMM, tokenizer: PreTrainedTokenizerBase, processor: BaseImageProcessor, *, tokens: int
+    model: LMM,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: BaseImageProcessor,
+    *,
+    tokens: int,
+    template: str | None = None,
 ) -> Assistant:
-    """Return the model in training, which is in eval mode now, as one that answers. tokens: of a pack."""
+    """Return the model in training, which is in eval mode now, as one that answers. tokens: of a pack.
+
+    template: name of a chat template; None: the model's.
+    """
     return Assistant.around(
         model,
         tokenizer,
         processor,
+        template=template,
         batch_tokens=max(tokens, _POOL_TOKENS),
         compile=False,
         source="the model in training",
@@ -113,9 +158,14 @@ def assistant_of(
 
 def answer_samples(assistant: Assistant, samples: Sequence[Sample], config: ValidationConfig) -> dict[str, str]:
     """Return the answer to each sample by its key; of one that cannot be put to the model, the reason in brackets."""
-    requests = [sample.request(config.max_new_tokens) for sample in samples]
+    requests, found = [], {}
+    for sample in samples:
+        try:
+            requests.append(sample.request(config.max_new_tokens))
+        except DataError as error:
+            found[sample.key] = f"({error})"
     answers = assistant.engine.run(requests, keep_going=True)
-    return {answer.id: f"({answer.why})" if answer.why else answer.text for answer in answers}
+    return found | {answer.id: f"({answer.why})" if answer.why else answer.text for answer in answers}
 
 
 class Answering:
@@ -138,10 +188,44 @@ class Answering:
 
     def ask(self, model: LMM, name: str) -> tuple[dict[str, str], dict[str, float]]:
         """Return the answers to the samples by key, and the headline of each benchmark. name: of the model as it is."""
-        assistant = assistant_of(model, self._tokenizer, self._processor, tokens=self._tokens)
-        answers = answer_samples(assistant, self.samples, self._config)
-        results = evaluate_live(LiveModel(assistant, name), self.plans, self._folder)
+        answers: dict[str, str] = {}
+        for template in dict.fromkeys(sample.template for sample in self.samples):
+            asked = [sample for sample in self.samples if sample.template == template]
+            answers |= answer_samples(self._assistant(model, template), asked, self._config)
+        if not self.plans:
+            return answers, {}
+        results = evaluate_live(LiveModel(self._assistant(model), name), self.plans, self._folder)
         return answers, {benchmark: _headline(found) for benchmark, found in results.items()}
+
+    def _assistant(self, model: LMM, template: str | None = None) -> Assistant:
+        return assistant_of(model, self._tokenizer, self._processor, tokens=self._tokens, template=template)
+
+
+def open_answering(
+    config: RunConfig,
+    stage: StageConfig,
+    held_out: DataConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: BaseImageProcessor,
+) -> Answering | None:
+    """Return what the stage's model is asked at each validation, if there is anything; nothing is written.
+
+    held_out: the records that are held out, if there are any. UserError as ``plan_benchmarks``.
+    """
+    validation, share = stage.validation, stage.validation.share
+    plans = plan_benchmarks(validation, config.data_root)
+    samples: list[Sample] = []
+    if held_out is not None and validation.samples and has_whole_weights(config.engine):
+        split = Split(share, held_out=True) if share else None
+        samples = choose_samples(held_out, split, validation.samples)
+    if not samples and not plans:
+        return None
+    return Answering(
+        *(validation, samples, plans, Path(config.output_dir) / FOLDER / stage.name),
+        tokenizer=tokenizer,
+        processor=processor,
+        tokens=stage.batch.tokens,
+    )
 
 
 def check_answering(validation: ValidationConfig, engine: EngineConfig, where: str) -> None:

@@ -6,6 +6,7 @@ since the last line is part of a checkpoint, so that a resumed run writes the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
@@ -21,7 +22,7 @@ COUNTED = ("samples", "tokens", "supervised_tokens")
 class SourceEntry(TypedDict):
     """A source in a line of metrics.jsonl: sums over the steps since the line before.
 
-    loss: mean over its supervised tokens; None without any.
+    loss: mean over its supervised tokens, those of skipped steps left out; None without any.
     """
 
     loss: float | None
@@ -33,7 +34,8 @@ class SourceEntry(TypedDict):
 class BySource:
     """The sources of a stage. names: of all of them; one or none are not told apart, and then nothing is done.
 
-    window: name -> [loss sum, samples, tokens, supervised tokens] since the last line, totals: name -> the counts since
+    window: name -> [loss sum, samples, tokens, supervised tokens, of them those whose loss is no number] since the last
+    line, totals: name -> the counts since
     the stage began; both are changed in place, and are the checkpoint's.
     """
 
@@ -41,9 +43,11 @@ class BySource:
         self.names = list(names) if len(names) > 1 else []
         self._window, self._totals = window, totals
         for name in self.names:
-            window.setdefault(name, [0.0] * (1 + len(COUNTED)))
+            sums = window.setdefault(name, [])
+            sums += [0.0] * (2 + len(COUNTED) - len(sums))  # of a checkpoint from before a column existed
             totals.setdefault(name, dict.fromkeys(COUNTED, 0))
         self._pending: list[list[tuple[Tensor, list[int]]]] = []  # of each step: the packs' losses, and their sources
+        self._counts: list[list[float]] = []  # of each step: the supervised tokens of each source
 
     def local(self, micro: Sequence[PackedBatch]) -> list[int]:
         """Return the counts of this process's packs of a step, source after source."""
@@ -60,6 +64,7 @@ class BySource:
         if not self.names:
             return
         self._pending.append([])
+        self._counts.append(np.array(counts).reshape(len(self.names), -1)[:, -1].tolist())
         for name, row in zip(self.names, np.array(counts).reshape(len(self.names), -1).tolist(), strict=True):
             for column, count in enumerate(row):
                 self._window[name][1 + column] += count
@@ -81,18 +86,20 @@ class BySource:
         for number, step in enumerate(self._pending):
             for _, owners in step:
                 sums[number] += np.bincount(owners, next(each)[: len(owners)], minlength=len(self.names))
-        self._pending.clear()
-        for row in all_reduce_sum(torch.from_numpy(sums).to(device)).tolist():
-            for name, loss in zip(self.names, row, strict=True):
-                self._window[name][0] += loss
+        steps, counts = all_reduce_sum(torch.from_numpy(sums).to(device)).tolist(), self._counts
+        self._pending, self._counts = [], []
+        for row, supervised in zip(steps, counts, strict=True):
+            for name, loss, tokens in zip(self.names, row, supervised, strict=True):
+                broken = not math.isfinite(loss)  # of a step that was skipped
+                self._window[name][-1 if broken else 0] += tokens if broken else loss
 
     def entries(self) -> dict[str, SourceEntry]:
         """Return each source's part of the line that is due, after ``settle``."""
         found: dict[str, SourceEntry] = {}
         for name in self.names:
-            loss, samples, tokens, supervised = self._window[name]
+            loss, samples, tokens, supervised, unknown = self._window[name]
             found[name] = {
-                "loss": loss / supervised if supervised else None,
+                "loss": loss / (supervised - unknown) if supervised > unknown else None,
                 "samples": int(samples),
                 "tokens": int(tokens),
                 "supervised_tokens": int(supervised),

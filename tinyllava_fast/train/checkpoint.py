@@ -79,7 +79,7 @@ class TrainState:
     """Loss sum and counts of each source since that line (train/by_source.py); empty with one source."""
     sources: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """Counts of each source of each stage so far; empty with one source."""
-    final_losses: dict[str, float] = field(default_factory=dict)
+    final_losses: dict[str, float | None] = field(default_factory=dict)
     """Loss of the last line of each stage that is over."""
     validation: dict[str, Standing] = field(default_factory=dict)
     """The validations of each stage so far (train/standing.py)."""
@@ -87,6 +87,8 @@ class TrainState:
     """Whether checksums.json lies beside; False in what older versions wrote, which did not say."""
     barren: int = 0
     """Steps in a row, up to now, without a supervised token."""
+    skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Counts of the steps of each stage that were no number (train/nonfinite.py)."""
     changes: list[ChangedKey] = field(default_factory=list)
     format: int = FORMAT
 
@@ -322,7 +324,7 @@ def _read_state(path: Path) -> TrainState:
         fields.mapping(name)
     for name in ("losses", "changes"):
         fields.items(name, [], empty=True)
-    for name in ("compiled", "final_losses", "parts", "source_window", "sources", "validation"):
+    for name in ("compiled", "final_losses", "parts", "source_window", "sources", "validation", "skipped_steps"):
         fields.mapping(name, None)
     return TrainState(**{**fields.values, "checksums": fields.boolean("checksums", False)})
 

@@ -13,15 +13,16 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast import hardware
-from tinyllava_fast.config.schema import RunConfig, StageConfig
+from tinyllava_fast.config.schema import RunConfig, StageConfig, TuneConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading
 from tinyllava_fast.eval.report.html import size
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer, check_vocabulary
-from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.lmm import COMPONENTS, LMM
 from tinyllava_fast.recipes.base import check_recipe
-from tinyllava_fast.train.answers import plan_benchmarks
+from tinyllava_fast.recipes.rates import layer_count, layer_factor
+from tinyllava_fast.train.answers import open_answering
 from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.lr_schedule import lr_factor, warmup_steps
@@ -90,6 +91,7 @@ def _stage(parts: _Parts, stage: StageConfig, model: LMM, loader: Loader, readin
         f"{flops:.2e} FLOPs a step and process"
     )
     yield f"learning rate: {_schedule(stage, loader.steps)}"
+    yield from _rates(stage, model)
     yield from _validation(parts, stage, model, loader, reading, flops)
     yield from _memory(parts.config, parts.process, stage, model, loader)
 
@@ -114,6 +116,23 @@ def _schedule(stage: StageConfig, steps: int) -> str:
     return f"{optim.schedule}, {warm:,} steps of warm-up: {', '.join(rates)}{others}"
 
 
+def _rates(stage: StageConfig, model: LMM) -> Iterator[str]:
+    """Yield the peak rates within each component that has more than one."""
+    for name in COMPONENTS:
+        tune: TuneConfig = getattr(stage.recipe, name)
+        lr = stage.optim.lr if tune.lr is None else tune.lr
+        if tune.layer_decay != 1.0:
+            layers = layer_count(model, name)
+            words = {0: "embedding", 1: "first layer", layers: "last layer", layers + 1: "above it"}
+            each = (
+                f"{words[depth]} {lr * layer_factor(tune.layer_decay, layers, depth):.2g}" for depth in sorted(words)
+            )
+            yield f"      {name} by layer, {tune.layer_decay:g} times from each to the one below: {', '.join(each)}"
+        if tune.lora.b_lr_ratio != 1.0:
+            ratio = tune.lora.b_lr_ratio
+            yield f"      {name}: B of its adapters has {ratio:g} times the rate of A, at most {lr * ratio:.2g}"
+
+
 def _validation(
     parts: _Parts, stage: StageConfig, model: LMM, loader: Loader, reading: PictureReading, flops: float
 ) -> Iterator[str]:
@@ -121,13 +140,16 @@ def _validation(
     if not validation.on:
         return
     held = validation_loader(parts, stage, model, reading) if validation.has_data else None
-    plans = plan_benchmarks(validation, parts.config.data_root)
-    every = interval(validation, loader.steps, cost := cost_of(model, stage, held, None, flops))
+    records = None if held is None else held.dataset.data
+    answering = open_answering(parts.config, stage, records, parts.tokenizer, parts.processor)
+    samples, plans = (answering.samples, answering.plans) if answering is not None else ([], [])
+    every = interval(validation, loader.steps, cost := cost_of(model, stage, held, answering, flops))
     when = f"every {every:,} steps and at the end" if every else "at the end"
     what = [f"{held.dataset.report.records:,} samples"] if held is not None else []
+    what += [f"{len(samples)} of them answered"] if samples else []
     what += [f"{len(plan.questions):,} questions of {plan.name}" for plan in plans]
     times = -(-loader.steps // every) if every else 1
-    yield f"validation: {', '.join(what)}, {when}; the loss takes about {times * cost / loader.steps:.1%} of the work"
+    yield f"validation: {', '.join(what)}, {when}; it takes about {times * cost / loader.steps:.1%} of the work"
 
 
 def _memory(config: RunConfig, process: Process, stage: StageConfig, model: LMM, loader: Loader) -> Iterator[str]:

@@ -114,15 +114,31 @@ def way_on(way: Way, state: TrainState, said: str = "", mended: str = ", with wh
     return f"{text}; further back with --resume {older}" if older else text
 
 
-def diverged(state: TrainState, recipe: RecipeConfig, groups: Iterable[str], loss: float, norm: float) -> UserError:
-    """Return the error for a loss or gradient norm that is no number. groups: names as "llm.no_decay"."""
+def diverged(
+    state: TrainState,
+    recipe: RecipeConfig,
+    groups: Iterable[str],
+    loss: float,
+    norm: float | None,
+    *,
+    step: int | None = None,
+    why: str = "",
+    records: Path | None = None,
+) -> UserError:
+    """Return the error for a loss or gradient norm that is no number. groups: names as "llm.no_decay".
+
+    step: None: the state's. why: words behind "training diverged". records: file that lists those of such steps.
+    """
     parts = {group.partition(".")[0] for group in groups}
     own = [part for part in sorted(parts) if getattr(recipe, part).lr is not None]
     keys = ["optim.lr"] * (len(own) < len(parts)) + [f"recipe.{part}.lr" for part in own]
-    return UserError(
-        f"step {state.step} ({state.stage}): loss {loss}, gradient norm {norm}: {DIVERGED}; lower "
+    text = (
+        f"step {step or state.step} ({state.stage}): loss {loss}, gradient norm {norm}: {DIVERGED}{why}; lower "
         f"{' and '.join(keys)}, or raise optim.warmup_ratio"
     )
+    if records is not None:
+        text += f"; if a record is at fault: those of such steps are listed in {records}"
+    return UserError(text)
 
 
 def stopped(way: Way) -> str:

@@ -24,9 +24,9 @@ class Series:
     _every: int = 1
     _seen: int = 0
 
-    def add(self, step: int, value: float) -> None:
+    def add(self, step: int, value: float | None) -> None:
         """Add a value, which may be dropped if there are many. What is no number is left out."""
-        if not math.isfinite(value):
+        if value is None or not math.isfinite(value):
             return
         if self._seen % self._every == 0:
             self.steps.append(step)
@@ -71,6 +71,8 @@ class History:
         for name in ("grad_norm", "memory_bytes", "samples_per_s", "tokens_per_s"):
             if isinstance(value := entry.get(name), (int, float)):
                 self._of(name, "").add(step, value)
+        for component, norm in entry.get("grad_norms", {}).items():
+            self._of("grad_norm", component).add(step, norm)
         if found := entry.get("validation"):
             if "loss" in found:
                 self._of("validation loss", stage).add(step, found["loss"])

@@ -35,7 +35,8 @@ from tinyllava_fast.train.failures import diverged, explained
 from tinyllava_fast.train.features import check_feature_cache
 from tinyllava_fast.train.loggers.base import LOGGERS
 from tinyllava_fast.train.lr_schedule import lr_factor
-from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes
+from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes, shown_rates
+from tinyllava_fast.train.nonfinite import Outcomes, Stop
 from tinyllava_fast.train.optim import MEAN
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
 from tinyllava_fast.train.prepare import look_at_files
@@ -99,7 +100,12 @@ class Stage:
         self.run, self.state = run, run.state
         self.ready, self.config = ready, ready.config
         self.engine, self.loader, self.model = ready.engine, ready.loader, ready.model
-        self.pending: list[tuple[torch.Tensor, float]] = []  # loss sum and scale of the steps not yet in state.losses
+        self.outcomes = Outcomes(
+            *(run.folder, self.config.name, self.loader.dataset.names, self.config.optim),
+            self.state.skipped_steps.setdefault(self.config.name, {}),
+            scaled=run.config.engine.dtype == "float16",
+            main=run.main,
+        )
         self.seconds: list[float] = []  # of each step since the start or a resumption
         totals = self.state.sources.setdefault(self.config.name, {})
         self.by_source = BySource(self.loader.dataset.names, self.state.source_window, totals)
@@ -163,10 +169,10 @@ class Stage:
                 losses = engine.forward_backward(batch, scale)
                 loss_sum += loss_of(losses)
                 self.by_source.note(losses, batch)
-            self.pending.append((loss_sum, scale))
             lrs = self._learning_rates(total)
             with torch.profiler.record_function("tlf.optimizer"):
-                grad_norm = engine.step(lrs)
+                grad_norm = engine.step(lrs, loss_sum if self.outcomes.guards else None)
+            self.outcomes.note(state.step + 1, loss_sum, scale, grad_norm, micro)
             self.seconds.append(time.perf_counter() - started)
             self._advance(counts, self.seconds[-1])
             if profiler:
@@ -180,7 +186,7 @@ class Stage:
             every = run.config.checkpoint.every_steps
             saving = self._over or stop or bool(every and state.stage_step % every == 0)
             if due or saving:
-                entry = self._entry(grad_norm, lrs, window)
+                entry = self._entry(lrs, window)
                 if validating:
                     entry["validation"] = self._validate(entry)
                 progress.update(state.stage_step, entry, line=due)
@@ -278,32 +284,48 @@ class Stage:
                 f"whole stage, had no supervised token{reason}. Mend the images or image_folder"
             )
 
-    def _entry(self, grad_norm: torch.Tensor, lrs: dict[str, float], window: Window) -> Entry:
-        """The metrics of the steps since the last line. Raises UserError if one of them is no number any more."""
-        sums = self.engine.all_reduce_sum(torch.stack([loss for loss, _ in self.pending])).tolist()
-        self.state.losses += [total * scale for total, (_, scale) in zip(sums, self.pending, strict=True)]
-        self.pending.clear()
+    def _entry(self, lrs: dict[str, float], window: Window) -> Entry:
+        """The metrics of the steps since the last line. UserError for one that is no number, unless it was skipped."""
+        outcomes, counts = self.outcomes.settle(self.engine.all_reduce_sum), self.outcomes.counts
+        stop = self.outcomes.judge(outcomes)
+        scale = self.engine.loss_scale()
+        if stop is None and scale is not None and scale < 1.0:
+            stop = Stop(outcomes[-1], f", for gradients overflow though the loss is scaled by {scale:g} only")
+        if stop is not None:
+            listed = self.outcomes.path if not stop.outcome.finite else None
+            state, at = self.state, stop.outcome
+            raise diverged(
+                *(state, self.config.recipe, self.ready.peak_lrs, at.loss, at.norm),
+                step=at.step,
+                why=stop.why,
+                records=listed,
+            )
+        self.state.losses += [one.loss for one in outcomes if math.isfinite(one.loss)]
         self.by_source.settle(self.engine.all_reduce_sum, self.engine.device)
-        loss = sum(self.state.losses) / len(self.state.losses)
-        norm = float(grad_norm)
-        if not (abs(loss) < float("inf") and norm < float("inf")):
-            raise diverged(self.state, self.config.recipe, self.ready.peak_lrs, loss, norm)
+        last = outcomes[-1]
         entry: Entry = {
             "step": self.state.step,
             "stage": self.state.stage,
-            "loss": loss,
-            "lr": {name.partition(".")[0]: lr for name, lr in lrs.items()},
-            "grad_norm": norm,
+            "loss": sum(self.state.losses) / len(self.state.losses) if self.state.losses else None,
+            "lr": shown_rates(lrs),
+            "grad_norm": last.norm if last.finite else None,
             "epoch": self.loader.epoch,
             **window.rates(),
             "memory_bytes": memory_bytes(self.engine.device),
         }
+        norms = self.engine.gradient_norms()
+        if last.finite and len(norms) > 1:
+            entry["grad_norms"] = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+        if self.outcomes.guards:
+            entry["skipped_steps"] = counts["since_line"]
+        if scale is not None:
+            entry["loss_scale"] = scale
         if sources := self.by_source.entries():
             entry["sources"] = sources
         return entry
 
     def _write(self, entry: Entry) -> None:
-        self.state.losses = []
+        self.state.losses, self.outcomes.counts["since_line"] = [], 0
         self.by_source.clear()
         if self.state.stage_step == self.state.stage_steps:
             self.state.final_losses[self.config.name] = entry["loss"]

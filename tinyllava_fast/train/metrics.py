@@ -19,6 +19,7 @@ import torch
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.hardware import rss_bytes
 from tinyllava_fast.log import log
+from tinyllava_fast.recipes.rates import LORA_B
 from tinyllava_fast.train.answers import SampleRow
 from tinyllava_fast.train.by_source import SourceEntry
 from tinyllava_fast.train.loggers.base import LOGGERS, Logged
@@ -40,13 +41,16 @@ class Rates(TypedDict):
 
 
 class Line(Rates):
-    """What every line of metrics.jsonl has. lr: by component."""
+    """What every line of metrics.jsonl has. lr: see ``shown_rates``.
+
+    loss: None if that of no step is a number (optim.on_nonfinite: skip). grad_norm: None if the last step's is none.
+    """
 
     step: int
     stage: str
-    loss: float
+    loss: float | None
     lr: dict[str, float]
-    grad_norm: float
+    grad_norm: float | None
     epoch: float
     memory_bytes: int
 
@@ -55,10 +59,28 @@ class Entry(Line, total=False):
     """A line of metrics.jsonl.
 
     sources: by name, where there are several. validation: what followed the step, which then has a line in any case.
+    grad_norms: by component, where several train. skipped_steps: since the line before, where steps may be skipped.
+    loss_scale: in float16.
     """
 
+    grad_norms: dict[str, float]
+    skipped_steps: int
+    loss_scale: float
     sources: dict[str, SourceEntry]
     validation: Validation
+
+
+def shown_rates(lrs: Mapping[str, float]) -> dict[str, float]:
+    """Return the largest rate of each component, and apart from it that of LoRA's B where it differs.
+
+    lrs: of groups, named as in recipes/rates.py: "llm", "llm.layer3.no_decay", "llm.lora_b".
+    """
+    found: dict[str, float] = {}
+    for name, lr in lrs.items():
+        words = name.split(".")
+        key = f"{words[0]}.{LORA_B}" if LORA_B in words else words[0]
+        found[key] = max(lr, found.get(key, 0.0))
+    return found
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -182,6 +204,7 @@ def _numbers(entry: Entry) -> dict[str, float]:
     """Return the numbers of an entry by the names that loggers show them under."""
     found = {f"lr/{group}": lr for group, lr in entry["lr"].items()}
     found |= {f"train/{k}": v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
+    found |= {f"grad_norm/{component}": norm for component, norm in entry.get("grad_norms", {}).items()}
     for source, numbers in entry.get("sources", {}).items():
         found |= {f"source/{source}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
     validation = entry.get("validation", Validation())

@@ -20,7 +20,8 @@ from tinyllava_fast.models.hf import cast_parameters
 from tinyllava_fast.ops.adamw import dither, square_sum
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import LazyTensor
-from tinyllava_fast.train.optimizers.base import Group, OptimizerSettings, find_optimizer
+from tinyllava_fast.train.loss_scale import LossScale
+from tinyllava_fast.train.optimizers.base import Gradients, Group, OptimizerSettings, find_optimizer
 
 Masters = Mapping[nn.Parameter, Tensor]
 MEAN = "ema/"
@@ -63,6 +64,15 @@ class MasterOptimizer:
         weights = dict(zip(self._masters, self._low, strict=True))
         chosen = OptimizerSettings(betas=optim.betas, eps=optim.eps, options=options, exact=kept, weights=weights)
         self._optimizer = kind.build(own, chosen)
+        self._scale = LossScale(low[0].device) if any(p.dtype == torch.float16 for p in low) else None
+        # Names of the components, and of each gradient the number of its own.
+        components = [name.partition(".")[0] for name in names.values()]
+        self._components = list(dict.fromkeys(components))
+        self._component_of = {p: self._components.index(c) for p, c in zip(names, components, strict=True)}
+        self.norms: dict[str, Tensor] = {}
+        """Gradient norm of each component in the last step, [] float32, before clipping."""
+        self._owner: Tensor | None = None  # of the gradients of the last step
+        self._skipped: Tensor | None = None  # steps that the optimizer left out and ``steps`` counts, [] float32
         self._decay = optim.ema
         # Running means of what the optimizer updates, float32.
         self._means = {p: updated.detach().clone() for p, updated in self._updated.items()} if optim.ema else {}
@@ -79,23 +89,54 @@ class MasterOptimizer:
         for p in fresh:
             p.grad = None
 
-    def step(self, lrs: Mapping[str, float]) -> Tensor:
-        """Update once and return the gradient norm before clipping, [] float32. lrs: of each group name."""
-        if not self._optimizer.fused:
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Return the loss as it goes into the backward pass: in float16 it is scaled."""
+        return loss if self._scale is None else self._scale.scaled(loss)
+
+    def loss_scale(self) -> float | None:
+        """Return the factor of the loss in float16; it waits for the device. None: it is not scaled."""
+        return None if self._scale is None else self._scale.value()
+
+    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
+        """Update once and return the gradient norm before clipping, [] float32. lrs: of each group name.
+
+        loss: the step's loss sum [], of this process where ``summed`` is given, else of all. With it, and in float16, a
+        step whose loss or norm is no finite number changes nothing, and its norm is none either.
+        """
+        if not self._optimizer.fused or self._scale is not None:
             self.gradients()
         found = {updated: self._found.get(p, p.grad) for p, updated in self._updated.items()}
-        norm = self._norm([gradient for gradient in found.values() if gradient is not None])
-        for group in self._optimizer.param_groups:
-            group["lr"] = lrs[group["name"]]
-        self._optimizer.steps += 1
-        self._optimizer.step(found, norm, self._clip_norm)
-        if not self._optimizer.fused:
-            self._round()
+        norm = self._norm([gradient for gradient in found.values() if gradient is not None], loss)
+        if self._scale is not None:
+            factor = self._scale.factor()
+            torch._foreach_mul_([gradient for gradient in found.values() if gradient is not None], factor)
+            self.norms = {name: part * factor for name, part in self.norms.items()}
+            norm = self._scale.settle(norm)
+        guarded = loss is not None or self._scale is not None
+        if self._update(found, norm, lrs, guarded):
+            self._average()
         for p in self._plain:
             p.grad = None
         self._found = {}
-        self._average()
         return norm
+
+    def _update(self, found: Gradients, norm: Tensor, lrs: Mapping[str, float], guarded: bool) -> bool:
+        """Let the optimizer update, and return whether it was told to. guarded: not if the norm is no number."""
+        optimizer = self._optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lrs[group["name"]]
+        optimizer.skip = None
+        if guarded and optimizer.skips and not self._means:
+            # The kernel looks at it, so that the host need not wait for the norm.
+            optimizer.skip = (~norm.isfinite()).float()
+            self._skipped = optimizer.skip if self._skipped is None else self._skipped + optimizer.skip
+        elif guarded and not bool(norm.isfinite()):
+            return False
+        optimizer.steps += 1
+        optimizer.step(found, norm, self._clip_norm)
+        if not optimizer.fused:
+            self._round()
+        return True
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -131,15 +172,31 @@ class MasterOptimizer:
                 p.grad = torch.zeros_like(p)
         return [self._found[p] for p in self._low] + [p.grad for p in self._plain if p.grad is not None]
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        norm = self._own_norm(gradients)
-        return norm if self._summed is None else self._summed(norm.square()).sqrt()
+    def _norm(self, gradients: list[Tensor], loss: Tensor | None) -> Tensor:
+        """Return the norm of the gradients, nan where the loss is no finite number; note those of the components."""
+        if not gradients:
+            norm, squares = torch.zeros(()), torch.zeros(0)
+        elif self._optimizer.fused:
+            squares = torch.stack([square_sum.infer(gradient) for gradient in gradients])
+            norm = squares.sum().sqrt().float()
+        else:
+            norms = torch.stack(torch._foreach_norm(gradients))
+            norm, squares = torch.linalg.vector_norm(norms), norms.square()
+        parts = squares.new_zeros(len(self._components)).index_add_(0, self._owners(squares), squares)
+        if self._summed is not None:
+            own = [norm.square()[None], parts] + ([] if loss is None else [loss.detach().to(parts)[None]])
+            over = self._summed(torch.cat(own))
+            norm, parts = over[0].sqrt(), over[1 : len(parts) + 1]
+            loss = None if loss is None else over[-1]
+        self.norms = dict(zip(self._components, parts.sqrt().float().unbind(), strict=True))
+        return norm if loss is None else torch.where(loss.isfinite(), norm, torch.nan)
 
-    def _own_norm(self, gradients: list[Tensor]) -> Tensor:
-        if not self._optimizer.fused:
-            return torch.nn.utils.get_total_norm(gradients, foreach=True)
-        squares = [square_sum.infer(gradient) for gradient in gradients]
-        return torch.stack(squares).sum().sqrt().float() if squares else torch.zeros(())
+    def _owners(self, like: Tensor) -> Tensor:
+        """Return the number of the component of each gradient that is there, on the device of ``like``."""
+        present = [self._component_of[p] for p in self._updated if p in self._found or p.grad is not None]
+        if self._owner is None or len(self._owner) != len(present) or self._optimizer.fused:
+            self._owner = torch.tensor(present, dtype=torch.int64, device=like.device)
+        return self._owner
 
     @torch.no_grad()
     def _round(self) -> None:
@@ -148,7 +205,12 @@ class MasterOptimizer:
 
     def state(self) -> list[LazyTensor]:
         """Step count, moments and masters by weight name (see TrainingEngine.optimizer_state)."""
+        if self._skipped is not None:
+            self._optimizer.steps -= int(self._skipped)
+            self._skipped = None
         items = [LazyTensor.of("step", torch.tensor(float(self._optimizer.steps)))]
+        scale = {} if self._scale is None else self._scale.state()
+        items += [LazyTensor.of(name, tensor) for name, tensor in scale.items()]
         for p, updated in self._updated.items():
             for kind, tensor in self._optimizer.state(updated).items():
                 items.append(LazyTensor.of(f"{kind}/{self._names[p]}", tensor))
@@ -158,6 +220,8 @@ class MasterOptimizer:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore ``state()``; a master that the file lacks (a float32 run's) keeps the loaded weight's value."""
+        if self._scale is not None:
+            self._scale.load(tensors)
         for p, updated in self._updated.items():
             name = self._names[p]
             kept = self._optimizer.state(updated).items()

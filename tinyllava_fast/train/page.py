@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from tinyllava_fast.data.images import load_image
-from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.report.html import duration, size
 from tinyllava_fast.eval.report.svg import Line, line_chart
 from tinyllava_fast.files import write_file
 from tinyllava_fast.log import log
 from tinyllava_fast.pace import Pace
 from tinyllava_fast.page import card, document, inline
-from tinyllava_fast.train.answers import SampleRow
+from tinyllava_fast.train.answers import SampleRow, picture
 from tinyllava_fast.train.history import History, Series
 from tinyllava_fast.train.metrics import Entry
 from tinyllava_fast.train.pulse import Pulse
@@ -39,7 +37,7 @@ class Page:
         self._title = run.resolve().name
         self._samples: Sequence[SampleRow] = []
         self._stage = ""  # of the samples
-        self._pictures: dict[str, str] = {}  # as data URLs
+        self._pictures: dict[str, str] = {}  # as HTML
         self._pace = Pace(every_s=EVERY_S)
 
     def add(self, entry: Entry, pulse: Pulse) -> None:
@@ -74,17 +72,14 @@ class Page:
     def _row(self, row: SampleRow) -> str:
         right = " class='right'" if row["now"].strip() == row["truth"].strip() else ""
         texts = f"<td{right}>{escape(row['now'])}</td><td>{escape(row['before'])}</td><td>{escape(row['truth'])}</td>"
-        return f"<tr><td>{self._picture(row['image'])}</td><td>{escape(row['question'])}</td>{texts}</tr>"
+        return f"<tr><td>{self._picture(row)}</td><td>{escape(row['question'])}</td>{texts}</tr>"
 
-    def _picture(self, path: str) -> str:
-        if path and path not in self._pictures:
-            try:
-                image = load_image(path)
-                image.thumbnail((_SIDE, _SIDE))
-                self._pictures[path] = f'<img alt="" src="{inline(image)}">'
-            except DataError:  # its answer says why
-                self._pictures[path] = ""
-        return self._pictures.get(path, "")
+    def _picture(self, row: SampleRow) -> str:
+        key = str(row["image"])
+        if key not in self._pictures:
+            image = picture(row, _SIDE)
+            self._pictures[key] = "" if image is None else f'<img alt="" src="{inline(image)}">'
+        return self._pictures[key]
 
 
 def render(title: str, pulse: Pulse, history: History, samples: str, config: str) -> str:
@@ -125,7 +120,8 @@ def _tiles(pulse: Pulse, history: History) -> str:
         tiles.append(("", duration(pulse["eta_s"]), "to the end of the run, about"))
     last = history.last
     if last is not None:
-        tiles.append(("", f"{last['loss']:.4g}", f"training loss at step {last['step']:,}"))
+        loss = "no number" if last["loss"] is None else f"{last['loss']:.4g}"
+        tiles.append(("", loss, f"training loss at step {last['step']:,}"))
         if (best := history.best.get(last["stage"])) is not None:
             tiles.append(("", f"step {best[0]:,}", f"best so far: {numbers_of(best[1])}"))
         tiles.append(("", f"{last.get('samples_per_s', 0.0):,.1f}", "samples a second"))
@@ -142,7 +138,9 @@ def _chart(title: str, note: str, history: History, kind: str, *, log: bool = Fa
     series = history.of(kind)
     stages = list(history.ends.items())
     named = len(series) > 1 or "" not in series
-    lines = [_line(one, number, name if named else "", scale) for number, (name, one) in enumerate(series.items())]
+    lines = [
+        _line(one, number, (name or "all") if named else "", scale) for number, (name, one) in enumerate(series.items())
+    ]
     drawn = line_chart(lines, title, stages if len(stages) > 1 else [], log=log)
     return card(title, note, drawn) if drawn else ""
 

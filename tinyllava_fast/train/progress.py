@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tinyllava_fast.train.metrics import Entry
 
 _FIELDS = (
-    "loss {loss:.4f} · {samples_per_s:.1f} samples/s · {tokens_per_s:.0f} tok/s · "
+    "loss {loss_text} · {samples_per_s:.1f} samples/s · {tokens_per_s:.0f} tok/s · "
     "{supervised_tokens_per_s:.0f} supervised tok/s · {memory_gb:.2f} GB"
 )
 
@@ -57,7 +57,10 @@ class Progress:
         self._done = stage_step
         if not self._show:
             return
-        text = _FIELDS.format(**entry, memory_gb=entry["memory_bytes"] / 1e9)
+        loss = "no number" if entry["loss"] is None else f"{entry['loss']:.4f}"
+        text = _FIELDS.format(**entry, loss_text=loss, memory_gb=entry["memory_bytes"] / 1e9)
+        if skipped := entry.get("skipped_steps"):
+            text += f" · {skipped} skipped"
         if "loss" in (found := entry.get("validation", {})):
             self._validated = f" · validation loss {found['loss']:.4f}"
         text += self._validated

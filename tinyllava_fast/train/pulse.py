@@ -24,7 +24,26 @@ EVERY_S = 5.0
 State = Literal["running", "finished", "stopped", "diverged", "failed"]
 
 
-class Pulse(TypedDict):
+class Place(TypedDict, total=False):
+    """Where a process runs, for whoever asks about it from elsewhere; what an older version wrote has none of it.
+
+    boot: the machine, since it was started. pids: the space of its process numbers, a container's own or the host's.
+    """
+
+    boot: str
+    pids: str
+
+
+def this_place() -> Place:
+    """Return the place of this process; empty texts where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return {"boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {"boot": "", "pids": ""}
+
+
+class Pulse(Place):
     """The content of status.json. Times are seconds since 1970. doing: what takes long between steps, or ""."""
 
     state: State
@@ -67,6 +86,7 @@ class Heart:
             "updated": now,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            **this_place(),
         }
         self._next = 0.0
 

@@ -54,11 +54,13 @@ STAGE_FREE = frozenset(
     }
 )
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
-_OPTIM = "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema"
+_OPTIM = "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema on_nonfinite"
+_OPTIM += " most_skipped_in_a_row most_skipped"
+_RATES = "lr layer_decay lora.b_lr_ratio"
 STAGE_GOES_ON = frozenset(
     {
         *(f"optim.{k}" for k in _OPTIM.split()),
-        *(f"recipe.{k}.lr" for k in ("llm", "vision", "connector")),
+        *(f"recipe.{part}.{k}" for part in ("llm", "vision", "connector") for k in _RATES.split()),
         "max_steps",
         "epochs",
         "data.augment",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import time
@@ -21,17 +22,17 @@ from tinyllava_fast.files import TMP, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes
 from tinyllava_fast.log import log
 from tinyllava_fast.models.build import build_image_processor, build_tokenizer
-from tinyllava_fast.train import quarantine, seed
+from tinyllava_fast.train import nonfinite, quarantine, seed
 from tinyllava_fast.train.answers import SampleRow
 from tinyllava_fast.train.best import LAST, BestModels, copy_model
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.failures import DIVERGED, Way, stopped, without_another
-from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes
+from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes, truncate_after
 from tinyllava_fast.train.page import Page
 from tinyllava_fast.train.prepare import Outlook
-from tinyllava_fast.train.pulse import LOCK, Heart, State
+from tinyllava_fast.train.pulse import LOCK, Heart, State, this_place
 from tinyllava_fast.train.resume import find_checkpoint
 from tinyllava_fast.train.standing import outcome
 
@@ -118,6 +119,8 @@ class Run:
         with writing(self.folder / "config.yaml"):
             write_file(self.folder / "config.yaml", dump(self.config).encode())
         loggers, step = self.config.loggers, self.state.step
+        with writing(self.folder / nonfinite.FILE):
+            truncate_after(self.folder / nonfinite.FILE, step)
         self.metrics = MetricsWriter(self.folder, after_step=step, loggers=loggers, config=self.state.config)
         self.heart, self.page = Heart(self.folder), Page(self.folder, dump(self.config))
 
@@ -162,7 +165,7 @@ class Run:
         """Refuse a folder that another training writes to, for instance one that outlived its killed parent."""
         with writing(self.folder):
             self._made = _make_folder(self.folder)
-            self._lock_file = (self.folder / LOCK).open("w")
+            self._lock_file = (self.folder / LOCK).open("a")  # what it says is its holder's
         try:
             # lockf: a record lock ends with this very process; data workers do not inherit it.
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,13 +178,18 @@ class Run:
                 f"output_dir: {self.folder / LOCK} cannot be locked: {error.strerror}; name a folder on a file "
                 "system that has locks"
             ) from None
+        with writing(self.folder / LOCK):
+            self._lock_file.truncate(0)
+            self._lock_file.write(json.dumps({"pid": os.getpid(), **this_place()}))
+            self._lock_file.flush()
 
     def _start_over(self) -> None:
         self.store.clear()
         self.best.clear()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        with writing(self.folder / quarantine.FILE):
-            (self.folder / quarantine.FILE).unlink(missing_ok=True)
+        for name in (quarantine.FILE, nonfinite.FILE):
+            with writing(self.folder / name):
+                (self.folder / name).unlink(missing_ok=True)
         self.unfinish()
 
     def unfinish(self) -> None:
@@ -226,6 +234,11 @@ class Run:
             "skipped": len(skipped),
             "skipped_records": skipped,
             "unsupervised_samples": unsupervised,
+            "skipped_steps": {
+                stage: counts["nonfinite"] + counts["overflow"]
+                for stage, counts in self.state.skipped_steps.items()
+                if counts["nonfinite"] + counts["overflow"]
+            },
             "loss": self.state.final_losses,
             "validation": {
                 stage.name: outcome(stage.validation, standing)

@@ -11,7 +11,6 @@ from tinyllava_fast import group
 from tinyllava_fast.config.schema import StageConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.pictures import PictureReading
-from tinyllava_fast.data.split import Split
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import cache_folder
 from tinyllava_fast.log import log
@@ -21,8 +20,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import cpu_pool, timings
-from tinyllava_fast.train.answers import FOLDER as VALIDATION
-from tinyllava_fast.train.answers import Answering, Sample, choose_samples, has_whole_weights, plan_benchmarks
+from tinyllava_fast.train.answers import open_answering
 from tinyllava_fast.train.checkpoint import load_rng, open_tensors
 from tinyllava_fast.train.compile import CompiledForward, compile_forward, repays
 from tinyllava_fast.train.engine.base import TrainingEngine
@@ -74,7 +72,8 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
     report = loader.dataset.report.as_dict()
     _go_to_position(run, config, loader)
     held_out = validation_loader(run, config, model, reading) if config.validation.has_data else None
-    answering = _open_answering(run, config, held_out)
+    records = None if held_out is None else held_out.dataset.data
+    answering = open_answering(run.config, config, records, run.tokenizer, run.processor)
     flops = average_flops(model, config, loader)
     cost = cost_of(model, config, held_out, answering, flops)
     kind = _kind_of_step(run, config, model, flops)  # before ZeRO takes the weights apart
@@ -223,27 +222,6 @@ def _open_features(stage: StageConfig, model: LMM) -> FeatureCache | None:
     if not stage.data.feature_cache:
         return None
     return FeatureCache(cache_folder() / "features", model.vision, limit=int(stage.data.feature_cache * 2**30))
-
-
-def _open_answering(run: Run, stage: StageConfig, held_out: Loader | None) -> Answering | None:
-    """Return what the stage's model is asked at each validation, if there is anything."""
-    validation, share = stage.validation, stage.validation.share
-    plans = plan_benchmarks(validation, run.config.data_root)
-    samples: list[Sample] = []
-    if held_out is not None and validation.samples and has_whole_weights(run.config.engine):
-        split = Split(share, held_out=True) if share else None
-        samples = choose_samples(held_out.dataset.data, split, validation.samples)
-    if not samples and not plans:
-        return None
-    return Answering(
-        validation,
-        samples,
-        plans,
-        run.folder / VALIDATION / stage.name,
-        tokenizer=run.tokenizer,
-        processor=run.processor,
-        tokens=stage.batch.tokens,
-    )
 
 
 def _go_on_validating(run: Run, stage: StageConfig, engine: TrainingEngine) -> None:

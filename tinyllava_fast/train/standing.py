@@ -10,6 +10,7 @@ import math
 from typing import TypedDict
 
 from tinyllava_fast.config.validation import LOSS, ValidationConfig
+from tinyllava_fast.log import log
 
 COST = 0.02  # most of a stage's FLOPs that validations take where no interval is given; of its time under 3 %
 MOST = 10  # and most validations of a stage then
@@ -47,6 +48,8 @@ class Standing(TypedDict, total=False):
     """To the samples, by their keys."""
     answers_before: dict[str, str]
     """Of the validation before."""
+    measured: str
+    """A checksum of what the best was found with: the records or the benchmark."""
     waited: int
     """Validations since the best."""
     ended_early: bool
@@ -62,11 +65,20 @@ def interval(config: ValidationConfig, steps: int, cost: float) -> int:
     return math.ceil(steps / times) if times > 1 else 0
 
 
-def judge(standing: Standing, config: ValidationConfig, step: int, found: Validation) -> None:
-    """Note a validation in the standing of its stage: whether it is the best, and whether the stage is to end."""
+def judge(standing: Standing, config: ValidationConfig, step: int, found: Validation, measured: str = "") -> None:
+    """Note a validation in the standing of its stage: whether it is the best, and whether the stage is to end.
+
+    measured: a checksum of what it was found with; "": not known. A run that was resumed with another metric, or with
+    other records, begins its search for the best model anew.
+    """
     value, best = value_of(config, found), standing.get("best")
-    if best is not None and best["metric"] != config.metric:  # of a run that was resumed with another one
+    if best is not None and (reason := _incomparable(best, standing, config, measured)):
+        log.warning(
+            "the best model so far, of step %d, %s: the search for the best begins anew at step %d",
+            *(best["step"], reason, step),
+        )
         best = None
+    standing["measured"] = measured
     # of benchmarks the larger score is the better one
     sign = 1.0 if config.metric == LOSS else -1.0
     found["best"] = math.isfinite(value) and (best is None or sign * value < sign * best["value"])
@@ -76,6 +88,16 @@ def judge(standing: Standing, config: ValidationConfig, step: int, found: Valida
     standing["ended_early"] = 0 < config.patience <= standing["waited"]
     standing["last"], standing["last_step"] = found, step
     standing["seconds"] = standing.get("seconds", 0.0) + found["seconds"]
+
+
+def _incomparable(best: Best, standing: Standing, config: ValidationConfig, measured: str) -> str:
+    """Return why the best so far cannot be compared with what is found now; "" if it can."""
+    if best["metric"] != config.metric:
+        return f"was chosen by {best['metric']}, not by {config.metric} (validation.metric)"
+    before = standing.get("measured", "")
+    if before and measured and before != measured:
+        return "was validated with something else (validation.records, max_packs or benchmarks have changed)"
+    return ""
 
 
 def value_of(config: ValidationConfig, found: Validation) -> float:

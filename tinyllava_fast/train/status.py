@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import struct
 import time
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from typing import Literal, cast
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.train.history import History
 from tinyllava_fast.train.progress import format_seconds
-from tinyllava_fast.train.pulse import FILE, LOCK, Pulse
+from tinyllava_fast.train.pulse import FILE, LOCK, Pulse, this_place
 from tinyllava_fast.train.standing import numbers_of
 
 PATIENCE_S = 60.0  # a step that takes longer than this, and than
@@ -125,9 +126,10 @@ def lock_holder(path: Path) -> int | None:
 def _judge(holder: int | None, pulse: Pulse | None, folder: Path, now: float) -> tuple[Verdict, str]:
     """Return the state of a run, and what to say of it."""
     if holder is not None:
-        if pulse is None or (holder > 0 and pulse["pid"] != holder):
-            return "preparing", f"alive (process {holder}), getting ready for its first step"
-        return _judge_alive(holder, pulse, now)
+        if pulse is None or not _is_of_holder(pulse, holder, folder):
+            process = f"process {holder}" if holder > 0 else "a process that cannot be seen from here"
+            return "preparing", f"alive ({process}), getting ready for its first step"
+        return _judge_alive(_process(pulse), pulse, now)
     if pulse is None:
         finished = (folder / "summary.json").is_file()
         return ("finished", "finished") if finished else ("unknown", "no process trains here, and it has no summary")
@@ -140,6 +142,8 @@ def _judge(holder: int | None, pulse: Pulse | None, folder: Path, now: float) ->
         return "diverged", f"the training diverged {ago}"
     if pulse["state"] == "failed":
         return "failed", f"ended by an error {ago}"
+    if not _is_here(pulse):  # not every file system shows the locks of other machines and containers
+        return _judge_unseen(pulse, now)
     during = f" while {pulse['doing']}" if pulse["doing"] else ""
     return "dead", (
         f"dead: its process {pulse['pid']} on {pulse['host']} is gone without a word, last seen {ago}{during}; it was "
@@ -147,8 +151,45 @@ def _judge(holder: int | None, pulse: Pulse | None, folder: Path, now: float) ->
     )
 
 
-def _judge_alive(holder: int, pulse: Pulse, now: float) -> tuple[Verdict, str]:
-    process = f"process {holder}" if holder > 0 else f"process {pulse['pid']} on {pulse['host']}"
+def _is_here(pulse: Pulse) -> bool:
+    """Return whether the process of a pulse would be seen from here, on this machine and in this container."""
+    here = this_place()
+    if not (pulse.get("boot") and here["boot"]):
+        return pulse["host"] == socket.gethostname()
+    return (pulse["boot"], pulse["pids"]) == (here["boot"], here["pids"])
+
+
+def _is_of_holder(pulse: Pulse, holder: int, folder: Path) -> bool:
+    """Return whether the process that holds the lock is the one that wrote the pulse, not one that follows it."""
+    try:
+        told = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        told = {}
+    if isinstance(told, dict) and "pid" in told:
+        return all(told.get(key) == pulse.get(key) for key in ("pid", "boot", "pids"))
+    return holder < 0 or not _is_here(pulse) or pulse["pid"] == holder
+
+
+def _process(pulse: Pulse) -> str:
+    """Return the name of the process of a pulse, as it is known here."""
+    if _is_here(pulse):
+        return f"process {pulse['pid']}"
+    return f"process {pulse['pid']} on {pulse['host']}, which cannot be seen from here"
+
+
+def _judge_unseen(pulse: Pulse, now: float) -> tuple[Verdict, str]:
+    """Return the state of a run of another machine or container, whose lock does not show here: by its heartbeat."""
+    state, said = _judge_alive(f"{_process(pulse)}, by its heartbeat", pulse, now)
+    silent = now - (pulse["doing_since"] if pulse["doing"] else pulse["updated"])
+    if state == "running" or silent < LONG_S:
+        return state, said
+    return "dead", (
+        f"dead, or out of reach: {_process(pulse)}, was last heard {format_seconds(silent)} ago; ask on "
+        f"{pulse['host']}, or in its container, to be sure"
+    )
+
+
+def _judge_alive(process: str, pulse: Pulse, now: float) -> tuple[Verdict, str]:
     silent = now - pulse["updated"]
     if pulse["doing"]:
         since = now - pulse["doing_since"]

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
+from zlib import crc32
 
 import torch
 
 from tinyllava_fast import group
 from tinyllava_fast.config.schema import StageConfig
+from tinyllava_fast.config.validation import LOSS, ValidationConfig
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.log import log
 from tinyllava_fast.models.flops import Trains, costs_of, step_flops
@@ -77,6 +79,7 @@ class Validator:
         self._answering = answering
         self._stage, self._model, self._engine, self._loader, self._features = stage, model, engine, loader, features
         self._begin = loader.state_dict() if loader is not None else {}
+        self._measured = _measured(self.config, loader)
 
     def due(self, stage_step: int, last: bool) -> bool:
         """Return whether a step of the stage is followed by a validation. last: it is the stage's last one."""
@@ -95,7 +98,7 @@ class Validator:
             if self._answering is not None:
                 self._ask(self._answering, standing, found, f"{self._stage.name}-{step:08d}")
         found["seconds"] = time.perf_counter() - started
-        judge(standing, self.config, step, found)
+        judge(standing, self.config, step, found, self._measured)
         log.info("%s: %s", self._stage.name, said(standing))
         return found
 
@@ -137,6 +140,16 @@ class Validator:
             "samples": int(samples_),
             "supervised_tokens": int(supervised_),
         }
+
+
+def _measured(config: ValidationConfig, loader: Loader | None) -> str:
+    """Return a checksum of what the metric is measured with."""
+    facts: tuple[object, ...] = (config.max_packs,)
+    if config.metric != LOSS:
+        facts = tuple(repr(one) for one in config.benchmarks if one.name == config.metric)
+    elif loader is not None:
+        facts += (loader.dataset.fingerprint, loader.dataset.names_checksum())
+    return f"{crc32(repr(facts).encode()):08x}"
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.train.conftest import prepare
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.train import cli
 from tinyllava_fast.train.loggers._markdown import table
-from tinyllava_fast.train.loggers.base import LOGGERS
+from tinyllava_fast.train.loggers.base import LOGGERS, Logged
 
 VALIDATION = {"share": 0.3, "every_steps": 4, "samples": 2, "max_new_tokens": 4}
 
@@ -83,3 +84,11 @@ def test_trackio(logged: Callable[[str], Path]) -> None:
     with sqlite3.connect(database) as found:
         rows = [json.loads(row[0]) for row in found.execute("select metrics from metrics order by step")]
     assert any("finetune/train/loss" in row for row in rows) and any("finetune/validation/loss" in row for row in rows)
+
+
+def test_weights_and_biases_that_cannot_begin_are_a_sentence(tmp_path: Path, monkeypatch: Any) -> None:
+    """By the real package: a mode that it does not know."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    with pytest.raises(UserError, match=r"loggers: wandb: its run could not begin: .*Set WANDB_MODE=offline"):
+        LOGGERS.get("wandb")(Logged(tmp_path, {}))

@@ -135,6 +135,8 @@ def read_curves(path: Path) -> list[Curve]:
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         curve = stages.setdefault(entry["stage"], Curve(entry["stage"], [], []))
+        if entry["loss"] is None:  # of steps that were all skipped
+            continue
         curve.steps.append(entry["step"])
         curve.losses.append(entry["loss"])
     return list(stages.values())

@@ -59,8 +59,20 @@ class TrainingEngine(Protocol):
         """
         ...
 
-    def step(self, lrs: Mapping[str, float]) -> Tensor:
-        """Clip, update with each group name's learning rate, clear gradients; returns the norm before clipping []."""
+    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
+        """Clip, update with each group name's learning rate, clear gradients; returns the norm before clipping [].
+
+        loss: this process's loss sum of the step []. With it, a step in which that or the norm is no finite number on
+        any process changes nothing on all of them, and the norm returned is none either.
+        """
+        ...
+
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        """Return the norm [] of each component's gradients in the last step; nothing where they are not known."""
+        ...
+
+    def loss_scale(self) -> float | None:
+        """Return the factor of the loss in float16; None: it is not scaled."""
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -82,7 +94,8 @@ class TrainingEngine(Protocol):
     def optimizer_state(self) -> Sequence[LazyTensor]:
         """Everything the optimizer knows, in a layout that depends neither on the engine nor on the number of ranks.
 
-        "step" [] float32; "exp_avg/<weight>", "exp_avg_sq/<weight>" and, for weights below float32, "master/<weight>";
+        "step" [] float32; in float16 "loss_scale" and "loss_scale_steps"; "exp_avg/<weight>", "exp_avg_sq/<weight>"
+        and, for weights below float32, "master/<weight>";
         "ema/<weight>", the running means of optim.ema.
         """
         ...

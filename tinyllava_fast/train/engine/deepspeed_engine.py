@@ -139,8 +139,8 @@ class DeepSpeedEngine(InGroup):
         losses: Tensor = self._engine(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
         return total(losses)
 
-    def step(self, lrs: Mapping[str, float]) -> Tensor:
-        """See TrainingEngine."""
+    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
+        """See TrainingEngine; loss is not looked at (check_optimizer)."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lrs[group["name"]]
         self._engine.step()
@@ -150,6 +150,14 @@ class DeepSpeedEngine(InGroup):
         self._exact.clear()
         self._unfinished = False
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        """See TrainingEngine: DeepSpeed tells the norm of all alone."""
+        return {}
+
+    def loss_scale(self) -> float | None:
+        """See TrainingEngine: there is no float16 here (launch.start_process)."""
+        return None
 
     def averaged(self) -> AbstractContextManager[None]:
         """See TrainingEngine: it keeps none (check_optimizer)."""

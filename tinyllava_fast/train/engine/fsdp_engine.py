@@ -59,7 +59,7 @@ class FSDPEngine(InGroup):
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
         """See TrainingEngine."""
         losses: Tensor = self.model(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
-        (total(losses) * scale).backward()
+        self._optimizer.scaled(total(losses) * scale).backward()
         for name, p in self._sharded.items():
             if p.grad is not None:
                 row, found = self._rows[name], cast(DTensor, p.grad).to_local()
@@ -79,9 +79,17 @@ class FSDPEngine(InGroup):
         """See TrainingEngine: it keeps none (check_optimizer)."""
         return nullcontext()
 
-    def step(self, lrs: Mapping[str, float]) -> Tensor:
+    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
         """See TrainingEngine."""
-        return self._optimizer.step(lrs)
+        return self._optimizer.step(lrs, loss)
+
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        """See TrainingEngine."""
+        return self._optimizer.norms
+
+    def loss_scale(self) -> float | None:
+        """See TrainingEngine."""
+        return self._optimizer.loss_scale()
 
     def model_state(self) -> Sequence[LazyTensor]:
         """See TrainingEngine."""

@@ -61,6 +61,7 @@ def start_process(config: EngineConfig) -> Process:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: cuda, but torch sees no CUDA device; set engine.device=cpu or auto")
     device = torch.device("cuda", env["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
+    check_dtype(config, kind)
     _check_compile(config)
     if config.cuda_graphs:
         _check_cuda_graphs(config, kind)
@@ -132,6 +133,22 @@ def never_compiles(config: EngineConfig) -> str:
     if config.type == "fsdp":
         return "fsdp gathers weights in hooks around each layer; set compile=regional, or engine.type=ddp"
     return ""
+
+
+def check_dtype(config: EngineConfig, kind: str) -> None:
+    """Raise UserError for float16 on a device or an engine that does not train in it. kind: cpu or cuda."""
+    if config.dtype != "float16":
+        return
+    if kind == "cpu":
+        raise UserError(
+            "engine.dtype: float16 on a CPU, which has no fast float16 to gain by; set bfloat16 or float32, or train "
+            "on a GPU"
+        )
+    if config.type == "deepspeed" and config.sharding:
+        raise UserError(
+            "engine.dtype: float16 with engine.type: deepspeed, whose scaling of the loss is its own; set engine.type: "
+            "ddp or fsdp, or dtype: bfloat16"
+        )
 
 
 def _check_compile(config: EngineConfig) -> None:

@@ -44,7 +44,7 @@ class TorchEngine:
         """See TrainingEngine."""
         losses = self.model(**batch.to(self.device).tensors())
         if losses.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
-            (total(losses) * scale).backward()
+            self._optimizer.scaled(total(losses) * scale).backward()
             if self._cuda_graphs:
                 for p in self.model.parameters():
                     p.grad = None if p.grad is None else p.grad.clone()
@@ -58,9 +58,17 @@ class TorchEngine:
         losses: Tensor = type(self.model).forward(self.model, **batch.to(self.device).tensors())
         return total(losses)
 
-    def step(self, lrs: Mapping[str, float]) -> Tensor:
+    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
         """See TrainingEngine."""
-        return self._optimizer.step(lrs)
+        return self._optimizer.step(lrs, loss)
+
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        """See TrainingEngine."""
+        return self._optimizer.norms
+
+    def loss_scale(self) -> float | None:
+        """See TrainingEngine."""
+        return self._optimizer.loss_scale()
 
     def averaged(self) -> AbstractContextManager[None]:
         """See TrainingEngine."""
@@ -94,9 +102,11 @@ class TorchEngine:
 class DataParallelEngine(InGroup, TorchEngine):
     """Every process holds the whole model and optimizer; float32 gradients are summed over them before each update."""
 
-    def step(self, lrs: Mapping[str, float]) -> Tensor:
+    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
         """See TrainingEngine."""
-        pending = [torch.distributed.all_reduce(g, async_op=True) for g in self._optimizer.gradients()]
+        known = None if loss is None else loss.detach().clone()
+        tensors = self._optimizer.gradients() + ([] if known is None else [known])
+        pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
         for work in pending:
             work.wait()
-        return super().step(lrs)
+        return super().step(lrs, known)

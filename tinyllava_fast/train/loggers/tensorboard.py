@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyllava_fast.data.images import load_image
-from tinyllava_fast.errors import DataError
 from tinyllava_fast.log import log
-from tinyllava_fast.train.answers import SampleRow
+from tinyllava_fast.train.answers import SampleRow, picture
 from tinyllava_fast.train.loggers._markdown import table
 from tinyllava_fast.train.loggers.base import LOGGERS, Logged
 
@@ -49,8 +47,8 @@ class TensorBoard:
             return
         self._pictured.add(stage)
         for number, row in enumerate(rows):
-            if row["image"] and (pixels := _pixels(row["image"])) is not None:
-                events.add_image(f"samples/{number}", pixels, step, dataformats="HWC")
+            if (image := picture(row, _SIDE)) is not None:
+                events.add_image(f"samples/{number}", np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         """See Logger."""
@@ -71,12 +69,3 @@ def _open(run: Logged, stage: str) -> SummaryWriter | None:
         log.warning("no TensorBoard events: tensorboard is not installed (pip install 'tinyllava-fast[train]')")
         return None
     return SummaryWriter(str(run.folder / FOLDER / stage), purge_step=run.after_step + 1 if run.after_step else None)
-
-
-def _pixels(path: str) -> np.ndarray | None:
-    try:
-        image = load_image(path)
-    except DataError:  # the table says why there is no answer
-        return None
-    image.thumbnail((_SIDE, _SIDE))
-    return np.asarray(image)

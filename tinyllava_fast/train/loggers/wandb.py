@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 
-from tinyllava_fast.errors import import_optional
+from tinyllava_fast.errors import UserError, import_optional
 from tinyllava_fast.files import write_file
-from tinyllava_fast.train.answers import SampleRow
+from tinyllava_fast.train.answers import SampleRow, picture
 from tinyllava_fast.train.loggers.base import LOGGERS, Logged
 
 NAME_FILE = "wandb-id"
 """The file in the run folder with the id of the run, so that a resumed one goes on."""
+_SIDE = 512  # of the largest picture shown
 COLUMNS = ["question", "answer now", "answer before", "truth"]
 
 
@@ -25,14 +25,22 @@ class WandB:
         self._wandb = _package()
         known = run.folder / NAME_FILE
         name = known.read_text(encoding="utf-8").strip() if run.after_step and known.is_file() else ""
-        self._run = self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tinyllava-fast"),
-            name=os.environ.get("WANDB_NAME", run.folder.resolve().name),
-            dir=str(run.folder),
-            id=name or None,
-            resume="allow",
-            config=dict(run.config),
-        )
+        try:
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "tinyllava-fast"),
+                name=os.environ.get("WANDB_NAME", run.folder.resolve().name),
+                dir=str(run.folder),
+                id=name or None,
+                resume="allow",
+                config=dict(run.config),
+            )
+        except (self._wandb.Error, ValueError, RuntimeError, TimeoutError) as error:  # no key, no network, WANDB_*
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"loggers: wandb: its run could not begin: {reason}. Set "
+                "WANDB_MODE=offline, which needs no account and no network, log in with `wandb login`, mend the WANDB_ "
+                "variable that it names, or take wandb out of loggers"
+            ) from error
         # Its own count of steps never goes back, which a run that is resumed from a checkpoint does.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -51,8 +59,9 @@ class WandB:
         """See Logger."""
         table = self._wandb.Table(columns=["image", *COLUMNS])
         for row in rows:
-            image = self._wandb.Image(row["image"]) if row["image"] and Path(row["image"]).is_file() else None
-            table.add_data(image, row["question"], row["now"], row["before"], row["truth"])
+            image = picture(row, _SIDE)
+            shown = None if image is None else self._wandb.Image(image)
+            table.add_data(shown, row["question"], row["now"], row["before"], row["truth"])
         self._run.log({"step": step, f"{stage}/validation/samples": table})
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ class AdamW(Optimizer):
     """torch.optim.AdamW's fused kernel. Clipping costs no pass over memory: the kernel divides by grad_scale."""
 
     moment_bytes = 8.0
+    skips = True
 
     def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
         super().__init__(groups, settings)
@@ -48,6 +49,7 @@ class AdamW(Optimizer):
             p.grad = gradient
         if clip_norm > 0:
             self._adamw.grad_scale = torch.clamp((norm + 1e-6) / clip_norm, min=1.0)  # type: ignore[attr-defined]
+        self._adamw.found_inf = self.skip  # type: ignore[attr-defined]
         self._adamw.step()
         for p in gradients:
             p.grad = None

@@ -55,7 +55,7 @@ class Optimizer(ABC):
 
     moment_bytes: bytes that it keeps for a weight of a large matrix, for reports. fused: ``step`` takes gradients of
     any dtype, absent ones too, and rounds masters into their weights; without it, gradients are float32 and complete,
-    and the caller rounds.
+    and the caller rounds. skips: ``step`` reads ``skip``.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class Optimizer(ABC):
 
     moment_bytes: ClassVar[float]
     fused: ClassVar[bool] = False
+    skips: ClassVar[bool] = False
 
     def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
         self.param_groups: ParamGroups = [group.copy() for group in groups]
@@ -72,6 +73,8 @@ class Optimizer(ABC):
         self.betas, self.eps = settings.betas, settings.eps
         self.steps = 0
         """Number of the update at hand, from 1; the caller counts."""
+        self.skip: Tensor | None = None
+        """1 where the step at hand has to change nothing, else 0, [] float32 on the device; None: it is a step."""
 
     @classmethod
     def check(cls, engine: EngineConfig, device: torch.device, where: str) -> None:
@@ -120,6 +123,11 @@ def find_optimizer(optim: OptimConfig, stage: str = "stages.*", file: str = "") 
 
 def check_optimizer(optim: OptimConfig, engine: EngineConfig, device: torch.device, stage: str) -> None:
     """Raise UserError for an optimizer that this engine or device does not have, and for means that it cannot keep."""
+    if optim.on_nonfinite == "skip" and engine.type == "deepspeed" and engine.sharding:
+        raise UserError(
+            f"{stage}.optim.on_nonfinite: skip with engine.type: deepspeed, which updates the weights before the norm "
+            "is known; set engine.type: ddp or fsdp, or on_nonfinite: fail"
+        )
     if optim.ema and engine.sharding:
         sharded = "engine.type: fsdp" if engine.type == "fsdp" else f"engine.zero_stage: {engine.zero_stage}"
         raise UserError(
