@@ -51,7 +51,7 @@ def build(config: Path, dtype: str, *, weights: str | None = None, compile: bool
     run = load_run(config)
     lmm = build_model(run.model, seed=run.seed, dtype=torch.float32).eval()
     tokenizer, processor = build_tokenizer(run.model), build_image_processor(run.model)
-    template = TEMPLATES.get(run.stages[0].data.template)
+    template = TEMPLATES.get(run.stages[-1].data.template)  # the first one's may leave the questions out
     peer = Peer(lmm, tokenizer, processor, template, run.model.vision.feature_layer, machine.DTYPES[dtype])
     lmm.to(machine.DTYPES[dtype])
     model = prepare_model(lmm, weights)  # as tinyllava_fast.load does

@@ -1,6 +1,7 @@
 import ctypes
 import logging
 import os
+import platform
 import pwd
 import stat
 import subprocess
@@ -122,3 +123,31 @@ def test_where_nothing_can_be_written_using_the_cache_is_an_oserror(user, monkey
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nonexistent")
     with pytest.raises(OSError, match="tinyllava_fast"):
         (hardware.cache_folder() / "file").write_text("")
+
+
+def test_one_heap_gives_large_blocks_back():
+    """In a process of its own, for it changes the allocator; threads and sizes as those of a server's passes."""
+    code = """
+import ctypes, threading
+from tinyllava_fast.hardware import bound_memory, release_memory, rss_bytes
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def use(size):
+    blocks = [libc.malloc(size) for _ in range(3)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+assert bound_memory()
+before = rss_bytes()
+for size in (5 << 20, 20 << 20, 1 << 20):
+    for thread in [threading.Thread(target=use, args=(size,)) for _ in range(2)]:
+        thread.start()
+        thread.join()
+    use(size)
+release_memory()
+assert rss_bytes() - before < 4 << 20, rss_bytes() - before
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the C library is not glibc")
+    subprocess.run([sys.executable, "-c", code], check=True)

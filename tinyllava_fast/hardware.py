@@ -28,13 +28,15 @@ from tinyllava_fast.log import log
 if TYPE_CHECKING:
     import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 # (M, K, N): a large square, and a decoder's own widths (SmolLM2-135M: 3072 tokens through up and down)
 GEMM_SHAPES = ((2048, 2048, 2048), (3072, 576, 1536), (3072, 1536, 576))
 CUDA_GEMM_SHAPES = ((8192, 8192, 8192), (16384, 4096, 4096))
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _NEVER = 2**31 - 1  # mallopt takes an int
 _OLD_LIMIT = 32 * 2**20  # the largest mmap threshold that older glibc accepts
+PASS_BLOCK = 4 * 2**20  # blocks above are of passes over some thousand tokens; a step of decoding has smaller ones
+LOADING_BLOCK = 2**17  # nearly all weights are larger
 _memory = {"kept": False}  # what prepare_memory has set up
 
 
@@ -65,6 +67,27 @@ def prepare_memory() -> bool:
 def keeps_memory() -> bool:
     """Return whether prepare_memory has told this process to find freed memory again, so that little is fresh."""
     return _memory["kept"]
+
+
+def bound_memory(block: int = PASS_BLOCK) -> bool:
+    """Let all threads share one heap, and give blocks of so many bytes back once they are free; False without glibc.
+
+    For servers. By itself glibc gives each thread a heap, which keeps the most that the thread ever held, and keeps
+    blocks of up to 32 MiB: memory then grows whenever some thread meets a larger pass than before, for hours.
+    Call it before threads are started.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = {M_ARENA_MAX: 1, M_MMAP_THRESHOLD: block, M_TRIM_THRESHOLD: 2 * PASS_BLOCK}
+    return all(mallopt(name, value) for name, value in settings.items())
+
+
+def release_memory() -> None:
+    """Give the free pages of the heap back to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def gemm_flops_per_s(dtype: torch.dtype, device: str = "cpu") -> float:

@@ -23,6 +23,7 @@ from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.fast_model.adapted_linear import MIXED_ROWS, AdaptedLinear
 from tinyllava_fast.infer.fast_model.prepare import prepare_model
+from tinyllava_fast.infer.finish import FAILED
 from tinyllava_fast.infer.live import LiveEngine, StoppedError
 from tinyllava_fast.infer.types import Request
 from tinyllava_fast.models.build import build_image_processor
@@ -224,6 +225,31 @@ def test_live(lmm, tokenizer, images, adapted):
         live.close()
     with pytest.raises(StoppedError):
         live.load_adapter("late", adapted[NAMES[0]][0])
+
+
+def test_one_whose_numbers_overflow_fails_alone(lmm, tokenizer, images, tmp_path):
+    """Its requests are told so; the others of the passes are answered as without it, with guesses and scores, too."""
+    write_adapter(lmm, tmp_path / "good", seed=1)
+    write_adapter(lmm, tmp_path / "wild", seed=2, size=1e25)
+    requests = [replace(r, id=str(n)) for n, r in enumerate(mixed(images, [None, "wild", "good"]))]
+    others = [r for r in requests if r.adapter != "wild"]
+    for prepared, options in ((True, {"speculate": 4}), (False, {})):
+        model = copy.deepcopy(lmm)
+        engine = make_engine(prepare_model(model) if prepared else model, tokenizer, **options)
+        for name in ("good", "wild"):
+            engine.load_adapter(name, tmp_path / name)
+        expected = {a.id: a for a in engine.answers(others)}
+        for request in requests:
+            engine.add_request(request)
+        found = {}
+        while engine.unfinished:
+            found |= {a.id: a for a in engine.step()}
+        assert {name: found[name] for name in expected} == expected
+        wild = [found[r.id] for r in requests if r.adapter == "wild"]
+        assert all(a.finish == FAILED and "the numbers of adapter 'wild' overflow" in a.why for a in wild)
+        assert engine.usage.running == engine.usage.waiting == 0
+        with pytest.raises(CheckpointError, match="request 'x': the numbers of adapter 'wild' overflow"):
+            list(engine.score([(replace(ask("red?"), id="x", adapter="wild"), ["a", "b"])]))
 
 
 def settings(**changes: object) -> Callable[[Path], None]:

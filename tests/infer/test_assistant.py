@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import tinyllava_fast
 from tests.tiny import make_engine
+from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.infer.assistant import under_system
 from tinyllava_fast.infer.types import Request, Sampling
 
 
@@ -54,9 +58,9 @@ def test_a_device_that_is_not_there(folder, device):
 def test_paths_near_a_model_folder(folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "final").symlink_to(folder)
-    with pytest.raises(CheckpointError, match=r"is the folder of a run; its model is .*run/final"):
+    with pytest.raises(CheckpointError, match=r"run: not a model folder, but one lies in it: give .*run/final"):
         tinyllava_fast.load(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"is a file; give the model folder that holds it: "):
+    with pytest.raises(CheckpointError, match=r"it is a file; give the folder that it is in: "):
         tinyllava_fast.load(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="None: expected the path of a model folder"):
         tinyllava_fast.load(None)
@@ -98,3 +102,19 @@ def test_a_system_text_of_ones_own(folder):
     assert asked[0] != asked[1]
     tokenizer = french.engine.tokenizer
     assert tokenizer.decode(asked[1], skip_special_tokens=True) == "Answer in French. USER: why? ASSISTANT:"
+
+
+SKIPS = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def test_a_system_text_that_a_template_would_not_show(tokenizer):
+    with pytest.raises(UserError, match="the chat template 'pretrain' has no place for a system text"):
+        under_system(TEMPLATES.get("pretrain"), tokenizer, "Be brief.")
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = SKIPS
+    with pytest.raises(UserError, match="the chat template of this model shows no system text"):
+        under_system(TEMPLATES.get("tokenizer"), own, "Be brief.")
+    own.chat_template = SKIPS.replace(" if m['role'] != 'system'", "")
+    template = under_system(TEMPLATES.get("tokenizer"), own, "Be brief.")
+    assert template.render([("why?", None)], own).text.startswith("Be brief.")
+    assert under_system(TEMPLATES.get("pretrain"), tokenizer, None) is TEMPLATES.get("pretrain")

@@ -118,6 +118,10 @@ def test_ctrl_c_stops_an_answer_and_hangs_up(tmp_path, monkeypatch):
         (["m", "--server", "http://x"], "--server and the model folder m: name one of them"),
         (["m", "--api-key-env", "A"], "--api-key-env is for a server (--server); leave it out"),
         (["--server", "http://x", "--model", "m", "--dtype", "bfloat16"], "--dtype is for a model folder"),
+        (["--server", "http://x", "--model", "m", "--threads", "2"], "--threads is for a model folder"),
+        (["--server", "http://x", "--model", "m", "--device", "cpu"], "--device is for a model folder"),
+        (["m", "--retries", "0"], "--retries is for a server (--server)"),
+        (["m", "--timeout", "3"], "--timeout is for a server (--server)"),
         (["--server", "http://x", "--model", "m", "--image", "/no/cat.png"], "/no/cat.png"),
     ],
 )

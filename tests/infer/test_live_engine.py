@@ -217,6 +217,22 @@ def test_a_picture_that_is_named_many_times_is_decoded_once(live, engine, images
     assert decoded == images[:2]
 
 
+def test_choices_of_one_question_are_decoded_once(live, engine, images, monkeypatch):
+    decoded = []
+    decode = live.engine._images.decode
+    monkeypatch.setattr(live.engine._images, "decode", lambda image: decoded.append(image) or decode(image))
+    held = hold_the_preparer(live)
+    picture = images[0].copy()
+    choices = [ask("what is it?", picture, new=6, temperature=1.0, seed=seed) for seed in range(4)]
+    streams = [live.submit(choice) for choice in choices]
+    held.set()
+    answers = [stream.result(60) for stream in streams]
+    assert len(decoded) == 1 and [a.tokens for a in answers] == [engine.answers([c])[0].tokens for c in choices]
+    picture.paste((0, 0, 0), (0, 0, *picture.size))  # the others are answered, so it is looked at again
+    del streams
+    assert live.submit(choices[0]).result(60).tokens == engine.answers([choices[0]])[0].tokens and len(decoded) == 2
+
+
 def hold_the_preparer(live: LiveEngine) -> threading.Event:
     """Let requests wait for the preparing thread until the event is set."""
     held = threading.Event()

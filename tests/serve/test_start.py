@@ -192,7 +192,7 @@ def hostile(folder: Path, how: str, mark: Path) -> None:
         ("a template that loops", "it takes longer than 0.2 seconds; mend the template"),
         ("a template that imports", "refuses the conversation"),
         ("a template that reaches out", "refuses the conversation"),
-        ("a zip", "model: is a file; give the model folder"),
+        ("a zip", "it is a file; give the folder that it is in"),
     ],
 )
 def test_hostile_model_folders(capsys, folder, tmp_path, monkeypatch, how, message):

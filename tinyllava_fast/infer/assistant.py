@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from tinyllava_fast.data.templates.base import TEMPLATES, Template
 from tinyllava_fast.data.tokenizer import largest_id
-from tinyllava_fast.errors import CheckpointError, UserError
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.fast_model.adapters import Adapters
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel, check_finite, check_weights, prepare_model
 from tinyllava_fast.infer.grammar import Grammar
-from tinyllava_fast.infer.types import Images, Request, Sampling, Scores
+from tinyllava_fast.infer.types import SETTINGS, Images, Request, Sampling, Scores
 from tinyllava_fast.models.io import load_model
 from tinyllava_fast.models.lmm import LMM
 
@@ -62,7 +61,6 @@ class Assistant:
                 raise UserError(f"weights='bf16' with dtype={dtype!r}; leave one of them out")
             dtype = "bfloat16"
         device = _device(device)
-        _check_folder(path)
         lmm, tokenizer, processor = load_model(path, dtype=DTYPES[dtype] if dtype else None, device=device)
         check_finite(lmm, largest_id(tokenizer)[1] + 1, str(path))
         if adapter is not None:
@@ -90,7 +88,7 @@ class Assistant:
         """
         config = (model if isinstance(model, LMM) else model.lmm).config
         name = template or config.template
-        chat = _with_system(TEMPLATES.get(name, "config.json: template"), name, system)
+        chat = under_system(TEMPLATES.get(name, "config.json: template"), tokenizer, system)
         engine_options.setdefault("image_mode", config.image_mode)
         if engine_options["image_mode"] == "anyres":
             engine_options.setdefault("image_grid", config.image_grid)
@@ -169,22 +167,10 @@ class Assistant:
 
 def _sampling(**settings: Any) -> Sampling:
     """Sampling. Raises UserError for a setting out of range or of another kind."""
-    numbers: dict[str, Any] = {
-        "max_new_tokens": int,
-        "temperature": (int, float),
-        "top_k": int,
-        "top_p": (int, float),
-        "min_p": (int, float),
-        "repetition_penalty": (int, float),
-        "presence_penalty": (int, float),
-        "frequency_penalty": (int, float),
-        "seed": int,
-    }
-    for name, kinds in numbers.items():
-        value = settings.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            what = "a whole number" if kinds is int else "a number"
-            raise UserError(f"{name}: expected {what}, got {value!r:.80}")
+    for name in SETTINGS.keys() & settings.keys():
+        value, whole = settings[name], SETTINGS[name] is int
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise UserError(f"{name}: expected {'a whole number' if whole else 'a number'}, got {value!r:.80}")
     try:
         return Sampling(**settings)
     except ValueError as error:
@@ -205,21 +191,14 @@ def _device(name: str) -> str:
     return str(name)
 
 
-def _check_folder(path: str | Path) -> None:
-    """Raise CheckpointError for a path that is near a model folder, saying which one is meant."""
-    if not isinstance(path, (str, Path)):
-        raise CheckpointError(f"{path!r:.80}: expected the path of a model folder, such as 'runs/demo/final'")
-    folder = Path(path)
-    if folder.is_file():
-        raise CheckpointError(f"{path}: is a file; give the model folder that holds it: {folder.parent}")
-    if not (folder / "config.json").is_file() and (folder / "final" / "config.json").is_file():
-        raise CheckpointError(f"{path}: is the folder of a run; its model is {folder / 'final'}")
+def under_system(template: Template, tokenizer: PreTrainedTokenizerBase, system: str | None) -> Template:
+    """Return the template with another system text; None: as it is. UserError if its prompts would not show the text.
 
-
-def _with_system(template: Template, name: str, system: str | None) -> Template:
-    """The template with another system text. Raises UserError if it has none of its own to replace."""
+    Raises UserError also as ``Template.with_system`` and ``render`` do.
+    """
     if system is None:
         return template
-    if type(template) is not Template:
-        raise UserError(f"system: the chat template {name!r} of this model has no system text that could be replaced")
-    return replace(template, system=system)
+    changed = template.with_system(system)
+    if system.strip() not in changed.render([("", None)], tokenizer).text:
+        raise UserError("the chat template of this model shows no system text; leave it out")
+    return changed

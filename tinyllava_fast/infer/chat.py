@@ -99,7 +99,7 @@ def _partner(args: argparse.Namespace) -> Partner:
     """Who answers. Raises UserError as ``server_of`` and ``from_pretrained``."""
     from tinyllava_fast.infer.partners import LocalPartner, ServerPartner
 
-    if (endpoint := server_of(args, SERVER)) is not None:
+    if (endpoint := server_of(args, SERVER, also={"--threads": args.threads, "--plugin": args.plugin})) is not None:
         return ServerPartner(endpoint)
     from tinyllava_fast.infer.assistant import Assistant
 

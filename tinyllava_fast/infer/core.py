@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
@@ -108,12 +109,13 @@ class Core:
         counts = [1 + len(guesses.get(s, ())) for s in sequences]
         logits = self._logits([s for s, count in zip(sequences, counts, strict=True) for _ in range(count)], hidden)
         right = dict.fromkeys(guesses, 0)
-        going = list(zip(sequences, np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
+        rows = np.cumsum([0, *counts[:-1]]).tolist()
+        going = [(s, row) for s, row in zip(sequences, rows, strict=True) if not s.ended]
         while going:
             for sequence, _ in going:
                 sequence.num_cached_tokens += 1
             part = [s for s, _ in going]
-            self._append(part, _choose(part, logits[[row for _, row in going]]))
+            self._append(list(zip(part, _choose(part, logits[[row for _, row in going]]), strict=True)))
             later = []
             for sequence, row in going:
                 guessed, place = guesses.get(sequence, []), right.get(sequence, 0)
@@ -163,23 +165,27 @@ class Core:
         """Append one token to each sequence. hidden [T, D]; ends [R]: rows of last tokens."""
         if len(ends) < len(hidden):
             hidden = hidden[torch.from_numpy(ends).to(hidden.device)]
-        chosen: list[int] = []
+        chosen: list[tuple[Sequence, int]] = []
         for i in range(0, len(sequences), LOGIT_ROWS):
             part = sequences[i : i + LOGIT_ROWS]
-            chosen += _choose(part, self._logits(part, hidden[i : i + LOGIT_ROWS]))
-        self._append(sequences, chosen)
+            logits = self._logits(part, hidden[i : i + LOGIT_ROWS])
+            going = [row for row, sequence in enumerate(part) if not sequence.ended]
+            if len(going) < len(part):
+                part, logits = [part[row] for row in going], logits[going]
+            chosen += zip(part, _choose(part, logits), strict=True)
+        self._append(chosen)
 
     def _logits(self, sequences: list[Sequence], hidden: Tensor) -> Tensor:
-        """Logits [R, V] of rows of sequences [R, D]. CheckpointError if some number is none."""
+        """Logits [R, V] of rows of sequences [R, D]. Numbers that are none: see ``_check_finite``."""
         # Rows past the tokenizer are padding of the embedding: never trained, so they may hold any logit.
         logits = self.model.logits(hidden)[:, : self.vocab]
         self._check_finite(sequences, hidden, logits)
         return logits
 
-    def _append(self, sequences: list[Sequence], chosen: list[int]) -> None:
-        """Append one token to each sequence."""
-        self.generated_tokens += len(sequences)
-        for sequence, token in zip(sequences, chosen, strict=True):
+    def _append(self, chosen: Items[tuple[Sequence, int]]) -> None:
+        """Append to each sequence its token."""
+        self.generated_tokens += len(chosen)
+        for sequence, token in chosen:
             if not sequence.ended:  # what ``on_token`` of another one may have done
                 _append(sequence, token)
 
@@ -189,19 +195,32 @@ class Core:
         hidden = hidden[torch.from_numpy(rows).to(hidden.device)]
         targets = torch.tensor([t for s in sequences for t in s.scored], device=hidden.device)
         each, best = log_probabilities(self.model.logits, hidden, targets, rows=LOGIT_ROWS, vocab=self.vocab)
-        self._check_finite(sequences, hidden, each)
         counts = [len(s.scored) for s in sequences]
+        self._check_finite([s for s, count in zip(sequences, counts, strict=True) for _ in range(count)], hidden, each)
         for sequence, result in zip(sequences, zip(each.split(counts), best.split(counts), strict=True), strict=True):
-            sequence.result = result
-            sequence.end("scored")
+            if not sequence.ended:
+                sequence.result = result
+                sequence.end("scored")
 
     def _check_finite(self, sequences: list[Sequence], *numbers: Tensor) -> None:
-        """CheckpointError if some number is none, before any choice is made of them: a token, a score."""
+        """CheckpointError if some number is none, before any choice is made of them: a token, a score.
+
+        numbers: [R, ...] each. sequences: that of each row. If only rows with adapters have such numbers, their
+        sequences fail, and the others go on.
+        """
         if all(all_finite(some) for some in numbers):
             return
+        right = torch.stack([some.reshape(len(some), -1).isfinite().all(1) for some in numbers]).all(0).tolist()
+        bad = list(dict.fromkeys(s for s, is_right in zip(sequences, right, strict=True) if not is_right))
         dtype = str(self.model.lmm.dtype).removeprefix("torch.")
         remedy = "; in float16 they may have overflowed: try dtype bfloat16" if dtype == "float16" else ""
-        names = ", ".join(s.request.named for s in sequences[:3]) + ", ..." * (len(sequences) > 3)
+        if all(s.adapter for s in bad):
+            for sequence in bad:
+                if not sequence.ended:
+                    name = f"{sequence.request.named}: the numbers of adapter {sequence.request.adapter!r}"
+                    sequence.fail(CheckpointError(f"{name} overflow (nan or infinity): its training diverged{remedy}"))
+            return
+        names = ", ".join(s.request.named for s in bad[:3]) + ", ..." * (len(bad) > 3)
         raise CheckpointError(
             f"{self.source}: the model's numbers are not finite (nan or infinity) for {names}: a weight is "
             f"damaged or the training diverged; take an earlier checkpoint or copy the folder again{remedy}"

@@ -31,7 +31,7 @@ from tinyllava_fast.infer.fast_model.positions import has_fixed_angles, has_wind
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.fast_model.runner import PackedDecoder
 from tinyllava_fast.infer.finish import CONTEXT, FAILED
-from tinyllava_fast.infer.scheduling.images import CACHE_BYTES, ImageEncoder
+from tinyllava_fast.infer.scheduling.images import ImageEncoder
 from tinyllava_fast.infer.scheduling.pool import pool_rows
 from tinyllava_fast.infer.scheduling.prompts import Preparer, Prompts, prepare
 from tinyllava_fast.infer.scheduling.scheduler import Limits, Scheduler
@@ -54,8 +54,8 @@ class Engine:
     prefill_tokens: most tokens of one prefill pass, which bounds activations (a single larger prompt still runs alone).
     lookahead: requests read ahead and grouped by image; those about one image should be no further apart.
     threads: image decoders. reuse: whether requests that come one by one start from the K/V of earlier ones that begin
-        alike. image_cache_bytes: features of images kept for them. chunk_tokens: tokens of a prompt that are computed
-        between two steps of decoding; None: as many as take as long as a step.
+        alike. image_cache_bytes: features of images kept for them; None: of 256, in at most 256 MB. chunk_tokens:
+        tokens of a prompt that are computed between two steps of decoding; None: as many as take as long as a step.
     compile: the decode step; True, False, or None: when it pays (compiled_step.py).
     speculate: most tokens that are guessed and verified in one step of a greedy sequence; 0: none (speculation.py).
     source: what the model is called in messages, its folder.
@@ -77,7 +77,7 @@ class Engine:
         lookahead: int = 256,
         threads: int = 2,
         reuse: bool = True,
-        image_cache_bytes: int = CACHE_BYTES,
+        image_cache_bytes: int | None = None,
         chunk_tokens: int | None = None,
         compile: bool | None = None,
         speculate: int = 0,
@@ -168,8 +168,9 @@ class Engine:
         self.adapters.remove(name)
 
     def take_memory(self) -> None:
-        """Take the memory of the K/V pool now, before the first request, and not as it fills."""
+        """Take the memory of the K/V pool and of images' features now, before the first request, not as they fill."""
         self._decoder.pool.take_memory()
+        self._images.take_memory()
 
     def add_request(self, request: Request, on_token: OnToken | None = None) -> None:
         """Take in a request beside those that run; ``step`` computes and returns its answer.

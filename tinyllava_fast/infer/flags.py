@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tinyllava_fast import plugins
@@ -12,7 +13,10 @@ from tinyllava_fast.paths import path_argument
 if TYPE_CHECKING:
     from tinyllava_fast.client.endpoint import Endpoint
 
+ANY_DEVICE = "auto"
 MOST_THREADS = 4096
+RETRIES = 5
+TIMEOUT_S = 300
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +26,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
     parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--device", default=ANY_DEVICE, help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument(
         "--speculate",
         type=positive,
@@ -49,14 +53,15 @@ def add_server_flags(parser: argparse.ArgumentParser, flag: str) -> argparse._Ar
     )
     group.add_argument("--model", dest="served", metavar="ID", help="name there (default: the only one it has)")
     group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds its key (default: none)")
-    group.add_argument("--retries", type=natural, default=5, metavar="N", help="if it is busy or fails (default: 5)")
-    group.add_argument("--timeout", type=positive, default=300, metavar="S", help="to wait for it (default: 300)")
+    group.add_argument("--retries", type=natural, metavar="N", help=f"if it is busy or fails (default: {RETRIES})")
+    group.add_argument("--timeout", type=positive, metavar="S", help=f"to wait for it (default: {TIMEOUT_S})")
     return group
 
 
-def server_of(args: argparse.Namespace, flag: str) -> Endpoint | None:
+def server_of(args: argparse.Namespace, flag: str, *, also: Mapping[str, object] | None = None) -> Endpoint | None:
     """Return the server that the flags name; None if they name a model folder.
 
+    also: further flags that are for a model folder alone, with their values.
     Raises UserError for both or none of them, flags of the other one, and as ``client.endpoint.at``.
     """
     if args.server and args.model:
@@ -68,8 +73,15 @@ def server_of(args: argparse.Namespace, flag: str) -> Endpoint | None:
         "--weights": args.weights,
         "--adapter": args.adapter,
         "--speculate": args.speculate,
+        "--device": args.device != ANY_DEVICE,
+        **(also or {}),
     }
-    of_servers = {"--model": args.served, "--api-key-env": args.api_key_env}
+    of_servers = {
+        "--model": args.served,
+        "--api-key-env": args.api_key_env,
+        "--retries": args.retries is not None,
+        "--timeout": args.timeout,
+    }
     for name, value in (of_folders if args.server else of_servers).items():
         if value:
             raise UserError(f"{name} is for {'a model folder' if args.server else f'a server ({flag})'}; leave it out")
@@ -77,8 +89,13 @@ def server_of(args: argparse.Namespace, flag: str) -> Endpoint | None:
         return None
     from tinyllava_fast.client.endpoint import at
 
+    retries = RETRIES if args.retries is None else args.retries
     return at(
-        args.server, args.served, key_variable=args.api_key_env, timeout_s=args.timeout, attempts=args.retries + 1
+        args.server,
+        args.served,
+        key_variable=args.api_key_env,
+        timeout_s=args.timeout or TIMEOUT_S,
+        attempts=retries + 1,
     )
 
 

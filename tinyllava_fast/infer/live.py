@@ -311,10 +311,10 @@ class LiveEngine:
             with self._news:
                 while not (self._inbox or self._open or self._stopping):
                     self._news.wait()
-                work, stopping = list(self._inbox), self._stopping
-                self._inbox.clear()
-            for do in work:
-                do()
+                work, stopping = self._inbox, self._stopping
+                self._inbox = deque()
+            while work:
+                work.popleft()()  # nothing here holds the last one's pictures while nobody asks
             if stopping:
                 for name in self._open:
                     self.engine.abort(name)

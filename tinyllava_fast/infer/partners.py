@@ -65,7 +65,9 @@ class LocalPartner:
 
     def check_system(self, text: str) -> None:
         """See Partner."""
-        self.assistant.engine.template.with_system(text)
+        from tinyllava_fast.infer.assistant import under_system
+
+        under_system(self.assistant.engine.template, self.assistant.engine.tokenizer, text)
 
     def answer(self, talk: Talk, show: Show) -> str:
         """See Partner."""

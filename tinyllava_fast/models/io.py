@@ -93,6 +93,8 @@ def load_model(
     merge_adapter: add a LoRA adapter to the weights, in float32; False keeps its layers in the model.
     Raises CheckpointError if the folder is of no known layout, is damaged, or does not fit its own config.
     """
+    if not isinstance(folder, (str, Path)):
+        raise CheckpointError(f"{folder!r:.80}: expected the path of a model folder, such as 'runs/demo/final'")
     folder = Path(folder)
     if is_foreign(folder):
         opened = open_checkpoint(folder, dtype=dtype, device=device, merge=merge_adapter)

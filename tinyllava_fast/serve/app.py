@@ -60,7 +60,7 @@ class Api:
         check_length([texts(body.messages)], ask.served, "messages")
         urls = image_urls(body.messages, self.limits)
         messages = turns(body.messages, self.limits)
-        images = await self.media.pictures(urls, share, ask.choices)
+        images = await self.media.pictures(urls, share)
         name = f"chatcmpl-{secrets.token_hex(12)}"
         reply = Reply("chat", name, ask.served.name, ask.served.engine.tokenizer, body.top_count is not None)
         return await self._answer(body, ask.served, reply, ask.requests(messages, images, name))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tinyllava_fast.commands import Parser
 from tinyllava_fast.errors import UserError, nearest
+from tinyllava_fast.hardware import LOADING_BLOCK, bound_memory, release_memory
 from tinyllava_fast.infer.flags import add_model_flags, positive, threads
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import expand_home, path_argument
@@ -128,6 +129,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--media-path {folder}: no such folder")
     models: dict[str, Served] = {}
     with bound(args.host, args.port) as socket:
+        bound_memory(LOADING_BLOCK)  # no holes of weights stay that were read, converted and freed
         try:
             for name, path in folders.items():
                 models[name] = _open(name, path, args)
@@ -140,6 +142,8 @@ def _run(args: argparse.Namespace) -> int:
                 key=key,
                 hosts=hosts,
             )
+            bound_memory()
+            release_memory()
             listen(socket)
             shown = f"[{args.host}]" if ":" in args.host else args.host
             log.info("%s at http://%s:%d", ", ".join(models), shown, socket.getsockname()[1])

@@ -40,16 +40,16 @@ class Media:
     folder: Path | None = None
     fetch: Fetch | None = None
 
-    async def pictures(self, urls: Sequence[str], share: Share, choices: int) -> list[Image.Image]:
+    async def pictures(self, urls: Sequence[str], share: Share) -> list[Image.Image]:
         """Return one picture per URL, in order; what stands there several times is read once.
 
-        share: holds the memory that they take, once they are decoded for so many choices. ApiError 400, 413 and 429.
+        share: holds the memory that they take once they are decoded. ApiError 400, 413 and 429.
         """
         found: dict[str, Image.Image] = {}
         for number, url in enumerate(urls):
             if url not in found:
                 try:
-                    found[url] = await self._picture(url, share, choices)
+                    found[url] = await self._picture(url, share)
                 except ApiError as error:
                     if error.status != 400:
                         raise
@@ -59,7 +59,7 @@ class Media:
                     raise
         return [found[url] for url in urls]
 
-    async def _picture(self, url: str, share: Share, choices: int) -> Image.Image:
+    async def _picture(self, url: str, share: Share) -> Image.Image:
         scheme = url[:16].partition(":")[0].lower()
         if scheme == "data":
             content = await asyncio.to_thread(from_data, url, self.limits.image_bytes)
@@ -75,7 +75,7 @@ class Media:
             raise bad("expected a data URI: data:image/png;base64,...")
         share.take(len(content))
         image = await asyncio.to_thread(open_checked, content, self.limits)
-        share.take((1 + choices) * image.width * image.height * PIXEL_BYTES)  # each has its own in RGB
+        share.take(2 * image.width * image.height * PIXEL_BYTES)  # as Pillow reads it, and in RGB
         return image
 
 

@@ -6,10 +6,12 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.assistant import Assistant
+from tinyllava_fast.infer.scheduling.images import RecentFeatures
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +59,29 @@ def test_what_is_no_pair_and_markers_without_pictures(assistant):
     with pytest.raises(UserError, match="its text holds 2 <image> but it has one image"):
         assistant.answer(picture, "<image> and <image>: which?")
     assert isinstance(assistant.answer([picture, picture], "<image> and <image>: which?", max_new_tokens=2), str)
+
+
+def test_features_are_kept_in_memory_that_is_taken_once():
+    cache = RecentFeatures(10 * 3 * 4)  # ten rows of three float32
+    cache.take_memory(torch.empty(0, 3))
+    memory = cache._held.data_ptr()
+    with torch.inference_mode():  # as a step of the engine
+        for number in range(5):
+            cache.put(bytes([number]), torch.full((4, 3), float(number)))
+    assert len(cache) == 2 and cache.get(b"\x02") is None
+    oldest = cache.get(b"\x03")
+    assert oldest is not None and oldest.eq(3).all()
+    cache.put(b"another", torch.full((4, 3), 9.0))  # takes the place of 4, for 3 was used after it
+    assert cache.get(b"\x04") is None and cache.get(b"\x03") is not None
+    cache.put(b"two", torch.full((6, 3), 7.0))
+    assert len(cache) == 1 and oldest.eq(3).all()  # what was handed out is nobody else's
+    cache.put(b"too large", torch.zeros(11, 3))
+    cache.put(b"two", torch.zeros(6, 3))
+    kept = cache.get(b"two")
+    assert len(cache) == 1 and kept is not None and kept.eq(7).all() and cache._held.data_ptr() == memory
+
+
+def test_a_cache_for_nothing_keeps_nothing():
+    cache = RecentFeatures(0)
+    cache.put(b"a", torch.ones(2, 3))
+    assert len(cache) == 0 and cache.get(b"a") is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from tinyllava_fast.data.images import ImageMode, check_shape, image_size, load_
 from tinyllava_fast.data.objects import DecodedImage
 from tinyllava_fast.data.pictures import naming, object_size, of_object
 from tinyllava_fast.errors import DataError, UserError
+from tinyllava_fast.infer.scheduling.pool import Spans, touch
 from tinyllava_fast.infer.types import ImageLike, Images
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.ops import _cpp
 
 IMAGES_PER_PASS = 32
+CACHED_IMAGES = 256
 CACHE_BYTES = 256 * 2**20
 
 
@@ -40,6 +44,8 @@ def image_key(image: Images | None) -> object:
 class ImageEncoder:
     """Features of images: of decoded ones in a cache of ``cache_bytes``, of others kept for the images of a call.
 
+    cache_bytes: None: those of CACHED_IMAGES of one tile, at most CACHE_BYTES.
+
     lmm: has encode_images, and config.reading: how it reads pictures. processor: image processor of the tower. mode:
     "square", "pad" or "anyres". grid: the resolutions (width, height) of anyres, empty for the default ones. threads:
     decoders. UserError for a grid that the mode does not use or that is not made of whole tiles.
@@ -53,7 +59,7 @@ class ImageEncoder:
         mode: ImageMode,
         threads: int,
         grid: Sequence[tuple[int, int]] = (),
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> None:
         self.lmm = lmm
         self.processor = processor
@@ -68,6 +74,9 @@ class ImageEncoder:
         self._decoders = ThreadPoolExecutor(max(1, threads), thread_name_prefix="tlf-image")
         # The image is kept beside its features: an id() is only unique while its object lives.
         self._kept: dict[object, tuple[ImageLike, Tensor]] = {}
+        if cache_bytes is None:
+            one = lmm.tokens_per_image * lmm.hidden_size * lmm.dtype.itemsize
+            cache_bytes = min(CACHE_BYTES, CACHED_IMAGES * one)
         self._cache = RecentFeatures(cache_bytes)
         self._rows: dict[str, int] = {}  # of files
 
@@ -122,9 +131,13 @@ class ImageEncoder:
             for (key, image), one in zip(read, each, strict=True):
                 self._kept[key] = (image, one)
                 if isinstance(image, DecodedImage):
-                    self._cache.put(image.digest, one.clone() if len(counts) > 1 else one)
+                    self._cache.put(image.digest, one)
             self.encoded += len(counts)
         return {key: features for key, (_, features) in self._kept.items()}
+
+    def take_memory(self) -> None:
+        """Take the memory of the cache now, and not as images come."""
+        self._cache.take_memory(torch.empty(0, self.lmm.hidden_size, dtype=self.lmm.dtype, device=self.lmm.device))
 
     def forget(self) -> None:
         """Drop the features and sizes of images that are not decoded, whose files may change."""
@@ -171,28 +184,55 @@ class ImageEncoder:
 
 
 class RecentFeatures:
-    """Features of decoded images by their digests, those used last first, as many as ``limit`` bytes hold."""
+    """Features of decoded images by their digests, as many as ``limit`` bytes hold; those used last stay.
+
+    They lie in one tensor, whose memory is taken once: a server that has seen many images holds no more than before.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.nbytes = 0
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._held = torch.empty(0)  # [rows, D]
+        self._rows = Spans(0)
+        self._places: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # first row and number of rows
+
+    def __len__(self) -> int:
+        """Return how many images it has the features of."""
+        return len(self._places)
+
+    def take_memory(self, like: Tensor) -> None:
+        """Take the memory now. like: [any, D], features of the model's dtype on its device."""
+        self._reserve(like)
+        touch([self._held], "the cache of image features", "give image_cache_bytes")
 
     def get(self, digest: bytes) -> Tensor | None:
-        """Return the features [rows, D] of an image, or None."""
-        features = self._features.get(digest)
-        if features is not None:
-            self._features.move_to_end(digest)
-        return features
+        """Return a copy of the features [rows, D] of an image, or None."""
+        place = self._places.get(digest)
+        if place is None:
+            return None
+        self._places.move_to_end(digest)
+        return self._held.narrow(0, *place).clone()  # others may take its rows while it is in use
 
     def put(self, digest: bytes, features: Tensor) -> None:
-        """Keep features [rows, D], which must own their memory, and drop the oldest ones beyond the limit."""
-        if digest in self._features:
+        """Keep a copy of features [rows, D] in place of the oldest ones; none of an image that is larger than all."""
+        self._reserve(features)
+        rows = len(features)
+        if digest in self._places or not 0 < rows <= self._rows.size:
             return
-        self._features[digest] = features
-        self.nbytes += features.nbytes
-        while self.nbytes > self.limit:
-            self.nbytes -= self._features.popitem(last=False)[1].nbytes
+        while (start := self._rows.take(rows)) is None:
+            self._rows.give(*self._places.popitem(last=False)[1])
+        self._places[digest] = start, rows
+        self._held[start : start + rows] = features.detach()
+
+    def _reserve(self, like: Tensor) -> None:
+        """Make room for rows of this width, dtype and device, unless there is."""
+        held, width = self._held, like.shape[1]
+        if held.shape[1:] == (width,) and held.dtype == like.dtype and held.device == like.device:
+            return
+        rows = self.limit // (width * like.dtype.itemsize)
+        with torch.inference_mode(False):  # written to in and outside of it
+            empty = _cpp.zeros if like.is_cpu else partial(torch.empty, device=like.device)
+            self._held = empty(rows, width, dtype=like.dtype)
+        self._rows, self._places = Spans(rows), OrderedDict()
 
 
 def _name(image: ImageLike) -> str:

@@ -13,7 +13,7 @@ Legend: P rows of the pool, L decoder layers, Hkv key-value heads, Dh head width
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,26 +103,27 @@ class KVPool:
             tensor[target : target + rows] = tensor[start : start + rows]
 
     def take_memory(self) -> None:
-        """Take all of a new pool's memory from the system now, and not as its rows are used: it is zeroed.
-
-        A warning tells where there is not as much.
-        """
-        if not self.k or not self.k[0].is_cpu:
-            return
-        if self.nbytes > (available := available_memory_bytes()):
-            log.warning(
-                "the K/V pool takes up to %.1f GB, and %.1f GB are available; lower batch_tokens",
-                self.nbytes / 1e9,
-                available / 1e9,
-            )
-            return
-        for tensor in (*self.k, *self.v):
-            tensor.zero_()
+        """Take all of a new pool's memory from the system now, and not as its rows are used: it is zeroed."""
+        touch((*self.k, *self.v), "the K/V pool", "lower batch_tokens")
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the pool."""
         return sum(t.nbytes for t in (*self.k, *self.v))
+
+
+def touch(tensors: Sequence[Tensor], name: str, remedy: str) -> None:
+    """Zero new tensors, so that the system has to find their memory now. A warning tells where there is not as much."""
+    if not tensors or not tensors[0].is_cpu:
+        return
+    needed, available = sum(t.nbytes for t in tensors), available_memory_bytes()
+    if needed > available:
+        log.warning(
+            "%s takes up to %.1f GB, and %.1f GB are available; %s", name, needed / 1e9, available / 1e9, remedy
+        )
+        return
+    for tensor in tensors:
+        tensor.zero_()
 
 
 def row_bytes(kv_heads: list[int], head_dim: int, dtype: torch.dtype) -> int:

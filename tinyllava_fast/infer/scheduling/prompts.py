@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
+from weakref import ref
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from tinyllava_fast.data.objects import DecodedImage
 from tinyllava_fast.data.templates._literal import is_literal, literal_prompts, literal_ready
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX, IMAGE_TOKEN
@@ -230,14 +233,31 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Preparer:
-    """Reads images and makes tokens of texts, for one thread: its prompts have a tokenizer of their own."""
+    """Reads images and makes tokens of texts, for one thread: its prompts have a tokenizer of their own.
+
+    An object with pixels that several requests hold, such as those of one question's choices, is decoded once while
+    they are in flight.
+    """
 
     prompts: Prompts
     images: ImageEncoder
+    _decoded: dict[int, tuple[ref[Image.Image], ref[DecodedImage]]] = field(default_factory=dict)  # by the object's id
 
     def __call__(self, request: Request, on_token: OnToken | None = None) -> Sequence:
         """Return the online sequence of a request, one that has failed if it cannot be put to the model."""
-        return prepare(self.prompts, self.images, request, on_token)
+        for key in [key for key, (_, decoded) in self._decoded.items() if decoded() is None]:
+            del self._decoded[key]
+        return prepare(self.prompts, self.images, request, on_token, decode=self._decode)
+
+    def _decode(self, image: ImageLike) -> DecodedImage:
+        if not isinstance(image, Image.Image):
+            return self.images.decode(image)
+        known = self._decoded.get(id(image))
+        found = known[1]() if known is not None and known[0]() is image else None
+        if found is None:
+            found = self.images.decode(image)
+            self._decoded[id(image)] = ref(image), ref(found)
+        return found
 
     def literal_ids(self, text: str) -> list[int]:
         """Return the ids of a text without a chat template, in which no control token is anything but text."""
@@ -256,15 +276,16 @@ def prepare(
     on_token: OnToken | None = None,
     *,
     truncate: bool = True,
+    decode: Callable[[ImageLike], DecodedImage] | None = None,
 ) -> Sequence:
     """Return the online sequence of a request whose images have been read; one that has failed if they cannot be.
 
-    truncate: as for ``Prompts.sequences``.
+    truncate: as for ``Prompts.sequences``. decode: makes pixels of an image (default: ``images.decode``).
     """
     try:
         if request.images:
             distinct = {id(image): image for image in request.images}  # a list may name one many times
-            decoded = {key: images.decode(image) for key, image in distinct.items()}
+            decoded = {key: (decode or images.decode)(image) for key, image in distinct.items()}
             read = [decoded[id(image)] for image in request.images]
             request = replace(request, image=read if request.interleaved else read[0])
     except DataError as error:
