@@ -71,6 +71,8 @@ class History:
         for name in ("grad_norm", "memory_bytes", "samples_per_s", "tokens_per_s"):
             if isinstance(value := entry.get(name), (int, float)):
                 self._of(name, "").add(step, value)
+        if ranks := entry.get("ranks"):
+            self._of("idle", "").add(step, ranks["idle_share"])
         if found := entry.get("validation"):
             if "loss" in found:
                 self._of("validation loss", stage).add(step, found["loss"])

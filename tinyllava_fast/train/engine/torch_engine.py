@@ -35,6 +35,7 @@ class TorchEngine:
     ) -> None:
         self.device, self._cuda_graphs = device, cuda_graphs
         self.rank, self.world_size = rank, world_size
+        self.waited_s: float | None = 0.0 if device.type == "cpu" else None
         self.model = model
         names = trainable_names(model, groups)
         exact = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -96,7 +97,9 @@ class DataParallelEngine(InGroup, TorchEngine):
 
     def step(self, lrs: Mapping[str, float]) -> Tensor:
         """See TrainingEngine."""
-        pending = [torch.distributed.all_reduce(g, async_op=True) for g in self._optimizer.gradients()]
-        for work in pending:
-            work.wait()
+        gradients = self._optimizer.gradients()
+        with self._waiting():
+            pending = [torch.distributed.all_reduce(g, async_op=True) for g in gradients]
+            for work in pending:
+                work.wait()
         return super().step(lrs)
