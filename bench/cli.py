@@ -18,6 +18,7 @@ from tinyllava_fast.bench.settings import (
     OpsSettings,
     PackingSettings,
     ParitySettings,
+    RanksSettings,
     ScalingSettings,
     ServeSettings,
     Settings,
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     plot(scaling, "draw both against the tokens, as scaling.png")
     overrides(scaling)
 
+    text = "The same steps by one process and by several on the same cores, and how long processes are idle."
+    overrides(command("ranks", _ranks, text, RanksSettings, SMOLLM2))
+
     text = "Memory and time of a 1.1 B model's step by recipe, and what fits which GPU."
     fit = command("fit", _fit, text, FitSettings, TINYLLAMA_1B, "TinyLlama's shapes + SigLIP-so400m")
     fit.add_argument("--table", metavar="FILE", type=_path, help="also write the table there, as Markdown")
@@ -172,6 +176,12 @@ def _scaling(args: argparse.Namespace) -> int:
 
     result = scaling.benchmark(args.config, _overrides(args), ScalingSettings.read(args))
     return _tell(args, result, scaling.show, plots.draw_scaling)
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import ranks
+
+    return _tell(args, ranks.benchmark(args.config, args.overrides, RanksSettings.read(args)), ranks.show)
 
 
 def _fit(args: argparse.Namespace) -> int:
