@@ -111,17 +111,19 @@ def write_mix(folder: Path, count: int, seed: int) -> None:
     def text(middle: float, spread: float) -> str:
         return " ".join(rng.choices(words, k=max(int(rng.lognormvariate(middle, spread)), 1)))
 
-    records = []
+    records: list[Report] = []
     for number in range(count):
         shown = number % 17 > 0
         turns_of = max(1, min(20, int(rng.lognormvariate(1.2, 0.8))))
-        talk = []
+        talk: list[dict[str, str]] = []
         for turn in range(turns_of):
             marker = "<image>\n" if shown and not turn else ""
             talk.append({"from": "human", "value": marker + text(2.2, 0.5)})
             talk.append({"from": "gpt", "value": text(2.5, 1.2)})
-        record = {"id": str(number), "conversations": talk}
-        records.append(record | ({"image": f"{number % _PICTURES}.png"} if shown else {}))
+        record: Report = {"id": str(number), "conversations": talk}
+        if shown:
+            record["image"] = f"{number % _PICTURES}.png"
+        records.append(record)
     (folder / "mix.json").write_text(json.dumps(records), encoding="utf-8")
 
 
@@ -162,8 +164,11 @@ def _reckon(loader: Loader, settings: RanksSettings) -> Report:
     whole = len(work) // settings.packs * settings.packs
     steps = [work[first : first + settings.packs] for first in range(0, whole, settings.packs)]
     found: Report = {"steps": len(steps), "spread": float(np.std(work) / np.mean(work))}
-    for name, key in (("shared_out", lambda step: step), ("in_turn", lambda step: [0.0] * len(step))):
-        loads = [[sum(step[pack] for pack in share) for share in share_out(key(step), ranks)] for step in steps]
+    for name, known in (("shared_out", 1.0), ("in_turn", 0.0)):  # of equal work, packs go round
+        shares = [share_out([known * one for one in step], ranks) for step in steps]
+        loads = [
+            [sum(step[pack] for pack in own) for own in shared] for step, shared in zip(steps, shares, strict=True)
+        ]
         found[name] = idle_share(np.array(loads)) if loads else 0.0
     return found
 
