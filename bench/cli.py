@@ -20,6 +20,7 @@ from tinyllava_fast.bench.settings import (
     ParitySettings,
     PlanCheckSettings,
     PlanSettings,
+    RanksSettings,
     ScalingSettings,
     ServeSettings,
     Settings,
@@ -98,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the step")
     plot(scaling, "draw both against the tokens, as scaling.png")
     overrides(scaling)
+
+    text = "The same steps by one process and by several on the same cores, and how long processes are idle."
+    overrides(command("ranks", _ranks, text, RanksSettings, SMOLLM2))
 
     text = "Memory and time of a 1.1 B model's step by recipe, and what fits which GPU."
     fit = command("fit", _fit, text, FitSettings, TINYLLAMA_1B, "TinyLlama's shapes + SigLIP-so400m")
@@ -181,6 +185,12 @@ def _scaling(args: argparse.Namespace) -> int:
 
     result = scaling.benchmark(args.config, _overrides(args), ScalingSettings.read(args))
     return _tell(args, result, scaling.show, plots.draw_scaling)
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import ranks
+
+    return _tell(args, ranks.benchmark(args.config, args.overrides, RanksSettings.read(args)), ranks.show)
 
 
 def _fit(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
 
 SMOLLM2, TINYLLAMA_1B = (Path(__file__).parent / "workloads" / f"{name}.yaml" for name in ("smollm2", "tinyllama_1b"))
+ENGINES = ("ddp", "fsdp")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("bf16", "autocast", "master", "float32")  # how the peer keeps its weights, see peer.py
 _CACHED = "stages.0.data.feature_cache=1"
@@ -172,6 +173,30 @@ class ScalingSettings(StepSettings):
         super().__post_init__()
         if min(self.factors, default=0) < 1 or len(set(self.factors)) < max(len(self.factors), 2):
             raise UserError(f"--factor {' '.join(map(str, self.factors))}: name at least two sizes, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanksSettings(Settings):
+    """The settings of `tlf-bench ranks`."""
+
+    quick_values: ClassVar = {"rounds": 1, "steps": 1, "warmup": 1, "tokens": 192, "records": 34}
+
+    engines: tuple[str, ...] = option(("ddp", "fsdp"), "of several processes; repeat", flag="--engine", names=ENGINES)
+    processes: int = option(2, "of each engine, which share the cores")
+    packs: int = option(2, "of a step, over all processes: a multiple of their number")
+    tokens: int = option(2048, "budget of a pack")
+    steps: int = option(4, "timed steps of a run")
+    warmup: int = option(2, "untimed first steps of a run")
+    rounds: int = option(3, "runs of each engine")
+    records: int = option(510, "in the mix, one in 17 text alone")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.processes < 2 or self.packs % self.processes:
+            raise UserError(
+                f"--packs {self.packs}: must be a multiple of --processes {self.processes}, which must be at least 2"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

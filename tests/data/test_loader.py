@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from tinyllava_fast.data.balance import PackCosts
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 
@@ -70,6 +71,22 @@ def test_ranks_share_the_steps_of_one_process(make, packs_per_step):
     assert len(parts[0]) == len(parts[1]) == len(alone) / 2
     assert [item for pair in zip(*parts, strict=True) for item in pair] == alone
     assert len({repr(loader.state_dict()) for loader in ranks}) == 1
+
+
+def test_ranks_take_the_packs_of_a_step_by_their_work(make):
+    """Whatever their number, a step has the packs that it has for one process, the padding of the last one too."""
+    costs = PackCosts(pack=0.0, image=1000.0, pair=1.0, text=1.0)
+    alone = names(Loader(make(), packs_per_step=4, epochs=1.6, costs=costs))
+    for count in (2, 4):
+        parts = [
+            names(Loader(make(), packs_per_step=4, epochs=1.6, rank=rank, world_size=count, costs=costs))
+            for rank in range(count)
+        ]
+        each = 4 // count
+        for step in range(len(alone) // 4):
+            taken = [pack for part in parts for pack in part[step * each : (step + 1) * each]]
+            assert sorted(taken) == sorted(alone[4 * step : 4 * step + 4])
+        assert [pack for packs in zip(*parts, strict=True) for pack in packs] != alone or count == 4
 
 
 def test_world_size_may_change_between_steps(make):

@@ -54,7 +54,7 @@ def test_without_tensorboard_the_lines_remain(tmp_path, monkeypatch):
 def test_window_rates():
     window = Window(started=time.perf_counter() - 2.0)
     for _ in range(2):
-        window.add({"samples": 4, "tokens": 150, "supervised_tokens": 10, "capacity": 200}, wait_s=0.25)
+        window.add({"samples": 4, "tokens": 150, "supervised_tokens": 10, "capacity": 200}, wait_s=0.25, own_s=0.5)
     rates = window.rates()
     assert rates["samples_per_s"] == pytest.approx(4, rel=0.05)
     assert rates["tokens_per_s"] == pytest.approx(150, rel=0.05)

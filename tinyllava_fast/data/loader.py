@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from tinyllava_fast.data.balance import PackCosts, share_out
 from tinyllava_fast.data.dataset import ORDER, PackedDataset
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.data.workers import prepare_worker, signals_held
@@ -39,10 +41,12 @@ def check_packs(packs_per_step: int, world_size: int) -> None:
 class Loader:
     """Yields this rank's PackedBatches, epoch after epoch, from a position that can be saved and restored.
 
-    The packs of all epochs form one stream: step i takes the i-th packs_per_step of them, rank r of W every W-th of
-    those from the r-th on, so a step may reach into the next epoch and no pack is dropped. At the very end the stream
-    is filled up with empty packs. workers: processes that build packs; 0: none. prefetch: packs each worker prepares
-    ahead. Worker errors surface here as the DataError they are. UserError for counts that do not divide.
+    The packs of all epochs form one stream: step i takes the i-th packs_per_step of them, so a step may reach into the
+    next epoch and no pack is dropped. At the very end the stream is filled up with empty packs. Each rank computes as
+    many packs of a step, which ones ``share_out`` says; an iteration begins and a position is saved between two steps.
+    costs: of packs; None: all are taken to be equal. workers: processes that build packs; 0: none. prefetch: packs each
+    worker prepares ahead. Worker errors surface here as the DataError they are. UserError for counts that do not
+    divide.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Loader:
         workers: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
+        costs: PackCosts | None = None,
     ) -> None:
         check_packs(packs_per_step, world_size)
         self.dataset = dataset
@@ -66,6 +71,7 @@ class Loader:
         self.workers = workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self.costs = costs
         self.skipped: dict[str, None] = dict.fromkeys(dataset.skipped)
         """Reasons for records left out (data.on_bad_image: skip), in order of appearance."""
         self._packs: list[int] = []  # packs in each epoch, as far as known
@@ -168,14 +174,31 @@ class Loader:
         self._stream = None
 
     def jobs(self, position: int) -> Iterator[Job]:
-        """Yield the packs that this rank builds, from a position of the stream on."""
-        epoch, pack = self._locate(position + self.rank)
-        for at in range(position + self.rank, self.steps * self.packs_per_step, self.world_size):
+        """Yield the packs that this rank builds, from a position of the stream on at which a step begins."""
+        stream = self._jobs_of_all(position)
+        while step := list(itertools.islice(stream, self.packs_per_step)):
+            # after a resumption with another packs_per_step the last step has fewer
+            step += [(step[-1][0], None)] * (self.packs_per_step - len(step))
+            work = [self._work(tickets) for _, tickets in step]
+            yield from (step[number] for number in share_out(work, self.world_size)[self.rank])
+
+    def _jobs_of_all(self, position: int) -> Iterator[Job]:
+        """Yield the packs of the stream from a position on, filled up with empty ones to a whole step."""
+        epoch, pack = self._locate(position)
+        for at in range(position, self.steps * self.packs_per_step):
             while pack >= self._count(epoch):
                 pack -= self._count(epoch)
                 epoch += 1
             yield epoch, self.dataset.plan(epoch)[pack] if at < self._end else None
-            pack += self.world_size
+            pack += 1
+
+    def _work(self, tickets: np.ndarray | None) -> float:
+        """Return what a pack costs; None: an empty one."""
+        if self.costs is None or self.world_size == 1:
+            return 0.0
+        dataset = self.dataset
+        samples = (np.zeros(0, np.int64) if tickets is None else tickets) % len(dataset)
+        return self.costs.of(dataset.lengths[samples], dataset.images[samples], dataset.tokens_per_image)
 
     def _slots(self) -> _Slots | None:
         """Return the memory that pixels travel in; None without workers, or where the system has none to give."""

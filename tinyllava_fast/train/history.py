@@ -73,6 +73,8 @@ class History:
                 self._of(name, "").add(step, value)
         for component, norm in entry.get("grad_norms", {}).items():
             self._of("grad_norm", component).add(step, norm)
+        if ranks := entry.get("ranks"):
+            self._of("idle", "").add(step, ranks["idle_share"])
         if found := entry.get("validation"):
             if "loss" in found:
                 self._of("validation loss", stage).add(step, found["loss"])

@@ -45,6 +45,7 @@ from tinyllava_fast.train.quarantine import Quarantine
 from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals, told
 from tinyllava_fast.train.stage import ReadyStage, prepare_stage
 from tinyllava_fast.train.standing import Validation, ends_with_best
+from tinyllava_fast.train.stragglers import Stragglers
 
 
 def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, file: str = "") -> dict[str, object]:
@@ -110,6 +111,9 @@ class Stage:
         totals = self.state.sources.setdefault(self.config.name, {})
         self.by_source = BySource(self.loader.dataset.names, self.state.source_window, totals)
         lists = run.main and self.config.data.on_error == "quarantine"
+        several = run.process.world_size > 1 and self.engine.waited_s is not None
+        told = run.process.rank, self.engine.all_reduce_sum, self.engine.device
+        self.stragglers = Stragglers(*told) if several else None
         self.quarantine = Quarantine(run.folder, self.config.name, self.loader.dataset) if lists else None
 
     def train(self) -> None:
@@ -158,7 +162,7 @@ class Stage:
         while not self._over:
             if profiler:
                 profiler.begin()
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), engine.waited_s or 0.0
             micro, wait_s = self._next_micro_batches(batches)
             counts, stop = self._count(micro)
             if features:
@@ -174,10 +178,11 @@ class Stage:
                 grad_norm = engine.step(lrs, loss_sum if self.outcomes.guards else None)
             self.outcomes.note(state.step + 1, loss_sum, scale, grad_norm, micro)
             self.seconds.append(time.perf_counter() - started)
+            own_s = self.seconds[-1] - ((engine.waited_s or 0.0) - waited)
             self._advance(counts, self.seconds[-1])
             if profiler:
                 profiler.end(micro)
-            window.add(counts, wait_s)
+            window.add(counts, wait_s, own_s)
             progress.advance(state.stage_step)
             run.beat(progress.step_s(), progress.run_eta_s())
             stop = stop or run.stop_signal_now()
@@ -191,7 +196,7 @@ class Stage:
                     entry["validation"] = self._validate(entry)
                 progress.update(state.stage_step, entry, line=due)
                 if due:
-                    self._write(entry)
+                    self._write(entry, window)
                     window = Window()
             self._check_supervision(counts)
             if saving or self._over:
@@ -324,7 +329,9 @@ class Stage:
             entry["sources"] = sources
         return entry
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: Entry, window: Window) -> None:
+        if self.stragglers:
+            entry["ranks"] = self.stragglers.judge(self.stragglers.settle(window.own))
         self.state.losses, self.outcomes.counts["since_line"] = [], 0
         self.by_source.clear()
         if self.state.stage_step == self.state.stage_steps:

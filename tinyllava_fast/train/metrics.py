@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 
@@ -24,6 +24,7 @@ from tinyllava_fast.train.answers import SampleRow
 from tinyllava_fast.train.by_source import SourceEntry
 from tinyllava_fast.train.loggers.base import LOGGERS, Logged
 from tinyllava_fast.train.standing import Validation
+from tinyllava_fast.train.stragglers import RanksEntry
 
 COUNTS = ("samples", "tokens", "supervised_tokens", "capacity")
 """Sums over ranks of a step: samples, real tokens, supervised tokens, token budget (real tokens + unused tail)."""
@@ -61,12 +62,14 @@ class Entry(Line, total=False):
     sources: by name, where there are several. validation: what followed the step, which then has a line in any case.
     grad_norms: by component, where several train. skipped_steps: since the line before, where steps may be skipped.
     loss_scale: in float16.
+    ranks: of several processes, under an engine that can tell.
     """
 
     grad_norms: dict[str, float]
     skipped_steps: int
     loss_scale: float
     sources: dict[str, SourceEntry]
+    ranks: RanksEntry
     validation: Validation
 
 
@@ -101,11 +104,14 @@ class Window:
     wait_s: float = 0.0
     """Time spent waiting for data."""
     steps: int = 0
+    own: list[float] = field(default_factory=list)
+    """Seconds of each step that this process did not spend in collectives."""
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
 
-    def add(self, counts: dict[str, float], wait_s: float) -> None:
-        """Add one step's counts (all ranks) and this process's time spent waiting for data."""
+    def add(self, counts: dict[str, float], wait_s: float, own_s: float) -> None:
+        """Add one step's counts (all ranks) and this process's time: waiting for data, and outside of collectives."""
         self.steps += 1
+        self.own.append(own_s)
         self.wait_s += wait_s
         for name in COUNTS:
             self.counts[name] += counts[name]
@@ -207,6 +213,7 @@ def _numbers(entry: Entry) -> dict[str, float]:
     found |= {f"grad_norm/{component}": norm for component, norm in entry.get("grad_norms", {}).items()}
     for source, numbers in entry.get("sources", {}).items():
         found |= {f"source/{source}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
+    found |= {f"ranks/{k}": float(cast(float, v)) for k, v in entry.get("ranks", {}).items()}
     validation = entry.get("validation", Validation())
     found |= {f"validation/{k}": v for k, v in validation.items() if isinstance(v, (int, float))}
     return found | {f"validation/{name}": score for name, score in validation.get("scores", {}).items()}

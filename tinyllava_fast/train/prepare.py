@@ -26,6 +26,7 @@ from tinyllava_fast.config.schema import (
     StageConfig,
 )
 from tinyllava_fast.config.validation import ValidationConfig
+from tinyllava_fast.data.balance import PackCosts
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader, check_packs
 from tinyllava_fast.data.pictures import PictureReading
@@ -172,6 +173,7 @@ def build_loader(
         workers=_workers(config.engine, process),
         prefetch=config.engine.prefetch,
         pin_memory=process.device.type == "cuda",
+        costs=pack_costs(model, stage, dataset),
     )
 
 
@@ -220,6 +222,22 @@ def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:
     lengths = [tokens // samples] * samples
     flops = step_flops(costs_of(model), lengths, images, supervised, trains(stage.recipe))
     return sum(flops.values()) / loader.world_size
+
+
+def pack_costs(model: LMM, stage: StageConfig, dataset: PackedDataset) -> PackCosts:
+    """Return what packs of the stage take, in FLOPs."""
+    costs, learns = costs_of(model), trains(stage.recipe)
+    token = step_flops(costs, [1], 0, 0, learns)
+    image = step_flops(costs, [], 1, 0, learns)
+    supervised = step_flops(costs, [], 0, 1, learns)["head"]
+    epoch = dataset.epoch_sizes()
+    text = max(epoch.tokens - epoch.images * dataset.tokens_per_image, 1.0)
+    return PackCosts(
+        pack=float(token["decoder"] * stage.batch.tokens),  # it computes what nothing fills, too
+        image=float(image["connector"] + (0 if stage.data.feature_cache else image["tower"])),
+        pair=float(token["attention"]),
+        text=supervised * epoch.supervised_tokens / text,
+    )
 
 
 def _check_window(stage: StageConfig, model: LMM) -> None:

@@ -44,6 +44,8 @@ class Status:
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss) of the last lines of metrics.jsonl."""
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    ranks: dict[str, float] = field(default_factory=dict)
+    """The last line's, of a run of several processes."""
     best: dict[str, object] = field(default_factory=dict)
     checkpoint: str = ""
     """The newest one, of a run that needs somebody."""
@@ -68,6 +70,11 @@ class Status:
         for name, values in (("loss", self.losses), ("validation loss", self.validation_losses)):
             if values:
                 lines.append(f"  {name}: " + ", ".join(f"{value:.4f} (step {step:,})" for step, value in values))
+        if self.ranks:
+            lines.append(
+                "  processes: {idle_share:.1%} of their time they wait for the slowest; the slowest is rank "
+                "{slowest:.0f}, with {imbalance:.2f} times the mean".format(**self.ranks)
+            )
         if self.best:
             lines.append(f"  best: step {self.best['step']:,}, {self.best['said']}")
         if self.checkpoint:
@@ -210,6 +217,7 @@ def _add_numbers(status: Status, folder: Path, count: int = 3) -> None:
     if last is None:
         return
     status.loss = last["loss"]
+    status.ranks = {name: float(cast(float, value)) for name, value in last.get("ranks", {}).items()}
     stage = last["stage"]
     status.stage, status.step = status.stage or stage, max(status.step, last["step"])
     for kind, held in (("loss", status.losses), ("validation loss", status.validation_losses)):

@@ -44,7 +44,7 @@ def assert_same_training(run: Path, reference: Path) -> None:
         assert (found["step"], found["stage"], found["lr"]) == (expected["step"], expected["stage"], expected["lr"])
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-        assert found.keys() == expected.keys()
+        assert found.keys() - {"ranks"} == expected.keys()
         if "validation" in expected:
             assert found["validation"]["loss"] == pytest.approx(expected["validation"]["loss"], abs=1e-4)
             assert found["validation"]["samples"] == expected["validation"]["samples"]
@@ -115,8 +115,7 @@ def test_deepspeed_without_torchrun_is_one_process(tiny_run, losses, monkeypatch
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
-    # With this seed each step has an image: without one ZeRO-3 moves the tower by its momentum, torch leaves it.
-    path = tiny_run(seed=3, stages__finetune__validation=VALIDATION)
+    path = tiny_run(stages__finetune__validation=VALIDATION)
     folder = path.parent
     train(load_run(path, [f"output_dir={folder / 'one'}"]))
     for zero in (2, 3):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -38,12 +39,15 @@ class TrainingEngine(Protocol):
 
     Gradients are *sums*: over the micro-batches of a step and over the ranks, each loss multiplied by the ``scale``
     given. With scale = 1 / (supervised tokens of the step over all ranks) the update is that of the mean token loss,
-    whatever the packing, the accumulation and the number of processes.
+    whatever the packing, the accumulation and the number of processes. A weight that no pack of the step reaches, as
+    the tower's without any image, has a gradient of zero: weight decay and momentum move it.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    waited_s: float | None
+    """Seconds that this process has spent in collectives so far, waiting included; None: the engine cannot tell."""
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
         """Accumulate the gradient of scale * (summed loss of the batch); returns what the model did, detached.
@@ -112,10 +116,23 @@ class TrainingEngine(Protocol):
 class InGroup:
     """The collectives of an engine that runs in several processes."""
 
+    waited_s: float | None = None
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """See TrainingEngine."""
-        torch.distributed.all_reduce(tensor)
+        with self._waiting():
+            torch.distributed.all_reduce(tensor)
         return tensor
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around collectives: count their time, where this process itself waits for them (not a GPU's queue)."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.waited_s is not None:
+                self.waited_s += time.perf_counter() - began
 
     def barrier(self) -> None:
         """See TrainingEngine."""
@@ -136,12 +153,12 @@ def trainable_names(model: nn.Module, groups: list[ParameterGroup]) -> dict[nn.P
     return found
 
 
-def with_image(batch: PackedBatch, model: LMM, world_size: int) -> PackedBatch:
-    """Give a pack without images a blank one that fills no slot.
+def with_image(batch: PackedBatch, model: LMM) -> PackedBatch:
+    """Give a pack without images a blank one that fills no slot; its gradients are zero.
 
     Processes must gather the same modules in the same order where weights are sharded, and reduce the same gradients.
     """
-    if batch.pixel_values.shape[0] or world_size == 1:
+    if batch.pixel_values.shape[0]:
         return batch
     shape = (1, *batch.pixel_values.shape[1:])
     device = batch.input_ids.device

@@ -128,15 +128,23 @@ class DeepSpeedEngine(InGroup):
         """See TrainingEngine."""
         if self._unfinished:
             self._engine.step()  # not the last micro-batch after all: DeepSpeed counts it and goes on
-        losses = self._engine(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
+        losses = self._engine(**self._whole_pass(batch).tensors())
         self._engine.backward(total(losses) * (scale * self.world_size), scale_wrt_gas=False)
         self._unfinished = True
         return losses.detach()
 
+    def _whole_pass(self, batch: PackedBatch) -> PackedBatch:
+        """Return the batch on the device, such that it reaches all weights in every process.
+
+        ZeRO-3 keeps the gradients of the step before for weights that get none, also with one process.
+        """
+        moved = batch.to(self.device)
+        return moved if self.world_size == 1 and self._stage < 3 else with_image(moved, self.model)
+
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """See TrainingEngine."""
-        losses: Tensor = self._engine(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
+        losses: Tensor = self._engine(**self._whole_pass(batch).tensors())
         return total(losses)
 
     def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:

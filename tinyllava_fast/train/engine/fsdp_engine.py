@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, Work
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,6 +25,10 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names, with_image
 from tinyllava_fast.train.optim import MasterOptimizer, Masters, checked
+
+# torch 2.13 renamed both.
+_GATHER = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+_SCATTER = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
 
 
 class FSDPEngine(InGroup):
@@ -45,6 +50,9 @@ class FSDPEngine(InGroup):
         names = trainable_names(model, groups)
         self._shapes = {name: tuple(t.shape) for name, t in plain_state(model).items()}
         _shard(model, device, world_size)
+        if device.type == "cpu":  # elsewhere the device waits, not this process
+            self.waited_s = 0.0
+            self._time_collectives()
         whole = {name: p for p, name in names.items()}
         self._sharded = {name: cast(DTensor, p) for name, p in model.named_parameters() if name in whole}
         # The optimizer sees this process's rows as weights of their own, which share memory with the model's.
@@ -58,7 +66,7 @@ class FSDPEngine(InGroup):
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
         """See TrainingEngine."""
-        losses: Tensor = self.model(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
+        losses: Tensor = self.model(**self._whole_pass(batch).tensors())
         self._optimizer.scaled(total(losses) * scale).backward()
         for name, p in self._sharded.items():
             if p.grad is not None:
@@ -72,8 +80,20 @@ class FSDPEngine(InGroup):
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """See TrainingEngine."""
-        losses: Tensor = self.model(**with_image(batch.to(self.device), self.model, self.world_size).tensors())
+        losses: Tensor = self.model(**self._whole_pass(batch).tensors())
         return total(losses)
+
+    def _time_collectives(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # torch's base classes of these are private, so mypy knows no public one.
+                module.set_custom_all_gather(_Timed(_GATHER, self._waiting))  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(_Timed(_SCATTER, self._waiting))  # type: ignore[arg-type]
+
+    def _whole_pass(self, batch: PackedBatch) -> PackedBatch:
+        """Return the batch on the device, such that every process calls the same modules with it."""
+        moved = batch.to(self.device)
+        return moved if self.world_size == 1 else with_image(moved, self.model)
 
     def averaged(self) -> AbstractContextManager[None]:
         """See TrainingEngine: it keeps none (check_optimizer)."""
@@ -139,6 +159,24 @@ class FSDPEngine(InGroup):
         # src_data_rank=None: every process has the whole tensor, none has to send it.
         part = distribute_tensor(whole.to(self.device), like.device_mesh, like.placements, src_data_rank=None)
         return part.to_local().clone()
+
+
+class _Timed:
+    """A collective as FSDP2 calls it, inside a context of ours."""
+
+    def __init__(self, collective: Callable[..., Work | None], around: Callable[[], AbstractContextManager[None]]):
+        self._collective, self._around = collective, around
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for the result."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, *args: object, **options: object
+    ) -> Work | None:
+        """Run the collective."""
+        with self._around():
+            return self._collective(output_tensor, input_tensor, *args, group=group, **options)
 
 
 class _Parts(Mapping[str, Tensor]):

@@ -35,6 +35,7 @@ class TorchEngine:
     ) -> None:
         self.device, self._cuda_graphs = device, cuda_graphs
         self.rank, self.world_size = rank, world_size
+        self.waited_s: float | None = 0.0 if device.type == "cpu" else None
         self.model = model
         names = trainable_names(model, groups)
         exact = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -106,7 +107,8 @@ class DataParallelEngine(InGroup, TorchEngine):
         """See TrainingEngine."""
         known = None if loss is None else loss.detach().clone()
         tensors = self._optimizer.gradients() + ([] if known is None else [known])
-        pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for work in pending:
-            work.wait()
+        with self._waiting():
+            pending = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for work in pending:
+                work.wait()
         return super().step(lrs, known)
