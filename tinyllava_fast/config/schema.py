@@ -128,6 +128,11 @@ class DataConfig:
     """Folder that the records' image paths are relative to."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Several data sets in place of ``records``."""
+    stream: bool = False
+    """Read the records as they come, shard after shard, and keep none of them: for sets of any size, in little memory.
+    Nothing is known of a record before it is its turn, and the stage needs ``max_steps``."""
+    shuffle_buffer: PositiveInt = 8192
+    """Streams only: records that are read, shuffled and packed together."""
     template: Annotated[Text, Named("chat template")] = "llama"
     """Registered chat template. tokenizer is the tokenizer's own (jinja), with the system text that it has."""
     turns: Literal["conversation", "independent"] = "conversation"
@@ -170,7 +175,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.records and self.sources:
             raise UserError("sources: given beside 'records'; name that file as one of the sources")
-        check_sources(self.sources)
+        check_sources(self.sources, self.stream)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a source is a stream."""
+        return any(alone.stream for _, alone in self.each())
 
     def under(self, root: str) -> DataConfig:
         """Return the same with files relative to ``root``; absolute paths and "no records" stay."""
@@ -196,6 +206,7 @@ class DataConfig:
             template=source.template or self.template,
             turns=source.turns or self.turns,
             turns_per_sample=split,
+            stream=self.stream if source.stream is None else source.stream,
         )
 
 

@@ -57,6 +57,33 @@ class ColumnWriter:
         (self._folder / INDEX).write_text(json.dumps(index | {"crc32": _checksum(index)}), encoding="utf-8")
 
 
+class MemoryColumns:
+    """Columns that are appended to in memory, and read as those on disk are."""
+
+    def __init__(self, dtypes: Dtypes) -> None:
+        self.dtypes = dtypes
+        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Add values to a column."""
+        self._parts[name].append(np.ascontiguousarray(values, self.dtypes[name]))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a column."""
+        parts = self._parts[name]
+        if len(parts) != 1:
+            parts[:] = [np.concatenate([np.empty(0, self.dtypes[name]), *parts])]
+        return parts[0]
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of each column."""
+        return {name: crc32(self[name].view(np.uint8).data) for name in self.dtypes}
+
+    def let_go(self) -> None:
+        """Nothing is mapped that could be given back."""
+
+
 class Columns:
     """Columns that ``ColumnWriter`` has written, each checked against its check sum.
 

@@ -9,7 +9,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_fast.data.formats._base import Broken, Files, Opened, find_files
+from tinyllava_fast.data.formats._base import Broken, Files, Mark, Opened, find_files
 from tinyllava_fast.data.formats._rows import record_of
 from tinyllava_fast.data.record import FaultError, Record
 from tinyllava_fast.data.templates.base import MaskMode, Segment, Template, TurnMode
@@ -61,25 +61,42 @@ def read_refusing(path: str | Path, opened: Opened = _ignore) -> Iterator[Record
     """
     files, index = _files(Path(path)), 0
     for file in files.paths:
-        try:
-            for row in files.format.rows(file, files.base, opened):
-                if isinstance(row, Broken):
-                    yield Refused(row.what, str(path))
-                    index += 1
-                    continue
-                if len(files.paths) > 1:
-                    row = replace(row, place=f"{file.name}, {row.place or f'line {row.line}'}")
-                try:
-                    yield record_of(index, row)
-                except FaultError as fault:
-                    name = row.values.get("id", index) if isinstance(row.values, dict) else index
-                    place = row.place or f"line {row.line}"
-                    yield Refused(str(fault), str(path), f"record {index} (id {shown(str(name))}, {place})")
-                index += 1
-        except OSError as error:
-            raise unreadable(file, error) from error
+        for _, record in read_file(path, files, file, index, opened=opened):
+            yield record
+            index += 1
     if not index:
-        raise DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
+        raise no_records(path)
+
+
+def read_file(
+    path: str | Path, files: Files, file: Path, index: int, mark: Mark = (), opened: Opened = _ignore
+) -> Iterator[tuple[Mark, Record | Refused]]:
+    """Yield the records of one of the files of a source, or a Refused, each with its mark.
+
+    index: of the first one. mark: of the record to begin with; (): the file's first. DataError as ``read_refusing``.
+    """
+    kind, base = files.format, files.base
+    try:
+        rows = kind.rows_from(file, base, opened, mark) if mark else kind.rows(file, base, opened)
+        for number, row in enumerate(rows, index):
+            if isinstance(row, Broken):
+                yield row.mark, Refused(row.what, str(path))
+                continue
+            if len(files.paths) > 1:
+                row = replace(row, place=f"{file.name}, {row.place or f'line {row.line}'}")
+            try:
+                yield row.mark, record_of(number, row)
+            except FaultError as fault:
+                name = row.values.get("id", number) if isinstance(row.values, dict) else number
+                place = row.place or f"line {row.line}"
+                yield row.mark, Refused(str(fault), str(path), f"record {number} (id {shown(str(name))}, {place})")
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def no_records(path: str | Path) -> DataError:
+    """Return the error for a source without a single record."""
+    return DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
 
 
 def _files(path: Path) -> Files:
