@@ -21,6 +21,7 @@ from tinyllava_fast.bench.settings import (
     ScalingSettings,
     ServeSettings,
     Settings,
+    StreamSettings,
     TrainSettings,
 )
 from tinyllava_fast.commands import Parser
@@ -127,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "How full packs get, on lengths in the shape of LLaVA-1.5's instruction mix."
     command("packing", _packing, text, PackingSettings)
+
+    text = "A million records through a stream: rate, memory from beginning to end, resumption."
+    command("stream", _stream, text, StreamSettings)
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = command("triton", _triton, text)
@@ -244,6 +248,12 @@ def _packing(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import packing
 
     return _tell(args, packing.benchmark(PackingSettings.read(args)), packing.show)
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import stream
+
+    return _tell(args, stream.benchmark(StreamSettings.read(args)), stream.show)
 
 
 def _triton(args: argparse.Namespace) -> int:

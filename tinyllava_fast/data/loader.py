@@ -190,10 +190,10 @@ class Loader:
         self.dataset.close()
 
     def _go_past(self) -> None:
-        """Of a stream, note what the block of the pack taken last leaves out, and forget the blocks before it."""
+        """Of a stream, note what the block of the packs taken last leaves out, and forget the blocks before it."""
         if not self.dataset.endless:
             return
-        epoch, _ = self._locate(self._position - 1)
+        epoch, _ = self._locate(self._position - self.world_size)  # no process has gone back behind it
         self.skipped.update(dict.fromkeys(self.dataset.left_out(epoch)))
         if before := epoch - self._first[0]:
             self._first = (epoch, self._start(epoch))
@@ -223,6 +223,7 @@ class Loader:
     def _count(self, epoch: int) -> int:
         """Packs in an epoch."""
         first = self._first[0]
+        assert epoch >= first  # noqa: S101 nobody asks for what has been forgotten
         while len(self._packs) <= epoch - first:
             self._packs.append(len(self.dataset.plan(first + len(self._packs))))
         return self._packs[epoch - first]

@@ -41,10 +41,14 @@ class EpochSizes:
 
 
 class Pool:
-    """The samples of several sources, numbered through. lengths, images, segments: as for Source, of all of them."""
+    """The samples of several sources, numbered through.
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    numbers: of the sources among all of the data set; None: they are all. lengths, images, segments: as for Source.
+    """
+
+    def __init__(self, sources: Sequence[Source], numbers: Sequence[int] | None = None) -> None:
         self.sources = sources
+        self._numbers = range(len(sources)) if numbers is None else numbers
         self.sizes = [len(source) for source in sources]
         self._ends = np.cumsum(self.sizes)
         self.lengths, self.images, self.segments = (
@@ -59,7 +63,8 @@ class Pool:
         """Return a sample by its ticket (see ``epoch_order``)."""
         sample = ticket % len(self)
         owner = int(np.searchsorted(self._ends, sample, side="right"))
-        return self.sources[owner].draw(sample - int(self._ends[owner]) + self.sizes[owner], owner, ticket)
+        index = sample - int(self._ends[owner]) + self.sizes[owner]
+        return self.sources[owner].draw(index, self._numbers[owner], ticket)
 
     def packs(self, counts: Sequence[int], batch: BatchConfig, seed: int, epoch: int) -> list[np.ndarray]:
         """Return the packs of an epoch as arrays of tickets. counts: samples of each source in it.

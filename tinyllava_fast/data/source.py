@@ -69,6 +69,8 @@ def open_source(
     """
     data, store = images.data, tokenized(images.data, tokenizer)
     source = Source(images, batch, store, tokens_per_image=tokens_per_image, split=split)
+    if not len(source):
+        raise source.nothing_left()
     source.check_learnable()
     if source.skipped:
         count, first = len(source.skipped), source.skipped[0]
@@ -81,7 +83,7 @@ class Source:
     """The samples of a store that a pack can hold, in the order of their records: of a whole source, or a part of it.
 
     inputs: of its images; see ImageFiles.look, which finds them where None is given. tokens_per_image: K. DataError for
-    what cannot be used, and if nothing is left.
+    what cannot be used.
     lengths, images, segments, learnt: [n] int64, of each sample: positions, inputs of the tower, segments, supervised
     tokens.
     """
@@ -122,8 +124,6 @@ class Source:
             self._kept, self._cut = numbers, np.flatnonzero(is_cut)
             self.lengths, self.images, self.segments = (c[fits] for c in (self.lengths, self.images, self.segments))
             learnt, with_images = learnt[fits], with_images[fits]
-        if not len(self):
-            raise self._nothing_left()
         self.report = DataReport(
             records=len(self),
             text_only=len(self) - int(with_images.sum()),
@@ -313,9 +313,10 @@ class Source:
                 continue
             return
         if self.faults:
-            raise self._nothing_left()  # but perhaps some without an answer to learn
+            raise self.nothing_left()  # but perhaps some without an answer to learn
 
-    def _nothing_left(self) -> DataError:
+    def nothing_left(self) -> DataError:
+        """Return the error for a source of which no sample is left."""
         return DataError(f"{self.data.records}: every record was skipped; the first: {self.faults[0]}")
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _ORDER = 1  # of the records of a stream; changes with what a seed means
 _MANY = 1024  # records in the first block for which processes repay
+_HOPELESS = 8192  # records in a row that cannot be used
 _HELD = 2  # blocks in memory: that whose packs are taken, and that which packs are prepared of
 
 
@@ -43,7 +44,8 @@ _HELD = 2  # blocks in memory: that whose packs are taken, and that which packs 
 class _Block:
     """A block whose packs are known."""
 
-    pool: Pool
+    pool: Pool | None
+    """None: no record of it can be used."""
     packs: list[np.ndarray]
     counts: list[int]
 
@@ -98,12 +100,15 @@ class StreamedDataset(PackSource):
         self.fingerprint = crc32(repr(facts).encode())
         self._blocks: dict[int, _Block] = {}
         self._notes = {0: _Note([Position()] * len(self._streams))}
+        self._barren: dict[int, int] = {}
         self._next = 0
         """The block that is read next."""
         self._source: Iterator[list[Part]] | None = None
         self._workers: int | None = None
         """Between ``open`` and ``close``."""
-        first = self._block(0)
+        number, first = 0, self._block(0)
+        while first.pool is None:
+            first = self._block(number := number + 1)
         self.report, self.lengths, self.images = first.pool.report, first.pool.lengths, first.pool.images
         self._sizes = first.pool.sums(first.counts)
         for source in self._streams.values():
@@ -121,7 +126,9 @@ class StreamedDataset(PackSource):
 
     def job(self, epoch: int, tickets: np.ndarray) -> list[Drawn]:
         """See PackSource. Processes that build packs are sent the samples, too."""
-        return [self._block(epoch).pool.draw(ticket) for ticket in tickets.tolist()]
+        pool = self._block(epoch).pool
+        assert pool is not None  # noqa: S101 else it has no packs
+        return [pool.draw(ticket) for ticket in tickets.tolist()]
 
     def levels(self, epoch: int, job: Iterable[int | Drawn]) -> PackedBatch:
         """See PackSource."""
@@ -197,31 +204,42 @@ class StreamedDataset(PackSource):
         parts = dict(zip(self._streams, next(self._open_source()), strict=True))
         if self._workers is None:
             self._source = None  # and the processes that helped
-        sources: list[Source] = []
+        sources: dict[int, Source] = {}
         left_out: dict[str, tuple[str, Refused]] = {}
         for place, images in enumerate(self._shown_by):
             if place not in parts:
-                sources.append(self._whole[place])
+                sources[place] = self._whole[place]
                 continue
             part = parts[place]
             images.files.refused = part.refused
             store = SampleStore(part.columns)
             source = Source(images, self.batch, store, tokens_per_image=self.tokens_per_image, inputs=part.inputs)
-            sources.append(source)
+            self._hope(place, source)
+            if len(source):
+                sources[place] = source
             left_out |= {str(fault): (self.names[place], fault) for fault in source.faults}
         if left_out and not self.faults:
             log.warning("%s: records are left out, and counted; the first: %s", self.where, next(iter(left_out)))
         self.faults |= left_out
-        pool = Pool(sources)
         # Of a stream, all samples of the block, each once.
-        counts = [len(sources[place]) if place in parts else self._counts[place] for place in range(len(sources))]
-        self._blocks[number] = _Block(pool, pool.packs(counts, self.batch, self.seed, number), counts)
+        counts = [len(source) if place in parts else self._counts[place] for place, source in sources.items()]
+        if sources:
+            pool = Pool(list(sources.values()), list(sources))
+            self._blocks[number] = _Block(pool, pool.packs(counts, self.batch, self.seed, number), counts)
+        else:
+            self._blocks[number] = _Block(None, [], [])
         note.left_out = list(left_out)
-        note.checksum = crc32(repr([sources[place].fingerprint for place in parts]).encode())
+        note.checksum = crc32(repr([part.columns.checksums for part in parts.values()]).encode())
         self._next = number + 1
         self._notes[self._next] = _Note([part.end for part in parts.values()])
         while len(self._blocks) > _HELD:
             self._blocks.pop(next(iter(self._blocks)))
+
+    def _hope(self, place: int, source: Source) -> None:
+        """Raise DataError if no record of a stream could be used for a long time. source: its part of a block."""
+        self._barren[place] = 0 if len(source) else self._barren.get(place, 0) + self._counts[place]
+        if self._barren[place] >= _HOPELESS:
+            raise source.nothing_left()
 
     def _open_source(self) -> Iterator[list[Part]]:
         """Return the blocks from the next one on."""

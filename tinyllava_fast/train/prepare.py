@@ -15,8 +15,8 @@ from typing import Protocol, TypedDict
 
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.config.schema import (
-    AugmentConfig,
     BatchConfig,
     DataConfig,
     EngineConfig,

@@ -21,12 +21,18 @@ class Quarantine:
         self.path, self._stage = folder / FILE, stage
         self._dataset, self._known = dataset, set(dataset.skipped)
         self._lines = [self._line(reason) for reason in dataset.skipped]
-        self._earlier = {_message(line): line for line in self._before() if line.pop("stage", "") == stage}
-        """Of a run that goes on: what it wrote before."""
+        self._others: list[dict[str, str]] | None = None
+        """Lines of other stages, once the file has been read."""
+        self._earlier: dict[str, dict[str, str]] = {}
+        """Of a run that goes on: the lines that it wrote before, by their messages."""
         self._written = -1
 
     def write(self, reasons: Iterable[str]) -> None:
         """Write the list if it has grown. reasons: of all records left out so far, on the way, too."""
+        if self._others is None:
+            before = self._before()
+            self._others = [line for line in before if line.get("stage") != self._stage]
+            self._earlier = {_message(line): line for line in before if line.get("stage") == self._stage}
         for reason in reasons:
             if reason not in self._known:
                 self._known.add(reason)
@@ -34,8 +40,7 @@ class Quarantine:
         if len(self._lines) == self._written:
             return
         self._written = len(self._lines)
-        others = [line for line in self._before() if line.get("stage") != self._stage]
-        lines = [*others, *({"stage": self._stage, **line} for line in self._lines)]
+        lines = [*self._others, *({"stage": self._stage, **line} for line in self._lines)]
         with writing(self.path):
             write_file(self.path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
 
