@@ -106,6 +106,18 @@ def test_each_pass_has_all_records_and_goes_on_from_anywhere(shards):
     assert share == sorted(share) and share[0] == 0 and 4 < share[-1] <= 5
 
 
+def test_a_folder_of_datasets_has_its_files_as_shards(tmp_path):
+    names = [f"data-{number}.arrow" for number in range(2)]
+    for number, name in enumerate(names):
+        write_arrow(tmp_path / name, [row(n) for n in range(3 * number, 3 * number + 3)])
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    stream = RecordStream(str(tmp_path), 0, 0)
+    found = list(islice(stream.records(Position()), 6))
+    assert len(stream) == 2 and sorted(record.id for _, record in found) == [f"r{n}" for n in range(6)]
+    assert next(stream.records(found[3][0]))[1] == found[4][1]
+
+
 def test_refused_records_keep_their_places(tmp_path):
     rows = [json.dumps(row(number)) for number in range(6)]
     rows[1], rows[4] = "{", json.dumps({"id": "x", "conversations": 3})

@@ -45,15 +45,15 @@ def write_stream(tiny_run, **changes) -> Path:
 
 
 def test_killed_runs_go_on_as_if_nothing_had_happened(server, tiny_run, losses):
-    path = write_stream(tiny_run, stages__finetune__max_steps=24, checkpoint__every_steps=2, engine__workers=2)
-    check_run(server, path, losses, 3)
+    path = write_stream(tiny_run, stages__finetune__max_steps=16, checkpoint__every_steps=2, engine__workers=2)
+    check_run(server, path, losses, 2)
     lines = losses(path.parent / "run")
     alone = train(load_run(path, [f"output_dir={path.parent / 'alone'}", "engine.workers=0"]))
     assert losses(path.parent / "alone") == lines
     counts = alone["sources"]["finetune"]
     assert set(counts) == {"digits", "colours", "words"}
     shares = [counts[name]["samples"] / sum(c["samples"] for c in counts.values()) for name in counts]
-    assert shares == pytest.approx([1 / 2, 1 / 3, 1 / 6], abs=0.05)
+    assert shares == pytest.approx([1 / 2, 1 / 3, 1 / 6], abs=0.08)
 
 
 def test_two_processes_train_as_one(server, tiny_run, losses):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BufferedIOBase
 from pathlib import Path
@@ -154,17 +154,10 @@ def encode_each(
     return [found[number] for number in range(len(records))]
 
 
-def encode_records(
-    path: str | Path,
-    records: Sequence[Record],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    turns: TurnMode = "conversation",
-    masks: MaskMode = "offsets",
-) -> list[list[Segment]]:
-    """Return what ``encode_each`` does. Refused, naming the file and the record, for what the template refuses."""
+def usable(samples: Iterable[list[Segment] | Refused]) -> list[list[Segment]]:
+    """Return what ``encode_each`` has returned. Raise the first Refused in it."""
     found: list[list[Segment]] = []
-    for sample in encode_each(path, records, template, tokenizer, turns, masks):
+    for sample in samples:
         if isinstance(sample, Refused):
             raise sample
         found.append(sample)

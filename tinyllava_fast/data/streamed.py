@@ -141,7 +141,8 @@ class StreamedDataset(PackSource):
     def passes(self, epoch: int, share: float) -> float:
         """See PackSource: those over the first stream."""
         stream = next(iter(self._streams.values())).stream
-        self._block(epoch)
+        if epoch + 1 not in self._notes:
+            self._block(epoch)
         begin, end = (stream.passes(self._notes[number].begin[0]) for number in (epoch, epoch + 1))
         return begin + share * (end - begin)
 
@@ -231,7 +232,7 @@ class StreamedDataset(PackSource):
         note.left_out = list(left_out)
         note.checksum = crc32(repr([part.columns.checksums for part in parts.values()]).encode())
         self._next = number + 1
-        self._notes[self._next] = _Note([part.end for part in parts.values()])
+        self._notes.setdefault(self._next, _Note([part.end for part in parts.values()]))
         while len(self._blocks) > _HELD:
             self._blocks.pop(next(iter(self._blocks)))
 

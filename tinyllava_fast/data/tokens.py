@@ -7,7 +7,7 @@ import hashlib
 import json
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -130,7 +130,7 @@ def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSto
     return store
 
 
-def _make(encoder: Encoder, content: _Content, columns: ColumnWriter) -> Mapping[str, int]:
+def _make(encoder: Encoder, content: _Content, columns: ColumnWriter) -> None:
     """Tokenize all records, by all cores if there are many."""
     processes = cores() if content.size >= _LEAST_BYTES and cores() > 1 else 0
     progress = Progress(encoder.path, content.size, "tokenized")
@@ -143,7 +143,6 @@ def _make(encoder: Encoder, content: _Content, columns: ColumnWriter) -> Mapping
     if _stamp(content.files) != (content.size, content.changed):
         raise DataError(f"{encoder.path}: the file changed while it was read; start again when it is complete")
     progress.say_last()
-    return {"records": progress.count}
 
 
 def _key(encoder: Encoder, content: _Content) -> str:
