@@ -89,7 +89,7 @@ def test_a_block_is_packed_by_the_rule_of_all_packs(stream):
     assert {tuple(pack.tolist()) for pack in block.packs} == expected
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_build_the_packs_of_one_process(stream, workers):
     whole = list(loaded(stream(image_mode="anyres")))
     loader = loaded(stream(image_mode="anyres"), workers=workers, prefetch=2)
@@ -100,7 +100,7 @@ def test_workers_build_the_packs_of_one_process(stream, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_at_every_position(stream, workers):
     whole = names(loaded(stream()))
-    positions = range(25) if not workers else (1, 11, 24)
+    positions = (0, 1, 2, 3, 5, 8, 13, 24) if not workers else (1, 11)
     for position in positions:
         first = loaded(stream(), workers=workers)
         batches = iter(first)
@@ -240,11 +240,11 @@ def test_the_reader_ends_with_its_loader_and_is_missed(stream):
 
 
 def test_blocks_in_memory_do_not_grow(stream):
-    loader = loaded(stream(), max_steps=400)
+    loader = loaded(stream(), max_steps=150)
     for _ in loader:
         dataset = loader.dataset
         assert len(dataset._blocks) <= 2 and len(dataset._notes) <= 4 and len(loader._packs) <= 3
-    assert loader._first[0] > 50
+    assert loader._first[0] > 20
 
 
 def test_ranks_share_a_mix(stream, shards, folder):

@@ -230,7 +230,7 @@ class StreamedDataset(PackSource):
         else:
             self._blocks[number] = _Block(None, [], [])
         note.left_out = list(left_out)
-        note.checksum = crc32(repr([part.columns.checksums for part in parts.values()]).encode())
+        note.checksum = crc32(repr([SampleStore(part.columns).fingerprint() for part in parts.values()]).encode())
         self._next = number + 1
         self._notes.setdefault(self._next, _Note([part.end for part in parts.values()]))
         while len(self._blocks) > _HELD:
