@@ -99,7 +99,7 @@ class Ahead(Generic[T]):
     def __next__(self) -> T:
         try:
             item, error = self._items.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the latter in the middle of an item
             raise UserError(_KILLED) from None
         if error is not None:
             raise error
