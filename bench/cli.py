@@ -24,6 +24,7 @@ from tinyllava_fast.bench.settings import (
     ScalingSettings,
     ServeSettings,
     Settings,
+    StreamSettings,
     TrainSettings,
 )
 from tinyllava_fast.commands import Parser
@@ -140,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "That plan against measurement: processes of this machine, also over links of limited speed."
     command("plan-check", _plan_check, text, PlanCheckSettings)
+    text = "A million records through a stream: rate, memory from beginning to end, resumption."
+    command("stream", _stream, text, StreamSettings)
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = command("triton", _triton, text)
@@ -275,6 +278,12 @@ def _plan_check(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import plan_check
 
     return _tell(args, plan_check.benchmark(PlanCheckSettings.read(args)), plan_check.show)
+
+
+def _stream(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import stream
+
+    return _tell(args, stream.benchmark(StreamSettings.read(args)), stream.show)
 
 
 def _triton(args: argparse.Namespace) -> int:

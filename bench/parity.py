@@ -28,8 +28,8 @@ from tinyllava_fast.bench.progress import progress
 from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.samples import write_easy_vqa
 from tinyllava_fast.bench.settings import ParitySettings
+from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.config.load import dump, load_run
-from tinyllava_fast.config.schema import AugmentConfig
 from tinyllava_fast.errors import UserError
 
 Curves = list[list[float]]  # [seed][step]

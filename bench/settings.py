@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from tinyllava_fast.config.schema import BatchConfig
+from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -381,3 +381,18 @@ class PlanCheckSettings(Settings):
         super().__post_init__()
         if not self.processes or min(self.processes) < 2:
             raise UserError(f"--processes {' '.join(map(str, self.processes))}: at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings(Settings):
+    """The settings of `tlf-bench stream`."""
+
+    quick_values: ClassVar = {"records": 2000, "shards": 4, "shuffle_buffer": 256}
+
+    records: int = option(1_000_000, "records of the set")
+    shards: int = option(64, "files that they are in")
+    form: str = option("jsonl", "jsonl (text alone) or tar (WebDataset, a tiny picture each)", names=("jsonl", "tar"))
+    workers: int = option(1, "processes that build packs; another reads, and half as many tokenize for it")
+    shuffle_buffer: int = option(DataConfig.shuffle_buffer, "records that are shuffled and packed together")
+    tokens: int = option(8448, "budget of a pack")
+    seed: int = option(0, "of the records")

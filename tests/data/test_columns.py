@@ -17,7 +17,7 @@ def written(tmp_path):
     for part in (np.arange(5), np.arange(5, 3000)):
         writer.append("a", part)
     writer.append("pairs", np.array([(1, 2), (3, 2**64 - 1)], DTYPES["pairs"]))
-    writer.finish({"records": 7})
+    writer.finish()
     return tmp_path
 
 
@@ -25,7 +25,7 @@ def test_columns_come_back_as_they_were_written(written):
     columns = Columns(written, DTYPES)
     assert columns["a"].tolist() == list(range(3000)) and columns["a"].dtype == DTYPES["a"]
     assert columns["pairs"].tolist() == [(1, 2), (3, 2**64 - 1)]
-    assert len(columns["none"]) == 0 and columns.facts == {"records": 7}
+    assert len(columns["none"]) == 0
     columns.let_go()
     assert columns["a"][2999] == 2999
     with pytest.raises(ValueError, match="read-only"):
@@ -47,9 +47,9 @@ def test_damage_is_noticed(written, name, how):
         Columns(written, DTYPES)
 
 
-def test_facts_and_names_are_checked(written):
+def test_the_index_is_checked(written):
     index = json.loads((written / INDEX).read_text())
-    index["facts"]["records"] = 8
+    index["columns"]["a"]["bytes"] = 8
     (written / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=rf"{INDEX}: damaged"):
         Columns(written, DTYPES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyllava_fast.config.schema import AugmentConfig
+from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.data.images import load_image, to_pixels
 from tinyllava_fast.data.split import Split
 from tinyllava_fast.data.templates.base import TEMPLATES

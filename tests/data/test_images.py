@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.vectors import GOLDEN
-from tinyllava_fast.config.schema import AugmentConfig
+from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.data import images
 from tinyllava_fast.data.augment import augment
 from tinyllava_fast.data.images import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyllava_fast.config.schema import AugmentConfig
+from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.data.augment import augment
 from tinyllava_fast.data.collate import truncate, widen
 from tinyllava_fast.data.images import load_image, to_pixels

@@ -32,7 +32,6 @@ class Maker:
     def __call__(self, columns):
         self.made += 1
         columns.append("a", np.arange(self.count))
-        return {"records": self.count}
 
 
 def test_made_once_and_kept(tokens):
@@ -177,3 +176,22 @@ def test_one_that_shows_no_progress_is_not_waited_for(tokens, monkeypatch, caplo
         process.kill()
         process.join()
     assert "what: the process that prepares it shows no progress; going on without it" in caplog.text
+
+
+def test_work_beside_the_columns_is_a_sign_of_life_too(tokens):
+    with shelf.turn("k", "what") as alive:
+        os.utime(tokens / "k.lock", (5, 5))
+        assert shelf._sign_of_life("k") == 5
+        alive()
+        assert shelf._sign_of_life("k") > 5
+
+
+def test_headers_of_images_that_are_looked_at_are_signs_of_life(make, monkeypatch):
+    signs = []
+    monkeypatch.setattr("tinyllava_fast.data.files._MANY", 0)
+    monkeypatch.setattr("tinyllava_fast.data.files._PART", 5)
+    monkeypatch.setattr("tinyllava_fast.data.files.cores", lambda: 1)
+    real = os.utime
+    monkeypatch.setattr(os, "utime", lambda file, *times: (signs.append(file), real(file, *times)))
+    make()
+    assert sum(isinstance(file, int) for file in signs) == 4  # 16 images

@@ -25,7 +25,7 @@ def stored(tmp_path):
         writer = SampleWriter(columns)
         for part in parts:
             writer.append(columns_of(part))
-        columns.finish({})
+        columns.finish()
         return SampleStore(Columns(folder, DTYPES))
 
     return store

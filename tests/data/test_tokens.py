@@ -127,14 +127,14 @@ def test_records_in_the_wrong_come_in_order(data, tokenizer, many, kept, folder,
 
 
 def test_a_file_that_is_still_written_to_is_refused(data, tokenizer, folder, monkeypatch, kept):
-    make = tokens._Encoder.__call__
+    make = tokens.Encoder.__call__
 
     def written(self, records):
         with (folder / "data.json").open("a") as file:
             file.write(" ")
         return make(self, records)
 
-    monkeypatch.setattr(tokens._Encoder, "__call__", written)
+    monkeypatch.setattr(tokens.Encoder, "__call__", written)
     with pytest.raises(DataError, match=r"data.json: the file changed while it was read; start again"):
         tokens.tokenized(data, tokenizer)
     assert not list(kept.iterdir())
@@ -151,14 +151,14 @@ def test_progress_is_said(data, tokenizer, monkeypatch, caplog, many):
 
 def _rank(make, results, counted):
     started = time.perf_counter()
-    encoder = tokens._Encoder.__call__
+    encoder = tokens.Encoder.__call__
 
     def counting(self, records):
         counted.put(len(records))
         time.sleep(0.3)
         return encoder(self, records)
 
-    tokens._Encoder.__call__ = counting
+    tokens.Encoder.__call__ = counting
     dataset = make()
     results.put((dataset.fingerprint, time.perf_counter() - started))
 

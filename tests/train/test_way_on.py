@@ -267,8 +267,8 @@ _INERT = {
     schema.StageConfig: "name data recipe optim batch validation epochs max_steps",
     schema.ValidationConfig: "records image_folder share every_steps max_packs samples max_new_tokens benchmarks "
     "metric keep patience",
-    schema.DataConfig: "records image_folder sources template turns masks turns_per_sample image_mode image_grid "
-    "orientation background augment feature_cache on_error on_bad_image overlong max_tokens",
+    schema.DataConfig: "records image_folder sources stream shuffle_buffer template turns masks turns_per_sample "
+    "image_mode image_grid orientation background augment feature_cache on_error on_bad_image overlong max_tokens",
     schema.AugmentConfig: "hflip vflip shift keep_inside scale rotate",
     schema.BatchConfig: "tokens max_segments max_images image_multiple packs_per_step lookahead",
     schema.RecipeConfig: "type llm vision connector options",

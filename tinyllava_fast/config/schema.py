@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.config.optim import OptimConfig
 from tinyllava_fast.config.ranges import (
     FilePath,
@@ -101,24 +102,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Random changes of a training image, seeded by (seed, epoch, record, image). All zero: none."""
-
-    hflip: Share = 0.0
-    """Probability of a horizontal flip."""
-    vflip: Share = 0.0
-    """Probability of a vertical flip."""
-    shift: Share = 0.0
-    """Largest shift as a fraction of the side; uncovered pixels take the border colour."""
-    keep_inside: bool = False
-    """Shift and scale only as far as everything that differs from the border colour stays inside the image."""
-    scale: ShareBelowOne = 0.0
-    """Largest relative change of size: 0.2 draws from [0.8, 1.2]."""
-    rotate: Annotated[float, Range(least=0, most=180)] = 0.0
-    """Largest rotation in degrees."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """One data set, or several that are mixed, and how they become tokens and pixels."""
 
@@ -129,6 +112,11 @@ class DataConfig:
     """Folder that the records' image paths are relative to."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Several data sets in place of ``records``."""
+    stream: bool = False
+    """Read the records as they come, shard after shard, and keep none of them: for sets of any size, in little memory.
+    Nothing is known of a record before it is its turn, and the stage needs ``max_steps``."""
+    shuffle_buffer: PositiveInt = 8192
+    """Streams only: records that are read, shuffled and packed together."""
     template: Annotated[Text, Named("chat template")] = "llama"
     """Registered chat template. tokenizer is the tokenizer's own (jinja), with the system text that it has."""
     turns: Literal["conversation", "independent"] = "conversation"
@@ -171,7 +159,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.records and self.sources:
             raise UserError("sources: given beside 'records'; name that file as one of the sources")
-        check_sources(self.sources)
+        check_sources(self.sources, self.stream)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a source is a stream."""
+        return any(alone.stream for _, alone in self.each())
 
     def under(self, root: str) -> DataConfig:
         """Return the same with files relative to ``root``; absolute paths and "no records" stay."""
@@ -197,6 +190,7 @@ class DataConfig:
             template=source.template or self.template,
             turns=source.turns or self.turns,
             turns_per_sample=split,
+            stream=self.stream if source.stream is None else source.stream,
         )
 
 

@@ -39,6 +39,8 @@ class SourceConfig:
     """See ``data.turns``, which holds where this is None and which the model folder keeps."""
     turns_per_sample: NonNegativeInt | None = None
     """See ``data.turns_per_sample``, which holds where this is None."""
+    stream: bool | None = None
+    """See ``data.stream``, which holds where this is None."""
 
     def __post_init__(self) -> None:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
@@ -61,8 +63,11 @@ def under(root: str, folder: str) -> str:
     return os.path.normpath(os.path.join(root, folder))
 
 
-def check_sources(sources: Sequence[SourceConfig]) -> None:
-    """Raise UserError for sources that do not go together; the message begins with the key ``sources``."""
+def check_sources(sources: Sequence[SourceConfig], stream: bool) -> None:
+    """Raise UserError for sources that do not go together; the message begins with the key ``sources``.
+
+    stream: of those that do not say it.
+    """
     for name, count in Counter(source.title for source in sources).items():
         if count > 1:
             raise UserError(f"sources: {count} of them are called {name!r}; give each a 'name' of its own")
@@ -71,4 +76,10 @@ def check_sources(sources: Sequence[SourceConfig]) -> None:
         raise UserError(
             f"sources: {plain[0]!r} has no weight, others have one; give a weight to all of them, or samples or times "
             "instead of each weight"
+        )
+    streams = [source for source in sources if (stream if source.stream is None else source.stream)]
+    if streams and plain and (len(sources) > 1 or streams[0].samples or streams[0].times):
+        raise UserError(
+            f"sources: {streams[0].title!r} is a stream, whose records are not counted, so 'samples' and 'times' mean "
+            "nothing: give a weight to each source"
         )

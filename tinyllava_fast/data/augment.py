@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageChops
 
-from tinyllava_fast.config.schema import AugmentConfig
+from tinyllava_fast.config.augment import AugmentConfig
 
 _NONE = AugmentConfig()
 _CONTENT_LEVELS = [0] * 10 + [255] * 246  # a difference below 10 of 255 is noise of the background

@@ -1,7 +1,7 @@
 """Arrays on disk that are read in place: a folder with one file a column, whole and unchanged or refused.
 
     <folder>/<column>        the values, one after the other
-    <folder>/columns.json    length and CRC-32 of every column, and the facts that were written with them
+    <folder>/columns.json    length and CRC-32 of every column
 
 A reader maps the files into memory, so processes share one copy, and none holds more of it than it looks at.
 """
@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.fields import Fields, read_object
+from tinyllava_fast.fields import read_object
 
 INDEX = "columns.json"
 _BLOCK = 1 << 20  # bytes read at a time for a check sum
@@ -49,19 +49,45 @@ class ColumnWriter:
         """Close the files."""
         self._stack.close()
 
-    def finish(self, facts: Mapping[str, int]) -> None:
+    def finish(self) -> None:
         """Close the files and write the index; without it there are no columns."""
         self.close()
         columns = {name: {"bytes": length, "crc32": checksum} for name, (length, checksum) in self._sums.items()}
-        index = {"columns": columns, "facts": dict(facts)}
+        index = {"columns": columns}
         (self._folder / INDEX).write_text(json.dumps(index | {"crc32": _checksum(index)}), encoding="utf-8")
+
+
+class MemoryColumns:
+    """Columns that are appended to in memory, and read as those on disk are."""
+
+    def __init__(self, dtypes: Dtypes) -> None:
+        self.dtypes = dtypes
+        self._parts: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Add values to a column."""
+        self._parts[name].append(np.ascontiguousarray(values, self.dtypes[name]))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a column."""
+        parts = self._parts[name]
+        if len(parts) != 1:
+            parts[:] = [np.concatenate([np.empty(0, self.dtypes[name]), *parts])]
+        return parts[0]
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of each column."""
+        return {name: crc32(self[name].view(np.uint8).data) for name in self.dtypes}
+
+    def let_go(self) -> None:
+        """Nothing is mapped that could be given back."""
 
 
 class Columns:
     """Columns that ``ColumnWriter`` has written, each checked against its check sum.
 
-    facts: what was written with them. FileNotFoundError if there are none, DataError if they are damaged or of other
-    names.
+    FileNotFoundError if there are none, DataError if they are damaged or of other names.
     """
 
     def __init__(self, folder: Path, dtypes: Dtypes) -> None:
@@ -70,15 +96,14 @@ class Columns:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         index = read_object(folder / INDEX)
-        parts = {name: dict(index.mapping(name).values) for name in ("columns", "facts")}
-        if index.integer("crc32") != _checksum(parts):
+        known = index.mapping("columns")
+        if index.integer("crc32") != _checksum({"columns": dict(known.values)}):
             raise DataError(f"{folder / INDEX}: damaged")
-        self.facts: dict[str, int] = parts["facts"]
         self.checksums: dict[str, int] = {}
         self._maps: list[mmap.mmap] = []
         self._arrays: dict[str, np.ndarray] = {}
         for name, dtype in dtypes.items():
-            column = Fields(parts["columns"], str(folder / INDEX)).mapping(name)
+            column = known.mapping(name)
             size, self.checksums[name] = column.integer("bytes"), column.integer("crc32")
             self._arrays[name] = self._opened(folder / name, size, self.checksums[name]).view(dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -82,17 +82,22 @@ class ImageFiles:
         folders = (os.path.abspath(self.data.image_folder), os.path.abspath(self._base))
         facts = (folders, store.sources(), self._reading_of_size(), PIL.__version__)
         key = f"pictures-{hashlib.sha256(repr(facts).encode()).hexdigest()[:40]}"
-        with shelf.turn(key, self.data.image_folder):
+        with shelf.turn(key, self.data.image_folder) as alive:
             kept = shelf.find(key, {"rows": _ROW})
             before = np.zeros(len(numbers), _ROW) if kept is None else kept["rows"].copy()
-            rows = self._rows(store, numbers, before)
+            rows = self._rows(store, numbers, before, alive)
             keep = np.where(rows["width"] > 0, rows, np.zeros(1, _ROW))
             if not np.array_equal(keep, before):
                 shelf.put(key, {"rows": _ROW}, partial(_write_rows, keep), self.data.image_folder)
         return rows
 
-    def _rows(self, store: SampleStore, numbers: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Look at the files of some images, several at a time; a width below 1 says what is wrong."""
+    def _rows(
+        self, store: SampleStore, numbers: np.ndarray, before: np.ndarray, alive: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """Look at the files of some images, several at a time; a width below 1 says what is wrong.
+
+        alive: called after each part of them.
+        """
         parts = [(numbers[at : at + _PART], before[at : at + _PART]) for at in range(0, len(numbers), _PART)]
         processes = cores() if len(numbers) >= _MANY and cores() > 1 else 0
         pace, rows, done = Pace(wait_s=5.0), [np.zeros(0, _ROW)], 0
@@ -100,6 +105,8 @@ class ImageFiles:
             rows.append(found)
             self.refused |= refused
             done += len(found)
+            if alive:
+                alive()
             if pace.due():
                 log.info("%s: %d of %d images looked at", self.data.image_folder, done, len(numbers))
         store.let_go()
@@ -219,6 +226,5 @@ def _absent(name: str, picture: str | Embedded) -> str:
     return f"{naming(picture)} does not exist"
 
 
-def _write_rows(rows: np.ndarray, columns: ColumnWriter) -> dict[str, int]:
+def _write_rows(rows: np.ndarray, columns: ColumnWriter) -> None:
     columns.append("rows", rows)
-    return {}

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from tinyllava_fast.config.schema import DataConfig
 from tinyllava_fast.data.balance import PackCosts, share_out
-from tinyllava_fast.data.dataset import ORDER, PackedDataset
+from tinyllava_fast.data.drawn import Drawn
+from tinyllava_fast.data.packs import PackSource
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.data.workers import prepare_worker, signals_held
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
@@ -26,7 +28,18 @@ from tinyllava_fast.log import log
 
 T = TypeVar("T")
 Wire = dict[str, Any]  # the fields of a PackedBatch, its tensors as numpy arrays or (slot, shape)
-Job = tuple[int, "np.ndarray | None"]  # (epoch, record indices of a pack; None: an empty pack)
+Job = tuple[int, "np.ndarray | list[Drawn] | None"]  # (epoch, PackSource.job of a pack; None: an empty pack)
+ORDER = 2
+"""Of the packs in an epoch; in 1 the longest samples came first and the shortest last."""
+
+
+def check_length(data: DataConfig, max_steps: int | None) -> None:
+    """Raise UserError if nothing says how long a stage is."""
+    if max_steps is None and data.streams:
+        raise UserError(
+            "max_steps: not given, and a stage with a stream (stream: true) needs it: nobody knows how many packs its "
+            "records make before they are read"
+        )
 
 
 def check_packs(packs_per_step: int, world_size: int) -> None:
@@ -51,7 +64,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: PackSource,
         *,
         packs_per_step: int = 1,
         epochs: float = 1.0,
@@ -64,6 +77,7 @@ class Loader:
         costs: PackCosts | None = None,
     ) -> None:
         check_packs(packs_per_step, world_size)
+        check_length(dataset.data, max_steps)
         self.dataset = dataset
         self.packs_per_step = packs_per_step
         self.rank = rank
@@ -74,7 +88,8 @@ class Loader:
         self.costs = costs
         self.skipped: dict[str, None] = dict.fromkeys(dataset.skipped)
         """Reasons for records left out (data.on_bad_image: skip), in order of appearance."""
-        self._packs: list[int] = []  # packs in each epoch, as far as known
+        self._first = (0, 0)  # epoch that counting begins with, and the position of its first pack
+        self._packs: list[int] = []  # packs in each epoch from there on, as far as known
         self._position = 0  # packs of the stream consumed by all ranks together
         self._stream: Iterator[Wire | str] | None = None
         if max_steps is None:
@@ -87,20 +102,21 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in the first epoch; later ones may differ by a few packs."""
-        return self._count(0) / self.packs_per_step
+        """Steps in the first epoch; later ones may differ by a few packs. Of a stream: all steps."""
+        return float(self.steps) if self.dataset.endless else self._count(0) / self.packs_per_step
 
     @property
     def epoch(self) -> float:
         """Passes over the data consumed so far."""
         epoch, pack = self._locate(self._position)
-        return epoch + pack / self._count(epoch)
+        return self.dataset.passes(epoch, pack / self._count(epoch))
 
     def state_dict(self) -> dict[str, object]:
         """Return the position after the packs consumed so far; packs that workers prepared ahead do not count."""
         epoch, pack = self._locate(self._position)
         checks = {"fingerprint": self.dataset.fingerprint, "sources": self.dataset.names_checksum()}
-        return {"epoch": epoch, "pack": pack, "order": ORDER, **checks, "skipped": list(self.skipped)}
+        found = {"epoch": epoch, "pack": pack, "order": ORDER, **checks, "skipped": list(self.skipped)}
+        return {**found, "at": self._position - pack, **self.dataset.state(epoch)} if self.dataset.endless else found
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go to a saved position. CheckpointError if the data or the packing is not what it was."""
@@ -124,6 +140,9 @@ class Loader:
                 self.dataset.where,
             )
         self.close()
+        if self.dataset.endless:
+            self._first, self._packs = (saved.integer("epoch"), saved.integer("at")), []
+            self.dataset.go_to(self._first[0], saved)
         self._position = self._start(saved.integer("epoch")) + saved.integer("pack")
         self.skipped = dict.fromkeys([*saved.texts("skipped", empty=True), *self.dataset.skipped])
 
@@ -139,6 +158,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         self.close()
+        self.dataset.open(self.workers)
         slots = self._slots()
         source: DataLoader[Wire | str] = DataLoader(
             _Packs(self.dataset, slots),  # type: ignore[arg-type]
@@ -164,6 +184,7 @@ class Loader:
             batch = _from_wire(wire, slots)
             self._position += self.world_size
             self.skipped.update(dict.fromkeys(batch.skipped))
+            self._go_past()
             yield batch.pin_memory() if self.pin_memory else batch
 
     def close(self) -> None:
@@ -172,17 +193,29 @@ class Loader:
             shutdown()
             self._end_workers()
         self._stream = None
+        self.dataset.close()
+
+    def _go_past(self) -> None:
+        """Of a stream, note what the block of the packs taken last leaves out, and forget the blocks before it."""
+        if not self.dataset.endless:
+            return
+        epoch, _ = self._locate(self._position - self.world_size)  # no process has gone back behind it
+        self.skipped.update(dict.fromkeys(self.dataset.left_out(epoch)))
+        if before := epoch - self._first[0]:
+            self._first = (epoch, self._start(epoch))
+            del self._packs[:before]
+            self.dataset.forget(epoch)
 
     def jobs(self, position: int) -> Iterator[Job]:
         """Yield the packs that this rank builds, from a position of the stream on at which a step begins."""
-        stream = self._jobs_of_all(position)
+        stream = self._planned(position)
         while step := list(itertools.islice(stream, self.packs_per_step)):
             # after a resumption with another packs_per_step the last step has fewer
             step += [(step[-1][0], None)] * (self.packs_per_step - len(step))
-            work = [self._work(tickets) for _, tickets in step]
-            yield from (step[number] for number in share_out(work, self.world_size)[self.rank])
+            work = [self._work(*planned) for planned in step]
+            yield from (self._job(*step[number]) for number in share_out(work, self.world_size)[self.rank])
 
-    def _jobs_of_all(self, position: int) -> Iterator[Job]:
+    def _planned(self, position: int) -> Iterator[tuple[int, np.ndarray | None]]:
         """Yield the packs of the stream from a position on, filled up with empty ones to a whole step."""
         epoch, pack = self._locate(position)
         for at in range(position, self.steps * self.packs_per_step):
@@ -192,13 +225,16 @@ class Loader:
             yield epoch, self.dataset.plan(epoch)[pack] if at < self._end else None
             pack += 1
 
-    def _work(self, tickets: np.ndarray | None) -> float:
+    def _job(self, epoch: int, tickets: np.ndarray | None) -> Job:
+        return epoch, None if tickets is None else self.dataset.job(epoch, tickets)
+
+    def _work(self, epoch: int, tickets: np.ndarray | None) -> float:
         """Return what a pack costs; None: an empty one."""
         if self.costs is None or self.world_size == 1:
             return 0.0
-        dataset = self.dataset
-        samples = (np.zeros(0, np.int64) if tickets is None else tickets) % len(dataset)
-        return self.costs.of(dataset.lengths[samples], dataset.images[samples], dataset.tokens_per_image)
+        nothing = np.zeros(0, np.int64)
+        lengths, images = (nothing, nothing) if tickets is None else self.dataset.needs(epoch, tickets)
+        return self.costs.of(lengths, images, self.dataset.tokens_per_image)
 
     def _slots(self) -> _Slots | None:
         """Return the memory that pixels travel in; None without workers, or where the system has none to give."""
@@ -212,17 +248,21 @@ class Loader:
 
     def _count(self, epoch: int) -> int:
         """Packs in an epoch."""
-        while len(self._packs) <= epoch:
-            self._packs.append(len(self.dataset.plan(len(self._packs))))
-        return self._packs[epoch]
+        first = self._first[0]
+        assert epoch >= first  # noqa: S101 nobody asks for what has been forgotten
+        while len(self._packs) <= epoch - first:
+            self._packs.append(len(self.dataset.plan(first + len(self._packs))))
+        return self._packs[epoch - first]
 
     def _start(self, epoch: int) -> int:
         """Position of an epoch's first pack in the stream."""
-        return sum(self._count(e) for e in range(epoch))
+        first, position = self._first
+        return position + sum(self._count(e) for e in range(first, epoch))
 
     def _locate(self, position: int) -> tuple[int, int]:
         """(epoch, pack) at a position of the stream."""
-        epoch = 0
+        epoch, start = self._first
+        position -= start
         while position >= self._count(epoch):
             position -= self._count(epoch)
             epoch += 1
@@ -274,14 +314,14 @@ class _Slots:
 class _Packs:
     """The DataLoader's data set: builds one pack, in a worker."""
 
-    def __init__(self, dataset: PackedDataset, slots: _Slots | None) -> None:
+    def __init__(self, dataset: PackSource, slots: _Slots | None) -> None:
         self.dataset = dataset
         self.slots = slots
 
     def __getitem__(self, job: Job) -> Wire | str:
-        epoch, indices = job
+        epoch, pack = job
         try:
-            batch = self.dataset.empty() if indices is None else self.dataset.levels(epoch, indices)
+            batch = self.dataset.empty() if pack is None else self.dataset.levels(epoch, pack)
         except DataError as error:
             return str(error)  # an exception would arrive wrapped in the worker's traceback
         return _to_wire(batch, self.slots)

@@ -20,12 +20,12 @@ _PLACES = 2  # of an epoch's seeds: that of the places of the sources' samples a
 def samples_per_epoch(sizes: Sequence[int], sources: Sequence[SourceConfig]) -> list[int]:
     """Return how many samples of each source an epoch has, at least one. sizes: samples that each source holds."""
     if sources[0].weight is not None:
-        return _by_weight(sum(sizes), [source.weight or 0.0 for source in sources])
+        return by_weight(sum(sizes), [source.weight or 0.0 for source in sources])
     each = zip(sizes, sources, strict=True)
     return [source.samples or max(round(size * (source.times or 1.0)), 1) for size, source in each]
 
 
-def _by_weight(total: int, weights: Sequence[float]) -> list[int]:
+def by_weight(total: int, weights: Sequence[float]) -> list[int]:
     """Return whole numbers with the given sum in the given proportions, largest remainders rounded up."""
     exact = total * np.array(weights) / sum(weights)
     counts = np.floor(exact).astype(np.int64)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllava_fast.data.formats._base import Broken, Files, Opened, Row, find_files
+from tinyllava_fast.data.formats._base import Broken, Files, Mark, Opened, Row, find_files
 from tinyllava_fast.data.formats._rows import record_of
 from tinyllava_fast.data.record import FaultError, Record
 from tinyllava_fast.data.templates.base import MaskMode, Segment, Template, TurnMode
@@ -65,26 +65,50 @@ def read_refusing(path: str | Path, opened: Opened = _ignore, extra: Extra | Non
     """
     files, index = _files(Path(path)), 0
     for file in files.paths:
-        try:
-            for row in files.format.rows(file, files.base, opened):
-                if isinstance(row, Broken):
-                    yield Refused(row.what, str(path))
-                    index += 1
-                    continue
-                if len(files.paths) > 1:
-                    row = replace(row, place=f"{file.name}, {row.place or f'line {row.line}'}")
-                try:
-                    record = record_of(index, row)
-                    yield record if extra is None else replace(record, extra=extra(row))
-                except FaultError as fault:
-                    name = row.values.get("id", index) if isinstance(row.values, dict) else index
-                    place = row.place or f"line {row.line}"
-                    yield Refused(str(fault), str(path), f"record {index} (id {shown(str(name))}, {place})")
-                index += 1
-        except OSError as error:
-            raise unreadable(file, error) from error
+        for _, record in read_file(path, files, file, index, opened=opened, extra=extra):
+            yield record
+            index += 1
     if not index:
-        raise DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
+        raise no_records(path)
+
+
+def read_file(
+    path: str | Path,
+    files: Files,
+    file: Path,
+    index: int,
+    mark: Mark = (),
+    opened: Opened = _ignore,
+    extra: Extra | None = None,
+) -> Iterator[tuple[Mark, Record | Refused]]:
+    """Yield the records of one of the files of a source, or a Refused, each with its mark.
+
+    index: of the first one. mark: of the record to begin with; (): the file's first. extra: see ``read_records``.
+    DataError as ``read_refusing``.
+    """
+    kind, base = files.format, files.base
+    try:
+        rows = kind.rows_from(file, base, opened, mark) if mark else kind.rows(file, base, opened)
+        for number, row in enumerate(rows, index):
+            if isinstance(row, Broken):
+                yield row.mark, Refused(row.what, str(path))
+                continue
+            if len(files.paths) > 1:
+                row = replace(row, place=f"{file.name}, {row.place or f'line {row.line}'}")
+            try:
+                record = record_of(number, row)
+                yield row.mark, record if extra is None else replace(record, extra=extra(row))
+            except FaultError as fault:
+                name = row.values.get("id", number) if isinstance(row.values, dict) else number
+                place = row.place or f"line {row.line}"
+                yield row.mark, Refused(str(fault), str(path), f"record {number} (id {shown(str(name))}, {place})")
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def no_records(path: str | Path) -> DataError:
+    """Return the error for a source without a single record."""
+    return DataError(f"{path}: holds no records; expected a JSON list of records, or one record a line")
 
 
 def _files(path: Path) -> Files:
@@ -142,17 +166,10 @@ def encode_each(
     return [found[number] for number in range(len(records))]
 
 
-def encode_records(
-    path: str | Path,
-    records: Sequence[Record],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    turns: TurnMode = "conversation",
-    masks: MaskMode = "offsets",
-) -> list[list[Segment]]:
-    """Return what ``encode_each`` does. Refused, naming the file and the record, for what the template refuses."""
+def usable(samples: Iterable[list[Segment] | Refused]) -> list[list[Segment]]:
+    """Return what ``encode_each`` has returned. Raise the first Refused in it."""
     found: list[list[Segment]] = []
-    for sample in encode_each(path, records, template, tokenizer, turns, masks):
+    for sample in samples:
         if isinstance(sample, Refused):
             raise sample
         found.append(sample)

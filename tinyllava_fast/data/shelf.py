@@ -14,7 +14,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -34,13 +34,13 @@ _PATIENCE_S = 600.0  # without a sign of life of the process that is waited for
 _STALE_S = 86400.0  # a temporary folder of that age has no writer any more
 _POLL_S = 0.1
 
-Make = Callable[[ColumnWriter], Mapping[str, int]]
+Make = Callable[[ColumnWriter], None]
 
 
 def take(key: str, dtypes: Dtypes, make: Make, what: str) -> Columns:
     """Return the columns of a key; if they are not there, one process makes them while others wait for it.
 
-    make: writes the columns and returns the facts about them. what: their name in messages. Where the cache folder
+    make: writes the columns. what: their name in messages. Where the cache folder
     cannot hold them they are made for this process alone; UserError if there is no room for that either.
     """
     if (found := find(key, dtypes)) is not None:
@@ -83,14 +83,17 @@ def put(key: str, dtypes: Dtypes, make: Make, what: str) -> bool:
 
 
 @contextmanager
-def turn(key: str, what: str) -> Iterator[None]:
-    """Wait until no other process is in here with the same key, or until the one that is shows no sign of life."""
+def turn(key: str, what: str) -> Iterator[Callable[[], None]]:
+    """Wait until no other process is in here with the same key, or until the one that is shows no sign of life.
+
+    Writing columns is one; what is yielded gives one beside that.
+    """
     lock = _folder() / f"{key}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("a", encoding="utf-8")
     except OSError:  # nothing can be written there, so nobody waits either
-        yield
+        yield lambda: None
         return
     with file:
         pace, sign, since = Pace(wait_s=2.0), 0.0, time.monotonic()
@@ -104,7 +107,7 @@ def turn(key: str, what: str) -> Iterator[None]:
                 log.info("%s: another process prepares it; waiting for it", what)
             time.sleep(_POLL_S)
         try:
-            yield
+            yield lambda: os.utime(file.fileno())
         finally:
             remove(lock)
 
@@ -128,7 +131,8 @@ def _limit() -> int:
 def _write(folder: Path, dtypes: Dtypes, make: Make) -> None:
     writer = ColumnWriter(folder, dtypes)
     try:
-        writer.finish(make(writer))
+        make(writer)
+        writer.finish()
     finally:
         writer.close()
 
@@ -152,8 +156,8 @@ def _locked(file: TextIO) -> bool:
 
 
 def _sign_of_life(key: str) -> float:
-    """Return the time of the last write to what is being made."""
-    return max((_used(path) for path in _folder().glob(f"{TMP}*-{key}/*")), default=0.0)
+    """Return the time of the last write to what is being made, or to its lock."""
+    return max(map(_used, [_folder() / f"{key}.lock", *_folder().glob(f"{TMP}*-{key}/*")]))
 
 
 def _used(path: Path) -> float:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
-from PIL import Image
 
-from tinyllava_fast.config.schema import BatchConfig, DataConfig
+from tinyllava_fast.config.schema import BatchConfig
 from tinyllava_fast.data.collate import targets, truncate, widen, width
-from tinyllava_fast.data.files import MISSING, REFUSED, ImageFiles
+from tinyllava_fast.data.drawn import Drawn, SourceImages, named
+from tinyllava_fast.data.files import MISSING, REFUSED
 from tinyllava_fast.data.formats._base import base_of
 from tinyllava_fast.data.limits import PackLimits
-from tinyllava_fast.data.pictures import MissingImageError
 from tinyllava_fast.data.records import Refused
 from tinyllava_fast.data.split import Split, image_key
+from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.tokens import tokenized
 from tinyllava_fast.data.types import IMAGE_INDEX
@@ -25,7 +25,7 @@ from tinyllava_fast.errors import DataError
 from tinyllava_fast.log import log
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _SHOWN = 5  # missing images named in an error
 _SHOWN_BAD = 10  # and files that are no pictures
@@ -58,36 +58,59 @@ class DataReport:
         return DataReport(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
-class Source:
-    """The samples of one DataConfig that a pack can hold, in the order of its records.
+def open_source(
+    images: SourceImages,
+    batch: BatchConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens_per_image: int,
+    split: Split | None = None,
+) -> Source:
+    """Return all samples of one source, tokenized now or earlier, every record and image header checked; DataError.
 
-    tokenizer: see load_tokenizer. processor: a transformers ``*ImageProcessorPil``. tokens_per_image: K. seed: of the
-    augmentation. Construction checks every record and the header of every image; DataError.
-    lengths, images, segments: [n] int64, what each sample needs: positions, inputs of the tower, segments.
+    images: of the source. tokenizer: see load_tokenizer. tokens_per_image: K. split: the side of the records that is
+    taken; None: all.
+    """
+    data, store = images.data, tokenized(images.data, tokenizer)
+    source = Source(images, batch, store, tokens_per_image=tokens_per_image, split=split)
+    if not len(source):
+        raise source.nothing_left()
+    source.check_learnable()
+    if source.skipped:
+        count, first = len(source.skipped), source.skipped[0]
+        log.warning("%s: %d records are skipped from the start; the first: %s", data.records, count, first)
+    store.let_go()
+    return source
+
+
+class Source:
+    """The samples of a store that a pack can hold, in the order of their records: of a whole source, or a part of it.
+
+    inputs: of its images; see ImageFiles.look, which finds them where None is given. tokens_per_image: K. DataError for
+    what cannot be used.
+    lengths, images, segments, learnt: [n] int64, of each sample: positions, inputs of the tower, segments, supervised
+    tokens.
     """
 
     def __init__(
         self,
-        data: DataConfig,
+        images: SourceImages,
         batch: BatchConfig,
+        store: SampleStore,
         *,
-        tokenizer: PreTrainedTokenizerBase,
-        processor: BaseImageProcessor,
         tokens_per_image: int,
-        seed: int,
+        inputs: np.ndarray | None = None,
         split: Split | None = None,
     ) -> None:
-        self.data = data
+        self.data = data = images.data
         self.tokens_per_image = tokens_per_image
-        self.files = ImageFiles(data, processor, seed)
-        self._skips_all = data.on_error != "fail"
-        self._skips_bad = self._skips_all or data.on_bad_image == "skip"
-        self.store = tokenized(data, tokenizer)
+        self.shown_by, self.files, self.store = images, images.files, store
+        self._skips_all, self._skips_bad = images.skips_all, images.skips_bad
         self.faults = [Refused(f.what, data.records, f.where, f.kind) for f in self.store.faults()]
         """Records left out from the start (data.on_error, data.on_bad_image), with reasons."""
         self.across = 0
         """Samples on neither side of the split."""
-        self._inputs, kept = self._look()
+        self._inputs, kept = self._look(self.files.look(store) if inputs is None else inputs)
         if split is not None:
             kept &= self._side(split)
             if not kept.any():
@@ -106,8 +129,6 @@ class Source:
             self._kept, self._cut = numbers, np.flatnonzero(is_cut)
             self.lengths, self.images, self.segments = (c[fits] for c in (self.lengths, self.images, self.segments))
             learnt, with_images = learnt[fits], with_images[fits]
-        if not len(self):
-            raise self._nothing_left()
         self.report = DataReport(
             records=len(self),
             text_only=len(self) - int(with_images.sum()),
@@ -117,16 +138,15 @@ class Source:
             truncated=len(self._cut),
             across=self.across,
         )
-        self._check_learnable(learnt)
-        self.skipped = list(dict.fromkeys(map(str, self.faults)))
-        """The reasons of ``faults``."""
-        if self.skipped:
-            count, first = len(self.skipped), self.skipped[0]
-            log.warning("%s: %d records are skipped from the start; the first: %s", data.records, count, first)
-        self.store.let_go()
+        self.learnt = learnt
         arrays = (self.lengths, self.images, self.segments)
         self.fingerprint: int = crc32(repr((self.store.fingerprint(), *map(_checksum, arrays))).encode())
         """A checksum of all tokens, labels and needs."""
+
+    @property
+    def skipped(self) -> list[str]:
+        """The reasons of ``faults``, each once."""
+        return list(dict.fromkeys(map(str, self.faults)))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -143,25 +163,11 @@ class Source:
         sample, shown = self._narrow(index)
         return widen(sample, [count for _, count in shown]), shown
 
-    def pictures(self, index: int, shown: Sequence[tuple[int, int]], epoch: int, ticket: int) -> list[Image.Image]:
-        """Return the inputs of the tower that a sample shows, augmented by (seed, epoch, ticket, image).
-
-        DataError, which names the record, for an image that cannot be decoded.
-        """
-        try:
-            return self.files.load(self.store.images(self._number(index)), shown, epoch, ticket)
-        except DataError as error:
-            raise type(error)(f"{self.data.records}: {self._named(index)}: image: {error}") from error
-
-    def bad_image(self, error: DataError) -> str:
-        """Return the reason why a record is skipped; raise DataError where records may not be skipped."""
-        if isinstance(error, MissingImageError) and not self._skips_all:
-            remedy = "put it back (data.on_bad_image=skip is for damaged files alone), or set data.on_error=skip"
-            raise DataError(f"{error}; {remedy}") from error
-        if not self._skips_bad:
-            remedy = "replace it, remove its record, or set data.on_bad_image=skip"
-            raise DataError(f"{error}; {remedy}") from error
-        return str(error)
+    def draw(self, index: int, number: int, ticket: int) -> Drawn:
+        """Return a sample for a pack. number: of this source. ticket: see ``epoch_order``."""
+        segments, shown = self.sample(index)
+        images = self.store.images(self._number(index)) if shown else []
+        return Drawn(number, ticket, self.name(index), segments, images, shown)
 
     def _side(self, split: Split) -> np.ndarray:
         """Return which samples of the store are on that side, [samples] bool; count those that are on neither."""
@@ -193,9 +199,6 @@ class Source:
         remedy = f"{how} it, or name other records in validation.records"
         held = f"validation.share: {split.share:g} holds out {what} of its records"
         return DataError(f"{self.data.records}: {held}; {remedy}")
-
-    def _named(self, index: int) -> str:
-        return f"record id {self.name(index)!r}"
 
     def _number(self, index: int) -> int:
         """Return the number of a sample in the store."""
@@ -263,12 +266,11 @@ class Source:
             raise fault
         self.faults.append(fault)
 
-    def _look(self) -> tuple[np.ndarray, np.ndarray]:
+    def _look(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the inputs of the tower by image, and which samples are kept: [images] int64 and [samples] bool.
 
         DataError that names the images which are missing or, unless they may be skipped, no pictures.
         """
-        inputs = self.files.look(self.store)
         kept = np.ones(len(self.store), bool)
         if not (inputs < 1).any():
             return inputs, kept
@@ -285,7 +287,7 @@ class Source:
             name = self.store.image(number)
             what = f"image: {self.files.fault(name)}"
             self.files.refused[name] = self.files.fault(name)  # and not looked for again
-            self.faults.append(Refused(what, self.data.records, f"record id {self.store.name(owner)!r}", "image"))
+            self.faults.append(Refused(what, self.data.records, named(self.store.name(owner)), "image"))
         if self.files.grid:
             kept[owners] = False  # nothing tells how large it is
         # Else it keeps its place in the plan, so that a run goes on where it stood when the file is mended.
@@ -303,24 +305,26 @@ class Source:
                 found.append(f"  {self.store.where(owner)}: image: {reason}")
         return DataError(f"{self.data.records}: " + "\n".join(found))
 
-    def _check_learnable(self, learnt: np.ndarray) -> None:
-        """Raise DataError if every sample with a supervised token (their numbers by sample) would be skipped."""
+    def check_learnable(self) -> None:
+        """Raise DataError if every sample with a supervised token would be skipped when its images are decoded."""
         if not self._skips_bad:
             return
         known = set(map(str, self.faults))
-        for index in np.flatnonzero(learnt).tolist():
+        for index in np.flatnonzero(self.learnt).tolist():
             try:
-                self.pictures(index, self.sample(index)[1], 0, index)
+                self.shown_by.load(self.draw(index, 0, index), 0)
             except DataError as error:
-                if (reason := self.bad_image(error)) not in known:
-                    what = reason.partition(f"{self._named(index)}: ")[2]
-                    self.faults.append(Refused(what, self.data.records, self._named(index), "image"))
+                if (reason := self.shown_by.fault(error)) not in known:
+                    where = named(self.name(index))
+                    what = reason.partition(f"{where}: ")[2]
+                    self.faults.append(Refused(what, self.data.records, where, "image"))
                 continue
             return
         if self.faults:
-            raise self._nothing_left()  # but perhaps some without an answer to learn
+            raise self.nothing_left()  # but perhaps some without an answer to learn
 
-    def _nothing_left(self) -> DataError:
+    def nothing_left(self) -> DataError:
+        """Return the error for a source of which no sample is left."""
         return DataError(f"{self.data.records}: every record was skipped; the first: {self.faults[0]}")
 
 

@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from tinyllava_fast.data.collate import targets
-from tinyllava_fast.data.columns import Columns, ColumnWriter, Dtypes
+from tinyllava_fast.data.columns import Columns, ColumnWriter, Dtypes, MemoryColumns
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.types import IMAGE_INDEX
 
@@ -99,7 +99,7 @@ def columns_of(samples: Iterable[Sample], faults: Iterable[Fault] = ()) -> dict[
 class SampleWriter:
     """Puts the columns of samples behind those of earlier ones."""
 
-    def __init__(self, columns: ColumnWriter) -> None:
+    def __init__(self, columns: ColumnWriter | MemoryColumns) -> None:
         self._columns = columns
         self._lengths = dict.fromkeys(DTYPES, 0)
         for name in _ZEROS:
@@ -118,7 +118,7 @@ class SampleWriter:
 class SampleStore:
     """The samples of a source, as ``SampleWriter`` has written them."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns | MemoryColumns) -> None:
         self._columns = columns
         self._reads = 0
 

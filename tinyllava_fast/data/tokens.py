@@ -7,7 +7,7 @@ import hashlib
 import json
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,8 +43,8 @@ _CODE = (
 
 
 @dataclass(frozen=True)
-class _Encoder:
-    """Turns records of a file into columns of samples."""
+class Encoder:
+    """Turns records of a source into columns of samples. strict: a record that cannot be used is an error."""
 
     path: str
     template: Template
@@ -103,12 +103,8 @@ def pieces_of(record: Record, most: int) -> list[Record]:
     return pieces
 
 
-def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleStore:
-    """Return the samples of a source, tokenized now or at an earlier start; where its images lie does not matter.
-
-    DataError for a file or, with data.on_error=fail, a record that cannot be used, UserError for settings that do not
-    go together.
-    """
+def encoder_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """Return what makes samples of a source's records. UserError for settings that do not go together."""
     if data.turns_per_sample and data.turns != "independent":
         raise UserError(
             "data.turns_per_sample splits records between turns, which only data.turns=independent allows; "
@@ -117,21 +113,29 @@ def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSto
     template = TEMPLATES.get(data.template, "data.template")
     template.check(tokenizer, data.masks)
     strict = data.on_error == "fail"
-    encoder = _Encoder(data.records, template, tokenizer, data.turns, data.masks, data.turns_per_sample, strict)
-    content = _content(data.records)
+    return Encoder(data.records, template, tokenizer, data.turns, data.masks, data.turns_per_sample, strict)
+
+
+def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleStore:
+    """Return the samples of a source, tokenized now or at an earlier start; where its images lie does not matter.
+
+    DataError for a file or, with data.on_error=fail, a record that cannot be used, UserError for settings that do not
+    go together.
+    """
+    encoder, content = encoder_of(data, tokenizer), _content(data.records)
     make = partial(_make, encoder, content)
     store = SampleStore(shelf.take(_key(encoder, content), DTYPES, make, data.records))
-    if strict and (faults := store.faults()):  # made by a run that left them out
+    if encoder.strict and (faults := store.faults()):  # made by a run that left them out
         raise Refused(faults[0].what, data.records, faults[0].where, faults[0].kind)
     return store
 
 
-def _make(encoder: _Encoder, content: _Content, columns: ColumnWriter) -> Mapping[str, int]:
+def _make(encoder: Encoder, content: _Content, columns: ColumnWriter) -> None:
     """Tokenize all records, by all cores if there are many."""
     processes = cores() if content.size >= _LEAST_BYTES and cores() > 1 else 0
     progress = Progress(encoder.path, content.size, "tokenized")
     writer = SampleWriter(columns)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         records = progress.counted(chunks(read_refusing(encoder.path, progress.opened), _CHUNK))
         for part in in_order(encoder, records, processes):
             writer.append(part)
@@ -139,10 +143,9 @@ def _make(encoder: _Encoder, content: _Content, columns: ColumnWriter) -> Mappin
     if _stamp(content.files) != (content.size, content.changed):
         raise DataError(f"{encoder.path}: the file changed while it was read; start again when it is complete")
     progress.say_last()
-    return {"records": progress.count}
 
 
-def _key(encoder: _Encoder, content: _Content) -> str:
+def _key(encoder: Encoder, content: _Content) -> str:
     """Return a digest of all that the samples depend on: the records, the settings, the tokenizer and our code."""
     tokenizer, template = encoder.tokenizer, encoder.template
     parts = [
@@ -208,7 +211,7 @@ def _stamp(files: Sequence[Path]) -> tuple[int, int]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Hold back garbage collection: tokenizing makes many lists and no cycles, and collections doubled its time."""
     enabled = gc.isenabled()
     gc.disable()

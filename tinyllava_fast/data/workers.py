@@ -13,7 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from typing import Any, Generic, TypeVar
 
 from tinyllava_fast.errors import UserError
 
@@ -22,6 +25,10 @@ _AHEAD = 2  # items that wait for each process
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes, SLURM ahead of time."""
+_KILLED = (
+    "a process that prepares data was killed, as the system does when memory runs out; close other programs, "
+    "or allow fewer cores (taskset)"
+)
 T = TypeVar("T")
 R = TypeVar("R")
 _work: list[Callable[[Any], Any]] = []  # of a process that ``in_order`` has started: the function
@@ -64,12 +71,60 @@ def in_order(function: Callable[[T], R], items: Iterable[T], processes: int) -> 
         if failed is not None:
             raise failed
     except BrokenProcessPool as error:
-        raise UserError(
-            "a process that prepares data was killed, as the system does when memory runs out; close other programs, "
-            "or allow fewer cores (taskset)"
-        ) from error
+        raise UserError(_KILLED) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Ahead(Generic[T]):
+    """The items of an iterator that a forked process makes, one item ahead of who asks for them.
+
+    make: returns the iterator; called in that process, and its items are pickled. An error of the iterator is raised
+    where its item would be. UserError if the process dies.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[T]]) -> None:
+        context = get_context("fork")
+        self._items, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_send, args=(make, theirs))
+        with signals_held(), _told_of_fork():
+            self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        # Before Python waits for its processes at exit: this one waits for somebody to take an item.
+        self._end = Finalize(self, _end, (self._process, self._items), exitpriority=0)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        try:
+            item, error = self._items.recv()
+        except (EOFError, OSError):  # the latter in the middle of an item
+            raise UserError(_KILLED) from None
+        if error is not None:
+            raise error
+        found: T = item
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._end()
+
+
+def _send(make: Callable[[], Iterator[object]], items: Connection) -> None:
+    prepare_worker()
+    try:
+        for item in make():
+            items.send((item, None))
+        items.send((None, StopIteration()))
+    except Exception as error:
+        items.send((None, error))
+
+
+def _end(process: BaseProcess, items: Connection) -> None:
+    process.kill()
+    process.join()
+    items.close()
 
 
 def prepare_worker() -> None:

@@ -12,7 +12,7 @@ from tinyllava_fast.data.formats._embedded import picture_of
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading
 from tinyllava_fast.data.record import Record
-from tinyllava_fast.data.records import check_turns, encode_records, read_records
+from tinyllava_fast.data.records import check_turns, encode_each, read_records, usable
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.types import IGNORE_INDEX, IMAGE_INDEX, IMAGE_TOKEN
 from tinyllava_fast.errors import DataError, UserError
@@ -61,7 +61,7 @@ def _drawn(records: str, count: int, seed: int) -> list[Record]:
 def _card(source: LookedAt, record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     data = source.data
     check_turns(data.records, record, source.template)
-    [segments] = encode_records(data.records, [record], source.template, tokenizer, data.turns, data.masks)
+    [segments] = usable(encode_each(data.records, [record], source.template, tokenizer, data.turns, data.masks))
     labels = [label for segment in segments for label in segment.labels()]
     learnt = sum(label != IGNORE_INDEX for label in labels)
     note = f"{escape(record.where)}: {len(labels):,} tokens with one for each image, {learnt:,} of them learnt"

@@ -16,7 +16,7 @@ from tinyllava_fast.data.formats._base import base_of
 from tinyllava_fast.data.formats._embedded import is_reference, picture_of
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.data.pictures import is_url
-from tinyllava_fast.data.records import Record, check_turns, encode_records, read_records
+from tinyllava_fast.data.records import Record, check_turns, encode_each, read_records, usable
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.data.workers import chunks
@@ -101,7 +101,7 @@ def _measured(
     """Yield (ids, image markers among them) of each record. DataError for one that training would refuse."""
     for record in part:
         check_turns(file, record, template)
-    for segments in encode_records(file, part, template, tokenizer):
+    for segments in usable(encode_each(file, part, template, tokenizer)):
         ids = segments[0].ids
         yield len(ids), ids.count(IMAGE_INDEX)
 

@@ -78,18 +78,17 @@ def _stage(parts: _Parts, stage: StageConfig, model: LMM, loader: Loader, readin
     report, dataset = loader.dataset.report, loader.dataset
     packs = len(dataset.plan(0))
     full = report.tokens / max(packs * stage.batch.tokens, 1)
+    what = "data of a stream's first shuffle_buffer" if dataset.endless else "data"
     yield (
-        f"data: {report.records:,} samples, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised; "
-        f"{packs:,} packs of {stage.batch.tokens:,} tokens, {full:.1%} full"
+        f"{what}: {report.records:,} samples, {report.tokens:,} tokens, {report.supervised_tokens:,} of them "
+        f"supervised; {packs:,} packs of {stage.batch.tokens:,} tokens, {full:.1%} full"
     )
     if report.unsupervised or report.truncated or dataset.skipped:
         counts = f"{report.unsupervised:,} samples without a supervised token, {report.truncated:,} truncated"
         yield f"      {counts}, {len(dataset.skipped):,} records skipped"
     flops = average_flops(model, stage, loader)
-    yield (
-        f"steps: {loader.steps:,} of {stage.batch.packs_per_step} packs, {loader.steps_per_epoch:,.1f} an epoch; "
-        f"{flops:.2e} FLOPs a step and process"
-    )
+    each = "" if dataset.endless else f", {loader.steps_per_epoch:,.1f} an epoch"
+    yield (f"steps: {loader.steps:,} of {stage.batch.packs_per_step} packs{each}; {flops:.2e} FLOPs a step and process")
     yield f"learning rate: {_schedule(stage, loader.steps)}"
     yield from _rates(stage, model)
     yield from _validation(parts, stage, model, loader, reading, flops)

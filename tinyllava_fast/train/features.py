@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinyllava_fast.config.schema import AugmentConfig, DataConfig, EngineConfig, RecipeConfig
+from tinyllava_fast.config.augment import AugmentConfig
+from tinyllava_fast.config.schema import DataConfig, EngineConfig, RecipeConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.files import TMP, write_file

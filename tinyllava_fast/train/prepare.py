@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.config.schema import (
-    AugmentConfig,
     BatchConfig,
     DataConfig,
     EngineConfig,
@@ -28,10 +28,11 @@ from tinyllava_fast.config.schema import (
 from tinyllava_fast.config.validation import ValidationConfig
 from tinyllava_fast.data.balance import PackCosts
 from tinyllava_fast.data.dataset import PackedDataset
-from tinyllava_fast.data.loader import Loader, check_packs
+from tinyllava_fast.data.loader import Loader, check_length, check_packs
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import Refused, read_refusing
 from tinyllava_fast.data.split import Split
+from tinyllava_fast.data.streamed import StreamedDataset
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
 from tinyllava_fast.hardware import cores, torchrun_number
@@ -43,6 +44,15 @@ from tinyllava_fast.train.answers import plan_benchmarks
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.profile import trains
 from tinyllava_fast.train.reading import stage_reading
+
+
+class _Common(TypedDict):
+    """What every data set needs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    processor: BaseImageProcessor
+    tokens_per_image: int
+    seed: int
 
 
 class Readers(Protocol):
@@ -109,6 +119,8 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig], world_size: 
     for stage in stages:
         with of_stage(stage.name):
             check_packs(stage.batch.packs_per_step, world_size)
+            check_length(stage.data, stage.max_steps)
+            _check_share(stage)
             find_recipe(stage.recipe)
             TEMPLATES.get(stage.data.template, "data.template")
             _look_at_records(stage.data.under(config.data_root))
@@ -149,14 +161,17 @@ def build_loader(
     config, process = run.config, run.process
     data = replace(stage.data.under(config.data_root), **asdict(reading))
     _check_window(stage, model)
-    dataset = PackedDataset(
-        data,
-        stage.batch,
-        tokenizer=run.tokenizer,
-        processor=run.processor,
-        tokens_per_image=model.tokens_per_image,
-        seed=config.seed,
-        split=Split(share, held_out) if (share := stage.validation.share) else None,
+    common: _Common = {
+        "tokenizer": run.tokenizer,
+        "processor": run.processor,
+        "tokens_per_image": model.tokens_per_image,
+        "seed": config.seed,
+    }
+    split = Split(share, held_out) if (share := stage.validation.share) else None
+    dataset = (
+        StreamedDataset(data, stage.batch, **common)
+        if data.streams
+        else PackedDataset(data, stage.batch, split=split, **common)
     )
     if not dataset.report.supervised_tokens:
         raise UserError(
@@ -175,6 +190,15 @@ def build_loader(
         pin_memory=process.device.type == "cuda",
         costs=pack_costs(model, stage, dataset),
     )
+
+
+def _check_share(stage: StageConfig) -> None:
+    """Raise UserError for a share of records that are never all there."""
+    if stage.validation.share and stage.data.streams:
+        raise UserError(
+            f"validation.share: {stage.validation.share:g} of a stream cannot be held out, since its records are not "
+            "known before they are trained on; name others in validation.records (tlf-data split makes them)"
+        )
 
 
 def _look_at_records(data: DataConfig) -> None:
@@ -198,7 +222,7 @@ def _held_out(stage: StageConfig) -> StageConfig:
     data, validation = replace(stage.data, augment=AugmentConfig()), stage.validation
     if validation.records:
         folder = validation.image_folder or data.image_folder
-        data = replace(data, records=validation.records, image_folder=folder, sources=[])
+        data = replace(data, records=validation.records, image_folder=folder, sources=[], stream=False)
     once = [replace(source, weight=None, samples=None, times=None) for source in data.sources]
     return replace(stage, data=replace(data, sources=once))
 

@@ -34,7 +34,7 @@ def rows_of(batch: pa.RecordBatch, first: int, refer: Callable[[int, Place], str
     light = pa.RecordBatch.from_arrays([_without_bytes(column) for column in batch.columns], names=batch.schema.names)
     for start in range(0, len(light), AT_ONCE):
         for row, values in enumerate(light.slice(start, AT_ONCE).to_pylist(), first + start):
-            yield Row(values, row + 1, partial(refer, row), f"row {row}", binary)
+            yield Row(values, row + 1, partial(refer, row), f"row {row}", binary, mark=(row,))
 
 
 def damaged(path: Path, error: Exception) -> DataError:

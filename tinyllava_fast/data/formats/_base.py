@@ -22,6 +22,8 @@ HEAD = 1 << 16
 Opened = Callable[[BufferedIOBase], None]
 Place = tuple["str | int", ...]
 """A way into a record: names of fields and numbers of items."""
+Mark = tuple[int, ...]
+"""Where an entry begins, in numbers of its format's own, so that reading can begin there; () where that cannot be."""
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "ZIP",
@@ -46,7 +48,7 @@ class Row:
     """An entry of a file, not yet checked.
 
     line: in the file, from 1. place: where it stands, if that is no line. binary: fields in which True stands for bytes
-    that are there but were not read. refer: returns a reference to the image at a place of the entry.
+    that are there but were not read. refer: returns a reference to the image at a place of the entry. mark: see Mark.
     """
 
     values: object
@@ -54,14 +56,16 @@ class Row:
     refer: Callable[[Place], str]
     place: str = ""
     binary: frozenset[str] = frozenset()
+    mark: Mark = ()
 
 
 @dataclass(frozen=True)
 class Broken:
-    """An entry that could not even be read. what: why, with its place."""
+    """An entry that could not even be read. what: why, with its place. mark: see Mark."""
 
     what: str
     line: int = 0
+    mark: Mark = ()
 
 
 class RecordFormat(ABC):
@@ -75,6 +79,8 @@ class RecordFormat(ABC):
     """What ``write`` fills is a folder."""
     always_inside: bool = False
     """``write`` wants the bytes of every image."""
+    marks_are_bytes: bool = False
+    """Whether a mark begins with the byte of the file at which its entry begins."""
 
     @abstractmethod
     def matches(self, head: Head) -> bool:
@@ -87,6 +93,10 @@ class RecordFormat(ABC):
         base: the folder that references name their files relative to. opened: may be told a file whose position is
         about where the reader is. DataError for what cannot be read at all.
         """
+
+    def rows_from(self, path: Path, base: Path, opened: Opened, mark: Mark) -> Iterator[Row | Broken]:
+        """Yield the entries as ``rows`` does, from that on which has a mark; of a file whose entries have marks."""
+        raise NotImplementedError
 
     def files(self, path: Path) -> list[Path]:
         """Return the files that are read of a path."""

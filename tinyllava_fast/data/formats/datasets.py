@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.formats._arrow import damaged, pyarrow, rows_of
-from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
+from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Mark, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
 from tinyllava_fast.data.formats._shapes import Shape, Whole
 from tinyllava_fast.data.formats._tables import batches, features_of, with_features
@@ -74,10 +74,16 @@ class Arrow(RecordFormat):
 
     def rows(self, path: Path, base: Path, opened: Opened) -> Iterator[Row | Broken]:
         """See the base class."""
+        return self.rows_from(path, base, opened, (0,))
+
+    def rows_from(self, path: Path, base: Path, opened: Opened, mark: Mark) -> Iterator[Row | Broken]:
+        """See the base class. A mark is the number of a row."""
         first, errors = 0, pyarrow(path).ArrowException
         try:
             for number, batch in enumerate(_batches(path)):
-                yield from rows_of(batch, first, partial(_refer, path, base, number, first))
+                before = min(max(mark[0] - first, 0), len(batch))
+                refer = partial(_refer, path, base, number, first)
+                yield from rows_of(batch.slice(before), first + before, refer)
                 first += len(batch)
         except errors as error:
             raise damaged(path, error) from error

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from tinyllava_fast.data.formats._arrow import AT_ONCE, damaged, pyarrow, rows_of
-from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
+from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Mark, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
 from tinyllava_fast.data.formats._shapes import Shape, Whole
 from tinyllava_fast.data.formats._tables import batches, with_features
@@ -38,14 +38,22 @@ class Parquet(RecordFormat):
 
     def rows(self, path: Path, base: Path, opened: Opened) -> Iterator[Row | Broken]:
         """See the base class."""
+        return self.rows_from(path, base, opened, (0,))
+
+    def rows_from(self, path: Path, base: Path, opened: Opened, mark: Mark) -> Iterator[Row | Broken]:
+        """See the base class. A mark is the number of a row; row groups before it are not read."""
         parquet, first = pyarrow(path, "pyarrow.parquet"), 0
         errors = pyarrow(path).ArrowException
         try:
             file = parquet.ParquetFile(path, memory_map=True)
             for group in range(file.num_row_groups):
+                if first + (rows := file.metadata.row_group(group).num_rows) <= mark[0]:
+                    first += rows
+                    continue
                 refer = partial(_refer, path, base, group)
                 for batch in file.iter_batches(AT_ONCE, row_groups=[group], use_threads=False):
-                    yield from rows_of(batch, first, refer)
+                    before = min(max(mark[0] - first, 0), len(batch))
+                    yield from rows_of(batch.slice(before), first + before, refer)
                     first += len(batch)
         except errors as error:
             raise damaged(path, error) from error

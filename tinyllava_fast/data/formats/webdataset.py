@@ -12,11 +12,13 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
+from io import BufferedIOBase
 from itertools import groupby
 from pathlib import Path
 
-from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Opened, Place, RecordFormat, Row
+from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Mark, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
 from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, ending_of, fields_of, not_held
 from tinyllava_fast.data.record import FaultError
@@ -33,7 +35,7 @@ _TEXTS = {"txt": "caption", "text": "caption", "caption": "caption", "question":
 class WebDataset(RecordFormat):
     """An uncompressed tar archive."""
 
-    sharded = holds_images = always_inside = True
+    sharded = holds_images = always_inside = marks_are_bytes = True
 
     def matches(self, head: Head) -> bool:
         """See the base class."""
@@ -41,19 +43,30 @@ class WebDataset(RecordFormat):
 
     def rows(self, path: Path, base: Path, opened: Opened) -> Iterator[Row | Broken]:
         """See the base class."""
+        return self.rows_from(path, base, opened, (0, 0))
+
+    def rows_from(self, path: Path, base: Path, opened: Opened, mark: Mark) -> Iterator[Row | Broken]:
+        """See the base class. A mark is the first byte of an entry, that of its first header, and its number."""
         try:
-            with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                opened(file)
-                files = (member for member in archive if member.isreg() and not _ending(member.name).startswith("_"))
-                for number, (stem, members) in enumerate(groupby(files, lambda member: _stem(member.name))):
-                    try:
-                        yield _row(path, base, archive, number, stem, list(members))
-                    except DataError as error:
-                        yield Broken(str(error), number + 1)
-                    # tarfile keeps all that it has seen: gigabytes for a large archive.
-                    archive.members = []  # type: ignore[attr-defined]
+            with path.open("rb") as file:
+                file.seek(mark[0])
+                yield from self._rows(path, base, opened, file, mark[1])
         except (tarfile.TarError, EOFError) as error:
             raise DataError(f"{path}: a damaged tar archive ({error}); download or write it again") from error
+
+    def _rows(self, path: Path, base: Path, opened: Opened, file: BufferedIOBase, first: int) -> Iterator[Row | Broken]:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            opened(file)
+            files = (member for member in archive if member.isreg() and not _ending(member.name).startswith("_"))
+            for number, (stem, grouped) in enumerate(groupby(files, lambda member: _stem(member.name)), first):
+                members = list(grouped)
+                mark = (members[0].offset, number)
+                try:
+                    yield replace(_row(path, base, archive, number, stem, members), mark=mark)
+                except DataError as error:
+                    yield Broken(str(error), number + 1, mark)
+                # tarfile keeps all that it has seen: gigabytes for a large archive.
+                archive.members = []  # type: ignore[attr-defined]
 
     def image(self, path: Path, address: tuple[int, ...], place: Place) -> object:
         """See the base class. The address is the first byte of a file of the archive and the number of its bytes."""
