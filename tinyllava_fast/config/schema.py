@@ -375,6 +375,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end of a stage."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    asynchronous: bool | Literal["auto"] = "auto"
+    """Write the files in the background, from a copy in the host's memory, while training goes on. auto: on a GPU, if
+    the memory of the host takes the copy twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
