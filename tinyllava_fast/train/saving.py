@@ -25,6 +25,8 @@ from tinyllava_fast.train.checksums import Checksum, Checksums
 from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
 from tinyllava_fast.train.tensor_writer import write_tensors
 
+_PATIENCE = 10.0  # seconds
+
 
 @dataclass(frozen=True)
 class File:
@@ -105,7 +107,7 @@ class HostCopy:
     def take(self, files: Sequence[File]) -> list[File]:
         """Copy the tensors that this process writes, and return the files with the copies in them."""
         held, self._held = self._held, {}
-        copied = []
+        copied, on_device = [], False
         for file in files:
             items = []
             for item in file.items:
@@ -114,8 +116,9 @@ class HostCopy:
                     copy = self._copied(held.pop((file.name, item.name), None), tensor)
                     self._held[file.name, item.name] = copy
                     items.append(replace(item, fetch=partial(torch.Tensor.detach, copy)))
+                    on_device |= tensor.is_cuda
             copied.append(File(file.name, items, file.metadata))
-        if torch.cuda.is_available():
+        if on_device:
             torch.cuda.synchronize()  # copies to pinned memory run beside the program
         return copied
 
@@ -165,9 +168,9 @@ class BackgroundWriter:
         return dict(self._written)
 
     def cancel(self) -> None:
-        """Let it end before the next tensor, and wait for that."""
+        """Let it end before the next tensor, and wait for that, but not for a disk that does not answer."""
         self._cancelled = True
-        self._thread.join()
+        self._thread.join(_PATIENCE)
 
     def _unless_cancelled(self, item: LazyTensor) -> Tensor:
         if self._cancelled:
