@@ -107,7 +107,8 @@ class HostCopy:
     def take(self, files: Sequence[File]) -> list[File]:
         """Copy the tensors that this process writes, and return the files with the copies in them."""
         held, self._held = self._held, {}
-        copied, on_device = [], False
+        copied: list[File] = []
+        on_device = False
         for file in files:
             items = []
             for item in file.items:
