@@ -206,7 +206,7 @@ def very_slow_disk() -> None:
     saving.write_files = waiting
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_while_the_background_writes_leaves_the_checkpoint_before(
     server, tiny_run, tmp_path, losses, victim
 ) -> None:
