@@ -334,8 +334,7 @@ class EngineConfig:
 
     type: Literal["torch", "ddp", "fsdp", "deepspeed"] = "torch"
     """torch: one process. Of several, ddp keeps all in each and sums gradients; fsdp (torch's FSDP2) spreads weights,
-    masters and moments over them; deepspeed spreads what zero_stage says.
-    """
+    masters and moments over them; deepspeed spreads what zero_stage says."""
     device: Text = "auto"
     """auto (CUDA when there is one), cpu, cuda."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -344,8 +343,7 @@ class EngineConfig:
     """torch.compile the whole training graph, fullgraph. auto: if the steps of a stage repay it; regional: one layer of
     each kind instead, in less time (train/compile.py)."""
     cuda_graphs: bool = False
-    """On a GPU with compile true or auto: record a compiled step once and replay it without launching its kernels one
-    by one. Keeps the memory of every shape's step."""
+    """On a GPU with compile true or auto: record a compiled step once and replay it. Keeps every shape's memory."""
     gradient_checkpointing: bool | Literal["selective"] = False
     """Recompute decoder layers in the backward pass: all of them, or every second one (selective)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -376,8 +374,7 @@ class CheckpointConfig:
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
     asynchronous: bool | Literal["auto"] = "auto"
-    """Write the files in the background, from a copy in the host's memory, while training goes on. auto: on a GPU, if
-    the memory of the host takes the copy twice."""
+    """Write in the background, from a copy in host memory. auto: on a GPU, if the host's memory takes it twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
