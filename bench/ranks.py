@@ -159,8 +159,7 @@ def _reckon(loader: Loader, settings: RanksSettings) -> Report:
     """Return the idle shares of an epoch that follow from the work of its packs."""
     assert loader.costs is not None  # noqa: S101 build_loader gives them
     data, costs, ranks = loader.dataset, loader.costs, settings.processes
-    samples = [tickets % len(data) for tickets in data.plan(0)]
-    work = [costs.of(data.lengths[own], data.images[own], data.tokens_per_image) for own in samples]
+    work = [costs.of(*data.needs(0, tickets), data.tokens_per_image) for tickets in data.plan(0)]
     whole = len(work) // settings.packs * settings.packs
     steps = [work[first : first + settings.packs] for first in range(0, whole, settings.packs)]
     found: Report = {"steps": len(steps), "spread": float(np.std(work) / np.mean(work))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tinyllava_fast.errors import CheckpointError
-from tinyllava_fast.tensors import DTYPES, TensorFile, mismatches, open_weights
+from tinyllava_fast.tensors import DTYPES, FILES, PIECES, SpreadTensors, TensorFile, mismatches, open_weights
 
 
 @pytest.fixture
@@ -91,3 +92,46 @@ def test_mismatches_are_listed_in_full() -> None:
 
 def test_mismatches_of_names_alone() -> None:
     assert mismatches(dict.fromkeys("ab"), dict.fromkeys("bc")) == ["  missing: a", "  unexpected: c"]
+
+
+def spread(folder: Path, files: list[tuple[dict[str, torch.Tensor], dict[str, list[int]]]]) -> SpreadTensors:
+    """Files of tensors, of which some are pieces: name -> [first row, rows of the whole]."""
+    opened = []
+    for number, (tensors, pieces) in enumerate(files):
+        told = {name: {"first": first, "rows": rows} for name, (first, rows) in pieces.items()}
+        path = folder / f"model-{number}.safetensors"
+        save_file(tensors, path, metadata={PIECES: json.dumps(told), FILES: str(len(files))})
+        opened.append(TensorFile(path))
+    return SpreadTensors(opened)
+
+
+def test_rows_in_several_files_are_whole_tensors(tmp_path: Path) -> None:
+    whole, other = torch.arange(21.0).reshape(7, 3), torch.tensor(3)
+    files = [
+        ({"w": whole[3:6]}, {"w": [3, 7]}),
+        ({"w": whole[6:], "other": other}, {"w": [6, 7]}),
+        ({"w": whole[:3]}, {"w": [0, 7]}),
+    ]
+    with spread(tmp_path, files) as tensors:
+        assert (
+            tensors.path == tmp_path and tensors.shapes == {"w": (7, 3), "other": ()} and set(tensors) == {"w", "other"}
+        )
+        assert torch.equal(tensors["w"], whole) and torch.equal(tensors["other"], other)
+        for first in range(8):
+            for stop in range(first, 8):
+                assert torch.equal(tensors.rows("w", first, stop), whole[first:stop]), (first, stop)
+        with pytest.raises(KeyError):
+            tensors["nothing"]
+
+
+@pytest.mark.parametrize("first", [0, 2, 4], ids=["twice", "overlapping", "a gap"])
+def test_rows_that_make_up_no_tensor_are_found(tmp_path: Path, first: int) -> None:
+    files = [({"w": torch.zeros(3, 2)}, {"w": [0, 6]}), ({"w": torch.zeros(3, 2)}, {"w": [first, 6]})]
+    with pytest.raises(CheckpointError, match="the pieces of 'w' do not make up a whole tensor"):
+        spread(tmp_path, files)
+
+
+def test_pieces_of_other_dtypes_or_shapes_are_found(tmp_path: Path) -> None:
+    files = [({"w": torch.zeros(3, 2)}, {"w": [0, 6]}), ({"w": torch.zeros(3, 2).half()}, {"w": [3, 6]})]
+    with pytest.raises(CheckpointError, match="the pieces of 'w' do not make up a whole tensor"):
+        spread(tmp_path, files)

@@ -16,9 +16,9 @@ from tinyllava_fast.train.checkpoint import (
     another,
     load_rng,
     load_state,
-    open_tensors,
 )
-from tinyllava_fast.train.engine.base import LazyTensor
+from tinyllava_fast.train.engine.base import LazyTensor, whole_state
+from tinyllava_fast.train.tensor_reader import open_tensors
 from tinyllava_fast.train.tensor_writer import write_tensors
 
 
@@ -35,6 +35,9 @@ class FakeEngine:
 
     def optimizer_state(self):
         return [LazyTensor.of("step", torch.tensor(3.0)), LazyTensor.of("exp_avg/w", self.weight * 2)]
+
+    def saved_state(self):
+        return whole_state(self)
 
     def all_reduce_sum(self, tensor):
         return tensor
@@ -192,11 +195,24 @@ def test_another_rank_that_fails_stops_this_one(store, monkeypatch):
     assert store.names() == []
 
 
-def test_other_ranks_write_their_random_state_alone(store, tmp_path):
+def test_other_ranks_write_their_share(store):
     engine = FakeEngine()
-    engine.rank = 1
+    engine.rank, engine.world_size = 1, 2
     store.save(state(1), engine)
-    assert [p.name for p in (store.folder / ".tmp-finetune-00000001").iterdir()] == ["rng-1.safetensors"]
+    folder = store.folder / ".tmp-finetune-00000001"  # which the first rank publishes
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "model-1.safetensors",
+        "optimizer-1.safetensors",
+        "rng-1.safetensors",
+    ]
+    assert set(load_file(folder / "model-1.safetensors")) == {"b"}
+    engine.rank = 0
+    path = store.save(state(1), engine)
+    with open_tensors(path / "model.safetensors") as tensors:
+        assert set(tensors) == {"w", "b"} and torch.equal(tensors["w"], engine.weight)
+    (path / "model-0.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: is one of 2 files, of which 1 are there"):
+        open_tensors(path / "model.safetensors")
 
 
 def test_truncated_and_missing_files_are_named(store):

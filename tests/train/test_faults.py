@@ -13,6 +13,7 @@ import pytest
 
 from tests.train.processes import Ranks, fork_server
 from tinyllava_fast.train.checkpoint import CheckpointStore
+from tinyllava_fast.train.saving import BackgroundWriter
 from tinyllava_fast.train.status import read_status
 
 SHAPE = {
@@ -69,7 +70,8 @@ def no_folders() -> None:
 
 
 FAULTS = {
-    "model of rank 0": (0, small_files, "model.safetensors: cannot be written: File too large"),
+    "model of rank 0": (0, small_files, "model-0.safetensors: cannot be written: File too large"),
+    "model of rank 1": (1, small_files, "model-1.safetensors: cannot be written: File too large"),
     "random state of rank 1": (1, tiny_files, "rng-1.safetensors: cannot be written: File too large"),
     "folder in rank 1": (1, no_folders, ".tmp-pretrain-00000002: cannot be written: No space left on device"),
     "folder in rank 0": (0, no_folders, ".tmp-pretrain-00000002: cannot be written: No space left on device"),
@@ -90,6 +92,32 @@ def test_a_save_that_fails_in_one_process_ends_all_with_one_message(server, tiny
     whole = "\n".join(ranks.said(r) for r in (0, 1))
     assert not saved or f"{saved[0]} is intact: the same command, with what is mended, goes on from there" in whole
     assert not list((path.parent / "run" / "checkpoints").glob(".tmp-*"))
+
+
+def limit_background() -> None:
+    """While the background of this process writes, none of its files may exceed 40,000 bytes."""
+    run = BackgroundWriter._run
+
+    def limited(writer: BackgroundWriter) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        try:
+            run(writer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    BackgroundWriter._run = limited
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_background_that_fails_in_one_process_ends_all_with_one_message(server, tiny_run, tmp_path, rank):
+    path = tiny_run(**SHAPE | {"engine__type": "fsdp", "checkpoint__asynchronous": True})
+    with Ranks(server, tmp_path / "said", [str(path)], faults={rank: limit_background}) as ranks:
+        assert ranks.wait(60) == [2, 2]
+        said = ranks.lines()
+    assert len(said) == 1, said
+    assert f"could not be saved: rank {rank}: " in said[0]
+    assert f"model-{rank}.safetensors: cannot be written: File too large" in said[0]
+    assert not list((path.parent / "run" / "checkpoints").iterdir())
 
 
 def wait_for_step(run: Path, step: int) -> None:

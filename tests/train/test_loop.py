@@ -13,7 +13,7 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.models import io
 from tinyllava_fast.models.build import build_model
-from tinyllava_fast.train import checkpoint, cli, prepare, resume, stage
+from tinyllava_fast.train import checkpoint, cli, prepare, resume, saving, stage
 from tinyllava_fast.train import compile as compiling
 from tinyllava_fast.train.compile import CompiledForward
 from tinyllava_fast.train.engine.base import LazyTensor
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole, monkeypatch):
 def test_a_full_disk_ends_the_run_and_loses_nothing(tiny_run, losses, whole, monkeypatch, caplog):
     path, _, lines, _ = whole
     path = tiny_run(output_dir=str(path.parent / "full"))
-    run, write, saves = path.parent / "full", checkpoint.write_tensors, []
+    run, write, saves = path.parent / "full", saving.write_tensors, []
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -183,7 +183,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tiny_run, losses, whole, mon
         return write(path, items, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", failing)
+        patch.setattr(saving, "write_tensors", failing)
         assert cli.main([str(path)]) == 1
     message = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"][-1]
     assert "No space left on device" in message and "finetune-00000007 is intact" in message

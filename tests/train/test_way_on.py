@@ -278,7 +278,7 @@ _INERT = {
     "label_smoothing z_loss options",
     schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload threads "
     "workers prefetch silence_timeout",
-    schema.CheckpointConfig: "every_steps keep",
+    schema.CheckpointConfig: "every_steps keep asynchronous",
 }
 
 

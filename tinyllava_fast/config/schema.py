@@ -296,8 +296,7 @@ class EngineConfig:
 
     type: Literal["torch", "ddp", "fsdp", "deepspeed"] = "torch"
     """torch: one process. Of several, ddp keeps all in each and sums gradients; fsdp (torch's FSDP2) spreads weights,
-    masters and moments over them; deepspeed spreads what zero_stage says.
-    """
+    masters and moments over them; deepspeed spreads what zero_stage says."""
     device: Text = "auto"
     """auto (CUDA when there is one), cpu, cuda."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -338,6 +337,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end of a stage."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    asynchronous: bool | Literal["auto"] = "auto"
+    """Write in the background, from a copy in host memory. auto: on a GPU, if the host's memory takes it twice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""tlf-convert: read checkpoints of other projects, write their formats."""
+"""tlf-convert: read checkpoints of other projects, write their formats, make model folders of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("target", type=path_argument, help="model folder to write; must not exist")
     merge.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     add_flag(merge)
+    whole = commands.add_parser("consolidate", help="write a checkpoint of a run as a model folder")
+    whole.add_argument("source", type=path_argument, help="checkpoint, or run folder: its newest intact one")
+    whole.add_argument("target", type=path_argument, help="model folder to write; must not exist")
+    add_flag(whole)
     out.add_argument("--vision2-name", metavar="ID", help="factory: hub id of the second tower")
     return p
 
@@ -75,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.command == "consolidate":
+        from tinyllava_fast.convert.consolidate import consolidate
+
+        consolidate(args.source, args.target)
+        return
     import torch
 
     from tinyllava_fast.convert.convert import export_model, import_checkpoint, merge_adapter

@@ -36,7 +36,7 @@ def import_checkpoint(
     the model that an adapter alone, as ``export_model`` writes it, was trained on.
     Raises UserError if nothing can be made of the folder, or the target exists.
     """
-    _check_free(target)
+    check_free(target)
     if base is not None or _is_adapter(source):
         if base is None:
             raise UserError(f"{source}: holds an adapter alone; name the model that it was trained on: --base MODEL")
@@ -77,7 +77,7 @@ def export_model(
     to, for a format that has some (gguf: q8_0, q4_0).
     Raises UserError for a model that the format can't express, naming the field, and if the target exists.
     """
-    _check_free(target)
+    check_free(target)
     kind = FORMATS.get(format, "--format")()
     if keep_adapter and not kind.keeps_adapter:
         able = [name for name in FORMATS if FORMATS.get(name).keeps_adapter]
@@ -114,7 +114,7 @@ def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype 
 
     dtype None: as stored. Raises UserError if the model has no adapter, and if the target exists.
     """
-    _check_free(target)
+    check_free(target)
     if io.is_foreign(source):
         raise UserError(f"{source}: is of another project; tlf-convert import merges its adapter")
     config, _ = io.read_config(source)
@@ -171,6 +171,7 @@ def _check_unused(sources: Sources, source: str | Path) -> None:
             )
 
 
-def _check_free(target: str | Path) -> None:
+def check_free(target: str | Path) -> None:
+    """Raise UserError for a target that exists."""
     if os.path.lexists(target):
         raise UserError(f"{target}: exists; choose another folder or remove it")

@@ -9,19 +9,20 @@ from torch import nn
 
 from tinyllava_fast.errors import CheckpointError
 from tinyllava_fast.models.lmm import LMM
-from tinyllava_fast.tensors import TensorFile, mismatches, open_weights
+from tinyllava_fast.tensors import Tensors, mismatches, open_weights
 
 WEIGHTS = "model.safetensors"
 
 
-def load_weights(lmm: LMM, source: str | Path, *, skip: Collection[str] = ()) -> None:
+def load_weights(lmm: LMM, source: str | Path | Tensors, *, skip: Collection[str] = ()) -> None:
     """Copy the weights of a model folder (or .safetensors file) into the model; every name and shape must fit.
 
-    skip: names that the caller fills.
+    source: may also be the tensors, opened. skip: names that the caller fills.
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
-    path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    _load_into(lmm, open_weights(path), tied=lmm.tied_names(), skip=skip, prefix="")
+    if not isinstance(source, Tensors):
+        source = open_weights(Path(source) / WEIGHTS if Path(source).is_dir() else Path(source))
+    _load_into(lmm, source, tied=lmm.tied_names(), skip=skip, prefix="")
 
 
 def load_component(module: nn.Module, path: str | Path, component: str) -> None:
@@ -32,7 +33,7 @@ def load_component(module: nn.Module, path: str | Path, component: str) -> None:
 
 
 def _load_into(
-    module: nn.Module, file: TensorFile, *, prefix: str, tied: Collection[str] = (), skip: Collection[str] = ()
+    module: nn.Module, file: Tensors, *, prefix: str, tied: Collection[str] = (), skip: Collection[str] = ()
 ) -> None:
     found = {k.removeprefix(prefix): s for k, s in file.shapes.items() if k.startswith(prefix)}
     found = {k: s for k, s in found.items() if k not in skip}

@@ -1,13 +1,15 @@
 """Checkpoints that survive kill -9 at any instant, a full disk included.
 
     <run>/checkpoints/<stage>-<step>/   model.safetensors, optimizer.safetensors, rng-<rank>.safetensors, state.json,
-                                        checksums.json
+                                        checksums.json; of several processes model-<rank>.safetensors and
+                                        optimizer-<rank>.safetensors, each with whole tensors or rows of some
     <run>/checkpoints/latest            name of the newest one
 
 A checkpoint is written into ``.tmp-<name>`` by all processes, every file and the folder are fsynced, the folder is
 renamed, and only then ``latest`` is replaced. Whatever dies on the way leaves the previous checkpoint valid and a
 ``.tmp-`` folder that the next start removes. What was damaged later is found by its checksum (train/checksums.py), and
-the checkpoint before it is taken.
+the checkpoint before it is taken. The files may be written in the background (train/saving.py); all that processes do
+together, and the renaming, happens between two steps.
 """
 
 from __future__ import annotations
@@ -15,24 +17,34 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors import SafetensorError
-
 from tinyllava_fast import group
-from tinyllava_fast.errors import CheckpointError, UserError, writing
+from tinyllava_fast.errors import CheckpointError, writing
 from tinyllava_fast.fields import Fields, read_json, shown
 from tinyllava_fast.files import TMP, put_folder, remove, sync, write_file
+from tinyllava_fast.hardware import available_memory_bytes, torchrun_number
 from tinyllava_fast.log import log
 from tinyllava_fast.tensors import TensorFile
 from tinyllava_fast.train import seed
 from tinyllava_fast.train.checksums import MANIFEST, Checksum, Checksums, first_difference, manifest, read_manifest
-from tinyllava_fast.train.engine.base import LazyTensor, TrainingEngine
+from tinyllava_fast.train.engine.base import TrainingEngine
+from tinyllava_fast.train.saving import (
+    BackgroundWriter,
+    HostCopy,
+    Pending,
+    agreed,
+    make_folder,
+    own_bytes,
+    own_files,
+    write_files,
+)
 from tinyllava_fast.train.standing import Standing
-from tinyllava_fast.train.tensor_writer import fetch_all, write_tensors
+from tinyllava_fast.train.tensor_reader import open_tensors
 
 FORMAT = 1
 LATEST = "latest"
@@ -104,6 +116,8 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = max(keep, 1)
+        self.pending: Pending | None = None
+        self._copy = HostCopy()
         self._good: set[str] = set()  # read whole or written by this process
         self._damaged: set[str] = set()
 
@@ -171,20 +185,75 @@ class CheckpointStore:
 
         In each phase every process learns of another's failure, so that none waits for one that has given up.
         """
-        target, tmp = self.folder / state.name, self.folder / f"{TMP}{state.name}"
-        try:
-            files = _agreed(lambda: _write_own(tmp, engine.rank))
-            files |= _agreed(lambda: _write_weights(tmp, engine))
-            _agreed(lambda: self._publish(tmp, target, state, files) if engine.rank == 0 else {})
-        except CheckpointError as error:
-            if engine.rank == 0:
-                remove(tmp)
-            raise CheckpointError(f"{target}: could not be saved: {error}") from None
+        target, content = self.folder / state.name, _content(state)
+        with self._whole(target, engine.rank) as tmp:
+            agreed(lambda: make_folder(tmp))
+            files = agreed(lambda: write_files(tmp, own_files(engine)))
+            agreed(lambda: self._publish(tmp, target, content, files) if engine.rank == 0 else None)
         return target
 
-    def _publish(self, tmp: Path, target: Path, state: TrainState, files: Checksums) -> dict[str, Checksum]:
+    def begin(self, state: TrainState, engine: TrainingEngine) -> None:
+        """Copy what a checkpoint holds and let a thread write it, for ``publish``; every rank calls it.
+
+        No other one may be pending. Raises CheckpointError as ``save`` does.
+        """
+        target, content = self.folder / state.name, _content(state)
+        with self._whole(target, engine.rank) as tmp:
+            agreed(lambda: make_folder(tmp))
+            writer = BackgroundWriter(tmp, self._copy.take(own_files(engine)))
+        self.pending = Pending(target, content, writer, engine.rank)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process still writes its files of the pending checkpoint."""
+        return self.pending is not None and self.pending.writer.busy
+
+    def publish(self) -> Path:
+        """Wait for the pending checkpoint and put it in its place; every rank calls it. Raises as ``save`` does."""
+        pending = self.pending
+        assert pending is not None  # noqa: S101 the caller has looked
+        self.pending = None
+        with self._whole(pending.target, pending.rank) as tmp:
+            files = agreed(pending.writer.result)
+            first = pending.rank == 0
+            agreed(lambda: self._publish(tmp, pending.target, pending.content, files) if first else None)
+        return pending.target
+
+    def fits(self, engine: TrainingEngine) -> bool:
+        """Return whether the memory of this machine takes the copies of its processes twice; every rank calls it."""
+        need = own_bytes(own_files(engine)) * torchrun_number("LOCAL_WORLD_SIZE", 1)
+        return all(group.gather(not self._copy.empty or 2 * need <= available_memory_bytes()))
+
+    def abandon(self) -> None:
+        """Give up a checkpoint that is pending, and the memory of its copy."""
+        if self.pending is not None:
+            self.pending.writer.cancel()
+            if self.pending.rank == 0:
+                remove(self._beside(self.pending.target))
+            self.pending = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the memory that copies are kept in. None is pending."""
+        self._copy.clear()
+
+    @staticmethod
+    def _beside(target: Path) -> Path:
+        return target.with_name(f"{TMP}{target.name}")
+
+    @contextmanager
+    def _whole(self, target: Path, rank: int) -> Iterator[Path]:
+        """Yield the folder to write to; an error removes it, and names the checkpoint."""
+        tmp = self._beside(target)
+        try:
+            yield tmp
+        except CheckpointError as error:
+            if rank == 0:
+                remove(tmp)
+            raise CheckpointError(f"{target}: could not be saved: {error}") from None
+
+    def _publish(self, tmp: Path, target: Path, content: bytes, files: Checksums) -> None:
         """Put the folder in its place, name it in ``latest`` and remove what is too old. Rank 0 only."""
-        content = json.dumps(asdict(state) | {"checksums": True}, indent=1).encode()
         with writing(target):
             write_file(tmp / "state.json", content)
             write_file(tmp / MANIFEST, manifest({**files, "state.json": Checksum().plus(content)}))
@@ -202,7 +271,6 @@ class CheckpointStore:
             remove(self.folder / name)
         self._damaged.clear()
         remove(tmp)  # the same step, saved before this run was resumed from an older one
-        return {}
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -216,47 +284,9 @@ def _written(folder: Path) -> int:
     return (state if state.is_file() else folder).stat().st_mtime_ns
 
 
-def _agreed(work: Callable[[], dict[str, Checksum]]) -> dict[str, Checksum]:
-    """Return the files that all processes wrote. Raise CheckpointError in each of them if one could not."""
-    files: dict[str, Checksum] = {}
-    failure = ""
-    try:
-        files = work()
-    except UserError as error:
-        failure = str(error)
-    parts = group.gather((failure, files))
-    failures = [(f"rank {rank}: " if len(parts) > 1 else "") + why for rank, (why, _) in enumerate(parts) if why]
-    if failures:
-        raise CheckpointError("; ".join(failures))
-    return {name: checksum for _, part in parts for name, checksum in part.items()}
-
-
-def _write_own(folder: Path, rank: int) -> dict[str, Checksum]:
-    """Write this process's random state."""
-    plain, tensors = seed.rng_state()
-    items = [LazyTensor.of(name, tensor) for name, tensor in tensors.items()]
-    name = f"rng-{rank}.safetensors"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return {name: write_tensors(folder / name, items, metadata={"state": json.dumps(plain)})}
-
-
-def _write_weights(folder: Path, engine: TrainingEngine) -> dict[str, Checksum]:
-    """Write model and optimizer in rank 0, for which all processes gather what is spread over them."""
-    parts = {"model.safetensors": engine.model_state, "optimizer.safetensors": engine.optimizer_state}
-    if engine.rank:
-        for state in parts.values():
-            fetch_all(state())
-        return {}
-    files, failure = {}, None
-    for name, state in parts.items():
-        try:
-            files[name] = write_tensors(folder / name, state())
-        except UserError as error:  # the others are in the next file's gathers already
-            failure = failure or error
-    if failure:
-        raise failure
-    return files
+def _content(state: TrainState) -> bytes:
+    """Return state.json as it is now; training goes on to change the state."""
+    return json.dumps(asdict(state) | {"checksums": True}, indent=1).encode()
 
 
 def damage(folder: Path) -> str:
@@ -345,16 +375,7 @@ def load_rng(folder: Path, rank: int) -> None:
         return
     with open_tensors(path) as tensors:
         try:
+            assert isinstance(tensors, TensorFile)  # noqa: S101 of one process
             seed.set_rng_state(json.loads(tensors.metadata["state"]), dict(tensors))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
-
-
-def open_tensors(path: Path) -> TensorFile:
-    """Open a safetensors file of a checkpoint; CheckpointError if it is missing or damaged."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
-    try:
-        return TensorFile(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({error})") from None

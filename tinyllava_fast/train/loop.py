@@ -21,9 +21,8 @@ from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.data.workers import STOP_SIGNALS
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
-from tinyllava_fast.models import adapter, io
+from tinyllava_fast.models import io
 from tinyllava_fast.plugins import load_plugins
-from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import check_engine
 from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.answers import check_answering
@@ -37,8 +36,8 @@ from tinyllava_fast.train.loggers.base import LOGGERS
 from tinyllava_fast.train.lr_schedule import lr_factor
 from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes, shown_rates
 from tinyllava_fast.train.nonfinite import Outcomes, Stop
-from tinyllava_fast.train.optim import MEAN
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
+from tinyllava_fast.train.output import output_weights
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.quarantine import Quarantine
@@ -65,7 +64,7 @@ def train(config: RunConfig, *, resume: str = "auto", profile: bool = False, fil
             run.start(resume)
             look_at_files(config, config.stages[run.state.stage_index :], process.world_size)
             for index in range(run.state.stage_index, len(config.stages)):
-                with explained(run.way, run.state, config.engine, config.stages[index].name):
+                with explained(run.way, run.state, config.engine, config.stages[index].name), run.settled():
                     run.begin("preparing the stage")
                     Stage(run, prepare_stage(run, index)).train()
             with explained(run.way, run.state, config.engine, run.state.stage):
@@ -108,6 +107,7 @@ class Stage:
             main=run.main,
         )
         self.seconds: list[float] = []  # of each step since the start or a resumption
+        self.busy = 0.0  # processes that still wrote a checkpoint in the background at the beginning of the step
         totals = self.state.sources.setdefault(self.config.name, {})
         self.by_source = BySource(self.loader.dataset.names, self.state.source_window, totals)
         lists = run.main and self.config.data.on_error == "quarantine"
@@ -186,6 +186,8 @@ class Stage:
             progress.advance(state.stage_step)
             run.beat(progress.step_s(), progress.run_eta_s())
             stop = stop or run.stop_signal_now()
+            if not self.busy:
+                run.publish()
             validating = self.ready.validator is not None and self.ready.validator.due(state.stage_step, self._over)
             due = state.step % run.config.log_every == 0 or self._over or validating
             every = run.config.checkpoint.every_steps
@@ -200,7 +202,7 @@ class Stage:
                     window = Window()
             self._check_supervision(counts)
             if saving or self._over:
-                self._checkpoint()
+                self._checkpoint(last=self._over or bool(stop))
             if stop:
                 raise StopRequest(stop)
 
@@ -219,6 +221,7 @@ class Stage:
         if not math.isfinite(found.get("loss", 0.0)):
             raise diverged(state, self.config.recipe, self.ready.peak_lrs, found["loss"], entry["grad_norm"])
         if found["best"] and self.config.validation.keep == "best":
+            run.publish()  # the checkpoint being written may call another model the best, which stays until then
             self._save_model(run.best.path(state.stage, state.step))
             if run.main:
                 run.best.prune(state)
@@ -244,14 +247,17 @@ class Stage:
         ]
         stop = self.run.stop_signal
         if self.run.process.world_size == 1:
+            self.busy = float(self.run.store.busy)
             self.by_source.begin(local[len(COUNTS) :])
             return dict(zip(COUNTS, map(float, local), strict=False)), stop
-        # float64 holds these integers exactly; the flag rides along so that all ranks stop at the same step.
-        flags = [float(stop == number) for number in STOP_SIGNALS]
+        # float64 holds these integers exactly; the flags ride along so that all ranks stop, and publish what they have
+        # saved, at the same step.
+        flags = [*(float(stop == number) for number in STOP_SIGNALS), float(self.run.store.busy)]
         summed = torch.tensor([*local, *flags], dtype=torch.float64, device=self.engine.device)
         values = self.engine.all_reduce_sum(summed).tolist()
         self.by_source.begin(values[len(COUNTS) : len(local)])
-        arrived = [int(n) for n, count in zip(STOP_SIGNALS, values[len(local) :], strict=True) if count]
+        *stops, self.busy = values[len(local) :]
+        arrived = [int(n) for n, count in zip(STOP_SIGNALS, stops, strict=True) if count]
         return dict(zip(COUNTS, values, strict=False)), arrived[0] if arrived else 0
 
     def _learning_rates(self, total: int) -> dict[str, float]:
@@ -338,13 +344,13 @@ class Stage:
             self.state.final_losses[self.config.name] = entry["loss"]
         self.run.write(entry)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, last: bool) -> None:
         skipped = list(dict.fromkeys(reason for part in group.gather(list(self.loader.skipped)) for reason in part))
         if self.quarantine:
             self.quarantine.write(skipped)
         self.state.loader = {**self.loader.state_dict(), "skipped": skipped}
         self.state.reports[self.config.name] = {**self.ready.report, "skipped": skipped}
-        self.run.save(self.engine)
+        self.run.save(self.engine, last=last)
 
     def _save_output(self) -> None:
         """Save the stage's model, which the next stage begins with: the last one, or the best."""
@@ -367,23 +373,16 @@ class Stage:
         self.engine.barrier()
 
     def _write_model(self, folder: Path) -> None:
-        run, kept = self.run, MEAN if self.config.optim.ema else "master/"
-        items = [(item.name, item) for item in self.engine.model_state()]
-        # The next stage begins from the optimizer's float32 masters, not from weights rounded to the training dtype. An
-        # adapter is saved from its masters too, so that merging it loses nothing.
+        run, engine = self.run, self.engine
         following = self.state.stage_index + 1 < len(run.config.stages)
-        exact = {name for name, _ in items} if following else set(adapter.parameter_names(self.model))
-        for item in self.engine.optimizer_state():
-            name = item.name.removeprefix(kept)
-            if name != item.name and name in exact:
-                items.append((name, item))
-        weights: dict[str, torch.Tensor] = {}
-        for name, item in items:
-            tensor = item.fetch()  # all take part, and only the one that writes holds the whole model
-            if run.main:
-                weights[name] = tensor.cpu()
+        weights = output_weights(
+            self.model,
+            engine.model_state(),
+            engine.optimizer_state(),
+            means=bool(self.config.optim.ema),
+            following=following,
+            dtype=getattr(torch, run.config.engine.dtype),
+            main=run.main,
+        )
         if run.main:
-            weights = quantize.plain_weights(self.model, weights, getattr(torch, run.config.engine.dtype))
-            if following:
-                weights = {name: tensor.float() for name, tensor in weights.items()}
             io.save_model(self.model, run.tokenizer, run.processor, folder, state_dict=weights)

@@ -29,6 +29,7 @@ from tinyllava_fast.config.validation import ValidationConfig
 from tinyllava_fast.data.balance import PackCosts
 from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.loader import Loader, check_length, check_packs
+from tinyllava_fast.data.packs import PackSource
 from tinyllava_fast.data.pictures import PictureReading
 from tinyllava_fast.data.records import Refused, read_refusing
 from tinyllava_fast.data.split import Split
@@ -248,7 +249,7 @@ def average_flops(model: LMM, stage: StageConfig, loader: Loader) -> float:
     return sum(flops.values()) / loader.world_size
 
 
-def pack_costs(model: LMM, stage: StageConfig, dataset: PackedDataset) -> PackCosts:
+def pack_costs(model: LMM, stage: StageConfig, dataset: PackSource) -> PackCosts:
     """Return what packs of the stage take, in FLOPs."""
     costs, learns = costs_of(model), trains(stage.recipe)
     token = step_flops(costs, [1], 0, 0, learns)

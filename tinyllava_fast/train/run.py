@@ -73,6 +73,7 @@ class Run:
         self.page: Page | None = None
         self.outlooks: list[Outlook] | None = None
         self.stepping = False
+        self._copy_seconds, self._said_slow = 0.0, False
         self._lock_file: TextIO | None = None
         self._made: list[Path] = []
 
@@ -198,17 +199,66 @@ class Run:
             with writing(self.folder / "summary.json"):
                 (self.folder / "summary.json").unlink(missing_ok=True)
 
-    def save(self, engine: TrainingEngine) -> None:
-        """Save a checkpoint of the current state; metrics up to it are on disk first."""
+    def save(self, engine: TrainingEngine, *, last: bool) -> None:
+        """Save a checkpoint of the current state; metrics up to it are on disk first.
+
+        last: no step follows, so it is written now; else perhaps in the background (checkpoint.asynchronous).
+        """
+        self.publish()
         self._count_time()
         if self.metrics:
             self.metrics.sync()
         started = time.perf_counter()
         self.begin("saving a checkpoint")
+        if not last and self._in_background(engine):
+            self.store.begin(self.state, engine)
+            self._copy_seconds = time.perf_counter() - started
+            return
         self.way.saved = self.store.save(self.state, engine)
+        self._saved(f"in {time.perf_counter() - started:.1f} s")
+
+    def publish(self) -> None:
+        """Put the checkpoint that is written in the background in its place, once it is whole; every rank calls it."""
+        if (pending := self.store.pending) is None:
+            return
+        started = time.perf_counter()
+        self.way.saved = self.store.publish()
+        stall = self._copy_seconds + time.perf_counter() - started
+        self._saved(f"in {pending.writer.seconds:.1f} s beside the steps, which waited {stall:.2f} s")
+
+    def _saved(self, how: str) -> None:
         if self.main:
             self.best.prune(self.state)
-        log.info("saved %s in %.1f s", self.way.saved, time.perf_counter() - started)
+        log.info("saved %s %s", self.way.saved, how)
+
+    def _in_background(self, engine: TrainingEngine) -> bool:
+        """Return whether to write the next checkpoint in the background."""
+        chosen = self.config.checkpoint.asynchronous
+        if chosen != "auto":
+            return chosen
+        if self.process.device.type == "cpu":
+            return False  # its memory is the training's, and a save takes little of a CPU's long steps
+        fits = self.store.fits(engine)
+        if not fits and not self._said_slow:
+            log.warning(
+                "checkpoint.asynchronous: auto: the host's memory does not take a copy of the training state twice, so "
+                "steps wait for each save; set checkpoint.asynchronous=true to copy it all the same"
+            )
+        self._said_slow = not fits
+        return fits
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around a stage: an error that ends it leaves no checkpoint half-written that could be whole."""
+        try:
+            yield
+        except Exception:
+            # Several processes end one by one, and publish nothing together any more.
+            if self.process.world_size == 1:
+                with suppress(Exception):  # the error to tell is the one at hand
+                    self.publish()
+            raise
+        self.store.forget()
 
     def finish(self) -> dict[str, object]:
         """Publish the last stage's model as final/, write the summary and return it."""
@@ -277,6 +327,7 @@ class Run:
 
     def close(self) -> None:
         """Close the metrics and let go of the folder, whatever happened; a start that failed leaves none behind."""
+        self.store.abandon()
         if self.metrics:
             self.metrics.close()
         elif self._made:

@@ -21,7 +21,7 @@ from tinyllava_fast.recipes import quantize
 from tinyllava_fast.recipes.base import apply_recipe
 from tinyllava_fast.train import cpu_pool, timings
 from tinyllava_fast.train.answers import open_answering
-from tinyllava_fast.train.checkpoint import load_rng, open_tensors
+from tinyllava_fast.train.checkpoint import load_rng
 from tinyllava_fast.train.compile import CompiledForward, compile_forward, repays
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import build_engine, never_compiles
@@ -33,6 +33,7 @@ from tinyllava_fast.train.profile import StepProfiler
 from tinyllava_fast.train.reading import settle_reading
 from tinyllava_fast.train.run import Run
 from tinyllava_fast.train.standing import interval
+from tinyllava_fast.train.tensor_reader import open_tensors
 from tinyllava_fast.train.validation import Validator, cost_of
 
 
@@ -64,7 +65,7 @@ def prepare_stage(run: Run, index: int) -> ReadyStage:
         _look_ahead(run, model, reading)  # before a recipe changes the model, and before this stage trains for hours
     groups = apply_recipe(model, config.recipe, config.optim, seed=run.config.seed)
     if resumed is not None:
-        _load_weights(model, resumed)  # which have the names that the recipe gives them
+        load_checkpoint(model, resumed)  # whose weights have the names that the recipe gives them
     mixed = len(config.data.sources) > 1
     model.set_loss(label_smoothing=config.optim.label_smoothing, z_loss=config.optim.z_loss, by_segment=mixed)
     model.set_gradient_checkpointing(engine_config.gradient_checkpointing)
@@ -144,10 +145,10 @@ def _look_ahead(run: Run, model: LMM, reading: PictureReading) -> None:
     run.outlooks = [Outlook(0, 0.0)] * following + ahead
 
 
-def _load_weights(model: LMM, checkpoint: Path) -> None:
+def load_checkpoint(model: LMM, checkpoint: Path) -> None:
     """Load weights by the names that the recipe gives them: wrapped by LoRA, quantized."""
-    io.load_weights(model, checkpoint, skip=quantize.state_names(model))
     with open_tensors(checkpoint / io.WEIGHTS) as tensors:
+        io.load_weights(model, tensors, skip=quantize.state_names(model))
         quantize.load_state(model, tensors)
 
 

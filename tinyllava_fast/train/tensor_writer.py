@@ -12,26 +12,52 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.errors import UserError, writing
-from tinyllava_fast.tensors import DTYPES
+from tinyllava_fast.tensors import DTYPES, PIECES
 from tinyllava_fast.train.checksums import Checksum
 from tinyllava_fast.train.engine.base import LazyTensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def fetch_all(items: Sequence[LazyTensor]) -> None:
-    """Take part in the gathers of a file that another process writes."""
-    for item in items:
-        item.fetch()
+_CHUNK = 1 << 24  # written, then summed while it is in the processor's cache
 
 
 def write_tensors(path: Path, items: Sequence[LazyTensor], *, metadata: Mapping[str, str] | None = None) -> Checksum:
-    """Stream tensors into a safetensors file, fsync it and return its checksum; one of them is in memory at a time.
+    """Stream this process's tensors into a safetensors file, fsync it and return its checksum.
 
-    The library's save_file takes all of them at once, which a gathered state of a large model does not allow. After a
-    failure the fetches go on, because other processes wait in the same gathers; then UserError.
+    One of them is in memory at a time: the library's save_file takes all at once, which a gathered state of a large
+    model does not allow. All are fetched, also after a failure, because other processes wait in the same gathers; then
+    UserError.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    head = _header([item for item in items if item.mine], metadata or {})
+    left = list(reversed(items))
+    try:
+        with writing(path), path.open("wb") as file:
+            file.write(head)
+            total = Checksum().plus(head)
+            while left:
+                item = left.pop()
+                tensor = item.fetch()
+                if not item.mine:
+                    continue
+                content = _bytes_of(tensor)
+                for start in range(0, content.nbytes, _CHUNK):
+                    chunk = content[start : start + _CHUNK]
+                    file.write(chunk)
+                    total = total.plus(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except UserError:
+        for item in reversed(left):
+            item.fetch()
+        raise
+    return total
+
+
+def _header(items: Sequence[LazyTensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the beginning of the file: the length of the table of tensors, and the table."""
+    header: dict[str, object] = {}
+    pieces = {item.name: {"first": item.first, "rows": item.rows} for item in items if item.rows is not None}
+    if texts := {**metadata, **({PIECES: json.dumps(pieces)} if pieces else {})}:
+        header["__metadata__"] = texts
     end = 0
     for item in items:
         size = item.dtype.itemsize * int(torch.Size(item.shape).numel())
@@ -40,22 +66,7 @@ def write_tensors(path: Path, items: Sequence[LazyTensor], *, metadata: Mapping[
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    left = list(reversed(items))
-    try:
-        with writing(path), path.open("wb") as file:
-            head = struct.pack("<Q", len(text)) + text
-            file.write(head)
-            total = Checksum().plus(head)
-            while left:
-                content = _bytes_of(left.pop().fetch())
-                file.write(content)
-                total = total.plus(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except UserError:
-        fetch_all(list(reversed(left)))
-        raise
-    return total
+    return struct.pack("<Q", len(text)) + text
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

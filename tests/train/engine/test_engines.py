@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.convert.test_consolidate import assert_same_folder
 from tests.train.engine.test_deepspeed_engine import assert_same_adapter, assert_same_training
 from tests.train.processes import Ranks, fork_server
 from tinyllava_fast.config.load import load_run
+from tinyllava_fast.convert.consolidate import consolidate
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.train.loop import train
 
@@ -60,6 +64,8 @@ def test_two_processes_train_as_one(server, tiny_run, tmp_path, name):
         assert_same_training(run, one)
         if name == "lora":
             assert_same_adapter(run, one)
+        consolidate(run, tmp_path / f"from-{engine}")  # rows and shares, put together, are what was gathered
+        assert_same_folder(tmp_path / f"from-{engine}", run / "final")
 
 
 def test_each_engine_goes_on_from_the_checkpoint_of_another(server, tiny_run, tmp_path):
@@ -88,6 +94,40 @@ def test_each_engine_goes_on_from_the_checkpoint_of_another(server, tiny_run, tm
     go_on("ddp", 4, after=8)
     go_on("fsdp", 4, after=8)  # some weights have fewer rows than there are processes
     go_on("torch", 1, after=8)
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_goes_on_in_other_numbers_of_processes(server, tiny_run, tmp_path):
+    """fsdp in four, ZeRO-2 in two, torch in one, ddp in three; saved in the background, consolidated on the way."""
+    pytest.importorskip("deepspeed")
+    packs = {f"stages__{stage}__batch__packs_per_step": 12 for stage in ("pretrain", "finetune")}
+    path = tiny_run(**packs, checkpoint={"every_steps": 2, "keep": 9, "asynchronous": True})
+    one, run = path.parent / "one", path.parent / "run"
+    train(load_run(path, [f"output_dir={one}"]))
+    last = 0
+    for change, count, steps in (
+        ("{type: fsdp}", 4, 2),
+        ("{type: deepspeed, zero_stage: 2}", 2, 4),
+        ("{type: torch}", 1, 6),
+        ("{type: ddp}", 3, 8),
+    ):
+        kind = change.split()[1].strip(",}")
+        arguments = [str(path), f"engine.type={kind}", *(["engine.zero_stage=2"] if kind == "deepspeed" else [])]
+        with Ranks(server, tmp_path / kind, arguments, count) as ranks:
+            assert ranks.wait() == [0] * count, ranks.said(0)
+            assert not last or f"finetune-{last:08d}" in ranks.said(0)
+        last = 4 + steps
+        for folder in (run / "checkpoints").glob("finetune-*"):
+            if int(folder.name[-8:]) > last:
+                shutil.rmtree(folder)
+        newest = run / "checkpoints" / f"finetune-{last:08d}"
+        assert (newest / "model-1.safetensors").is_file() == (count > 1)
+        if last < 12:
+            (run / "checkpoints" / "latest").write_text(newest.name)
+        assert_same_training(run, one)
+    consolidate(newest, tmp_path / "model")
+    found, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "model", run / "final"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

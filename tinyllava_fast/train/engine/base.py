@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
+from tinyllava_fast.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,23 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     fetch: Callable[[], Tensor]
-    """Returns it on any device. All processes must fetch, in order; only rank 0's result is meaningful."""
+    """Returns it on any device. All processes must fetch, in order, and get the same, unless it is a piece."""
+    first: int = 0
+    """Of a piece: the row of the whole tensor that it begins with."""
+    rows: int | None = None
+    """Of a piece: the rows of the whole tensor; None: it is whole."""
+    mine: bool = True
+    """Whether this process writes it."""
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> LazyTensor:
         """A tensor that is there already."""
         held = tensor.detach()
         return cls(name, tuple(held.shape), held.dtype, lambda: held)
+
+
+SavedState = Mapping[str, Sequence[LazyTensor]]
+"""By the name of a checkpoint's file, "model" and "optimizer"."""
 
 
 class TrainingEngine(Protocol):
@@ -104,7 +116,14 @@ class TrainingEngine(Protocol):
         """
         ...
 
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def saved_state(self) -> SavedState:
+        """Return what a checkpoint holds of ``model_state`` and ``optimizer_state``, dealt to the processes.
+
+        Each tensor, or each of its pieces, is ``mine`` in one process.
+        """
+        ...
+
+    def load_optimizer_state(self, tensors: Tensors) -> None:
         """Restore what ``optimizer_state`` gave; every rank passes the same. Raises CheckpointError on a mismatch."""
         ...
 
@@ -137,6 +156,23 @@ class InGroup:
     def barrier(self) -> None:
         """See TrainingEngine."""
         torch.distributed.barrier()
+
+
+def whole_state(engine: TrainingEngine) -> SavedState:
+    """Return the ``saved_state`` of an engine whose processes all have, or gather, whole tensors."""
+    states = {"model": engine.model_state(), "optimizer": engine.optimizer_state()}
+    return {name: dealt(items, engine.rank, engine.world_size) for name, items in states.items()}
+
+
+def dealt(items: Sequence[LazyTensor], rank: int, world_size: int) -> list[LazyTensor]:
+    """Deal tensors to the processes, to each those of about as many bytes; one after another, so all deal alike."""
+    sizes = [item.dtype.itemsize * math.prod(item.shape) for item in items]
+    share, before, found = max(sum(sizes), 1) / world_size, 0, []
+    for item, size in zip(items, sizes, strict=True):
+        owner = min(int((before + size / 2) / share), world_size - 1)
+        found.append(replace(item, mine=owner == rank))
+        before += size
+    return found
 
 
 def total(losses: Tensor) -> Tensor:

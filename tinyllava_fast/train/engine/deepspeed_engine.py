@@ -26,7 +26,16 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.ops.adamw import dither
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names, with_image
+from tinyllava_fast.train.engine.base import (
+    InGroup,
+    LazyTensor,
+    SavedState,
+    plain_state,
+    total,
+    trainable_names,
+    whole_state,
+    with_image,
+)
 from tinyllava_fast.train.optim import Masters, checked
 from tinyllava_fast.train.optimizers.adamw import MOMENTS
 
@@ -190,6 +199,10 @@ class DeepSpeedEngine(InGroup):
                 fetches["master"] = partial(self._fragments.safe_get_full_fp32_param, p)
             items += [LazyTensor(f"{kind}/{name}", shape, torch.float32, fetch) for kind, fetch in fetches.items()]
         return items
+
+    def saved_state(self) -> SavedState:
+        """See TrainingEngine."""
+        return whole_state(self)
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """See TrainingEngine."""

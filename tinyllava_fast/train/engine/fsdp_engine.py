@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -23,8 +24,17 @@ from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names, with_image
-from tinyllava_fast.train.optim import MasterOptimizer, Masters, checked
+from tinyllava_fast.tensors import Tensors
+from tinyllava_fast.train.engine.base import (
+    InGroup,
+    LazyTensor,
+    SavedState,
+    plain_state,
+    total,
+    trainable_names,
+    with_image,
+)
+from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 # torch 2.13 renamed both.
 _GATHER = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
@@ -123,8 +133,14 @@ class FSDPEngine(InGroup):
         """See TrainingEngine."""
         return [self._gathered(item) for item in self._optimizer.state()]
 
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """See TrainingEngine."""
+    def saved_state(self) -> SavedState:
+        """See TrainingEngine: each process saves its rows, so nothing is gathered."""
+        model = [self._own(LazyTensor.of(n, _local(t)), n, t) for n, t in plain_state(self.model).items()]
+        names = [(item, item.name.partition("/")[2]) for item in self._optimizer.state()]
+        return {"model": model, "optimizer": [self._own(item, n, self._sharded.get(n)) for item, n in names]}
+
+    def load_optimizer_state(self, tensors: Tensors) -> None:
+        """See TrainingEngine: each process reads its rows alone."""
         self._optimizer.load(_Parts(tensors, self._of_this_process))
 
     def close(self) -> None:
@@ -147,12 +163,25 @@ class FSDPEngine(InGroup):
 
         return LazyTensor(item.name, self._shapes[name], item.dtype, fetch)
 
-    def _of_this_process(self, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _own(self, item: LazyTensor, name: str, whole: Tensor | None) -> LazyTensor:
+        """Return this process's rows of a sharded tensor as it saves them; the first process saves what all have."""
+        if not isinstance(whole, DTensor):
+            return replace(item, mine=self.rank == 0)
+        rows = self._shapes[name][0]
+        mine = item.shape[0] > 0 or (rows == 0 and self.rank == 0)
+        return replace(item, first=self._first_row(whole), rows=rows, mine=mine)
+
+    def _first_row(self, whole: DTensor) -> int:
+        """Return the row that this process's begin with: ``fully_shard`` cuts as torch.chunk does."""
+        return min(-(-whole.shape[0] // self.world_size) * self.rank, whole.shape[0])
+
+    def _of_this_process(self, key: str, tensors: Tensors) -> Tensor:
         """Return the rows of this process of a tensor of the optimizer's state."""
         name = key.partition("/")[2]
-        if name not in self._sharded:
-            return tensors[key]
-        return self._part(name, checked(tensors, key, torch.empty(self._shapes[name], device="meta")))
+        if name not in self._sharded or tensors.shapes.get(key) != self._shapes[name]:
+            return tensors[key]  # of the wrong shape: MasterOptimizer.load says so
+        first = self._first_row(self._sharded[name])
+        return tensors.rows(key, first, first + self._rows[name].shape[0]).to(self.device)
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         like = self._sharded[name]
@@ -182,7 +211,7 @@ class _Timed:
 class _Parts(Mapping[str, Tensor]):
     """A state's tensors, of each the rows of this process."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], part: Callable[[str, Mapping[str, Tensor]], Tensor]) -> None:
+    def __init__(self, tensors: Tensors, part: Callable[[str, Tensors], Tensor]) -> None:
         self._tensors, self._part = tensors, part
 
     def __getitem__(self, name: str) -> Tensor:
@@ -208,6 +237,10 @@ def _shard(model: LMM, device: torch.device, world_size: int) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means: the loop has divided
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

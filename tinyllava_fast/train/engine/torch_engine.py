@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from tinyllava_fast.config.schema import OptimConfig
 from tinyllava_fast.data.types import PackedBatch
 from tinyllava_fast.recipes.base import ParameterGroup
-from tinyllava_fast.train.engine.base import InGroup, LazyTensor, plain_state, total, trainable_names
+from tinyllava_fast.train.engine.base import (
+    InGroup,
+    LazyTensor,
+    SavedState,
+    plain_state,
+    total,
+    trainable_names,
+    whole_state,
+)
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
@@ -89,6 +97,10 @@ class TorchEngine:
     def optimizer_state(self) -> Sequence[LazyTensor]:
         """See TrainingEngine."""
         return self._optimizer.state()
+
+    def saved_state(self) -> SavedState:
+        """See TrainingEngine."""
+        return whole_state(self)
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """See TrainingEngine."""
