@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import os
+import json
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from PIL import Image
 from tests.infer.test_families import CHANGES, LARGER
 from tests.models.llm.families import CONFIGS
 from tests.tiny import make_model, tiny_config
+from tests.vectors import GOLDEN
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.convert.convert import export_model
 from tinyllava_fast.convert.formats.gguf import MODEL, MODELFILE, PROJECTOR
 from tinyllava_fast.data.bpe import train_tokenizer
 from tinyllava_fast.data.templates.base import TEMPLATES
+from tinyllava_fast.data.tokenizer import load_tokenizer
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
@@ -86,9 +89,11 @@ def enlarged(lmm: LMM) -> LMM:
     return lmm.eval()
 
 
-def export(lmm: LMM, config: ModelConfig, folder: Path, **options: Any) -> Exported:
-    tokenizer, processor = train_tokenizer(TEXTS, 268), build_image_processor(config)
-    lmm.config = dataclasses.replace(lmm.config, template="llama", image_mode="pad")
+def export(
+    lmm: LMM, config: ModelConfig, folder: Path, tokenizer: Any = None, template: str = "llama", **options: Any
+) -> Exported:
+    tokenizer, processor = tokenizer or train_tokenizer(TEXTS, 268), build_image_processor(config)
+    lmm.config = dataclasses.replace(lmm.config, template=template, image_mode="pad")
     model_io.save_model(lmm, tokenizer, processor, folder / "ours")
     export_model(folder / "ours", folder / "gguf", "gguf", **options)
     return Exported(lmm, tokenizer, processor, folder / "gguf")
@@ -97,7 +102,6 @@ def export(lmm: LMM, config: ModelConfig, folder: Path, **options: Any) -> Expor
 def llama_cpp(exported: Exported) -> Any:
     """llama.cpp's server without a port of ours: every number in float32."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    os.environ["LLAMA_MEDIA_MARKER"] = "<__media_fixed__>"
     params = xllamacpp.CommonParams()
     params.model.path, params.mmproj.path = str(exported.folder / MODEL), str(exported.folder / PROJECTOR)
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 0
@@ -161,6 +165,45 @@ def test_one_linear_map_goes_through_the_graph_of_two(connector, pictures, tmp_p
     assert theirs(llama_cpp(exported), exported, QUESTION, pictures[:1]) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("llama_spm", "llama"),
+        ("llama_spm_legacy", "llama"),
+        ("gemma_spm", "gemma"),
+        ("phi_bytebpe", "phi"),
+        ("qwen2_base_bytebpe", "qwen2_base"),
+        ("stablelm_bytebpe", "phi"),
+    ],
+)
+def test_llama_cpp_cuts_texts_into_the_same_tokens(name, template, tmp_path) -> None:
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / name)
+    config = describe(vocab_size=704)
+    server = llama_cpp(export(build_model(config).eval(), config, tmp_path, tokenizer, template))
+    for text in (
+        "What is the blue shape?",
+        "USER: a  b\n c",
+        "It's 12,345 o'clock; naïve, 中文 🙂",
+        " leading",
+        "ASSISTANT:",
+    ):
+        asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+        with urllib.request.urlopen(f"{server.listening_address}/tokenize", asked, timeout=20) as reply:
+            found = json.load(reply)["tokens"]
+        assert found == tokenizer(text, add_special_tokens=False).input_ids, text
+
+
+def test_norms_of_gemma_are_one_more_than_what_is_stored(tmp_path) -> None:
+    """In float32, as the model adds it: next to 1, bfloat16 has 8 bits."""
+    config = dataclasses.replace(describe(), llm=LLMConfig(type="gemma", config=CONFIGS["gemma"] | LARGER))
+    lmm = build_model(config).eval()
+    with torch.no_grad():
+        lmm.llm.model.norm.weight.fill_(0.0123)
+    export(lmm, config, tmp_path, dtype=torch.bfloat16)
+    stored = next(t for t in gguf.GGUFReader(tmp_path / "gguf" / MODEL).tensors if t.name == "output_norm.weight")
+    assert np.allclose(stored.data, 1 + float(torch.tensor(0.0123, dtype=torch.bfloat16)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("weights", [None, "q8_0", "q4_0"])
 def test_number_formats(weights, tmp_path) -> None:
     """What is stored is what was meant, within half a step of the format; llama.cpp takes the files."""
@@ -196,7 +239,8 @@ def test_rows_for_padding_and_settings(tmp_path) -> None:
     assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is True
     text = (exported.folder / MODELFILE).read_text()
     assert text.startswith(f"FROM ./{MODEL}\nFROM ./{PROJECTOR}\n") and 'PARAMETER stop "</s>"' in text
-    assert "USER: {{ .Prompt }} ASSISTANT:{{ .Response }}" in text
+    assert 'questions. {{ end }}{{ if eq $message.Role "user" }}USER: {{ $message.Content }}{{ end }}' in text
+    assert '{{ if eq $message.Role "assistant" }} ASSISTANT: {{ $message.Content }}</s>{{ end }}' in text
 
 
 @pytest.mark.parametrize(
@@ -207,6 +251,7 @@ def test_rows_for_padding_and_settings(tmp_path) -> None:
         ({"connector": "mlp2x_relu"}, "activation: relu"),
         ({"vision": "dinov2"}, "vision.type: dinov2"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type: linear"),
+        ({"hidden_act": "gelu"}, "hidden_act: gelu"),
         ({"model_type": "gemma", "head_dim": 16, "tie_word_embeddings": False}, "tie_word_embeddings: false"),
         ({"model_type": "smollm3", "pad_token_id": None}, "llm: gguf export does not know smollm3"),
     ],

@@ -80,7 +80,7 @@ def _llama_tensor(name: str, tensor: Tensor, config: PreTrainedConfig) -> Named:
 
 def _gemma_tensor(name: str, tensor: Tensor, _: PreTrainedConfig) -> Named:
     """A weight of transformers' Gemma says by how much a norm differs from one."""
-    yield name, tensor + 1 if name.endswith("norm.weight") else tensor
+    yield name, tensor.float() + 1 if name.endswith("norm.weight") else tensor
 
 
 def _openelm_tensor(name: str, tensor: Tensor, _: PreTrainedConfig) -> Named:
@@ -95,6 +95,14 @@ def _openelm_tensor(name: str, tensor: Tensor, _: PreTrainedConfig) -> Named:
 
 def _same(name: str, tensor: Tensor, _: PreTrainedConfig) -> Named:
     yield name, tensor
+
+
+def _biased(config: PreTrainedConfig) -> str:
+    return "attention_bias: true" if config.attention_bias else _window(config)
+
+
+def _tied(config: PreTrainedConfig) -> str:
+    return "tie_word_embeddings: true" if config.tie_word_embeddings else _qk_norm(config)
 
 
 def _window(config: PreTrainedConfig) -> str:
@@ -126,17 +134,20 @@ class _Family:
     """Changes a tensor of transformers' name; several may come of it."""
     lacks: Callable[[PreTrainedConfig], str] = _window
     """Returns the setting that llama.cpp lacks, "" if it has all."""
+    activations: tuple[str, ...] = ("silu", "swish")
+    """transformers' names of the function that llama.cpp has in the feed-forward layers."""
 
 
+_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _FAMILIES = {
     "llama": _Family(MODEL_ARCH.LLAMA, adapt=_llama_tensor),
     "mistral": _Family(MODEL_ARCH.LLAMA, adapt=_llama_tensor),
     "qwen2": _Family(MODEL_ARCH.QWEN2),
-    "qwen3": _Family(MODEL_ARCH.QWEN3),
-    "phi": _Family(MODEL_ARCH.PHI2, describe=_partial, lacks=_qk_norm),
-    "stablelm": _Family(MODEL_ARCH.STABLELM, describe=_stablelm, lacks=_qk_norm),
-    "gemma": _Family(MODEL_ARCH.GEMMA, adapt=_gemma_tensor, lacks=_gemma),
-    "gemma2": _Family(MODEL_ARCH.GEMMA2, describe=_gemma2, adapt=_gemma_tensor, lacks=_gemma2_scale),
+    "qwen3": _Family(MODEL_ARCH.QWEN3, lacks=_biased),
+    "phi": _Family(MODEL_ARCH.PHI2, describe=_partial, lacks=_tied, activations=_GELU),
+    "stablelm": _Family(MODEL_ARCH.STABLELM, describe=_stablelm, lacks=_tied),
+    "gemma": _Family(MODEL_ARCH.GEMMA, adapt=_gemma_tensor, lacks=_gemma, activations=_GELU),
+    "gemma2": _Family(MODEL_ARCH.GEMMA2, describe=_gemma2, adapt=_gemma_tensor, lacks=_gemma2_scale, activations=_GELU),
     "openelm": _Family(MODEL_ARCH.OPENELM, adapt=_openelm_tensor),
 }
 """By transformers' model type."""
@@ -178,6 +189,11 @@ class LanguageModel:
                 yield theirs, value
 
 
+def _activation(config: PreTrainedConfig) -> str:
+    names = ("hidden_activation", "hidden_act", "activation_fn_name")
+    return next(str(value) for name in names if (value := getattr(config, name, None)) is not None)
+
+
 def language_model(lmm: LMM, known: int) -> LanguageModel:
     """Return how llama.cpp holds a model. Raises UserError for one that it lacks, naming the field."""
     config = lmm.llm.config
@@ -186,6 +202,8 @@ def language_model(lmm: LMM, known: int) -> LanguageModel:
         raise UserError(f"llm: gguf export does not know {config.model_type}; it knows {', '.join(_FAMILIES)}")
     rope = _rope(config).get("rope_type", "default")
     wrong = f"rope_parameters.rope_type: {rope}" if rope != "default" else family.lacks(config)
+    if (act := _activation(config)) not in family.activations:
+        wrong = f"hidden_act: {act} (llama.cpp has {family.activations[0]})"
     if wrong:
         raise UserError(f"llm.config.{wrong}; gguf export has no such model")
     return LanguageModel(lmm, family, known)

@@ -51,11 +51,14 @@ def add_tokenizer(
         raise UserError(f"tokenizer: a {model['type']} model; gguf export takes BPE, of bytes or of SentencePiece")
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     if model.get("byte_fallback"):
+        _check_steps(state, "normalizer", ("Prepend", "Replace"))
+        _check_steps(state, "pre_tokenizer", ("Metaspace", "Split"))
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(_prefixes(state))
         _add_tokens(writer, tokenizer, known, _scores(merges))
     else:
+        _check_steps(state, "normalizer", ("NFC",))
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre(state))
         _add_tokens(writer, tokenizer, known, None)
@@ -74,6 +77,8 @@ def _add_tokens(
     tokens, kinds = [], []
     for index in range(known):
         token = texts.get(index, f"[PAD{index}]")
+        if scores is not None and index in added and not added[index].special:
+            token = token.replace("\u2581", " ")  # llama.cpp matches and prints such tokens as they are stored
         tokens.append(token)
         if index not in texts:
             kinds.append(TokenType.UNUSED)
@@ -100,9 +105,11 @@ def _scores(merges: list[list[str]]) -> dict[str, float]:
 
 
 def _add_special_ids(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> None:
-    writer.add_eos_token_id(stops[0])
-    if len(stops) > 1:
-        writer.add_eot_token_id(stops[1])
+    places = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    if len(stops) > len(places):
+        raise UserError(f"llm.config.eos_token_id: {len(stops)} tokens end an answer; a gguf file names {len(places)}")
+    for place, stop in zip(places, stops, strict=False):
+        place(stop)
     for index, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (tokenizer.unk_token_id, writer.add_unk_token_id),
@@ -118,6 +125,13 @@ def _steps(step: _Step | None) -> list[_Step]:
         return []
     inner = step.get("pretokenizers") or step.get("normalizers")
     return [single for part in inner for single in _steps(part)] if inner else [step]
+
+
+def _check_steps(state: dict[str, _Step | None], part: str, known: tuple[str, ...]) -> None:
+    """Raise UserError for a step that llama.cpp does not make."""
+    for step in _steps(state[part]):
+        if step["type"] not in known:
+            raise UserError(f"tokenizer: its {part} has {step['type']}, which llama.cpp does not do")
 
 
 def _prefixes(state: dict[str, _Step | None]) -> bool:

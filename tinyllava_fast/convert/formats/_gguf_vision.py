@@ -7,6 +7,7 @@ tower's mean. One linear map alone goes through the same graph: gelu(x) - gelu(-
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import gguf
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from tinyllava_fast.convert.formats._gguf_writer import Writer
 from tinyllava_fast.convert.formats._towers import plain_encoder
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
@@ -35,11 +35,11 @@ def check_vision(lmm: LMM) -> None:
         raise UserError(f"image_mode: {lmm.config.image_mode}; llama.cpp has one square image a marker for this tower")
 
 
-def add_vision(writer: Writer, lmm: LMM, processor: BaseImageProcessor) -> None:
-    """Add the tower, the connector and how pictures are prepared."""
+def describe_vision(lmm: LMM, processor: BaseImageProcessor, writer: gguf.GGUFWriter) -> None:
+    """Add the settings of the tower, the projector and how pictures are prepared."""
     tower = _tower(lmm)
     config = tower.config
-    kind, names = _TYPES[tower.name]
+    kind, _ = _TYPES[tower.name]
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(kind)
@@ -59,11 +59,16 @@ def add_vision(writer: Writer, lmm: LMM, processor: BaseImageProcessor) -> None:
     writer.add_vision_image_mean([float(value) for value in settings["image_mean"]])
     writer.add_vision_image_std([float(value) for value in settings["image_std"]])
     _say_pixels(lmm, tower, [int(255 * value) for value in settings["image_mean"]])
-    for name, tensor in _named(tower):
-        writer.add(name, tensor)
+
+
+def vision_tensors(lmm: LMM) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of tower and connector under llama.cpp's names."""
+    tower = _tower(lmm)
+    yield from _named(tower)
+    _, names = _TYPES[tower.name]
     for name, (weight, bias) in zip(names, _maps(lmm), strict=True):
-        writer.add(f"{name}.weight", weight)
-        writer.add(f"{name}.bias", bias)
+        yield f"{name}.weight", weight
+        yield f"{name}.bias", bias
 
 
 def _tower(lmm: LMM) -> EncoderTower:

@@ -1,9 +1,8 @@
-"""A GGUF file being written: which number format each tensor gets, and the file itself."""
+"""GGUF files: which number format each tensor gets, and the writing, one tensor after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
+
+from tinyllava_fast.log import log
+from tinyllava_fast.pace import EVERY_S, Pace
 
 _BLOCK = 32
 """Numbers that share a scale in q8_0 and q4_0."""
@@ -59,35 +61,42 @@ def precision(weights: str | None, dtype: torch.dtype) -> Precision:
     return Precision(Kind[weights.upper()], Kind.Q8_0, Kind.F16)
 
 
-class Writer(gguf.GGUFWriter):
-    """gguf's writer, which takes torch tensors and stores each in its format."""
+def write_file(
+    path: Path,
+    arch: str,
+    kinds: Precision,
+    describe: Callable[[gguf.GGUFWriter], None],
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]],
+) -> None:
+    """Write a GGUF file; beside the model it takes the memory of one tensor.
 
-    def __init__(self, path: Path, arch: str, kinds: Precision) -> None:
-        super().__init__(path, arch)
-        self.kinds = kinds
-        self.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        self.add_file_type(_FILE_TYPES[kinds.matrix])
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor under llama.cpp's name."""
-        kind = self.kinds.of(name, tensor.shape)
-        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-        stored = values if kind is Kind.F32 else _rounded(values, kind)
-        self.add_tensor(name, stored, raw_dtype=kind)
-
-
-def _rounded(values: np.ndarray, kind: Kind) -> np.ndarray:
-    return values.astype(np.float16) if kind is Kind.F16 else gguf.quants.quantize(values, kind)
-
-
-@contextmanager
-def open_writer(path: Path, arch: str, kinds: Precision) -> Iterator[Writer]:
-    """A writer whose file is complete when the block ends without an exception."""
-    writer = Writer(path, arch, kinds)
+    describe: adds the settings. tensors: yields all tensors by llama.cpp's names, the same each time it is called.
+    """
+    writer = gguf.GGUFWriter(path, arch)
     try:
-        yield writer
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(_FILE_TYPES[kinds.matrix])
+        describe(writer)
+        count = 0
+        for name, tensor in tensors():
+            kind = kinds.of(name, tensor.shape)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.numel() // block * size, kind)
+            count += 1
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        pace = Pace(wait_s=EVERY_S)
+        for done, (name, tensor) in enumerate(tensors()):
+            if pace.due():
+                log.info("%s: %d of %d tensors", path.name, done, count)
+            writer.write_tensor_data(_stored(tensor, kinds.of(name, tensor.shape)))
     finally:
         writer.close()
+
+
+def _stored(tensor: Tensor, kind: Kind) -> np.ndarray:
+    values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+    if kind is Kind.F32:
+        return values
+    return values.astype(np.float16) if kind is Kind.F16 else gguf.quants.quantize(values, kind)

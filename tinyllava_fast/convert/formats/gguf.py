@@ -8,15 +8,18 @@ padded; after an end token in the middle of a prompt, a SentencePiece tokenizer 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+
+from gguf import GGUFWriter
 
 from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats._chat import chat_template, plain_template
 from tinyllava_fast.convert.formats._gguf_llm import language_model
 from tinyllava_fast.convert.formats._gguf_tokenizer import add_tokenizer
-from tinyllava_fast.convert.formats._gguf_vision import add_vision, check_vision
-from tinyllava_fast.convert.formats._gguf_writer import Precision, open_writer, precision
+from tinyllava_fast.convert.formats._gguf_vision import check_vision, describe_vision, vision_tensors
+from tinyllava_fast.convert.formats._gguf_writer import precision, write_file
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
 
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
 
 MODEL, PROJECTOR, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
 # llama.cpp's server puts a marker for each picture into the text: <__media_...__>. A line ends after each of ours.
-_IMAGES = "{%- set found.text = found.text | replace('__>', '__>\\n') -%}"
+_IMAGES = """\
+{%- if '<__media' in found.text -%}{%- set found.text = found.text | replace('__>', '__>\\n') -%}{%- endif -%}
+"""
 
 
 @FORMATS.register("gguf")
@@ -41,22 +46,19 @@ class GgufFormat(Format):
         check_vision(model.lmm)
         kinds = precision(model.weights, model.lmm.dtype)
         known = largest_id(model.tokenizer)[1] + 1
-        _write_llm(folder / MODEL, model, template, known, kinds)
-        with open_writer(folder / PROJECTOR, "clip", kinds.projector) as writer:
-            add_vision(writer, model.lmm, model.processor)
+        llm = language_model(model.lmm, known)
+        stops = [template.stop_id(model.tokenizer), *model.lmm.family.stop_ids(model.lmm.llm)]
+
+        def describe(writer: GGUFWriter) -> None:
+            writer.add_name(f"TinyLLaVA {model.lmm.llm.config.model_type} {model.lmm.vision.name}")
+            llm.describe(writer)
+            add_tokenizer(writer, model.tokenizer, known, stops=stops, add_bos=_adds_bos(template, model.tokenizer))
+            writer.add_chat_template(chat_template(template, image="", prepare=_IMAGES))
+
+        write_file(folder / MODEL, llm.arch, kinds, describe, llm.tensors)
+        add_settings, tensors = partial(describe_vision, model.lmm, model.processor), partial(vision_tensors, model.lmm)
+        write_file(folder / PROJECTOR, "clip", kinds.projector, add_settings, tensors)
         (folder / MODELFILE).write_text(_modelfile(template), encoding="utf-8")
-
-
-def _write_llm(path: Path, model: Model, template: Template, known: int, kinds: Precision) -> None:
-    described = language_model(model.lmm, known)
-    stops = [template.stop_id(model.tokenizer), *model.lmm.family.stop_ids(model.lmm.llm)]
-    with open_writer(path, described.arch, kinds) as writer:
-        writer.add_name(path.parent.name)
-        described.describe(writer)
-        add_tokenizer(writer, model.tokenizer, known, stops=stops, add_bos=_adds_bos(template, model.tokenizer))
-        writer.add_chat_template(chat_template(template, image="", prepare=_IMAGES))
-        for name, tensor in described.tensors():
-            writer.add(name, tensor)
 
 
 def _adds_bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -66,8 +68,16 @@ def _adds_bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _modelfile(template: Template) -> str:
-    """Return Ollama's description: its files, the prompt of one turn in Go's template language, greedy decoding."""
-    prompt = f"{template.system} USER: {{{{ .Prompt }}}}{template.separator}".rstrip() + "{{ .Response }}"
-    lines = [f"FROM ./{MODEL}", f"FROM ./{PROJECTOR}", f'TEMPLATE """{prompt}"""', "PARAMETER temperature 0"]
+    """Return Ollama's description: its files, the prompt in Go's template language, greedy decoding."""
+    parts = [
+        "{{- range $i, $message := .Messages }}{{ if eq $i 0 }}",
+        template.system,
+        ' {{ end }}{{ if eq $message.Role "user" }}USER: {{ $message.Content }}{{ end }}',
+        '{{ if eq $message.Role "assistant" }}',
+        f"{template.separator}{{{{ $message.Content }}}}{template.eos}",
+        "{{ end }}{{ end }}",
+        template.separator.rstrip(),
+    ]
+    lines = [f"FROM ./{MODEL}", f"FROM ./{PROJECTOR}", f'TEMPLATE """{"".join(parts)}"""', "PARAMETER temperature 0"]
     stop = template.eos.strip()
     return "\n".join(lines + [f"PARAMETER stop {json.dumps(stop)}"] * bool(stop)) + "\n"
