@@ -252,7 +252,7 @@ class Run:
         """Around a stage: an error that ends it leaves no checkpoint half-written that could be whole."""
         try:
             yield
-        except Exception:
+        except (Exception, StopRequest):
             # Several processes end one by one, and publish nothing together any more.
             if self.process.world_size == 1:
                 with suppress(Exception):  # the error to tell is the one at hand
