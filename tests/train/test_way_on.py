@@ -276,8 +276,8 @@ _INERT = {
     schema.LoRAConfig: "r alpha dropout bias target_modules rslora dora rank_pattern alpha_pattern",
     schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema "
     "label_smoothing z_loss options",
-    schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload threads "
-    "workers prefetch silence_timeout",
+    schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload deepspeed "
+    "threads workers prefetch silence_timeout",
     schema.CheckpointConfig: "every_steps keep asynchronous",
 }
 

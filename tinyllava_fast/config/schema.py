@@ -313,6 +313,9 @@ class EngineConfig:
     """DeepSpeed only: what is spread: 1 moments and masters, 2 gradients too, 3 weights too; 0 is ddp."""
     offload: bool = False
     """DeepSpeed only: optimizer state in host memory."""
+    deepspeed: FilePath | None = None
+    """DeepSpeed only: a JSON file of its own settings, for instance where weights and moments are kept (offload_param,
+    nvme). Merged into what follows from the run; what contradicts the run is refused."""
     threads: Annotated[int, Range(least=0, most=4096)] = 0
     """CPU threads; 0: OMP_NUM_THREADS if set and one process runs, else all cores, shared by a node's processes."""
     workers: Annotated[int, Range(least=0, most=1024)] | None = None

@@ -31,7 +31,8 @@ from tinyllava_fast.train.engine.launch import LAUNCHED
 from tinyllava_fast.train.parts import MODEL_FILES
 
 _ENGINE = (
-    "type device compile cuda_graphs zero_stage offload threads workers prefetch gradient_checkpointing silence_timeout"
+    "type device compile cuda_graphs zero_stage offload deepspeed threads workers prefetch gradient_checkpointing "
+    "silence_timeout"
 )
 FREE = frozenset(
     {

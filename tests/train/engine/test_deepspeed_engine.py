@@ -17,7 +17,6 @@ from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.train import loop
 from tinyllava_fast.train.cli import main
-from tinyllava_fast.train.engine.deepspeed_engine import deepspeed_config
 from tinyllava_fast.train.loop import train
 
 VALIDATION = {"share": 0.2, "every_steps": 3, "keep": "best", "samples": 2, "max_new_tokens": 3}
@@ -44,7 +43,8 @@ def assert_same_training(run: Path, reference: Path) -> None:
         assert (found["step"], found["stage"], found["lr"]) == (expected["step"], expected["stage"], expected["lr"])
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-        assert found.keys() - {"ranks"} == expected.keys()
+        some = {"ranks", "grad_norms"}  # not every engine tells them
+        assert found.keys() - some == expected.keys() - some
         if "validation" in expected:
             assert found["validation"]["loss"] == pytest.approx(expected["validation"]["loss"], abs=1e-4)
             assert found["validation"]["samples"] == expected["validation"]["samples"]
@@ -70,8 +70,10 @@ def test_zero_stages_train_as_one_process_does(tiny_run):
     stages = {f"zero{z}": f"engine.type=deepspeed,engine.zero_stage={z}" for z in (0, 1, 2, 3)}
     offload = f"{stages['zero2']},engine.offload=true"
     again = f"torch_then_zero3:{stages['zero3']}"
-    launch(folder, *(f"{name}:{change}" for name, change in stages.items()), f"offload:{offload}", again)
-    for name in (*stages, "offload", "torch_then_zero3"):
+    (folder / "ds.json").write_text('{"zero_optimization": {"offload_param": {"device": "cpu"}}}')
+    own = f"own:{stages['zero3']},engine.deepspeed={folder / 'ds.json'}"
+    launch(folder, *(f"{name}:{change}" for name, change in stages.items()), f"offload:{offload}", again, own)
+    for name in (*stages, "offload", "torch_then_zero3", "own"):
         assert_same_training(folder / name, folder / "one")
     shutil.rmtree(folder / "zero3" / "checkpoints" / "finetune-00000012")
     train(load_run(path, [f"output_dir={folder / 'zero3'}"]))
@@ -178,16 +180,3 @@ def test_deepspeed_that_is_not_installed(tiny_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"deepspeed does not import .*tinyllava-fast\[train\]"):
         train(load_run(tiny_run(), ["engine.type=deepspeed"]))
-
-
-def test_json_is_generated_from_the_settings():
-    base = {"clip_norm": 0.5, "micro_batches": 3, "cuda": False}
-    config = deepspeed_config(zero_stage=3, offload=True, bf16=True, **base)
-    assert config["gradient_accumulation_steps"] == 3 and config["gradient_clipping"] == 0.5
-    assert config["bf16"] == {"enabled": True} and config["data_types"] == {"grad_accum_dtype": "fp32"}
-    zero = config["zero_optimization"]
-    assert zero["stage"] == 3 and zero["offload_optimizer"]["device"] == "cpu"
-    assert zero["stage3_param_persistence_threshold"] > 0
-    plain = deepspeed_config(zero_stage=2, offload=False, bf16=False, **base)
-    assert "bf16" not in plain and "offload_optimizer" not in plain["zero_optimization"]
-    json.dumps(config)

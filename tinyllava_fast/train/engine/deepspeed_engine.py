@@ -36,45 +36,19 @@ from tinyllava_fast.train.engine.base import (
     whole_state,
     with_image,
 )
+from tinyllava_fast.train.engine.deepspeed_json import deepspeed_config
 from tinyllava_fast.train.optim import Masters, checked
 from tinyllava_fast.train.optimizers.adamw import MOMENTS
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine as Wrapped
 
-PERSISTENT_NUMEL = 10_000
-"""ZeRO-3 keeps weights below this size whole: norms and biases, not worth a gather."""
-
-
-def deepspeed_config(
-    *, zero_stage: int, offload: bool, micro_batches: int, clip_norm: float, bf16: bool, cuda: bool
-) -> dict[str, object]:
-    """Return DeepSpeed's JSON. micro_batches: packs of one process in one optimizer step."""
-    zero: dict[str, object] = {"stage": zero_stage, "contiguous_gradients": True, "overlap_comm": cuda}
-    if zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
-    config: dict[str, object] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": clip_norm,
-        "zero_optimization": zero,
-        # torch's AdamW updates on the CPU too, without compiling DeepSpeed's own at the first start.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    if bf16:
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["communication_data_type"] = "fp32"
-    return config
-
 
 class DeepSpeedEngine(InGroup):
     """TrainingEngine over DeepSpeed.
 
-    model: whole, on every rank; its modules name in ``external_parameters()`` what they read of other modules.
+    model: whole, on every rank; its modules name in ``external_parameters()`` what they read of other modules. file: of
+    DeepSpeed's settings (deepspeed_json.py).
     """
 
     def __init__(
@@ -88,6 +62,7 @@ class DeepSpeedEngine(InGroup):
         offload: bool,
         micro_batches: int,
         masters: Masters | None = None,
+        file: str | None = None,
     ) -> None:
         try:
             import deepspeed
@@ -114,6 +89,7 @@ class DeepSpeedEngine(InGroup):
             clip_norm=optim.clip_norm,
             bf16=self._low,
             cuda=device.type == "cuda",
+            file=file,
         )
         torch_groups = [{**g, "betas": optim.betas, "eps": optim.eps} for g in groups if g["params"]]
         # amsgrad=False is torch's default; DeepSpeed reads the key from the groups.

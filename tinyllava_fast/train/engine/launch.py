@@ -19,6 +19,7 @@ from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import TrainingEngine
+from tinyllava_fast.train.engine.deepspeed_json import check_file
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
 
@@ -63,6 +64,7 @@ def start_process(config: EngineConfig) -> Process:
     device = torch.device("cuda", env["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
     check_dtype(config, kind)
     _check_compile(config)
+    check_file(config)
     if config.cuda_graphs:
         _check_cuda_graphs(config, kind)
     if kind == "cuda":
@@ -212,6 +214,7 @@ def build_engine(
         zero_stage=config.zero_stage,
         offload=config.offload,
         micro_batches=micro_batches,
+        file=config.deepspeed,
     )
 
 
