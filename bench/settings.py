@@ -374,6 +374,13 @@ class PlanCheckSettings(Settings):
     )
     deepspeed: bool = option(False, "DeepSpeed with more than 2 processes too: its start takes longer than its steps")
     steps: int = option(3, "timed steps of each")
+    source: Path | None = option(
+        None,
+        "measure nothing: plan again for what this file, which --json has written, holds as measured",
+        flag="--from",
+        metavar="FILE",
+        parse=Path,
+    )
     lengths: tuple[int, ...] = (160, 120, 104)
     shrunk: tuple[str, ...] = ()
 
