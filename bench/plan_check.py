@@ -148,9 +148,7 @@ def _row(
     return _beside(pack, device, name, count, mbit, measured)
 
 
-def _beside(
-    pack: plan.Work, device: cluster.Device, name: str, count: int, mbit: int, measured: Report
-) -> Report:
+def _beside(pack: plan.Work, device: cluster.Device, name: str, count: int, mbit: int, measured: Report) -> Report:
     """Return a row: what was measured, and what is planned."""
     engine = replace(plan.ENGINES[name], device="cpu")
     if mbit:  # a node for each process, which share this machine's cores all the same

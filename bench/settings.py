@@ -374,7 +374,7 @@ class PlanCheckSettings(Settings):
     )
     deepspeed: bool = option(False, "DeepSpeed with more than 2 processes too: its start takes longer than its steps")
     steps: int = option(3, "timed steps of each")
-    source: Path | None = option(
+    source: Path | None = option(  # noqa: RUF009 a dataclass field
         None,
         "measure nothing: plan again for what this file, which --json has written, holds as measured",
         flag="--from",

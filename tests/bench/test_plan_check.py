@@ -52,7 +52,7 @@ def test_the_plan_holds_where_it_was_measured(name: str) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(UserError, match="other.json: not a report of `tlf-bench plan-check --json`"):
+    with pytest.raises(UserError, match=r"other\.json: not a report of `tlf-bench plan-check --json`"):
         plan_check.benchmark(PlanCheckSettings(source=tmp_path / "other.json"))
 
 

@@ -26,7 +26,14 @@ from tinyllava_fast.train.answers import open_answering
 from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.lr_schedule import lr_factor, warmup_steps
-from tinyllava_fast.train.memory import copied_bytes, image_bytes, kept_bytes, learning_skeleton, token_bytes, update_bytes
+from tinyllava_fast.train.memory import (
+    copied_bytes,
+    image_bytes,
+    kept_bytes,
+    learning_skeleton,
+    token_bytes,
+    update_bytes,
+)
 from tinyllava_fast.train.prepare import average_flops, build_loader, look_at_files, of_stage, validation_loader
 from tinyllava_fast.train.reading import stage_reading
 from tinyllava_fast.train.resume import find_checkpoint
@@ -179,8 +186,10 @@ def _memory(config: RunConfig, process: Process, stage: StageConfig, model: LMM,
     else:
         yield f"        fits {where}: {size(free)} are free"
     if background and not on_cpu:
-        when = "" if chosen is True else ", if twice that is free for all processes of the machine"
-        yield f"        checkpoints in the background: copies of about {size(copied)} a process in the host's memory{when}"
+        yield (
+            f"        checkpoints in the background: copies of about {size(copied)} a process in the host's memory"
+            + ("" if chosen is True else ", if twice that is free for all processes of the machine")
+        )
 
 
 def _remedy(stage: StageConfig) -> str:
