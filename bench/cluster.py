@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +50,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Measured:
-    """The measured cost of a collective of so many processes: seconds each, and bytes a second that leave a process."""
+    """The measured cost of a collective of so many processes: seconds each, and `Collective.sent` bytes a second."""
 
     seconds: float
     bytes_per_s: float
@@ -64,6 +64,7 @@ class Device:
     traffic in an update. node_bytes: of a node's ports together, host_bytes: between device and host, each one way.
     context: memory of a process beside its tensors.
     measured: collectives of a CPU by their number of processes; slowdown: of computation and of updates, likewise.
+    volume: times the bytes of a ring that a kind really sends, where that is not 1.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Device:
     context: float
     measured: Mapping[int, Mapping[Kind, Measured]] | None = None
     slowdown: Mapping[int, tuple[float, float]] | None = None
+    volume: Mapping[Kind, float] = field(default_factory=dict)
 
     @property
     def is_cpu(self) -> bool:
@@ -96,9 +98,8 @@ class Device:
         return self.slowdown[min(self.slowdown, key=lambda known: (abs(known - here), known))]
 
     def sent(self, one: Collective, processes: int) -> float:
-        """Return the bytes that leave each of so many processes: gloo scatters a sum by sending it to everyone."""
-        whole = self.is_cpu and one.kind == "reduce_scatter"
-        return one.sent(processes) * (2 if whole else 1)
+        """Return the bytes that leave each of so many processes, as their library sends them."""
+        return one.sent(processes) * self.volume.get(one.kind, 1)
 
     def seconds(self, one: Collective, processes: int) -> float:
         """Return what collectives of so many processes take, nothing else going on."""
@@ -108,10 +109,9 @@ class Device:
         if self.measured is not None:
             here = min(self.measured, key=lambda known: abs(known - min(processes, self.per_node)))
             found = self.measured[here][one.kind]
-            wire = self.sent(one, processes)
-            between = wire * self.per_node / self.node_bytes if nodes > 1 else 0.0
+            between = self.sent(one, processes) * self.per_node / self.node_bytes if nodes > 1 else 0.0
             hops = one.count * _TIMES[one.kind] * (nodes - 1) * self.network.ring_hop
-            return one.count * found.seconds + max(wire / found.bytes_per_s, between) + hops
+            return one.count * found.seconds + max(one.sent(processes) / found.bytes_per_s, between) + hops
         pace = min(self.inside_bytes, self.node_bytes) if nodes > 1 else self.inside_bytes
         times, hops = _TIMES[one.kind], processes - 1
         ring = times * ((hops - (nodes - 1)) * self.inside.ring_hop + (nodes - 1) * self.network.ring_hop)
@@ -182,4 +182,5 @@ def measured_cpu(result: Report, *, node_gbps: float | None = None, per_node: in
         context=found["process_bytes"],
         measured=collectives,
         slowdown={int(count): (factor, found["update_slowdown"][count]) for count, factor in found["slowdown"].items()},
+        volume=table()["gloo_volume"],
     )

@@ -279,6 +279,8 @@ def memory_bytes(work: Work, device: Device, engine: EngineConfig, count: int, p
     kept: dict[str, float] = dict(memory.kept_bytes(work.skeleton, stage, engine, process))
     kept["activations"] = work.tokens * memory.token_bytes(work.skeleton, work.stage, engine)
     kept["activations"] += work.images * memory.image_bytes(work.skeleton, work.stage, engine)
+    # An update's copies come when the activations are gone: what they take beyond those.
+    kept["update"] = max(memory.update_bytes(work.skeleton, engine, process) - kept["activations"], 0)
     return {**kept, "process": device.context}
 
 

@@ -4,7 +4,8 @@ First the constants: 1, 2 and 4 processes train side by side without a word to o
 depth, and time collectives. They are what `tlf-bench plan --gpu cpu` goes by. Then each engine trains the whole model,
 and its step, its peak of memory and, with ``--network``, its bytes on the wire are held against `bench.plan.predict`.
 ``--network MBIT`` puts every process into a network namespace of its own, whose link sends at most so much; the
-constants are then those of the file that plan.yaml names.
+constants are then those of the file that plan.yaml names. ``--from FILE`` measures nothing: it plans again, by the code
+of today, for what such a file holds as measured.
 """
 
 from __future__ import annotations
@@ -43,15 +44,14 @@ def benchmark(settings: PlanCheckSettings) -> Report:
 
     rows: {engine, processes, mbit, measured, predicted, off}, each of the three with step_s, peak_bytes and, on a
     limited network, wire_bytes; off: how far the prediction is from the measurement, relative to it. A time is that of
-    the fastest step, which other work has disturbed least; steps_s has all.
+    the fastest step, which other work has disturbed least; steps_s has all. load: of the machine before and after.
     """
+    if settings.source is not None:
+        return planned_again(settings.source)
     run = load_run(WORKLOAD, list(settings.shrunk))
     facts = {"machine": machine.describe("cpu"), "settings": asdict(settings)}
-    if settings.network:
-        name = cluster.table()["devices"]["cpu"]["measured"]
-        constants = json.loads((cluster.HERE / "results" / name).read_text(encoding="utf-8"))["constants"]
-    else:
-        constants = calibrate(run, settings)
+    load = [os.getloadavg()[0]]
+    constants = _constants_of_file() if settings.network else calibrate(run, settings)
     device = cluster.measured_cpu({"constants": constants, **facts})
     cases = [
         (name, count, mbit)
@@ -60,15 +60,44 @@ def benchmark(settings: PlanCheckSettings) -> Report:
         for name in settings.engines
         if count == 2 or plan.ENGINES[name].type != "deepspeed" or settings.deepspeed
     ]
-    model = build_model(run.model, seed=0)
-    pack = plan.pack_work(
-        model, run.stages[0], settings.lengths, len(settings.lengths), sum(settings.lengths) // 5, dtype="bfloat16"
-    )
+    pack = _pack(run, settings.lengths)
     rows = [
         _row(run, pack, device, settings, name, count, mbit)
         for name, count, mbit in progress(cases, "engines to measure")
     ]
-    return {"constants": constants, "rows": rows, **facts}
+    load.append(os.getloadavg()[0])
+    return {"constants": constants, "rows": rows, **facts, "load": load}
+
+
+def planned_again(file: Path) -> Report:
+    """Return the report of a file with new predictions, and ``planned_again``; what was measured stays as it is."""
+    try:
+        result: Report = json.loads(file.read_text(encoding="utf-8"))
+        settings, rows = result["settings"], result["rows"]
+        constants = _constants_of_file() if settings["network"] else result["constants"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--from {file}: not a report of `tlf-bench plan-check --json` ({type(error).__name__}: {error})"
+        ) from None
+    device = cluster.measured_cpu({**result, "constants": constants})
+    pack = _pack(load_run(WORKLOAD, settings["shrunk"]), settings["lengths"])
+    new = [
+        _beside(pack, device, row["engine"], row["processes"], row["mbit"], row["measured"])
+        for row in progress(rows, "engines to plan again")
+    ]
+    return {**result, "constants": constants, "rows": new, "planned_again": True}
+
+
+def _constants_of_file() -> Report:
+    name = cluster.table()["devices"]["cpu"]["measured"]
+    found: Report = json.loads((cluster.HERE / "results" / name).read_text(encoding="utf-8"))["constants"]
+    return found
+
+
+def _pack(run: RunConfig, lengths: Sequence[int]) -> plan.Work:
+    """Return the work of the pack that each process trains (plan_worker.synthetic_pack)."""
+    model = build_model(run.model, seed=0)
+    return plan.pack_work(model, run.stages[0], lengths, len(lengths), sum(lengths) // 5, dtype="bfloat16")
 
 
 def calibrate(run: RunConfig, settings: PlanCheckSettings) -> Report:
@@ -80,9 +109,7 @@ def calibrate(run: RunConfig, settings: PlanCheckSettings) -> Report:
         count: _start(half, EngineConfig(), count, settings, alone=True)
         for count in progress(counts, "numbers of processes side by side")
     }
-    model = build_model(half.model, seed=0)
-    lengths = settings.lengths
-    pack = plan.pack_work(model, half.stages[0], lengths, len(lengths), sum(lengths) // 5, dtype="bfloat16")
+    pack = _pack(half, settings.lengths)
     passes = {count: _slowest(answers, "passes") for count, answers in found.items()}
     updates = {count: _slowest(answers, "updates") for count, answers in found.items()}
     peak = found[1][0]["gemm_flops_per_s"]
@@ -116,10 +143,17 @@ def _row(
         "passes_s": answers[0]["passes"],
         "peak_bytes": max(answer["peak_rss_bytes"] for answer in answers),
     }
+    if mbit:
+        measured["wire_bytes"] = statistics.mean(answer["sent_bytes"] for answer in answers)
+    return _beside(pack, device, name, count, mbit, measured)
+
+
+def _beside(pack: plan.Work, device: cluster.Device, name: str, count: int, mbit: int, measured: Report) -> Report:
+    """Return a row: what was measured, and what is planned."""
+    engine = replace(plan.ENGINES[name], device="cpu")
     if mbit:  # a node for each process, which share this machine's cores all the same
         share = {1: device.slowdowns(count)}
         device = replace(device, per_node=1, node_bytes=mbit * 1e6 / 8, slowdown=share)
-        measured["wire_bytes"] = statistics.mean(answer["sent_bytes"] for answer in answers)
     told = plan.predict(pack, device, engine, count, 1)
     predicted: Report = {"step_s": told["step_s"], "peak_bytes": told["need"], "wire_bytes": told["wire_bytes"]}
     predicted |= {"seconds": told["seconds"], "memory": told["memory"]}

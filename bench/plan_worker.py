@@ -116,13 +116,10 @@ def _step(engine: TrainingEngine, pack: PackedBatch, lrs: Mapping[str, float]) -
 
 
 def collectives(sizes: tuple[int, int], rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Return {kind: {seconds, bytes_per_s}} (bench.cluster.Measured) from two sizes of each collective.
-
-    gloo's reduce_scatter sends as much as an all_reduce (cluster.Device.sent).
-    """
+    """Return {kind: {seconds, bytes_per_s}} (bench.cluster.Measured) from two sizes of each collective."""
     count = dist.get_world_size()
     found = {}
-    for kind, times in (("all_reduce", 2), ("gather", 1), ("reduce_scatter", 2)):
+    for kind, times in (("all_reduce", 2), ("gather", 1), ("reduce_scatter", 1)):
         took = []
         for size in sizes:
             whole, part = torch.ones(size), torch.ones(size // count)

@@ -369,11 +369,12 @@ class PlanCheckSettings(Settings):
         names=("ddp", "fsdp", "zero1", "zero2", "zero3"),
     )
     processes: tuple[int, ...] = option((2, 4), "processes; repeat")
-    network: tuple[int, ...] = option(
-        (), "Mbit/s of a process's link: each in a network namespace (root); repeat", parse=int
-    )
+    network: tuple[int, ...] = option((), "Mbit/s of a process's link, a network namespace (root); repeat", parse=int)
     deepspeed: bool = option(False, "DeepSpeed with more than 2 processes too: its start takes longer than its steps")
     steps: int = option(3, "timed steps of each")
+    source: Path | None = option(  # noqa: RUF009 a dataclass field
+        None, "measure nothing: plan again for what this report holds", flag="--from", metavar="FILE", parse=Path
+    )
     lengths: tuple[int, ...] = (160, 120, 104)
     shrunk: tuple[str, ...] = ()
 

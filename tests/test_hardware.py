@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from tinyllava_fast import hardware
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 
 FAULTS = """
@@ -151,3 +152,16 @@ assert rss_bytes() - before < 4 << 20, rss_bytes() - before
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("the C library is not glibc")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_gpu_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert hardware.own_gpu(3) == 3
+    with pytest.raises(UserError, match="LOCAL_RANK is 4, but this process sees 4 GPUs"):
+        hardware.own_gpu(4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert hardware.own_gpu(3) == 0  # srun --gpus-per-task=1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match="LOCAL_RANK is 1, but this process sees 1 GPUs"):
+        hardware.own_gpu(1)

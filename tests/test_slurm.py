@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -66,8 +67,10 @@ def test_tasks_of_each_node() -> None:
         {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script, which runs once
         {**STEP, "SLURM_STEP_NUM_TASKS": "1"},
         {**STEP, "RANK": "3"},
+        {**STEP, "SLURM_PTY_PORT": "40123", "SLURM_PROCID": "0"},
+        {**STEP, "OMPI_COMM_WORLD_RANK": "3"},
     ],
-    ids=["no cluster", "batch script", "one task", "torchrun inside"],
+    ids=["no cluster", "batch script", "one task", "torchrun inside", "srun --pty", "mpirun"],
 )
 def test_nothing_is_set_where_srun_has_not_started_several(environment: dict[str, str]) -> None:
     before = dict(environment)
@@ -90,21 +93,45 @@ def test_what_makes_no_sense_is_refused(programs: Path, changes: dict[str, str],
         slurm.adopt(STEP | changes)
 
 
+def test_processes_with_different_commands_are_refused() -> None:
+    slurm.check_commands([["a", "b c"], ["a", "b c"]])
+    with pytest.raises(UserError, match=r"rank 0 has 'model_0', rank 1 has 'model_1'.*unset SLURM_STEP_NUM_TASKS"):
+        slurm.check_commands([["model_0"], ["model_1"]])
+
+
+def test_a_task_has_the_cpus_that_srun_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound to them it sees no others; dividing those again by the tasks of the node would leave most idle."""
+    monkeypatch.setattr("tinyllava_fast.hardware.cores", lambda: 12)
+    task = {slurm.ADOPTED: "4711.1", "SLURM_CPUS_PER_TASK": "12"}
+    assert slurm.own_cores(4, task) == 12 and slurm.own_cores(4, task | {"SLURM_CPUS_PER_TASK": "5"}) == 5
+    assert slurm.own_cores(4, {"SLURM_CPUS_PER_TASK": "12"}) == 3  # torchrun in a batch script
+    assert slurm.own_cores(24, {}) == 1
+
+
+def test_what_refuses_several_processes_names_slurm() -> None:
+    assert slurm.remedy({}) == ""
+    assert "unset SLURM_STEP_NUM_TASKS" in slurm.remedy({slurm.ADOPTED: "4711.1"})
+
+
 @pytest.mark.parametrize("name", ["one_node", "many_nodes"])
-@pytest.mark.parametrize("early", [False, True], ids=["to the end", "early"])
-def test_the_batch_script_requeues_what_was_asked_to_end(
-    name: str, early: bool, programs: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("end", ["by itself", "early", "refused", "finished"])
+def test_the_batch_script_requeues_what_was_asked_to_end(name: str, end: str, programs: Path, tmp_path: Path) -> None:
     """srun passes the signal on, as SLURM's does; the training that it runs says what it was given, and ends with 0."""
-    stand_in(programs, "srun", '[ "$1" = --kill-on-bad-exit=1 ] || exit 9\nshift\nexec "$@"')
+    stand_in(programs, "srun", '[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=12" ] || exit 9\nshift 2\nexec "$@"')
     stand_in(programs, "scontrol", 'if [ "$1" = show ]; then printf "n0\\nn1\\n"; else echo "$@" > requeued; fi')
     stand_in(
         programs,
         "training",
-        'echo "$MASTER_ADDR $*" > began.tmp; trap "exit 0" USR1; mv began.tmp began\n'
+        'if [ "${!#}" = --print-config ]; then echo "output_dir: run"; exit; fi\n'
+        f'echo "$MASTER_ADDR $*" > began.tmp; trap "exit {2 if end == "refused" else 0}" USR1; mv began.tmp began\n'
         'if [ "$1" = wait ]; then while :; do sleep 0.02; done; fi; exit 3',
     )
     environment = {**os.environ, "TLF_TRAIN": "training", "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[0-1]"}
+    environment["SLURM_CPUS_PER_TASK"] = "12"
+    early = end != "by itself"
+    (tmp_path / "run").mkdir()
+    state = "finished" if end == "finished" else "stopped"
+    (tmp_path / "run" / "status.json").write_text(json.dumps({"state": state}, indent=1))
     environment.pop("MASTER_ADDR", None)
     words = ["bash", str(CLUSTER / f"{name}.sbatch"), "wait" if early else "run.yaml", "seed=1"]
     with subprocess.Popen(words, cwd=tmp_path, env=environment) as script:
@@ -113,9 +140,9 @@ def test_the_batch_script_requeues_what_was_asked_to_end(
             time.sleep(0.01)
         if early:
             script.send_signal(signal.SIGUSR1)
-        assert script.wait(60) == (0 if early else 3)
+        assert script.wait(60) == {"by itself": 3, "refused": 2}.get(end, 0)
     first = "n0" if name == "many_nodes" else ""
     assert (tmp_path / "began").read_text() == f"{first} {words[2]} seed=1\n"
-    assert (tmp_path / "requeued").exists() == early
-    if early:
+    assert (tmp_path / "requeued").exists() == (end == "early")
+    if end == "early":
         assert (tmp_path / "requeued").read_text() == "requeue 4711\n"

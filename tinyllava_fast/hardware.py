@@ -50,6 +50,24 @@ def torchrun_number(name: str, default: int) -> int:
     return int(text)
 
 
+def own_gpu(local_rank: int) -> int:
+    """Return the index of the GPU of a node's process. UserError if it sees fewer GPUs than that takes.
+
+    A process that sees one GPU has it by itself, as under srun --gpus-per-task=1; but torchrun's all see the same.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return local_rank
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    raise UserError(
+        f"LOCAL_RANK is {local_rank}, but this process sees {count} GPUs; start at most {count} processes on this "
+        "machine, or let each see one GPU of its own (srun --gpus-per-task=1)"
+    )
+
+
 def prepare_memory() -> bool:
     """Keep freed memory and ask for huge pages; False where the C library is not glibc.
 

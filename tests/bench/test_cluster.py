@@ -55,6 +55,11 @@ def test_a_cpu_goes_by_what_was_measured() -> None:
     found = device.measured[2]["all_reduce"]
     one = Collective("all_reduce", 1e8, 10)
     assert device.seconds(one, 2) == pytest.approx(10 * found.seconds + 1e8 / found.bytes_per_s)
+    part = Collective("reduce_scatter", 1e8, 1)
+    assert device.sent(part, 2) == 1e8 and part.sent(2) == 5e7 == read_device("h100").sent(part, 2)
+    assert device.seconds(part, 2) == pytest.approx(
+        device.measured[2]["reduce_scatter"].seconds + 5e7 / device.measured[2]["reduce_scatter"].bytes_per_s
+    )
     nodes = dataclasses.replace(device, per_node=1, node_bytes=1e6)
     assert nodes.seconds(one, 2) == pytest.approx(100, rel=0.05)
     assert device.slowdowns(4)[0] > device.slowdowns(1)[0] == 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
@@ -10,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinyllava_fast.bench import cli, cluster, plan, plan_check, plan_worker
+from tinyllava_fast.bench import cli, cluster, plan_check, plan_worker
 from tinyllava_fast.bench.settings import PlanCheckSettings
-from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.models.build import build_model
 from tinyllava_fast.models.lmm import LMM
 
 
@@ -40,17 +37,23 @@ def test_what_a_process_says_goes_to_the_user() -> None:
 
 @pytest.mark.parametrize("name", ["plan_check_2core_zen5", "plan_check_network_2core_zen5"])
 def test_the_plan_holds_where_it_was_measured(name: str) -> None:
-    """bench/results: what is planned now is near the memory and the bytes on the wire that were measured then."""
-    result = json.loads((cluster.HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    run, lengths, device = load_run(plan_check.WORKLOAD), result["settings"]["lengths"], cluster.measured_cpu(result)
-    model = build_model(run.model, seed=0)
-    work = plan.pack_work(model, run.stages[0], lengths, len(lengths), sum(lengths) // 5, dtype="bfloat16")
-    for row in result["rows"]:
-        engine = dataclasses.replace(plan.ENGINES[row["engine"]], device="cpu")
-        told, measured = plan.predict(work, device, engine, row["processes"], 1), row["measured"]
-        assert told["need"] == pytest.approx(measured["peak_bytes"], rel=0.17), row["engine"]
+    """bench/results: what is planned now is what the file says, and near the memory and bytes that were measured."""
+    file = cluster.HERE / "results" / f"{name}.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    again = plan_check.planned_again(file)
+    assert again["constants"] == result["constants"]
+    for row, new in zip(result["rows"], again["rows"], strict=True):
+        measured, told = new["measured"], new["predicted"]
+        assert measured == row["measured"] and told["step_s"] == pytest.approx(row["predicted"]["step_s"])
+        assert told["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.17), row["engine"]
         if row["mbit"]:
             assert told["wire_bytes"] == pytest.approx(measured["wire_bytes"], rel=0.02), row["engine"]
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(UserError, match=r"other\.json: not a report of `tlf-bench plan-check --json`"):
+        plan_check.benchmark(PlanCheckSettings(source=tmp_path / "other.json"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.models.build import build_model
 from tinyllava_fast.train.engine.launch import Process
-from tinyllava_fast.train.memory import kept_bytes, learning_skeleton, token_bytes, without_values
+from tinyllava_fast.train.memory import kept_bytes, learning_skeleton, token_bytes, update_bytes, without_values
 
 TinyRun = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -39,6 +39,23 @@ def test_what_an_engine_shares_counts_once_over_all_processes(
     alone, four = (kept_bytes(skeleton, stage, config.engine, Process(0, count, cpu)) for count in (1, 4))
     assert {name for name in alone if four[name] < alone[name]} == set(shared)
     assert all(four[name] == alone[name] // 4 for name in shared)
+
+
+@pytest.mark.parametrize(
+    ("engine", "bytes_"),
+    [
+        (["deepspeed", "engine.zero_stage=2", "engine.dtype=bfloat16"], 4),
+        (["deepspeed", "engine.zero_stage=2", "engine.dtype=float32"], 0),
+        (["deepspeed", "engine.zero_stage=0", "engine.dtype=bfloat16"], 0),
+        (["fsdp", "engine.dtype=bfloat16"], 0),
+    ],
+    ids=["zero2", "float32", "zero0", "fsdp"],
+)
+def test_what_an_update_holds_beside_the_masters(engine: list[str], bytes_: int, tiny_run: TinyRun) -> None:
+    config = load_run(tiny_run(), [f"engine.type={engine[0]}", *engine[1:]])
+    skeleton = learning_skeleton(build_model(config.model, seed=0), config.stages[-1], config.engine)
+    learnt = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    assert update_bytes(skeleton, config.engine, Process(0, 2, torch.device("cpu"))) == bytes_ * learnt // 2
 
 
 def test_a_copy_without_values_takes_no_memory_and_leaves_the_model(tiny_run: TinyRun) -> None:

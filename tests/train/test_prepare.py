@@ -21,6 +21,6 @@ from tinyllava_fast.train.engine.launch import Process
     ],
 )
 def test_the_number_of_workers_follows_the_cores(asked, device, cores, ranks, expected, monkeypatch):
-    monkeypatch.setattr(prepare, "cores", lambda: cores)
+    monkeypatch.setattr("tinyllava_fast.hardware.cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert prepare._workers(EngineConfig(workers=asked), Process(0, 1, torch.device(device))) == expected

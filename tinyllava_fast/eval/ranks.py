@@ -13,7 +13,7 @@ from datetime import timedelta
 from tinyllava_fast import slurm
 from tinyllava_fast.errors import LostError, UserError
 from tinyllava_fast.eval.benchmarks.base import Question
-from tinyllava_fast.hardware import torchrun_number
+from tinyllava_fast.hardware import own_gpu, torchrun_number
 from tinyllava_fast.log import log
 
 PATIENCE = timedelta(days=7)  # ranks finish hours apart
@@ -49,7 +49,8 @@ class Ranks:
         """ "auto" with several processes on GPUs: each its own."""
         import torch
 
-        return f"cuda:{self.local}" if device == "auto" and self.world > 1 and torch.cuda.is_available() else device
+        own = device == "auto" and self.world > 1 and torch.cuda.is_available()
+        return f"cuda:{own_gpu(self.local)}" if own else device
 
     def share(self, questions: Sequence[Question]) -> list[Question]:
         """This rank's questions: those about one image stay together, image groups are dealt out largest first."""
@@ -73,6 +74,8 @@ class Ranks:
 
         group.join("gloo", timeout=PATIENCE, silence=SILENCE)
         with group.in_concert(), _answers_kept(), group.watched(_kept), _told_by_torchrun():
+            if (command := slurm.own_command()) is not None:
+                slurm.check_commands(group.gather(command))
             yield
             group.gather(None)
 

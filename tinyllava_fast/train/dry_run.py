@@ -26,7 +26,14 @@ from tinyllava_fast.train.answers import open_answering
 from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.engine.launch import Process
 from tinyllava_fast.train.lr_schedule import lr_factor, warmup_steps
-from tinyllava_fast.train.memory import image_bytes, kept_bytes, learning_skeleton, token_bytes
+from tinyllava_fast.train.memory import (
+    copied_bytes,
+    image_bytes,
+    kept_bytes,
+    learning_skeleton,
+    token_bytes,
+    update_bytes,
+)
 from tinyllava_fast.train.prepare import average_flops, build_loader, look_at_files, of_stage, validation_loader
 from tinyllava_fast.train.reading import stage_reading
 from tinyllava_fast.train.resume import find_checkpoint
@@ -162,14 +169,27 @@ def _memory(config: RunConfig, process: Process, stage: StageConfig, model: LMM,
     images = int(loader.dataset.images.max(initial=0)) if stage.batch.max_images else 0
     step = stage.batch.tokens * token_bytes(model, stage, config.engine)
     step += min(stage.batch.max_images, max(images, 1)) * image_bytes(model, stage, config.engine)
-    need = sum(kept.values()) + step
+    update = update_bytes(skeleton, config.engine, process)  # when the activations are gone
+    need = sum(kept.values()) + max(step, update)
+    copied = copied_bytes(skeleton, stage, process)
+    on_cpu, chosen = process.device.type == "cpu", config.checkpoint.asynchronous
+    background = chosen is True or (chosen == "auto" and not on_cpu)
+    need += copied if background and on_cpu else 0
     where, free = _free_bytes(process)
     what = ", ".join(f"{name} {size(count)}" for name, count in kept.items() if count)
-    yield f"memory: about {size(need)} a process ({what}, activations about {size(step)})"
+    what += f", activations about {size(step)}"
+    what += f", after them {size(update)} of the update" if update else ""
+    what += f", the copy of a checkpoint {size(copied)}" if background and on_cpu else ""
+    yield f"memory: about {size(need)} a process ({what})"
     if need > ROOM * free:
         yield f"        DOES NOT FIT {where}: {size(free)} are free{_remedy(stage)}"
-        return
-    yield f"        fits {where}: {size(free)} are free"
+    else:
+        yield f"        fits {where}: {size(free)} are free"
+    if background and not on_cpu:
+        yield (
+            f"        checkpoints in the background: copies of about {size(copied)} a process in the host's memory"
+            + ("" if chosen is True else ", if twice that is free for all processes of the machine")
+        )
 
 
 def _remedy(stage: StageConfig) -> str:

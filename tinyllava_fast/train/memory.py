@@ -61,6 +61,27 @@ def kept_bytes(skeleton: LMM, stage: StageConfig, engine: EngineConfig, process:
     }
 
 
+def update_bytes(skeleton: LMM, engine: EngineConfig, process: Process) -> int:
+    """Return what an update holds for a moment, when the activations of a pass are gone: the peak has the larger.
+
+    DeepSpeed's masters make room for what the dither gives them, so a copy of each stays until the step ends
+    (DeepSpeedEngine._dither). Offloaded, they are in the host's memory.
+    """
+    if not engine.sharding or engine.type != "deepspeed" or engine.dtype != "bfloat16":
+        return 0
+    if engine.offload and process.device.type != "cpu":
+        return 0
+    learnt = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    return 4 * learnt // process.world_size
+
+
+def copied_bytes(skeleton: LMM, stage: StageConfig, process: Process) -> int:
+    """Return what a process copies into the host's memory for a checkpoint in the background: its share of all."""
+    sizes = state_bytes(skeleton, OPTIMIZERS.get(stage.optim.type).moment_bytes)
+    ema = 4 * sum(p.numel() for p in skeleton.parameters() if p.requires_grad) if stage.optim.ema else 0
+    return (sum(sizes.values()) + ema) // process.world_size
+
+
 def _gradient_bytes(stage: StageConfig, engine: EngineConfig, process: Process, dtype: torch.dtype) -> int:
     """Return the bytes of a gradient at its largest: float32 where gradients are summed, over packs or processes.
 

@@ -15,6 +15,7 @@ from typing import Protocol, TypedDict
 
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from tinyllava_fast import slurm
 from tinyllava_fast.config.augment import AugmentConfig
 from tinyllava_fast.config.schema import (
     BatchConfig,
@@ -36,7 +37,7 @@ from tinyllava_fast.data.split import Split
 from tinyllava_fast.data.streamed import StreamedDataset
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
-from tinyllava_fast.hardware import cores, torchrun_number
+from tinyllava_fast.hardware import torchrun_number
 from tinyllava_fast.models import adapter
 from tinyllava_fast.models.flops import costs_of, step_flops
 from tinyllava_fast.models.lmm import LMM
@@ -232,7 +233,7 @@ def _workers(engine: EngineConfig, process: Process) -> int:
     """Return engine.workers, or as many as the machine has cores for."""
     if engine.workers is not None:
         return engine.workers
-    own = cores() // torchrun_number("LOCAL_WORLD_SIZE", 1)
+    own = slurm.own_cores(torchrun_number("LOCAL_WORLD_SIZE", 1))
     return min(max(own - 1, 1), _MOST_WORKERS) if process.device.type == "cuda" else 1
 
 

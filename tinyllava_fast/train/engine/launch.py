@@ -14,7 +14,7 @@ import torch
 from tinyllava_fast import group, slurm
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.hardware import torchrun_number
+from tinyllava_fast.hardware import own_gpu, torchrun_number
 from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
@@ -61,7 +61,7 @@ def start_process(config: EngineConfig) -> Process:
         raise UserError(f"engine.device: {kind!r}; known: auto, cpu, cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: cuda, but torch sees no CUDA device; set engine.device=cpu or auto")
-    device = torch.device("cuda", env["LOCAL_RANK"]) if kind == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", own_gpu(env["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     check_dtype(config, kind)
     _check_compile(config)
     check_file(config)
@@ -69,12 +69,13 @@ def start_process(config: EngineConfig) -> Process:
         _check_cuda_graphs(config, kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or _own_threads(local_size) or max(cores // local_size, 1))
+    torch.set_num_threads(config.threads or _own_threads(local_size) or slurm.own_cores(local_size))
     process = Process(env["RANK"], env["WORLD_SIZE"], device)
     check_processes(config, process.world_size)
     if config.type != "torch":
         _join(process, config.silence_timeout)
+        if (command := slurm.own_command()) is not None:
+            slurm.check_commands(group.gather(command))
     return process
 
 
@@ -83,6 +84,7 @@ def check_processes(config: EngineConfig, count: int) -> None:
     if config.type == "torch" and count > 1:
         raise UserError(
             f"engine.type: torch runs one process, but {count} were started; set engine.type=ddp, fsdp or deepspeed"
+            + slurm.remedy()
         )
 
 
