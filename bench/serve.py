@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
+from statistics import median
 
 import psutil
 from PIL import Image
@@ -40,6 +41,7 @@ from tinyllava_fast.models.io import save_model
 
 START_S = 180.0  # most time until the server answers
 SETTLED_S = 10.0  # from then on its memory must not grow
+WINDOW_S = 10.0  # its memory at the beginning and at the end is that of so long
 WAIT_S = 600.0  # for one piece of an answer
 
 
@@ -61,8 +63,8 @@ def benchmark(config: Path, settings: ServeSettings) -> Report:
     """Measure both sides.
 
     Returns requests_per_s, offline_requests_per_s, ratio_offline, percentiles of the times to the first token, between
-    pieces and of whole answers, rss_growth (the server's resident memory at the end over that after 10 s, less 1),
-    cache_hit_rate (tokens of prompts that were not computed), errors, rejected, and the settings.
+    pieces and of whole answers, what ``memory_growth`` says of the server's resident memory, cache_hit_rate (tokens of
+    prompts that were not computed), errors, rejected, and the settings.
     """
     run = load_run(config)
     questions = easy_vqa(settings.questions, settings.per_image)
@@ -94,7 +96,7 @@ def benchmark(config: Path, settings: ServeSettings) -> Report:
         **_named("ttft", tally.first),
         **_named("itl", tally.gaps),
         **_named("e2e", tally.whole),
-        "rss_growth": memory,
+        **memory,
         "cache_hit_rate": tally.cached_tokens / max(1, tally.prompt_tokens),
         "rejected": tally.rejected,
         "errors": len(tally.errors),
@@ -138,8 +140,8 @@ def _server(folder: Path) -> Iterator[tuple[psutil.Process, int]]:
 
 def _load(
     process: psutil.Process, port: int, questions: Sequence[Question], settings: ServeSettings
-) -> tuple[Tally, float, float]:
-    """Let the clients ask; returns what they saw, the growth of the server's memory, and the seconds it took."""
+) -> tuple[Tally, dict[str, float], float]:
+    """Let the clients ask; returns what they saw, ``memory_growth`` of the server, and the seconds it took."""
     tally, lock, numbers = Tally(), threading.Lock(), count()
     bodies = [_body(question, settings) for question in questions]
     began = time.perf_counter()
@@ -168,8 +170,29 @@ def _load(
         time.sleep(0.5)
     seconds = time.perf_counter() - began
     log.info("%d answers in %.0f s", len(tally.answered), seconds)
-    settled = [size for at, size in memory if at >= min(SETTLED_S, settings.seconds / 2)] or [memory[-1][1]]
-    return tally, settled[-1] / settled[0] - 1, seconds
+    return tally, memory_growth(memory, settings.seconds), seconds
+
+
+def memory_growth(samples: Sequence[tuple[float, int]], seconds: float) -> dict[str, float]:
+    """Compare the resident memory from 10 s to 20 s of a load of ``seconds`` with that of its last 10 s.
+
+    samples: (seconds since the load began, bytes). A pass takes memory for its time, so one sample says little.
+    Returns rss_before and rss_after, the medians in bytes; rss_growth, the second over the first, less 1; and the same
+    of the smallest (between passes) and of the largest samples: rss_growth_least, rss_growth_most. What comes after the
+    load has no part in it. A load below 40 s has shorter windows, a quarter of it each.
+    """
+    window, begin = min(WINDOW_S, seconds / 4), min(SETTLED_S, seconds / 4)
+    ends = (begin + window, seconds)
+    first, last = ([size for at, size in samples if stop - window <= at < stop] for stop in ends)
+    first, last = first or [samples[0][1]], last or [samples[-1][1]]
+    before, after = median(first), median(last)
+    return {
+        "rss_before": before,
+        "rss_after": after,
+        "rss_growth": after / before - 1,
+        "rss_growth_least": min(last) / min(first) - 1,
+        "rss_growth_most": max(last) / max(first) - 1,
+    }
 
 
 @dataclass
@@ -251,7 +274,9 @@ def show(result: Report) -> None:
         "engine alone": "{offline_requests_per_s:.2f}",
         "of it": "{ratio_offline:.2f}x",
         "prompt from cache": "{cache_hit_rate:.0 %}",
-        "memory grew": "{rss_growth:.1 %}",
+        "memory": "{rss_after:GiB}",
+        "it grew": "{rss_growth:.1 %}",
+        "least, most": "{rss_growth_least:.1 %}, {rss_growth_most:.1 %}",
         "429": "{rejected}",
         "errors": "{errors}",
     }

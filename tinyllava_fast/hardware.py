@@ -37,6 +37,9 @@ _NEVER = 2**31 - 1  # mallopt takes an int
 _OLD_LIMIT = 32 * 2**20  # the largest mmap threshold that older glibc accepts
 PASS_BLOCK = 4 * 2**20  # blocks above are of passes over some thousand tokens; a step of decoding has smaller ones
 LOADING_BLOCK = 2**17  # nearly all weights are larger
+# Of oneDNN and of torch beside it, read at their first product; 1024 each by default. A prepared product of one number
+# of rows takes 0.6 MB in both together. Two passes need no more: a layer has about four, tower and connector as many.
+_PREPARED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 _memory = {"kept": False}  # what prepare_memory has set up
 
 
@@ -92,8 +95,12 @@ def bound_memory(block: int = PASS_BLOCK) -> bool:
 
     For servers. By itself glibc gives each thread a heap, which keeps the most that the thread ever held, and keeps
     blocks of up to 32 MiB: memory then grows whenever some thread meets a larger pass than before, for hours.
-    Call it before threads are started.
+    And oneDNN keeps what it prepares for a product by the number of rows, which is another one in nearly every pass:
+    few of them are kept, unless the user has set how many.
+    Call it before threads are started and before torch multiplies.
     """
+    for name, value in _PREPARED_PRODUCTS.items():
+        os.environ.setdefault(name, value)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -13,11 +13,13 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.hardware import release_memory
 from tinyllava_fast.log import log
 from tinyllava_fast.serve.auth import Guard
 from tinyllava_fast.serve.limits import ServerLimits
 
 REST_SECONDS = 1  # for the rest of a body that was answered before its end
+RELEASE_TICKS = 100  # uvicorn has ten a second
 
 
 def protocol(limits: ServerLimits) -> type[H11Protocol]:
@@ -127,6 +129,12 @@ class Server(uvicorn.Server):
         for number in numbers:
             loop.add_signal_handler(number, self.leave)
         yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Also give back, from time to time, the free memory between blocks that stay: it would grow with each pass."""
+        if counter % RELEASE_TICKS == 0:
+            await asyncio.to_thread(release_memory)
+        return await super().on_tick(counter)
 
     def leave(self) -> None:
         """Begin to end; called again, end at once."""
