@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
-from tinyllava_fast.data.formats._base import Row, find_files
+from tinyllava_fast.data.formats._base import Place, Row, find_files
 from tinyllava_fast.data.formats._embedded import picture_of
 from tinyllava_fast.data.formats._rows import record_of
 from tinyllava_fast.data.pictures import naming
@@ -115,6 +117,11 @@ def read_against(path: str, folder: str | None = None, *, pixels: bool = True) -
     return Against(path, questions, left_out, np.array(asked, [("text", "<u8"), ("image", "<i8")]), rows)
 
 
+def _refer(refer: Callable[[Place], str], name: str, place: Place) -> str:
+    """Return the reference to an image of a field that is read under another name."""
+    return refer((name, *place[1:]))
+
+
 def _question_of(row: Row) -> Record | None:
     """Return an entry of an evaluation set as a record; the answer, which may have many forms, does not matter."""
     values = row.values
@@ -124,7 +131,7 @@ def _question_of(row: Row) -> Record | None:
         row = replace(
             row,
             values={"image": values.get(name), "question": question, "answer": "-"},
-            refer=lambda place, refer=row.refer: refer((name, *place[1:])),
+            refer=partial(_refer, row.refer, name),
             binary=frozenset({"image"} if name in row.binary else ()),
         )
     try:
