@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tinyllava_fast.data import shelf, split
+from tinyllava_fast.data.dataset import PackedDataset
 from tinyllava_fast.data.record import Record
 from tinyllava_fast.data.records import read_records
 from tinyllava_fast.data.split import Split, image_key
@@ -63,3 +66,36 @@ def test_an_image_is_known_by_its_path_or_by_its_bytes(tmp_path: Path) -> None:
     images = [record.images[0] for record in read_records(tmp_path / "x")]
     (tmp_path / "x").unlink()
     assert image_key(images[0], tmp_path) == images[0], "what cannot be read is known by its place"
+
+
+def test_images_inside_a_source_are_read_once_for_both_sides_and_later_starts(
+    make: Callable[..., PackedDataset], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLF_CACHE", str(folder / "cache"))
+    monkeypatch.setenv(shelf.LIMIT, "1")
+    rows = json.loads((folder / "data.json").read_text())
+    for row in rows:
+        if "image" in row:
+            content = (folder / "images" / row["image"]).read_bytes()
+            row["image"] = "data:image/png;base64," + base64.b64encode(content).decode()
+    read: list[str] = []
+    of = split._content
+
+    def noted(name: str, base: Path) -> bytes | None:
+        read.append(name)
+        return of(name, base)
+
+    monkeypatch.setattr(split, "_content", noted)
+    first = [make(rows, split=Split(0.4, side)) for side in (True, False)]
+    assert len(read) == len(set(read)) == 16
+    count = len(read)
+    again = [make(rows, split=Split(0.4, side)) for side in (True, False)]
+    assert len(read) == count
+    assert [one.fingerprint for one in first] == [one.fingerprint for one in again]
+    keys = {image_key(image, folder): None for record in read_records(folder / "data.json") for image in record.images}
+    held = sum(Split(0.4, held_out=True).holds(key) for key in keys)
+    assert 0 < held < len(keys)
+    rows[0]["conversations"][1]["value"] = "other"
+    read.clear()
+    make(rows, split=Split(0.4, held_out=True))
+    assert len(read) == count, "another file is read anew"

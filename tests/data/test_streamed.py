@@ -15,6 +15,7 @@ import torch
 from tests.data.test_loader import names, same
 from tinyllava_fast.config.schema import BatchConfig, DataConfig
 from tinyllava_fast.config.sources import SourceConfig
+from tinyllava_fast.data.balance import PackCosts
 from tinyllava_fast.data.loader import Loader
 from tinyllava_fast.data.streamed import StreamedDataset
 from tinyllava_fast.errors import CheckpointError, DataError, UserError
@@ -257,3 +258,24 @@ def test_ranks_share_a_mix(stream, shards, folder):
     alone = names(loaded(stream(sources=sources), **options))
     parts = [names(loaded(stream(sources=sources), **options, rank=r, world_size=2)) for r in range(2)]
     assert [item for pair in zip(*parts, strict=True) for item in pair] == alone
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_of_many_blocks_reads_each_once(stream, workers):
+    """Its packs are looked at again when they are shared out, and built in another order."""
+    options = {"packs_per_step": 8, "max_steps": 4}
+    settings = {"shuffle_buffer": 3, "tokens": 120}
+    alone = names(loaded(stream(**settings), **options))
+    costs = PackCosts(pack=1.0, image=30.0, pair=0.1, text=1.0)
+    shown = []
+    for rank in range(2):
+        dataset, read = stream(**settings), []
+        of, dataset._read = dataset._read, lambda: (read.append(dataset._next), of())  # noqa: B023 called in this pass
+        loader = loaded(dataset, **options, costs=costs, rank=rank, world_size=2, workers=workers)
+        shown.append(names(loader))
+        assert read == sorted(set(read)) and max(read) > 8, "no block is read a second time"
+        assert len(dataset._blocks) < 8 and len(dataset._notes) < 12
+    assert shown[0] != alone[::2]
+    for step in range(4):
+        both = [*shown[0][4 * step : 4 * step + 4], *shown[1][4 * step : 4 * step + 4]]
+        assert sorted(both) == sorted(alone[8 * step : 8 * step + 8])

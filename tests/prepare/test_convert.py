@@ -240,3 +240,33 @@ def test_the_webdataset_library_reads_what_is_written(own: Path, out: Path) -> N
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode("pil"))
     assert [sample.get("png") and sample["png"].size for sample in samples] == [(20, 12), None, (20, 12)]
     assert samples[2]["json"]["system"] == "Be brief."
+
+
+@pytest.mark.parametrize(("to", "images"), [("datasets", "set/pictures"), ("json", "."), ("json", "set/../set")])
+def test_places_inside_each_other_are_refused(to: str, images: str, own: Path) -> None:
+    folder = own / "new"
+    target = folder / ("set" if to == "datasets" or "set" in images else "records.json")
+    with pytest.raises(UserError, match="may lie in the other"):
+        convert(own / "records.json", target, to, image_folder=own / "images", images=folder / images)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "extra", [{"note": "a\ud800"}, {"tags": ["a", "b\ud800"]}, {"a\ud800": "x"}], ids=["text", "list", "name"]
+)
+@pytest.mark.parametrize("to", ["parquet", "arrow", "datasets", "csv"])
+def test_half_a_surrogate_pair_is_refused_by_name(to: str, extra: dict[str, Any], own: Path) -> None:
+    path = write(own, [talk(Q, A, id="good"), talk(Q, A, id="bad", **extra)])
+    with pytest.raises(DataError, match=r"record 1 \(id 'bad', line 2\).*--drop"):
+        convert(path, own / "new", to)
+    assert not (own / "new").exists()
+
+
+def test_a_number_that_is_none_goes_into_tables_and_into_no_json(own: Path) -> None:
+    path = write(own, [talk(Q, A, score=float("nan")), talk(Q, A, score=0.5)])
+    convert(path, own / "new.parquet", "parquet")
+    first, second = (record.extra for record in read_records(own / "new.parquet", extra=extras_of))
+    assert first is not None and first["score"] != first["score"] and second == {"score": 0.5}
+    for to in ("json", "webdataset"):
+        with pytest.raises(DataError, match=r"record 0 .*score: .*--drop score"):
+            convert(own / "new.parquet", own / "new", to)

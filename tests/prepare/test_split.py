@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,21 @@ def test_the_command_does_not_write_over_files(tmp_path: Path, capsys: pytest.Ca
     assert "held out" in capsys.readouterr().err
     assert main(command) == 2
     assert "exists; choose another folder" in capsys.readouterr().err
+
+
+def test_fields_that_are_no_json_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a table; check --fix writes the same way."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"question": f"q{n}", "answer": "a", "at": datetime(2020, 1, 1), "raw": b"x", "tag": "t"} for n in range(9)]
+    rows = [row | {"score": float("nan") if n else 1.0} for n, row in enumerate(rows)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    said = "left out: 'at' (9 records), 'raw' (9 records), 'score' (8 records)"
+    assert main(["split", str(tmp_path / "set.parquet"), str(tmp_path / "parts"), "--share", "0.4"]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    assert main(["check", str(tmp_path / "set.parquet"), "--fix", str(tmp_path / "fixed.jsonl")]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    parts = [json.loads(line) for name in NAMES for line in (tmp_path / "parts" / name).open()]
+    fixed = [json.loads(line) for line in (tmp_path / "fixed.jsonl").open()]
+    assert len(parts) == len(fixed) == 9 and all(row["tag"] == "t" and "at" not in row for row in [*parts, *fixed])
+    assert sorted(row.get("score", 0) for row in parts) == [0] * 8 + [1.0]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.tiny import make_tokenizer
 from tinyllava_fast.data.records import read_records
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.prepare.cli import main
+from tinyllava_fast.prepare.overlap import read_against
 from tinyllava_fast.prepare.pictures import NEAR, ROW, _bits, look, near_groups, rows_of
 from tinyllava_fast.prepare.sources import looked_at
-from tinyllava_fast.prepare.stats import Spread, read_against, stats
+from tinyllava_fast.prepare.stats import Spread, stats
 from tinyllava_fast.prepare.stats_page import page, text
 
 
@@ -118,6 +121,71 @@ def test_overlap_with_an_evaluation_set(photos: Path) -> None:
     with pytest.raises(DataError, match="holds no questions"):
         (photos / "none.jsonl").write_text('{"a": 1}\n')
         read_against(str(photos / "none.jsonl"))
+
+
+def test_what_an_evaluation_set_could_not_be_compared_by_is_said(photos: Path) -> None:
+    asked = [{"image": f"eval{n}.png", "question": "What is it ?"} for n in range(3)]
+    lines = [*map(json.dumps, asked), '{"id": }', '{"a": 1}']
+    path = photos / "questions.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(
+        DataError, match=r"none of its 3 images can be read, the first is .*eval0\.png.*--against-images"
+    ):
+        read_against(str(path))
+    (photos / "eval1.png").write_bytes((photos / "0.png").read_bytes())
+    one = found(photos, ROWS, [read_against(str(path), str(photos))])
+    shared = one.shared[0]
+    assert (shared.questions, shared.left_out, shared.images, shared.unreadable, shared.same_image) == (3, 2, 3, 2, 2)
+    assert shared.both == 2, "one about a file that cannot be read is none about another such file"
+    said = text(one)
+    assert " 2  entries of it cannot be read" in said and " 2  of its 3 images cannot be read" in said
+    without = found(photos, ROWS, [read_against(str(path), pixels=False)], pixels=False)
+    assert without.shared[0].same_image is None and without.shared[0].same_question == 3
+    assert "show an image" not in text(without) and "show such an image" not in page([without])
+
+
+def test_all_images_of_an_evaluation_set_are_compared_wherever_they_lie(photos: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    zero, three = ((photos / f"{n}.png").read_bytes() for n in (0, 3))
+    uri = "data:image/png;base64," + base64.b64encode(zero).decode()
+    sets: dict[str, list[dict[str, Any]]] = {
+        "list": [{"images": [{"bytes": three}, {"bytes": zero}], "question": "Which ?"}],
+        "one": [{"images": {"bytes": zero}, "question": "Which ?"}],
+        "bytes": [{"image": zero, "text": "Which ?"}],
+        "uri": [{"images": ["3.png", uri], "question": "Which ?"}],
+    }
+    for name, rows in sets.items():
+        path = photos / name
+        if name == "uri":
+            path.write_text(json.dumps(rows[0]) + "\n")
+        else:
+            parquet.write_table(pa.Table.from_pylist(rows), path)
+        shared = found(photos, ROWS, [read_against(str(path))]).shared[0]
+        assert (shared.questions, shared.left_out, shared.unreadable, shared.same_image) == (1, 0, 0, 2), name
+
+
+def test_samples_that_no_pack_holds_are_counted_and_long_ones_cut_as_in_training(own: Path) -> None:
+    out = own / "my.yaml"
+    rows = json.loads((own / "records.json").read_text())
+    rows[0]["conversations"][1]["value"] = "red " * 900
+    rows.append({"image": ["0.png"] * 9, "conversations": [{"from": "human", "value": "<image>" * 9},
+                                                           {"from": "gpt", "value": "blue"}]})  # fmt: skip
+    (own / "records.json").write_text(json.dumps(rows))
+    assert main(["init", str(own / "records.json"), str(own / "images"), str(out), "--vocab", "300"]) == 0
+    config = yaml.safe_load(out.read_text())
+    stage = config["stages"][0]
+    longest = 0
+    for overlong in ("fail", "truncate"):
+        stage.setdefault("data", {})["overlong"] = overlong
+        stage.setdefault("batch", {}).update(tokens=700, max_images=8, max_segments=32)
+        out.write_text(yaml.safe_dump(config))
+        [source] = looked_at(str(out))
+        counts = stats(source, pixels=False).counts
+        assert counts["samples longer than a pack may hold"] == (overlong == "fail")
+        assert counts.get("samples that are cut") == (1 if overlong == "truncate" else None)
+        assert counts["samples of more images or segments than a pack may hold"] == 1
+        longest, before = counts["packs of an epoch"], longest
+    assert longest == before + 1
 
 
 def test_near_copies_are_found_and_others_are_not(photos: Path) -> None:

@@ -200,7 +200,8 @@ class Loader:
         if not self.dataset.endless:
             return
         epoch, _ = self._locate(self._position - self.world_size)  # no process has gone back behind it
-        self.skipped.update(dict.fromkeys(self.dataset.left_out(epoch)))
+        for number in range(self._first[0], epoch + 1):  # blocks without a pack, too
+            self.skipped.update(dict.fromkeys(self.dataset.left_out(number)))
         if before := epoch - self._first[0]:
             self._first = (epoch, self._start(epoch))
             del self._packs[:before]
@@ -222,6 +223,8 @@ class Loader:
             while pack >= self._count(epoch):
                 pack -= self._count(epoch)
                 epoch += 1
+            if (at - position) % self.packs_per_step == 0:
+                self.dataset.hold(epoch)  # the packs of a step are looked at again when it is shared out
             yield epoch, self.dataset.plan(epoch)[pack] if at < self._end else None
             pack += 1
 

@@ -206,6 +206,9 @@ class PackSource:
         """Return the reasons for records that this epoch leaves out, beside ``skipped``."""
         return []
 
+    def hold(self, epoch: int) -> None:
+        """Note that packs of this epoch and of those that follow are asked for again, until this is called anew."""
+
     def forget(self, before: int) -> None:
         """Note that nobody asks for earlier epochs any more."""
 

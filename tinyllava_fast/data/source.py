@@ -13,10 +13,9 @@ from tinyllava_fast.config.schema import BatchConfig
 from tinyllava_fast.data.collate import targets, truncate, widen, width
 from tinyllava_fast.data.drawn import Drawn, SourceImages, named
 from tinyllava_fast.data.files import MISSING, REFUSED
-from tinyllava_fast.data.formats._base import base_of
 from tinyllava_fast.data.limits import PackLimits
 from tinyllava_fast.data.records import Refused
-from tinyllava_fast.data.split import Split, image_key
+from tinyllava_fast.data.split import Split, keys_of
 from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.templates.base import Segment
 from tinyllava_fast.data.tokens import tokenized
@@ -172,9 +171,9 @@ class Source:
     def _side(self, split: Split) -> np.ndarray:
         """Return which samples of the store are on that side, [samples] bool; count those that are on neither."""
         _, first, inverse = np.unique(self.store.column("images", "digest"), return_index=True, return_inverse=True)
-        base, held = base_of(self.data.records), np.zeros(len(first), bool)
-        for at in np.argsort(first).tolist():  # in the order of the source: what is inside one is read fastest so
-            held[at] = split.holds(image_key(self.store.image(int(first[at])), base))
+        order = np.argsort(first)  # in the order of the source: what is inside one is read fastest so
+        held, keys = np.zeros(len(first), bool), keys_of(self.store, first[order], self.data.records)
+        held[order] = np.fromiter(map(split.holds, keys), bool, len(first))
         ends = self.store.column("samples", "images")
         counts = np.diff(ends)
         sums = np.diff(np.concatenate([[0], np.cumsum(held[inverse])])[ends])

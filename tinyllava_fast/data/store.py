@@ -116,10 +116,13 @@ class SampleWriter:
 
 
 class SampleStore:
-    """The samples of a source, as ``SampleWriter`` has written them."""
+    """The samples of a source, as ``SampleWriter`` has written them.
 
-    def __init__(self, columns: Columns | MemoryColumns) -> None:
-        self._columns = columns
+    key: a digest of the source's content and of all else that the columns depend on; "" for none.
+    """
+
+    def __init__(self, columns: Columns | MemoryColumns, key: str = "") -> None:
+        self._columns, self.key = columns, key
         self._reads = 0
 
     def __len__(self) -> int:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _ORDER = 1  # of the records of a stream; changes with what a seed means
 _MANY = 1024  # records in the first block for which processes repay
 _HOPELESS = 8192  # records in a row that cannot be used
-_HELD = 2  # blocks in memory: that whose packs are taken, and that which packs are prepared of
+_HELD = 2  # blocks in memory, at least: that whose packs are taken, and that which packs are prepared of
 
 
 @dataclass
@@ -103,6 +103,8 @@ class StreamedDataset(PackSource):
         self._barren: dict[int, int] = {}
         self._next = 0
         """The block that is read next."""
+        self._from: int | None = None
+        """The first block of the step that is planned, see ``hold``."""
         self._source: Iterator[list[Part]] | None = None
         self._workers: int | None = None
         """Between ``open`` and ``close``."""
@@ -163,7 +165,11 @@ class StreamedDataset(PackSource):
         """See PackSource."""
         if isinstance(self._source, Ahead):
             self._source.close()
-        self._source = self._workers = None
+        self._source = self._workers = self._from = None
+
+    def hold(self, epoch: int) -> None:
+        """See PackSource. A step of more packs than a block has needs several blocks in memory at a time."""
+        self._from = epoch
 
     def state(self, epoch: int) -> dict[str, object]:
         """See PackSource."""
@@ -198,9 +204,9 @@ class StreamedDataset(PackSource):
     def _block(self, number: int) -> _Block:
         """Return a block, whatever has been read: of those that are not forgotten, and those that follow."""
         if number not in self._blocks and number < self._next:
-            workers = self._workers
+            workers, first = self._workers, self._from
             self.close()
-            self._workers, self._next = workers, number
+            self._workers, self._from, self._next, self._blocks = workers, first, number, {}
         while number not in self._blocks:
             self._read()
         return self._blocks[number]
@@ -239,8 +245,8 @@ class StreamedDataset(PackSource):
         note.checksum = crc32(repr([SampleStore(part.columns).fingerprint() for part in parts.values()]).encode())
         self._next = number + 1
         self._notes.setdefault(self._next, _Note([part.end for part in parts.values()]))
-        while len(self._blocks) > _HELD:
-            self._blocks.pop(next(iter(self._blocks)))
+        while len(self._blocks) > _HELD and (self._from is None or min(self._blocks) < self._from):
+            del self._blocks[min(self._blocks)]
 
     def _hope(self, place: int, source: Source) -> None:
         """Raise DataError if no record of a stream could be used for a long time. source: its part of a block."""

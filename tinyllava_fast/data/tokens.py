@@ -123,8 +123,8 @@ def tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> SampleSto
     go together.
     """
     encoder, content = encoder_of(data, tokenizer), _content(data.records)
-    make = partial(_make, encoder, content)
-    store = SampleStore(shelf.take(_key(encoder, content), DTYPES, make, data.records))
+    make, key = partial(_make, encoder, content), _key(encoder, content)
+    store = SampleStore(shelf.take(key, DTYPES, make, data.records), key)
     if encoder.strict and (faults := store.faults()):  # made by a run that left them out
         raise Refused(faults[0].what, data.records, faults[0].where, faults[0].kind)
     return store

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ def build_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def tokens_per_image(model: ModelConfig) -> int:
-    """Return the positions that an input of the tower takes, without making the language model. UserError as above."""
+    """Return the positions that an input of the tower takes, by the configs alone. UserError as above."""
     config, weights, layer = None, Weights(vision=model.vision.path), model.vision.feature_layer
     if model.path is not None:
         config, weights, layer = io.read_config(_folder(model.path))[0], Weights(), -1
@@ -62,7 +61,7 @@ def tokens_per_image(model: ModelConfig) -> int:
     part = VisionPart(
         type=vision.type, config=vision.config, feature_select=vision.feature_select, options=vision.options
     )
-    with torch.device("meta") if weights.vision is None else nullcontext():
+    with torch.device("meta"):  # where no weights are read
         tower = build_tower(part, weights, feature_layer=layer, file=model.path)
         cls = CONNECTORS.get(connector.type, "model.connector.type")
         options = parse_into(cls.Options, connector.options, "", key="model.connector.options")

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
@@ -17,7 +16,7 @@ from typing import TextIO
 from tinyllava_fast.data.files import image_fault
 from tinyllava_fast.data.formats._base import base_of, find_files
 from tinyllava_fast.data.formats._embedded import picture_of
-from tinyllava_fast.data.formats._shapes import extras_of, whole
+from tinyllava_fast.data.formats._shapes import JsonExtras, whole
 from tinyllava_fast.data.formats.json_text import object_of
 from tinyllava_fast.data.images import image_size
 from tinyllava_fast.data.pictures import UPRIGHT, PictureReading, naming
@@ -146,7 +145,7 @@ def _looked(source: LookedAt, examiner: _Examiner, good: TextIO | None, rest: Te
     size = sum(os.path.getsize(file) for file in files.paths if file.is_file())
     progress, pace = Progress(path, size, "looked at"), Pace()
     ended: list[Fault] = []
-    extra = partial(extras_of, strict=False) if good is not None else None
+    extra = JsonExtras() if good is not None else None
     records = _readable(read_refusing(path, progress.opened, extra), ended)
     first = list(islice(records, _MANY))
     if not first and ended:
@@ -169,6 +168,8 @@ def _looked(source: LookedAt, examiner: _Examiner, good: TextIO | None, rest: Te
         if rest is not None:
             rest.write(_listed(path, fault))
     progress.say_last()
+    if extra is not None:
+        extra.warn(path)
     report.seconds = pace.elapsed_s
     return report
 

@@ -188,12 +188,13 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> None:
+    from tinyllava_fast.prepare.overlap import read_against
     from tinyllava_fast.prepare.sources import looked_at
-    from tinyllava_fast.prepare.stats import read_against, stats
+    from tinyllava_fast.prepare.stats import stats
     from tinyllava_fast.prepare.stats_page import as_dict, page, text
 
     sources = looked_at(args.target, args.image_folder, args.template, args.tokenizer)
-    against = [read_against(file, args.against_images) for file in args.against]
+    against = [read_against(file, args.against_images, pixels=not args.no_images) for file in args.against]
     found = [stats(source, against, pixels=not args.no_images) for source in sources]
     sys.stdout.write("\n".join(map(text, found)))
     lines = json.dumps([as_dict(one) for one in found], indent=1, ensure_ascii=False) + "\n"

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from pathlib import Path, PurePath
 
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, base_of, find_files
+from tinyllava_fast.data.formats._embedded import is_reference
 from tinyllava_fast.data.formats._shapes import Shape, Shown, Whole, ending_of, extras_of, whole
 from tinyllava_fast.data.progress import Progress
 from tinyllava_fast.data.record import Record
@@ -18,6 +19,7 @@ from tinyllava_fast.data.records import read_records
 from tinyllava_fast.data.workers import chunks
 from tinyllava_fast.errors import DataError, UserError, writing
 from tinyllava_fast.files import atomic_file, atomic_folder
+from tinyllava_fast.log import log
 
 _PART = 256  # records between two looks at the clock
 
@@ -55,6 +57,8 @@ def convert(
     if images is not None and (embed or form.always_inside):
         why = "--embed" if embed else f"--to {to}"
         raise UserError(f"--images {images}: {why} writes the images into {out}; leave out --images")
+    if images is not None:
+        _refuse_nested(out, images)
     folder = str(base_of(source) if image_folder is None else image_folder)
     with writing(out), ExitStack() as stack:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,20 @@ def convert(
         files = None if images is None else stack.enter_context(atomic_folder(images))
         samples = _Samples(str(source), folder, files, embed or form.always_inside, frozenset(drop))
         form.write(place, samples, shape)
+    if samples.inside:
+        log.info(
+            "%s: %d images lie inside it; paths that stand there beside their bytes are not kept",
+            source,
+            samples.inside,
+        )
     return Converted(samples.records, samples.images)
+
+
+def _refuse_nested(out: str | Path, images: str | Path) -> None:
+    """Raise UserError where one place lies in the other: each appears as a whole, and would replace the other."""
+    one, two = (Path(os.path.realpath(path)) for path in (out, images))
+    if one == two or one in two.parents or two in one.parents:
+        raise UserError(f"--images {images}: neither it nor {out} may lie in the other; name a folder beside {out}")
 
 
 class _Samples:
@@ -74,18 +91,19 @@ class _Samples:
     def __init__(self, source: str, folder: str, files: Path | None, inside: bool, drop: Collection[str]) -> None:
         self._source, self._folder, self._files, self._inside = source, folder, files, inside
         self._extra = partial(extras_of, dropped=drop)
-        self.records = self.images = 0
-        """Of the last time."""
+        self.records = self.images = self.inside = 0
+        """Of the last time. inside: images that lie inside the source."""
 
     def __iter__(self) -> Iterator[Whole]:
         base, paths = base_of(self._source), find_files(Path(self._source)).paths
         size = sum(os.path.getsize(path) for path in paths if path.is_file())
         progress = Progress(self._source, size, "read")
-        self.records = self.images = 0
+        self.records = self.images = self.inside = 0
         for part in progress.counted(chunks(read_records(self._source, progress.opened, self._extra), _PART)):
             for record in part:
                 self.records += 1
                 self.images += len(record.images)
+                self.inside += sum(map(is_reference, record.images))
                 yield self._whole(record, base)
             progress.done()
         progress.say_last()

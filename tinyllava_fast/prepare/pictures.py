@@ -16,7 +16,8 @@ from PIL import Image
 
 from tinyllava_fast.data.formats._embedded import Embedded, picture_of
 from tinyllava_fast.data.pictures import UPRIGHT, open_bytes, to_rgb
-from tinyllava_fast.errors import DataError
+from tinyllava_fast.log import log
+from tinyllava_fast.pace import Pace
 
 ROW = np.dtype(
     [("content", "<u8"), ("seen", "<u8"), ("cells", "u1", 48), ("width", "<i4"), ("height", "<i4"), ("bytes", "<i8")]
@@ -42,8 +43,6 @@ def look(name: str, folder: str, base: Path) -> np.ndarray:
             width, height = image.size
             image.draft("RGB", (72, 64))  # of a JPEG only as many coefficients as are needed
             small = to_rgb(image, UPRIGHT).resize((36, 32), Image.Resampling.BOX, reducing_gap=2.0)
-    except (DataError, OSError, ValueError):
-        return row
     except Exception:  # decoders of damaged files raise SyntaxError, struct.error, zlib.error, ...
         return row
     row["width"], row["height"] = width, height
@@ -78,17 +77,22 @@ def near_groups(rows: np.ndarray) -> np.ndarray:
             number = above
         return number
 
-    for one, other in _pairs(chosen["seen"], chosen["cells"].astype(np.int16)):
+    for one, other in _pairs(chosen["seen"], chosen["cells"].astype(np.int16), groups):
         low, high = sorted((top(one), top(other)), key=lambda number: first[number])
         groups[high] = low
     tops = np.array([top(number) for number in range(len(chosen))], np.int64)
     return first[tops][inverse.reshape(-1)]
 
 
-def _pairs(seen: np.ndarray, cells: np.ndarray) -> Iterable[tuple[int, int]]:
-    """Yield pairs of images that look alike, some of them more than once. cells: [n, 48] int16."""
+def _pairs(seen: np.ndarray, cells: np.ndarray, groups: np.ndarray) -> Iterable[tuple[int, int]]:
+    """Yield pairs of images that look alike. cells: [n, 48] int16.
+
+    groups: [n] of each another one of its group, or itself; pairs that it joins by then are left out, which of plain
+    graphics are nearly all.
+    """
     bright = cells.mean(1)
-    for first, width in _BANDS:
+    pace = Pace(wait_s=5.0)
+    for number, (first, width) in enumerate(_BANDS):
         part = (seen >> np.uint64(first)) & np.uint64((1 << width) - 1)
         order = np.lexsort((bright, part))
         part, level = part[order], bright[order]
@@ -99,11 +103,25 @@ def _pairs(seen: np.ndarray, cells: np.ndarray) -> Iterable[tuple[int, int]]:
             alive = alive[level[alive + apart] - level[alive] <= _COLOUR]
             if not len(alive):
                 break
+            if pace.due():
+                log.info("images that look alike: pass %d of %d, %d of at most %d comparisons of each", number + 1,
+                         len(_BANDS), apart, _WINDOW)  # fmt: skip
+            tops = _tops(groups)
             left, right = order[alive], order[alive + apart]
+            apart_still = tops[left] != tops[right]
+            left, right = left[apart_still], right[apart_still]
             close = _bits(seen[left] ^ seen[right]) <= NEAR
             left, right = left[close], right[close]
             alike = np.abs(cells[left] - cells[right]).max(1, initial=0) <= _COLOUR
-            yield from zip(left[alike].tolist(), right[alike].tolist(), strict=True)
+            ends = np.unique(np.stack([tops[left[alike]], tops[right[alike]]], 1), axis=0)
+            yield from map(tuple, ends.tolist())
+
+
+def _tops(groups: np.ndarray) -> np.ndarray:
+    """Return the first member of the group of each image, [n]. groups: see ``_pairs``."""
+    while not np.array_equal(above := groups[groups], groups):
+        groups = above
+    return groups
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 from tinyllava_fast.data.formats._base import base_of
-from tinyllava_fast.data.formats._shapes import extras_of, whole
+from tinyllava_fast.data.formats._shapes import JsonExtras, whole
 from tinyllava_fast.data.formats.json_text import object_of
 from tinyllava_fast.data.record import Record
 from tinyllava_fast.data.records import read_records
@@ -61,9 +60,10 @@ def split(records: str | Path, out: str | Path, share: float, seed: int = 0) -> 
             stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
             for path in [stack.enter_context(atomic_file(folder / name)) for name in NAMES]
         ]
-        again = read_records(records, extra=partial(extras_of, strict=False))
-        for record, group in zip(again, groups, strict=True):
+        extras = JsonExtras()
+        for record, group in zip(read_records(records, extra=extras), groups, strict=True):
             files[group in held].write(object_of(whole(record, str(records), base)) + "\n")
+        extras.warn(str(records))
     return Sizes(len(groups) - count, count)
 
 

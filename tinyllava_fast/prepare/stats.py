@@ -12,32 +12,31 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
-from tinyllava_fast.data.formats._base import Row, base_of, find_files
-from tinyllava_fast.data.formats._rows import record_of
+from tinyllava_fast.data.collate import truncate, width
+from tinyllava_fast.data.formats._base import base_of, find_files
+from tinyllava_fast.data.limits import PackLimits
 from tinyllava_fast.data.progress import Progress
-from tinyllava_fast.data.record import FaultError, Record
+from tinyllava_fast.data.record import Record
 from tinyllava_fast.data.records import Refused, read_refusing
+from tinyllava_fast.data.store import SampleStore
 from tinyllava_fast.data.tokens import tokenized
-from tinyllava_fast.data.types import IMAGE_TOKEN
+from tinyllava_fast.data.types import IMAGE_INDEX
 from tinyllava_fast.data.workers import chunks, in_order
 from tinyllava_fast.errors import DataError
 from tinyllava_fast.hardware import cores
 from tinyllava_fast.log import log
 from tinyllava_fast.pace import Pace
+from tinyllava_fast.prepare.overlap import MIX, Against, Asked, Shared, compare, plain, text_digest
 from tinyllava_fast.prepare.pictures import ROW, look, near_groups, rows_of
 from tinyllava_fast.prepare.sources import LookedAt
 
-SHOWN = 10
-"""Records that are named where a set shares something with an evaluation set."""
 _PART = 256
 _MANY = 512  # images for which processes repay
 _LOOKERS = 4  # threads that read files in each process
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass
@@ -63,21 +62,6 @@ class Spread:
         counts = np.histogram(values, steps, (least, most if most > least else least + 1))[0]
         middle, high = (float(v) for v in np.quantile(values, (0.5, 0.95)))
         return cls(len(values), int(values.sum()), least, middle, float(values.mean()), high, most, counts.tolist())
-
-
-@dataclass
-class Shared:
-    """What a set and an evaluation set have in common; records, each counted once. first: some of them, named."""
-
-    file: str
-    questions: int = 0
-    """Entries of the evaluation set."""
-    same_image: int = 0
-    near_image: int = 0
-    same_question: int = 0
-    both: int = 0
-    """The same question about the same or nearly the same image."""
-    first: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -114,18 +98,9 @@ class _Columns:
         self.images.append(len(record.images))
         self.asked.append(sum(len(question) for question, _ in record.turns))
         self.answered.append(sum(len(answer) for _, answer in record.turns))
-        self.texts.append(_text_digest(repr((record.turns, record.system))))
-        self.questions.extend(_text_digest(plain(question)) for question, _ in record.turns)
-        self.mentions.extend(_text_digest(image) for image in record.images)
-
-
-def plain(question: str) -> str:
-    """Return a question as it is compared: without markers, case and the kind of white space.
-
-    >>> plain("<image>\\nWhat  IS it?")
-    'what is it?'
-    """
-    return " ".join(question.replace(IMAGE_TOKEN, " ").casefold().split())
+        self.texts.append(text_digest(repr((record.turns, record.system))))
+        self.questions.extend(text_digest(plain(question)) for question, _ in record.turns)
+        self.mentions.extend(text_digest(image) for image in record.images)
 
 
 def stats(source: LookedAt, against: Sequence[Against] = (), *, pixels: bool = True) -> Stats:
@@ -163,8 +138,9 @@ def stats(source: LookedAt, against: Sequence[Against] = (), *, pixels: bool = T
         _of_images(found, rows)
     same = texts ^ _of_each(ids[number], images)
     found.counts["records that are copies of an earlier one"] = len(same) - len(np.unique(same))
-    for one in against:
-        found.shared.append(_compare(source, one, rows, number, images, columns))
+    turns, questions = np.frombuffer(columns.turns, np.int32), np.frombuffer(columns.questions, np.uint64)
+    own = Asked(turns, images, questions, number, rows if pixels else None)
+    found.shared += [compare(data.records, one, own) for one in against]
     _tokens(found, source)
     found.seconds = pace.elapsed_s
     return found
@@ -240,7 +216,7 @@ def _of_each(ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return a digest of the images of each record, which depends on their order. ids: of all, one after the other."""
     ends = np.cumsum(counts)
     place = np.arange(len(ids)) - np.repeat(ends - counts, counts)
-    mixed = np.concatenate([[np.uint64(0)], np.cumsum((ids ^ _MIX) * (2 * place.astype(np.uint64) + np.uint64(1)))])
+    mixed = np.concatenate([[np.uint64(0)], np.cumsum((ids ^ MIX) * (2 * place.astype(np.uint64) + np.uint64(1)))])
     return mixed[ends] - mixed[ends - counts]
 
 
@@ -264,107 +240,32 @@ def _tokens(found: Stats, source: LookedAt) -> None:
     found.shares["of the tokens are learnt"] = float(learnt.sum() / max(lengths.sum(), 1))
     found.add("tokens of a sample", lengths)
     if fit is not None and source.data.image_mode != "anyres":
-        usable = lengths <= fit.limits.tokens
-        found.counts["samples longer than a pack may hold"] = int((~usable).sum())
-        needs = (lengths[usable], views[usable], np.diff(segments)[usable])
+        needs = _needs(found, fit.limits, store, lengths, views)
         packs = fit.packs(*needs)
         found.counts["packs of an epoch"] = packs
         found.shares["of the packs is filled"] = float(needs[0].sum() / max(packs * fit.batch.tokens, 1))
     store.let_go()
 
 
-@dataclass(frozen=True)
-class Against:
-    """An evaluation set. asked: of each entry the digest of its plain question, and the number of its image's row.
-
-    That is -1 without an image. rows: [n] of ROW.
-    """
-
-    file: str
-    asked: np.ndarray
-    rows: np.ndarray
-
-
-def read_against(path: str, folder: str | None = None) -> Against:
-    """Read an evaluation set: records in any form, or lines of {question or text, image}. DataError if it has none.
-
-    folder: of its image paths; None: that of the file.
-    """
-    files = find_files(Path(path))
-    names: dict[str, int] = {}
-    asked: list[tuple[int, int]] = []
-    for file in files.paths:
-        for row in files.format.rows(file, files.base, lambda _: None):
-            if not isinstance(row, Row) or (record := _question_of(row)) is None:
-                continue
-            image = names.setdefault(record.images[0], len(names)) if record.images else -1
-            asked += [(_text_digest(plain(question)), image) for question, _ in record.turns]
-    if not asked:
-        raise DataError(f"{path}: holds no questions; expected records, or objects with 'question' and 'image'")
-    looked = (look(name, folder or str(files.base), files.base) for name in names)
-    return Against(path, np.array(asked, [("text", "<u8"), ("image", "<i8")]), rows_of([np.array([r]) for r in looked]))
-
-
-def _question_of(row: Row) -> Record | None:
-    """Return an entry of an evaluation set as a record; the answer, which may have many forms, does not matter."""
-    values = row.values
-    if isinstance(values, dict) and not any(name in values for name in ("conversations", "messages")):
-        question = values.get("question", values.get("text", values.get("prompt")))
-        values = {"image": values.get("image", values.get("images")), "question": question, "answer": "-"}
-    try:
-        return record_of(0, replace(row, values=values))
-    except FaultError:
-        return None
-
-
-def _compare(
-    source: LookedAt, other: Against, rows: np.ndarray, number: np.ndarray, images: np.ndarray, columns: _Columns
-) -> Shared:
-    owners = np.repeat(np.arange(len(images)), images)
-    asks = np.repeat(np.arange(len(images)), np.frombuffer(columns.turns, np.int32))
-    questions = np.frombuffer(columns.questions, np.uint64)
-    theirs = other.rows[other.rows["width"] > 0]
-    same = np.isin(rows["content"], theirs["content"]) & (rows["width"] > 0)
-    near = _looks_like(rows, theirs) | same
-    hits = {name: np.zeros(len(images), bool) for name in ("same", "near", "asked", "both")}
-    hits["same"][owners[same[number]]] = True
-    hits["near"][owners[near[number]]] = True
-    hits["asked"][asks[np.isin(questions, other.asked["text"])]] = True
-    hits["both"] = hits["near"] & _asked_of_alike(other, rows, number, images, columns, near)
-    same_image, near_image, same_question, both = (int(hits[name].sum()) for name in hits)
-    told = Shared(other.file, len(other.asked), same_image, near_image, same_question, both)
-    wanted = set(np.flatnonzero(hits["both"])[:SHOWN].tolist()) or set(np.flatnonzero(hits["near"])[:SHOWN].tolist())
-    if wanted:
-        last = max(wanted)
-        usable = (record for record in read_refusing(source.data.records) if isinstance(record, Record))
-        told.first = [r.where for at, r in zip(range(last + 1), usable, strict=False) if at in wanted]
-    return told
-
-
-def _looks_like(rows: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Return which images look like one of the others, [n] bool."""
-    groups = near_groups(np.concatenate([theirs, rows]))
-    found = np.isin(groups[len(theirs) :], groups[: len(theirs)])
-    return found & (rows["width"] > 0)
-
-
-def _asked_of_alike(
-    other: Against, rows: np.ndarray, number: np.ndarray, images: np.ndarray, columns: _Columns, near: np.ndarray
-) -> np.ndarray:
-    """Return which records ask a question about an image that the other set asks about one like it."""
-    groups = near_groups(np.concatenate([other.rows, rows]))
-    with_image = other.asked[other.asked["image"] >= 0]
-    pairs = with_image["text"] ^ (groups[with_image["image"]].astype(np.uint64) * _MIX)
-    starts = np.concatenate([[0], np.cumsum(images)])
-    turns = np.concatenate([[0], np.cumsum(np.frombuffer(columns.turns, np.int32))])
-    questions = np.frombuffer(columns.questions, np.uint64)
-    found = np.zeros(len(images), bool)
-    for index in np.unique(np.repeat(np.arange(len(images)), images)[near[number]]):
-        shown = groups[len(other.rows) + number[starts[index] : starts[index + 1]]].astype(np.uint64) * _MIX
-        texts = questions[turns[index] : turns[index + 1]]
-        found[index] = bool(np.isin(texts[:, None] ^ shown[None], pairs).any())
-    return found
-
-
-def _text_digest(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def _needs(
+    found: Stats, limits: PackLimits, store: SampleStore, lengths: np.ndarray, views: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return positions, images and segments of the samples that packs hold, cut as training cuts; count the others."""
+    lengths, images = lengths.copy(), views.copy()
+    segments = np.diff(store.column("samples", "segments"))
+    fits, cut = np.ones(len(lengths), bool), 0
+    for number in np.flatnonzero(lengths > limits.tokens).tolist():
+        if limits.too_long(int(lengths[number]), min(int(views[number]), 1)):
+            fits[number] = False
+            continue
+        sample = truncate(store.sample(number), limits.tokens, limits.tokens_per_image)
+        lengths[number], segments[number] = width(sample, limits.tokens_per_image), len(sample)
+        images[number] = sum(segment.ids.count(IMAGE_INDEX) for segment in sample)
+        cut += 1
+    over = fits & ((images > limits.images) | (segments > limits.segments))
+    found.counts["samples longer than a pack may hold"] = int((~fits).sum())
+    if limits.overlong == "truncate":
+        found.counts["samples that are cut"] = cut
+    found.counts["samples of more images or segments than a pack may hold"] = int(over.sum())
+    fits &= ~over
+    return lengths[fits], images[fits], segments[fits]

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from html import escape
 
 from tinyllava_fast.page import card, columns, document, facts_list
-from tinyllava_fast.prepare.stats import Shared, Spread, Stats
+from tinyllava_fast.prepare.overlap import Shared
+from tinyllava_fast.prepare.stats import Spread, Stats
 
 _HEAD = ("least", "median", "mean", "95 %", "most")
 _SHARED = (
@@ -27,6 +28,7 @@ def text(found: Stats) -> str:
     lines += [f"  {name:<24}" + "".join(f"{v:>12}" for v in _values(spread)) for name, spread in found.spreads.items()]
     for shared in found.shared:
         lines.append(f"\nof the {shared.questions:,} questions of {shared.file}:")
+        lines += [f"{count:>14,}  {words}" for count, words in _faults(shared)]
         lines += [f"{count:>14,}  {words}" for count, words in _overlap(shared)]
         lines += [f"    {where}" for where in shared.first]
     return "\n".join([*lines, ""])
@@ -53,9 +55,8 @@ def _source(found: Stats) -> Iterator[str]:
     yield f'<div class="two">\n{"".join(plots)}\n</div>'
     for shared in found.shared:
         named = "".join(f"<li>{escape(where)}</li>" for where in shared.first)
-        inside = facts_list((f"{count:,}", words) for count, words in _overlap(shared)) + f"<ul>{named}</ul>" * bool(
-            named
-        )
+        counts = [*_faults(shared), *_overlap(shared)]
+        inside = facts_list((f"{count:,}", words) for count, words in counts) + f"<ul>{named}</ul>" * bool(named)
         yield card(f"Overlap with {escape(shared.file)}", f"It has {shared.questions:,} questions.", inside)
 
 
@@ -67,7 +68,16 @@ def _plot(name: str, spread: Spread) -> str:
 
 def _overlap(shared: Shared) -> Iterator[tuple[int, str]]:
     for field, words in _SHARED:
-        yield getattr(shared, field), words
+        if (count := getattr(shared, field)) is not None:
+            yield count, words
+
+
+def _faults(shared: Shared) -> Iterator[tuple[int, str]]:
+    """Yield what of the evaluation set was not compared."""
+    if shared.left_out:
+        yield shared.left_out, "entries of it cannot be read, and are left out"
+    if shared.unreadable:
+        yield shared.unreadable, f"of its {shared.images:,} images cannot be read, and are not looked for"
 
 
 def _values(spread: Spread) -> Iterator[str]:

@@ -10,7 +10,9 @@ What a shape or a file cannot hold is refused: an entry that is read back as ano
 from __future__ import annotations
 
 import base64
+import json
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +27,8 @@ from tinyllava_fast.data.pictures import InsideFile, open_bytes
 from tinyllava_fast.data.record import FaultError, Record
 from tinyllava_fast.data.types import IMAGE_TOKEN, ImagePart, laid_out
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.fields import shown
+from tinyllava_fast.fields import is_text, shown
+from tinyllava_fast.log import log
 
 Shape = Literal["llava", "openai", "sharegpt"]
 SHAPES: tuple[Shape, ...] = ("llava", "openai", "sharegpt")
@@ -160,8 +163,33 @@ def check_held(one: Whole, values: Mapping[str, object], binary: Collection[str]
             raise not_held(one, f"{name}: {shown(value)} would not be read back as it is")
     kept, extra = found.extra or {}, record.extra or {}
     for name in {**extra, **kept}:
-        if extra.get(name) != kept.get(name) or isinstance(extra.get(name), bool) != isinstance(kept.get(name), bool):
+        if not _alike(extra.get(name), kept.get(name)):
             raise not_held(one, f"{name}: {shown(extra.get(name))} would not be read back as it is; {_DROP} {name}")
+
+
+def _alike(one: object, other: object) -> bool:
+    """Return whether two values are the same; a number that is none (NaN) is like itself."""
+    return one is other or (one == other and isinstance(one, bool) == isinstance(other, bool))
+
+
+def json_of(one: Whole, values: Mapping[str, object]) -> str:
+    """Return the fields of a record as JSON on one line. DataError that names the one which JSON cannot hold."""
+    try:
+        line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:  # a date, or another value of a table
+        name = next((n for n, v in (one.record.extra or {}).items() if not _is_json(v)), "record")
+        raise not_held(one, f"{name}: {error}; leave it out with --drop {name}") from None
+    return line if is_text(line) else json.dumps(values)
+
+
+def _is_json(value: object) -> bool:
+    if value is None or isinstance(value, (str, int)):
+        return True
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def not_held(one: Whole, what: str) -> DataError:
@@ -201,6 +229,30 @@ def extras_of(row: Row, dropped: Collection[str] = (), *, strict: bool = True) -
     elif row.binary:
         found = {name: value for name, value in found.items() if name not in row.binary}
     return found or None
+
+
+class JsonExtras:
+    """Returns the other fields of an entry that JSON can hold. The rest is left out, and counted by field."""
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+
+    def __call__(self, row: Row) -> dict[str, object] | None:
+        """Return them; None for none."""
+        found = extras_of(row, strict=False) or {}
+        values = row.values if isinstance(row.values, dict) else {}
+        lost = [name for name, value in found.items() if not _is_json(value)]
+        if row.binary:
+            used = used_fields(values)
+            self.left_out.update(n for n in row.binary if values.get(n) is not None and n not in used)
+        self.left_out.update(lost)
+        return {name: value for name, value in found.items() if name not in lost} or None
+
+    def warn(self, source: str) -> None:
+        """Say once what was left out, if anything was."""
+        if self.left_out:
+            what = ", ".join(f"{shown(name)} ({count:,} records)" for name, count in sorted(self.left_out.items()))
+            log.warning("%s: fields that JSON cannot hold are left out: %s", source, what)
 
 
 def _openai(record: Record, images: Sequence[object], beside: bool) -> dict[str, object]:

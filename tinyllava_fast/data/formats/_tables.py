@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tinyllava_fast.data.formats._arrow import pyarrow
 from tinyllava_fast.data.formats._shapes import Shape, Shown, Whole, check_held, fields_of, not_held
 from tinyllava_fast.data.record import FaultError
+from tinyllava_fast.fields import is_text, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,6 +84,9 @@ def _stand_in(image: Shown) -> dict[str, object]:
 
 def _joined(one: Whole, name: str, before: str, value: object) -> str:
     """Return the kind of values that a column holds with this one. DataError if one column cannot hold both."""
+    if not all(is_text(text) for text in (name, *_texts(value))):
+        told = name if is_text(name) else shown(name)
+        raise not_held(one, f"{told}: contains half of a surrogate pair; mend it, or leave it out with --drop {told}")
     kind = _kind(value)
     pair = {before, kind}
     if kind and (not before or before == kind):
@@ -94,6 +98,10 @@ def _joined(one: Whole, name: str, before: str, value: object) -> str:
     wanted = _WORDS.get(before.strip("[]"), "a number, text, true or false, or a list of one of these")
     what = f"a list of it ({wanted})" if before.startswith("[") else wanted
     raise not_held(one, f"{name}: a column holds one kind, here {what}; leave it out with --drop {name}")
+
+
+def _texts(value: object) -> list[str]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
 
 
 def _kind(value: object) -> str:

@@ -74,8 +74,9 @@ def _values_of(one: Whole) -> dict[str, str]:
     if record.system is not None:
         cells["system"] = record.system
     for name, value in (record.extra or {}).items():
-        if name in cells or name in ("system", "caption") or name != name.strip():
-            raise not_held(one, f"{name}: no column can have this name; leave it out with --drop {name}")
+        if name in cells or name in ("system", "caption") or name != name.strip() or not is_text(name):
+            told = name if is_text(name) else shown(name)
+            raise not_held(one, f"{told}: no column can have this name; leave it out with --drop {told}")
         cells[name] = value
     for name, value in cells.items():
         if not isinstance(value, str) or "\0" in value or len(value) > _LONGEST or not is_text(value):

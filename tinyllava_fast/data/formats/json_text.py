@@ -16,10 +16,10 @@ from typing import TextIO
 
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, TEXT, Broken, Head, Mark, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
-from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, fields_of, not_held
+from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, fields_of, json_of, not_held
 from tinyllava_fast.data.record import FaultError
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.fields import DECODER, fault, is_text, not_utf8
+from tinyllava_fast.fields import DECODER, fault, not_utf8
 
 _SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
@@ -81,22 +81,11 @@ def object_of(one: Whole, shape: Shape | None = None) -> str:
     images = [one.text(number) for number in range(len(one.images))]
     try:
         values = fields_of(one.record, shape or "llava", images)
-        line = json.dumps(values, ensure_ascii=False)
     except FaultError as fault:
         raise not_held(one, str(fault)) from None
-    except (TypeError, ValueError) as error:  # a date, or another value of a table
-        name = next((n for n, v in (one.record.extra or {}).items() if not _is_json(v)), "record")
-        raise not_held(one, f"{name}: {error}; leave it out with --drop {name}") from None
+    line = json_of(one, values)
     check_held(one, values)
-    return line if is_text(line) else json.dumps(values)
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return line
 
 
 class _Reader:

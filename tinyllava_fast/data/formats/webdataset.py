@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import io
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -20,10 +19,10 @@ from pathlib import Path
 
 from tinyllava_fast.data.formats._base import RECORD_FORMATS, Broken, Head, Mark, Opened, Place, RecordFormat, Row
 from tinyllava_fast.data.formats._embedded import Embedded, walk
-from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, ending_of, fields_of, not_held
+from tinyllava_fast.data.formats._shapes import Shape, Whole, check_held, ending_of, fields_of, json_of, not_held
 from tinyllava_fast.data.record import FaultError
 from tinyllava_fast.errors import DataError
-from tinyllava_fast.fields import decode, is_text
+from tinyllava_fast.fields import decode
 
 _NAME = "webdataset"
 _MAGIC, _MAGIC_AT = b"ustar", 257
@@ -103,11 +102,11 @@ def _members(one: Whole, stem: str, shape: Shape) -> Iterator[tuple[str, bytes]]
         yield name, content
     try:
         values = fields_of(one.record, shape, names, beside=True)
-        text = json.dumps(values, ensure_ascii=False)
-    except (FaultError, TypeError, ValueError) as fault:
+    except FaultError as fault:
         raise not_held(one, str(fault)) from None
+    text = json_of(one, values)
     check_held(one, _described(values, {}, len(names), stem), _BINARY)
-    yield f"{stem}.json", (text if is_text(text) else json.dumps(values)).encode()
+    yield f"{stem}.json", text.encode()
 
 
 def _stem(name: str) -> str:

@@ -120,6 +120,8 @@ class EncoderTower(VisionTower):
 
     @classmethod
     def _load(cls, path: str, config: PreTrainedConfig, dtype: torch.dtype, where: str) -> PreTrainedModel:
+        if torch.get_default_device().type == "meta":
+            return cls._draw(config, None, dtype, where)
         with reading(f"{where}.path: cannot load {path!r} as a {cls.name} tower", UserError):
             model, missing = load_pretrained(
                 cls._model_class(config.model_type), path, config=config, dtype=dtype, attn_implementation=FULL

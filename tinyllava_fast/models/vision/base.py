@@ -88,8 +88,8 @@ class VisionTower(nn.Module, ABC):
         """Return a tower with weights drawn from the seed (None: uninitialized).
 
         path: folder or hub id of the tower alone or of a whole image-text model, whose weights it has instead; config
-        then holds what overrides the one there. feature_select None: the tower's default. strict: refuse config keys
-        that transformers does not know.
+        then holds what overrides the one there. On the meta device its weights are not read. feature_select None: the
+        tower's default. strict: refuse config keys that transformers does not know.
         """
         raise NotImplementedError
 
