@@ -208,6 +208,8 @@ def _is_transport(error: RuntimeError) -> bool:
 
 def _lost(group: _Group) -> str:
     """Return which processes are gone and why; "" if all are there."""
+    if group.heartbeat:
+        group.heartbeat.give_way(group.store)
     until = time.monotonic() + _PATIENCE
     found: list[str] = []
     while not found and time.monotonic() < until:

@@ -2,7 +2,7 @@
 
 A process that was stopped (SIGSTOP), or whose machine went down, closes no connection: the others would wait in a
 collective until its timeout, hours later. So a thread of each process counts in the store, whatever the process
-computes meanwhile, and another thread watches that the counts of others go on.
+computes meanwhile, and another thread watches that the counts of others go on, and that the store itself answers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Tell = Callable[[str], str]
 """Given who is silent, notes it and returns what to say."""
 _NEIGHBOURS = 8  # processes that each one watches: all would be N^2 questions to one store
 _LONGEST = 5.0  # seconds between two beats
+_LINGER = 2.5  # intervals until all others have read a finding, and have left
 _SILENT = "silent"  # key of the first finding, which all follow
 
 
@@ -62,7 +63,8 @@ class Heartbeat:
     """Two threads: one counts in the store and reads the counts of others, one watches how long they stand still.
 
     store: used by nobody else, whose calls may wait. members: by rank. patience: seconds of silence after which a
-    process is lost. keeper: the rank in whose process the store is; None: it is the launcher's, which outlives them.
+    process is lost, and with it all, or the store of a launcher. keeper: the rank in whose process the store is; None:
+    it is the launcher's.
     """
 
     def __init__(
@@ -76,7 +78,11 @@ class Heartbeat:
         self._counts: dict[int, bytes] = {}
         self._rounds = 0
         self._found = ""
-        self._silence = dict.fromkeys(range(size), 0.0)
+        self._leaving = False
+        self._broken = ""  # why the connection is of no use any more
+        self._judged = 0, dict(self._counts)  # rounds and counts when the silences were last reckoned
+        self._silence = dict.fromkeys(self._watched, 0.0)
+        self._unanswered = 0.0  # seconds since the store last answered
         self._tell: Tell | None = None
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
@@ -90,8 +96,17 @@ class Heartbeat:
 
     def watch(self, tell: Tell | None) -> None:
         """From now on end this process when another is silent. None: no longer."""
-        self._silence = dict.fromkeys(self._silence, 0.0)
+        self._silence, self._unanswered = dict.fromkeys(self._watched, 0.0), 0.0
         self._tell = tell
+
+    def give_way(self, store: Store) -> None:
+        """Wait, once a process is known to be silent: the thread that watches says so, and ends this one.
+
+        What the main thread meets meanwhile, connections of processes that were killed or have ended, is no news.
+        store: the main thread's connection.
+        """
+        if self._tell is not None and (self._leaving or self._found or _has_finding(store)):
+            time.sleep(2 * _LINGER * self._interval)
 
     def stop(self) -> None:
         """End both threads: none may be inside the store when Python ends."""
@@ -100,17 +115,31 @@ class Heartbeat:
             thread.join(2 * self._interval)
 
     def _beat(self) -> None:
-        keys = [self.key(rank) for rank in self._watched]
-        with suppress(RuntimeError):  # the store has died with its process, which those who wait for it will see
-            while not self._ended.wait(self._interval):
-                self._store.set(self.key(self._rank), str(self._rounds + 1))
-                self._counts = dict(zip(self._watched, self._store.multi_get(keys), strict=True))
-                if not self._found and self._store.check([_SILENT]):
-                    self._found = self._store.get(_SILENT).decode(errors="replace")
-                self._rounds += 1
+        while not self._ended.wait(self._interval):
+            self._attempt()
+
+    def _attempt(self) -> None:
+        """Do a round; a connection that broke is made again, unless the run is over, and the store perhaps with it."""
+        try:
+            if self._broken and self._tell is not None:
+                log.warning("the heartbeat's connection to the store broke: %s; connecting again", self._broken)
+                self._store = self._store.clone()  # type: ignore[attr-defined]
+            self._round()
+            self._broken = ""
+        except RuntimeError as error:
+            self._broken = (str(error) or type(error).__name__).splitlines()[0]
+
+    def _round(self) -> None:
+        """Count, and read the counts of others and the first finding."""
+        self._store.set(self.key(self._rank), str(self._rounds + 1))
+        values = self._store.multi_get([self.key(rank) for rank in self._watched])
+        self._counts = dict(zip(self._watched, values, strict=True))
+        if not self._found and self._store.check([_SILENT]):
+            self._found = self._store.get(_SILENT).decode(errors="replace")
+        self._rounds += 1
 
     def _watch(self) -> None:
-        rounds, counts, before = 0, dict(self._counts), time.monotonic()
+        before = time.monotonic()
         while not self._ended.wait(self._interval):
             now = time.monotonic()
             # A process that was stopped itself has not listened meanwhile.
@@ -118,27 +147,40 @@ class Heartbeat:
             if self._tell is None:
                 continue
             if self._found:
-                self._leave(self._found)  # another process has found it
-            fresh = dict(self._counts)
-            if self._rounds != rounds:
-                for rank in self._watched:
-                    moved = fresh.get(rank) != counts.get(rank)
-                    self._silence[rank] = 0.0 if moved else self._silence[rank] + passed
-            elif self._keeper not in (None, self._rank):  # the store itself does not answer
-                self._silence[int(self._keeper or 0)] += passed
-            rounds, counts = self._rounds, fresh
-            silent = [rank for rank, seconds in self._silence.items() if seconds >= self._patience]
-            if silent:
-                said = "; ".join(self._describe(rank) for rank in silent)
-                for rank in silent:
-                    self._kill(self._members[rank])
-                self._leave(said)
+                self._leave(self._found, first=False)  # another process has found it
+            silent, said = self._silent(passed)
+            if said:
+                self._leave(said, silent)
+
+    def _silent(self, passed: float) -> tuple[list[int], str]:
+        """Reckon with so many seconds more; return the ranks that are lost, and who is, in words ("": nobody)."""
+        (rounds, counts), self._judged = self._judged, (self._rounds, dict(self._counts))
+        if self._judged[0] != rounds:
+            self._unanswered = 0.0
+            for rank in self._watched:
+                moved = self._judged[1].get(rank) != counts.get(rank)
+                self._silence[rank] = 0.0 if moved else self._silence[rank] + passed
+        elif self._keeper != self._rank:
+            self._unanswered += passed
+        silent = [rank for rank, seconds in self._silence.items() if seconds >= self._patience]
+        said = [self._describe(rank) for rank in silent]
+        if self._unanswered >= self._patience and self._keeper not in silent:
+            if self._keeper is None:
+                said.append(f"the launcher, which keeps the store of all processes, has not answered for {self._limit}")
+            else:
+                silent.append(self._keeper)
+                said.append(self._describe(self._keeper))
+        return silent, "; ".join(said)
+
+    @property
+    def _limit(self) -> str:
+        return f"{self._patience:g} s (engine.silence_timeout)"
 
     def _describe(self, rank: int) -> str:
-        member, seconds = self._members[rank], f"{self._patience:g} s (engine.silence_timeout)"
+        member = self._members[rank]
         name = f"rank {rank} (process {member.pid}{'' if member.is_near else f' on {member.machine.split()[0]}'})"
         how = {"stopped": "is stopped", "gone": "was killed"}.get(member.condition(), "is stopped or cannot be reached")
-        return f"{name} {how}: it has not run for {seconds}"
+        return f"{name} {how}: it has not run for {self._limit}"
 
     def _publish(self, said: str, others: list[int]) -> None:
         """Tell all other processes. others: gains one item if another process has done that already."""
@@ -154,20 +196,35 @@ class Heartbeat:
             with suppress(OSError):
                 os.kill(member.pid, signal.SIGKILL)
 
-    def _leave(self, said: str) -> None:
-        """End this process from its thread: the main one waits in a collective that nothing else ends."""
+    def _leave(self, said: str, silent: Sequence[int] = (), *, first: bool = True) -> None:
+        """End this process from its thread: the main one waits in a collective that nothing else ends.
+
+        silent: ranks to kill. first: no other process has said it yet, as far as this one knows.
+        """
+        self._leaving = True
         others: list[int] = []
-        thread = threading.Thread(target=self._publish, args=(said, others), daemon=True)
-        thread.start()
-        thread.join(2 * self._interval)  # the store may have gone with the silent process
+        if first:
+            thread = threading.Thread(target=self._publish, args=(said, others), daemon=True)
+            thread.start()
+            thread.join(2 * self._interval)  # the store may have gone with the silent process
+        for rank in silent:
+            self._kill(self._members[rank])  # after the word: its connections end, and that would be all others know
         text = self._tell(said) if self._tell else said
-        if not others:
+        if first and not others:
             log.error("%s", text)
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
+        if self._keeper == self._rank:
+            time.sleep(_LINGER * self._interval)  # the store ends with this process, and all are to read it before
         os._exit(1)
+
+
+def _has_finding(store: Store) -> bool:
+    with suppress(RuntimeError):
+        return bool(store.check([_SILENT]))
+    return False
 
 
 def machine() -> str:

@@ -83,6 +83,7 @@ def test_overrides(config: Path, override: str, read, value) -> None:
         ("stages=[{name: a, data: {}}, {name: a, data: {}}]", ["'a' is used twice"]),
         ("stages=[{name: final, data: {}}]", ["can't name a stage"]),
         ("engine.threads.x=1", ["engine.threads", "expected int"]),
+        ("engine.silence_timeout=9", ["engine.silence_timeout: 9: a busy core", "set 10 or more, or 0 for never"]),
         ("engine.threads.0.x=1", ["engine.threads", "expected int", "got {'0': {'x': 1}}"]),
         ("noequals", ["expected key.path=value"]),
         ("=5", ["expected key.path=value"]),

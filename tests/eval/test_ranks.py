@@ -67,8 +67,11 @@ def told_that_one_died() -> str:
         with Ranks.of_torchrun().together():
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(30)
+            except Exception:  # as where a picture is read: the answer would be stored as an empty one
+                return "taken for a fault of the data"
     except LostError as error:
         return str(error)
     return "nothing happened"

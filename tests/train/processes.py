@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -33,6 +34,7 @@ def _train(environment: dict[str, str], output: Path, argv: list[str], fault: Fa
     os.dup2(descriptor, 2)
     from tinyllava_fast.train import cli
 
+    gc.freeze()  # a collection over all that was imported stops a process for seconds on a busy machine
     if fault:
         fault()
     sys.argv[1:] = argv

@@ -39,7 +39,7 @@ from tests.train.notes import Notes, take_note
 from tests.train.processes import PRELOADED, Ranks, fork_server
 from tinyllava_fast.train.checkpoint import CheckpointStore
 
-EVERY, STEPS, SILENCE = 4, 48, 2
+EVERY, STEPS, SILENCE = 4, 48, 10
 """Steps between checkpoints, steps of a run, and engine.silence_timeout."""
 PATIENCE = 60.0
 """Seconds for all processes to end after a fault, on a busy machine."""
@@ -287,7 +287,7 @@ def disturb_command(soak: Soak, engine: str, whole: Path, count: int) -> list[st
     run, said = soak.disk.folder / "run-command", soak.path.parent / "said-command.txt"
     command = [sys.executable, "-m", "tinyllava_fast.train.cli", *soak.arguments(engine, run)]
     command += ["--nproc", "2", "--max-restarts", str(count)]
-    names = ["rank 0 killed", "rank 1 stopped", "SIGTERM to rank 1", *["disk full"] * soak.disk.own, "rank 1 killed"]
+    names = ["rank 0 killed", "rank 1 stopped", *["disk full"] * soak.disk.own, "rank 1 killed"]
     hits: list[str] = []
     with said.open("w") as output, subprocess.Popen(command, stderr=output) as launcher:
         try:

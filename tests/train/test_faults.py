@@ -25,6 +25,8 @@ SHAPE = {
 }
 SOON = 20
 """Seconds; without a word between the processes it would be half an hour."""
+SILENCE = 10
+"""Seconds: engine.silence_timeout, which no process that is well reaches on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def limit_background() -> None:
 def test_a_background_that_fails_in_one_process_ends_all_with_one_message(server, tiny_run, tmp_path, rank):
     path = tiny_run(**SHAPE | {"engine__type": "fsdp", "checkpoint__asynchronous": True})
     with Ranks(server, tmp_path / "said", [str(path)], faults={rank: limit_background}) as ranks:
-        assert ranks.wait(60) == [2, 2]
+        assert ranks.wait(60) == [1, 1]
         said = ranks.lines()
     assert len(said) == 1, said
     assert f"could not be saved: rank {rank}: " in said[0]
@@ -182,6 +184,28 @@ def test_a_signal_to_one_process_ends_all_within_seconds(server, tiny_run, tmp_p
     assert "stopped; the same command goes on from" in ranks.said(0)
 
 
+def told_in_the_last_step() -> None:
+    """SIGTERM reaches this process in the last step of its first stage."""
+    from tinyllava_fast.train import loop
+
+    advance = loop.Stage._advance
+
+    def advanced(stage: loop.Stage, *arguments: object) -> None:
+        advance(stage, *arguments)
+        if stage.state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    loop.Stage._advance = advanced
+
+
+def test_a_signal_in_the_last_step_of_a_stage_ends_all_before_the_next(server, tiny_run, tmp_path):
+    path = tiny_run(**SHAPE)
+    with Ranks(server, tmp_path / "said", [str(path)], faults={1: told_in_the_last_step}) as ranks:
+        assert ranks.wait(60) == [143, 143]
+    names = CheckpointStore(path.parent / "run" / "checkpoints", 9).names()
+    assert names[-1] == "pretrain-00000002" and "goes on from" in ranks.said(0)
+
+
 def test_packs_that_the_processes_cannot_share_are_found_before_anything_is_read(server, tiny_run, tmp_path):
     path = tiny_run(**SHAPE | {"stages__finetune__batch__packs_per_step": 3})
     with Ranks(server, tmp_path / "said", [str(path)]) as ranks:
@@ -191,42 +215,43 @@ def test_packs_that_the_processes_cannot_share_are_found_before_anything_is_read
     assert not list((path.parent / "run").glob("*.jsonl"))
 
 
-@pytest.mark.parametrize(("victim", "launcher"), [(0, True), (1, True), (0, False)])
+@pytest.mark.parametrize(("victim", "launcher"), [pytest.param(0, True, marks=pytest.mark.slow), (1, True), (0, False)])
 def test_a_process_that_is_stopped_is_named_and_killed(server, tiny_run, tmp_path, victim, launcher):
     """Also rank 0 with the store of all in it."""
-    path = tiny_run(**SHAPE | {"stages__finetune__max_steps": 3000, "engine__silence_timeout": 2})
+    path = tiny_run(**SHAPE | {"stages__finetune__max_steps": 3000, "engine__silence_timeout": SILENCE})
     run = path.parent / "run"
     with Ranks(server, tmp_path / "said", [str(path)], launcher=launcher) as ranks:
         wait_for_step(run, 4)
         os.kill(ranks.processes[victim].pid, signal.SIGSTOP)
-        codes = ranks.wait(SOON)
+        codes = ranks.wait(2 * SOON)
         survivor = 1 - victim
         assert codes[victim] == -signal.SIGKILL and codes[survivor] == 1
         (said,) = ranks.lines()
         whole = ranks.said(survivor)
-    assert f"rank {victim} (process {ranks.processes[victim].pid}) is stopped: it has not run for 2 s" in said
+    assert f"rank {victim} (process {ranks.processes[victim].pid}) is stopped: it has not run for {SILENCE} s" in said
     assert "is intact: the same command goes on from there" in whole
     if survivor == 0:
         assert "is stopped: it has not run" in read_status(str(run)).why
 
 
+@pytest.mark.slow
 def test_what_takes_long_is_no_silence(server, tiny_run, tmp_path):
     """Rank 1 computes for longer than the timeout before its third step."""
-    path = tiny_run(**SHAPE | {"engine__silence_timeout": 1})
+    path = tiny_run(**SHAPE | {"engine__silence_timeout": SILENCE})
     with Ranks(server, tmp_path / "said", [str(path)], faults={1: long_step}) as ranks:
         assert ranks.wait(60) == [0, 0], ranks.said(0)
     assert not ranks.lines()
 
 
 def long_step() -> None:
-    """This process takes three seconds for its third step: two in Python, one asleep."""
+    """This process takes longer than the timeout for its third step, most of it in Python."""
     from tinyllava_fast.train import loop
 
     take = loop.Stage._next_micro_batches
 
     def slow(stage: loop.Stage, *arguments: object) -> object:
         if stage.state.step == 2:
-            until = time.monotonic() + 2
+            until = time.monotonic() + SILENCE + 1
             while time.monotonic() < until:
                 pass
             time.sleep(1)

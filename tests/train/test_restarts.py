@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.train.processes import Ranks, fork_server
-from tests.train.test_faults import wait_for_step
+from tests.train.test_faults import SILENCE, wait_for_step
 from tinyllava_fast.train import cli
 
 SHAPE = {
@@ -58,23 +58,25 @@ def test_a_killed_process_is_started_again_by_itself(tiny_run, losses, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_saves_and_ends_within_seconds(tiny_run):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize("receiver", ["launcher", "rank 1"])
+def test_a_signal_saves_and_ends_within_seconds(tiny_run, receiver, number, code):
     path = tiny_run(**SHAPE | {"stages__finetune__max_steps": 4000, "checkpoint__every_steps": 0})
-    launcher = start(path)
+    launcher = start(path, "--max-restarts", "2")
     try:
         wait_for_step(path.parent / "run", 5)
-        os.kill(launcher.pid, signal.SIGTERM)
+        os.kill(launcher.pid if receiver == "launcher" else process_of(launcher, 1).pid, number)
         began = time.monotonic()
         said = launcher.communicate(timeout=60)[1]
     finally:
         launcher.kill()
-    assert launcher.returncode == 143 and time.monotonic() - began < 15, said
-    assert "stopped; the same command goes on from" in said and "Traceback" not in said
+    assert launcher.returncode == code and time.monotonic() - began < 15, said
+    assert "stopped; the same command goes on from" in said and "Traceback" not in said and "restart 1" not in said
 
 
 @pytest.mark.slow
 def test_a_stopped_process_is_killed_and_all_start_again_but_not_after_a_refusal(tiny_run, losses, tmp_path):
-    path = tiny_run(**SHAPE | {"engine__silence_timeout": 3})
+    path = tiny_run(**SHAPE | {"engine__silence_timeout": SILENCE})
     whole, run = tmp_path / "whole", path.parent / "run"
     with Ranks(fork_server(), tmp_path / "said", [str(path), f"output_dir={whole}"]) as ranks:
         assert ranks.wait() == [0, 0]
@@ -86,7 +88,7 @@ def test_a_stopped_process_is_killed_and_all_start_again_but_not_after_a_refusal
     finally:
         launcher.kill()
     assert launcher.returncode == 0, said
-    assert "rank 1 (process" in said and "is stopped: it has not run for 3 s" in said
+    assert "rank 1 (process" in said and f"is stopped: it has not run for {SILENCE} s" in said
     assert said.count("resuming from") == 1 and "restart 1 of 3" in said and "Traceback" not in said
     assert losses(run) == losses(whole)
     launcher = start(path, "--max-restarts", "3", "seed=7")

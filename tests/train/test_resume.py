@@ -174,7 +174,7 @@ def test_benchmarks_of_a_validation_may_change(trained):
 @pytest.mark.parametrize(
     ("asked", "attempt", "launched", "taken"),
     [
-        ("never", 0, "before", "auto"),
+        ("never", 0, "before", "never"),  # a first attempt, by whatever clock its files were written
         ("never", 0, "", "never"),
         ("never", 1, "before", "auto"),
         ("never", 1, "after", "never"),
@@ -191,6 +191,7 @@ def test_a_restart_goes_on_from_what_its_run_has_saved(trained, monkeypatch, ask
     moments = {"before": str(newest - 1), "after": str(newest + 1), "": ""}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
     monkeypatch.setenv("TLF_LAUNCHED_NS", moments[launched])
+    monkeypatch.setenv("TLF_ATTEMPT", str(attempt))
     assert resume._of_attempt(store, asked) == taken
 
 

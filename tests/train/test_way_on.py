@@ -272,10 +272,10 @@ _INERT = {
     schema.AugmentConfig: "hflip vflip shift keep_inside scale rotate",
     schema.BatchConfig: "tokens max_segments max_images image_multiple packs_per_step lookahead",
     schema.RecipeConfig: "type llm vision connector options",
-    schema.TuneConfig: "tune from_layer lr lora quant double_quant",
-    schema.LoRAConfig: "r alpha dropout bias target_modules rslora dora rank_pattern alpha_pattern",
+    schema.TuneConfig: "tune from_layer lr layer_decay lora quant double_quant",
+    schema.LoRAConfig: "r alpha dropout bias target_modules rslora dora rank_pattern alpha_pattern b_lr_ratio",
     schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema "
-    "label_smoothing z_loss options",
+    "label_smoothing z_loss options on_nonfinite most_skipped_in_a_row most_skipped",
     schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload deepspeed "
     "threads workers prefetch silence_timeout",
     schema.CheckpointConfig: "every_steps keep asynchronous",

@@ -22,7 +22,7 @@ from tinyllava_fast.config.compose import Section, expand, read_section, section
 from tinyllava_fast.config.names import file_name_fault
 from tinyllava_fast.config.overrides import apply_overrides
 from tinyllava_fast.config.ranges import Named
-from tinyllava_fast.config.schema import ModelConfig, RunConfig
+from tinyllava_fast.config.schema import LEAST_SILENCE, ModelConfig, RunConfig
 from tinyllava_fast.config.values import place, range_of, read_value, type_name
 from tinyllava_fast.errors import UserError, nearest
 from tinyllava_fast.fields import shown
@@ -173,6 +173,11 @@ def _check_run(run: RunConfig, where: str) -> None:
     for stage in run.stages:
         stage.validation.check(f"{where}: stages.{stage.name}.validation")
     _check_model(run.model, where)
+    if 0 < (silence := run.engine.silence_timeout) < LEAST_SILENCE:
+        raise UserError(
+            f"{where}: engine.silence_timeout: {silence}: a busy core can stop a process that is well for seconds; set "
+            f"{LEAST_SILENCE} or more, or 0 for never"
+        )
     if os.path.exists(run.output_dir) and not os.path.isdir(run.output_dir):
         raise UserError(f"{where}: output_dir: {run.output_dir} is a file; name a folder")
 

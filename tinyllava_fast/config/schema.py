@@ -290,6 +290,10 @@ class StageConfig:
     """Optimizer steps; None: as many as ``epochs`` takes."""
 
 
+LEAST_SILENCE = 10
+"""Of engine.silence_timeout: the collector, or a busy core, stops a process for seconds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The way that steps run, in one process or in several that ``tlf-train --nproc`` or torchrun starts."""
@@ -324,7 +328,8 @@ class EngineConfig:
     prefetch: Annotated[int, Range(least=1, most=4096)] = 4
     """Packs prepared ahead by each worker."""
     silence_timeout: Annotated[int, Range(least=0, most=86400)] = 300
-    """Seconds after which, of several processes, one that does not run at all is lost, and all end; 0: never."""
+    """Seconds after which, of several processes, one that does not run at all is lost, and all end; at least 10; 0:
+    never."""
 
     @property
     def sharding(self) -> int:

@@ -95,6 +95,10 @@ def _kept(why: str) -> str:
     return f"{why}. All answers so far are kept: the same command asks the rest"
 
 
+class _News(BaseException):
+    """Another rank is lost. It comes up anywhere, and passes all code that takes an error for a fault of its data."""
+
+
 @contextmanager
 def _told_by_torchrun() -> Iterator[None]:
     """Take SIGTERM, which torchrun sends once another process has died, as the news of it."""
@@ -103,7 +107,7 @@ def _told_by_torchrun() -> Iterator[None]:
     def handle(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come again while this process looks and speaks
         if who := group.lost():
-            raise LostError(who)
+            raise _News(who)
         log.error("stopped; the answers so far are kept: the same command goes on with the others")
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -113,6 +117,8 @@ def _told_by_torchrun() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
+    except _News as news:
+        raise LostError(str(news)) from None
     finally:
         if signal.getsignal(signal.SIGTERM) is handle:
             signal.signal(signal.SIGTERM, before)

@@ -13,6 +13,7 @@ from tinyllava_fast.errors import LostError, SaidError, ShortageError, UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import expand_home
+from tinyllava_fast.train.attempts import note_refusal
 
 USAGE = """\
 usage: tlf-train CONFIG [--resume auto|never|PATH] [--nproc N [--max-restarts N]] [--profile] [key.path=value ...]
@@ -60,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except UserError as error:
         log.error("%s", error)
+        note_refusal()
         return 2
     except SaidError as error:
+        if error.exit_code == 2:
+            note_refusal()
         return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted")

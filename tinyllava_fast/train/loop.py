@@ -205,6 +205,13 @@ class Stage:
                 self._checkpoint(last=self._over or bool(stop))
             if stop:
                 raise StopRequest(stop)
+        if run.process.world_size > 1:  # a signal during the last step is not to wait for the next stage's first one
+            summed = torch.tensor(self._signal_flags(), dtype=torch.float64, device=engine.device)
+            if stop := _first(engine.all_reduce_sum(summed).tolist()):
+                raise StopRequest(stop)
+
+    def _signal_flags(self) -> list[float]:
+        return [float(self.run.stop_signal == number) for number in STOP_SIGNALS]
 
     @property
     def _over(self) -> bool:
@@ -237,7 +244,7 @@ class Stage:
         return micro, time.perf_counter() - started
 
     def _count(self, micro: list[PackedBatch]) -> tuple[dict[str, float], int]:
-        """Counts of the step over all ranks, and the largest signal number that any rank received (0: none)."""
+        """Counts of the step over all ranks, and the signal that any rank received (0: none)."""
         local = [
             sum(b.num_samples for b in micro),
             sum(b.num_tokens for b in micro),
@@ -245,20 +252,18 @@ class Stage:
             sum(b.input_ids.numel() for b in micro),
             *self.by_source.local(micro),
         ]
-        stop = self.run.stop_signal
         if self.run.process.world_size == 1:
             self.busy = float(self.run.store.busy)
             self.by_source.begin(local[len(COUNTS) :])
-            return dict(zip(COUNTS, map(float, local), strict=False)), stop
+            return dict(zip(COUNTS, map(float, local), strict=False)), self.run.stop_signal
         # float64 holds these integers exactly; the flags ride along so that all ranks stop, and publish what they have
         # saved, at the same step.
-        flags = [*(float(stop == number) for number in STOP_SIGNALS), float(self.run.store.busy)]
+        flags = [*self._signal_flags(), float(self.run.store.busy)]
         summed = torch.tensor([*local, *flags], dtype=torch.float64, device=self.engine.device)
         values = self.engine.all_reduce_sum(summed).tolist()
         self.by_source.begin(values[len(COUNTS) : len(local)])
         *stops, self.busy = values[len(local) :]
-        arrived = [int(n) for n, count in zip(STOP_SIGNALS, stops, strict=True) if count]
-        return dict(zip(COUNTS, values, strict=False)), arrived[0] if arrived else 0
+        return dict(zip(COUNTS, values, strict=False)), _first(stops)
 
     def _learning_rates(self, total: int) -> dict[str, float]:
         optim = self.config.optim
@@ -386,3 +391,8 @@ class Stage:
         )
         if run.main:
             io.save_model(self.model, run.tokenizer, run.processor, folder, state_dict=weights)
+
+
+def _first(flags: list[float]) -> int:
+    """Return the first of STOP_SIGNALS whose flag is set; 0: none."""
+    return next((int(number) for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag), 0)

@@ -7,7 +7,6 @@ packs so far may not: the refusal names each such key, says why, and names a way
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import CheckpointError, UserError
 from tinyllava_fast.hardware import torchrun_number
 from tinyllava_fast.log import log
+from tinyllava_fast.train import attempts
 from tinyllava_fast.train.checkpoint import (
     CheckpointStore,
     TrainState,
@@ -27,7 +27,6 @@ from tinyllava_fast.train.checkpoint import (
     is_checkpoint,
     load_state,
 )
-from tinyllava_fast.train.engine.launch import LAUNCHED
 from tinyllava_fast.train.parts import MODEL_FILES
 
 _ENGINE = (
@@ -185,9 +184,9 @@ def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
 
 def _of_attempt(store: CheckpointStore, resume: str) -> str:
     """Return where this attempt of a launcher goes on from: one that follows another keeps what that one trained."""
-    launched = os.environ.get(LAUNCHED, "")
-    if launched.isdigit():
-        return "auto" if store.written_since(int(launched)) else resume
+    launched = attempts.launched()
+    if launched is not None:
+        return "auto" if attempts.attempt() and store.written_since(launched) else resume
     # torchrun without --nproc: nothing tells the checkpoints of before from its own
     return "auto" if resume == "never" and torchrun_number("TORCHELASTIC_RESTART_COUNT", 0) else resume
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,13 +18,14 @@ from tinyllava_fast.hardware import own_gpu, torchrun_number
 from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
+from tinyllava_fast.train.attempts import launching
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.deepspeed_json import check_file
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
 
-LAUNCHED = "TLF_LAUNCHED_NS"
-"""Environment variable: when ``start_processes`` began, so that a restart knows the checkpoints written since."""
+_STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGQUIT: 131}
+"""Signals that end a run, and its exit code then."""
 _PATIENCE = timedelta(hours=6)  # for what rank 0 does alone, as the benchmarks of a validation; deaths are seen at once
 
 
@@ -92,8 +93,8 @@ def start_processes(count: int, restarts: int, argv: Sequence[str]) -> int:
     """Run tlf-train with these arguments in so many processes of this machine; return the exit code.
 
     restarts: times that all are started again after one has died. Not after a refusal (exit code 2), which each attempt
-    would repeat, nor after a signal to this process. torchrun's own restarts know no such difference, so each attempt
-    is a launch of its own.
+    would repeat, nor after a signal that asks to stop, to this process or to one of them. torchrun's own restarts know
+    no such difference, so each attempt is a launch of its own.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -101,22 +102,31 @@ def start_processes(count: int, restarts: int, argv: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
     # torchrun kills what has not ended 30 s after its signal: too soon for a step and a checkpoint of a large model.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    os.environ[LAUNCHED] = str(time.time_ns())
+    # torchrun would leave SIGUSR1 to end this process alone. A variable, since torch 2.9 knows no such flag.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in _STOPS)
     settings = ["--standalone", f"--nproc-per-node={count}", "--max-restarts=0", "-m", "tinyllava_fast.train.cli"]
+    code = 0
     try:
-        code = _attempt([*settings, *argv])
-        for attempt in range(1, restarts + 1):
-            if code in (0, 2):
-                break
-            log.warning("the processes ended with exit code %d; restart %d of %d", code, attempt, restarts)
-            code = _attempt([*settings, *argv])
+        with launching() as attempts:
+            for number in range(restarts + 1):
+                if number:
+                    log.warning("the processes ended with exit code %d; restart %d of %d", code, number, restarts)
+                attempts.begin(number)
+                code = _attempt([*settings, *argv])
+                if attempts.refused:
+                    return 2
+                if code in (0, 2, *_STOPS.values()):
+                    break
     except SignalException as stop:
-        return 128 + int(stop.sigval)
+        return _STOPS[signal.Signals(stop.sigval)]
     return code
 
 
 def _attempt(arguments: list[str]) -> int:
-    """Run torchrun once. Return 0, 2 if one of the processes refused, else the exit code of the first that failed."""
+    """Run torchrun once. Return the exit code of the processes.
+
+    Of several: 2 of one that refused, that of one that was told to stop, else that of the first that failed.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -124,8 +134,10 @@ def _attempt(arguments: list[str]) -> int:
         main(arguments)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        if any(failure.exitcode == 2 for failure in error.failures.values()):
-            return 2
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for end in (2, *_STOPS.values()):
+            if end in codes:
+                return end
         return code if code > 0 else 128 - code
     return 0
 
