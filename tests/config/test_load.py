@@ -72,7 +72,7 @@ def test_overrides(config: Path, override: str, read, value) -> None:
             "stages.0.optim.z_loss=-1",
             ["run.yaml", "stages.pretrain.optim.z_loss: expected a number of at least 0"],
         ),
-        ("engine.dtype=fp8", ["engine.dtype", "one of 'bfloat16', 'float32'", "'fp8'"]),
+        ("engine.dtype=fp8", ["engine.dtype", "one of 'bfloat16', 'float16', 'float32'", "'fp8'"]),
         ("seed=abc", ["run.yaml", "seed", "expected int", "'abc'"]),
         ("seed=true", ["seed", "expected int"]),
         ("engine.compile=3", ["engine.compile", "expected bool or 'auto', 'regional'"]),
