@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -136,6 +136,9 @@ def prepare_worker() -> None:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):  # not Linux: the DataLoader's own watch has to do
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    parent = parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # it died before the kernel was told
     gc.freeze()  # else each full collection would visit, and so unshare, the parent's objects
 
 
