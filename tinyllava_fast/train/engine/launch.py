@@ -62,13 +62,14 @@ def start_process(config: EngineConfig) -> Process:
         raise UserError(f"engine.device: {kind!r}; known: auto, cpu, cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: cuda, but torch sees no CUDA device; set engine.device=cpu or auto")
-    device = torch.device("cuda", own_gpu(env["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     check_dtype(config, kind)
     _check_compile(config)
     check_file(config)
     if config.cuda_graphs:
         _check_cuda_graphs(config, kind)
+    device = torch.device("cpu")
     if kind == "cuda":
+        device = torch.device("cuda", own_gpu(env["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.set_num_threads(config.threads or _own_threads(local_size) or slurm.own_cores(local_size))
     process = Process(env["RANK"], env["WORLD_SIZE"], device)
