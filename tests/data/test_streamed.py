@@ -224,9 +224,10 @@ def test_what_a_stream_cannot_have(stream, shards):
 
 
 def test_the_reader_ends_with_its_loader_and_is_missed(stream):
+    others = psutil.Process().children(recursive=True)  # of other tests, such as a forkserver
     loader = loaded(stream(), workers=2, max_steps=5000)
     next(iter(loader))
-    children = psutil.Process().children(recursive=True)
+    children = [child for child in psutil.Process().children(recursive=True) if child not in others]
     reader = next(c for c in children if c.pid == loader.dataset._source._process.pid)
     loader.close()
     _, alive = psutil.wait_procs(children, timeout=10)
