@@ -141,7 +141,7 @@ def _run(path: Path, output: Path, engine: str, settings: RanksSettings) -> list
 
 
 class _Readers:
-    """What ``build_loader`` needs of a run."""
+    """The parts of a run that ``build_loader`` reads."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.process = config, Process(0, 1, torch.device("cpu"))

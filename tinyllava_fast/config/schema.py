@@ -211,6 +211,11 @@ class BatchConfig:
     lookahead: PositiveInt = 512
     """Samples the planner looks at when it fills packs."""
 
+    @property
+    def room(self) -> tuple[int, int, int, int]:
+        """Return tokens, images and segments of a pack and the planner's window, in the order of ops.pack_plan."""
+        return self.tokens, self.max_images, self.max_segments, self.lookahead
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:

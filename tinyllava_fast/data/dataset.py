@@ -56,9 +56,8 @@ class PackedDataset(PackSource):
         }
         self.report = pool.report
         self._plans: dict[int, list[np.ndarray]] = {}
-        limits = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
         stores = tuple(source.fingerprint for source in self.sources)
-        facts = (*stores, seed, tokens_per_image, limits) + ((self.per_epoch,) if data.sources else ())
+        facts = (*stores, seed, tokens_per_image, batch.room) + ((self.per_epoch,) if data.sources else ())
         self.fingerprint = crc32(repr(facts).encode())
 
     def __len__(self) -> int:

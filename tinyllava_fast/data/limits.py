@@ -1,4 +1,4 @@
-"""What one sample may need of a pack, and what is said of one that needs more."""
+"""The most that one sample may take of a pack, and the messages for one that takes more."""
 
 from __future__ import annotations
 

@@ -81,8 +81,7 @@ class Pool:
         lengths, images, segments = (
             torch.from_numpy(column[order]) for column in (self.lengths, self.images, self.segments)
         )
-        most = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
-        packs = pack_plan(lengths, images, segments, *most)
+        packs = pack_plan(lengths, images, segments, *batch.room)
         by_pack = torch.argsort(packs, stable=True).numpy()
         bounds = np.cumsum(torch.bincount(packs).numpy())[:-1]
         filled = np.split(tickets[by_pack], bounds)

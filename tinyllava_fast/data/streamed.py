@@ -93,10 +93,9 @@ class StreamedDataset(PackSource):
                 self._whole[number] = opened
         self.faults = {str(f): (self.names[n], f) for n, source in self._whole.items() for f in source.faults}
         self.skipped = [reason for source in self._whole.values() for reason in source.skipped]
-        limits = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
         shards = [source.stream.facts() for source in self._streams.values()]
         stores = [source.fingerprint for source in self._whole.values()]
-        facts = (_ORDER, shards, stores, seed, tokens_per_image, limits, self._counts)
+        facts = (_ORDER, shards, stores, seed, tokens_per_image, batch.room, self._counts)
         self.fingerprint = crc32(repr(facts).encode())
         self._blocks: dict[int, _Block] = {}
         self._notes = {0: _Note([Position()] * len(self._streams))}

@@ -25,6 +25,13 @@ _AHEAD = 2  # items that wait for each process
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to stop: Ctrl-C, a batch system or ``kill``, a terminal that closes, SLURM ahead of time."""
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code of a run that a signal has ended: 0 for SIGUSR1, by which a batch system asks for it."""
+    return 0 if number == signal.SIGUSR1 else 128 + number
+
+
 _KILLED = (
     "a process that prepares data was killed, as the system does when memory runs out; close other programs, "
     "or allow fewer cores (taskset)"

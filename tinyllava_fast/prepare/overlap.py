@@ -164,12 +164,19 @@ def compare(records: str, other: Against, own: Asked) -> Shared:
     same_question[asks[np.isin(own.questions, other.asked["text"])]] = True
     told = Shared(other.file, other.questions, other.left_out, other.images, other.unreadable, int(same_question.sum()))
     if other.rows is not None and rows is not None:
-        theirs = other.rows[other.rows["width"] > 0]
-        same = np.isin(rows["content"], theirs["content"]) & (rows["width"] > 0)
-        near = _looks_like(rows, theirs) | same
+        theirs, ours = other.rows["width"] > 0, rows["width"] > 0
+        groups = np.full(len(theirs) + len(ours), -1)  # that of those that cannot be read
+        every = np.concatenate([theirs, ours])
+        groups[every] = near_groups(np.concatenate([other.rows, rows])[every])
+        their_groups, our_groups = np.split(groups, [len(theirs)])
+        same = np.isin(rows["content"], other.rows["content"][theirs]) & ours
+        near = np.isin(our_groups, their_groups[theirs]) & ours | same
         same_image[owners[same[number]]] = True
         near_image[owners[near[number]]] = True
-        both = near_image & _asked_of_alike(other.asked, other.rows, own, rows, near)
+        asked = other.asked[other.asked["image"] >= 0]
+        asked = asked[theirs[asked["image"]]]
+        pairs = asked["text"] ^ (their_groups[asked["image"]].astype(np.uint64) * MIX)
+        both = near_image & _asked_of_alike(pairs, own, our_groups, ours, near)
         told.same_image, told.near_image, told.both = (int(hit.sum()) for hit in (same_image, near_image, both))
     named = next((hit for hit in (both, near_image, same_question) if hit.any()), same_question)
     wanted = set(np.flatnonzero(named)[:SHOWN].tolist())
@@ -180,28 +187,20 @@ def compare(records: str, other: Against, own: Asked) -> Shared:
     return told
 
 
-def _looks_like(rows: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Return which images look like one of the others, [n] bool."""
-    groups = near_groups(np.concatenate([theirs, rows]))
-    found = np.isin(groups[len(theirs) :], groups[: len(theirs)])
-    return found & (rows["width"] > 0)
-
-
 def _asked_of_alike(
-    asked: np.ndarray, theirs: np.ndarray, own: Asked, rows: np.ndarray, near: np.ndarray
+    pairs: np.ndarray, own: Asked, groups: np.ndarray, readable: np.ndarray, near: np.ndarray
 ) -> np.ndarray:
-    """Return which records ask a question about an image that the other set asks about one like it."""
+    """Return which records ask a question about an image that the other set asks about one like it.
+
+    pairs: of the other set, each question mixed with the group of its image. groups, readable, near: of our images.
+    """
     images, number = own.images, own.number
-    groups = near_groups(np.concatenate([theirs, rows]))
-    with_image = asked[asked["image"] >= 0]
-    with_image = with_image[theirs["width"][with_image["image"]] > 0]
-    pairs = with_image["text"] ^ (groups[with_image["image"]].astype(np.uint64) * MIX)
     starts = np.concatenate([[0], np.cumsum(images)])
     turns = np.concatenate([[0], np.cumsum(own.turns)])
     found = np.zeros(len(images), bool)
     for index in np.unique(np.repeat(np.arange(len(images)), images)[near[number]]):
         shows = number[starts[index] : starts[index + 1]]
-        shown = groups[len(theirs) + shows[rows["width"][shows] > 0]].astype(np.uint64) * MIX
+        shown = groups[shows[readable[shows]]].astype(np.uint64) * MIX
         texts = own.questions[turns[index] : turns[index + 1]]
         found[index] = bool(np.isin(texts[:, None] ^ shown[None], pairs).any())
     return found

@@ -47,9 +47,7 @@ class Fit:
         """Return how many packs samples fill, in a random order. Each is [n]: what the samples need."""
         order = np.random.default_rng(0).permutation(len(lengths))
         first, second, third = (torch.from_numpy(c[order].astype(np.int64)) for c in (lengths, images, segments))
-        batch = self.batch
-        most = (batch.tokens, batch.max_images, batch.max_segments, batch.lookahead)
-        packs = pack_plan(first, second, third, *most)
+        packs = pack_plan(first, second, third, *self.batch.room)
         return int(packs.max()) + 1 if len(packs) else 0
 
 

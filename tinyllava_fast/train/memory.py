@@ -48,7 +48,7 @@ def kept_bytes(skeleton: LMM, stage: StageConfig, engine: EngineConfig, process:
     dtype = getattr(torch, engine.dtype)
     sizes = state_bytes(skeleton, OPTIMIZERS.get(stage.optim.type).moment_bytes)
     weights = sum(size for name, size in sizes.items() if not name.endswith("optimizer"))
-    learnt = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    learnt = _learnt(skeleton)
     optimizer = sum(size for name, size in sizes.items() if name.endswith("optimizer"))
     optimizer += 4 * learnt if stage.optim.ema else 0
     shards = [count if engine.sharding >= level else 1 for level in (1, 2, 3)]
@@ -71,15 +71,20 @@ def update_bytes(skeleton: LMM, engine: EngineConfig, process: Process) -> int:
         return 0
     if engine.offload and process.device.type != "cpu":
         return 0
-    learnt = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    learnt = _learnt(skeleton)
     return 4 * learnt // process.world_size
 
 
 def copied_bytes(skeleton: LMM, stage: StageConfig, process: Process) -> int:
     """Return what a process copies into the host's memory for a checkpoint in the background: its share of all."""
     sizes = state_bytes(skeleton, OPTIMIZERS.get(stage.optim.type).moment_bytes)
-    ema = 4 * sum(p.numel() for p in skeleton.parameters() if p.requires_grad) if stage.optim.ema else 0
+    ema = 4 * _learnt(skeleton) if stage.optim.ema else 0
     return (sum(sizes.values()) + ema) // process.world_size
+
+
+def _learnt(skeleton: LMM) -> int:
+    """Return the number of weights that train."""
+    return sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
 
 
 def _gradient_bytes(stage: StageConfig, engine: EngineConfig, process: Process, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ from typing import TextIO
 from tinyllava_fast import group
 from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.workers import STOP_SIGNALS
+from tinyllava_fast.data.workers import STOP_SIGNALS, exit_code
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.files import TMP, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes
@@ -46,7 +46,7 @@ class StopRequest(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
+        self.exit_code = exit_code(number)
         self.said = ""
 
     def __str__(self) -> str:

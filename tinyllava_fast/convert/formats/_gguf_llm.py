@@ -126,7 +126,7 @@ def _qk_norm(config: PreTrainedConfig) -> str:
 
 @dataclass(frozen=True)
 class _Family:
-    """How llama.cpp holds one model type of transformers."""
+    """A model type of transformers as llama.cpp holds it."""
 
     arch: MODEL_ARCH
     describe: Callable[[GGUFWriter, PreTrainedConfig], None] = _rms

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.tensors import Tensors
+
+if TYPE_CHECKING:
+    from tinyllava_fast.train.optim import MasterOptimizer
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,24 @@ class InGroup:
     def barrier(self) -> None:
         """See TrainingEngine."""
         torch.distributed.barrier()
+
+
+class OwnOptimizer:
+    """An engine whose optimizer is ours, over the weights that this process updates."""
+
+    _optimizer: MasterOptimizer
+
+    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
+        """See TrainingEngine."""
+        return self._optimizer.step(lrs, loss)
+
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        """See TrainingEngine."""
+        return self._optimizer.norms
+
+    def loss_scale(self) -> float | None:
+        """See TrainingEngine."""
+        return self._optimizer.loss_scale()
 
 
 def whole_state(engine: TrainingEngine) -> SavedState:

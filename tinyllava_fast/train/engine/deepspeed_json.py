@@ -6,7 +6,6 @@ otherwise is refused. "auto" is what transformers' users write for it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from tinyllava_fast.config.schema import EngineConfig
@@ -35,6 +34,8 @@ _SAID_BY = {
     "zero_optimization.stage": "engine.zero_stage",
 }
 """The run's keys for what a file must not say otherwise."""
+_OF_A_STAGE = ("gradient_accumulation_steps", "gradient_clipping")
+"""Known only once a stage begins."""
 
 
 def deepspeed_config(
@@ -78,18 +79,22 @@ def check_file(config: EngineConfig) -> None:
         return
     if config.type != "deepspeed":
         raise UserError(f"engine.deepspeed: {config.deepspeed} is for engine.type=deepspeed; got {config.type}")
-    theirs = _read(config.deepspeed)
-    zero = theirs.get("zero_optimization", {})
-    stage = zero.get("stage", "auto") if isinstance(zero, dict) else zero
-    if stage not in ("auto", config.zero_stage):
-        raise _contradiction(config.deepspeed, "zero_optimization.stage", stage, config.zero_stage)
+    known = deepspeed_config(
+        zero_stage=config.zero_stage,
+        offload=config.offload,
+        micro_batches=1,
+        clip_norm=0.0,
+        bf16=config.dtype == "bfloat16",
+        cuda=False,
+    )
+    theirs = {key: value for key, value in _read(config.deepspeed).items() if key not in _OF_A_STAGE}
+    _merged(known, theirs, config.deepspeed, "")
 
 
 def _read(file: str) -> Json:
-    path = Path(os.path.expanduser(file))
-    values = read_json(path, UserError)
+    values = read_json(Path(file), UserError)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: is no JSON object of DeepSpeed's settings; got {shown(values)}")
+        raise UserError(f"{file}: is no JSON object of DeepSpeed's settings; got {shown(values)}")
     return values
 
 

@@ -28,6 +28,7 @@ from tinyllava_fast.tensors import Tensors
 from tinyllava_fast.train.engine.base import (
     InGroup,
     LazyTensor,
+    OwnOptimizer,
     SavedState,
     plain_state,
     total,
@@ -41,7 +42,7 @@ _GATHER = getattr(torch.distributed, "all_gather_single", None) or torch.distrib
 _SCATTER = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
 
 
-class FSDPEngine(InGroup):
+class FSDPEngine(InGroup, OwnOptimizer):
     """TrainingEngine over FSDP2. model: whole and equal in every process, of its training dtype."""
 
     def __init__(
@@ -108,18 +109,6 @@ class FSDPEngine(InGroup):
     def averaged(self) -> AbstractContextManager[None]:
         """See TrainingEngine: it keeps none (check_optimizer)."""
         return nullcontext()
-
-    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
-        """See TrainingEngine."""
-        return self._optimizer.step(lrs, loss)
-
-    def gradient_norms(self) -> Mapping[str, Tensor]:
-        """See TrainingEngine."""
-        return self._optimizer.norms
-
-    def loss_scale(self) -> float | None:
-        """See TrainingEngine."""
-        return self._optimizer.loss_scale()
 
     def model_state(self) -> Sequence[LazyTensor]:
         """See TrainingEngine."""

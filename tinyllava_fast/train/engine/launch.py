@@ -13,6 +13,7 @@ import torch
 
 from tinyllava_fast import group, slurm
 from tinyllava_fast.config.schema import EngineConfig, OptimConfig
+from tinyllava_fast.data.workers import STOP_SIGNALS, exit_code
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.hardware import own_gpu, torchrun_number
 from tinyllava_fast.log import log
@@ -24,7 +25,7 @@ from tinyllava_fast.train.engine.deepspeed_json import check_file
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
 
-_STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGQUIT: 131}
+_STOPS = {number: exit_code(number) for number in (*STOP_SIGNALS, signal.SIGQUIT)}
 """Signals that end a run, and its exit code then."""
 _PATIENCE = timedelta(hours=6)  # for what rank 0 does alone, as the benchmarks of a validation; deaths are seen at once
 

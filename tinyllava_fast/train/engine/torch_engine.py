@@ -14,6 +14,7 @@ from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.engine.base import (
     InGroup,
     LazyTensor,
+    OwnOptimizer,
     SavedState,
     plain_state,
     total,
@@ -23,7 +24,7 @@ from tinyllava_fast.train.engine.base import (
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
-class TorchEngine:
+class TorchEngine(OwnOptimizer):
     """TrainingEngine of a single process. model: already on ``device`` and of its training dtype.
 
     cuda_graphs: gradients come out of memory that the next replay writes to, so they are copied.
@@ -66,18 +67,6 @@ class TorchEngine:
         """See TrainingEngine."""
         losses: Tensor = type(self.model).forward(self.model, **batch.to(self.device).tensors())
         return total(losses)
-
-    def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
-        """See TrainingEngine."""
-        return self._optimizer.step(lrs, loss)
-
-    def gradient_norms(self) -> Mapping[str, Tensor]:
-        """See TrainingEngine."""
-        return self._optimizer.norms
-
-    def loss_scale(self) -> float | None:
-        """See TrainingEngine."""
-        return self._optimizer.loss_scale()
 
     def averaged(self) -> AbstractContextManager[None]:
         """See TrainingEngine."""
