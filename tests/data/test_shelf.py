@@ -127,32 +127,41 @@ def test_the_ones_used_longest_ago_go_first(tokens, monkeypatch):
     assert "k0" not in {p.name for p in tokens.iterdir()}
 
 
-def _take_slowly(started, results):
+def _take_slowly(folder):
+    """Notes in files who makes it and what was taken: a queue's lock dies with a process that is killed."""
+
     def make(columns):
-        started.put(os.getpid())
+        (folder / f"made-{os.getpid()}").touch()
         time.sleep(0.5)
         return Maker()(columns)
 
-    results.put(shelf.take("k", DTYPES, make, "what")["a"].tolist())
+    taken = shelf.take("k", DTYPES, make, "what")["a"].tolist()
+    (folder / f"took-{os.getpid()}").write_text(str(taken))
 
 
-def test_processes_share_one_and_take_over_from_the_dead(tokens, monkeypatch):
+def test_processes_share_one_and_take_over_from_the_dead(tokens, tmp_path):
     hardware.cache_folder()
     context = multiprocessing.get_context("fork")
-    started, results = context.Queue(), context.Queue()
-    processes = [context.Process(target=_take_slowly, args=(started, results)) for _ in range(3)]
+    processes = [context.Process(target=_take_slowly, args=(tmp_path,)) for _ in range(3)]
     for process in processes:
         process.start()
     try:
-        os.kill(started.get(timeout=20), signal.SIGKILL)
-        assert [results.get(timeout=20) for _ in range(2)] == [list(range(10))] * 2
-        started.get(timeout=1)
-        time.sleep(0.1)
-        assert started.empty()  # one of the two made them for both
+        deadline = time.monotonic() + 60
+        while not (made := list(tmp_path.glob("made-*"))):
+            assert time.monotonic() < deadline, "none of three processes began"
+            time.sleep(0.01)
+        maker = int(made[0].name.removeprefix("made-"))
+        os.kill(maker, signal.SIGKILL)
+        for process in processes:
+            process.join(60)
+        assert sorted(process.exitcode for process in processes) == [-signal.SIGKILL, 0, 0]
     finally:
         for process in processes:
             process.kill()
             process.join()
+    taken = {path.name: path.read_text() for path in tmp_path.glob("took-*")}
+    assert len(taken) == 2 and set(taken.values()) == {str(list(range(10)))}
+    assert len(list(tmp_path.glob("made-*"))) == 2  # one of the two made them for both
     assert (tokens / "k").is_dir() and not list(tokens.glob("*.lock"))
 
 

@@ -174,7 +174,7 @@ def test_ranks_share_what_one_makes(make):
     for rank in ranks:
         rank.join(20)
     assert len(set(found)) == 1 and found[0] == make().fingerprint
-    assert counted.get(timeout=1) == 24 and counted.empty()
+    assert counted.get(timeout=60) == 24 and counted.empty()
 
 
 def test_columns_are_numbers_not_objects(data, tokenizer):
