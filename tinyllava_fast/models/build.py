@@ -93,7 +93,7 @@ def _image_processor(config: VisionConfig) -> BaseImageProcessor:
     cls = VISION.get(config.type, "model.vision.type")
     options = parse_into(cls.Options, config.options, "", key="model.vision.options")
     stored = None
-    if config.path is not None:
+    if config.path is not None and not Path(config.path).is_file():  # a file holds weights alone
         ask_hub(config.path, "model.vision.path")
         try:
             stored = cls.processor_class.from_pretrained(config.path)

@@ -51,7 +51,7 @@ class VisionTower(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
-        """[N, 3, image_size, image_size] -> [N, K, V] in the tower's dtype."""
+        """[N, 3, image_size, image_size] of any float dtype -> [N, K, V] in the tower's dtype."""
 
     @property
     def widths(self) -> tuple[int, ...]:
