@@ -161,7 +161,13 @@ def _infer_table() -> str:
                 one = spread[f"{short}_{peer}"]
                 row.append(f"{rate[peer]:.2f}: {times(one['ratio'])} ({_range(one)})")
             rows.append(row)
-    columns = ["machine", "600 questions", "ours, questions/s", "transformers, batches of 8", "transformers, one by one"]
+    columns = [
+        "machine",
+        "600 questions",
+        "ours, questions/s",
+        "transformers, batches of 8",
+        "transformers, one by one",
+    ]
     return grid(columns, rows)
 
 
