@@ -52,7 +52,7 @@ def problem(command: Command) -> str | None:
     if command.program not in PROJECT["scripts"]:
         return f"no such command; have {', '.join(PROJECT['scripts'])}"
     if command.program == "tlf-train":
-        return _train_problem(words)
+        return _train_problem(words if command.whole else ["1" if word == "N" else word for word in words])
     known = parser(command.program)
     if not command.whole:
         given = {word.partition("=")[0].rstrip(",") for word in words if word.startswith("--")}
@@ -127,7 +127,7 @@ def test_keys_of_the_migration_tables_exist() -> None:
     tails = {key.partition("<name>.")[2] for key in keys if key.startswith("stages.<name>.")}
     wrong = []
     for text in re.findall(r"`([^`]+)`", prose(DOCS / "migration.md")):
-        if not text.startswith(("…", "model.", "engine.", "checkpoint.")):
+        if text == "…" or not text.startswith(("…", "model.", "engine.", "checkpoint.")):
             continue
         key = text.lstrip("…").partition(":")[0]
         pool = tails if text.startswith("…") else keys
@@ -142,3 +142,10 @@ def test_yaml_is_yaml() -> None:
     assert len(shown) > 5
     for page, text in shown:
         assert yaml.safe_load(text), page
+
+
+def test_python_compiles() -> None:
+    shown = [(name(page), text) for page in SHOWN for kind in ("python", "py") for text in blocks(page, kind)]
+    assert len(shown) > 5
+    for page, text in shown:
+        compile(text, page, "exec")
