@@ -68,7 +68,7 @@ def problem(command: Command) -> str | None:
 
 
 def _train_problem(words: list[str]) -> str | None:
-    if words[:1] == ["status"]:
+    if words[:1] == ["status"] or (words and words[0].startswith("--") and words[0] in train.USAGE):
         return None
     try:
         _, _, rest = train.split_processes(words)
