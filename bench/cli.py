@@ -150,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
         "--arch", default="sm_80,sm_90", help="comma-separated, of sm_80, sm_90, sm_100 (default: the table's)"
     )
     triton.add_argument("--check", action="store_true", help="exit with 1 if a kernel falls behind the committed table")
+
+    text = "Write the tables of the documentation from bench/results; run it in a checkout."
+    docs = commands.add_parser("docs", help=text, description=text)
+    docs.set_defaults(run=_docs)
+    docs.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is stale")
     return parser
 
 
@@ -298,6 +303,15 @@ def _triton(args: argparse.Namespace) -> int:
     for sentence in wrong:
         log.error("%s", sentence)
     return 1 if wrong else 0
+
+
+def _docs(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import pages
+
+    changed = pages.update(Path.cwd(), check=args.check)
+    for name in changed:
+        log.info("%s: %s", name, "stale; tlf-bench docs writes it" if args.check else "written")
+    return 1 if changed and args.check else 0
 
 
 if __name__ == "__main__":
