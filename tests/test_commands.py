@@ -12,6 +12,7 @@ from tinyllava_fast import __version__
 from tinyllava_fast.bench import cli as bench
 from tinyllava_fast.commands import nearest_flag
 from tinyllava_fast.convert import cli as convert
+from tinyllava_fast.doctor import cli as doctor
 from tinyllava_fast.eval import cli as evaluate
 from tinyllava_fast.infer import chat
 from tinyllava_fast.log import log, setup_logging
@@ -27,6 +28,7 @@ MAINS: dict[str, Callable[..., Any]] = {
     "tlf-serve": serve.main,
     "tlf-convert": convert.main,
     "tlf-bench": bench.main,
+    "tlf-doctor": doctor.main,
 }
 
 
