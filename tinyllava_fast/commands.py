@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(COMPLETION, action=_Completion, choices=SHELLS, help=text)
 
     def format_help(self) -> str:
-        """Return argparse's text; of a whole command with exit codes and environment variables, as a manual page has."""
+        """Return argparse's text; of a whole command with exit codes and variables, as a manual page has."""
         return super().format_help() + (f"\n{more_help(self._exits)}" if self._whole else "")
 
     def error(self, message: str) -> NoReturn:

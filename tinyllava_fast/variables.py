@@ -1,4 +1,4 @@
-"""The environment variables that the toolkit reads, each with what it does: for every ``--help``, and for tlf-doctor."""
+"""The environment variables that the toolkit reads, with what each does: for every ``--help``, and tlf-doctor."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ INTEL = extension.cpu_flags() | set().union(*extension._NEEDS.values())
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: Patch) -> Iterator[None]:
-    """Small measurements, all cores, the first sample of each op; the extension is looked at afresh before and after."""
+    """Small measurements, all cores, the first sample of each op; the extension is loaded afresh before and after."""
     for name in ("read_bandwidth", "copy_bandwidth"):
         monkeypatch.setattr(machine, name, functools.partial(getattr(machine, name), quick=True))
     monkeypatch.setattr(kernels, "SECONDS", 0.0)

@@ -103,8 +103,8 @@ def sentences(found: Report) -> Iterator[str]:
         found | {"billions": found["parameters"] / 1e9},
     )
     yield report.fill(
-        "{device}: {memory_bytes:GiB} to be had, bfloat16 products at {flops_per_s:FLOP/s}, of which a step is taken to "
-        "reach {mfu:.0 %}",
+        "{device}: {memory_bytes:GiB} to be had, bfloat16 products at {flops_per_s:FLOP/s}, of which a step is taken "
+        "to reach {mfu:.0 %}",
         found,
     )
     for row in found["rows"]:

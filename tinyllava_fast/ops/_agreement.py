@@ -45,7 +45,7 @@ def cast(sample: Sample, dtype: torch.dtype, *, grad: bool = False) -> tuple[Any
 
 
 def on_device(sample: Sample, backend: str) -> Sample:
-    """Return the case where the backend wants its arguments: on the GPU for Triton, unless its kernels are interpreted."""
+    """Return the case where the backend wants it: on the GPU for Triton, unless its kernels are interpreted."""
     if backend != "triton" or not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return sample
     return replace(sample, args=tuple(arg.cuda() if isinstance(arg, Tensor) else arg for arg in sample.args))

@@ -18,7 +18,7 @@ _OTHERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME")
 
 @CHECKS.register("caches")
 def caches() -> Iterator[Finding]:
-    """The toolkit's cache folder, the temporary folder, and those of torch, triton and the Hugging Face Hub if named."""
+    """The toolkit's cache folder, the temporary folder, and those of other libraries that are named."""
     try:
         yield from _look("the cache folder", hardware.wanted_cache_folder(), "set TLF_CACHE to a folder of yours")
     except OSError as error:
