@@ -1,7 +1,7 @@
 // `make arm64`: the portable kernels, built for another processor, against plain loops.
 //
-// Linked with csrc/ops/*.cpp alone, so that neither Python nor torch of that processor is needed. Exit code 1 names each
-// kernel that is wrong.
+// Linked with csrc/ops/*.cpp alone, so that neither Python nor torch of that processor is needed. Exit code 1 names
+// each kernel that is wrong.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -122,7 +122,8 @@ void check(int64_t dtype) {
   // two segments, causal, two query heads to a key head
   const int64_t tokens = 37, heads = 4, kv_heads = 2, size = 32;
   const int32_t borders[] = {0, 11, static_cast<int32_t>(tokens)};
-  Numbers q(tokens * heads * size, dtype, 5), k(tokens * kv_heads * size, dtype, 6), v(tokens * kv_heads * size, dtype, 7);
+  Numbers q(tokens * heads * size, dtype, 5), k(tokens * kv_heads * size, dtype, 6),
+      v(tokens * kv_heads * size, dtype, 7);
   Numbers attended(tokens * heads * size, dtype);
   std::vector<float> lse(tokens * heads);
   const double factor = 1 / std::sqrt(double(size));

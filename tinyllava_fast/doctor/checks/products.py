@@ -35,7 +35,7 @@ def products() -> Iterator[Finding]:
         yield ok(f"products on {device}: {said}", device=device, flops_per_s=rates)
         if rates["bfloat16"] < 0.7 * rates["float32"]:
             yield note(
-                f"bfloat16 is slower than float32 on {device}, which lacks instructions for it, or torch does not use them",
+                f"bfloat16 is slower than float32 on {device}: no instructions for it, or torch does not use them",
                 "train with engine.dtype=float32 here",
             )
 
