@@ -66,9 +66,10 @@ class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: Any = None) -> None:
         """See the base class."""
         try:
-            parser.exit(message=completion(parser, values))
+            sys.stdout.write(completion(parser, values))
         except UserError as error:
             parser.error(str(error))
+        parser.exit()
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
