@@ -81,8 +81,7 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     for action in _actions(parser):
         if action.type is path_argument:
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab reads it
-    script: str = shtab.complete(parser, shell)
-    return script
+    return f"{shtab.complete(parser, shell)}\n"
 
 
 def more_help(exits: Mapping[int, str] = EXITS) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinyllava_fast.commands import COMPLETION, Parser, completion, leave, more_help, nearest_flag, version
+from tinyllava_fast.commands import COMPLETION, Parser, leave, more_help, nearest_flag, version
 from tinyllava_fast.errors import LostError, SaidError, ShortageError, UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
@@ -83,8 +83,7 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["status"]:
         return _status(argv[1:])
     if argv[:1] == [COMPLETION]:
-        sys.stdout.write(completion(_completed(), argv[1] if len(argv) == 2 else ""))
-        return 0
+        _completed().parse_args(argv)  # which exits
     processes, restarts, argv = split_processes(argv)
     path, resume, overrides, flags = parse(argv)
     if "--version" in flags:
