@@ -176,7 +176,7 @@ FAULTS: dict[str, tuple[Callable[[Patch, Path], None], str, str]] = {
     "broken compiler": (variable("CXX", "false"), "compiler", "the C++ compiler false does not work"),
     "bad variable": (variable("TLF_BACKEND", "cuda"), "variables", "TLF_BACKEND='cuda'"),
     "bad size": (variable("TLF_TOKENS_GIB", "much"), "variables", "TLF_TOKENS_GIB: expected a number of GiB"),
-    "bad instructions": (variable("TLF_CPU_ALLOCATOR", "jemalloc"), "variables", "'jemalloc'"),
+    "bad allocator": (variable("TLF_CPU_ALLOCATOR", "jemalloc"), "variables", "'jemalloc'"),
     "misspelt variable": (variable("TLF_BAKEND", "cpp"), "variables", "TLF_BAKEND is set, and nothing reads it"),
     "wrong products": (wrong_products, "products", "torch's bfloat16 product on cpu is wrong by"),
     "no loopback": (no_loopback, "processes", "does not reach itself at 127.0.0.1: Network is unreachable"),
