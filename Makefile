@@ -17,7 +17,7 @@ COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang
 
 .PHONY: help demo test quick soak sanitize fuzz compilers arm64 dist lint format setup clean
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train a small multimodal model on easy-VQA, evaluate it, show the result
 	$(BIN)/python -m tinyllava_fast.demo $(ARGS)
