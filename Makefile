@@ -8,11 +8,16 @@ FUZZ_SECONDS ?= 600
 SANITIZED := build/sanitize
 # A test process takes about 1.5 GB and one core.
 WORKERS := -n auto --maxprocesses 4 --max-worker-restart 0
+# Interpreters that `make dist` builds wheels for, and the compiler and emulator of `make arm64`.
+DIST_PYTHONS ?= $(BIN)/python
+ARM64_CXX    ?= aarch64-linux-gnu-g++
+ARM64_RUN    ?= qemu-aarch64
+ARM64_FLAGS  := -std=c++17 -Wall -Wextra -Werror -fopenmp -Icsrc/include -DTLF_ISA=baseline
 COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
-.PHONY: help demo test quick soak sanitize fuzz compilers lint format setup docs clean
+.PHONY: help demo test quick soak sanitize fuzz compilers arm64 dist lint format setup docs clean
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train a small multimodal model on easy-VQA, evaluate it, show the result
 	$(BIN)/python -m tinyllava_fast.demo $(ARGS)
@@ -38,6 +43,20 @@ compilers: $(VENV)/.dev  ## build the kernels with every g++ and clang++ found (
 	  $(PIP) --no-deps --upgrade --target build/compilers/$$compiler -C build-dir=build/compilers/$$compiler/objects \
 	    -C cmake.define.CMAKE_CXX_COMPILER=$$compiler -C cmake.define.TLF_WERROR=ON . || exit 1; \
 	done
+
+# The portable path alone, as on any processor but an x86-64. Kernels are held against plain loops, without a Python of that
+# processor; what binds them is compiled with the headers of this one.
+arm64: $(VENV)/.dev  ## build the portable kernels for arm64 and run them (needs ARM64_CXX and ARM64_RUN)
+	mkdir -p build/arm64
+	$(ARM64_CXX) $(ARM64_FLAGS) -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -static \
+	  tests/ops/portable.cpp csrc/ops/*.cpp -o build/arm64/portable
+	headers=$$($(BIN)/python -c "import sysconfig as s; p = s.get_paths(); \
+	  print('-isystem', p['include'], '-isystem', p['purelib'] + '/torch/include')") && \
+	  $(ARM64_CXX) $(ARM64_FLAGS) -DTLF_HIGHEST_ISA=baseline -DTLF_ABI=0 -fsyntax-only $$headers csrc/isa.cpp csrc/bindings.cpp
+	$(ARM64_RUN) build/arm64/portable
+
+dist: $(VENV)/.dev  ## build sdist and wheels, install and use each in a fresh environment (DIST_PYTHONS="python3.12 ...")
+	$(BIN)/python -m tests.dist $(foreach python,$(DIST_PYTHONS),--python $(python)) $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy and clang-format, checking only
 	$(BIN)/ruff check .

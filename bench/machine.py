@@ -42,6 +42,14 @@ def copy_bandwidth(device: str = "cpu", *, quick: bool = False) -> float:
     return 2 * 4 * count / series["copy"].median
 
 
+def read_bandwidth(device: str = "cpu", *, quick: bool = False) -> float:
+    """Return the bytes per second at which a large tensor is read once. quick: a small one."""
+    count, rounds = (2**18, 2) if quick else (2**26, 7)
+    source = torch.ones(count, device=device)
+    series = interleave({"read": source.amax}, rounds=rounds, warmup=2, min_seconds=0.05, sync=device_sync(device))
+    return 4 * count / series["read"].median
+
+
 def device_sync(device: str) -> Callable[[], None] | None:
     """Return the function that waits for the device's queue, or None where calls are synchronous."""
     return torch.cuda.synchronize if device.startswith("cuda") else None

@@ -55,11 +55,11 @@ bool may_use_tiles() {
                std::strerror(errno));
   return false;
 }
-#else
+#elif defined(__x86_64__)
 bool may_use_tiles() { return false; }
 #endif
 
-Isa probe(Isa limit) {
+Isa probe([[maybe_unused]] Isa limit) {
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks the OS whether it saves the wide registers; a bare cpuid does not.
   __builtin_cpu_init();

@@ -1,4 +1,8 @@
-"""The parts that all commands share: ``--version``, and the nearest flag for one that does not exist."""
+"""The parts that all commands share.
+
+``--version``, ``--print-completion SHELL``, the last sections of ``--help``, and the nearest flag for one that does not
+exist.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,84 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from tinyllava_fast.errors import UserError, import_optional
+from tinyllava_fast.paths import path_argument
+from tinyllava_fast.variables import VARIABLES
 from tinyllava_fast.version import __version__
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count."""
+EXITS = {
+    0: "done",
+    1: "what may be over at the next try, or what the command was asked to look for",
+    2: "something to be mended first: the message says what and how",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
+"""Exit code -> its meaning, of all commands."""
+COMPLETION = "--print-completion"
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with ``--version``. An unknown flag is answered with the nearest one."""
+    """argparse's parser with ``--version``, and for a whole command ``--print-completion`` and more sections of help.
 
-    def __init__(self, **settings: Any) -> None:
+    An unknown flag is answered with the nearest one. exits: codes whose meaning is another than in EXITS.
+    """
+
+    def __init__(self, *, exits: Mapping[int, str] | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.add_argument("--version", action="version", version=version())
+        self._exits = {**EXITS, **(exits or {})}
+        self._whole = " " not in self.prog  # else a subcommand, or python -m
+        if self._whole:
+            text = "print what completes this command's arguments in a shell, and exit"
+            self.add_argument(COMPLETION, action=_Completion, choices=SHELLS, help=text)
+
+    def format_help(self) -> str:
+        """Return argparse's text; of a whole command with exit codes and variables, as a manual page has."""
+        return super().format_help() + (f"\n{more_help(self._exits)}" if self._whole else "")
 
     def error(self, message: str) -> NoReturn:
         """See the base class."""
         unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
         hints = [hint for flag in unknown if (hint := nearest_flag(flag, _flags(self)))]
         super().error("; ".join([message, *hints]))
+
+
+class _Completion(argparse.Action):
+    """Prints the script by which a shell completes the arguments of a parser, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: Any = None) -> None:
+        """See the base class."""
+        try:
+            sys.stdout.write(completion(parser, values))
+        except UserError as error:
+            parser.error(str(error))
+        parser.exit()
+
+
+def completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Return the script by which a shell of SHELLS completes the command's flags, subcommands and paths.
+
+    Raises UserError where shtab is not installed.
+    """
+    shtab = import_optional("shtab", COMPLETION, "completion")
+    for action in _actions(parser):
+        if action.type is path_argument:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab reads it
+    return f"{shtab.complete(parser, shell)}\n"
+
+
+def more_help(exits: Mapping[int, str] = EXITS) -> str:
+    """Return the sections of a command's help on exit codes and environment variables."""
+    codes = "\n".join(f"  {code:<20} {text}" for code, text in sorted(exits.items()))
+    variables = "\n".join(f"  {name:<20} {text}" for name, text in VARIABLES.items())
+    return f"exit code:\n{codes}\n\nenvironment:\n{variables}\n"
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
@@ -57,11 +116,16 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
     """All flags of a parser and of its subcommands."""
-    flags = list(parser._option_string_actions)
+    return [flag for action in _actions(parser) for flag in action.option_strings]
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All arguments of a parser and of its subcommands."""
     for action in parser._actions:
+        yield action
         if isinstance(action, argparse._SubParsersAction):
-            flags += [flag for sub in action.choices.values() for flag in _flags(sub)]
-    return flags
+            for sub in action.choices.values():
+                yield from _actions(sub)
 
 
 def version() -> str:

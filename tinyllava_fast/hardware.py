@@ -40,6 +40,7 @@ LOADING_BLOCK = 2**17  # nearly all weights are larger
 # Of oneDNN and of torch beside it, read at their first product; 1024 each by default. A prepared product of one number
 # of rows takes 0.6 MB in both together. Two passes need no more: a layer has about four, tower and connector as many.
 _PREPARED_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+_CACHE_VARIABLES = ("TLF_CACHE", "XDG_CACHE_HOME", "HOME")
 _memory = {"kept": False}  # what prepare_memory has set up
 
 
@@ -165,14 +166,22 @@ def cache_folder() -> Path:
     the user has no home (a container's user without a passwd entry): a private one among the temporary files, and a
     warning the first time.
     """
-    names = ("TLF_CACHE", "XDG_CACHE_HOME", "HOME")
-    return _writable_cache(*(os.environ.get(name, "") for name in names))
+    return _writable_cache(*(os.environ.get(name, "") for name in _CACHE_VARIABLES))
+
+
+def wanted_cache_folder() -> Path:
+    """Return the cache folder that the environment names, writable or not. Raise OSError where the user has no home."""
+    return _named_cache(*(os.environ.get(name, "") for name in _CACHE_VARIABLES))
+
+
+def _named_cache(named: str, xdg: str, home: str) -> Path:
+    return Path(named).absolute() if named else _user_cache(xdg, home) / "tinyllava_fast"
 
 
 @functools.cache
 def _writable_cache(named: str, xdg: str, home: str) -> Path:
     try:
-        folder = Path(named).absolute() if named else _user_cache(xdg, home) / "tinyllava_fast"
+        folder = _named_cache(named, xdg, home)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder

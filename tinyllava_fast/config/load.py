@@ -38,16 +38,25 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML, apply dotted overrides ("stages.finetune.optim.lr=1e-4") and check every key and value.
 
     A section may be a file of its own or start from one by ``base`` (config/compose.py); overrides reach inside.
+    A file below configs/ that is not here is the one that was installed with the package.
     Raises UserError naming the file, the key, what was expected and the nearest valid name.
     """
     if "\0" in str(path) or not str(path).strip():
         what = "with a NUL character; remove it" if str(path).strip() else "that is empty; name a YAML file"
         raise UserError(f"{str(path)!r}: a path {what}")
-    path = Path(expand_home(str(path)))
+    path = shipped(Path(expand_home(str(path))))
     tree = apply_overrides(read_section(RunConfig, path), overrides, lambda t: expand(RunConfig, t, path, (path,)))
     run = parse_into(RunConfig, tree, str(path))
     _check_run(run, str(path))
     return run
+
+
+def shipped(path: Path) -> Path:
+    """Return the path, or for one below configs/ that does not exist here that of the package's own file."""
+    if path.parts[:1] != ("configs",) or path.exists():
+        return path
+    installed = Path(__file__).parents[1] / path
+    return installed if installed.is_file() else path
 
 
 def parse_into(cls: type[T], mapping: object, where: str, *, key: str = "") -> T:

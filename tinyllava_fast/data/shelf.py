@@ -69,7 +69,7 @@ def find(key: str, dtypes: Dtypes) -> Columns | None:
 
 def put(key: str, dtypes: Dtypes, make: Make, what: str) -> bool:
     """Make the columns of a key in place of those that are there; False, with a warning, if they cannot be kept."""
-    limit = _limit()
+    limit = limit_bytes()
     if not limit:
         return False
     try:
@@ -116,8 +116,8 @@ def _folder() -> Path:
     return cache_folder() / "tokens"
 
 
-def _limit() -> int:
-    """Return the limit in bytes."""
+def limit_bytes() -> int:
+    """Return the most that the folder may take. UserError if TLF_TOKENS_GIB is no number of GiB."""
     text = os.environ.get(LIMIT) or str(_DEFAULT_GIB)
     try:
         gib = float(text)

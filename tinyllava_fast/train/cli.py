@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinyllava_fast.commands import leave, nearest_flag, version
+from tinyllava_fast.commands import COMPLETION, Parser, leave, more_help, nearest_flag, version
 from tinyllava_fast.errors import LostError, SaidError, ShortageError, UserError
 from tinyllava_fast.hardware import prepare_memory
 from tinyllava_fast.log import log, setup_logging
-from tinyllava_fast.paths import expand_home
+from tinyllava_fast.paths import expand_home, path_argument
 from tinyllava_fast.train.attempts import note_refusal
 
 USAGE = """\
@@ -38,6 +38,8 @@ of a key that is given twice the last value holds:
   --print-config   print the resolved configuration and exit: nothing is trained (--print_config is the same)
   --help           this, and every key of a configuration with its default, range and meaning
   --version        print the version and exit
+  --print-completion SHELL
+                   print what completes this command's arguments in bash, zsh or tcsh, and exit
   status RUN       say where the run of an output_dir, or of a configuration, stands: alive, stalled, dead and why, its
                    step, losses and best model; exit code 1: it needs somebody (a file called status: ./status)
 """
@@ -80,6 +82,8 @@ def command() -> NoReturn:
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["status"]:
         return _status(argv[1:])
+    if argv[:1] == [COMPLETION]:
+        _completed().parse_args(argv)  # which exits
     processes, restarts, argv = split_processes(argv)
     path, resume, overrides, flags = parse(argv)
     if "--version" in flags:
@@ -88,7 +92,7 @@ def _run(argv: list[str]) -> int:
     if "--help" in flags:
         from tinyllava_fast.config.load import describe
 
-        sys.stdout.write(f"{USAGE}\nConfiguration keys:\n{describe(names=_registered())}\n")
+        sys.stdout.write(f"{USAGE}\n{more_help()}\nConfiguration keys:\n{describe(names=_registered())}\n")
         return 0
     if not argv:
         sys.stdout.write(f"{USAGE}\ntlf-train --help lists every key of a configuration\n")
@@ -125,6 +129,19 @@ def _run(argv: list[str]) -> int:
         log.warning("%s", stop.said)
         return stop.exit_code
     return 0
+
+
+def _completed() -> Parser:
+    """Return the flags as a parser has them: only shells' completion asks for it."""
+    p = Parser(prog="tlf-train")
+    p.add_argument("config", type=path_argument)
+    p.add_argument("--resume", type=path_argument)
+    for flag in ("--nproc", "--max-restarts"):
+        p.add_argument(flag, type=int)
+    for flag in (*FLAGS, *_ALIASES):
+        if flag not in ("--version", "--help", "-h"):
+            p.add_argument(flag, action="store_true")
+    return p
 
 
 def _status(argv: list[str]) -> int:

@@ -43,10 +43,20 @@ def install() -> bool:
 
     TLF_CPU_ALLOCATOR=torch keeps torch's own. Raises UserError for another value of it.
     """
+    return wanted() and _library() is not None
+
+
+def wanted() -> bool:
+    """Return whether TLF_CPU_ALLOCATOR lets the pool be. Raises UserError for a value of it that is not known."""
     kind = os.environ.get(SWITCH, KINDS[0])
     if kind not in KINDS:
         raise UserError(f"{SWITCH}: {kind!r}; {nearest(kind, KINDS)}")
-    return kind == "pool" and _library() is not None
+    return kind == "pool"
+
+
+def compiler() -> list[str]:
+    """Return the C++ compiler's command. CXX may hold arguments too ("ccache g++")."""
+    return shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
 
 
 def stats(*, reset: bool = False) -> PoolStats | None:
@@ -102,9 +112,8 @@ def _load() -> ctypes.CDLL:
 def _build(*, anew: bool = False) -> Path:
     """The shared library for this torch; compiled if it is not in the cache. Concurrent builds do no harm.
 
-    CXX may hold arguments too ("ccache g++"). anew: whatever is in the cache.
+    anew: whatever is in the cache.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
     root = Path(torch.__file__).parent
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
     text = _SOURCE.read_bytes() + f"{torch.__version__} {abi}".encode()
@@ -114,7 +123,7 @@ def _build(*, anew: bool = False) -> Path:
     # Synced: half a library that a power cut leaves would crash whoever loads it.
     with atomic_file(target) as built:
         flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
-        command = [*compiler, *flags, f"-I{root / 'include'}", str(_SOURCE), "-o", str(built)]
+        command = [*compiler(), *flags, f"-I{root / 'include'}", str(_SOURCE), "-o", str(built)]
         command += [f"-L{root / 'lib'}", "-lc10"]
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
     return target
