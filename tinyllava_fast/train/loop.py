@@ -41,9 +41,10 @@ from tinyllava_fast.train.output import output_weights
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.quarantine import Quarantine
-from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals, told
+from tinyllava_fast.train.run import Run, told
 from tinyllava_fast.train.stage import ReadyStage, prepare_stage
 from tinyllava_fast.train.standing import Validation, ends_with_best
+from tinyllava_fast.train.stops import StopRequest, stop_on_signals
 from tinyllava_fast.train.stragglers import Stragglers
 
 
@@ -203,6 +204,7 @@ class Stage:
             self._check_supervision(counts)
             if saving or self._over:
                 self._checkpoint(last=self._over or bool(stop))
+            group.stepping(True)
             if stop:
                 raise StopRequest(stop)
         if run.process.world_size > 1:  # a signal during the last step is not to wait for the next stage's first one
