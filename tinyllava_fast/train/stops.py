@@ -34,6 +34,16 @@ class StopRequest(Interruption):
         return self.said
 
 
+def signal_flags(number: int) -> list[float]:
+    """Return 1 for the one of STOP_SIGNALS that a process has received, and 0 for the others; to be summed over all."""
+    return [float(number == one) for one in STOP_SIGNALS]
+
+
+def first_signal(flags: list[float]) -> int:
+    """Return the first of STOP_SIGNALS whose flag is set; 0: none."""
+    return next((int(number) for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag), 0)
+
+
 @contextmanager
 def stop_on_signals(run: Run) -> Iterator[None]:
     """STOP_SIGNALS ask the loop to stop after the step, and stop at once what is between the steps.
