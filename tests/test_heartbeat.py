@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tinyllava_fast.heartbeat import Heartbeat, Member
+from tinyllava_fast.heartbeat import LATE, Beat, Heartbeat, Member
 
 STEP = 5.0
 """Seconds between two beats, and between two looks at them."""
@@ -87,6 +87,38 @@ def test_a_process_that_stands_still_is_named_once(beat):
         heartbeat._attempt()
         found.append(heartbeat._silent(STEP)[0])
     assert found[:10] == [[]] * 10 and found[10] == [2]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "found"),
+    [
+        ((6, True), 2),  # behind the others' 7, and they wait
+        ((7, True), None),  # there already
+        ((6, False), None),  # saves, validates or prepares
+    ],
+)
+def test_a_process_that_runs_but_comes_to_no_collective_is_late(beat, theirs, found):
+    heartbeat, store = beat(0, 3, keeper=None)
+    heartbeat.stepping, heartbeat._entered = True, lambda: 7
+    entered, stepping = theirs
+    for count in range(1, 10 * LATE + 2):
+        store[Heartbeat.key(1)] = str(Beat(count, 7, True)).encode()
+        store[Heartbeat.key(2)] = str(Beat(count, entered, stepping)).encode()
+        heartbeat._attempt()
+        assert heartbeat._silent(STEP) == ([], "")
+        assert heartbeat.late() == ([found] if found and count == 10 * LATE + 1 else [])
+    if found:
+        said = heartbeat._describe_late(2)
+        assert said.startswith("rank 2 (process 102 on elsewhere) hangs: it runs, but has not come for 300 s (6 times")
+
+
+def test_a_step_of_another_is_not_late_once_it_goes_on(beat):
+    heartbeat, store = beat(0, 2, keeper=None)
+    heartbeat._entered = lambda: 9
+    for count in range(1, 200):
+        store[Heartbeat.key(1)] = str(Beat(count, 5 + count // 50, True)).encode()
+        heartbeat._attempt()
+        assert heartbeat._silent(STEP) == ([], "") and not heartbeat.late()
 
 
 def test_a_connection_that_broke_is_made_again(beat, caplog):

@@ -93,6 +93,18 @@ def test_what_makes_no_sense_is_refused(programs: Path, changes: dict[str, str],
         slurm.adopt(STEP | changes)
 
 
+@pytest.mark.parametrize("mpi", ["Open MPI", "Intel MPI"])
+def test_processes_of_mpirun_are_refused_by_name(mpi: str) -> None:
+    """Intel MPI starts its helpers by srun, one a node: their step is not what the processes are."""
+    names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE") if mpi == "Open MPI" else ("MPI_LOCALRANKID", "PMI_SIZE")
+    told = dict(zip(names, ("1", "8"), strict=True))
+    with pytest.raises(UserError, match=rf"mpirun has started 8 processes \({names[1]}\).* unset {names[0]} to run"):
+        slurm.adopt({**STEP, **told})
+    assert not slurm.adopt({**STEP, **told, "RANK": "1"})
+    alone = {**STEP, **told, names[1]: "1"}
+    assert not slurm.adopt(alone) and "RANK" not in alone
+
+
 def test_processes_with_different_commands_are_refused() -> None:
     slurm.check_commands([["a", "b c"], ["a", "b c"]])
     with pytest.raises(UserError, match=r"rank 0 has 'model_0', rank 1 has 'model_1'.*unset SLURM_STEP_NUM_TASKS"):

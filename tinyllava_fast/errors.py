@@ -42,7 +42,22 @@ class ShortageError(UserError):
 
 
 class LostError(RuntimeError):
-    """Another process of the run is gone, and this one cannot go on without it. The text says which, and why."""
+    """Another process of the run is gone, and this one cannot go on without it. The text says which, and why.
+
+    stop: the signal that asked it to stop; 0: none did.
+    """
+
+    def __init__(self, text: str, stop: int = 0) -> None:
+        super().__init__(text)
+        self.stop = stop
+
+
+class Interruption(BaseException):
+    """A signal asked this process to stop. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class SaidError(Exception):

@@ -26,7 +26,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from tinyllava_fast.errors import LostError, SaidError, ShortageError, UserError
+from tinyllava_fast.errors import Interruption, LostError, SaidError, ShortageError, UserError
 from tinyllava_fast.heartbeat import Heartbeat, Member, Tell
 
 T = TypeVar("T")
@@ -76,9 +76,28 @@ def join(backend: str, timeout: timedelta | None = None, silence: float = 0) -> 
         keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         # Its own connection: on another's, a beat would wait behind whatever that waits for.
         line: Store = own.clone()  # type: ignore[attr-defined]
-        heartbeat = Heartbeat(line, rank, members, patience=silence, keeper=keeper)
+        heartbeat = Heartbeat(line, rank, members, patience=silence, keeper=keeper, entered=_entered)
         _joined[0].heartbeat = heartbeat
         atexit.register(heartbeat.stop)
+
+
+def _entered() -> int:
+    """Return the number of collectives that this process has entered, in all groups; 0 if a backend does not count."""
+    with suppress(RuntimeError, AttributeError):
+        world = torch.distributed.distributed_c10d._world
+        numbers = [one._get_sequence_number_for_group() for one in list(world.pg_map)]  # type: ignore[attr-defined]
+        return sum(map(int, numbers))
+    return 0
+
+
+def stepping(now: bool) -> None:
+    """Note whether this process takes steps from now on, in which the others may wait for it for a bounded time only.
+
+    Not while it prepares, compiles, saves or validates: one process may then keep the others for hours.
+    """
+    for group in _joined:
+        if group.heartbeat:
+            group.heartbeat.stepping = now
 
 
 def gather(item: T) -> list[T]:
@@ -124,7 +143,8 @@ def in_concert() -> Iterator[None]:
         lost = isinstance(error, LostError)
         plain = isinstance(error, UserError) or not isinstance(error, Exception) or not str(error)  # a text for people
         name = "" if plain else f"{type(error).__name__}: "
-        _leave_word("" if lost else name + (str(error) or type(error).__name__).splitlines()[0])
+        reason = "" if lost else name + (str(error) or type(error).__name__).splitlines()[0]
+        _leave_word(reason, error.number if isinstance(error, Interruption) else 0)
         if isinstance(error, (UserError, LostError)) and not _says(str(error)):
             raise SaidError(str(error), 1 if lost or isinstance(error, ShortageError) else 2) from None
         raise
@@ -151,11 +171,11 @@ def _not_without(who: str) -> str:
     return f"{who}. The other processes cannot go on without it"
 
 
-def _leave_word(reason: str) -> None:
-    """Tell the other processes why this one ends. "": because another one did."""
+def _leave_word(reason: str, stop: int) -> None:
+    """Tell the other processes why this one ends. "": because another one did. stop: see LostError."""
     for group in _joined:
         with suppress(RuntimeError):  # the store has died with its process
-            group.store.set(group.end_of(group.rank), reason)
+            group.store.set(group.end_of(group.rank), json.dumps([reason, stop]))
 
 
 def _says(text: str) -> bool:
@@ -177,14 +197,19 @@ def losses_named() -> Iterator[None]:
         if not _joined or not _is_transport(error):
             raise
         with _undisturbed():
-            if not (who := _lost(_joined[0])):
+            who, stop = _lost(_joined[0])
+            if not who:
                 raise
-        raise LostError(_not_without(who)) from error
+        raise LostError(_not_without(who), stop) from error
 
 
-def lost() -> str:
-    """Return which other processes are lost and why, in a sentence; "" if all are there, or this one is alone."""
-    return _not_without(who) if _joined and (who := _lost(_joined[0])) else ""
+def lost() -> tuple[str, int]:
+    """Return which other processes are lost and why, in a sentence, and the signal that told them to stop (0: none).
+
+    ("", 0) if all are there, which takes two seconds to know, or if this one is alone.
+    """
+    who, stop = _lost(_joined[0]) if _joined and len(_joined[0].members) > 1 else ("", 0)
+    return (_not_without(who), stop) if who else ("", 0)
 
 
 @contextmanager
@@ -206,34 +231,37 @@ def _is_transport(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or bool(_TRANSPORT.search(str(error)))
 
 
-def _lost(group: _Group) -> str:
-    """Return which processes are gone and why; "" if all are there."""
+def _lost(group: _Group) -> tuple[str, int]:
+    """Return which processes are gone and why, and the signal that told one to stop; ("", 0) if all are there."""
     if group.heartbeat:
         group.heartbeat.give_way(group.store)
     until = time.monotonic() + _PATIENCE
     found: list[str] = []
+    words: dict[int, tuple[str, int]] = {}
     while not found and time.monotonic() < until:
         time.sleep(0.05)
         words = _words(group)
         for rank, member in enumerate(group.members):
             condition = member.condition()
-            if words.get(rank):
-                found.append(f"rank {rank} has ended: {words[rank]}")
+            if rank in words and words[rank][0]:
+                found.append(f"rank {rank} has ended: {words[rank][0]}")
             elif rank not in words and rank != group.rank and condition:
                 how = "was killed, by a signal or for want of memory" if condition == "gone" else "is stopped"
                 found.append(f"rank {rank} (process {member.pid}) {how}")
     if not found and not all(member.is_near for member in group.members):
-        return "a process of another machine has ended or cannot be reached; its own output says why"
-    return "; ".join(found)
+        return "a process of another machine has ended or cannot be reached; its own output says why", 0
+    stops = [stop for reason, stop in words.values() if reason and stop]
+    return "; ".join(found), stops[0] if stops and len(stops) == len(found) else 0
 
 
-def _words(group: _Group) -> dict[int, str]:
-    """Return what other processes that have ended left as a word."""
-    words = {}
+def _words(group: _Group) -> dict[int, tuple[str, int]]:
+    """Return the words that other processes that have ended left, and the signal that told them to stop."""
+    words: dict[int, tuple[str, int]] = {}
     for rank in range(len(group.members)):
         try:
             if rank != group.rank and group.store.check([group.end_of(rank)]):
-                words[rank] = group.store.get(group.end_of(rank)).decode(errors="replace")
+                reason, stop = json.loads(group.store.get(group.end_of(rank)))
+                words[rank] = reason, stop
         except RuntimeError:
             return words
     return words

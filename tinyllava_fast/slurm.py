@@ -23,7 +23,9 @@ from tinyllava_fast.log import log
 ADOPTED = "TLF_SLURM_STEP"
 """Environment variable: the step that ``adopt`` has described, as JOB.STEP."""
 ALONE = "unset SLURM_STEP_NUM_TASKS to run each process by itself"
-_OTHERS = ("SLURM_PTY_PORT", "OMPI_COMM_WORLD_RANK")  # srun --pty, whose shell is its first task; mpirun
+_MPIRUN = {"OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE", "MPI_LOCALRANKID": "PMI_SIZE"}
+"""Which process of mpirun it is, and where their number stands: Open MPI's, and Intel MPI's, which is MPICH's too."""
+_OTHERS = ("SLURM_PTY_PORT", *_MPIRUN)  # srun --pty, whose shell is its first task; mpirun, which srun may have started
 FIRST_PORT, PORTS = 20_000, 12_000  # below those that Linux hands out by itself
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
@@ -34,8 +36,10 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> bool:
     Nothing is set for one task alone, where torchrun has set RANK, in the shell of srun --pty and under mpirun. An
     address or a port that is there already stays, as a batch script may export it; else the address is that of the
     step's first node, the port follows from the job.
-    UserError if SLURM's variables make no sense, or if scontrol, which knows the node's name, fails.
+    UserError if SLURM's variables make no sense, or if scontrol, which knows the node's name, fails; and if mpirun has
+    started several processes: it names no place where they could meet.
     """
+    _refuse_mpirun(environment)
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if environment.get("RANK") or tasks == "1" or any(environment.get(name) for name in _OTHERS):
         return False
@@ -63,6 +67,17 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> bool:
         ALONE,
     )
     return True
+
+
+def _refuse_mpirun(environment: Mapping[str, str]) -> None:
+    for rank, size in _MPIRUN.items():
+        count = environment.get(size, "1")
+        if rank in environment and count != "1" and not environment.get("RANK"):
+            raise UserError(
+                f"mpirun has started {count} processes ({size}), whose ranks are not read; start them with srun, "
+                "torchrun or tlf-train --nproc, export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and "
+                f"MASTER_PORT in each, or unset {rank} to run each by itself"
+            )
 
 
 def remedy(environment: Mapping[str, str] = os.environ) -> str:

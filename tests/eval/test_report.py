@@ -15,7 +15,7 @@ from tinyllava_fast.eval.report.confusion import MOST, OTHER, confusions, sectio
 from tinyllava_fast.eval.report.data import Curve, gather, read_curves
 from tinyllava_fast.eval.report.html import duration, page, size
 from tinyllava_fast.eval.report.scores import model_name
-from tinyllava_fast.eval.report.svg import loss_chart
+from tinyllava_fast.eval.report.svg import Line, line_chart, loss_chart
 
 SEEN = "seen/easy_vqa"
 
@@ -151,3 +151,9 @@ def test_categories_of_one_answer_each_make_one_table():
 )
 def test_a_model_is_called_by_its_run(path, name):
     assert model_name(path) == name
+
+
+@pytest.mark.parametrize("highest", [1.3, 2.5, 40.0])
+def test_a_logarithmic_scale_of_less_than_a_decade_has_ticks_too(highest):
+    drawn = line_chart([Line([1, 2, 3], [1.27, highest, 1.9], 0, "line", "")], "loss", log=True)
+    assert drawn.count('text-anchor="end"') >= 3

@@ -110,7 +110,6 @@ class Fault:
     """Only between the first step and the end: before, nothing watches yet."""
 
 
-# Between two stages a process that is told to stop does so at once, and the other one ends because of it.
 KILLED, STOPPED, LOST = {-signal.SIGKILL}, {143}, {1}
 FAULTS = [
     Fault("rank 0 killed", send(signal.SIGKILL, 0), (KILLED, LOST), "rank 0 (process {0}) was killed"),
@@ -118,7 +117,7 @@ FAULTS = [
     Fault("both killed", send(signal.SIGKILL, 0, 1), (KILLED, KILLED)),
     Fault("rank 0 stopped", send(signal.SIGSTOP, 0), (KILLED, LOST), "rank 0 (process {0}) is stopped", True),
     Fault("rank 1 stopped", send(signal.SIGSTOP, 1), (LOST, KILLED), "rank 1 (process {1}) is stopped", True),
-    Fault("SIGTERM to rank 1", send(signal.SIGTERM, 1), (STOPPED | LOST, STOPPED), "goes on from"),
+    Fault("SIGTERM to rank 1", send(signal.SIGTERM, 1), (STOPPED, STOPPED), "goes on from"),
     Fault("SIGTERM to both", send(signal.SIGTERM, 0, 1), (STOPPED, STOPPED), "goes on from"),
     Fault("SIGTERM, then SIGKILL", preempt, (KILLED | STOPPED, KILLED | STOPPED)),
     Fault("disk full", lambda _, disk: disk.fill(), (LOST, LOST), "No space left", True),

@@ -16,7 +16,7 @@ from tinyllava_fast.recipes.base import RECIPES
 from tinyllava_fast.train import cli, loop
 from tinyllava_fast.train.loggers.base import LOGGERS
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS
-from tinyllava_fast.train.run import stop_on_signals
+from tinyllava_fast.train.stops import stop_on_signals
 
 
 def test_arguments():

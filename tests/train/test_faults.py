@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.processes import Ranks, fork_server
+from tinyllava_fast import heartbeat
 from tinyllava_fast.train.checkpoint import CheckpointStore
 from tinyllava_fast.train.saving import BackgroundWriter
 from tinyllava_fast.train.status import read_status
@@ -206,6 +207,62 @@ def test_a_signal_in_the_last_step_of_a_stage_ends_all_before_the_next(server, t
     assert names[-1] == "pretrain-00000002" and "goes on from" in ranks.said(0)
 
 
+def told_between_stages() -> None:
+    """A signal reaches this process while it prepares its second stage."""
+    from tinyllava_fast.train import loop
+
+    prepare = loop.prepare_stage
+
+    def told(run: object, index: int) -> object:
+        if index == 1:
+            signal.raise_signal(TOLD)
+        return prepare(run, index)
+
+    loop.prepare_stage = told
+
+
+TOLD = signal.SIGUSR1
+
+
+def test_a_signal_to_one_process_between_two_stages_is_the_end_of_all(server, tiny_run, tmp_path):
+    path = tiny_run(**SHAPE)
+    with Ranks(server, tmp_path / "said", [str(path)], faults={1: told_between_stages}) as ranks:
+        assert ranks.wait(60) == [0, 0]
+    assert "stopped; the same command goes on from" in ranks.said(0) and "pretrain-00000002" in ranks.said(0)
+    assert read_status(str(path.parent / "run")).state == "stopped"
+
+
+def test_a_signal_that_follows_a_death_is_the_news_of_it(server, tiny_run, tmp_path):
+    """As torchrun sends it, to a process between two stages."""
+    path = tiny_run(**SHAPE)
+    with Ranks(server, tmp_path / "said", [str(path)], faults={0: killed_between_stages, 1: news}) as ranks:
+        assert ranks.wait(60) == [-signal.SIGKILL, 1]
+    assert f"rank 0 (process {ranks.processes[0].pid}) was killed" in ranks.said(1)
+
+
+def killed_between_stages() -> None:
+    """This process dies while it prepares its second stage."""
+    from tinyllava_fast.train import loop
+
+    prepare = loop.prepare_stage
+    loop.prepare_stage = lambda run, index: os.kill(os.getpid(), signal.SIGKILL) if index else prepare(run, index)
+
+
+def news() -> None:
+    """This process, too, is then told to end."""
+    from tinyllava_fast.train import loop
+
+    prepare = loop.prepare_stage
+
+    def told(run: object, index: int) -> object:
+        if index == 1:
+            time.sleep(1)
+            signal.raise_signal(signal.SIGTERM)
+        return prepare(run, index)
+
+    loop.prepare_stage = told
+
+
 def test_packs_that_the_processes_cannot_share_are_found_before_anything_is_read(server, tiny_run, tmp_path):
     path = tiny_run(**SHAPE | {"stages__finetune__batch__packs_per_step": 3})
     with Ranks(server, tmp_path / "said", [str(path)]) as ranks:
@@ -232,6 +289,41 @@ def test_a_process_that_is_stopped_is_named_and_killed(server, tiny_run, tmp_pat
     assert "is intact: the same command goes on from there" in whole
     if survivor == 0:
         assert "is stopped: it has not run" in read_status(str(run)).why
+
+
+def hanging() -> None:
+    """This process never takes its third step."""
+    from tinyllava_fast.train import loop
+
+    brief_patience()
+    take = loop.Stage._next_micro_batches
+
+    def waiting_for_ever(stage: loop.Stage, *arguments: object) -> object:
+        if stage.state.step == 2 and stage.state.stage_step:
+            time.sleep(1000)
+        return take(stage, *arguments)
+
+    loop.Stage._next_micro_batches = waiting_for_ever
+
+
+def brief_patience() -> None:
+    """A process that hangs is named after a third of the silence that is allowed."""
+    heartbeat.LATE = 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_runs_but_hangs_is_named_with_the_place(server, tiny_run, tmp_path, victim):
+    path = tiny_run(**SHAPE | {"stages__pretrain__max_steps": 4, "engine__silence_timeout": SILENCE})
+    faults = {victim: hanging, 1 - victim: brief_patience}
+    with Ranks(server, tmp_path / "said", [str(path)], faults=faults) as ranks:
+        codes = ranks.wait(60)
+        assert codes[1 - victim] == 1 and codes[victim] in (1, -signal.SIGKILL)
+        survivor, hung = ranks.said(1 - victim), ranks.said(victim)
+    process = f"rank {victim} (process {ranks.processes[victim].pid})"
+    assert f"{process} hangs: it runs, but has not come for 3 s" in survivor
+    assert "pretrain-00000002 is intact: the same command goes on from there" in survivor
+    assert f"rank {victim} hangs here:" in hung and "waiting_for_ever" in hung and "Traceback" not in survivor + hung
 
 
 @pytest.mark.slow

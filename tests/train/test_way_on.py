@@ -275,7 +275,7 @@ _INERT = {
     schema.TuneConfig: "tune from_layer lr layer_decay lora quant double_quant",
     schema.LoRAConfig: "r alpha dropout bias target_modules rslora dora rank_pattern alpha_pattern b_lr_ratio",
     schema.OptimConfig: "type lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema "
-    "label_smoothing z_loss options on_nonfinite most_skipped_in_a_row most_skipped",
+    "noise_scale label_smoothing z_loss options on_nonfinite most_skipped_in_a_row most_skipped",
     schema.EngineConfig: "type device dtype compile cuda_graphs gradient_checkpointing zero_stage offload deepspeed "
     "threads workers prefetch silence_timeout",
     schema.CheckpointConfig: "every_steps keep asynchronous",

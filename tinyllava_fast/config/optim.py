@@ -48,6 +48,9 @@ class OptimConfig:
     ema: ShareBelowOne = 0.0
     """Decay of a running mean of the trained weights (0.999 remembers about 1,000 steps): what validation looks at, and
     what the stage ends with, instead of the weights of its last step. 0: none."""
+    noise_scale: bool = False
+    """Estimate about how large a step would pay (the gradient noise scale, train/noise.py), for one more pass over the
+    gradients a step. It changes nothing in the training."""
     label_smoothing: Share = 0.0
     """Share of each token's target that is spread evenly over the vocabulary. It raises the reported loss."""
     z_loss: NonNegativeFloat = 0.0

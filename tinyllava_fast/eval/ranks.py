@@ -106,7 +106,8 @@ def _told_by_torchrun() -> Iterator[None]:
 
     def handle(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come again while this process looks and speaks
-        if who := group.lost():
+        who = group.lost()[0]
+        if who:
             raise _News(who)
         log.error("stopped; the answers so far are kept: the same command goes on with the others")
         raise SystemExit(128 + signal.SIGTERM)

@@ -101,6 +101,8 @@ class TrainState:
     """Steps in a row, up to now, without a supervised token."""
     skipped_steps: dict[str, dict[str, int]] = field(default_factory=dict)
     """Counts of the steps of each stage that were no number (train/nonfinite.py)."""
+    noise: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Running means of each stage with optim.noise_scale (train/noise.py)."""
     changes: list[ChangedKey] = field(default_factory=list)
     format: int = FORMAT
 

@@ -111,7 +111,7 @@ def _run(argv: list[str]) -> int:
         check_processes(config.engine, processes)
         return start_processes(processes, restarts, argv)
     from tinyllava_fast.train.loop import start, train
-    from tinyllava_fast.train.run import StopRequest
+    from tinyllava_fast.train.stops import StopRequest
 
     if "--dry_run" in flags:
         from tinyllava_fast import group

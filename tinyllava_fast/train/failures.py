@@ -68,7 +68,7 @@ def explained(way: Way, state: TrainState, engine: EngineConfig, stage: str) -> 
         with of_stage(stage), group.losses_named():
             yield
     except LostError as error:
-        raise LostError(without_another(way, state, str(error), stage)) from error
+        raise LostError(without_another(way, state, str(error), stage), error.stop) from error
     except UserError as error:
         text = f"{error}{way_on(way, state, str(error))}"
         if isinstance(error, DataError) and state.step:

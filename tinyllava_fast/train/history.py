@@ -73,6 +73,8 @@ class History:
                 self._of(name, "").add(step, value)
         for component, norm in entry.get("grad_norms", {}).items():
             self._of("grad_norm", component).add(step, norm)
+        if noise := entry.get("noise"):
+            self._of("noise", "").add(step, noise["packs"])
         if ranks := entry.get("ranks"):
             self._of("idle", "").add(step, ranks["idle_share"])
         if found := entry.get("validation"):

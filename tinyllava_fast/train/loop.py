@@ -18,7 +18,6 @@ import torch
 from tinyllava_fast import group
 from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.data.types import PackedBatch
-from tinyllava_fast.data.workers import STOP_SIGNALS
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models import io
@@ -35,15 +34,17 @@ from tinyllava_fast.train.features import check_feature_cache
 from tinyllava_fast.train.loggers.base import LOGGERS
 from tinyllava_fast.train.lr_schedule import lr_factor
 from tinyllava_fast.train.metrics import COUNTS, Entry, Window, memory_bytes, shown_rates
+from tinyllava_fast.train.noise import open_noise
 from tinyllava_fast.train.nonfinite import Outcomes, Stop
 from tinyllava_fast.train.optimizers.base import check_optimizer, find_optimizer
 from tinyllava_fast.train.output import output_weights
 from tinyllava_fast.train.prepare import look_at_files
 from tinyllava_fast.train.progress import Progress
 from tinyllava_fast.train.quarantine import Quarantine
-from tinyllava_fast.train.run import Run, StopRequest, stop_on_signals, told
+from tinyllava_fast.train.run import Run, told
 from tinyllava_fast.train.stage import ReadyStage, prepare_stage
 from tinyllava_fast.train.standing import Validation, ends_with_best
+from tinyllava_fast.train.stops import StopRequest, first_signal, signal_flags, stop_on_signals
 from tinyllava_fast.train.stragglers import Stragglers
 
 
@@ -106,6 +107,7 @@ class Stage:
             scaled=run.config.engine.dtype == "float16",
             main=run.main,
         )
+        self.noise = open_noise(self.config, run.config.engine, self.state.noise)
         self.seconds: list[float] = []  # of each step since the start or a resumption
         self.busy = 0.0  # processes that still wrote a checkpoint in the background at the beginning of the step
         totals = self.state.sources.setdefault(self.config.name, {})
@@ -173,9 +175,13 @@ class Stage:
                 losses = engine.forward_backward(batch, scale)
                 loss_sum += loss_of(losses)
                 self.by_source.note(losses, batch)
+                if self.noise and batch is micro[0]:
+                    self.noise.begin(engine.gradient_square(), batch.num_supervised)
             lrs = self._learning_rates(total)
             with torch.profiler.record_function("tlf.optimizer"):
                 grad_norm = engine.step(lrs, loss_sum if self.outcomes.guards else None)
+            if self.noise:
+                self.noise.end(grad_norm, counts["supervised_tokens"])
             self.outcomes.note(state.step + 1, loss_sum, scale, grad_norm, micro)
             self.seconds.append(time.perf_counter() - started)
             own_s = self.seconds[-1] - ((engine.waited_s or 0.0) - waited)
@@ -203,15 +209,13 @@ class Stage:
             self._check_supervision(counts)
             if saving or self._over:
                 self._checkpoint(last=self._over or bool(stop))
+            group.stepping(True)
             if stop:
                 raise StopRequest(stop)
         if run.process.world_size > 1:  # a signal during the last step is not to wait for the next stage's first one
-            summed = torch.tensor(self._signal_flags(), dtype=torch.float64, device=engine.device)
-            if stop := _first(engine.all_reduce_sum(summed).tolist()):
+            summed = torch.tensor(signal_flags(run.stop_signal), dtype=torch.float64, device=engine.device)
+            if stop := first_signal(engine.all_reduce_sum(summed).tolist()):
                 raise StopRequest(stop)
-
-    def _signal_flags(self) -> list[float]:
-        return [float(self.run.stop_signal == number) for number in STOP_SIGNALS]
 
     @property
     def _over(self) -> bool:
@@ -258,12 +262,12 @@ class Stage:
             return dict(zip(COUNTS, map(float, local), strict=False)), self.run.stop_signal
         # float64 holds these integers exactly; the flags ride along so that all ranks stop, and publish what they have
         # saved, at the same step.
-        flags = [*self._signal_flags(), float(self.run.store.busy)]
+        flags = [*signal_flags(self.run.stop_signal), float(self.run.store.busy)]
         summed = torch.tensor([*local, *flags], dtype=torch.float64, device=self.engine.device)
         values = self.engine.all_reduce_sum(summed).tolist()
         self.by_source.begin(values[len(COUNTS) : len(local)])
         *stops, self.busy = values[len(local) :]
-        return dict(zip(COUNTS, values, strict=False)), _first(stops)
+        return dict(zip(COUNTS, values, strict=False)), first_signal(stops)
 
     def _learning_rates(self, total: int) -> dict[str, float]:
         optim = self.config.optim
@@ -336,6 +340,9 @@ class Stage:
             entry["skipped_steps"] = counts["since_line"]
         if scale is not None:
             entry["loss_scale"] = scale
+        if self.noise:
+            self.noise.settle(self.engine.all_reduce_sum, self.engine.device)
+            entry["noise"] = self.noise.entry()
         if sources := self.by_source.entries():
             entry["sources"] = sources
         return entry
@@ -391,8 +398,3 @@ class Stage:
         )
         if run.main:
             io.save_model(self.model, run.tokenizer, run.processor, folder, state_dict=weights)
-
-
-def _first(flags: list[float]) -> int:
-    """Return the first of STOP_SIGNALS whose flag is set; 0: none."""
-    return next((int(number) for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag), 0)

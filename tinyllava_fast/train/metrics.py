@@ -23,6 +23,7 @@ from tinyllava_fast.recipes.rates import LORA_B
 from tinyllava_fast.train.answers import SampleRow
 from tinyllava_fast.train.by_source import SourceEntry
 from tinyllava_fast.train.loggers.base import LOGGERS, Logged
+from tinyllava_fast.train.noise import NoiseEntry
 from tinyllava_fast.train.standing import Validation
 from tinyllava_fast.train.stragglers import RanksEntry
 
@@ -61,13 +62,14 @@ class Entry(Line, total=False):
 
     sources: by name, where there are several. validation: what followed the step, which then has a line in any case.
     grad_norms: by component, where several train. skipped_steps: since the line before, where steps may be skipped.
-    loss_scale: in float16.
+    loss_scale: in float16. noise: with optim.noise_scale.
     ranks: of several processes, under an engine that can tell.
     """
 
     grad_norms: dict[str, float]
     skipped_steps: int
     loss_scale: float
+    noise: NoiseEntry
     sources: dict[str, SourceEntry]
     ranks: RanksEntry
     validation: Validation
@@ -211,6 +213,7 @@ def _numbers(entry: Entry) -> dict[str, float]:
     found = {f"lr/{group}": lr for group, lr in entry["lr"].items()}
     found |= {f"train/{k}": v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
     found |= {f"grad_norm/{component}": norm for component, norm in entry.get("grad_norms", {}).items()}
+    found |= {f"noise/{k}": v for k, v in entry.get("noise", {}).items() if isinstance(v, (int, float))}
     for source, numbers in entry.get("sources", {}).items():
         found |= {f"source/{source}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float))}
     found |= {f"ranks/{k}": float(cast(float, v)) for k, v in entry.get("ranks", {}).items()}

@@ -89,6 +89,18 @@ class MasterOptimizer:
         for p in fresh:
             p.grad = None
 
+    @torch.no_grad()
+    def square(self) -> Tensor:
+        """Return the squared norm of the gradients so far, [] on their device; without a loss scale."""
+        found = [gradient for p in self._updated if (gradient := self._found.get(p, p.grad)) is not None]
+        if not found:
+            return torch.zeros(())
+        if self._optimizer.fused:
+            whole = torch.stack([square_sum.infer(gradient) for gradient in found]).sum()
+        else:
+            whole = torch.stack(torch._foreach_norm(found, 2, torch.float32)).double().square().sum()
+        return whole if self._scale is None else whole * self._scale.factor().double().square()
+
     def scaled(self, loss: Tensor) -> Tensor:
         """Return the loss as it goes into the backward pass: in float16 it is scaled."""
         return loss if self._scale is None else self._scale.scaled(loss)

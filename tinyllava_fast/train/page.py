@@ -90,6 +90,13 @@ def render(title: str, pulse: Pulse, history: History, samples: str, config: str
         _chart("Benchmarks", "Headline of each, at every validation.", history, "score"),
         _chart("Learning rates", "By component.", history, "lr"),
         _chart("Gradient norm", "Before clipping, logarithmic scale.", history, "grad_norm", log=True),
+        _chart(
+            "Gradient noise scale",
+            "Packs of a step, logarithmic scale.",
+            history,
+            "noise",
+            log=True,
+        ),
         _chart("Samples a second", "Over all processes.", history, "samples_per_s"),
         _chart("Idle processes", "Percent of their time that they wait for the slowest.", history, "idle", scale=100),
         _chart("Memory", "GiB in use by the first process.", history, "memory_bytes", scale=2**-30),

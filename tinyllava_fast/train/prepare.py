@@ -44,6 +44,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import check_recipe, find_recipe
 from tinyllava_fast.train.answers import plan_benchmarks
 from tinyllava_fast.train.engine.launch import Process
+from tinyllava_fast.train.noise import check_noise
 from tinyllava_fast.train.profile import trains
 from tinyllava_fast.train.reading import stage_reading
 
@@ -121,6 +122,7 @@ def look_at_files(config: RunConfig, stages: Sequence[StageConfig], world_size: 
     for stage in stages:
         with of_stage(stage.name):
             check_packs(stage.batch.packs_per_step, world_size)
+            check_noise(stage, config.engine, world_size)
             check_length(stage.data, stage.max_steps)
             _check_share(stage)
             find_recipe(stage.recipe)

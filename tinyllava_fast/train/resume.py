@@ -55,7 +55,7 @@ STAGE_FREE = frozenset(
 )
 """The same, of a stage: the loader refuses other tokens and packs, wherever their files are now."""
 _OPTIM = "lr betas eps weight_decay clip_norm schedule warmup_ratio min_lr_ratio decay_ratio ema on_nonfinite"
-_OPTIM += " most_skipped_in_a_row most_skipped"
+_OPTIM += " most_skipped_in_a_row most_skipped noise_scale"
 _RATES = "lr layer_decay lora.b_lr_ratio"
 STAGE_GOES_ON = frozenset(
     {

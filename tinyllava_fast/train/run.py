@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,6 @@ from typing import TextIO
 from tinyllava_fast import group
 from tinyllava_fast.config.load import dump, to_dict
 from tinyllava_fast.config.schema import RunConfig
-from tinyllava_fast.data.workers import STOP_SIGNALS, exit_code
 from tinyllava_fast.errors import UserError, writing
 from tinyllava_fast.files import TMP, remove, write_file
 from tinyllava_fast.hardware import peak_rss_bytes
@@ -28,29 +26,14 @@ from tinyllava_fast.train.best import LAST, BestModels, copy_model
 from tinyllava_fast.train.checkpoint import CheckpointStore, TrainState
 from tinyllava_fast.train.engine.base import TrainingEngine
 from tinyllava_fast.train.engine.launch import Process
-from tinyllava_fast.train.failures import DIVERGED, Way, stopped, without_another
+from tinyllava_fast.train.failures import DIVERGED, Way, without_another
 from tinyllava_fast.train.metrics import COUNTS, Entry, MetricsWriter, peak_device_bytes, truncate_after
 from tinyllava_fast.train.page import Page
 from tinyllava_fast.train.prepare import Outlook
 from tinyllava_fast.train.pulse import LOCK, Heart, State, this_place
 from tinyllava_fast.train.resume import find_checkpoint
 from tinyllava_fast.train.standing import outcome
-
-
-class StopRequest(BaseException):
-    """A signal asked to stop; a checkpoint is saved if steps were done.
-
-    It comes up anywhere, like KeyboardInterrupt, and passes all code that turns errors into others. exit_code: 128 +
-    the signal; 0 for SIGUSR1, by which a batch system asks for this end. said: where the run goes on, for people.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = exit_code(number)
-        self.said = ""
-
-    def __str__(self) -> str:
-        return self.said
+from tinyllava_fast.train.stops import StopRequest
 
 
 class Run:
@@ -144,9 +127,11 @@ class Run:
         if self.heart:
             at = {"stage_step": state.stage_step, "stage_steps": state.stage_steps, "step": state.step}
             self.heart.beat(stage=state.stage, step_s=step_s, eta_s=eta_s, **at)
+        group.stepping(True)
 
     def begin(self, doing: str) -> None:
         """Note that something begins, between two steps, that may take long."""
+        group.stepping(False)
         if self.heart:
             self.heart.begin(doing)
 
@@ -364,35 +349,3 @@ def told(run: Run) -> Iterator[None]:
         run.end("failed", f"{type(error).__name__}: {error}")
         raise
     run.end("finished")
-
-
-@contextmanager
-def stop_on_signals(run: Run) -> Iterator[None]:
-    """STOP_SIGNALS ask the loop to stop after the step, and stop at once what is between the steps.
-
-    A second SIGINT interrupts at once. SIGHUP stays ignored where it was, as nohup has it.
-    """
-
-    def handle(number: int, _: object) -> None:
-        if run.stop_signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.stop_signal = number
-        if not run.stepping:
-            log.warning("%s: stopping", signal.Signals(number).name)
-            raise StopRequest(number)
-        log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
-
-    try:
-        wanted = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        previous = {n: signal.signal(n, handle) for n in wanted}
-    except ValueError:  # not the main thread: the caller owns the signals
-        previous = {}
-    try:
-        yield
-    except StopRequest as request:
-        request.said = stopped(run.way)
-        raise
-    finally:
-        for number, handler in previous.items():
-            if signal.getsignal(number) is handle:  # not one that is ignored by now, see group.losses_named
-                signal.signal(number, handler)

@@ -8,7 +8,7 @@ import pytest
 
 from tinyllava_fast.config.schema import EngineConfig
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.train.engine.deepspeed_json import check_file, deepspeed_config
+from tinyllava_fast.train.engine.deepspeed_json import check_keys, deepspeed_config
 
 BASE = {"clip_norm": 0.5, "micro_batches": 3, "cuda": False, "zero_stage": 3, "offload": False, "bf16": True}
 
@@ -76,6 +76,10 @@ def test_a_file_is_merged_into_it(merged):
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
             "zero_optimization.offload_optimizer.device: .* engine.offload",
         ),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            "activation_checkpointing: .* engine.gradient_checkpointing",
+        ),
         ([1], "is no JSON object of DeepSpeed's settings"),
     ],
 )
@@ -84,13 +88,37 @@ def test_what_contradicts_the_run_is_refused_with_both_keys(theirs, said, merged
         merged(theirs)
 
 
+def test_weights_are_offloaded_where_they_are_sharded_alone(merged):
+    theirs = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
+    with pytest.raises(UserError, match=r"offload_param: .* zero_stage: 2, .* set engine\.zero_stage: 3"):
+        merged(theirs, zero_stage=2)
+
+
 def test_a_file_is_looked_at_before_anything_is_read(tmp_path):
     file = tmp_path / "ds.json"
-    with pytest.raises(UserError, match=r"is for engine\.type=deepspeed; got fsdp"):
-        check_file(EngineConfig(type="fsdp", deepspeed=str(file)))
+    with pytest.raises(UserError, match=r"is for engine\.type=deepspeed; got fsdp, which does not read it"):
+        check_keys(EngineConfig(type="fsdp", deepspeed=str(file)))
     with pytest.raises(UserError, match=r"ds\.json"):
-        check_file(EngineConfig(type="deepspeed", deepspeed=str(file)))
+        check_keys(EngineConfig(type="deepspeed", deepspeed=str(file)))
     file.write_text('{"zero_optimization": {"stage": 1}}')
     with pytest.raises(UserError, match=r"zero_optimization\.stage: 1, but the run says 2"):
-        check_file(EngineConfig(type="deepspeed", deepspeed=str(file)))
-    check_file(EngineConfig(type="deepspeed", zero_stage=1, deepspeed=str(file)))
+        check_keys(EngineConfig(type="deepspeed", deepspeed=str(file)))
+    check_keys(EngineConfig(type="deepspeed", zero_stage=1, deepspeed=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"type": "ddp", "zero_stage": 3}, "zero_stage: 3 is for .* got ddp, .* or set zero_stage=2"),
+        ({"type": "fsdp", "offload": True}, "offload: true is for .* got fsdp, .* or set offload=false"),
+        ({"type": "torch", "deepspeed": "ds.json"}, r"deepspeed: 'ds\.json' is for .* got torch, .* deepspeed=null"),
+        ({"type": "deepspeed", "zero_stage": 0, "deepspeed": "ds.json"}, r"deepspeed: 'ds\.json' with zero_stage: 0"),
+        (
+            {"type": "deepspeed", "zero_stage": 0, "offload": True},
+            "offload: true with zero_stage: 0, .* leave offload out",
+        ),
+    ],
+)
+def test_a_key_that_the_engine_does_not_read_is_refused(engine, said):
+    with pytest.raises(UserError, match=rf"engine\.{said}"):
+        check_keys(EngineConfig(**engine))

@@ -116,7 +116,8 @@ def _even_ticks(low: float, high: float, about: int = 5) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     steps = (1, 2, 5) if high / low < 1000 else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [t for d in decades for m in steps if low <= (t := round(m * 10.0**d, 10)) <= high]
+    found = [t for d in decades for m in steps if low <= (t := round(m * 10.0**d, 10)) <= high]
+    return found if len(found) > 2 else _even_ticks(low, high)  # less than a decade
 
 
 def _linear_ticks(last: int, about: int = 6) -> list[int]:

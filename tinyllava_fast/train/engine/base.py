@@ -86,6 +86,13 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def gradient_square(self) -> Tensor:
+        """Return the squared norm [] of the gradient that this process has summed so far in the step; of its rows.
+
+        Not under DeepSpeed, which shows none.
+        """
+        ...
+
     def gradient_norms(self) -> Mapping[str, Tensor]:
         """Return the norm [] of each component's gradients in the last step; nothing where they are not known."""
         ...
@@ -169,6 +176,10 @@ class OwnOptimizer:
     def step(self, lrs: Mapping[str, float], loss: Tensor | None = None) -> Tensor:
         """See TrainingEngine."""
         return self._optimizer.step(lrs, loss)
+
+    def gradient_square(self) -> Tensor:
+        """See TrainingEngine."""
+        return self._optimizer.square()
 
     def gradient_norms(self) -> Mapping[str, Tensor]:
         """See TrainingEngine."""

@@ -144,6 +144,10 @@ class DeepSpeedEngine(InGroup):
         self._unfinished = False
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
 
+    def gradient_square(self) -> Tensor:
+        """See TrainingEngine: nobody asks (train/noise.py)."""
+        raise NotImplementedError
+
     def gradient_norms(self) -> Mapping[str, Tensor]:
         """See TrainingEngine: DeepSpeed tells the norm of all alone."""
         return {}

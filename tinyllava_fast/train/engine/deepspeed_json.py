@@ -17,6 +17,7 @@ Json = dict[str, object]
 PERSISTENT_NUMEL = 10_000
 """ZeRO-3 keeps weights below this size whole: norms and biases, not worth a gather."""
 _SAID_BY = {
+    "activation_checkpointing": "engine.gradient_checkpointing",
     "amp": "engine.dtype",
     "bf16": "engine.dtype",
     "communication_data_type": "engine.dtype",
@@ -73,12 +74,25 @@ def deepspeed_config(
     return config if file is None else _merged(config, _read(file), file, "")
 
 
-def check_file(config: EngineConfig) -> None:
-    """Raise UserError for a file of settings that cannot be read, or that no run of this engine can use."""
+def check_keys(config: EngineConfig) -> None:
+    """Raise UserError for a key of DeepSpeed's that this engine does not read, and for a file that it cannot use."""
+    stage = 0 if config.type != "deepspeed" else config.zero_stage
+    for key in ("zero_stage", "offload", "deepspeed"):
+        value, default = getattr(config, key), getattr(EngineConfig(), key)
+        if value == default or stage > 0:
+            continue
+        if config.type != "deepspeed":
+            raise UserError(
+                f"engine.{key}: {shown(value)} is for engine.type=deepspeed; got {config.type}, which does not read "
+                f"it; leave it out, or set {key}={shown(default)}"
+            )
+        if key != "zero_stage":
+            raise UserError(
+                f"engine.{key}: {shown(value)} with zero_stage: 0, which is ddp, without DeepSpeed; set zero_stage to "
+                f"1, 2 or 3, or leave {key} out"
+            )
     if config.deepspeed is None:
         return
-    if config.type != "deepspeed":
-        raise UserError(f"engine.deepspeed: {config.deepspeed} is for engine.type=deepspeed; got {config.type}")
     known = deepspeed_config(
         zero_stage=config.zero_stage,
         offload=config.offload,
@@ -105,6 +119,11 @@ def _merged(ours: Json, theirs: Json, file: str, above: str) -> Json:
         name, mine = f"{above}{key}", ours.get(key)
         if value == "auto" or _is_off(value):
             continue
+        if name == "zero_optimization.offload_param" and ours["stage"] != 3:
+            raise UserError(
+                f"{file}: {name}: {shown(value)}, but the run says zero_stage: {ours['stage']}, which keeps weights "
+                "whole, where they compute; leave it out here, or set engine.zero_stage: 3"
+            )
         if name in _SAID_BY and not (name.endswith("offload_optimizer.device") and value == "nvme"):
             if value != mine:
                 raise _contradiction(file, name, value, mine)

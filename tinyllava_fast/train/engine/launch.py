@@ -21,7 +21,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes.base import ParameterGroup
 from tinyllava_fast.train.attempts import launching
 from tinyllava_fast.train.engine.base import TrainingEngine
-from tinyllava_fast.train.engine.deepspeed_json import check_file
+from tinyllava_fast.train.engine.deepspeed_json import check_keys
 from tinyllava_fast.train.engine.torch_engine import DataParallelEngine, TorchEngine
 from tinyllava_fast.train.optim import lower
 
@@ -65,7 +65,7 @@ def start_process(config: EngineConfig) -> Process:
         raise UserError("engine.device: cuda, but torch sees no CUDA device; set engine.device=cpu or auto")
     check_dtype(config, kind)
     _check_compile(config)
-    check_file(config)
+    check_keys(config)
     if config.cuda_graphs:
         _check_cuda_graphs(config, kind)
     device = torch.device("cpu")
