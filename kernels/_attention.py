@@ -146,6 +146,34 @@ def exponents(s, scale, softcap, SOFTCAP: tl.constexpr):
     return x, factor, slope
 
 
+@triton.jit
+def fold(
+    acc, total, peak, q, k, v, j0, j1, low, high, end, first, before, ahead, k_row, v_row, scale, softcap,
+    SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys [j0, j1) into the running (weighted sum of values, sum of weights, largest exponent)."""
+    for start in tl.range(j0, j1, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        rows = key_rows(j, first, before, ahead, PREFIX)
+        keys = load_rows(k, rows, j < end, k_row, SIZE, BLOCK_D, MASKED)
+        s = product(q, tl.trans(keys), PRECISION)
+        x, factor, _ = exponents(s, scale, softcap, SOFTCAP)
+        if MASKED:
+            x = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), x, -float("inf"))
+        largest = tl.maximum(peak, tl.max(x, 1) * factor)
+        shift = largest
+        if MASKED:  # a row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
+            shift = tl.where(largest == -float("inf"), 0.0, largest)
+        p = tl.exp2(x * factor - shift[:, None])
+        keep = tl.exp2(peak - shift)
+        values = load_rows(v, rows, j < end, v_row, SIZE, BLOCK_D, MASKED)
+        acc = add_product(p.to(values.dtype), values, acc * keep[:, None], PRECISION)
+        total = total * keep + tl.sum(p, 1)
+        peak = largest
+    return acc, total, peak
+
+
 def index(cu_q: Tensor, cu_k: Tensor | None, prefix: Tensor | None, used: Tensor | None) -> tuple[Tensor, ...]:
     """cu_q, cu_k, prefix and used as dense pointers; what is not given is never read and stands for itself as cu_q."""
     return tuple(cu_q.contiguous() if t is None else t.contiguous() for t in (cu_q, cu_k, prefix, used))

@@ -118,13 +118,18 @@ def cross_entropy_rows(
 def linear_cross_entropy_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, d_hidden [T, D], d_weight [V, D], d_bias [V], losses [T]); unwanted: no rows.
 
-    The gradients are those for an incoming gradient of 1. The number of rows is read on the host once, to size the
-    products. The sum of d_weight over several chunks is kept in float32.
+    The gradients are those for an incoming gradient of 1. Every slot of ``supervised`` is a row of the products, those
+    that are padding too, so that the host waits for nothing: give as many slots as are needed. Without them the number
+    of rows is read on the host. The sum of d_weight over several chunks is kept in float32.
     """
     hidden, weight, bias, labels, supervised, ignore_index, softcap, label_smoothing, z_loss, *want = Args._make(args)
     want_hidden, want_weight, want_bias, want_losses = want
-    rows = (labels != ignore_index).nonzero()[:, 0] if supervised is None else supervised[supervised < len(labels)]
-    x, y = hidden.index_select(0, rows), labels.index_select(0, rows)
+    tokens = len(hidden)
+    rows = (labels != ignore_index).nonzero()[:, 0] if supervised is None else supervised
+    if tokens == 0:
+        rows = rows[:0]
+    at = rows.clamp(max=tokens - 1)
+    x, y = hidden.index_select(0, at), labels.index_select(0, at).masked_fill(rows >= tokens, ignore_index)
     (count, dim), vocab, dtype = x.shape, len(weight), weight.dtype
     loss = x.new_empty(count, dtype=torch.float32)
     chunk = max(1, min(count, CHUNK_BYTES // (vocab * weight.element_size())))
@@ -147,12 +152,12 @@ def linear_cross_entropy_fwd(*args: object) -> tuple[Tensor, Tensor, Tensor, Ten
             d_weight += z.t() @ x[part]
         if want_bias:
             d_bias += z.sum(0, dtype=torch.float32)
-    d_hidden = x.new_zeros((len(hidden) if want_hidden else 0, dim))
+    d_hidden = x.new_zeros((tokens + 1 if want_hidden else 0, dim))  # the last row is that of padding
+    losses = loss.new_zeros(tokens + 1 if want_losses else 0)
     if want_hidden:
-        d_hidden.index_copy_(0, rows, dx)
-    losses = loss.new_zeros(len(hidden) if want_losses else 0)
+        d_hidden = d_hidden.index_copy_(0, rows, dx)[:tokens]
     if want_losses:
-        losses.index_copy_(0, rows, loss)
+        losses = losses.index_copy_(0, rows, loss)[:tokens]
     return loss.sum(dtype=torch.float64).float(), d_hidden, d_weight.to(dtype), d_bias.to(dtype), losses
 
 

@@ -16,52 +16,20 @@ from torch import Tensor
 
 from tinyllava_fast.kernels._attention import (
     SHAPES,
-    add_product,
     compile_case,
     constants,
-    exponents,
     find_keys,
     find_rows,
+    fold,
     full_blocks,
     index,
     interval,
-    key_rows,
-    load_rows,
-    product,
 )
 from tinyllava_fast.kernels._common import CompileCase, Launch, attention_launch
 from tinyllava_fast.kernels._packed_attention_bwd import backward_cases, packed_attention_bwd
 from tinyllava_fast.ops._attention_args import Args, dense_rows
 
 __all__ = ["compile_cases", "packed_attention_bwd", "packed_attention_fwd"]
-
-
-@triton.jit
-def _fold(
-    acc, total, peak, q, k, v, j0, j1, low, high, end, first, before, ahead, k_row, v_row, scale, softcap,
-    SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Keys [j0, j1) into the running (weighted sum of values, sum of weights, largest exponent)."""
-    for start in tl.range(j0, j1, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        rows = key_rows(j, first, before, ahead, PREFIX)
-        keys = load_rows(k, rows, j < end, k_row, SIZE, BLOCK_D, MASKED)
-        s = product(q, tl.trans(keys), PRECISION)
-        x, factor, _ = exponents(s, scale, softcap, SOFTCAP)
-        if MASKED:
-            x = tl.where((j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]), x, -float("inf"))
-        largest = tl.maximum(peak, tl.max(x, 1) * factor)
-        shift = largest
-        if MASKED:  # a row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
-            shift = tl.where(largest == -float("inf"), 0.0, largest)
-        p = tl.exp2(x * factor - shift[:, None])
-        keep = tl.exp2(peak - shift)
-        values = load_rows(v, rows, j < end, v_row, SIZE, BLOCK_D, MASKED)
-        acc = add_product(p.to(values.dtype), values, acc * keep[:, None], PRECISION)
-        total = total * keep + tl.sum(p, 1)
-        peak = largest
-    return acc, total, peak
 
 
 @triton.jit
@@ -101,15 +69,15 @@ def _attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.zeros([BLOCK_M], tl.float32) - float("inf")
     if WINDOW:
-        acc, total, peak = _fold(
+        acc, total, peak = fold(
             acc, total, peak, q_tile, k, v, low0, tl.minimum(full0, end), low, high, end, first, before, ahead,
             k_row, v_row, scale, softcap, SIZE, SOFTCAP, PREFIX, BLOCK_N, BLOCK_D, PRECISION, True,
         )  # fmt: skip
-    acc, total, peak = _fold(
+    acc, total, peak = fold(
         acc, total, peak, q_tile, k, v, full0, full1, low, high, end, first, before, ahead,
         k_row, v_row, scale, softcap, SIZE, SOFTCAP, PREFIX, BLOCK_N, BLOCK_D, PRECISION, False,
     )  # fmt: skip
-    acc, total, peak = _fold(
+    acc, total, peak = fold(
         acc, total, peak, q_tile, k, v, full1, end, low, high, end, first, before, ahead,
         k_row, v_row, scale, softcap, SIZE, SOFTCAP, PREFIX, BLOCK_N, BLOCK_D, PRECISION, True,
     )  # fmt: skip

@@ -35,7 +35,7 @@ def load(
     path: a folder written by ``tlf-train`` (``runs/<name>/final``).
     dtype: "float32" or "bfloat16"; None keeps the dtype the weights were saved in.
     device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1", ...
-    weights: of the language model: "bf16", or on CPUs quantized to "int8" or "nf4"; None: as dtype says.
+    weights: of the language model: "bf16", or quantized to "int8" or "nf4"; None: as dtype says.
     plugins: Python files (ending in .py) or modules with components of yours that the model is made of.
     system: system text of every prompt; None: the one that the model was trained with.
     adapter: folder of a LoRA adapter that is added to the weights.

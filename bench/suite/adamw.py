@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.bench.case import FORWARD, SUITE, Case, Setting, Work, nbytes
-from tinyllava_fast.ops.adamw import adamw, square_sum
+from tinyllava_fast.ops.adamw import adamw, square_sum, step_scalars
 
 LR, BETAS, EPS, CLIP = 1e-6, (0.9, 0.95), 1e-8, 1.0  # a rate at which calls differ in how often they ran, not in p
 
@@ -30,8 +30,8 @@ def _case(setting: Setting, *shape: int) -> Case:
 
     def ours() -> Tensor:
         steps[0] += 1
-        factor = 1.0 / max((float(square_sum.infer(grad)) ** 0.5 + 1e-6) / CLIP, 1.0)
-        adamw.infer(*state, grad, factor, LR, 0.0, *BETAS, EPS, steps[0])
+        factor = 1.0 / torch.clamp((square_sum.infer(grad).sqrt() + 1e-6) / CLIP, min=1.0)
+        adamw.infer(*state, grad, step_scalars(factor, BETAS, steps[0]), LR, 0.0, *BETAS, EPS)
         return state[0]
 
     p, _, _, weight = made()

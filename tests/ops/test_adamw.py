@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.ops._op import force_backend
-from tinyllava_fast.ops.adamw import CHUNK, adamw, dither, square_sum
+from tinyllava_fast.ops.adamw import CHUNK, adamw, dither, square_sum, step_scalars
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 SIZE = 3 * CHUNK + 77
@@ -26,7 +26,8 @@ def gradients(steps: int, dtype: torch.dtype, size: int = SIZE) -> list[Tensor]:
 
 def run(tensors: tuple[Tensor, ...], grads: list[Tensor], factor: float = 1.0, decay: float = 0.1) -> None:
     for step, grad in enumerate(grads, 1):
-        adamw.infer(*tensors, grad, factor, SETTINGS["lr"], decay, *SETTINGS["betas"], SETTINGS["eps"], step)
+        scalars = step_scalars(factor, SETTINGS["betas"], step)
+        adamw.infer(*tensors, grad, scalars, SETTINGS["lr"], decay, *SETTINGS["betas"], SETTINGS["eps"])
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -86,6 +87,15 @@ def test_no_gradient_is_a_gradient_of_zeros() -> None:
     assert all(torch.equal(a, b) for a, b in zip(given, absent, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_factor_that_is_no_number_leaves_the_step_out(backend: str) -> None:
+    tensors, (grad,) = state(), gradients(1, torch.bfloat16)
+    before = [t.clone() for t in tensors]
+    with force_backend(backend):
+        run(tensors, [grad], factor=float("nan"))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
 def test_threads_change_no_bit() -> None:
     (grad,) = gradients(1, torch.bfloat16)
     found = []
@@ -120,12 +130,12 @@ def test_a_norm_of_many_small_numbers_is_exact() -> None:
         ({1: torch.zeros(3)}, r"exp_avg must be float of p's shape \[4\], got torch.float32 \[3\]"),
         ({1: torch.zeros(4).double()}, "p is torch.float32, its moments are torch.float64"),
         ({4: torch.zeros(4, dtype=torch.int64)}, "grad must be float"),
-        ({11: 0}, "step counts from 1, got 0"),
+        ({5: torch.ones(3)}, r"scalars must be \[3\] float64, got torch.float32 \[3\]"),
     ],
 )
 def test_errors(change: dict[int, object], text: str) -> None:
     args = [*(torch.zeros(4) for _ in range(3)), torch.zeros(4).bfloat16(), torch.zeros(4)]
-    args += [1.0, 1e-3, 0.0, 0.9, 0.99, 1e-8, 1]
+    args += [step_scalars(1.0, (0.9, 0.99), 1), 1e-3, 0.0, 0.9, 0.99, 1e-8]
     for at, value in change.items():
         args[at] = value
     with pytest.raises(ValueError, match=f"^adamw: {text}"):

@@ -58,7 +58,7 @@ def images(place: str, dtype: torch.dtype) -> bool:
 
 Expected = Callable[..., bool]
 RULES: dict[str, tuple[Expected, list[dict[str, int]]]] = {
-    "decode_linear": (lambda *_, rows: rows <= 16, grid(rows=ROWS)),
+    "decode_linear": (lambda place, *_, rows: place in _cpp.ISAS and rows <= 16, grid(rows=ROWS)),
     "decode_linear int8": (lambda *_, rows: rows <= 64, grid(rows=ROWS)),
     "prefill_linear": (in_tiles, [{}]),
     "gemm": (gemm, products()),

@@ -105,6 +105,19 @@ def test_one_graph_a_shape_and_names_untouched(caplog):
     assert len(messages) == 2 and messages[0].startswith("compiled forward graph 1 (4 images)")
 
 
+def test_packs_with_other_numbers_of_supervised_slots_share_a_graph():
+    """As PackedBatch.to leaves them on a GPU."""
+    lmm, batch = make_lmm(num_hidden_layers=1), make_batch()
+    want = gradients(lmm, batch)
+    compiled = CompiledForward(lmm, backend="aot_eager")
+    for slots in (6, 9, 15):
+        got = gradients(lmm, {**batch, "supervised": batch["supervised"][:slots]})
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, atol=2e-5, rtol=1e-4, msg=name)
+    assert (compiled.graphs, compiled.recompiles) == (1, 0)
+    compiled.close()
+
+
 def test_a_recompile_is_an_error_line_with_the_reason(caplog):
     net = Net()
     compiled = CompiledForward(net, backend="eager")

@@ -60,7 +60,7 @@ class PackedBatch:
     position_ids: Tensor  # [T] int64; restart at 0 in each segment, or at the prefix's length
     cu_seqlens: Tensor  # [S + 1] int32; segment bounds, padded by repeating the last bound
     image_slots: Tensor  # [N * K] int64; position in T of each image token; T (one past the end) = nowhere
-    supervised: Tensor  # [M] int64; positions with labels != -100, ascending, padded with T
+    supervised: Tensor  # [M] int64; positions with labels != -100, ascending, padded with T; M <= T after ``to`` a GPU
     pixel_values: Tensor  # [N, 3, H, W] float32, already normalized; N may be 0. Or uint8, a quarter of the bytes, on
     # the way to where ``to`` normalizes them. Or [N, K', V]: features of a frozen tower that are cached
     prefix: Tensor | None = None  # [S, 2] int32; (start, length) of the shared prefix of each segment, (0, 0) = none;
@@ -86,12 +86,23 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return a copy on the device, normalized; copies are asynchronous where the source is pinned."""
-        moved = self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        is_host = torch.device(device).type == "cpu"
+        trimmed = self if is_host or not self.supervised.is_cpu else replace(self, supervised=self._slots())
+        moved = trimmed._moved(lambda tensor: tensor.to(device, non_blocking=True))
         if moved.levels is None:
             return moved
         pixels = normalized(moved.pixel_values, moved.levels)
         pixels[len(pixels) - moved.num_blank :] = 0.0
         return replace(moved, pixel_values=pixels, levels=None)
+
+    def _slots(self) -> Tensor:
+        """Return the first slots of ``supervised``, in eighths of T, as many as hold all that are used.
+
+        On a GPU the head multiplies every slot: to look which are used would stop the host in the middle of a step.
+        """
+        tokens = len(self.input_ids)
+        used, part = int((self.supervised < tokens).sum()), max(1, -(-tokens // 8))
+        return self.supervised[: max(part, -(-used // part) * part)]
 
     def pin_memory(self) -> PackedBatch:
         """Return a copy in pinned host memory; called by DataLoader(pin_memory=True)."""

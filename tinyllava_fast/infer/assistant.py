@@ -45,7 +45,7 @@ class Assistant:
 
         dtype: "float32", "bfloat16", "float16"; None: as saved. device: "auto" (CUDA when there is
             one), "cpu", "cuda", ...
-        weights: of the language model. "bf16" is dtype="bfloat16"; "int8", "nf4": quantized, on CPUs; None: dense.
+        weights: of the language model. "bf16" is dtype="bfloat16"; "int8", "nf4": quantized; None: dense.
         system: system text of every prompt; None: the one that the model was trained with.
         adapter: folder of a LoRA adapter that is added to the weights. (``assistant.engine.load_adapter`` keeps several
             beside them, one for each request that names it.)

@@ -73,12 +73,26 @@ class Core:
                 guesses = {} if scheduled.stops else self.speculation.guess(scheduled.sequences)
                 if guesses:
                     self._verify(scheduled.sequences, guesses)
-                else:
+                elif scheduled.stops or not self._step_on_device(scheduled.sequences):
                     hidden, ends = self._run(scheduled)
                     self._postprocess(scheduled.sequences, hidden, ends)
             except BaseException as error:
                 self._recover(scheduled, error, before)
         return self.scheduler.collect()
+
+    def _step_on_device(self, sequences: list[Sequence]) -> bool:
+        """Do a step of decoding whose tokens the device chooses, and append them; False if nothing was done."""
+        began = time.perf_counter()
+        chosen = self.decoder.choose(sequences, self.vocab)
+        if chosen is None:
+            return False
+        self.scheduler.pace.stepped(len(sequences), time.perf_counter() - began)
+        for sequence in sequences:
+            sequence.num_cached_tokens += 1
+        if min(chosen) < 0 and self.decoder.graphs is not None:
+            self._check_finite(sequences, self.decoder.graphs.logits)
+        self._append(list(zip(sequences, chosen, strict=True)))
+        return True
 
     def _run(self, scheduled: Scheduled) -> tuple[Tensor, np.ndarray]:
         """Return hidden states [T, D] of the pass, and the row of each sequence's last token [R]."""

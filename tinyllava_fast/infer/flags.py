@@ -25,7 +25,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     Nothing heavy is imported: a command answers ``--help`` before torch is there.
     """
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
-    parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights, on CPUs")
+    parser.add_argument("--weights", choices=("bf16", "int8", "nf4"), help="language model's weights")
     parser.add_argument("--device", default=ANY_DEVICE, help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument(
         "--speculate",

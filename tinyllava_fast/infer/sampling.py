@@ -15,7 +15,7 @@ from tinyllava_fast.infer.types import Sampling
 from tinyllava_fast.ops.row_argmax import row_argmax
 
 NUCLEUS_GUESS = 256  # most nuclei are smaller: taking so many is 10 times faster than sorting a vocabulary of 49k
-_COLD = 1e-5  # a temperature below is as good as greedy, and logits divided by it may be no numbers
+COLD = 1e-5  # a temperature below is as good as greedy, and logits divided by it may be no numbers
 
 
 def next_tokens(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[int]:
@@ -23,7 +23,7 @@ def next_tokens(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[
     largest = row_argmax.infer(logits) if logits.is_cpu else logits.argmax(-1)
     chosen: list[int] = largest.tolist()
     for row, (sampling, place) in enumerate(zip(samplings, places, strict=True)):
-        if sampling.temperature > _COLD:
+        if sampling.temperature > COLD:
             chosen[row] = draw(logits[row], sampling, place)
     return chosen
 
@@ -44,10 +44,14 @@ def draw(logits: Tensor, sampling: Sampling, place: int) -> int:
     )
     # double: the sum of 49k small numbers has to end where its last number lies
     total = probabilities.double().cumsum(0).cpu()
-    philox = np.random.Philox(key=sampling.seed % 2**64, counter=place)
-    point = np.random.Generator(philox).random() * float(total[-1])
-    index = min(int(np.searchsorted(total.numpy(), point, side="right")), len(total) - 1)
+    goal = point(sampling, place) * float(total[-1])
+    index = min(int(np.searchsorted(total.numpy(), goal, side="right")), len(total) - 1)
     return index if ids is None else int(ids[index])
+
+
+def point(sampling: Sampling, place: int) -> float:
+    """Return the random number, 0 <= u < 1, of the token at a place of a request's answer."""
+    return float(np.random.Generator(np.random.Philox(key=sampling.seed % 2**64, counter=place)).random())
 
 
 def candidates(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> tuple[Tensor | None, Tensor]:

@@ -89,9 +89,11 @@ def packed(
             f"tlf_packed: {owner} sees only the last {window} tokens, and this call has {k.shape[0]} with shared "
             f"prefixes, which windows do not cover; set data.turns=conversation, or batch.tokens to at most {window}"
         )
-    if kv is not None and kv.single and q.is_cpu and not window:
-        start = kv.cu_seqlens_k[:-1]
-        out = decode_attention(q, k, v, start, kv.seqused_k, scale=scaling, prefix=prefix, softcap=softcap or 0.0)
+    if kv is not None and kv.single:
+        start, seen = kv.cu_seqlens_k[:-1], kv.seqused_k
+        if window:  # the newest token sees the last rows of its sequence
+            start, seen = start + (seen - window).clamp(min=0), seen.clamp(max=window)
+        out = decode_attention(q, k, v, start, seen, scale=scaling, prefix=prefix, softcap=softcap or 0.0)
         return out.unsqueeze(0), None
     out, _lse = packed_attention(
         q,

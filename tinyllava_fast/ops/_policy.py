@@ -38,8 +38,9 @@ _SIDES = tuple(Size(name, 64) for name in ("rows", "columns", "depth"))
 
 TABLE: dict[str, tuple[Rule, ...]] = {
     # A, ours / torch in us. 576 to 1,536: 82 / 163 at 1 row, 205 / 235 at 16, 317 / 305 at 32; 2,048 to 5,632:
-    # 1,687 / 1,893 at 16, 3,384 / 2,748 at 32. B: torch takes 1.1-1.4 times as long at 8 and 16 rows.
-    "decode_linear": (Rule((Size("rows", most=16),)),),
+    # 1,687 / 1,893 at 16, 3,384 / 2,748 at 32. B: torch takes 1.1-1.4 times as long at 8 and 16 rows. On a
+    # GPU dense products are torch's.
+    "decode_linear": (Rule((Size("rows", most=16),), _cpp.ISAS),),
     # A, 576 to 1,536 at 64 rows: 425 us, 497 through a dequantized weight (2,048 to 5,632: 4,825 and 36,801).
     "decode_linear int8": (Rule((Size("rows", most=64),)),),
     # B, ours / torch in ms, 240 rows: 576 to 960 0.12 / 0.20, 576 to 3,072 0.34 / 0.62; 196 rows, 3,072 to 768

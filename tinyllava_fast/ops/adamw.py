@@ -5,6 +5,9 @@
     p  = (1 - lr decay) p  -  lr / (1 - b1ⁿ)  m / (sqrt(v / (1 - b2ⁿ)) + eps)
     weight = p, rounded by dither
 
+Of these, factor, 1 - b1ⁿ and 1 - b2ⁿ are ``scalars``, a tensor on the device: nobody waits there for the gradients'
+norm. A factor that is no number stands for a step that is left out: nothing changes.
+
 p, m and v are float32; the gradient has the dtype that it came in, the weight is what the model computes with. In four
 passes (a float32 gradient, clipping, the update, the rounding) the same step moves twice the bytes.
 
@@ -48,8 +51,31 @@ def dither(p: Tensor, weight: Tensor) -> None:
         target[at : at + _PIECE] = bits.view(torch.float32)
 
 
+def step_scalars(factor: float | Tensor, betas: tuple[float, float], step: int | Tensor) -> Tensor:
+    """Return the scalars [3] float64 of one step: factor, 1 - b1ⁿ, 1 - b2ⁿ.
+
+    factor: what gradients are multiplied by, nan to leave the step out. step: n, from 1. Either may be a tensor [], on
+    whose device the scalars then are.
+    """
+    given = [one for one in (factor, step) if isinstance(one, Tensor)]
+    device = given[0].device if given else torch.device("cpu")
+    count = step.double() if isinstance(step, Tensor) else float(step)
+    corrections = [_filled(1 - beta**count, device) for beta in betas]
+    return torch.stack([_filled(factor, device), *corrections])
+
+
+def _filled(value: float | Tensor, device: torch.device) -> Tensor:
+    return value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+
+
 def _check(
-    p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None, grad: Tensor | None, *numbers: float
+    p: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight: Tensor | None,
+    grad: Tensor | None,
+    scalars: Tensor,
+    *numbers: float,
 ) -> None:
     for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("weight", weight), ("grad", grad)):
         if tensor is not None and (tensor.shape != p.shape or tensor.dtype not in FLOATS):
@@ -58,8 +84,8 @@ def _check(
             )
     if not p.dtype == exp_avg.dtype == exp_avg_sq.dtype:
         raise ValueError(f"adamw: p is {p.dtype}, its moments are {exp_avg.dtype} and {exp_avg_sq.dtype}")
-    if numbers[-1] < 1:
-        raise ValueError(f"adamw: step counts from 1, got {numbers[-1]}")
+    if scalars.shape != (3,) or scalars.dtype != torch.float64:
+        raise ValueError(f"adamw: scalars must be [3] float64, got {scalars.dtype} {list(scalars.shape)}")
 
 
 def _supports(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None, *rest: object) -> str | None:
@@ -80,25 +106,41 @@ def _samples() -> Iterator[Sample]:
         weight = p.bfloat16() if rounds else None
         if len(shape) == 2 and grad:
             slope = slope.t().contiguous().t()
-        args = (p, m, v, weight, slope if grad else None, factor, 1e-2, 0.1, 0.9, 0.95, 1e-8, 3)
-        return Sample(args, label, differentiable=False, kept=(0, 1, 2, 3))
+        scalars = step_scalars(factor, (0.9, 0.95), 3)
+        args = (p, m, v, weight, slope if grad else None, scalars, 1e-2, 0.1, 0.9, 0.95, 1e-8)
+        return Sample(args, label, differentiable=False, kept=(0, 1, 2, 3, 5))
 
     yield case("ragged, clipped", 37, 61, factor=0.3)
     yield case("several chunks", 3 * CHUNK + 5)
     yield case("float32 weight", 1030, rounds=False, factor=0.5)
     yield case("no gradient", 7, 9, grad=False)
+    yield case("left out", 5, 30, factor=math.nan)
     yield case("one element", 1)
     yield case("no element", 0, 4)
 
 
-def _run_cpp(p: Tensor, m: Tensor, v: Tensor, weight: Tensor | None, grad: Tensor | None, *numbers: float) -> None:
-    factor, lr, weight_decay, beta1, beta2, eps, step = numbers
+def _run_cpp(
+    p: Tensor,
+    m: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    grad: Tensor | None,
+    scalars: Tensor,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    factor, *corrections = scalars.tolist()
+    if math.isnan(factor):
+        return
     if grad is not None:
         grad = (grad if grad.dtype in (torch.float32, torch.bfloat16) else grad.float()).contiguous()
     _cpp.extension().adamw(
         *(t.data_ptr() if t is not None else 0 for t in (p, m, v, weight, grad)),
         *(p.numel(), _cpp.DTYPE_CODES[grad.dtype if grad is not None else torch.float32]),
-        *(factor, lr, 1.0 - lr * weight_decay, beta1, beta2, eps, 1.0 - beta1**step, 1.0 - beta2**step),
+        *(factor, lr, 1.0 - lr * weight_decay, beta1, beta2, eps, *corrections),
     )
 
 
@@ -117,25 +159,31 @@ def adamw(
     exp_avg_sq: Tensor,
     weight: Tensor | None,
     grad: Tensor | None,
-    factor: float,
+    scalars: Tensor,
     lr: float,
     weight_decay: float,
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
 ) -> None:
     """One step in place: p and its moments, float32 of one shape, and weight, p in the model's dtype, unless None.
 
-    grad: of any float dtype; None counts as zero. factor: the gradient is multiplied by it. step: from 1 on.
+    grad: of any float dtype; None counts as zero. scalars: of ``step_scalars``, on p's device.
     """
-    g = torch.zeros_like(p) if grad is None else grad.to(p.dtype) * factor
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    divisor = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    p.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, divisor, value=-lr / (1 - beta1**step))
+    factor, correction1, correction2 = scalars.unbind()
+    is_step = ~factor.isnan()
+    scale = factor.nan_to_num(0.0).to(p.dtype)
+    g = torch.zeros_like(p) if grad is None else grad.to(p.dtype) * scale
+    first = exp_avg.lerp(g, 1 - beta1)
+    second = (exp_avg_sq * beta2).addcmul_(g, g, value=1 - beta2)
+    divisor = second.sqrt().div_(correction2.sqrt().to(p.dtype)).add_(eps)
+    moved = p * (1 - lr * weight_decay) - first / divisor * (lr / correction1).to(p.dtype)
+    for kept, new in ((exp_avg, first), (exp_avg_sq, second), (p, moved)):
+        kept.copy_(torch.where(is_step, new, kept))
     if weight is not None:
-        dither(p, weight)
+        rounded = torch.empty_like(weight)
+        dither(p, rounded)
+        weight.copy_(torch.where(is_step, rounded, weight))
 
 
 def _check_sum(x: Tensor) -> None:

@@ -99,6 +99,7 @@ def _samples() -> Iterator[Sample]:
     fake=lambda x, weight, scale, bias: x.new_empty((x.shape[0], weight.shape[0])),
     cpp=_cpp_forward,
     cpp_supports=_cpp.runs(torch.float32, torch.bfloat16),
+    triton_supports=lambda x, weight, scale, bias: "it takes int8 weights" if scale is None else None,
     samples=_samples,
 )
 def decode_linear_fwd(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

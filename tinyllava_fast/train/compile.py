@@ -109,6 +109,9 @@ class CompiledForward:
         seconds = self.seconds
         if self._cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
+        slots = tensors.get("supervised")
+        if slots is not None and len(slots) < len(tensors["input_ids"]):  # of which the loss alone knows the number
+            torch._dynamo.maybe_mark_dynamic(slots, 0)
         self._running = True
         try:
             loss: Tensor = self._forward(**tensors)

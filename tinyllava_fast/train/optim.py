@@ -71,8 +71,7 @@ class MasterOptimizer:
         self._component_of = {p: self._components.index(c) for p, c in zip(names, components, strict=True)}
         self.norms: dict[str, Tensor] = {}
         """Gradient norm of each component in the last step, [] float32, before clipping."""
-        self._owner: Tensor | None = None  # of the gradients of the last step
-        self._skipped: Tensor | None = None  # steps that the optimizer left out and ``steps`` counts, [] float32
+        self._owner: tuple[list[int], Tensor] | None = None  # of the gradients of the last step
         self._decay = optim.ema
         # Running means of what the optimizer updates, float32.
         self._means = {p: updated.detach().clone() for p, updated in self._updated.items()} if optim.ema else {}
@@ -141,7 +140,7 @@ class MasterOptimizer:
         if guarded and optimizer.skips and not self._means:
             # The kernel looks at it, so that the host need not wait for the norm.
             optimizer.skip = (~norm.isfinite()).float()
-            self._skipped = optimizer.skip if self._skipped is None else self._skipped + optimizer.skip
+            optimizer.skipped = optimizer.skip if optimizer.skipped is None else optimizer.skipped + optimizer.skip
         elif guarded and not bool(norm.isfinite()):
             return False
         optimizer.steps += 1
@@ -188,11 +187,11 @@ class MasterOptimizer:
         """Return the norm of the gradients, nan where the loss is no finite number; note those of the components."""
         if not gradients:
             norm, squares = torch.zeros(()), torch.zeros(0)
-        elif self._optimizer.fused:
+        elif self._optimizer.fused and gradients[0].is_cpu:
             squares = torch.stack([square_sum.infer(gradient) for gradient in gradients])
             norm = squares.sum().sqrt().float()
         else:
-            norms = torch.stack(torch._foreach_norm(gradients))
+            norms = _norms(gradients)
             norm, squares = torch.linalg.vector_norm(norms), norms.square()
         parts = squares.new_zeros(len(self._components)).index_add_(0, self._owners(squares), squares)
         if self._summed is not None:
@@ -206,9 +205,9 @@ class MasterOptimizer:
     def _owners(self, like: Tensor) -> Tensor:
         """Return the number of the component of each gradient that is there, on the device of ``like``."""
         present = [self._component_of[p] for p in self._updated if p in self._found or p.grad is not None]
-        if self._owner is None or len(self._owner) != len(present) or self._optimizer.fused:
-            self._owner = torch.tensor(present, dtype=torch.int64, device=like.device)
-        return self._owner
+        if self._owner is None or self._owner[0] != present:
+            self._owner = present, torch.tensor(present, dtype=torch.int64, device=like.device)
+        return self._owner[1]
 
     @torch.no_grad()
     def _round(self) -> None:
@@ -217,9 +216,9 @@ class MasterOptimizer:
 
     def state(self) -> list[LazyTensor]:
         """Step count, moments and masters by weight name (see TrainingEngine.optimizer_state)."""
-        if self._skipped is not None:
-            self._optimizer.steps -= int(self._skipped)
-            self._skipped = None
+        if self._optimizer.skipped is not None:
+            self._optimizer.steps -= int(self._optimizer.skipped)
+            self._optimizer.skipped = None
         items = [LazyTensor.of("step", torch.tensor(float(self._optimizer.steps)))]
         scale = {} if self._scale is None else self._scale.state()
         items += [LazyTensor.of(name, tensor) for name, tensor in scale.items()]
@@ -248,6 +247,20 @@ class MasterOptimizer:
                 known = f"{MEAN}{name}" in tensors
                 self._means[p].copy_(checked(tensors, f"{MEAN}{name}", p) if known else updated)
         self._round()
+
+
+def _norms(gradients: list[Tensor]) -> Tensor:
+    """The norm of each gradient [N], float32, in one call a dtype."""
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        places = [place for place, gradient in enumerate(gradients) if gradient.dtype == dtype]
+        alike = [gradients[place] for place in places]
+        # else those of bfloat16 gradients come in bfloat16
+        norms = (
+            torch._foreach_norm(alike) if dtype == torch.float32 else torch._foreach_norm(alike, dtype=torch.float32)
+        )
+        found |= dict(zip(places, norms, strict=True))
+    return torch.stack([found[place] for place in range(len(gradients))])
 
 
 def lower(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:

@@ -24,7 +24,8 @@ from tinyllava_fast.ops.decode_linear import in_huge_pages
 from tinyllava_fast.recipes.linears import linears
 
 WEIGHTS = ("bf16", "int8", "nf4")
-_RUNS = (torch.float32, torch.bfloat16)  # dtypes of the C++ kernel
+_RUNS = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+"""The dtypes of the kernels of each device: C++, Triton."""
 
 
 def check_weights(weights: str | None) -> None:
@@ -74,18 +75,19 @@ def prepare_model(lmm: LMM, weights: str | None = None) -> PreparedModel:
 
     weights: None or "bf16" (dense), "int8" (a scale for each output), "nf4" (layers; the projection, whose errors
     choose tokens, in int8). A tied projection that is quantized leaves the embedding as it is, for look-ups. The model
-    can then neither train nor be saved. Dense models on other devices, or in float16, stay as they are.
+    can then neither train nor be saved. Dense models on other devices, or on a CPU in float16, stay as they are.
     Raises UserError for unknown weights, and for quantized ones where the kernel does not run.
     """
     check_weights(weights)
-    if lmm.device.type != "cpu" or lmm.dtype not in _RUNS:
+    if lmm.dtype not in _RUNS.get(lmm.device.type, ()):
         if weights in ("int8", "nf4"):
             raise UserError(
-                f"weights={weights!r}: quantized decoding runs on CPUs in float32 or bfloat16, the model is on "
-                f"{lmm.device} in {str(lmm.dtype).removeprefix('torch.')}; load it with device='cpu', dtype='bfloat16'"
+                f"weights={weights!r}: quantized decoding runs on CPUs in float32 or bfloat16 and on CUDA, the model "
+                f"is on {lmm.device} in {str(lmm.dtype).removeprefix('torch.')}; load it with dtype='bfloat16'"
             )
         return PreparedModel(lmm)
-    prepare_tower(lmm.vision)
+    if lmm.device.type == "cpu":
+        prepare_tower(lmm.vision)
     dense = weights in (None, "bf16")
     layers = lmm.family.layers(lmm.llm)
     for i, layer in enumerate(layers):  # one by one: the old weights of a layer are free before the next copy is made

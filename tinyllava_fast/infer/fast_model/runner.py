@@ -18,6 +18,8 @@ from torch import Tensor
 from tinyllava_fast.infer.fast_model.adapters import Adapters
 from tinyllava_fast.infer.fast_model.compiled_step import CompiledStep, StepTokens
 from tinyllava_fast.infer.fast_model.fused_step import FusedStep
+from tinyllava_fast.infer.fast_model.graph_step import GraphStep
+from tinyllava_fast.infer.fast_model.positions import has_fixed_angles
 from tinyllava_fast.infer.fast_model.prepare import PreparedModel
 from tinyllava_fast.infer.scheduling.images import image_key
 from tinyllava_fast.infer.scheduling.pool import KVPool
@@ -54,7 +56,17 @@ class PackedDecoder:
         self.computed_tokens = self.steps = 0
         self._share_prefix = share_prefix
         self._run_step = CompiledStep(lmm, self.pool, compile)
-        self._fused = None if compile else FusedStep(model, self.pool, share_prefix=share_prefix)
+        in_one_call = not compile and lmm.device.type == "cpu"
+        self._fused = FusedStep(model, self.pool, share_prefix=share_prefix) if in_one_call else None
+        self.graphs: GraphStep | None = None
+        """The step that chooses tokens on the device, on a GPU unless ``compile`` says otherwise."""
+        if compile is None and lmm.device.type == "cuda" and has_fixed_angles(lmm.llm.config.get_text_config()):
+            self.use_graphs(model, capture=True)
+
+    def use_graphs(self, model: PreparedModel, *, capture: bool) -> None:
+        """Let ``choose`` do steps of decoding. capture: see GraphStep."""
+        step = self._run_step.plain
+        self.graphs = GraphStep(model, self.pool, step, share_prefix=self._share_prefix, capture=capture)
 
     def __call__(self, spans: list[Span]) -> Tensor:
         """Hidden states [T, D] of the spans' tokens, laid end to end. Spans must ascend by start."""
@@ -76,8 +88,9 @@ class PackedDecoder:
             prefix=self._tensor(shared, torch.int32) if shared.any() else None,
         )
         self.computed_tokens += len(ids)
-        if self._fused is not None:
-            self._fused.look_again()
+        for one in (self._fused, self.graphs):
+            if one is not None:
+                one.look_again()
         embeds = self._embed(ids, [f for s in spans for f in s.features])
         with self._adapted(np.repeat([s.adapter for s in spans], lengths)):
             return self.lmm.decode(embeds, self._tensor(steps + np.repeat(shared[:, 1], lengths)), kv=view)
@@ -129,7 +142,7 @@ class PackedDecoder:
 
     def step(self, sequences: Items[Sequence]) -> Tensor:
         """Hidden states [R, D] of the last token of each sequence, which is at least one. They must ascend by start."""
-        rows = np.array([(s.tokens[-1], s.start, s.num_own_cached, *s.shared_rows) for s in sequences], dtype=np.int64)
+        rows = _rows(sequences)
         self.computed_tokens += len(rows)
         self.steps += 1
         if len(self.adapters) and any(s.adapter for s in sequences):
@@ -138,6 +151,21 @@ class PackedDecoder:
                 return self._run_step.plain(self._step_tokens(rows))
         hidden = None if self._fused is None else self._fused(rows)
         return self._run_step(self._step_tokens(rows)) if hidden is None else hidden
+
+    def choose(self, sequences: Items[Sequence], vocab: int) -> list[int] | None:
+        """Do a step, and return the token that follows in each sequence; None if ``step`` has to do it.
+
+        vocab: tokens that may be chosen. A token is -1 where the logits, ``graphs.logits``, are no numbers. Shapings
+        and adapters are not known here. The sequences must ascend by start.
+        """
+        if self.graphs is None or any(s.shaping is not None or s.adapter for s in sequences):
+            return None
+        settings = [s.request.sampling for s in sequences], [len(s.tokens) for s in sequences]
+        chosen = self.graphs(_rows(sequences), *settings, vocab)
+        if chosen is not None:
+            self.computed_tokens += len(chosen)
+            self.steps += 1
+        return chosen
 
     def step_with_riders(
         self, sequences: Items[Sequence], stops: Items[int], features: Mapping[object, Tensor]
@@ -198,6 +226,11 @@ class PackedDecoder:
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.lmm.device, dtype)
+
+
+def _rows(sequences: Items[Sequence]) -> np.ndarray:
+    """The newest token of each sequence as StepPlan takes it, [R, 5]."""
+    return np.array([(s.tokens[-1], s.start, s.num_own_cached, *s.shared_rows) for s in sequences], dtype=np.int64)
 
 
 def _shared_span(group: Group, features: Items[Tensor]) -> Span:

@@ -36,6 +36,7 @@ from tinyllava_fast.train.engine.base import (
     whole_state,
     with_image,
 )
+from tinyllava_fast.train.engine.copies import to_device
 from tinyllava_fast.train.engine.deepspeed_json import deepspeed_config
 from tinyllava_fast.train.optim import Masters, checked
 from tinyllava_fast.train.optimizers.adamw import MOMENTS
@@ -123,7 +124,7 @@ class DeepSpeedEngine(InGroup):
 
         ZeRO-3 keeps the gradients of the step before for weights that get none, also with one process.
         """
-        moved = batch.to(self.device)
+        moved = to_device(batch, self.device)
         return moved if self.world_size == 1 and self._stage < 3 else with_image(moved, self.model)
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ from tinyllava_fast.train.engine.base import (
     trainable_names,
     with_image,
 )
+from tinyllava_fast.train.engine.copies import to_device
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 # torch 2.13 renamed both.
@@ -103,7 +104,7 @@ class FSDPEngine(InGroup, OwnOptimizer):
 
     def _whole_pass(self, batch: PackedBatch) -> PackedBatch:
         """Return the batch on the device, such that every process calls the same modules with it."""
-        moved = batch.to(self.device)
+        moved = to_device(batch, self.device)
         return moved if self.world_size == 1 else with_image(moved, self.model)
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from tinyllava_fast.train.engine.base import (
     trainable_names,
     whole_state,
 )
+from tinyllava_fast.train.engine.copies import to_device
 from tinyllava_fast.train.optim import MasterOptimizer, Masters
 
 
@@ -52,7 +53,7 @@ class TorchEngine(OwnOptimizer):
 
     def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
         """See TrainingEngine."""
-        losses = self.model(**batch.to(self.device).tensors())
+        losses = self.model(**to_device(batch, self.device).tensors())
         if losses.requires_grad:  # a text-only pack in a stage that trains the connector alone has no gradient
             self._optimizer.scaled(total(losses) * scale).backward()
             if self._cuda_graphs:
@@ -65,7 +66,7 @@ class TorchEngine(OwnOptimizer):
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """See TrainingEngine."""
-        losses: Tensor = type(self.model).forward(self.model, **batch.to(self.device).tensors())
+        losses: Tensor = type(self.model).forward(self.model, **to_device(batch, self.device).tensors())
         return total(losses)
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """AdamW (arXiv 1711.05101): torch's fused kernel, or one pass of ours over memory.
 
-Masters on a CPU are updated from gradients as they come and rounded into their weights in the same pass
-(ops/adamw.py). float32 weights, which have neither, stay with torch's kernel.
+Masters are updated from gradients as they come and rounded into their weights in the same pass (ops/adamw.py). float32
+weights, which have neither, stay with torch's kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinyllava_fast.config.schema import EngineConfig
-from tinyllava_fast.ops.adamw import adamw
+from tinyllava_fast.ops.adamw import adamw, step_scalars
 from tinyllava_fast.train.optimizers.base import OPTIMIZERS, Gradients, Optimizer, OptimizerSettings, ParamGroups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,8 +38,8 @@ class AdamW(Optimizer):
 
     @classmethod
     def build(cls, groups: ParamGroups, settings: OptimizerSettings) -> Optimizer:
-        """Return the one-pass optimizer where all masters are on a CPU."""
-        if settings.weights and all(p.is_cpu for p in settings.weights):
+        """Return the one-pass optimizer where there are masters."""
+        if settings.weights:
             return FusedAdamW(groups, settings)
         return cls(groups, settings)
 
@@ -70,23 +70,31 @@ class FusedAdamW(Optimizer):
 
     moment_bytes = AdamW.moment_bytes
     fused = True
+    skips = True
 
     def __init__(self, groups: ParamGroups, settings: OptimizerSettings) -> None:
         super().__init__(groups, settings)
         self._weights = dict(settings.weights)
         self._moments: dict[Tensor, dict[str, Tensor]] = {}  # there from the first step on
+        self._devices = list(dict.fromkeys(p.device for group in groups for p in group["params"]))
 
     @torch.no_grad()
     def step(self, gradients: Gradients, norm: Tensor, clip_norm: float) -> None:
         """See Optimizer."""
-        factor = 1.0 / float(torch.clamp((norm + 1e-6) / clip_norm, min=1.0)) if clip_norm > 0 else 1.0
+        factor = torch.ones_like(norm, dtype=torch.float64)
+        if clip_norm > 0:
+            factor = 1.0 / torch.clamp((norm + 1e-6) / clip_norm, min=1.0).double()
+        if self.skip is not None:
+            factor = torch.where(self.skip > 0, torch.nan, factor)
+        number = self.steps if self.skipped is None else self.steps - self.skipped
+        on = {device: step_scalars(factor, self.betas, number).to(device) for device in self._devices}
         for group in self.param_groups:
-            settings = (factor, group["lr"], group["weight_decay"], *self.betas, self.eps, self.steps)
+            settings = (group["lr"], group["weight_decay"], *self.betas, self.eps)
             for p in group["params"]:
                 if p not in self._moments:
                     self._moments[p] = self.state(p)
                 exp_avg, exp_avg_sq = self._moments[p].values()
-                adamw.infer(p, exp_avg, exp_avg_sq, self._weights.get(p), gradients[p], *settings)
+                adamw.infer(p, exp_avg, exp_avg_sq, self._weights.get(p), gradients[p], on[p.device], *settings)
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """See Optimizer."""

@@ -55,7 +55,7 @@ class Optimizer(ABC):
 
     moment_bytes: bytes that it keeps for a weight of a large matrix, for reports. fused: ``step`` takes gradients of
     any dtype, absent ones too, and rounds masters into their weights; without it, gradients are float32 and complete,
-    and the caller rounds. skips: ``step`` reads ``skip``.
+    and the caller rounds. skips: ``step`` reads ``skip`` and ``skipped``.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ class Optimizer(ABC):
         """Number of the update at hand, from 1; the caller counts."""
         self.skip: Tensor | None = None
         """1 where the step at hand has to change nothing, else 0, [] float32 on the device; None: it is a step."""
+        self.skipped: Tensor | None = None
+        """Steps that ``steps`` counts and that changed nothing, the one at hand included, [] float32; None: none."""
 
     @classmethod
     def check(cls, engine: EngineConfig, device: torch.device, where: str) -> None:
