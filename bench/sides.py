@@ -30,8 +30,21 @@ from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.profile import trains
 
 
-def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: str, checkpointing: bool = False) -> None:
-    """Build the model and the packs, report readiness, and train one side through the gate."""
+def serve(
+    side: str,
+    run: RunConfig,
+    gate: Gate,
+    *,
+    per_step: int,
+    precision: str,
+    checkpointing: bool = False,
+    attention: str = "sdpa",
+    liger: bool = False,
+) -> None:
+    """Build the model and the packs, report readiness, and train one side through the gate.
+
+    precision, checkpointing, attention (as transformers names it), liger (its kernels): of the peer.
+    """
     began = time.perf_counter()
     process = start_process(run.engine)  # threads and device, for both sides alike
     lmm = build_model(run.model, seed=run.seed, dtype=torch.float32)
@@ -50,7 +63,8 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
 
     image_token = free_token(lmm.vocab_size, unpack_all(packs, lmm, image_token=0))
     samples = unpack_all(packs, lmm, image_token=image_token)
-    peer = build_peer(lmm, feature_layer=run.model.vision.feature_layer, image_token=image_token)
+    layer = run.model.vision.feature_layer
+    peer = build_peer(lmm, feature_layer=layer, image_token=image_token, attention=attention)
     stage = run.stages[0]
     adapt_peer(peer, lmm, stage.recipe, seed=run.seed)
     del lmm, packs
@@ -67,6 +81,7 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
         per_step=per_step,
         precision=precision,
         checkpointing=checkpointing,
+        liger=liger,
         device=device,
         pad_token=tokenizer.pad_token_id or 0,
     )
