@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, settings: GpuSettings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.began = time.monotonic()
+        self.began, self._stopped = time.monotonic(), False
         chosen = settings.steps or tuple(PLAN)
         self.steps = [Step(name, limit, timed) for name, (limit, timed, _) in PLAN.items() if name in chosen]
         self._processes: set[subprocess.Popen[bytes]] = set()
@@ -74,7 +74,7 @@ class Run:
     @property
     def left(self) -> float:
         """Seconds of the whole run that are left."""
-        return 60 * self.settings.minutes - (time.monotonic() - self.began)
+        return 0.0 if self._stopped else 60 * self.settings.minutes - (time.monotonic() - self.began)
 
     def go(self) -> None:
         """Run all steps, writing the report as they go."""
@@ -97,7 +97,7 @@ class Run:
 
     def _stop(self) -> None:
         """End what runs; nothing more begins."""
-        self.began -= 60 * self.settings.minutes
+        self._stopped = True
         for process in list(self._processes):
             _kill(process)
 
@@ -113,7 +113,7 @@ class Run:
             stopped = self._unfinished(step)
             new = [name for name in stopped if name not in step.crashed]
             step.crashed += new
-            if code == 0 or code is None or not new or limit - step.seconds < LEAST_S:
+            if code == 0 or code is None or not new or min(limit - step.seconds, self.left) < LEAST_S:
                 break  # nothing was learnt about what to leave out, or no time is left
         step.status = "timeout" if code is None else "failed" if code else "done"
         if code or code is None:
@@ -130,7 +130,7 @@ class Run:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,  # so that what it starts can be ended with it
-                env={**os.environ, **_ENVIRONMENT},
+                env={**os.environ, **_ENVIRONMENT, **(_INTERPRETED if self.settings.dry_run else {})},
             )
         self._processes.add(process)
         try:
@@ -177,6 +177,7 @@ class Run:
 
 
 _ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+_INTERPRETED = {"TRITON_INTERPRET": "1"}  # read once, when a kernel is first imported
 
 
 def benchmark(settings: GpuSettings) -> Report:

@@ -58,8 +58,8 @@ class Job:
                 run(name)
             except Exception as error:
                 log.exception("%s", name)
-                lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [""]
-                self.tell(name, ok=False, error=f"{type(error).__name__}: {lines[0]}"[:400])
+                lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+                self.tell(name, ok=False, error=f"{type(error).__name__}: {' | '.join(lines)}"[:600])
                 self._check_device()
             finally:
                 faulthandler.cancel_dump_traceback_later()

@@ -63,7 +63,10 @@ def _rows(rows: Mapping[str, Report]) -> list[str]:
         medians = row.get("medians")
         if isinstance(medians, Mapping):
             for candidate, seconds in medians.items():
-                flat[f"{name}: {candidate}"] = {"ms": 1e3 * seconds, "of roof": row["roofline"].get(candidate)}
+                line: dict[str, object] = {"ms": 1e3 * seconds, "of roof": row["roofline"].get(candidate)}
+                if candidate == "ours" and row.get("predicted_s"):
+                    line["predicted ms"] = 1e3 * row["predicted_s"]
+                flat[f"{name}: {candidate}"] = line
         else:
             flat[name] = {k: v for k, v in row.items() if k not in LONG}
     ordered = sorted(flat.items(), key=lambda item: item[1].get("ok") is not False)

@@ -21,7 +21,7 @@ SMALL, TINYLLAMA, PHI = (
 POSITIONS = 4096
 VOCABULARY = 512
 TINY = {
-    "llm": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    "llm": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": VOCABULARY + 32},
     "vision": {"image_size": 32, "patch_size": 16, "hidden_size": 32, "intermediate_size": 64}
     | {"num_hidden_layers": 2, "num_attention_heads": 2},
@@ -47,6 +47,7 @@ def write_workload(folder: Path, model: tuple[str, str], *, device: str, tiny: b
         "vision": {"type": vision["type"], "config": _sizes(vision, "vision", tiny)},
         "connector": {"type": "mlp"},
     }
+    tree["stages"][0]["data"]["template"] = "llama"  # it ends answers as that tokenizer does
     tree["engine"] |= {"device": device} | ({"dtype": "float32", "threads": 1} if tiny else {})
     path = folder / f"{model[0]}.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")

@@ -139,6 +139,17 @@ def kernel_seconds(work: Work, gpu: str) -> Report:
     return {"seconds": max(parts["operations"], parts["memory"]) + parts["launch"], "bound": bound}
 
 
+def gpu_named(name: str) -> str | None:
+    """Return the GPU of GPUS that a device's own name says, None for another: "h200" of "NVIDIA H200"."""
+    plain = name.lower().replace(" ", "")
+    return next((gpu for gpu in GPUS if gpu in plain), None)
+
+
+def kernel_rows(gpu: str) -> dict[str, float]:
+    """Return {row of `tlf-bench ops`: seconds} for a GPU."""
+    return {row["name"]: row["gpus"][gpu]["seconds"] for row in _kernels()}
+
+
 def _steps() -> Iterator[Report]:
     for name, (llm, vision, recipe, tokens, samples) in STEPS.items():
         work = plan.work_of(PlanSettings(llm=llm, vision=vision, recipe=recipe, tokens=tokens, samples=samples))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,14 +18,11 @@ from tinyllava_fast.ops._op import OPS, force_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ITEM_S = 30
-_INTERPRETER = "TRITON_INTERPRET"
 
 
 @STEPS.register("kernels")
 def run(job: Job) -> None:
     """Check the samples of the tests, ragged and empty ones among them, then the real shapes of `tlf-bench ops`."""
-    if job.tiny:
-        os.environ[_INTERPRETER] = "1"  # before the first kernel is imported
     _tell_fallbacks(job)
     dtypes = ["float32"] if job.tiny else list(DTYPES)  # the interpreter rounds to bfloat16 towards zero
     modules = dict.fromkeys(op.module for op in OPS.values() if op.triton is not None)

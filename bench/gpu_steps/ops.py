@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tinyllava_fast.bench import ops
+import torch
+
+from tinyllava_fast.bench import ops, predict
 from tinyllava_fast.bench.case import SUITE
 from tinyllava_fast.bench.gpu_job import STEPS, Job
 from tinyllava_fast.bench.gpu_steps.machine import roof
@@ -17,7 +19,8 @@ ITEM_S = 40
 @STEPS.register("ops")
 def run(job: Job) -> None:
     """Tell a row for each shape and pass: seconds and share of the roof of every candidate."""
-    found = roof(job)
+    found, gpu = roof(job), None if job.tiny else predict.gpu_named(torch.cuda.get_device_name())
+    predicted = predict.kernel_rows(gpu) if gpu else {}
 
     def one(name: str) -> None:
         settings = OpsSettings(
@@ -32,7 +35,8 @@ def run(job: Job) -> None:
         result = ops.benchmark(settings, found)
         for row in result["rows"]:
             told = {k: row[k] for k in ("medians", "spread", "roofline", "peak_bytes")}
-            job.tell(f"{name} {row['shape']}, {row['pass']}", **told)
+            label = f"{name} {row['shape']}, {row['pass']}"
+            job.tell(label, **told, predicted_s=predicted.get(label))
         for candidate, reason in result["absent"].get(name, {}).items():
             job.tell(f"{name}, {candidate}", absent=reason)
 

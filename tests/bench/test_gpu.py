@@ -117,7 +117,7 @@ def test_items_go_on_where_a_process_ended(tmp_path: Path) -> None:
     Job("ops", tmp_path, tiny=True).each(["a", "b", "c"], 60, item)
     assert ran == ["a", "b", "c"]
     rows = rows_of(read_lines(rows_path(tmp_path, "ops")))
-    assert rows == {"b": {"ok": False, "error": "ValueError: no such thing"}}
+    assert rows == {"b": {"ok": False, "error": "ValueError: no such thing | at all"}}
 
 
 def test_a_gpu_that_takes_no_more_work_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +162,11 @@ def test_a_kernel_takes_the_longer_of_its_bounds() -> None:
     assert [x["bound"] for x in (launch, products, bytes_)] == ["launch", "operations", "memory"]
     assert products["seconds"] == pytest.approx(launch["seconds"] + 1e12 / (0.5 * 989.4e12))
     assert bytes_["seconds"] == pytest.approx(launch["seconds"] + 1e9 / (0.8 * 3.35e12))
+    assert [predict.gpu_named(name) for name in ("NVIDIA H200", "NVIDIA GeForce RTX 4090", "Tesla T4")] == [
+        "h200",
+        "rtx4090",
+        None,
+    ]
     assert predict.kernel_seconds(Work(0.0, 1e9), "a100")["seconds"] > bytes_["seconds"]
 
 
