@@ -58,8 +58,7 @@ class Job:
                 run(name)
             except Exception as error:
                 log.exception("%s", name)
-                lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-                self.tell(name, ok=False, error=f"{type(error).__name__}: {' | '.join(lines)}"[:600])
+                self.tell(name, ok=False, error=f"{type(error).__name__}: {in_a_line(str(error))}")
                 self._check_device()
             finally:
                 faulthandler.cancel_dump_traceback_later()
@@ -81,6 +80,12 @@ class Job:
 
 
 STEPS: Registry[Callable[[Job], None]] = Registry("step", "tinyllava_fast.bench.gpu_steps")
+
+
+def in_a_line(text: str, most: int = 600) -> str:
+    """Return a text without line breaks: its beginning and, of a long one such as a traceback, mostly its end."""
+    line = " | ".join(part.strip() for part in text.splitlines() if part.strip())
+    return line if len(line) <= most else f"{line[: most // 4]} ... {line[-(most - most // 4) :]}"
 
 
 def work_folder(folder: Path) -> Path:

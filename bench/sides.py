@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tinyllava_fast.bench.gate import Facts, Gate
 from tinyllava_fast.bench.samples import PlainSample, build_packs, unpack
@@ -119,7 +120,8 @@ def state_bytes(lmm: LMM, engine: TrainingEngine) -> dict[str, int]:
 
     Gradients: of the weights' dtype and, below float32, their sums in float32.
     """
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in lmm.state_dict().values()}
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in lmm.state_dict().values()]  # fsdp's share
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
     learnt = [p for p in lmm.parameters() if p.requires_grad]
     low = [p for p in learnt if p.dtype != torch.float32]
     sizes = {"masters": 0, "moments": 0}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tinyllava_fast.bench import train
 from tinyllava_fast.bench.gate import Worker
-from tinyllava_fast.bench.gpu_job import STEPS, Job
+from tinyllava_fast.bench.gpu_job import STEPS, Job, in_a_line
 from tinyllava_fast.bench.gpu_steps.machine import roof
 from tinyllava_fast.bench.gpu_workload import SMALL, write_workload
 from tinyllava_fast.bench.settings import TrainSettings
@@ -73,7 +73,7 @@ def run(job: Job) -> None:
             except (UserError, ValueError, OSError) as error:  # what it said, or that it said something else
                 workers.pop(side.name, None)
                 measured.pop(side.name, None)
-                job.tell(side.name, ok=False, error=str(error).replace("\n", " | ")[-600:])
+                job.tell(side.name, ok=False, error=in_a_line(str(error)))
 
         def start(side: Side) -> None:
             folder = job.scratch / side.name.replace(" ", "_")
