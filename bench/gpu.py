@@ -26,7 +26,7 @@ from itertools import groupby
 from pathlib import Path
 
 from tinyllava_fast.bench import gpu_page, report
-from tinyllava_fast.bench.gpu_job import read_lines, rows_of, rows_path, work_folder
+from tinyllava_fast.bench.gpu_job import PATIENCE, read_lines, rows_of, rows_path, work_folder
 from tinyllava_fast.bench.gpu_settings import PLAN, GpuSettings
 from tinyllava_fast.bench.report import Report
 from tinyllava_fast.errors import UserError
@@ -74,7 +74,8 @@ class Run:
     @property
     def left(self) -> float:
         """Seconds of the whole run that are left."""
-        return 0.0 if self._stopped else 60 * self.settings.minutes - (time.monotonic() - self.began)
+        minutes = self.settings.minutes * (PATIENCE if self.settings.dry_run else 1)
+        return 0.0 if self._stopped else 60 * minutes - (time.monotonic() - self.began)
 
     def go(self) -> None:
         """Run all steps, writing the report as they go."""
@@ -102,7 +103,7 @@ class Run:
             _kill(process)
 
     def _step(self, step: Step) -> None:
-        limit = min(step.limit, self.left)
+        limit = min(step.limit * (PATIENCE if self.settings.dry_run else 1), self.left)
         if limit < LEAST_S:
             step.status, step.error = "left out", "no time was left"
             return

@@ -19,6 +19,8 @@ from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.registry import Registry
 
+PATIENCE = 4
+"""Times the limits of steps and items in a dry run: its machine may be slow, and nobody lends it by the minute."""
 AGAIN = 75
 """Exit code of a process that asks to be started again: its GPU takes no more work."""
 
@@ -53,7 +55,7 @@ class Job:
             if name in self._begun:
                 continue
             self._write({"begun": name})
-            faulthandler.dump_traceback_later(seconds, exit=True)
+            faulthandler.dump_traceback_later(seconds * (PATIENCE if self.tiny else 1), exit=True)
             try:
                 run(name)
             except Exception as error:

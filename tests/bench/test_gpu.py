@@ -65,7 +65,7 @@ def test_no_step_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu, "EVERY_S", 0.1)
     work_folder(tmp_path).mkdir()
     run = Scripted(GpuSettings(steps=tuple(SCRIPTS), dry_run=True), tmp_path)
-    next(step for step in run.steps if step.name == "opcheck").limit = 5.0  # imports nothing
+    next(step for step in run.steps if step.name == "opcheck").limit = 2.0  # imports nothing
     began = time.monotonic()
     run.go()
     assert time.monotonic() - began < 120
