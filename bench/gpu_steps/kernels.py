@@ -47,6 +47,7 @@ def _tell_fallbacks(job: Job) -> None:
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            """See logging.Handler."""
             text = record.getMessage()
             if "not running on triton" in text:
                 job.tell(f"{text.partition(':')[0]}: reference", why=text)
