@@ -67,7 +67,7 @@ class Peer:
         model: LlavaForConditionalGeneration = build_peer(
             lmm, feature_layer=feature_layer, image_token=self.image_token
         )
-        self.model = model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
+        self.model = model.to(dtype).to(torch.device(device)).eval()  # type: ignore[arg-type]
         self.model.config.text_config.use_cache = True
         generation = self.model.generation_config
         generation.eos_token_id, generation.pad_token_id, generation.use_cache = None, 0, True

@@ -83,7 +83,7 @@ def _real(job: Job, name: str) -> None:
     op, _, text = name.partition(", ")
     dtype = DTYPES[text]
     options = {"device": job.device, "quick": job.tiny, "compile": False}
-    low, exact = Setting(dtype, **options), Rounded(torch.float64, **options, low=dtype)  # type: ignore[arg-type]
+    low, exact = Setting(dtype, **options), Rounded(torch.float64, **options, low=dtype)
     for case, truth in zip(SUITE.get(op)(low), SUITE.get(op)(exact), strict=True):
         for what, error in compare(case, truth, dtype):
             job.tell(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,6 @@ from tinyllava_fast.bench.timing import turns
 from tinyllava_fast.errors import UserError
 
 REFERENCE = "Trainer, float32"
-SIDE_S = 60
 LOSS_GAP = 0.02
 """Most that a loss may differ from the float32 peer's, as a share of it, over twenty steps in bfloat16."""
 
@@ -92,9 +92,9 @@ def run(job: Job) -> None:
                 job.tell(side.name, absent=f"{side.needs} is not installed")
             else:
                 attempt(side, lambda side=side: start(side))  # type: ignore[misc]
-        for side in sides:
-            if side.name in workers:
-                attempt(side, lambda side=side: warm(side))  # type: ignore[misc]
+        with ThreadPoolExecutor() as pool:  # compilation takes cores, not the GPU: side by side
+            ready = [side for side in sides if side.name in workers]
+            list(pool.map(lambda side: attempt(side, lambda: warm(side)), ready))
         for index in range(settings.rounds):
             for name in turns([side.name for side in sides], index):
                 side = next(side for side in sides if side.name == name)
