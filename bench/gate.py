@@ -38,13 +38,21 @@ class Answer(TypedDict):
     seconds: list[float]  # of each step
     losses: list[float]  # of each step
     peak_rss_bytes: int
+    peak_device_bytes: int  # of tensors on a GPU; 0 on a CPU
 
 
 class Gate:
     """The worker's end. ``begin`` blocks until a step is ordered; ``end`` reports when the order is carried out."""
 
-    def __init__(self, orders: IO[str], answers: IO[str], sync: Callable[[], None] | None = None) -> None:
-        self._orders, self._answers, self._sync = orders, answers, sync
+    def __init__(
+        self,
+        orders: IO[str],
+        answers: IO[str],
+        sync: Callable[[], None] | None = None,
+        peak: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """sync: waits for the device. peak: its most bytes since the last call."""
+        self._orders, self._answers, self._sync, self._peak = orders, answers, sync, peak
         self._left = 0
         self._started = 0.0
         self._seconds: list[float] = []
@@ -53,6 +61,7 @@ class Gate:
     def ready(self, facts: Facts) -> None:
         """Tell the parent that models and samples are in place; the peak of memory counts from here."""
         reset_peak_rss()
+        self._peak()
         self._say({"ready": facts})
 
     def begin(self) -> None:
@@ -75,7 +84,14 @@ class Gate:
         self._losses.append(loss)
         self._left -= 1
         if self._left == 0:
-            self._say({"seconds": self._seconds, "losses": self._losses, "peak_rss_bytes": peak_rss_bytes()})
+            self._say(
+                {
+                    "seconds": self._seconds,
+                    "losses": self._losses,
+                    "peak_rss_bytes": peak_rss_bytes(),
+                    "peak_device_bytes": self._peak(),
+                }
+            )
 
     def _say(self, message: Mapping[str, object]) -> None:
         self._answers.write(json.dumps(message) + "\n")

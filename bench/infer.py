@@ -47,13 +47,14 @@ class Sides:
 
 
 def build(config: Path, dtype: str, *, weights: str | None = None, compile: bool = False) -> Sides:
-    """Build both sides of a workload's model. UserError for a model that the peer cannot express."""
+    """Build both sides of a workload's model, on its device. UserError for a model that the peer cannot express."""
     run = load_run(config)
+    device = machine.pick_device(run.engine.device)
     lmm = build_model(run.model, seed=run.seed, dtype=torch.float32).eval()
     tokenizer, processor = build_tokenizer(run.model), build_image_processor(run.model)
     template = TEMPLATES.get(run.stages[-1].data.template)  # the first one's may leave the questions out
-    peer = Peer(lmm, tokenizer, processor, template, run.model.vision.feature_layer, machine.DTYPES[dtype])
-    lmm.to(machine.DTYPES[dtype])
+    peer = Peer(lmm, tokenizer, processor, template, run.model.vision.feature_layer, machine.DTYPES[dtype], device)
+    lmm.to(device, machine.DTYPES[dtype])
     model = prepare_model(lmm, weights)  # as tinyllava_fast.load does
     engine = Engine(model, tokenizer, processor, template, compile=compile)
     return Sides(engine, peer)
@@ -86,6 +87,7 @@ def benchmark(config: Path, settings: InferSettings) -> Report:
     per-round ratios. ratio_one_question_per_image and one_per_image are of questions that share no image.
     """
     sides = build(config, settings.dtype, weights=settings.weights, compile=settings.compile)
+    device = sides.peer.model.device.type
     many = easy_vqa(settings.questions, settings.per_image)
     single = easy_vqa(settings.questions, 1)
     rates = {"many": throughput(sides, many, settings), "one": throughput(sides, single, settings)}
@@ -119,7 +121,7 @@ def benchmark(config: Path, settings: InferSettings) -> Report:
         "peer": "transformers LlavaForConditionalGeneration.generate, sdpa, left-padded batches of 8",
         "spread": spread,
         "settings": asdict(settings),
-        "machine": machine.describe("cpu"),
+        "machine": machine.describe(device),
     }
 
 
@@ -154,8 +156,11 @@ def latency(sides: Sides, questions: Sequence[Question], settings: InferSettings
     stamps: list[float] = []
     logits = sides.engine.model.logits
 
+    wait = machine.device_sync(sides.peer.model.device.type) or (lambda: None)
+
     def stamped(hidden: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = logits(hidden)
+        wait()
         stamps.append(time.perf_counter())
         return result
 

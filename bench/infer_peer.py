@@ -58,6 +58,7 @@ class Peer:
         template: Template,
         feature_layer: int,
         dtype: torch.dtype,
+        device: str = "cpu",
     ) -> None:
         self.tokenizer, self.processor, self.template = tokenizer, processor, template
         self.rows = lmm.tokens_per_image
@@ -66,7 +67,7 @@ class Peer:
         model: LlavaForConditionalGeneration = build_peer(
             lmm, feature_layer=feature_layer, image_token=self.image_token
         )
-        self.model = model.to(dtype).eval()  # type: ignore[arg-type]
+        self.model = model.to(dtype).to(torch.device(device)).eval()  # type: ignore[arg-type]
         self.model.config.text_config.use_cache = True
         generation = self.model.generation_config
         generation.eos_token_id, generation.pad_token_id, generation.use_cache = None, 0, True
@@ -103,10 +104,11 @@ class Peer:
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows])
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+        device = self.model.device
         out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pixel_values=torch.cat([q.pixels for q in questions]).to(self.model.dtype),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            pixel_values=torch.cat([q.pixels for q in questions]).to(device, self.model.dtype),
             max_new_tokens=new_tokens,
             do_sample=False,
             suppress_tokens=self.suppressed,

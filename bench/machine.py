@@ -12,7 +12,7 @@ import transformers
 from tinyllava_fast import hardware
 from tinyllava_fast.bench import report
 from tinyllava_fast.bench.report import Report
-from tinyllava_fast.bench.timing import interleave
+from tinyllava_fast.bench.timing import Timer, interleave
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.ops import _cpp
 
@@ -36,9 +36,9 @@ def gemm_peak(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -
 def copy_bandwidth(device: str = "cpu", *, quick: bool = False) -> float:
     """Return the bytes per second of a large tensor copy, read and write counted. quick: of a small one."""
     count, rounds = (2**18, 2) if quick else (2**26, 7)
-    source, target = torch.ones(count, device=device), torch.empty(count, device=device)
+    source, target = torch.rand(count, device=device), torch.empty(count, device=device)  # zeros travel faster
     copy = {"copy": lambda: target.copy_(source)}
-    series = interleave(copy, rounds=rounds, warmup=2, min_seconds=0.05, sync=device_sync(device))
+    series = interleave(copy, rounds=rounds, warmup=2, min_seconds=0.05, timer=device_timer(device))
     return 2 * 4 * count / series["copy"].median
 
 
@@ -53,6 +53,33 @@ def read_bandwidth(device: str = "cpu", *, quick: bool = False) -> float:
 def device_sync(device: str) -> Callable[[], None] | None:
     """Return the function that waits for the device's queue, or None where calls are synchronous."""
     return torch.cuda.synchronize if device.startswith("cuda") else None
+
+
+def device_peak(device: str) -> Callable[[], int]:
+    """Return the function that tells the most bytes of tensors on the device since its last call; 0 on a CPU."""
+
+    def peak() -> int:
+        bytes_ = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return bytes_
+
+    return peak if device.startswith("cuda") else lambda: 0
+
+
+def device_timer(device: str) -> Timer | None:
+    """Return what times repeated calls by the GPU's own events, or None where the host's clock does."""
+
+    def timed(run: Callable[[], object], repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+
+    return timed if device.startswith("cuda") else None
 
 
 def pick_device(name: str) -> str:

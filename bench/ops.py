@@ -54,15 +54,15 @@ Row = TypedDict(
 )
 
 
-def benchmark(settings: OpsSettings) -> Report:
-    """Time the named ops.
+def benchmark(settings: OpsSettings, roof: dict[str, float] | None = None) -> Report:
+    """Time the named ops. roof: as machine.roof has measured it already; None: measure it before and after.
 
     Returns {"format", "machine", "roof", "dtype", "rows", "absent", "headline"}: rows are Rows, absent is {op:
     {candidate: reason}}; headline see headline(). UserError for an unknown op or device.
     """
     check(settings)
     dtype, device, quick = machine.DTYPES[settings.dtype], settings.device, settings.quick
-    roofs = [machine.roof(dtype, device, quick=quick)]
+    roofs = [roof or machine.roof(dtype, device, quick=quick)]
     absent: dict[str, dict[str, str]] = {}
     claims: list[tuple[Case, Row]] = []
     for name in settings.ops or SUITE.names():
@@ -76,7 +76,8 @@ def benchmark(settings: OpsSettings) -> Report:
             log.info("%s %s: %.0f s", name, case.label, time.perf_counter() - began)
             torch._dynamo.reset()  # the next shape's candidates share code with these and would count as recompiles
     # a disturbed measurement would make a low roof: again after the race, and the better one counts
-    roofs.append(machine.roof(dtype, device, quick=quick))
+    if roof is None:
+        roofs.append(machine.roof(dtype, device, quick=quick))
     roof = {key: max(r[key] for r in roofs) for key in roofs[0]}
     rows = [row for _, row in claims]
     for row in rows:
@@ -136,15 +137,16 @@ def _measure(case: Case, direction: str, settings: OpsSettings, absent: dict[str
             line = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
             absent.setdefault(name, f"{direction}: {type(error).__name__}: {line}"[:300])
             del runs[name]
+    call_seconds = settings.hurry * CALL_SECONDS
     quickest, together = min(f.seconds for f in first.values()), sum(f.seconds for f in first.values())
     series = interleave(
         runs,
         rounds=rounds,
         warmup=0,  # the first calls were that
-        min_seconds=0.0 if quick or quickest > CALL_SECONDS else CALL_SECONDS,
-        budget=ROW_SECONDS if case.main else SIZE_SECONDS,
+        min_seconds=0.0 if quick or quickest > call_seconds else call_seconds,
+        budget=settings.hurry * (ROW_SECONDS if case.main else SIZE_SECONDS),
         least=max(1, min(rounds, LEAST_ROUNDS, round(LEAST_SECONDS / together))),
-        sync=machine.device_sync(device),
+        timer=machine.device_timer(device),
     )
     work, medians = case.work[direction], {name: s.median for name, s in series.items()}
     return {

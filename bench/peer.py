@@ -1,7 +1,8 @@
 """The peer, as a transformers user trains it: LlavaForConditionalGeneration under HF Trainer, with our weights.
 
 Choices, each in the peer's favour where there was one:
-- attention "sdpa"; a right-padded batch as long as its longest sample; batches tokenized and preprocessed beforehand;
+- attention "sdpa", unless another is asked for; a right-padded batch as long as its longest sample; batches tokenized
+  and preprocessed beforehand;
 - weights loaded in bf16 and trained in bf16 without autocast ("bf16"): the fastest way that Trainer offers on a CPU.
   It keeps neither fp32 master weights nor fp32 moments, so it does less work than we do. "autocast" is
   Trainer(bf16=True) over bf16 weights, "master" is Trainer(bf16=True) over fp32 weights (what the documentation calls
@@ -42,7 +43,9 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.recipes import lora
 
 
-def build_peer(lmm: LMM, *, feature_layer: int, image_token: int) -> LlavaForConditionalGeneration:
+def build_peer(
+    lmm: LMM, *, feature_layer: int, image_token: int, attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
     """Return the stock model with the same weights as ours, in float32.
 
     feature_layer: negative, as in the run's config: the peer builds the whole tower. image_token: an id that no text
@@ -63,7 +66,7 @@ def build_peer(lmm: LMM, *, feature_layer: int, image_token: int) -> LlavaForCon
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default" if lmm.vision.feature_select == "patch" else "full",
     )
-    peer = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    peer = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=torch.float32)
     peer.model.language_model.load_state_dict(lmm.llm.base_model.state_dict())
     # only what lies behind the selected layer may stay random
     report = peer.model.vision_tower.load_state_dict(lmm.vision.state_dict(), strict=False)
@@ -157,6 +160,7 @@ def run_peer(
     device: str,
     pad_token: int,
     checkpointing: bool = False,
+    liger: bool = False,
 ) -> None:
     """Train on the samples in order, ``per_step`` a step, each step when the gate opens; returns after the last one."""
     optim = stage.optim
@@ -181,6 +185,7 @@ def run_peer(
             max_grad_norm=optim.clip_norm,
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            use_liger_kernel=liger,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

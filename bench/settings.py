@@ -277,6 +277,7 @@ class OpsSettings(Settings):
     compile: bool = option(True, "include candidates under torch.compile, which cost minutes of compilation")
     sweep: bool = False  # further sizes, for plots
     quick: bool = False  # tiny shapes, for tests
+    hurry: float = 1.0  # the seconds of a row and of a call in it, as a share of the usual ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tinyllava_fast.bench.gate import Facts, Gate
 from tinyllava_fast.bench.samples import PlainSample, build_packs, unpack
@@ -30,8 +31,21 @@ from tinyllava_fast.train.features import FeatureCache
 from tinyllava_fast.train.profile import trains
 
 
-def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: str, checkpointing: bool = False) -> None:
-    """Build the model and the packs, report readiness, and train one side through the gate."""
+def serve(
+    side: str,
+    run: RunConfig,
+    gate: Gate,
+    *,
+    per_step: int,
+    precision: str,
+    checkpointing: bool = False,
+    attention: str = "sdpa",
+    liger: bool = False,
+) -> None:
+    """Build the model and the packs, report readiness, and train one side through the gate.
+
+    precision, checkpointing, attention (as transformers names it), liger (its kernels): of the peer.
+    """
     began = time.perf_counter()
     process = start_process(run.engine)  # threads and device, for both sides alike
     lmm = build_model(run.model, seed=run.seed, dtype=torch.float32)
@@ -50,7 +64,8 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
 
     image_token = free_token(lmm.vocab_size, unpack_all(packs, lmm, image_token=0))
     samples = unpack_all(packs, lmm, image_token=image_token)
-    peer = build_peer(lmm, feature_layer=run.model.vision.feature_layer, image_token=image_token)
+    layer = run.model.vision.feature_layer
+    peer = build_peer(lmm, feature_layer=layer, image_token=image_token, attention=attention)
     stage = run.stages[0]
     adapt_peer(peer, lmm, stage.recipe, seed=run.seed)
     del lmm, packs
@@ -67,6 +82,7 @@ def serve(side: str, run: RunConfig, gate: Gate, *, per_step: int, precision: st
         per_step=per_step,
         precision=precision,
         checkpointing=checkpointing,
+        liger=liger,
         device=device,
         pad_token=tokenizer.pad_token_id or 0,
     )
@@ -104,7 +120,8 @@ def state_bytes(lmm: LMM, engine: TrainingEngine) -> dict[str, int]:
 
     Gradients: of the weights' dtype and, below float32, their sums in float32.
     """
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in lmm.state_dict().values()}
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in lmm.state_dict().values()]  # fsdp's share
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
     learnt = [p for p in lmm.parameters() if p.requires_grad]
     low = [p for p in learnt if p.dtype != torch.float32]
     sizes = {"masters": 0, "moments": 0}

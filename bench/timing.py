@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+Timer = Callable[[Callable[[], object], int], float]
+"""Calls a function so many times in a row and returns the seconds of one call."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -79,7 +82,7 @@ def interleave(
     min_seconds: float = 0.0,
     budget: float | None = None,
     least: int = 3,
-    sync: Callable[[], None] | None = None,
+    timer: Timer | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Series]:
     """Time callables in turns; returns the seconds per call of each candidate, one entry a round.
@@ -88,20 +91,18 @@ def interleave(
     rounds, warmup: timed rounds, and untimed calls of each before them (compilation and caches belong there).
     min_seconds: a candidate is called so many times in a row that a round lasts about this long; its time is per call.
     budget: seconds that all rounds together may take; after it no round begins, but ``least`` rounds are always made.
-    sync: waits for the device (torch.cuda.synchronize); None on a CPU.
+    timer: of the device (machine.device_timer); None: the clock, as on a CPU, where a call is over when it returns.
     """
     if rounds < 1:
         raise ValueError(f"interleave: rounds is {rounds}, needs at least 1")
 
-    def timed(run: Callable[[], object], repeats: int) -> float:
-        if sync is not None:
-            sync()
+    def by_clock(run: Callable[[], object], repeats: int) -> float:
         start = clock()
         for _ in range(repeats):
             run()
-        if sync is not None:
-            sync()
         return (clock() - start) / repeats
+
+    timed = timer or by_clock
 
     repeats = dict.fromkeys(candidates, 1)
     for name, run in candidates.items():

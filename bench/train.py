@@ -40,6 +40,7 @@ class Measured:
     losses: list[float] = field(default_factory=list)  # every step, warm-up included
     warmup_seconds: list[float] = field(default_factory=list)
     peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0  # of tensors on a GPU
 
     @property
     def series(self) -> Series:
@@ -51,6 +52,7 @@ class Measured:
         (self.warmup_seconds if warmup else self.seconds).extend(answer["seconds"])
         self.losses += answer["losses"]
         self.peak_rss_bytes = answer["peak_rss_bytes"]
+        self.peak_device_bytes = max(self.peak_device_bytes, answer["peak_device_bytes"])
 
     def speed(self, samples: int) -> dict[str, object]:
         """Return what the reports say of the timed steps: samples_per_s, tokens_per_s, step and peak_rss_bytes."""
@@ -60,6 +62,7 @@ class Measured:
             "tokens_per_s": self.facts["tokens_per_step"] / median,
             "step": self.series.as_dict(),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
         }
 
 

@@ -40,7 +40,9 @@ GAIN = 1.03
 """A setting replaces the present one if it is faster by this factor; less is noise."""
 PARTS = ("fwd", "dq", "dkv")
 ROWS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-Race = Callable[[Mapping[str, Callable[[], object]]], dict[str, Series]]
+Runs = Mapping[str, Callable[[], object]]
+Times = dict[str, Series]
+Race = Callable[[Runs], Times]
 Table = dict[str, dict[str, dict[str, dict[str, Launch]]]]
 
 
@@ -52,24 +54,28 @@ def tune(path: Path = TABLE) -> Report:
     """
     if not torch.cuda.is_available():
         raise UserError("--tune measures launch settings of the Triton kernels, which needs a GPU; there is none here")
-    from triton.runtime import driver
-
     arch, gpu = device_arch(), torch.cuda.get_device_name()
-    shared_limit = driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
     winners: dict[str, dict[str, Launch]] = {}
     changes: list[dict[str, object]] = []
     for head_dim, dtype in product(BUCKETS, (torch.bfloat16, torch.float32)):
         bucket = bucket_of(head_dim, dtype)
-        winners[bucket], changed = search(Problem(Pack(head_dim=head_dim), dtype, "cuda"), shared_limit, race)
+        winners[bucket], changed = search(Problem(Pack(head_dim=head_dim), dtype, "cuda"), shared_limit(), race)
         changes += [{"bucket": bucket, **change} for change in changed]
     rewrite(path, arch, winners)
     plain = {bucket: {part: asdict(launch) for part, launch in parts.items()} for bucket, parts in winners.items()}
     return {"arch": arch, "gpu": gpu, "winners": plain, "changes": changes}
 
 
-def race(runs: Mapping[str, Callable[[], object]]) -> dict[str, Series]:
+def shared_limit() -> int:
+    """Return the bytes of shared memory that a block of this GPU may have."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"])
+
+
+def race(runs: Runs) -> Times:
     """Measure interleaved on a GPU."""
-    return interleave(runs, rounds=7, warmup=2, min_seconds=0.005, budget=30.0, sync=machine.device_sync("cuda"))
+    return interleave(runs, rounds=7, warmup=2, min_seconds=0.005, budget=30.0, timer=machine.device_timer("cuda"))
 
 
 class Problem:

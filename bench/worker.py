@@ -31,23 +31,33 @@ def main(argv: Sequence[str] | None = None, answers: IO[str] | None = None) -> i
     parser.add_argument("--per-step", type=int, required=True)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--liger", action="store_true")
     args = parser.parse_args(argv)
     setup_logging(logging.WARNING)
     answers = answers or _claim_stdout()
     if args.side == "ours":
         prepare_memory()
-    from tinyllava_fast.bench.machine import device_sync, pick_device
+    from tinyllava_fast.bench.machine import device_peak, device_sync, pick_device
     from tinyllava_fast.bench.sides import serve
     from tinyllava_fast.config.load import load_run
 
     try:
         run = load_run(args.run)
-        if args.side == "ours" and pick_device(run.engine.device) == "cpu":
+        device = pick_device(run.engine.device)
+        if args.side == "ours" and device == "cpu":
             from tinyllava_fast.train import cpu_pool
 
             cpu_pool.install()
-        gate = Gate(sys.stdin, answers, device_sync(pick_device(run.engine.device)))
-        serve(args.side, run, gate, per_step=args.per_step, precision=args.precision, checkpointing=args.checkpointing)
+        gate = Gate(sys.stdin, answers, device_sync(device), device_peak(device))
+        serve(
+            *(args.side, run, gate),
+            per_step=args.per_step,
+            precision=args.precision,
+            checkpointing=args.checkpointing,
+            attention=args.attention,
+            liger=args.liger,
+        )
     except UserError as error:
         log.error("%s", error)
         return 2

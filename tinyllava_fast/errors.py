@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _REMEDIES = {
     errno.ENOSPC: "free some space there and run the same command again",
@@ -92,6 +93,16 @@ def import_optional(module: str, what: str, extra: str = "train") -> ModuleType:
         raise UserError(
             f"{what} needs {module}, which does not import ({error}); pip install 'tinyllava-fast[{extra}]'"
         ) from None
+
+
+class LazyModule:
+    """A package that is imported when something of it is first used; UserError then, if it is not there."""
+
+    def __init__(self, module: str, what: str, extra: str = "train") -> None:
+        self._asked = module, what, extra
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_optional(*self._asked), name)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

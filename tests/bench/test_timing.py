@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -52,10 +53,15 @@ def test_a_budget_ends_the_rounds_but_not_before_the_least() -> None:
         assert len(series["a"].seconds) == len(series["b"].seconds) == expected
 
 
-def test_the_device_is_waited_for() -> None:
-    waits: list[int] = []
-    interleave({"a": lambda: None}, rounds=2, warmup=0, sync=lambda: waits.append(1))
-    assert len(waits) == 4
+def test_a_device_times_its_calls_itself() -> None:
+    calls: list[int] = []
+
+    def timer(run: Callable[[], object], repeats: int) -> float:
+        calls.append(repeats)
+        return 0.5
+
+    series = interleave({"a": lambda: None}, rounds=2, warmup=0, min_seconds=2.0, timer=timer)
+    assert calls == [1, 4, 4] and series["a"].seconds == (0.5, 0.5)
 
 
 def test_no_round_is_an_error() -> None:

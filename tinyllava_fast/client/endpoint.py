@@ -14,14 +14,17 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-import httpx2
-
-from tinyllava_fast.errors import UserError
+from tinyllava_fast.errors import LazyModule, UserError
 from tinyllava_fast.fields import Fields, decode
 from tinyllava_fast.log import log
+
+if TYPE_CHECKING:
+    import httpx2
+else:
+    httpx2 = LazyModule("httpx2", "a chat server's client")
 
 T = TypeVar("T")
 Body = Mapping[str, object]
@@ -31,7 +34,6 @@ BUSY = (408, 409, 425, 429)
 CONNECT_S = 10.0
 LARGEST_REPLY = 64 * 2**20
 _LONGEST_REASON = 300
-_NOT_REACHED = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError)
 
 
 class EndpointError(UserError):
@@ -174,7 +176,7 @@ class Endpoint:
                     raise RefusedError(self.url, status, reason, kinds)
                 pause = max(pause, _retry_after(response))
             except (httpx2.RequestError, OSError) as error:  # not reached, reset, cut short, timed out
-                reason, status, reached = f"{type(error).__name__}: {error}", None, not isinstance(error, _NOT_REACHED)
+                reason, status, reached = f"{type(error).__name__}: {error}", None, not _not_reached(error)
             except RefusedError:
                 raise
             except ValueError as error:  # not UTF-8, not JSON, or a field of another kind
@@ -259,6 +261,10 @@ def _key(variable: str) -> str:
         what = "is not set" if not key else "holds something that is no key"
         raise UserError(f"the variable {variable} {what}; put the server's key into it")
     return key
+
+
+def _not_reached(error: Exception) -> bool:
+    return isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError))
 
 
 def _content(response: httpx2.Response, timeout_s: float) -> bytes:

@@ -1,4 +1,4 @@
-"""Every backend of every op against the float64 reference, on the ops' own samples: for tests, and for tlf-doctor."""
+"""Every backend of every op against the float64 reference, on the ops' own samples: for tests, tlf-doctor and tlf-bench gpu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,13 +86,22 @@ def disagreements(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> I
     for i, (exact, theirs, mine) in enumerate(zip(truth, torchs, ours, strict=True)):
         if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
             yield f"output {i}: {mine.shape} {mine.dtype}, expected {theirs.shape} {theirs.dtype}"
-            continue
-        finite = exact.detach()[exact.isfinite()]
-        scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-        allowed = 2 * distance(theirs, exact) + TINY[dtype] * scale
-        lost = distance(mine, exact)
-        if lost > allowed:
-            yield f"output {i} of {op.name} ({sample.label}, {dtype}): error {lost:.3g} > {allowed:.3g}"
+        elif (lost := errors(exact, theirs, mine, dtype)).ours > lost.allowed:
+            yield f"output {i} of {op.name} ({sample.label}, {dtype}): error {lost.ours:.3g} > {lost.allowed:.3g}"
+
+
+class Errors(NamedTuple):
+    """Largest errors against the exact result: ours, and the most that it may be."""
+
+    ours: float
+    allowed: float
+
+
+def errors(exact: Tensor, theirs: Tensor, mine: Tensor, dtype: torch.dtype) -> Errors:
+    """Return our error and twice torch's, with room for another order of sums; exact is in float64."""
+    finite = exact.detach()[exact.isfinite()]
+    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    return Errors(distance(mine, exact), 2 * distance(theirs, exact) + TINY[dtype] * scale)
 
 
 def runnable(op: Op, sample: Sample, dtype: torch.dtype, backend: str) -> str | None:

@@ -12,18 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from gguf import GGUFWriter
-
 from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats._chat import chat_template, plain_template
-from tinyllava_fast.convert.formats._gguf_llm import language_model
-from tinyllava_fast.convert.formats._gguf_tokenizer import add_tokenizer
-from tinyllava_fast.convert.formats._gguf_vision import check_vision, describe_vision, vision_tensors
-from tinyllava_fast.convert.formats._gguf_writer import precision, write_file
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
+from tinyllava_fast.errors import import_optional
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
 
 MODEL, PROJECTOR, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
@@ -42,6 +38,12 @@ class GgufFormat(Format):
 
     def write(self, model: Model, folder: Path) -> None:
         """See the base class."""
+        import_optional("gguf", "tlf-convert export --format gguf", "demo")
+        from tinyllava_fast.convert.formats._gguf_llm import language_model
+        from tinyllava_fast.convert.formats._gguf_tokenizer import add_tokenizer
+        from tinyllava_fast.convert.formats._gguf_vision import check_vision, describe_vision, vision_tensors
+        from tinyllava_fast.convert.formats._gguf_writer import precision, write_file
+
         template = plain_template(model.lmm.config.template)
         check_vision(model.lmm)
         kinds = precision(model.weights, model.lmm.dtype)
