@@ -18,6 +18,6 @@ class LookSettings(Settings):
 
     images: int = option(200, "test images, one question about each")
     questions: str = option("open", "open: those that ask for a colour or a shape; all: also yes/no", names=QUESTIONS)
-    fill: str = option("mean", "what replaces parts of a picture in the curves", names=("mean", "blur"))
+    fill: str = option("mean", "what replaces parts of a picture in the curves", names=("blank", "mean", "blur"))
     data: str = option("", "prepared easy-VQA folder; without one a temporary one is made")
     seed: int = option(0, "of the questions and of the random orders")

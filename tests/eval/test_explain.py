@@ -32,9 +32,8 @@ def test_right_and_wrong_answers_are_explained(folder: Path, tmp_path: Path) -> 
     assert "A look inside" in report and "random orders" in report
 
 
-@pytest.mark.parametrize("other", ["--blind", "--endpoint"])
-def test_what_cannot_be_explained(other: str, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--endpoint", "http://127.0.0.1:1"] if other == "--endpoint" else ["m", "--blind"]
+@pytest.mark.parametrize("more", [["m", "--blind"], ["--endpoint", "http://127.0.0.1:1"], ["--dry-run"]], ids=" ".join)
+def test_what_cannot_be_explained(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*more, "--benchmarks", "gqa", "--data", "d", "--explain", "2"]) == 2
     assert "--explain" in capsys.readouterr().err
 

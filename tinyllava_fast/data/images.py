@@ -162,6 +162,12 @@ def seen_box(size: tuple[int, int], processor: BaseImageProcessor, mode: ImageMo
     return left, top, left + across * x, top + down * y
 
 
+def blank_image(processor: BaseImageProcessor, size: int) -> Image.Image:
+    """Return an image of the processor's mean colour: all zeros once normalized."""
+    mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
+    return Image.new("RGB", (size, size), tuple(int(255 * m) for m in mean))
+
+
 def _is_standard(processor: _Settings) -> bool:
     """Return True if it resizes, may crop, rescales and normalizes, no more: then a table does the arithmetic."""
     wanted = processor.do_resize and processor.do_rescale and processor.do_normalize

@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         load_plugins(args.plugin)
+        if args.explain and (args.compare or _is_free(args)):
+            raise UserError("--explain looks into the model, which --dry-run, --score-only and --compare do not open")
         said = _compare(args) if args.compare else _without_model(args) if _is_free(args) else _evaluate(args)
     except UserError as error:
         log.error("%s", error)

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--neutral", metavar="TEXT", help="question that attention is relative to (default: a description)")
     p.add_argument(
         "--fill",
-        choices=("mean", "blur", "none"),
+        choices=("blank", "mean", "blur", "none"),
         default="mean",
         help="what replaces parts of the picture in the curves; none: no curves (default: mean)",
     )

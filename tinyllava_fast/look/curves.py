@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from tinyllava_fast.data.images import blank_image
 from tinyllava_fast.look.attention import answer_log_probabilities
 from tinyllava_fast.look.prompt import Prompt, Prompts
 from tinyllava_fast.look.types import Curve, Map
 
-Fill = Literal["mean", "blur"]
+Fill = Literal["blank", "mean", "blur"]
+FILLS: tuple[Fill, ...] = get_args(Fill)
 RANDOM = "random"
 ORDERS = 8
 """Random orders that a map is compared with."""
@@ -37,7 +39,9 @@ def curves(
     """Return the curves of each kind of map, and of random orders under RANDOM.
 
     The pictures are divided into cells, as many a side as the tower has patches, at most MOST_CELLS. fill: cells
-    become the picture's mean colour, or its blurred copy. The value is the probability of the answer's ``tokens``.
+    become the mean colour of the pictures that the tower was made for ("blank": zero once normalized), the picture's
+    own mean colour, which may still tell the colour of what is in it, or its blurred copy. The value is the
+    probability of the answer's ``tokens``.
     """
     cells = min(MOST_CELLS, prompts.lmm.vision.image_size, _side(prompts))
     ranked = {name: _order([m.raster(cells, cells) for m in some]) for name, some in maps.items()}
@@ -45,7 +49,8 @@ def curves(
     generator = np.random.default_rng(seed)
     shuffled = [generator.permutation(total) for _ in range(orders)]
     steps = np.unique(np.linspace(0, total, min(total, MOST_STEPS) + 1).round().astype(int))
-    filled = [_filled(picture, fill) for picture in prompt.pictures]
+    blank = blank_image(prompts.images.processor, 1).getpixel((0, 0))
+    filled = [_filled(picture, fill, blank) for picture in prompt.pictures]
     wanted: dict[bytes, np.ndarray] = {}  # many orders begin and end with the same pictures
 
     def masks(order: np.ndarray) -> list[np.ndarray]:
@@ -84,11 +89,12 @@ def _order(rasters: Sequence[np.ndarray]) -> np.ndarray:
     return np.argsort(-np.concatenate([r.ravel() for r in rasters]), kind="stable")
 
 
-def _filled(picture: Image.Image, fill: Fill) -> np.ndarray:
+def _filled(picture: Image.Image, fill: Fill, blank: tuple[int, ...]) -> np.ndarray:
     """What a picture's parts are replaced by, [H, W, 3] uint8."""
     pixels = np.asarray(picture)
-    if fill == "mean":
-        return np.broadcast_to(pixels.mean((0, 1)).round().astype(np.uint8), pixels.shape)
+    if fill != "blur":
+        colour = np.array(blank) if fill == "blank" else pixels.mean((0, 1)).round()
+        return np.broadcast_to(colour.astype(np.uint8), pixels.shape)
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 8)))
 
 

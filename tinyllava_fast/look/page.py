@@ -105,7 +105,8 @@ def _trust(look: Look) -> str:
 
 
 def _map(one: Map) -> dict[str, object]:
-    return {"n": one.values.shape[-1], "inputs": len(one.values), "data": _levels(one.values[None])}
+    peak = float(one.values.max())
+    return {"n": one.values.shape[-1], "inputs": len(one.values), "peak": peak, "data": _levels(one.values[None])}
 
 
 def _levels(values: np.ndarray) -> str:

@@ -130,9 +130,9 @@
       this.controls.replaceChildren(...parts);
     }
 
-    /** {n, values} of a picture's map. */
-    map(picture) {
-      const layers = this.data.layers[this.method];
+    /** {n, values} of a picture's map; those of one layer are each on a scale of its own. */
+    map(picture, method) {
+      const layers = this.data.layers[method];
       if (layers && this.layer >= 0) {
         const { heads, kept, maps } = layers[this.layer];
         const { n, inputs, data } = maps[picture];
@@ -149,8 +149,8 @@
         return { n, values };
       }
       const source = this.token >= 0 ? this.data.tokens[this.token].maps : this.data.answer_maps;
-      const { n, data } = source[this.method][picture];
-      return { n, values: bytes(data) };
+      const { n, peak, data } = source[method][picture];
+      return { n, values: Float32Array.from(bytes(data), (value) => value * peak) };
     }
 
     said() {
@@ -160,35 +160,51 @@
     }
 
     drawPictures() {
-      this.pictures.replaceChildren(...this.images.map((image, index) => {
-        const { width, height, boxes } = this.data.pictures[index];
+      // what misleads stands beside what mends it
+      const shown = this.method === "relative" ? ["relative", "attention"] : [this.method];
+      this.pictures.replaceChildren(...shown.flatMap((method) => [
+        ...(shown.length > 1 ? [make("p", { class: "look-note" }, this.data.methods.find((m) => m.name === method).label)] : []),
+        ...this.canvases(method),
+      ]));
+    }
+
+    /** The pictures under their maps, on one scale. */
+    canvases(method) {
+      const all = this.data.pictures.map(({ width, height, boxes }, index) => {
         const scale = WIDTH / Math.max(width, height);
         const [w, h] = [Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))];
-        const canvas = make("canvas", { width: w, height: h, role: "img", "aria-label": `Picture ${index + 1} with its map`,
-          onclick: (event) => this.pick(index, (event.offsetX / canvas.clientWidth) * width, (event.offsetY / canvas.clientHeight) * height) });
-        const context = canvas.getContext("2d");
-        if (image.complete && image.naturalWidth) {
-          context.imageSmoothingEnabled = scale < 1;
-          context.drawImage(image, 0, 0, w, h);
-        }
-        const { n, values } = this.map(index);
+        const { n, values } = this.map(index, method);
         const dense = density(values, n, boxes, [width, height], w, h, this.smooth);
-        const peak = dense.reduce((a, b) => Math.max(a, b), 0) || 1;
-        const heat = new ImageData(w, h);
-        dense.forEach((value, i) => heat.data.set(colour(value / peak), 4 * i));
-        const layer = make("canvas", { width: w, height: h });
-        layer.getContext("2d").putImageData(heat, 0, 0);
-        context.drawImage(layer, 0, 0);
-        const center = this.row >= 0 ? this.data.rows.centers[this.row] : null;
-        if (center && center[0] === index) {
-          context.strokeStyle = "#fff";
-          context.lineWidth = 2;
-          context.beginPath();
-          context.arc(center[1] * scale, center[2] * scale, 7, 0, 7);
-          context.stroke();
-        }
-        return canvas;
-      }));
+        return { w, h, scale, dense: dense.map((value) => value * width * height) };
+      });
+      const peak = Math.max(1e-30, ...all.map(({ dense }) => dense.reduce((a, b) => Math.max(a, b), 0)));
+      return all.map((one, index) => this.canvas(index, one, peak));
+    }
+
+    canvas(index, { w, h, scale, dense }, peak) {
+      const { width, height } = this.data.pictures[index];
+      const image = this.images[index];
+      const canvas = make("canvas", { width: w, height: h, role: "img", "aria-label": `Picture ${index + 1} with its map`,
+        onclick: (event) => this.pick(index, (event.offsetX / canvas.clientWidth) * width, (event.offsetY / canvas.clientHeight) * height) });
+      const context = canvas.getContext("2d");
+      if (image.complete && image.naturalWidth) {
+        context.imageSmoothingEnabled = scale < 1;
+        context.drawImage(image, 0, 0, w, h);
+      }
+      const heat = new ImageData(w, h);
+      dense.forEach((value, i) => heat.data.set(colour(value / peak), 4 * i));
+      const layer = make("canvas", { width: w, height: h });
+      layer.getContext("2d").putImageData(heat, 0, 0);
+      context.drawImage(layer, 0, 0);
+      const center = this.row >= 0 ? this.data.rows.centers[this.row] : null;
+      if (center && center[0] === index) {
+        context.strokeStyle = "#fff";
+        context.lineWidth = 2;
+        context.beginPath();
+        context.arc(center[1] * scale, center[2] * scale, 7, 0, 7);
+        context.stroke();
+      }
+      return canvas;
     }
 
     /** Choose the image row whose place is nearest. */

@@ -126,7 +126,10 @@ class Api:
                 if isinstance(event, Answer):
                     check(event, "messages")
         (answer,) = _complete(choices)
-        return JSONResponse(await self.looking.run(lambda: payload(looker.look(question, answer.tokens))))
+        try:
+            return JSONResponse(await self.looking.run(lambda: payload(looker.look(question, answer.tokens))))
+        except UserError as error:
+            raise bad(str(error), "messages") from None
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
