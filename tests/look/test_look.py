@@ -56,7 +56,7 @@ def interpreted() -> tuple[LMM, ModelConfig]:
         llm=LLMConfig(
             config={
                 "model_type": "smollm3", "no_rope_layers": [0], "hidden_size": 8, "num_hidden_layers": 1,
-                "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 8,
+                "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 8,
                 "vocab_size": 272, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
                 "pad_token_id": None, "tie_word_embeddings": False,
             }
@@ -122,10 +122,10 @@ def test_what_is_found_is_what_the_engine_computes() -> None:
         assert sum(vars(token.shares).values()) == pytest.approx(1, abs=1e-5)
         for method in METHODS:
             assert sum(m.values.sum() for m in token.maps[method]) == pytest.approx(1, abs=1e-4)
-    said = [t for t in look.tokens if not t.ends]
+    said = [t for t in look.tokens if not t.ends] or look.tokens
     whole = np.prod([t.probability for t in said])
     for curve in look.curves.values():
-        assert curve.deletion[0] == pytest.approx(whole, rel=1e-3) == curve.insertion[-1]
+        assert [curve.deletion[0], curve.insertion[0]] == pytest.approx([whole, curve.deletion[-1]], rel=1e-3)
     assert look.answer == answer.text and len(look.lens.texts) == 3
     assert np.allclose(np.diag(look.similarity), 1, atol=1e-5)
 
@@ -140,20 +140,21 @@ def test_the_gradient_map_is_the_gradient() -> None:
     prompt = looker.prompts.prompt(request)
     with torch.no_grad():
         rows = lmm.encode_images(looker.prompts.pixels(prompt.pictures))
+        away = rows - rows.mean(1, keepdim=True)
 
         def log_p(scale: torch.Tensor) -> float:
-            embeds = looker.prompts.embeds(prompt, rows * scale[None, :, None], [40])
+            embeds = looker.prompts.embeds(prompt, rows + away * scale[None, :, None], [40])
             hidden = lmm.decode(
                 embeds, torch.arange(len(embeds)), cu_seqlens=torch.tensor([0, len(embeds)], dtype=torch.int32)
             )
             return float(lmm.logits(hidden[-1:])[0, : looker.vocab].log_softmax(-1)[40])
 
-        step = 1e-4 * torch.eye(rows.shape[1], dtype=torch.float64)
-        slopes = np.abs([log_p(1 + s) - log_p(1 - s) for s in step])
-    assert np.allclose(look.maps(ROWS, 0)[0].values.ravel(), slopes / slopes.sum(), atol=1e-4)
+        step = 2e-2 * torch.eye(rows.shape[1], dtype=torch.float64)
+        slopes = np.abs([log_p(s) - log_p(-s) for s in step])
+    assert np.allclose(look.maps(ROWS, 0)[0].values.ravel(), slopes / slopes.sum(), atol=2e-3)
 
 
-@pytest.mark.parametrize(("llm", "tower", "connector"), TRIPLES[:12], ids="-".join)
+@pytest.mark.parametrize(("llm", "tower", "connector"), TRIPLES[:12])
 def test_any_model_can_be_looked_into(llm: str, tower: str, connector: str) -> None:
     config, lmm = build(llm, tower, connector)
     lmm.eval()
@@ -173,10 +174,12 @@ def small_tokenizer(vocab: int) -> object:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"{chr(97 + n)}" if n < 26 else f"w{n}": n for n in range(vocab)}
-    backend = Tokenizer(models.WordLevel(words, "a"))
+    words = ["<unk>", "<s>", "</s>", *(chr(97 + n) for n in range(vocab - 3))]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="a", bos_token="b", eos_token="c")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
 
 
 @pytest.mark.parametrize("mode", ["pad", "anyres"])

@@ -82,13 +82,14 @@ def input_boxes(size: Size, grid: Sequence[Size], processor: BaseImageProcessor)
     x, y = size[0] / enlarged[0], size[1] / enlarged[1]  # pixels of the picture, one of the enlarged copy
     left, top = (target[0] - enlarged[0]) // 2, (target[1] - enlarged[1]) // 2
     width, height = tile_size(processor)
-    corners = [
-        (across - left, down - top) for down in range(0, target[1], height) for across in range(0, target[0], width)
-    ]
+    seen = seen_box((width, height), processor)  # a processor that crops crops tiles, too
+    corners = [(a - left, d - top) for d in range(0, target[1], height) for a in range(0, target[0], width)]
     edge = short_edge(processor)
-    squeezed = seen_box(edge, processor)
-    whole = tuple(at * size[n % 2] / edge[n % 2] for n, at in enumerate(squeezed))
-    return [whole, *((a * x, d * y, (a + width) * x, (d + height) * y) for a, d in corners)]  # type: ignore[list-item]
+    whole = tuple(at * size[n % 2] / edge[n % 2] for n, at in enumerate(seen_box(edge, processor)))
+    return [
+        whole,  # type: ignore[list-item]
+        *(((a + seen[0]) * x, (d + seen[1]) * y, (a + seen[2]) * x, (d + seen[3]) * y) for a, d in corners),
+    ]
 
 
 def _enlarged(size: Size, target: Size) -> Size:

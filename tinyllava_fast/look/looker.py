@@ -152,14 +152,16 @@ class Looker:
     ) -> list[dict[str, list[np.ndarray]]]:
         """The maps of each token by its gradient."""
         sources = (encoded.pixels, encoded.features, encoded.rows)
-        away = encoded.pixels.detach()
-        away = away - away.mean((2, 3), keepdim=True)
+        # Less their mean: through a norm, which no length changes, a vector's gradient is at right angles to it
+        pixels, features, rows = (each.detach() for each in sources)
+        away = pixels - pixels.mean((2, 3), keepdim=True)
+        tokens_away, rows_away = features - features.mean(1, keepdim=True), rows - rows.mean(1, keepdim=True)
         found = []
         for number, token in enumerate(tokens):
             pixel, feature, row = torch.autograd.grad(log_p[number, token], sources, retain_graph=True)
             fine = _pooled((pixel * away).sum(1).abs())
-            of_tokens = (feature * encoded.features.detach()).sum(-1).abs()  # [N, K]
-            of_rows = (row * encoded.rows.detach()).sum(-1).abs()  # [N, K']
+            of_tokens = (feature * tokens_away).sum(-1).abs()  # [N, K]
+            of_rows = (row * rows_away).sum(-1).abs()  # [N, K']
             maps = {
                 PIXELS: fine,
                 FEATURES: self._grid(of_tokens),

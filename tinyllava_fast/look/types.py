@@ -18,8 +18,8 @@ ROWS, FEATURES, PIXELS = "gradient_rows", "gradient_features", "gradient_pixels"
 METHODS: Mapping[str, str] = {
     PIXELS: "Gradient x pixel: how the token's log-probability changes with the pixels that the tower sees, times "
     "how far they are from the picture's mean colour. As fine as the pixels.",
-    FEATURES: "Gradient x feature: the same for the tower's tokens.",
-    ROWS: "Gradient x row: the same for the connector's rows.",
+    FEATURES: "Gradient x feature: the same for the tower's tokens, less their mean.",
+    ROWS: "Gradient x row: the same for the connector's rows, less their mean.",
     RELATIVE: "Attention to each row divided by that for a neutral question (arXiv:2502.17422), the mean over layers.",
     ATTENTION: "Attention as it is, the mean over layers and heads. It misleads: a few rows take most of it whatever "
     "is asked, and attention to a row is no use made of it.",
