@@ -66,7 +66,7 @@ def show(result: Report) -> None:
             f"{row['insertion_area']:.3f} ± {row['insertion_error']:.3f}",
             f"{row['p_deletion']:.1e}",
         )
-        for row in result["rows"]  # type: ignore[attr-defined]
+        for row in result["rows"]
     ]
     report.show(f"Maps of {result['images']} easy-VQA pictures", columns, rows)
 
@@ -100,7 +100,7 @@ def _one(assistant: Assistant, folder: Path, q: Mapping[str, str], settings: Loo
     maps = {name: look.maps(name) for name in METHODS} | {CONTRAST: _contrast(look, pixels)}
     tokens = [t.id for t in look.tokens if not t.ends] or [t.id for t in look.tokens]
     prompt = looker.prompts.prompt(request)
-    found = curves(looker.prompts, prompt, tokens, maps, looker.vocab, settings.fill, settings.seed)  # type: ignore[arg-type]
+    found = curves(looker.prompts, prompt, tokens, maps, looker.vocab, settings.fill, settings.seed)
     masses = {name: some[0].mass(box) for name, some in maps.items()} | {RANDOM: chance}
     return {"chance": chance, "masses": masses, "curves": found, "right": answer.text == q["answer"]}
 
@@ -108,7 +108,7 @@ def _one(assistant: Assistant, folder: Path, q: Mapping[str, str], settings: Loo
 def _contrast(look: Look, pixels: np.ndarray) -> list[Map]:
     apart = np.abs(pixels - pixels.mean((0, 1))).sum(-1)
     size = look.pictures[0].size
-    return [Map(apart[None] / apart.sum(), [(0.0, 0.0, *map(float, size))], size)]
+    return [Map(apart[None] / apart.sum(), [(0.0, 0.0, float(size[0]), float(size[1]))], size)]
 
 
 def _row(name: str, found: Sequence[Mapping[str, object]]) -> dict[str, object]:

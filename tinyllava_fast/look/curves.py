@@ -49,7 +49,7 @@ def curves(
     generator = np.random.default_rng(seed)
     shuffled = [generator.permutation(total) for _ in range(orders)]
     steps = np.unique(np.linspace(0, total, min(total, MOST_STEPS) + 1).round().astype(int))
-    blank = blank_image(prompts.images.processor, 1).getpixel((0, 0))
+    blank = np.asarray(blank_image(prompts.images.processor, 1))[0, 0]
     filled = [_filled(picture, fill, blank) for picture in prompt.pictures]
     wanted: dict[bytes, np.ndarray] = {}  # many orders begin and end with the same pictures
 
@@ -89,11 +89,11 @@ def _order(rasters: Sequence[np.ndarray]) -> np.ndarray:
     return np.argsort(-np.concatenate([r.ravel() for r in rasters]), kind="stable")
 
 
-def _filled(picture: Image.Image, fill: Fill, blank: tuple[int, ...]) -> np.ndarray:
+def _filled(picture: Image.Image, fill: Fill, blank: np.ndarray) -> np.ndarray:
     """What a picture's parts are replaced by, [H, W, 3] uint8."""
     pixels = np.asarray(picture)
     if fill != "blur":
-        colour = np.array(blank) if fill == "blank" else pixels.mean((0, 1)).round()
+        colour = blank if fill == "blank" else pixels.mean((0, 1)).round()
         return np.broadcast_to(colour.astype(np.uint8), pixels.shape)
     return np.asarray(picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 8)))
 

@@ -252,8 +252,8 @@ def build_app(
     routes.add_api_route("/health/live", _alive, methods=["GET", "HEAD"])
     for path in ("/health", "/health/ready"):
         routes.add_api_route(path, _ready(guard), methods=["GET", "HEAD"])
-    for name, kind in (("viewer.js", "text/javascript"), ("viewer.css", "text/css")):
-        routes.add_api_route(f"/look/{name}", _file(VIEWER / name, kind), methods=["GET", "HEAD"])
+    for name, media_type in (("viewer.js", "text/javascript"), ("viewer.css", "text/css")):
+        routes.add_api_route(f"/look/{name}", _file(VIEWER / name, media_type), methods=["GET", "HEAD"])
     app.include_router(routes)
     if PAGE.is_dir():
         app.mount("/", StaticFiles(directory=PAGE, html=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class ResamplerConnector(Connector):
         media = self.linear(features)
         latents = self.latents.expand(features.shape[0], -1, -1)
         found = []
+        layer: Any
         for layer in self.layers:
             found.append(layer[0].weights(media, latents)[..., : media.shape[1]].mean(1))
             latents = layer(media, latents)
