@@ -21,7 +21,7 @@ from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.look import cli
 from tinyllava_fast.look.assistant import Assistant
-from tinyllava_fast.look.curves import RANDOM
+from tinyllava_fast.look.curves import RANDOM, _area, _order, _replaced
 from tinyllava_fast.look.looker import Looker
 from tinyllava_fast.look.page import page, payload
 from tinyllava_fast.look.types import ATTENTION, FEATURES, METHODS, PIXELS, RELATIVE, ROWS, Look
@@ -95,21 +95,26 @@ def test_planted_attention_is_found_exactly(patch: int) -> None:
     y, x = divmod(patch, SIDE)
     pixels = np.zeros((SIDE * 20, SIDE * 20, 3), np.uint8)
     pixels[y * 20 : (y + 1) * 20, x * 20 : (x + 1) * 20] = 255
-    look = look_into(lmm, config, Image.fromarray(pixels))
+    look = look_into(lmm, config, Image.fromarray(pixels), fill=None)
     plant = np.zeros((SIDE, SIDE))
     plant[y, x] = 1
-    for method in (ATTENTION, FEATURES, ROWS):
-        for token in (None, 0, 1):
-            (found,) = look.maps(method, token)
-            assert np.array_equal(found.raster(SIDE, SIDE), plant), method
-    assert look.maps(PIXELS)[0].raster(SIDE, SIDE)[y, x] == pytest.approx(1, abs=1e-6)
+    for token in (None, 0, 1):
+        assert np.array_equal(look.maps(ATTENTION, token)[0].raster(SIDE, SIDE), plant)
+        for method in (RELATIVE, FEATURES, ROWS, PIXELS):
+            assert np.allclose(look.maps(method, token)[0].raster(SIDE, SIDE), plant, atol=1e-6), method
     assert look.tokens[0].shares.image == pytest.approx(1)
     # whatever the neutral question looks at alike is nothing special
     assert np.allclose(look.relative[0][0][0, 0, 0][y, x], 1)
-    curves = look.curves
-    assert curves[ATTENTION].deletion[1] == pytest.approx(curves[ATTENTION].deletion[-1]), "gone with the first cell"
-    assert curves[ATTENTION].deletion_area < curves[RANDOM].deletion_area
-    assert curves[ATTENTION].insertion_area > curves[RANDOM].insertion_area
+
+
+def test_the_first_cells_of_an_order_are_replaced() -> None:
+    order = _order([np.array([[0.1, 0.4], [0.3, 0.2]])])
+    assert order.tolist() == [1, 2, 3, 0]
+    mask = np.zeros(4, bool)
+    mask[order[:1]] = True
+    (shown,) = _replaced([Image.new("RGB", (4, 2), "white")], [np.zeros((2, 4, 3), np.uint8)], mask, 2)
+    assert np.asarray(shown)[..., 0].tolist() == [[255, 255, 0, 0], [255, 255, 255, 255]]
+    assert _area(np.array([1.0, 0.0, 0.0]), np.array([0, 0.5, 1])) == pytest.approx(0.25)
 
 
 def test_what_is_found_is_what_the_engine_computes() -> None:
