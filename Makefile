@@ -112,6 +112,8 @@ $(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
 
 $(VENV)/.docs: $(VENV)/.dev
 	$(PIP) -e '.[docs]'
+	@touch $@
+
 $(OLDEST)/constraints.txt: constraints.txt constraints-oldest.txt
 	@mkdir -p $(@D)
 	awk -F'[=<>;]' 'NR == FNR {if (!/^#/) {old[$$1]; print}; next} !($$1 in old)' constraints-oldest.txt constraints.txt > $@

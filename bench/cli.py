@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tinyllava_fast.bench.gpu_settings import GpuSettings
+from tinyllava_fast.bench.look_settings import LookSettings
 from tinyllava_fast.bench.settings import (
     SMOLLM2,
     TINYLLAMA_1B,
@@ -132,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         "--compare-anyway", action="store_true", help="even if that file is of another machine, dtype or format"
     )
     ops.add_argument("--tune", action="store_true", help="on a GPU: measure and store launch settings")
+
+    text = "What the maps of tlf-look are worth, on easy-VQA pictures whose shape has a known place."
+    look = command("look", _look, text, LookSettings)
+    look.add_argument("model", type=path_argument, help="model folder, e.g. runs/demo/final")
 
     text = "How full packs get, on lengths in the shape of LLaVA-1.5's instruction mix."
     command("packing", _packing, text, PackingSettings)
@@ -272,6 +277,12 @@ def _tune(args: argparse.Namespace, settings: OpsSettings) -> int:
     if settings.ops not in ((), ("packed_attention",)):
         raise UserError(f"--tune --op {' '.join(settings.ops)}: only packed_attention has launch settings to tune")
     return _tell(args, tune.tune(), tune.show)
+
+
+def _look(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import look
+
+    return _tell(args, look.benchmark(args.model, LookSettings.read(args)), look.show)
 
 
 def _packing(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from tinyllava_fast.doctor import cli as doctor
 from tinyllava_fast.eval import cli as evaluate
 from tinyllava_fast.infer import chat
 from tinyllava_fast.log import log, setup_logging
+from tinyllava_fast.look import cli as look
 from tinyllava_fast.prepare import cli as data
 from tinyllava_fast.serve import cli as serve
 from tinyllava_fast.train import cli as train
@@ -29,6 +30,7 @@ MAINS: dict[str, Callable[..., Any]] = {
     "tlf-train": train.main,
     "tlf-eval": evaluate.main,
     "tlf-chat": chat.main,
+    "tlf-look": look.main,
     "tlf-serve": serve.main,
     "tlf-convert": convert.main,
     "tlf-bench": bench.main,

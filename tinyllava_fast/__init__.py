@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from tinyllava_fast.infer.assistant import Assistant
+    from tinyllava_fast.look.assistant import Assistant
 
 __all__ = ["__version__", "load"]
 
@@ -44,8 +44,9 @@ def load(
 
     >>> tlf = tinyllava_fast.load("runs/demo/final")
     >>> tlf.answer("cat.png", "What is this?")
+    >>> tlf.look("cat.png", "What is this?").maps()[0].raster(8, 8)
     """
-    from tinyllava_fast.infer.assistant import Assistant
+    from tinyllava_fast.look.assistant import Assistant
     from tinyllava_fast.plugins import load_plugins
 
     load_plugins([plugins] if isinstance(plugins, str) else plugins)

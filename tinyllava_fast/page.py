@@ -1,4 +1,4 @@
-"""Pages that people read: one HTML file each, styles and images inside it, no script, so it opens anywhere."""
+"""Pages that people read: one HTML file each, styles and images inside it, so it opens anywhere."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from PIL import Image
 THUMBNAIL = 256
 
 
-def document(title: str, body: str, *, refresh_s: float | None = None) -> str:
-    """Return an HTML file with the style sheet inside it. title, body: HTML. refresh_s: seconds to its next reading."""
+def document(title: str, body: str, *, refresh_s: float | None = None, style: str = "") -> str:
+    """Return an HTML file with the style sheet inside it. title, body: HTML. refresh_s: seconds to its next reading.
+
+    style: rules of this page alone.
+    """
     again = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s:.0f}">\n'
     css = files("tinyllava_fast").joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{again}<title>{title}</title>\n<style>\n{css}</style>\n</head>\n"
+        f"{again}<title>{title}</title>\n<style>\n{css}{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 

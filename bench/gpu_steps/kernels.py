@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyllava_fast.ops import _agreement as agreement
 from tinyllava_fast.bench.case import BOTH, SUITE, Case, Setting
 from tinyllava_fast.bench.gpu_job import STEPS, Job
 from tinyllava_fast.log import log
+from tinyllava_fast.ops import _agreement as agreement
 from tinyllava_fast.ops._op import OPS, force_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyllava_fast.ops import _agreement as agreement
 from tinyllava_fast.bench.gpu_job import STEPS, Job
+from tinyllava_fast.ops import _agreement as agreement
 from tinyllava_fast.ops._op import OPS
 
 ITEM_S = 30

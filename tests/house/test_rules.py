@@ -22,7 +22,7 @@ FLOOR = {
     "hardware": 0, "page": 0, "paths": 0, "plugins": 0, "slurm": 0, "tensors": 0, "variables": 0, "version": 0, "_C": 0,
     "ops": 1, "kernels": 1, "config": 1,
     "data": 2, "client": 3, "models": 3, "recipes": 4, "prepare": 4,
-    "infer": 5, "eval": 6, "serve": 6, "train": 7, "convert": 8, "demo": 8, "bench": 8, "doctor": 9,
+    "infer": 5, "look": 6, "eval": 7, "serve": 7, "train": 8, "convert": 9, "demo": 9, "bench": 9, "doctor": 10,
 }  # fmt: skip
 
 

@@ -223,7 +223,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def page_server(folder: Path, endless: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server of two models, for the page."""
-    models = ["--models", f"endless={endless}", f"tiny={folder}"]
+    models = ["--look", "--models", f"endless={endless}", f"tiny={folder}"]
     server = Running(models, tmp_path_factory.mktemp("page") / "log")
     yield server
     server.process.kill()

@@ -248,7 +248,7 @@ def test_no_text_becomes_markup(page, files):
     page.fake(CHAT, json.dumps({"error": {"message": SCRIPT}}), status=400)
     ask(page, "more")
     assert page.text(".turn:last-child .error") == SCRIPT
-    assert page.run("window.bad") is None and page.count("script") == 2
+    assert page.run("window.bad") is None and page.count("script") == 3
     refused = page.told("Log.entryAdded")
     assert page.run("try { document.body.innerHTML = '<b>'; 'set' } catch { 'refused' }") == "refused"
     page.events = [one for one in page.events if one["method"] != "Log.entryAdded" or one["params"] in refused]
@@ -347,5 +347,5 @@ def test_a_screen_reader_finds_names_for_everything(page, files):
     reload(page)
     ask(page, "why?")
     order = page.focus_order()
-    assert order[:6] == ["Skip to the question", "model", "compare", "fresh", "theme", "settings-button"]
-    assert order[6] == "Edit" and order[8:] == ["Copy", "Retry", "add", "question", "send"]
+    assert order[:6] == ["Skip to the question", "model", "compare", "look-tab", "fresh", "theme"]
+    assert order[6:8] == ["settings-button", "Edit"] and order[9:] == ["Copy", "Retry", "add", "question", "send"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from tinyllava_fast.data.images import pixel_shape, short_edge
+from tinyllava_fast.data.images import Box, pixel_shape, seen_box, short_edge
 from tinyllava_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,14 +66,35 @@ def tiles(image: Image.Image, grid: Sequence[Size], processor: BaseImageProcesso
     The enlarged copy keeps its proportions and is centred on black.
     """
     target = best_resolution(image.size, grid)
-    by_width, by_height = (goal / side for goal, side in zip(target, image.size, strict=True))
-    if by_width < by_height:
-        size = (target[0], min(math.ceil(image.height * by_width), target[1]))
-    else:
-        size = (min(math.ceil(image.width * by_height), target[0]), target[1])
+    size = _enlarged(image.size, target)
     canvas = Image.new("RGB", target, (0, 0, 0))
     canvas.paste(image.resize(size), ((target[0] - size[0]) // 2, (target[1] - size[1]) // 2))
     width, height = tile_size(processor)
     corners = [(x, y) for y in range(0, target[1], height) for x in range(0, target[0], width)]
     whole = image.resize(short_edge(processor))
     return [whole, *(canvas.crop((x, y, x + width, y + height)) for x, y in corners)]
+
+
+def input_boxes(size: Size, grid: Sequence[Size], processor: BaseImageProcessor) -> list[Box]:
+    """Return the part of a picture of this size that each of ``tiles`` shows; what lies beyond its edges is black."""
+    target = best_resolution(size, grid)
+    enlarged = _enlarged(size, target)
+    x, y = size[0] / enlarged[0], size[1] / enlarged[1]  # pixels of the picture, one of the enlarged copy
+    left, top = (target[0] - enlarged[0]) // 2, (target[1] - enlarged[1]) // 2
+    width, height = tile_size(processor)
+    seen = seen_box((width, height), processor)  # a processor that crops crops tiles, too
+    corners = [(a - left, d - top) for d in range(0, target[1], height) for a in range(0, target[0], width)]
+    edge = short_edge(processor)
+    whole = tuple(at * size[n % 2] / edge[n % 2] for n, at in enumerate(seen_box(edge, processor)))
+    return [
+        whole,  # type: ignore[list-item]
+        *(((a + seen[0]) * x, (d + seen[1]) * y, (a + seen[2]) * x, (d + seen[3]) * y) for a, d in corners),
+    ]
+
+
+def _enlarged(size: Size, target: Size) -> Size:
+    """Return the largest size of these proportions that a resolution has room for."""
+    by_width, by_height = (goal / side for goal, side in zip(target, size, strict=True))
+    if by_width < by_height:
+        return target[0], min(math.ceil(size[1] * by_width), target[1])
+    return min(math.ceil(size[0] * by_height), target[0]), target[1]

@@ -135,6 +135,39 @@ def short_edge(processor: BaseImageProcessor) -> tuple[int, int]:
     return size["width"], size["height"]
 
 
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels of a picture; what lies beyond its edges is padding."""
+
+
+def seen_box(size: tuple[int, int], processor: BaseImageProcessor, mode: ImageMode = "square") -> Box:
+    """Return the part of a picture of this size, (width, height), that ``to_pixels`` makes its pixels of."""
+    settings = cast(_Settings, processor)
+    width, height = size
+    left, top = 0.0, 0.0
+    if mode == "pad":
+        side = max(size)
+        left, top = float(-((side - width) // 2)), float(-((side - height) // 2))
+        width = height = side
+    if not getattr(processor, "do_center_crop", False):
+        return left, top, left + width, top + height
+    edge = _size(settings).get("shortest_edge")
+    across, down = _shape(settings)[1], _shape(settings)[0]
+    if edge is None:
+        wide, high = _size(settings)["width"], _size(settings)["height"]
+    else:
+        short = min(width, height)
+        wide, high = (edge if side == short else int(edge * side / short) for side in (width, height))
+    x, y = width / wide, height / high  # pixels of the picture, one of the resized one
+    left, top = left + (wide - across) // 2 * x, top + (high - down) // 2 * y
+    return left, top, left + across * x, top + down * y
+
+
+def blank_image(processor: BaseImageProcessor, size: int) -> Image.Image:
+    """Return an image of the processor's mean colour: all zeros once normalized."""
+    mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
+    return Image.new("RGB", (size, size), tuple(int(255 * m) for m in mean))
+
+
 def _is_standard(processor: _Settings) -> bool:
     """Return True if it resizes, may crop, rescales and normalizes, no more: then a table does the arithmetic."""
     wanted = processor.do_resize and processor.do_rescale and processor.do_normalize

@@ -23,6 +23,7 @@ from tinyllava_fast.plugins import load_plugins
 
 ENDPOINT = "--endpoint"
 EXAMPLES = """
+  tlf-eval runs/demo/final --benchmarks easy_vqa --data data --explain 8
   tlf-eval runs/mine/final --benchmarks vqav2,gqa,textvqa,pope --data /path/to/eval
   tlf-eval runs/mine/final --benchmarks custom --data data --option custom.images=images
   tlf-eval --endpoint http://localhost:8000 --benchmarks pope --data /path/to/eval
@@ -53,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "--option", action="append", default=[], metavar="BENCHMARK.OPTION=VALUE", help="e.g. textvqa.ocr=false"
     )
     p.add_argument("--limit", type=positive, metavar="N", help="ask only the first N questions of each")
+    p.add_argument(
+        "--explain", type=positive, metavar="N", help="also look inside N right and N wrong answers, in the report"
+    )
     p.add_argument("--blind", action="store_true", help="control: replace every image by a blank one")
     p.add_argument(
         "--missing-images",
@@ -96,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         load_plugins(args.plugin)
+        if args.explain and (args.compare or _is_free(args)):
+            raise UserError("--explain looks into the model, which --dry-run, --score-only and --compare do not open")
         said = _compare(args) if args.compare else _without_model(args) if _is_free(args) else _evaluate(args)
     except UserError as error:
         log.error("%s", error)
@@ -136,7 +142,9 @@ def _evaluate(args: argparse.Namespace) -> str:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    endpoint = server_of(args, ENDPOINT)
+    endpoint = server_of(args, ENDPOINT, also={"--explain": args.explain})
+    if args.explain and args.blind:
+        raise UserError("--explain looks at pictures, and --blind shows none; leave one of them out")
     model = args.model if endpoint is None else EndpointModel(endpoint, args.concurrency)
     output = Path(args.output) if args.output else default_output(model, args.blind)
     results = evaluate(
@@ -159,10 +167,24 @@ def _evaluate(args: argparse.Namespace) -> str:
     )
     if not results:
         return ""
+    if args.explain:
+        _explain(args, output, list(results))
     with writing(output):
         report = write_scores(output, list(results))
     log.info("results: %s, %s", output / "results.json", report)
     return table(results.values())
+
+
+def _explain(args: argparse.Namespace, output: Path, names: Sequence[str]) -> None:
+    from tinyllava_fast.eval.explain import explain
+    from tinyllava_fast.eval.options import build
+    from tinyllava_fast.look.assistant import Assistant
+
+    assistant = Assistant.from_pretrained(
+        args.model, dtype=args.dtype, device=args.device, adapter=args.adapter, prepare=False
+    )
+    for benchmark in build(names, args.option):
+        explain(assistant, output / benchmark.name, args.explain, max_new_tokens=benchmark.max_new_tokens)
 
 
 def _without_model(args: argparse.Namespace) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
+from tinyllava_fast.data.images import blank_image
 from tinyllava_fast.eval.answerer import Effort, Reply
 from tinyllava_fast.eval.benchmarks.base import Question
 from tinyllava_fast.eval.machine import model_digest
@@ -18,9 +19,6 @@ from tinyllava_fast.eval.types import Facts
 from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.infer.finish import UNREADABLE
 from tinyllava_fast.infer.types import Answer, Request, Sampling
-
-if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
 
 
 class LocalModel:
@@ -111,12 +109,6 @@ class LiveModel(LocalModel):
         self.__dict__["assistant"] = assistant  # which is opened already
         self.folder, self._loaded = name, True
         self.facts = {"model": name, "model_digest": name, "dtype": str(assistant.engine.lmm.dtype)}
-
-
-def blank_image(processor: BaseImageProcessor, size: int) -> Image.Image:
-    """Return an image of the processor's mean colour: all zeros once normalized."""
-    mean = getattr(processor, "image_mean", None) or (0.5, 0.5, 0.5)
-    return Image.new("RGB", (size, size), tuple(int(255 * m) for m in mean))
 
 
 def _reply(answer: Answer, latency: float | None) -> Reply:

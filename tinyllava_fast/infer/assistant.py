@@ -39,6 +39,7 @@ class Assistant:
         weights: str | None = None,
         system: str | None = None,
         adapter: str | Path | None = None,
+        prepare: bool = True,
         **engine_options: Any,
     ) -> Assistant:
         """Open a model folder.
@@ -49,6 +50,7 @@ class Assistant:
         system: system text of every prompt; None: the one that the model was trained with.
         adapter: folder of a LoRA adapter that is added to the weights. (``assistant.engine.load_adapter`` keeps several
             beside them, one for each request that names it.)
+        prepare: make the weights ready for decoding; False leaves a plain model, slower, which gradients pass through.
         engine_options: keyword arguments of Engine (batch_tokens or kv_cache_bytes, prefill_tokens, threads, compile).
         Raises UserError for an unknown dtype or weights, a device that is not there, and a system text where the chat
         template has no place for one, CheckpointError if the folder is not a model of this toolkit.
@@ -56,6 +58,8 @@ class Assistant:
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}; have {', '.join(DTYPES)}")
         check_weights(weights)
+        if weights and not prepare:
+            raise UserError(f"weights={weights!r} with prepare=False: plain weights are dense; leave one of them out")
         if weights == "bf16":
             if dtype not in (None, "bfloat16"):
                 raise UserError(f"weights='bf16' with dtype={dtype!r}; leave one of them out")
@@ -67,7 +71,7 @@ class Assistant:
             adapters = Adapters(lmm)
             adapters.merge(adapters.read(adapter))
         engine_options.setdefault("source", path)
-        model = prepare_model(lmm.eval(), weights)
+        model = prepare_model(lmm.eval(), weights) if prepare else lmm.eval().requires_grad_(False)
         return cls.around(model, tokenizer, processor, system=system, **engine_options)
 
     @classmethod

@@ -12,6 +12,7 @@ Legend: B batch, T tokens, H heads, Hkv key/value heads, Dh head size, S segment
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,18 @@ class KVView:
     single: bool = False  # every sequence has exactly one token in this call
 
 
+@dataclass(frozen=True)
+class Watched:
+    """The queries and keys of one layer as its attention saw them, of one segment without a prefix."""
+
+    layer: int
+    q: Tensor  # [T, H, Dh]
+    k: Tensor  # [T, Hkv, Dh]
+    scale: float | None
+    window: int  # 0: none
+    softcap: float  # 0: none
+
+
 def packed(
     module: nn.Module,
     query: Tensor,
@@ -57,9 +70,10 @@ def packed(
     prefix: Tensor | None = None,
     kv: KVView | None = None,
     s_aux: Tensor | None = None,
+    watch: Callable[[Watched], None] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention function of decoders.
+    """Attention function of decoders. watch: is shown the queries and keys of each layer.
 
     query [1, H, T, Dh], key and value [1, Hkv, T, Dh]; give ``cu_seqlens`` [S + 1] (and ``prefix`` [S, 2]) in
     training, ``kv`` in inference. Returns ([1, T, H, Dh], None).
@@ -89,6 +103,8 @@ def packed(
             f"tlf_packed: {owner} sees only the last {window} tokens, and this call has {k.shape[0]} with shared "
             f"prefixes, which windows do not cover; set data.turns=conversation, or batch.tokens to at most {window}"
         )
+    if watch is not None:
+        watch(Watched(int(module.layer_idx), q, k, scaling, window, softcap or 0.0))  # type: ignore[arg-type]
     if kv is not None and kv.single:
         start, seen = kv.cu_seqlens_k[:-1], kv.seqused_k
         if window:  # the newest token sees the last rows of its sequence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -73,6 +73,32 @@ class Choices:
             await queue.put((index, answer))
         except Exception as error:
             await queue.put((index, error))
+
+
+class OneByOne:
+    """Work that takes a core for seconds, in a thread, one piece at a time. ApiError 429 if too many wait."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._waiting = 0
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Return the result of ``work``. A client that hangs up gives up its turn, or lets its thread run out."""
+        if self._waiting >= self.MOST:
+            raise busy("too many looks wait; try again", status=429)
+        self._waiting += 1
+        try:
+            async with self._lock:
+                thread = asyncio.ensure_future(asyncio.to_thread(work))
+                try:
+                    return await asyncio.shield(thread)
+                except asyncio.CancelledError:
+                    await asyncio.wait({thread})  # the next one must not run beside it
+                    raise
+        finally:
+            self._waiting -= 1
 
 
 def joined(events: Iterable[Event]) -> Iterator[Event]:

@@ -7,19 +7,21 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from tinyllava_fast.errors import UserError
-from tinyllava_fast.infer.types import Answer
+from tinyllava_fast.infer.types import Answer, Sampling
 from tinyllava_fast.infer.types import Request as Question
-from tinyllava_fast.serve.answering import Choices, unless_gone
+from tinyllava_fast.look.looker import Looker
+from tinyllava_fast.look.page import payload
+from tinyllava_fast.serve.answering import Choices, OneByOne, unless_gone
 from tinyllava_fast.serve.auth import Guard
 from tinyllava_fast.serve.limits import ServerLimits, read_object
 from tinyllava_fast.serve.media import Media
@@ -33,12 +35,14 @@ from tinyllava_fast.serve.schema import (
     CompletionRequest,
     DetokenizeRequest,
     Generation,
+    LookRequest,
     TokenizeRequest,
     read_as,
 )
 from tinyllava_fast.serve.served import Served, find
 
 PAGE = Path(__file__).parent / "page"
+VIEWER = Path(__file__).parents[1] / "look"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Api:
     limits: ServerLimits
     media: Media
     metrics: Metrics
+    looking: OneByOne
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -97,6 +102,34 @@ class Api:
         tokenizer = ask.served.engine.tokenizer
         reply = Reply("text", name, ask.served.name, tokenizer, body.top_count is not None, len(body.prompts))
         return await self._answer(body, ask.served, reply, questions)
+
+    async def look(self, request: Request) -> Response:
+        """POST /v1/look."""
+        body = read_as(LookRequest, await read_object(request, self.limits))
+        served = find(self.models, body.model)
+        if served.looker is None:
+            said = "looks inside are off" if served.base is None else "an adapter's answers are not looked into"
+            raise ApiError(404, f"{said}; the server is started with --look for those of a model", param="model")
+        check_length([texts(body.messages)], served, "messages")
+        return await unless_gone(request, self._look(body, served, served.looker, share_of(request.scope)))
+
+    async def _look(self, body: LookRequest, served: Served, looker: Looker, share: Share) -> Response:
+        messages = turns(body.messages, self.limits)
+        images = await self.media.pictures(image_urls(body.messages, self.limits), share)
+        if not images:
+            raise bad("there is no picture to look at", "messages")
+        new = min(body.max_tokens, self.limits.new_tokens)
+        question = Question(messages=messages, image=list(images), sampling=Sampling(max_new_tokens=new))
+        choices = Choices(served, [replace(question, id=f"look-{secrets.token_hex(12)}")], self.metrics)
+        async with aclosing(choices.events()) as events:
+            async for _, event in events:
+                if isinstance(event, Answer):
+                    check(event, "messages")
+        (answer,) = _complete(choices)
+        try:
+            return JSONResponse(await self.looking.run(lambda: payload(looker.look(question, answer.tokens))))
+        except UserError as error:
+            raise bad(str(error), "messages") from None
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
@@ -183,6 +216,7 @@ def _described(served: Served) -> dict[str, object]:
         "owned_by": "tinyllava_fast",
         "max_model_len": served.context,
         **parent,
+        **({} if served.looker is None else {"look": True}),
     }
 
 
@@ -192,7 +226,7 @@ def build_app(
     """Return the application behind its guard."""
     memory = Memory(limits.memory_bytes)
     metrics = Metrics(models, memory)
-    api = Api(models, limits, media, metrics)
+    api = Api(models, limits, media, metrics, OneByOne())
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for kind, handler in (
         (HTTPException, _no_route),
@@ -206,6 +240,7 @@ def build_app(
     for path, answer in (
         ("/v1/chat/completions", api.chat),
         ("/v1/completions", api.complete),
+        ("/v1/look", api.look),
         ("/tokenize", api.tokenize),
         ("/detokenize", api.detokenize),
     ):
@@ -217,6 +252,8 @@ def build_app(
     routes.add_api_route("/health/live", _alive, methods=["GET", "HEAD"])
     for path in ("/health", "/health/ready"):
         routes.add_api_route(path, _ready(guard), methods=["GET", "HEAD"])
+    for name, media_type in (("viewer.js", "text/javascript"), ("viewer.css", "text/css")):
+        routes.add_api_route(f"/look/{name}", _file(VIEWER / name, media_type), methods=["GET", "HEAD"])
     app.include_router(routes)
     if PAGE.is_dir():
         app.mount("/", StaticFiles(directory=PAGE, html=True))
@@ -229,6 +266,13 @@ async def _other_method() -> Response:
 
 async def _alive() -> Response:
     return JSONResponse({"status": "live"})
+
+
+def _file(path: Path, kind: str) -> Callable[[], Any]:
+    async def content() -> Response:
+        return FileResponse(path, media_type=kind)
+
+    return content
 
 
 def _ready(guard: Guard) -> Callable[[], Any]:

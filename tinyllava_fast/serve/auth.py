@@ -23,10 +23,12 @@ from tinyllava_fast.serve.memory import Memory, Share
 from tinyllava_fast.serve.metrics import Metrics
 from tinyllava_fast.serve.problems import ApiError, bad, busy
 
-ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/tokenize", "/detokenize"})
+ROUTES = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/look", "/v1/models", "/metrics", "/tokenize", "/detokenize"}
+)
 OPEN_ROUTES = frozenset({"/health", "/health/live", "/health/ready"})
 """They tell nothing that needs a key."""
-WORK = frozenset({"/v1/chat/completions", "/v1/completions"})
+WORK = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/look"})
 _SECURITY = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",

@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
     p.add_argument("--batch-tokens", type=positive, metavar="N", help="rows of the K/V pool (default: 16384)")
     p.add_argument("--max-waiting", type=positive, default=256, metavar="N", help="requests that wait (default: 256)")
+    p.add_argument("--look", action="store_true", help="let clients look inside answers; keeps plain weights, too")
     _add_limits(p)
     add_model_flags(p)
     return p
@@ -232,8 +233,8 @@ def _limits(args: argparse.Namespace) -> ServerLimits:
 
 
 def _open(name: str, path: str, args: argparse.Namespace) -> Served:
-    from tinyllava_fast.infer.assistant import Assistant
     from tinyllava_fast.infer.live import LiveEngine
+    from tinyllava_fast.look.assistant import Assistant
     from tinyllava_fast.serve.served import Served
 
     if args.threads:
@@ -250,7 +251,8 @@ def _open(name: str, path: str, args: argparse.Namespace) -> Served:
     )
     assistant.engine.tokenizer.name_or_path = name  # clients are told of it, and not of a folder
     live = LiveEngine(assistant.engine, max_waiting=args.max_waiting)
-    served = Served(name, assistant.engine, live, int(time.time()))
+    looker = assistant.looker if args.look else None
+    served = Served(name, assistant.engine, live, int(time.time()), looker=looker)
     served.warm_up()
     return served
 

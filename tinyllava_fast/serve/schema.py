@@ -20,6 +20,7 @@ MOST_BIASES = 1024
 MOST_PARTS = 1024
 MOST_TEXT = 2**20  # characters of a prompt's part
 MOST_PROMPTS = 64
+MOST_LOOKED_AT = 64  # tokens of an answer
 
 IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -201,6 +202,14 @@ class CompletionRequest(Generation):
     def prompts(self) -> Sequence[str]:
         """The prompts, each of which gets its own choices."""
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class LookRequest(Strict):
+    """A body of /v1/look: a chat of which the greedy answer is looked into."""
+
+    model: str | None = Field(None, max_length=256)
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int = Field(MOST_LOOKED_AT, ge=1, le=MOST_LOOKED_AT)
 
 
 class TokenizeRequest(Strict):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.live import LiveEngine
+from tinyllava_fast.look.looker import Looker
 from tinyllava_fast.serve.problems import ApiError
 
 
@@ -16,7 +17,8 @@ from tinyllava_fast.serve.problems import ApiError
 class Served:
     """One model, or one of its adapters. created: seconds since 1970, for the list of models.
 
-    base: of an adapter the model that it changes, whose engine answers.
+    base: of an adapter the model that it changes, whose engine answers. looker: looks inside answers, if it was asked
+    for; one request at a time, for which ``looking`` is held.
     """
 
     name: str
@@ -24,11 +26,12 @@ class Served:
     live: LiveEngine
     created: int
     base: Served | None = None
+    looker: Looker | None = None
 
     def adapted(self, name: str, folder: str | Path) -> Served:
         """Load an adapter, and return what answers with it. UserError as for ``Engine.load_adapter``."""
         self.live.load_adapter(name, folder)
-        return replace(self, name=name, base=self)
+        return replace(self, name=name, base=self, looker=None)
 
     @property
     def adapter(self) -> str | None:

@@ -15,6 +15,7 @@ from tinyllava_fast.errors import DataError
 from tinyllava_fast.eval.benchmarks.base import Metric
 from tinyllava_fast.eval.report.confusion import section
 from tinyllava_fast.eval.report.html import size
+from tinyllava_fast.eval.report.looks import section as looks
 from tinyllava_fast.eval.report.svg import histogram
 from tinyllava_fast.eval.results import read_results, read_verdicts
 from tinyllava_fast.eval.types import MetricRow, PublishedRow, Results, Verdict
@@ -96,7 +97,7 @@ def _benchmark(results: Results, folder: Path, seed: int) -> str:
     said = [f"{name}: {count:,}" for name, count in counts.items()]
     note = escape(" · ".join([*said, *results["notes"], *results["count_differences"]]))
     parts = [_breakdown(title, rows) for title, rows in results["tables"].items()]
-    parts += [section(verdicts), _samples(results["benchmark"], verdicts, seed)]
+    parts += [looks(folder), section(verdicts), _samples(results["benchmark"], verdicts, seed)]
     if times := results["run"].get("latency") if "run" in results else None:
         parts.append(
             "<h3>Answer times</h3><p class='note'>Seconds from entering the engine's queue to the end of the answer, "

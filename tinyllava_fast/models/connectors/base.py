@@ -46,6 +46,24 @@ class Connector(nn.Module, ABC):
         """K' for K; the same unless the connector resamples. UserError for a K that it cannot take."""
         return num_features
 
+    def reads(self, features: Tensor) -> Tensor:
+        """Return the share of each tower token in each row, [N, K, V] -> [N, num_tokens(K), K]; rows sum to 1.
+
+        Where tokens and rows are as many, each row is its token. Otherwise by how much a row changes with a token: the
+        norm of the gradient of a random projection of the row. A connector that knows better says so.
+        """
+        images, tokens, _ = features.shape
+        if self.num_tokens(tokens) == tokens:
+            return torch.eye(tokens, dtype=features.dtype, device=features.device).expand(images, -1, -1)
+        with torch.enable_grad():
+            leaf = features.detach().requires_grad_()
+            rows = self(leaf)
+            signs = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(0)).to(rows)
+            each = (rows @ signs).sum(0)  # [K'], the images' rows do not mix
+            grads = [torch.autograd.grad(one, leaf, retain_graph=True)[0].norm(dim=-1) for one in each]
+        shares = torch.stack(grads, 1)
+        return shares / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+
     def check_widths(self, widths: tuple[int, ...]) -> None:
         """Raise UserError if features concatenated from towers of these widths (their sum is V) do not fit."""
 

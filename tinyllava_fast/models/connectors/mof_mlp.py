@@ -40,3 +40,9 @@ class MoFConnector(Connector):
         """[N, K, 2 W] -> [N, 2 K, D]."""
         clip, dinov2 = features.chunk(2, dim=-1)
         return torch.stack([self.clip(clip), self.dinov2(dinov2)], dim=2).flatten(1, 2)
+
+    def reads(self, features: Tensor) -> Tensor:
+        """See the base class: the two rows of a patch are that patch."""
+        images, tokens, _ = features.shape
+        one = torch.eye(tokens, dtype=features.dtype, device=features.device).repeat_interleave(2, 0)
+        return one.expand(images, -1, -1)

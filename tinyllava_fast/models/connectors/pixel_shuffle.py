@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from tinyllava_fast.config.ranges import Pixels
@@ -57,6 +58,15 @@ class PixelShuffleConnector(Connector):
         side = math.isqrt(tokens) // factor  # blocks a side
         blocks = features.reshape(images, side, factor, side, factor, width).transpose(2, 3)
         return self.linear(blocks.reshape(images, side * side, factor * factor * width))
+
+    def reads(self, features: Tensor) -> Tensor:
+        """See the base class: each row is its block, whose patches count alike."""
+        images, tokens, _ = features.shape
+        factor, side = self.options.factor, math.isqrt(tokens)
+        at = torch.arange(tokens, device=features.device)
+        block = at // side // factor * (side // factor) + at % side // factor
+        rows = torch.arange(tokens // factor**2, device=features.device)
+        return ((block == rows[:, None]).to(features.dtype) / factor**2).expand(images, -1, -1)
 
 
 def _not_square(tokens: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,25 @@ class QFormerConnector(Connector):
         queries = self.dropout(self.norm(self.query_tokens)).expand(features.shape[0], -1, -1)
         read = self.encoder(queries, encoder_hidden_states=features, query_length=self.options.num_queries)
         return self.projector(read.last_hidden_state)
+
+    def reads(self, features: Tensor) -> Tensor:
+        """See the base class: the queries' cross-attention, the mean over its layers and heads."""
+        found: list[Tensor] = []
+
+        def note(module: Any, _: tuple[object, ...], given: dict[str, Tensor]) -> None:
+            size = (module.num_attention_heads, module.attention_head_size)
+            q = module.query(given["hidden_states"]).unflatten(-1, size).transpose(1, 2)
+            k = module.key(given["encoder_hidden_states"]).unflatten(-1, size).transpose(1, 2)
+            found.append((q @ k.transpose(-1, -2) * module.scaling).softmax(-1).mean(1))  # [N, Q, K]
+
+        crossing = [layer.crossattention.attention for layer in self.encoder.layer if layer.has_cross_attention]
+        hooks = [one.register_forward_pre_hook(note, with_kwargs=True) for one in crossing]
+        try:
+            self(features)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(found).mean(0)
 
     @classmethod
     def from_reference_names(cls, state: Mapping[str, W]) -> dict[str, W]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,18 @@ class ResamplerConnector(Connector):
             latents = layer(media, latents)
         return self.norm(latents)
 
+    def reads(self, features: Tensor) -> Tensor:
+        """See the base class: the latents' attention to the image, the mean over layers and heads."""
+        media = self.linear(features)
+        latents = self.latents.expand(features.shape[0], -1, -1)
+        found = []
+        layer: Any
+        for layer in self.layers:
+            found.append(layer[0].weights(media, latents)[..., : media.shape[1]].mean(1))
+            latents = layer(media, latents)
+        shares = torch.stack(found).mean(0)
+        return shares / shares.sum(-1, keepdim=True)
+
 
 class _Layer(nn.ModuleList):
     """Attention and a feed-forward layer, each with its residual."""
@@ -92,11 +105,19 @@ class _Attention(nn.Module):
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
         """Image [N, K, D], latents [N, Q, D] -> [N, Q, D], before the residual."""
-        latents = self.norm_latents(latents)
-        keys, values = self.to_kv(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values))
+        q, k, v = self._projected(media, latents)
         out = nn.functional.scaled_dot_product_attention(q, k, v)  # [N, heads, Q, head_size]
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def weights(self, media: Tensor, latents: Tensor) -> Tensor:
+        """Return the attention of each latent to the image and the latents, [N, heads, Q, K + Q]."""
+        q, k, _ = self._projected(media, latents)
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+
+    def _projected(self, media: Tensor, latents: Tensor) -> tuple[Tensor, ...]:
+        latents = self.norm_latents(latents)
+        keys, values = self.to_kv(torch.cat([self.norm_media(media), latents], dim=1)).chunk(2, dim=-1)
+        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), keys, values))
 
 
 def _feed_forward(width: int, expansion: int) -> nn.Sequential:

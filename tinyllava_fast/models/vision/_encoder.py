@@ -200,6 +200,12 @@ class EncoderTower(VisionTower):
         return hidden[:, self.num_dropped :]
 
     @property
+    def patch_numbers(self) -> list[int]:
+        """See the base class."""
+        patches = (self.image_size // self.config.patch_size) ** 2
+        return [*[-1] * self.prefix_tokens(self.config), *range(patches)][self.num_dropped :]
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The encoder's layers that are built."""
         return self.encoder.layers  # type: ignore[return-value, union-attr]

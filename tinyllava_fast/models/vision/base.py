@@ -5,6 +5,7 @@ Legend: N images, K tokens an image after selection, V tower width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.architecture import Values, VisionPart
 from tinyllava_fast.registry import Registry
 
@@ -62,6 +64,19 @@ class VisionTower(nn.Module, ABC):
     def layers(self) -> Sequence[nn.Module] | nn.ModuleList:
         """The repeated layers that are built; none, for a tower that does not name them."""
         return ()
+
+    @property
+    def patch_numbers(self) -> list[int]:
+        """The patch that each of the K tokens began as, counted row by row in a square grid; -1: none, such as CLS.
+
+        A tower whose K is no square states it itself. UserError where it does not.
+        """
+        if math.isqrt(self.num_tokens) ** 2 != self.num_tokens:
+            raise UserError(
+                f"the {self.name} tower has {self.num_tokens} tokens, which are no square grid: give its class a "
+                "patch_numbers that says where they lie"
+            )
+        return list(range(self.num_tokens))
 
     @abstractmethod
     def layer_parameters(self, from_layer: int) -> list[nn.Parameter]:

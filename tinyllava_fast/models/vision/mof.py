@@ -128,6 +128,11 @@ class MoFTower(VisionTower):
         return self.clip.hidden_size, self.dinov2.hidden_size
 
     @property
+    def patch_numbers(self) -> list[int]:
+        """See the base class; they are CLIP's."""
+        return self.clip.patch_numbers
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The layers of both halves."""
         return [*self.clip.layers, *self.dinov2.layers]

@@ -42,10 +42,27 @@ async function reason(response) {
   return `The server answered with status ${response.status}.`;
 }
 
-/** Return the names of the models. */
+/** Return the names of the models, and of those whose answers can be looked into. */
 export async function models() {
   const { data } = await (await request("v1/models")).json();
+  lookable = new Set(data.filter((model) => model.look).map((model) => String(model.id)));
   return data.map((model) => String(model.id));
+}
+
+let lookable = new Set();
+
+/** Whether a model's answers can be looked into. */
+export const canLook = (model) => lookable.has(model);
+
+/** Return what viewer.js draws of the greedy answer to a conversation. */
+export async function look(body, signal) {
+  const response = await request("v1/look", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
+  return response.json();
 }
 
 /** Yield the chunks of a streamed answer. signal: aborts it, which the server notices. */

@@ -1,14 +1,16 @@
 // The page: what the controls do.
 
-import { ApiError, models, setKey } from "./api.js";
+import { ApiError, canLook, models, setKey } from "./api.js";
 import { Answer } from "./answer.js";
 import { messages } from "./conversation.js";
 import { $, eachFrame, tell } from "./dom.js";
+import { LookTab } from "./look.js";
 import { Pictures } from "./pictures.js";
 import * as settings from "./settings.js";
 import { Speaker, drawTurns, follow } from "./view.js";
 
 const pictures = new Pictures();
+const lookTab = new LookTab(() => ({ turns, model: $("model").value, system: settings.system() }), failed);
 let turns = []; // {text, pictures, answers: one a model}
 let editing = null;
 let running = null; // the AbortController of the answers that arrive
@@ -26,6 +28,7 @@ async function loadModels() {
       if (names.includes(before)) select.value = before;
     }
     if (names.length > 1 && !$("rival").selectedIndex) $("rival").selectedIndex = 1;
+    $("look-tab").hidden = !names.some(canLook);
     tell($("notice"), "");
   } catch (error) {
     failed(error);
@@ -64,6 +67,7 @@ async function answer(asked) {
   tell($("notice"), wrong);
   if (wrong) return false;
   turns = asked;
+  lookTab.close();
   const turn = turns.at(-1);
   turn.answers = chosen().map((model) => new Answer(model));
   running = new AbortController();
@@ -157,6 +161,7 @@ function wire() {
   });
   $("fresh").addEventListener("click", () => {
     turns = [];
+    lookTab.close();
     stopEditing();
     pictures.set([]);
     tell($("notice"), "");
