@@ -10,7 +10,7 @@ SANITIZED := build/sanitize
 WORKERS := -n auto --maxprocesses 4 --max-worker-restart 0
 COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
-.PHONY: help demo test quick soak sanitize fuzz compilers lint format setup clean
+.PHONY: help demo test quick exports soak sanitize fuzz compilers lint format setup clean
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -22,6 +22,9 @@ test: $(VENV)/.dev  ## run the whole test suite
 
 quick: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
+
+exports: $(VENV)/.dev  ## run exported models in the engines that CI has no time for (docs/exports.md)
+	$(BIN)/python -m pytest tests/convert -m exports $(ARGS)
 
 sanitize: $(SANITIZED)/.built  ## run the kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast $(ARGS)
