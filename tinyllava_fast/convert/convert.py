@@ -114,7 +114,8 @@ def export_model(
         lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=merge)
     if keep_adapter and not lmm.config.has_lora:
         raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
-    _say_reading(source, format, lmm.config.reading)
+    if not kind.is_repository:
+        _say_reading(source, format, lmm.config.reading)
     pictures = Path(keep_first_patch) if keep_first_patch is not None else None
     model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})}, weights, Path(source), pictures)
     with atomic_folder(target) as folder, torch.no_grad():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import transformers
 from PIL import Image
 
 from tinyllava_fast.config.compose import read_yaml
@@ -50,8 +51,8 @@ def write_card(model: Model, folder: Path) -> None:
         "",
         _USE,
         "",
-        f"Needs transformers {_version()} or later and torch. The code in this repository was made by the toolkit "
-        "from its own modules; tinyllava_fast opens the repository as a model folder, too.",
+        f"Made and tried with transformers {transformers.__version__}, which with torch is all that the code in this "
+        "repository needs. tinyllava_fast opens the repository as a model folder, too.",
         "",
         *_parts(model),
         *_training(run),
@@ -70,12 +71,6 @@ def _front(model: Model) -> list[str]:
     listed = ["base_model:", *(f"- {name}" for name in bases)] if bases else []
     return ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", *listed, "tags:", "- llava",
             "- tinyllava_fast", "- custom_code", "---", ""]  # fmt: skip
-
-
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__
 
 
 def _parts(model: Model) -> list[str]:
@@ -117,9 +112,12 @@ def _stage(stage: dict[str, Any]) -> Iterator[str]:
     tuned = ", ".join(
         f"{part}: {recipe[part].get('tune')}" for part in COMPONENTS if isinstance(recipe.get(part), dict)
     )
-    yield (
-        f"| {stage.get('name')} | {names} | {stage.get('epochs')} | {tuned or recipe.get('type')} | {optim.get('lr')} |"
-    )
+    epochs, rate = _number(stage.get("epochs")), _number(optim.get("lr"))
+    yield f"| {stage.get('name')} | {names} | {epochs} | {tuned or recipe.get('type')} | {rate} |"
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _scores(run: Path | None) -> list[str]:

@@ -20,6 +20,7 @@ from tinyllava_fast.models.lmm import LMM
 from tinyllava_fast.version import __version__
 
 _OURS = "tinyllava_fast."
+_ROOMS = tuple(f"{_OURS}models.{room}" for room in ("connectors", "vision", "llm"))
 _LEFT_OUT = {
     "tiny", "reset", "from_reference_names", "check_widths", "external_parameters", "describe", "from_config", "_draw",
     "_load", "_given", "_stored", "_check_type", "_check", "_truncate", "input_size", "image_processor",
@@ -112,13 +113,11 @@ class _Copy:
         place, name = module.ours.get(used, (module.name, used))
         if name in _PLAIN:
             self.texts.setdefault(("", name), _PLAIN[name])
-        elif place.startswith(
-            (f"{_OURS}models.connectors", f"{_OURS}models.vision", f"{_OURS}models.llm", module.name)
-        ):
+        elif place.startswith((*_ROOMS, module.name)):
             self.add(place, name)
         else:
             raise UserError(
-                f"{module.name}: uses {place}.{name}, which a Hub repository has no form of; --format factory or llava"
+                f"{module.name}: uses {place}.{name}, which has no form in a Hub repository; write it into that module"
             )
 
     def _module(self, name: str) -> _Module:
@@ -127,7 +126,10 @@ class _Copy:
         return self.modules[name]
 
     def text(self) -> str:
-        """Return the definitions, plain forms first."""
+        """Return the definitions, plain forms first. Raises UserError for two of one name."""
+        names = [name for _, name in self.texts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{', '.join(self.sources)}: two of them define {', '.join(twice)}; rename one")
         plain = [text for (module, _), text in self.texts.items() if not module]
         return "\n\n\n".join(plain + [text for (module, _), text in self.texts.items() if module])
 
@@ -139,7 +141,7 @@ def parts_source(lmm: LMM) -> str:
     connector = next(c for c in type(lmm.connector).__mro__ if c.__dict__.get("name") == lmm.connector.name)
     for part in (*towers, connector):
         copy.add(part.__module__, part.__name__)
-    if type(lmm.llm).__module__.startswith(_OURS):
+    if not type(lmm.llm).__module__.startswith("transformers."):
         module = type(lmm.llm).__module__
         for kind in (type(lmm.llm.config), type(lmm.llm)):
             copy.add(module, kind.__name__)
