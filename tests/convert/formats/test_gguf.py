@@ -92,8 +92,8 @@ def enlarged(lmm: LMM) -> LMM:
         for name, p in lmm.named_parameters():
             if p.ndim > 1 and "position" not in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / p[0].numel() ** 0.5))
-            elif name.endswith("post_feedforward_layernorm.weight"):  # Gemma 2 would repeat the last token
-                p.fill_(4.0)
+            elif name.startswith("llm") and "post_" in name and p.ndim == 1 and lmm.llm.config.model_type == "gemma2":
+                p.fill_(16.0)  # or it would repeat the last token, whose row is the largest part of every state
     return lmm.eval()
 
 
