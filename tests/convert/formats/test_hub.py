@@ -28,6 +28,7 @@ from tinyllava_fast.convert.convert import export_model
 from tinyllava_fast.convert.formats._hub_code import parts_source
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval.machine import model_digest
 from tinyllava_fast.infer.engine import Engine
 from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.models import io
@@ -190,7 +191,8 @@ def run_folder(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         metric = {"name": "accuracy", "value": value, "scale": 100.0, "stderr": 0.25, "questions": 9673, "digits": 2}
         results = {"benchmark": "easy_vqa", "title": "easy-VQA", "questions": 9673, "headline": "accuracy",
-                   "metrics": [metric], "tables": {}, "counts": {}}  # fmt: skip
+                   "metrics": [metric], "tables": {}, "counts": {},
+                   "model_digest": model_digest(run / "final")}  # fmt: skip
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "run.json").write_text(json.dumps({"peak_rss_bytes": 1}))
         verdict = {"key": "1", "prompt": "what | is it?", "images": [str(tmp_path / "wide.png")], "truth": "a circle",
@@ -211,12 +213,16 @@ def test_the_model_card(tmp_path: Path) -> None:
     with Image.open(out / "samples" / "0.png") as image:
         assert max(image.size) <= 256
     shutil.rmtree(run / "eval-blind")
+    results = run / "eval" / "easy_vqa" / "results.json"
+    results.write_text(results.read_text().replace(model_digest(run / "final"), "another"))
+    other = export_model(run / "final", tmp_path / "other", "hub")
+    assert "no run folder holds an evaluation of it" in (other / "README.md").read_text()
     shutil.rmtree(run / "eval")
     (run / "config.yaml").unlink()
     bare = (export_model(run / "final", tmp_path / "bare", "hub") / "README.md").read_text()
     for said in (
         "Not known: there is no run folder",
-        "None: the run folder holds no evaluation",
+        "None: no run folder holds an evaluation of it",
         "The licence of the weights",
     ):
         assert said in bare

@@ -14,6 +14,7 @@ from tinyllava_fast.config.compose import read_yaml
 from tinyllava_fast.convert.formats._base import Model
 from tinyllava_fast.data.images import load_image
 from tinyllava_fast.errors import UserError
+from tinyllava_fast.eval.machine import model_digest
 from tinyllava_fast.eval.report.data import Shot, gather
 from tinyllava_fast.eval.results import RESULTS, read_results
 from tinyllava_fast.eval.types import MetricRow
@@ -39,11 +40,13 @@ print(processor.tokenizer.decode(answer, skip_special_tokens=True))
 
 def write_card(model: Model, folder: Path) -> None:
     """Write README.md, and sample pictures to ``samples/``. Needs a run folder around the model for most of it."""
-    run = model.source.resolve().parent if model.source is not None else None
-    title = run.name if run is not None and (run / "config.yaml").is_file() else folder.name
+    source = model.source.resolve() if model.source is not None else None
+    run = source.parent if source is not None and (source.parent / "config.yaml").is_file() else None
+    title = run.name if run is not None else source.name if source is not None else "model"
+    digest = model_digest(source) if source is not None else ""
     lines = [
         *_front(model),
-        f"# {title.removeprefix('.tmp-')}",
+        f"# {title}",
         "",
         "A multimodal model: it answers questions about pictures. Trained with tinyllava_fast.",
         "",
@@ -56,8 +59,8 @@ def write_card(model: Model, folder: Path) -> None:
         "",
         *_parts(model),
         *_training(run),
-        *_scores(run),
-        *_samples(run, folder),
+        *_scores(run, digest),
+        *_samples(run, digest, folder),
         "## What is not said here",
         "",
         "The licence of the weights, which follows from the parts and the data above; intended use, biases and limits: "
@@ -93,12 +96,11 @@ def _parts(model: Model) -> list[str]:
 
 def _training(run: Path | None) -> list[str]:
     head = ["## Training", ""]
-    path = run / "config.yaml" if run is not None else None
-    if path is None or not path.is_file():
+    if run is None:
         return [*head, "Not known: there is no run folder around the model.", ""]
-    stages = read_yaml(path).get("stages")
+    stages = read_yaml(run / "config.yaml").get("stages")
     lines = [line for stage in (stages if isinstance(stages, list) else []) for line in _stage(stage)]
-    summary = _json(run / "summary.json") if run is not None else {}
+    summary = _json(run / "summary.json")
     if "train_seconds" in summary:
         lines += ["", f"{summary['steps']:,} steps on {summary['samples']:,} samples in "
                   f"{summary['train_seconds'] / 60:,.0f} minutes."]  # fmt: skip
@@ -120,11 +122,15 @@ def _number(value: object) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
-def _scores(run: Path | None) -> list[str]:
+def _scores(run: Path | None, digest: str) -> list[str]:
     head = ["## Scores", ""]
-    seen, blind = (_evaluations(run, name) for name in ("eval", "eval-blind"))
+    seen, blind = (_evaluations(run, name, digest) for name in ("eval", "eval-blind"))
     if not seen:
-        return [*head, "None: the run folder holds no evaluation (`tlf-eval MODEL --benchmarks ... --data ...`).", ""]
+        return [
+            *head,
+            "None: no run folder holds an evaluation of it (`tlf-eval MODEL --benchmarks ... --data ...`).",
+            "",
+        ]
     rows = []
     for name, row in seen.items():
         control = _score(blind[name]) if name in blind else "not made"
@@ -151,25 +157,34 @@ def _score(row: MetricRow) -> str:
     return f"{row['value']:.{row['digits']}f}{error}"
 
 
-def _evaluations(run: Path | None, folder: str) -> dict[str, MetricRow]:
-    """Return the headline of each benchmark that was evaluated into a folder of the run."""
-    found: dict[str, MetricRow] = {}
+def _evaluations(run: Path | None, folder: str, digest: str) -> dict[str, MetricRow]:
+    """Return the headline of each benchmark on which this model was evaluated into a folder of the run."""
+    read = [read_results(path) for path in _finished(run, folder, digest)]
+    return {r["title"]: next(m for m in r["metrics"] if m["name"] == r["headline"]) for r in read}
+
+
+def _finished(run: Path | None, folder: str, digest: str) -> list[Path]:
+    """Return the folders of finished evaluations of the model with this digest."""
+    found = []
     for path in sorted((run / folder).glob(f"*/{RESULTS}") if run is not None else []):
         try:
             results = read_results(path.parent)
         except UserError as error:
             log.warning("%s; it is left out of the model card", error)
             continue
-        found[results["title"]] = next(m for m in results["metrics"] if m["name"] == results["headline"])
+        if results.get("model_digest") == digest:
+            found.append(path.parent)
+        else:
+            log.warning("%s: is of another model; it is left out of the model card", path)
     return found
 
 
-def _samples(run: Path | None, folder: Path) -> list[str]:
+def _samples(run: Path | None, digest: str, folder: Path) -> list[str]:
     """Copy a few pictures, made smaller, and return their questions and answers."""
     head = ["## Samples", ""]
-    shots = _shots(run)
+    shots = _shots(run, digest)
     if not shots:
-        return [*head, "None: the run folder holds no evaluation whose pictures are at hand.", ""]
+        return [*head, "None: no evaluation of it, whose pictures are at hand, lies in a run folder.", ""]
     lines = []
     (folder / "samples").mkdir()
     for number, (shot, image) in enumerate(shots):
@@ -182,16 +197,14 @@ def _samples(run: Path | None, folder: Path) -> list[str]:
     return [*head, said, "", "| picture | question | answer | expected |", "|---|---|---|---|", *lines, ""]
 
 
-def _shots(run: Path | None) -> list[tuple[Shot, Image.Image]]:
-    found: list[tuple[Shot, Image.Image]] = []
-    for path in sorted((run / "eval").glob(f"*/{RESULTS}") if run is not None else []):
-        try:
-            for shot in gather(path.parent.parent, path.parent, None, shots=_SHOTS).shots:
-                if shot.image.is_file() and len(found) < _SHOTS:
-                    found.append((shot, load_image(shot.image)))
-        except UserError as error:
-            log.warning("%s; it is left out of the model card", error)
-    return found
+def _shots(run: Path | None, digest: str) -> list[tuple[Shot, Image.Image]]:
+    drawn = [
+        shot
+        for path in _finished(run, "eval", digest)
+        for shot in gather(path.parent.parent, path, None, shots=_SHOTS).shots
+        if shot.image.is_file()
+    ]
+    return [(shot, load_image(shot.image)) for shot in drawn[:_SHOTS]]
 
 
 def _cell(text: str) -> str:
