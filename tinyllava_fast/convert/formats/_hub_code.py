@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.lmm import LMM
@@ -84,7 +85,7 @@ class _Copy:
     def __init__(self) -> None:
         self.modules: dict[str, _Module] = {}
         self.texts: dict[tuple[str, str], str] = {}
-        self.imports: dict[tuple[str, str], None] = dict.fromkeys(_PLAIN_IMPORTS)
+        self.imports: dict[tuple[str, str], None] = {item: None for item in _PLAIN_IMPORTS}
         self.sources: dict[str, None] = {}
 
     def add(self, module: str, name: str) -> None:
@@ -137,16 +138,17 @@ class _Copy:
 def parts_source(lmm: LMM) -> str:
     """Return parts_tinyllava.py of a model. Raises UserError for a part whose code uses more than can be copied."""
     copy = _Copy()
-    towers = [type(lmm.vision)] + [type(half) for half in lmm.vision.children() if hasattr(half, "model_classes")]
+    halves = [half for half in lmm.vision.children() if hasattr(half, "model_classes")]
+    towers: list[Any] = [type(part) for part in (lmm.vision, *halves)]
     connector = next(c for c in type(lmm.connector).__mro__ if c.__dict__.get("name") == lmm.connector.name)
     for part in (*towers, connector):
         copy.add(part.__module__, part.__name__)
     if not type(lmm.llm).__module__.startswith("transformers."):
         module = type(lmm.llm).__module__
-        for kind in (type(lmm.llm.config), type(lmm.llm)):
-            copy.add(module, kind.__name__)
-        copy.imports |= dict.fromkeys([("transformers", "AutoConfig"), ("transformers", "AutoModelForCausalLM")])
-        kind, config = type(lmm.llm).__name__, type(lmm.llm.config).__name__
+        config, kind = type(lmm.llm.config).__name__, type(lmm.llm).__name__
+        copy.add(module, config)
+        copy.add(module, kind)
+        copy.imports |= {("transformers", "AutoConfig"): None, ("transformers", "AutoModelForCausalLM"): None}
         copy.texts["register", ""] = (
             f'AutoConfig.register("{lmm.llm.config.model_type}", {config}, exist_ok=True)\n'
             f"AutoModelForCausalLM.register({config}, {kind}, exist_ok=True)"
@@ -221,7 +223,7 @@ def _text(lines: list[str], node: ast.stmt, kept: list[ast.AST]) -> str:
     """Return the lines of a definition without the decorators and members that are left out."""
     decorators = getattr(node, "decorator_list", [])
     first = min([node.lineno, *(d.lineno for d in decorators if not _registers(d))])
-    drop = {line for d in decorators if _registers(d) for line in range(d.lineno, d.end_lineno + 1)}
+    drop = {line for d in decorators if _registers(d) for line in range(d.lineno, (d.end_lineno or d.lineno) + 1)}
     if isinstance(node, ast.ClassDef):
         for member in node.body:
             if not any(member is item for item in kept):
