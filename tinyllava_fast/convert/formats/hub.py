@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from tinyllava_fast.convert import hub
 from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats._chat import chat_template, plain_template
 from tinyllava_fast.convert.formats._hub_card import write_card
@@ -23,7 +24,7 @@ from tinyllava_fast.data.types import IMAGE_TOKEN
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.models import io
 
-CODE = Path(__file__).parents[1] / "hub"
+CODE = Path(hub.__path__[0])
 _COPIED = ("configuration_tinyllava.py", "modeling_tinyllava.py", "processing_tinyllava.py")
 _PARTS = "parts_tinyllava.py"
 _MODEL = "TinyLlavaForConditionalGeneration"
@@ -61,7 +62,8 @@ class HubFormat(Format):
         # transformers takes two repositories for one whose configuration has the same code.
         mark = f"# Of the parts {hashlib.sha256(parts.encode()).hexdigest()[:16]}.\n"
         for name in _COPIED:
-            (folder / name).write_text(mark + (CODE / name).read_text(encoding="utf-8"), encoding="utf-8")
+            code = (CODE / name).read_text(encoding="utf-8").replace(f"from {hub.__name__}.", "from .")
+            (folder / name).write_text(mark + code, encoding="utf-8")
         (folder / _PARTS).write_text(parts, encoding="utf-8")
         (folder / "chat_template.jinja").write_text(chat_template(template, image=f"{IMAGE_TOKEN}\n"), encoding="utf-8")
         self._configure(model, folder)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_tinyllava import TinyLlavaConfig
-from .parts_tinyllava import connector_class, tower_class
+from tinyllava_fast.convert.hub.configuration_tinyllava import TinyLlavaConfig
+from tinyllava_fast.convert.hub.parts_tinyllava import connector_class, tower_class
 
 
 def build_tower(part: dict[str, Any]) -> nn.Module:

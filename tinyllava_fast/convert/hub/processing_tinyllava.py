@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
-from .configuration_tinyllava import TinyLlavaConfig
+from tinyllava_fast.convert.hub.configuration_tinyllava import TinyLlavaConfig
 
 IMAGE = "<image>"
 _MODULES = "transformers.models."
