@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
 from tinyllava_fast.convert.formats._base import Model
-from tinyllava_fast.data.images import load_image
+from tinyllava_fast.data.images import ImageMode, load_image
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import DataError, UserError
 from tinyllava_fast.infer.engine import Engine
@@ -63,7 +64,8 @@ def _whole(lmm: LMM) -> LMM:
 def _answers(model: Model, images: list[Image.Image]) -> list[list[int]]:
     config = model.lmm.config
     template = TEMPLATES.get(config.template, "template")
-    engine = Engine(model.lmm, model.tokenizer, model.processor, template, image_mode=config.image_mode)
+    mode = cast(ImageMode, config.image_mode)
+    engine = Engine(model.lmm, model.tokenizer, model.processor, template, image_mode=mode)
     sampling = Sampling(max_new_tokens=_TOKENS)
     return [
         answer.tokens for answer in engine.answers([Request.ask(_QUESTION, [i], sampling=sampling) for i in images])

@@ -124,11 +124,10 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *, pixel_values: Tensor | None = None, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the arguments of one pass; pictures enter the first one, and all without a cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if is_first_iteration or not kwargs.get("use_cache", True):
+        pixel_values = kwargs.pop("pixel_values", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         return inputs
