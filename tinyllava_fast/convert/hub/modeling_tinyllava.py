@@ -39,7 +39,7 @@ class TinyLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = TinyLlavaConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 transformers declares lists
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -26,7 +26,9 @@ class TinyLlavaProcessor(ProcessorMixin):
         self.settings = TinyLlavaConfig()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> TinyLlavaProcessor:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> TinyLlavaProcessor:
         """Read a repository or a folder; kwargs: revision, token, cache_dir and the like."""
         kwargs = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "_from_auto", "code_revision")}
         settings = TinyLlavaConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
