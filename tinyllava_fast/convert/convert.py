@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from tinyllava_fast.convert.formats._base import FORMATS, Model
+from tinyllava_fast.convert.push import check_name
+from tinyllava_fast.convert.push import push as put
 from tinyllava_fast.data.pictures import REFERENCE, PictureReading
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.files import atomic_folder
@@ -68,13 +70,18 @@ def export_model(
     sources: Sources | None = None,
     keep_adapter: bool = False,
     weights: str | None = None,
+    keep_first_patch: str | Path | None = None,
+    push: str | None = None,
+    private: bool = False,
 ) -> Path:
     """Write a model, of ours or of any known layout, in another project's format.
 
     names: hub ids of its parts where the format refers to them: {llm, tokenizer, vision, vision2}.
     sources: as for import, if the model is such a checkpoint. keep_adapter: write a LoRA adapter apart from the weights
     instead of merging it, for a format that can hold one (llava). weights: number format to quantize the language model
-    to, for a format that has some (gguf: q8_0, q4_0).
+    to, for a format that has some (gguf: q8_0, q4_0). keep_first_patch: folder of pictures; a tower that drops its
+    first patch keeps it in the export (gguf), and how often answers about these pictures agree is said. push: name of a
+    repository on the Hub to put it in (hub), private or not.
     Raises UserError for a model that the format can't express, naming the field, and if the target exists.
     """
     check_free(target)
@@ -90,6 +97,12 @@ def export_model(
         raise UserError(
             f"--{next(iter(names))}-name: {format} states no hub ids; leave it out, or give --format factory"
         )
+    if keep_first_patch is not None and not kind.keeps_first_patch:
+        raise UserError(f"--keep-first-patch: {format} takes such a model as it is; leave it out")
+    if push is not None:
+        if not kind.is_repository:
+            raise UserError(f"--push: {format} is no repository of the Hub; give --format hub")
+        check_name(push)
     merge = kind.merge_adapter and not keep_adapter
     foreign = io.is_foreign(source)
     if not foreign and sources is not None:
@@ -101,11 +114,15 @@ def export_model(
         lmm, tokenizer, processor = io.load_model(source, dtype=dtype, merge_adapter=merge)
     if keep_adapter and not lmm.config.has_lora:
         raise UserError(f"{source}: holds no adapter to keep; leave out --keep-adapter")
-    _say_reading(source, format, lmm.config.reading)
-    model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})}, weights)
+    if not kind.is_repository:
+        _say_reading(source, format, lmm.config.reading)
+    pictures = Path(keep_first_patch) if keep_first_patch is not None else None
+    model = Model(lmm, tokenizer, processor, {**lmm.config.origin, **(names or {})}, weights, Path(source), pictures)
     with atomic_folder(target) as folder, torch.no_grad():
         kind.write(model, folder)
     log.info("%s: exported from %s as %s", target, source, format)
+    if push is not None:
+        put(Path(target), push, private=private)
     return Path(target)
 
 

@@ -36,6 +36,8 @@ from tinyllava_fast.models.weights_file import WEIGHTS, load_weights
 from tinyllava_fast.version import __version__
 
 MODEL_TYPE = "tinyllava_fast"
+_HUB_KEYS = ("architectures", "auto_map", "image_processor", "image_token_count", "image_token_id")
+"""Of config.json in a Hub repository: what its code reads (convert/formats/hub.py)."""
 _GIVE = "give a folder that tlf-train wrote"
 
 
@@ -157,7 +159,8 @@ def read_config(folder: str | Path) -> tuple[LMMConfig, torch.dtype]:
     found = values.pop("model_type", None) if isinstance(values, dict) else None
     if found != MODEL_TYPE:
         raise CheckpointError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}: not a model of this toolkit")
-    values.pop("versions", None)
+    for key in ("versions", *_HUB_KEYS):
+        values.pop(key, None)
     if "adapter" in values:  # as folders before version 0.2 call it
         values["has_lora"] = values.pop("adapter")
     dtype = getattr(torch, str(values.pop("dtype", "float32")), None)

@@ -1,4 +1,4 @@
-"""Every backend of every op against the float64 reference, on the ops' own samples: for tests, tlf-doctor and tlf-bench gpu."""
+"""Every backend of every op against the float64 reference, on the ops' own samples: for tests and for commands."""
 
 from __future__ import annotations
 

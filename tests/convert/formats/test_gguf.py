@@ -33,12 +33,18 @@ from tinyllava_fast.infer.types import Request, Sampling
 from tinyllava_fast.models import io as model_io
 from tinyllava_fast.models.build import build_image_processor, build_model
 from tinyllava_fast.models.lmm import LMM
+from tinyllava_fast.models.vision.clip import CLIPTower
 
 STEPS = 12
 QUESTION = "What is the blue shape?"
 TEXTS = ["What is the blue shape in the image? It is a circle.", "USER: ASSISTANT: yes no red"] * 4
-FAMILIES = ["gemma", "openelm", "phi", "qwen3", "stablelm", "tinyllama"]
-CHANGED = {"stablelm": {"qk_layernorm": False}}
+FAMILIES = ["gemma", "gemma2", "mistral", "openelm", "phi", "qwen2", "qwen3", "stablelm", "tinyllama"]
+MISTRAL = CONFIGS["tinyllama"] | {"model_type": "mistral", "sliding_window": None, "head_dim": 12}
+CHANGED = {
+    "gemma2": CHANGES["gemma2"] | {"query_pre_attn_scalar": 8},
+    "qwen2": {"use_sliding_window": False},
+    "stablelm": {"qk_layernorm": False},
+}
 VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -86,6 +92,8 @@ def enlarged(lmm: LMM) -> LMM:
         for name, p in lmm.named_parameters():
             if p.ndim > 1 and "position" not in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / p[0].numel() ** 0.5))
+            elif name.startswith("llm") and "post_" in name and p.ndim == 1 and lmm.llm.config.model_type == "gemma2":
+                p.fill_(16.0)  # or it would repeat the last token, whose row is the largest part of every state
     return lmm.eval()
 
 
@@ -145,7 +153,9 @@ def ended(tokens: list[int]) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokens_of_text_and_of_one_and_two_pictures(family, pictures, tmp_path) -> None:
     changes = CHANGES[family] if family == "openelm" else LARGER | CHANGED.get(family, {})
-    config = dataclasses.replace(describe(), llm=LLMConfig(type=family, config=CONFIGS[family] | changes))
+    own = MISTRAL if family == "mistral" else CONFIGS[family]
+    kind = "auto" if family == "mistral" else family
+    config = dataclasses.replace(describe(), llm=LLMConfig(type=kind, config=own | changes))
     exported = export(enlarged(build_model(config)), config, tmp_path)
     server = llama_cpp(exported)
     answers = []
@@ -163,6 +173,52 @@ def test_one_linear_map_goes_through_the_graph_of_two(connector, pictures, tmp_p
     exported = export(enlarged(build_model(config)), config, tmp_path)
     expected = ended(exported.ours("<image>\n" + QUESTION, pictures[:1]))
     assert theirs(llama_cpp(exported), exported, QUESTION, pictures[:1]) == expected
+
+
+def test_merged_patches_of_one_picture(pictures, tmp_path) -> None:
+    config = describe(connector="pixel_shuffle")
+    exported = export(enlarged(build_model(config)), config, tmp_path)
+    server, shown = llama_cpp(exported), ([], pictures[:1], pictures[1:])
+    answers = [ended(exported.ours("<image>\n" * len(images) + QUESTION, images)) for images in shown]
+    assert [theirs(server, exported, QUESTION, images) for images in shown] == answers
+    assert len({tuple(answer) for answer in answers}) == 3
+    with pytest.raises(Exception, match="one picture a conversation"):
+        theirs(server, exported, QUESTION, pictures)
+
+
+def test_merged_patches_need_blocks_and_a_tokenizer_that_fit(tmp_path) -> None:
+    config = dataclasses.replace(describe(), connector=ConnectorConfig(type="pixel_shuffle", options={"factor": 4}))
+    with pytest.raises(UserError, match=r"factor: 4; llama.cpp merges blocks of 2 x 2"):
+        export(build_model(config).eval(), config, tmp_path / "factor")
+    config = describe(connector="pixel_shuffle", vocab_size=704)
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama_spm")
+    with pytest.raises(UserError, match="the line break behind it is no token of its own"):
+        export(build_model(config).eval(), config, tmp_path / "tokenizer", tokenizer)
+
+
+def test_the_first_patch_is_kept_where_that_is_asked_for(pictures, tmp_path, caplog) -> None:
+    config = describe()
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, feature_select="patch"))
+    lmm = enlarged(build_model(config))
+    with pytest.raises(UserError, match=r"15 tokens, llama.cpp the 16 .*--keep-first-patch"):
+        export(lmm, config, tmp_path / "refused")
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(shown / f"{number}.png")
+    exported = export(lmm, config, tmp_path / "kept", keep_first_patch=shown)
+    said = gguf.GGUFReader(exported.folder / MODEL).fields["general.description"].contents()
+    assert "16 tokens a picture, and was trained on 15" in said and "of 2 answers" in said and said in caplog.text
+    whole = dataclasses.replace(config, vision=dataclasses.replace(config.vision, feature_select="cls_patch"))
+    exported.lmm = build_model(whole).eval()
+    exported.lmm.load_state_dict(lmm.state_dict())
+    exported.lmm.config = dataclasses.replace(exported.lmm.config, template="llama", image_mode="pad")
+    expected = ended(exported.ours("<image>\n" + QUESTION, pictures[:1]))
+    assert theirs(llama_cpp(exported), exported, QUESTION, pictures[:1]) == expected
+    for folder, reason in ((tmp_path / "absent", "expected a folder of pictures"), (None, "drops no patch")):
+        plain = config if folder else describe()
+        with pytest.raises(UserError, match=reason):
+            export(build_model(plain).eval(), plain, tmp_path / f"{folder is None}", keep_first_patch=folder or shown)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +302,7 @@ def test_rows_for_padding_and_settings(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"connector": "pixel_shuffle"}, "connector: llama.cpp has no pixel_shuffle"),
+        ({"connector": "pixel_shuffle", "vision": "clip"}, "vision.type: clip; llama.cpp merges"),
         ({"connector": "mlp3x_gelu"}, "connector: llama.cpp has no mlp"),
         ({"connector": "mlp2x_relu"}, "activation: relu"),
         ({"vision": "dinov2"}, "vision.type: dinov2"),
@@ -263,12 +319,24 @@ def test_what_llama_cpp_lacks_is_refused_by_name(changes, reason, tmp_path) -> N
     assert not (tmp_path / "gguf").exists()
 
 
-def test_a_clip_tower_is_written_and_the_fault_of_llama_cpp_is_said(tmp_path, caplog) -> None:
+def class_token_last(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What llama.cpp makes of a picture for a CLIP encoder; of its output it leaves out the first row."""
+    parts = tower.embeddings
+    patches = parts.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    rows = torch.cat([patches, parts.class_embedding.expand(len(pixels), 1, -1)], dim=1)
+    return tower.pre_layrnorm(rows + parts.position_embedding.weight)
+
+
+def test_llama_cpp_puts_the_class_token_of_clip_last(pictures, tmp_path, caplog, monkeypatch) -> None:
     config = describe(vision="clip")
     exported = export(enlarged(build_model(config)), config, tmp_path)
     assert "class token" in caplog.text
-    names = {tensor.name for tensor in gguf.GGUFReader(exported.folder / PROJECTOR).tensors}
-    assert {"v.class_embd", "v.pre_ln.weight", "mm.0.weight", "mm.2.weight"} <= names
+    question = "<image>\n" + QUESTION
+    ours = [ended(exported.ours(question, [picture])) for picture in pictures]
+    monkeypatch.setattr(CLIPTower, "embed", class_token_last)
+    last = [ended(exported.ours(question, [picture])) for picture in pictures]
+    server = llama_cpp(exported)
+    assert [theirs(server, exported, QUESTION, [picture]) for picture in pictures] == last != ours
 
 
 def test_a_number_format_that_a_format_lacks(tmp_path) -> None:

@@ -111,6 +111,16 @@ def test_a_hub_release_and_a_transformers_folder(tmp_path: Path) -> None:
     assert transformers_tokens(second, image) == before
 
 
+def test_settings_of_pictures_where_other_loaders_look(tmp_path: Path) -> None:
+    path = export("legacy-tinyllama-siglip", tmp_path)
+    found = json.loads((path / "preprocessor_config.json").read_text())
+    side = json.loads((path / "config.json").read_text())["vision_config"]["image_size"]
+    assert found.pop("crop_size") == {"height": side, "width": side}
+    assert found.pop("processor_class") == "LlavaProcessor"
+    known = json.loads((path / "processor_config.json").read_text())["image_processor"]
+    assert {name: value for name, value in known.items() if name != "crop_size"} == found
+
+
 def test_several_turns_and_text_alone(tmp_path: Path) -> None:
     name = "tinyllama-clip-mlp2x_gelu-mono"
     processor, model = AutoProcessor.from_pretrained(export(name, tmp_path)), opened(name)

@@ -26,6 +26,10 @@ class Model:
     processor: BaseImageProcessor
     names: dict[str, str]
     weights: str | None = None
+    source: Path | None = None
+    """The folder it was read from."""
+    pictures: Path | None = None
+    """Folder of pictures on which a format tries what it changes (gguf: --keep-first-patch)."""
 
 
 class Format(ABC):
@@ -40,6 +44,10 @@ class Format(ABC):
     """True: it can hold an adapter apart from the weights, for --keep-adapter."""
     weights: ClassVar[tuple[str, ...]] = ()
     """Number formats that it can quantize to, for --weights."""
+    keeps_first_patch: ClassVar[bool] = False
+    """True: it can hold a model that drops the first patch as one that keeps it, for --keep-first-patch."""
+    is_repository: ClassVar[bool] = False
+    """True: what it writes is for the Hub, for --push."""
 
     @abstractmethod
     def write(self, model: Model, folder: Path) -> None:

@@ -9,8 +9,9 @@ from tinyllava_fast.errors import UserError
 
 _CHAT = """\
 {%- if messages %}{{ SYSTEM }}{% endif -%}
+{%- set seen = namespace(images=false) -%}
 {%- for message in messages -%}
-{%- set found = namespace(text='', images='') -%}
+{%- set found = namespace(text='', images='', user=USER) -%}
 {%- if message['content'] is string -%}{%- set found.text = message['content'] -%}
 {%- else -%}{%- for item in message['content'] -%}
 {%- if item['type'] == 'image' -%}{%- set found.images = found.images + IMAGE -%}
@@ -18,7 +19,7 @@ _CHAT = """\
 {%- endfor -%}{%- endif -%}
 @PREPARE@
 {%- if message['role'] == 'user' -%}
-{%- if found.images -%}{{ USER + found.images + (found.text | trim) }}{%- else -%}{{ USER + found.text }}{%- endif -%}
+{{ found.user + found.images }}{%- if found.images -%}{{ found.text | trim }}{%- else -%}{{ found.text }}{%- endif -%}
 {%- elif message['role'] == 'assistant' -%}{{ SEPARATOR + found.text + EOS }}
 {%- else -%}{{ raise_exception('this model was trained with the roles user and assistant only') }}
 {%- endif -%}

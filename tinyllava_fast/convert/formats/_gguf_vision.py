@@ -2,7 +2,8 @@
 
 Two of its projector types compute a ViT and two linear maps with a GELU between them: ``mlp`` for a tower with a
 class token (CLIP), ``janus_pro`` for one without (SigLIP). They differ in the colour that they pad with, which is each
-tower's mean. One linear map alone goes through the same graph: gelu(x) - gelu(-x) = x.
+tower's mean. One linear map alone goes through the same graph: gelu(x) - gelu(-x) = x. ``pixel_shuffle`` has a type of
+its own (_gguf_shuffle.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import asdict
 import gguf
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from tinyllava_fast.convert.formats._gguf_shuffle import KIND, check_shuffle, shuffle_tensors, surroundings
 from tinyllava_fast.convert.formats._towers import plain_encoder
+from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
 from tinyllava_fast.models.lmm import LMM
@@ -27,10 +30,20 @@ _TYPES = {"clip": ("mlp", ("mm.0", "mm.2")), "siglip": ("janus_pro", ("mm.0", "m
 _COLOURS = {"clip": [122, 116, 104], "siglip": [127, 127, 127]}
 
 
+def shuffles(lmm: LMM) -> bool:
+    """Return whether the model has the connector that merges patches."""
+    return lmm.connector.name == "pixel_shuffle"
+
+
 def check_vision(lmm: LMM) -> None:
     """Raise UserError naming the field of a tower, connector or image mode that llama.cpp lacks."""
-    _tower(lmm)
-    _maps(lmm)
+    tower = _tower(lmm)
+    if not shuffles(lmm):
+        _maps(lmm)
+    elif tower.name == "siglip":
+        check_shuffle(asdict(lmm.connector.options)["factor"])
+    else:
+        raise UserError(f"vision.type: {tower.name}; llama.cpp merges the patches of siglip towers alone")
     if lmm.config.image_mode not in ("square", "pad"):
         raise UserError(f"image_mode: {lmm.config.image_mode}; llama.cpp has one square image a marker for this tower")
 
@@ -39,7 +52,7 @@ def describe_vision(lmm: LMM, processor: BaseImageProcessor, writer: gguf.GGUFWr
     """Add the settings of the tower, the projector and how pictures are prepared."""
     tower = _tower(lmm)
     config = tower.config
-    kind, _ = _TYPES[tower.name]
+    kind = KIND if shuffles(lmm) else _TYPES[tower.name][0]
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(kind)
@@ -61,14 +74,24 @@ def describe_vision(lmm: LMM, processor: BaseImageProcessor, writer: gguf.GGUFWr
     _say_pixels(lmm, tower, [int(255 * value) for value in settings["image_mean"]])
 
 
-def vision_tensors(lmm: LMM) -> Iterator[tuple[str, Tensor]]:
+def vision_tensors(lmm: LMM, template: Template, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of tower and connector under llama.cpp's names."""
     tower = _tower(lmm)
     yield from _named(tower)
+    if shuffles(lmm):
+        ends = lmm.family.embedding(lmm.llm).weight[list(surroundings(template, tokenizer))]
+        yield from shuffle_tensors(lmm.connector.state_dict()["linear.weight"], *ends)
+        return
     _, names = _TYPES[tower.name]
     for name, (weight, bias) in zip(names, _maps(lmm), strict=True):
         yield f"{name}.weight", weight
         yield f"{name}.bias", bias
+
+
+def drops_patch(lmm: LMM) -> bool:
+    """Return whether the tower leaves out the first patch, as TinyLLaVA Factory does where there is no class token."""
+    encoder = plain_encoder(lmm.vision)
+    return encoder is not None and encoder.name == "siglip" and encoder.num_dropped == 1
 
 
 def _tower(lmm: LMM) -> EncoderTower:
@@ -78,11 +101,17 @@ def _tower(lmm: LMM) -> EncoderTower:
     if encoder.config.hidden_act not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise UserError(f"vision.config.hidden_act: {encoder.config.hidden_act}; llama.cpp has {known}")
+    if encoder.config.intermediate_size == encoder.hidden_size:
+        raise UserError(
+            f"vision.config.intermediate_size: {encoder.hidden_size}, like hidden_size; llama.cpp takes such a file "
+            "for an old one and exchanges the two maps of its feed-forward layers"
+        )
     patches = (encoder.image_size // encoder.config.patch_size) ** 2
     if encoder.num_tokens != patches:
+        keep = "; to keep it, give --keep-first-patch" if drops_patch(lmm) else ""
         raise UserError(
             f"vision.feature_select: {encoder.feature_select} gives {encoder.num_tokens} tokens, llama.cpp the "
-            f"{patches} patches alone"
+            f"{patches} patches alone{keep}"
         )
     return encoder
 
@@ -126,7 +155,7 @@ def _through_gelu(weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _say_pixels(lmm: LMM, tower: EncoderTower, mean: list[int]) -> None:
     """Warn of pictures that llama.cpp prepares otherwise: it pads to a square, with one colour for each tower."""
-    colour = _COLOURS[tower.name]
+    colour = [0, 0, 0] if shuffles(lmm) else _COLOURS[tower.name]
     if tower.name == "clip":
         log.warning(
             "vision.type: clip; llama.cpp since May 2025 puts the class token behind the patches instead of before "

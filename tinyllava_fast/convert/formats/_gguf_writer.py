@@ -44,7 +44,7 @@ class Precision:
         """Return the format of a tensor. What is added or scaled by, row by row, stays in float32."""
         if len(shape) < 2 or "norm" in name or "position_embd" in name or "class_embd" in name:
             return Kind.F32
-        if "patch_embd" in name:  # a convolution: llama.cpp has it for float16 and float32
+        if len(shape) == 4:  # a convolution: llama.cpp has it for float16 and float32
             return Kind.F16 if self.narrow is Kind.F16 else Kind.F32
         kind = self.table if name in ("token_embd.weight", "output.weight") else self.matrix
         return self.narrow if shape[-1] % _BLOCK else kind

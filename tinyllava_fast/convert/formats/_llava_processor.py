@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from PIL import Image
 from tokenizers import AddedToken
@@ -51,6 +53,19 @@ def build_processor(model: Model, vision: EncoderTower) -> LlavaProcessor:
         if all(_agrees(processor, model, template, probe) for probe in _PROBES):
             return processor
     raise UserError("tokenizer: as one text, prompts of this tokenizer do not have the ids that it was trained with")
+
+
+def write_image_processor(model: Model, folder: Path) -> None:
+    """Write preprocessor_config.json, which other loaders read: transformers 5 has processor_config.json alone.
+
+    Its ``crop_size`` is stated even where nothing is cropped: some take 336 pixels where it is missing.
+    """
+    made = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    _, height, width = pixel_shape(model.processor)
+    settings = {"crop_size": {"height": height, "width": width}} | made["image_processor"]
+    settings["processor_class"] = made["processor_class"]
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
 def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

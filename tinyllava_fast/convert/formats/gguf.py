@@ -16,7 +16,7 @@ from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats._chat import chat_template, plain_template
 from tinyllava_fast.data.templates.base import Template
 from tinyllava_fast.data.tokenizer import largest_id
-from tinyllava_fast.errors import import_optional
+from tinyllava_fast.errors import UserError, import_optional
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -35,30 +35,43 @@ class GgufFormat(Format):
 
     name = "gguf"
     weights: ClassVar[tuple[str, ...]] = ("q8_0", "q4_0")
+    keeps_first_patch = True
 
     def write(self, model: Model, folder: Path) -> None:
         """See the base class."""
         import_optional("gguf", "tlf-convert export --format gguf", "demo")
+        from tinyllava_fast.convert.formats import _gguf_vision as vision
         from tinyllava_fast.convert.formats._gguf_llm import language_model
+        from tinyllava_fast.convert.formats._gguf_patch import keep_first_patch
+        from tinyllava_fast.convert.formats._gguf_shuffle import PREPARE
         from tinyllava_fast.convert.formats._gguf_tokenizer import add_tokenizer
-        from tinyllava_fast.convert.formats._gguf_vision import check_vision, describe_vision, vision_tensors
         from tinyllava_fast.convert.formats._gguf_writer import precision, write_file
 
         template = plain_template(model.lmm.config.template)
-        check_vision(model.lmm)
+        changed = ""
+        if model.pictures is not None:
+            if not vision.drops_patch(model.lmm):
+                raise UserError("--keep-first-patch: the model's tower drops no patch; leave it out")
+            model, changed = keep_first_patch(model, model.pictures)
+        vision.check_vision(model.lmm)
         kinds = precision(model.weights, model.lmm.dtype)
         known = largest_id(model.tokenizer)[1] + 1
         llm = language_model(model.lmm, known)
         stops = [template.stop_id(model.tokenizer), *model.lmm.family.stop_ids(model.lmm.llm)]
 
+        prepare = PREPARE if vision.shuffles(model.lmm) else _IMAGES
+
         def describe(writer: GGUFWriter) -> None:
             writer.add_name(f"TinyLLaVA {model.lmm.llm.config.model_type} {model.lmm.vision.name}")
+            if changed:
+                writer.add_description(changed)
             llm.describe(writer)
             add_tokenizer(writer, model.tokenizer, known, stops=stops, add_bos=_adds_bos(template, model.tokenizer))
-            writer.add_chat_template(chat_template(template, image="", prepare=_IMAGES))
+            writer.add_chat_template(chat_template(template, image="", prepare=prepare))
 
         write_file(folder / MODEL, llm.arch, kinds, describe, llm.tensors)
-        add_settings, tensors = partial(describe_vision, model.lmm, model.processor), partial(vision_tensors, model.lmm)
+        add_settings = partial(vision.describe_vision, model.lmm, model.processor)
+        tensors = partial(vision.vision_tensors, model.lmm, template, model.tokenizer)
         write_file(folder / PROJECTOR, "clip", kinds.projector, add_settings, tensors)
         (folder / MODELFILE).write_text(_modelfile(template), encoding="utf-8")
 

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tinyllava_fast.convert.formats._base import FORMATS, Format, Model
 from tinyllava_fast.convert.formats._llava_adapter import write_adapter
-from tinyllava_fast.convert.formats._llava_processor import build_processor
+from tinyllava_fast.convert.formats._llava_processor import build_processor, write_image_processor
 from tinyllava_fast.convert.formats._towers import TOWERS, completed, plain_encoder, resized_positions
 from tinyllava_fast.convert.formats.factory import factory_has
 from tinyllava_fast.data.tokenizer import largest_id
@@ -79,6 +79,7 @@ class LlavaFormat(Format):
         _set_generation(llava, model, token, text["vocab_size"])
         llava.save_pretrained(folder)
         processor.save_pretrained(folder)
+        write_image_processor(model, folder)
         if apart is not None:
             write_adapter(apart, llava, lmm.embedding_scale, folder / adapter.FOLDER)
 
