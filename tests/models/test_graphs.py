@@ -59,7 +59,8 @@ def test_a_padded_batch_in_parts_has_the_logits_of_the_model(family) -> None:
 
 @pytest.mark.parametrize(
     ("vision", "connector"),
-    [(name, "mlp") for name in sorted(VISION)] + [("siglip", name) for name in ("qformer", "resampler", "pixel_shuffle")],
+    [(name, "mlp") for name in sorted(VISION)]
+    + [("siglip", name) for name in ("qformer", "resampler", "pixel_shuffle")],
 )
 def test_pixels_become_the_rows_that_enter_the_decoder(vision, connector) -> None:
     lmm = model("gemma", vision, "mof_mlp" if vision == "mof" else connector)

@@ -110,7 +110,9 @@ def check_graph(lmm: LMM, what: str) -> None:
     kind = lmm.llm.config.model_type
     rope = (getattr(lmm.llm.config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in _FLEXIBLE_ROPES:
-        raise UserError(f"llm.config.rope_parameters.rope_type: {rope}; its positions depend on the length, {what}'s not")
+        raise UserError(
+            f"llm.config.rope_parameters.rope_type: {rope}; its positions depend on the length, {what}'s not"
+        )
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(lmm.vocab_size, (_PROBE,), generator=generator)
     embeds = lmm.scale_embeddings(lmm.family.embedding(lmm.llm).weight.detach()[rows])

@@ -71,12 +71,18 @@ class OneText:
 
 
 def one_text(model: Model) -> OneText:
-    """Return how the prompts of a model are made of one text. Raises UserError if no way gives the ids we train on."""
+    """Return how the prompts of a model are made of one text.
+
+    Raises UserError if no way gives the ids that we train on, or if a picture is more than one input of the tower.
+    """
+    if (mode := model.lmm.config.image_mode) not in ("square", "pad"):
+        raise UserError(f"image_mode: {mode}; these graphs take one square image a marker: data.image_mode=square")
     template = plain_template(model.lmm.config.template)
     tokenizer = with_image_token(model.tokenizer)
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     plain: Tokenize = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    for front in ("", tokenizer.bos_token or ""):
+    bos = tokenizer.bos_token or ""
+    for front in ("", bos, f"{bos} "):  # SentencePiece marks the start of a text by a space
         for glue in _GLUES:
             found = OneText(template, tokenizer, token, model.lmm.tokens_per_image, front, glue)
             if replace(found, rows=2).agrees(plain):
@@ -119,9 +125,6 @@ def known_tokens(model: Model) -> int:
 
 def _pictures(model: Model) -> dict[str, object]:
     """Return how a picture becomes pixels; ``do_pad``: it is first centred on a square of the mean colour."""
-    mode = model.lmm.config.image_mode
-    if mode not in ("square", "pad"):
-        raise UserError(f"image_mode: {mode}; these graphs take one square image a marker: data.image_mode=square")
     settings = vars(model.processor)
     _, height, width = pixel_shape(model.processor)
     crop = bool(settings.get("do_center_crop"))
@@ -129,7 +132,7 @@ def _pictures(model: Model) -> dict[str, object]:
     squash = {} if crop else {"height": height, "width": width}
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "do_pad": mode == "pad",
+        "do_pad": model.lmm.config.image_mode == "pad",
         "size": {"shortest_edge": edge, **squash},
         "crop_size": {"height": height, "width": width},
         "do_center_crop": crop,

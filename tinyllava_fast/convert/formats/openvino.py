@@ -39,7 +39,7 @@ class OpenVinoFormat(Format):
         check_graph(lmm, self.name)
         if missing := [name for name in _NEEDED if find_spec(name) is None]:
             raise UserError(f"--format openvino: needs {', '.join(missing)}; pip install 'tinyllava-fast[exports]'")
-        from tinyllava_fast.convert.formats._openvino import decoder, save, traced, write_tokenizer
+        from tinyllava_fast.convert.engines.openvino_ir import decoder, save, traced, write_tokenizer
 
         write_settings(model, text, folder)
         write_tokenizer(text, folder)

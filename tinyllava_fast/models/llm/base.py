@@ -95,7 +95,11 @@ class LLMFamily(ABC):
         return float(getattr(self.embedding(llm), "scalar_embed_scale", 1.0))
 
     def hidden(
-        self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Tensor | KVView | CachedKV | None
+        self,
+        llm: nn.Module,
+        embeds: Tensor,
+        position_ids: Tensor,
+        **attention_kwargs: Tensor | KVView | CachedKV | None,
     ) -> Tensor:
         """Run the decoder body: [1, T, D] embeds and [1, T] positions -> [1, T, D] after the final norm.
 

@@ -53,7 +53,6 @@ def decoder(lmm: LMM, known: int) -> ov.Model:
     _reorder(model, inputs[3:])
     apply_make_stateful_transformation(model, dict(zip(inputs[3:], outputs[1:], strict=True)))
     _start_empty(model)
-    model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
     return model
 
 
@@ -79,7 +78,10 @@ def _start_empty(model: ov.Model) -> None:
         if node.get_type_name() != "ReadValue":
             continue
         _, heads, _, size = node.get_output_partial_shape(0)
-        sizes = [batch, *(ops.constant([number], dtype="int64") for number in (heads.get_length(), 0, size.get_length()))]
+        sizes = [
+            batch,
+            *(ops.constant([number], dtype="int64") for number in (heads.get_length(), 0, size.get_length())),
+        ]
         zero = ops.constant(0.0, dtype=node.get_output_element_type(0).to_dtype())
         node.set_arguments([ops.broadcast(zero, ops.concat(sizes, axis=0))])
     model.validate_nodes_and_infer_types()
@@ -100,8 +102,12 @@ def write_tokenizer(text: OneText, folder: Path) -> None:
     except Exception as error:
         raise UserError(f"tokenizer: OpenVINO cannot hold this one: {error}") from error
     cut, joined = models
-    whole = ov.Core().compile_model(openvino_tokenizers.convert_tokenizer(text.tokenizer, add_special_tokens=False), "CPU")
+    whole = ov.Core().compile_model(
+        openvino_tokenizers.convert_tokenizer(text.tokenizer, add_special_tokens=False), "CPU"
+    )
     if not text.agrees(lambda prompt: whole([prompt])["input_ids"][0].tolist()):
-        raise UserError("tokenizer: OpenVINO's form of it cuts prompts into other tokens than this model was trained on")
+        raise UserError(
+            "tokenizer: OpenVINO's form of it cuts prompts into other tokens than this model was trained on"
+        )
     ov.save_model(cut, folder / "openvino_tokenizer.xml")
     ov.save_model(joined, folder / "openvino_detokenizer.xml")
