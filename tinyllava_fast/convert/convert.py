@@ -74,7 +74,7 @@ def export_model(
     names: hub ids of its parts where the format refers to them: {llm, tokenizer, vision, vision2}.
     sources: as for import, if the model is such a checkpoint. keep_adapter: write a LoRA adapter apart from the weights
     instead of merging it, for a format that can hold one (llava). weights: number format to quantize the language model
-    to, for a format that has some (gguf: q8_0, q4_0).
+    to, for a format that has some (gguf: q8_0, q4_0; onnx: int8; openvino: int8, int4).
     Raises UserError for a model that the format can't express, naming the field, and if the target exists.
     """
     check_free(target)

@@ -114,7 +114,7 @@ def packed(
     """
     owner = type(module).__name__
     if cached is not None:
-        _refuse(owner, query[:1], attention_mask, dropout, s_aux)
+        _refuse(owner, query[:1], attention_mask, dropout, s_aux)  # here there may be more rows than one
         layer: int = module.layer_idx  # type: ignore[assignment]
         return cached.attend(layer, query, key, value, scaling, sliding_window, softcap), None
     _refuse(owner, query, attention_mask, dropout, s_aux)

@@ -9,11 +9,12 @@ import pytest
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
-from tests.convert.formats.exported import family
+from tests.convert.formats.exported import export, family
 from tests.vectors import GOLDEN
 from tinyllava_fast.convert.formats._base import Model
 from tinyllava_fast.convert.formats._graph_folder import OneText, known_tokens, one_text, write_settings
 from tinyllava_fast.data.tokenizer import load_tokenizer
+from tinyllava_fast.errors import UserError
 from tinyllava_fast.models.build import build_image_processor, build_model
 
 TEMPLATE = {
@@ -69,3 +70,11 @@ def test_settings(vision, mode, tmp_path) -> None:
     assert pictures["size"]["shortest_edge"] == 32
     assert (pictures["do_pad"], pictures["do_center_crop"]) == (mode == "pad", vision == "clip")
     assert generation["eos_token_id"] == [2] and generation["do_sample"] is False
+
+
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnxscript"), ("openvino", "nncf")])
+def test_an_absent_package_is_named(format, package, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(f"tinyllava_fast.convert.formats.{format}.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"--format {format}: needs .*{package}.*tinyllava-fast\[exports\]"):
+        export(family("tinyllama"), tmp_path, format)
+    assert not (tmp_path / "theirs").exists()
