@@ -9,6 +9,7 @@ Legend: N images, K rows an image, D width, B sequences, T new tokens, P earlier
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 
@@ -29,9 +30,15 @@ _TOLERANCE = 1e-3
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Run and trace graphs inside the block: no op of ours, no gradient, no warning."""
-    with inlined(), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    theirs = logging.getLogger("transformers")  # tracers look at every attribute, which some of its properties warn of
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        with inlined(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.setLevel(level)
 
 
 class VisionGraph(nn.Module):
@@ -129,9 +136,9 @@ def check_graph(lmm: LMM, what: str) -> None:
                 found.append(logits[0])
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"llm: {what} cannot run {kind} with K and V as inputs: {error}") from error
-    error = float((torch.cat(found) - expected).abs().max() / expected.abs().max())
-    if not error < _TOLERANCE:
+    worst = float((torch.cat(found) - expected).abs().max() / expected.abs().max())
+    if not worst < _TOLERANCE:
         raise UserError(
-            f"llm: {kind} computes something else where K and V are a graph's inputs ({error:.1g} of its largest "
+            f"llm: {kind} computes something else where K and V are a graph's inputs ({worst:.1g} of its largest "
             f"logit), so {what} export would answer otherwise"
         )

@@ -79,7 +79,7 @@ def one_text(model: Model) -> OneText:
         raise UserError(f"image_mode: {mode}; these graphs take one square image a marker: data.image_mode=square")
     template = plain_template(model.lmm.config.template)
     tokenizer = with_image_token(model.tokenizer)
-    token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    token = int(tokenizer.get_vocab()[IMAGE_TOKEN])
     plain: Tokenize = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     bos = tokenizer.bos_token or ""
     for front in ("", bos, f"{bos} "):  # SentencePiece marks the start of a text by a space
