@@ -53,6 +53,7 @@ class Exported:
 def export(config: ModelConfig, folder: Path, format: str, mode: str = "square", **options: Any) -> Exported:
     """Save a model of the configuration with large weights and export it."""
     lmm, tokenizer = enlarged(build_model(config)), train_tokenizer(TEXTS, 268)
+    tokenizer.chat_template = "the language model's own"
     lmm.config = dataclasses.replace(lmm.config, template="llama", image_mode=mode)
     io.save_model(lmm, tokenizer, build_image_processor(config), folder / "ours")
     export_model(folder / "ours", folder / "theirs", format, **options)

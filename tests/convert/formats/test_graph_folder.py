@@ -56,9 +56,12 @@ def test_the_chat_template_writes_the_prompt(name) -> None:
 
 @pytest.mark.parametrize(("vision", "mode"), [("siglip", "pad"), ("clip", "square")])
 def test_settings(vision, mode, tmp_path) -> None:
-    model = model_of(load_tokenizer(GOLDEN / "tokenizers" / "llama_spm"), "llama", vision, mode)
+    tokenizer = load_tokenizer(GOLDEN / "tokenizers" / "llama_spm")
+    tokenizer.chat_template = "the language model's own"
+    model = model_of(tokenizer, "llama", vision, mode)
     text = one_text(model)
     write_settings(model, text, tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == text.chat_template()
     config, pictures, generation = (
         json.loads((tmp_path / f"{name}.json").read_text())
         for name in ("config", "preprocessor_config", "generation_config")

@@ -21,6 +21,7 @@ def test_names_and_settings(name, tmp_path) -> None:
     config = json.loads((exported.theirs / "config.json").read_text())
     tops = {"vision_tower.vision_model", "multi_modal_projector", "language_model.model", "language_model.lm_head"}
     assert all(key.startswith(tuple(tops)) for key in weights)
+    assert '"USER: "' in (exported.theirs / "chat_template.jinja").read_text()
     # Weights as torch has them: mlx-vlm turns the convolution's itself.
     assert weights["vision_tower.vision_model.embeddings.patch_embedding.weight"].shape == (32, 3, 8, 8)
     assert config["text_config"]["rope_theta"] == 10000.0 and config["text_config"]["model_type"] in ("llama", "qwen2")

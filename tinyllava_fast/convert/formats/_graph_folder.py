@@ -86,6 +86,7 @@ def one_text(model: Model) -> OneText:
         for glue in _GLUES:
             found = OneText(template, tokenizer, token, model.lmm.tokens_per_image, front, glue)
             if replace(found, rows=2).agrees(plain):
+                tokenizer.chat_template = found.chat_template()  # ours instead of the language model's
                 return found
     raise UserError("tokenizer: as one text, prompts of this tokenizer do not have the ids that it was trained with")
 
@@ -93,8 +94,7 @@ def one_text(model: Model) -> OneText:
 def write_settings(model: Model, text: OneText, folder: Path) -> None:
     """Write tokenizer, configuration, the picture's preparation and the end tokens, as transformers names the files."""
     lmm = model.lmm
-    text.tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(text.chat_template(), encoding="utf-8")
+    text.tokenizer.save_pretrained(folder)  # with chat_template.jinja
     config = {
         "model_type": "llava",
         "image_token_index": text.image_token,
