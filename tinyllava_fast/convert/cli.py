@@ -40,12 +40,16 @@ def parser() -> argparse.ArgumentParser:
     out = commands.add_parser("export", help="write a model in another project's format")
     out.add_argument("source", type=path_argument, help="model folder, or a checkpoint that import takes")
     out.add_argument("target", type=path_argument, help="folder to write; must not exist")
-    out.add_argument("--format", required=True, metavar="NAME", help="adapter, factory, gguf, hub or llava")
+    out.add_argument(
+        "--format", required=True, metavar="NAME", help="adapter, factory, gguf, hub, llava, mlx, onnx or openvino"
+    )
     out.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     out.add_argument(
         "--keep-adapter", action="store_true", help="llava: write a LoRA adapter apart, to out/adapter, for peft"
     )
-    out.add_argument("--weights", metavar="NAME", help="gguf: quantize the language model to q8_0 or q4_0")
+    out.add_argument(
+        "--weights", metavar="NAME", help="quantize to. gguf: q8_0, q4_0; onnx: int8; openvino: int8, int4"
+    )
     out.add_argument(
         "--keep-first-patch",
         type=path_argument,

@@ -79,9 +79,9 @@ def export_model(
     names: hub ids of its parts where the format refers to them: {llm, tokenizer, vision, vision2}.
     sources: as for import, if the model is such a checkpoint. keep_adapter: write a LoRA adapter apart from the weights
     instead of merging it, for a format that can hold one (llava). weights: number format to quantize the language model
-    to, for a format that has some (gguf: q8_0, q4_0). keep_first_patch: folder of pictures; a tower that drops its
-    first patch keeps it in the export (gguf), and how often answers about these pictures agree is said. push: name of a
-    repository on the Hub to put it in (hub), private or not.
+    to, for a format that has some (gguf: q8_0, q4_0; onnx: int8; openvino: int8, int4). keep_first_patch: folder of
+    pictures; a tower that drops its first patch keeps it in the export (gguf), and how often answers about these
+    pictures agree is said. push: name of a repository on the Hub to put it in (hub), private or not.
     Raises UserError for a model that the format can't express, naming the field, and if the target exists.
     """
     check_free(target)

@@ -13,12 +13,14 @@ Legend: B batch, T tokens, H heads, Hkv key/value heads, Dh head size, S segment
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
+from tinyllava_fast.ops._op import is_inlined
 from tinyllava_fast.ops._policy import faster
 from tinyllava_fast.ops.decode_attention import decode_attention
 from tinyllava_fast.ops.packed_attention import packed_attention
@@ -56,6 +58,50 @@ class Watched:
     softcap: float  # 0: none
 
 
+@dataclass
+class CachedKV:
+    """Keys and values of earlier tokens as plain tensors, in graphs that other engines run (models/graphs.py)."""
+
+    past: list[tuple[Tensor, Tensor]]  # a layer: K and V [B, Hkv, P, Dh]
+    mask: Tensor  # [B, P + T]: 0 where a position is padding
+    present: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # filled by the layers: [B, Hkv, P + T, Dh]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Return causal attention [B, T, H, Dh] of query [B, H, T, Dh] over the past and this call's K and V."""
+        key, value = (torch.cat(pair, dim=2) for pair in zip(self.past[layer], (key, value), strict=True))
+        self.present.append((key, value))
+        groups = int(query.shape[1]) // int(key.shape[1])
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        bias = self._bias(query, window)
+        if not softcap:
+            out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+            return out.transpose(1, 2)
+        scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+        weights = torch.softmax(softcap * torch.tanh(scores / softcap) + bias, dim=-1)
+        return (weights @ value).transpose(1, 2)
+
+    def _bias(self, query: Tensor, window: int | None) -> Tensor:
+        """Return what is added to the scores, [B, 1, T, P + T]: zero, or the least number where a key is hidden."""
+        keys, queries = self.mask.shape[1], query.shape[2]
+        column = torch.arange(keys, device=query.device)[None]
+        row = (torch.arange(queries, device=query.device) + keys - queries)[:, None]
+        seen = column <= row
+        if window:
+            seen = seen & (column > row - window)
+        seen = seen[None, None] & self.mask[:, None, None].bool()
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        return torch.where(seen, zero, torch.finfo(query.dtype).min)
+
+
 def packed(
     module: nn.Module,
     query: Tensor,
@@ -69,6 +115,7 @@ def packed(
     cu_seqlens: Tensor | None = None,
     prefix: Tensor | None = None,
     kv: KVView | None = None,
+    cached: CachedKV | None = None,
     s_aux: Tensor | None = None,
     watch: Callable[[Watched], None] | None = None,
     **_: object,
@@ -76,10 +123,14 @@ def packed(
     """Attention function of decoders. watch: is shown the queries and keys of each layer.
 
     query [1, H, T, Dh], key and value [1, Hkv, T, Dh]; give ``cu_seqlens`` [S + 1] (and ``prefix`` [S, 2]) in
-    training, ``kv`` in inference. Returns ([1, T, H, Dh], None).
+    training, ``kv`` in inference. Returns ([1, T, H, Dh], None). With ``cached``, there may be more rows than one.
     Raises ValueError where neither arrives, or for a feature that packed attention lacks.
     """
     owner = type(module).__name__
+    if cached is not None:
+        _refuse(owner, query[:1], attention_mask, dropout, s_aux)  # here there may be more rows than one
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        return cached.attend(layer, query, key, value, scaling, sliding_window, softcap), None
     _refuse(owner, query, attention_mask, dropout, s_aux)
     # squeeze, because the gradient of x[0] is a copy into zeros
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H | Hkv, Dh]
@@ -140,7 +191,7 @@ def full(
     """Attention function of vision towers: query, key, value [N, H, K, Dh] -> ([N, K, H, Dh], None), no mask."""
     if dropout or attention_mask is not None:
         raise ValueError(f"tlf_full: {type(module).__name__} asks for attention dropout or a mask; it has neither")
-    if not faster("packed_attention of images", query):
+    if is_inlined() or not faster("packed_attention of images", query):
         out = nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
         return out.transpose(1, 2), None
     images, heads, tokens, size = query.shape

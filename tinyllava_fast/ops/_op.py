@@ -36,6 +36,7 @@ BACKENDS = ("triton", "cpp", "reference")
 OPS: dict[str, Op[..., Any]] = {}
 _forced: list[str] = []
 _unchecked: list[bool] = []
+_inlined: list[bool] = []
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Op(Generic[P, R_co]):
 
     def infer(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Run the op past torch's dispatcher, which costs as much as a small op, unless a compiler traces the call."""
+        if _inlined:
+            return self.reference(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.op(*args, **kwargs)
         if _unchecked and self.chosen is not None:
@@ -211,6 +214,24 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         _unchecked.pop()
+
+
+@contextlib.contextmanager
+def inlined() -> Iterator[None]:
+    """Inside the block, where no gradient is recorded, an op is its reference's torch operations, unchecked.
+
+    For tracers whose graphs another engine runs: they may hold no op of ours.
+    """
+    _inlined.append(True)
+    try:
+        yield
+    finally:
+        _inlined.pop()
+
+
+def is_inlined() -> bool:
+    """Return whether ``inlined`` is in force."""
+    return bool(_inlined)
 
 
 def backend_wanted() -> str | None:

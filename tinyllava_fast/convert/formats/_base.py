@@ -18,7 +18,7 @@ class Model:
     """A model to export.
 
     lmm: in eval mode. names: hub ids of the parts, {llm, tokenizer, vision, vision2}. weights: number format that the
-    language model is quantized to, one of the format's ``weights``; None: none.
+    language model, or more of the model, is quantized to, one of the format's ``weights``; None: none.
     """
 
     lmm: LMM

@@ -39,7 +39,7 @@ def build_processor(model: Model, vision: EncoderTower) -> LlavaProcessor:
         raise UserError(f"vision.feature_select: {vision.name} drops {dropped} tokens, transformers' llava one or none")
     patch = vision.config.patch_size
     prefix = vision.num_tokens + dropped - (vision.image_size // patch) ** 2
-    tokenizer = _with_image_token(model.tokenizer)
+    tokenizer = with_image_token(model.tokenizer)
     for glue in _GLUES:
         processor = LlavaProcessor(
             image_processor=_image_processor(model),
@@ -68,7 +68,7 @@ def write_image_processor(model: Model, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A copy that knows ``<image>`` and is loaded from its tokenizer.json as it is, not rebuilt from the vocabulary."""
     copied = copy.deepcopy(tokenizer)
     if IMAGE_TOKEN not in copied.get_vocab():

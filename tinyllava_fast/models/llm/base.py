@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tinyllava_fast.models.architecture import LLMPart, Values
-from tinyllava_fast.models.attention import KVView
+from tinyllava_fast.models.attention import CachedKV, KVView
 from tinyllava_fast.registry import Registry
 
 PAD_WITH_UNK = {"pad_token": "unk_token"}  # as most families do
@@ -95,9 +95,16 @@ class LLMFamily(ABC):
         return float(getattr(self.embedding(llm), "scalar_embed_scale", 1.0))
 
     def hidden(
-        self, llm: nn.Module, embeds: Tensor, position_ids: Tensor, **attention_kwargs: Tensor | KVView | None
+        self,
+        llm: nn.Module,
+        embeds: Tensor,
+        position_ids: Tensor,
+        **attention_kwargs: Tensor | KVView | CachedKV | None,
     ) -> Tensor:
-        """Run the decoder body: [1, T, D] embeds and [1, T] positions -> [1, T, D] after the final norm."""
+        """Run the decoder body: [1, T, D] embeds and [1, T] positions -> [1, T, D] after the final norm.
+
+        With ``cached``, a models.attention.CachedKV, there may be more rows than one.
+        """
         body = llm.base_model
         return body(  # type: ignore[operator]
             inputs_embeds=embeds, position_ids=position_ids, use_cache=False, **attention_kwargs
