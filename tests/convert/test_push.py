@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_a_refusal_names_what_to_do(hub: Hub, tmp_path: Path) -> None:
     hub.refuses = True
     with pytest.raises(UserError, match=r"--push me/shapes: .*401.*hf auth login"):
         push(tmp_path, "me/shapes")
-    for name in ("shapes", "me/", "a/b/c", "https://hf.co/me/shapes"):
+    for name in ("shapes", "me/", "a/b/c", "https://hf.co/me/shapes", "me/a..b", "me/a--b", "me/.git", "me/naïve"):
         assert main(["export", str(tmp_path), str(tmp_path / "x"), "--format", "hub", "--push", name]) == 2
     assert main(["export", str(tmp_path), str(tmp_path / "x"), "--format", "gguf", "--push", "me/shapes"]) == 2
+
+
+def test_a_hub_that_cannot_be_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants as constants
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    with pytest.raises(UserError, match=r"--push me/shapes: .*see that the Hub can be reached"):
+        push(tmp_path, "me/shapes")
+    assert hub.calls == []
