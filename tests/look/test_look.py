@@ -135,6 +135,31 @@ def test_what_is_found_is_what_the_engine_computes() -> None:
     assert np.allclose(np.diag(look.similarity), 1, atol=1e-5)
 
 
+def test_a_look_that_is_too_large_or_no_longer_wanted() -> None:
+    engine = make_engine(make_model(), make_tokenizer())
+    looker, request = Looker(engine.lmm, engine), Request.ask("what?", noise(40, 30))
+    needed = looker.memory(looker.prompts.prompt(request), 2)
+    twice = Request.ask("what?", [noise(40, 30), noise(20, 30)])
+    assert looker.memory(looker.prompts.prompt(twice), 2) > needed > 0
+    assert looker.look(request, [40, 41], fill=None, most_bytes=needed).tokens
+    with pytest.raises(UserError, match="show fewer pictures"):
+        looker.look(request, [40, 41], most_bytes=needed - 1)
+    left = iter([None] * 3)  # the passes that are let through
+
+    def stop() -> None:
+        if next(left, "none") == "none":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        looker.look(request, [40, 41], between=stop)
+    assert next(left, "none") == "none"
+
+
+def test_a_second_look_beside_the_engine_has_its_own_weights(folder: Path) -> None:
+    assistant = Assistant.from_pretrained(folder, prepare=False)
+    assert assistant.looker.lmm is assistant.engine.lmm is not assistant.separate_looker().lmm
+
+
 def test_the_gradient_map_is_the_gradient() -> None:
     """Against finite differences of the answer's log-probability with the connector's rows."""
     lmm = make_model().double()

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.serve.asking import ask, choose
 from tests.serve.conftest import Running, data_uri, image_part, refused, text_part
 from tinyllava_fast.look.types import METHODS
+from tinyllava_fast.serve.answering import OneByOne
+from tinyllava_fast.serve.problems import ApiError
 
 LOOK = "/v1/look"
 
@@ -20,6 +28,7 @@ def test_a_look_is_at_the_greedy_answer(page_server: Running, files: list[Path])
     status, found, _ = page_server.ask("POST", LOOK, body(files))
     assert status == 200, found
     asked = page_server.chat(body(files)["messages"][0]["content"], model="tiny", max_tokens=3)[1]
+    assert found["question"] == "what is it?"
     assert found["answer"] == asked["choices"][0]["message"]["content"]
     assert {m["name"] for m in found["methods"]} == set(METHODS) and len(found["pictures"]) == 1
     assert 0 < len(found["tokens"]) <= 3 and found["curves"]["random"]["deletion"]
@@ -34,6 +43,33 @@ def test_what_is_refused(page_server: Running, attacked: Running, files: list[Pa
     assert attacked.ask("POST", LOOK, body(files), {"Authorization": "Bearer wrong"})[0] == 401
     off = refused(attacked.ask("POST", LOOK, body(files, model=None)), 404)
     assert "started with --look" in off["message"]
+
+
+def test_who_hangs_up_ends_the_work_before_the_next_begins() -> None:
+    async def hang_up_and_ask_again() -> list[str]:
+        one_by_one, done, begun = OneByOne(), [], threading.Event()
+
+        def endless(check: Callable[[], None]) -> None:
+            begun.set()
+            try:
+                while True:
+                    check()
+                    time.sleep(0.001)
+            finally:
+                done.append("first")
+
+        first = asyncio.ensure_future(one_by_one.run(endless))
+        await asyncio.to_thread(begun.wait, 60)
+        waiting = [asyncio.ensure_future(one_by_one.run(lambda check: done.append("next"))) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="too many looks"):
+            one_by_one.check_room()
+        first.cancel()
+        await asyncio.wait_for(asyncio.gather(first, *waiting, return_exceptions=True), 60)
+        one_by_one.check_room()
+        return done
+
+    assert asyncio.run(hang_up_and_ask_again()) == ["first", "next", "next", "next"]
 
 
 def test_the_tab_shows_the_last_answer(page, files: list[Path]) -> None:

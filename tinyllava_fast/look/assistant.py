@@ -37,12 +37,16 @@ class Assistant(assistant.Assistant):
         Gradients need the plain weights: where the engine's are made ready for decoding, or quantized, they are read
         once more, and the look is at those.
         """
-        lmm = self.engine.lmm
-        if self.engine.model.ready:
-            if self._folder is None:
-                raise UserError("this assistant's weights are made ready for decoding; open its folder to look inside")
-            lmm = plain_model(*self._folder, like=lmm)
-        return Looker(lmm, self.engine)
+        return self.separate_looker() if self.engine.model.ready else Looker(self.engine.lmm, self.engine)
+
+    def separate_looker(self) -> Looker:
+        """Return what looks into this model's answers while the engine runs in another thread: with its own weights.
+
+        A look watches the model's layers, and would see what the engine runs through the same ones.
+        """
+        if self._folder is None:
+            raise UserError("this assistant's weights are made ready for decoding; open its folder to look inside")
+        return Looker(plain_model(*self._folder, like=self.engine.lmm), self.engine)
 
     def look(
         self,

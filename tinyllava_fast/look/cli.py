@@ -10,7 +10,8 @@ from pathlib import Path
 from tinyllava_fast import plugins
 from tinyllava_fast.commands import INTERRUPTED, Parser
 from tinyllava_fast.errors import UserError, writing
-from tinyllava_fast.infer.flags import add_adapter_flag, positive, threads
+from tinyllava_fast.files import write_file
+from tinyllava_fast.infer.flags import add_adapter_flag, natural, positive, threads
 from tinyllava_fast.log import log, setup_logging
 from tinyllava_fast.paths import path_argument
 
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         default="mean",
         help="what replaces parts of the picture in the curves; none: no curves (default: mean)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the curves' random orders (default: 0)")
+    p.add_argument("--seed", type=natural, default=0, help="of the curves' random orders (default: 0)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model was saved")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all cores)")
@@ -96,7 +97,7 @@ def _look(args: argparse.Namespace) -> None:
     facts = [("model", str(args.model)), ("pictures", ", ".join(map(str, shown))), ("question", args.question)]
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page(look, facts), encoding="utf-8", errors="replace")
+        write_file(output, page(look, facts).encode("utf-8", "replace"), durable=False)
     log.info("wrote %s", output)
     if args.png:
         log.info("wrote %d pictures to %s", len(write_pngs(look, Path(args.png))), args.png)

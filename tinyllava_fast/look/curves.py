@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -35,15 +35,16 @@ def curves(
     seed: int,
     *,
     orders: int = ORDERS,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Curve]:
     """Return the curves of each kind of map, and of random orders under RANDOM.
 
     The pictures are divided into cells, as many a side as the tower has patches, at most MOST_CELLS. fill: cells
     become the mean colour of the pictures that the tower was made for ("blank": zero once normalized), the picture's
     own mean colour, which may still tell the colour of what is in it, or its blurred copy. The value is the
-    probability of the answer's ``tokens``.
+    probability of the answer's ``tokens``. between: called between passes; what it raises passes through.
     """
-    cells = min(MOST_CELLS, prompts.lmm.vision.image_size, _side(prompts))
+    cells = min(MOST_CELLS, prompts.lmm.vision.image_size, prompts.side)
     ranked = {name: _order([m.raster(cells, cells) for m in some]) for name, some in maps.items()}
     total = cells * cells * len(prompt.pictures)
     generator = np.random.default_rng(seed)
@@ -69,7 +70,7 @@ def curves(
     with torch.no_grad():
         log_p = answer_log_probabilities(
             prompts.lmm,
-            _embeds(prompts, prompt, tokens, filled, list(wanted.values()), cells),
+            _embeds(prompts, prompt, tokens, filled, list(wanted.values()), cells, between),
             torch.tensor(tokens, device=prompts.lmm.device),
             vocab=vocab,
         )
@@ -78,10 +79,6 @@ def curves(
     each = {name: _curve([values[m.tobytes()] for m in some], at) for name, some in everything.items()}
     random = [each.pop(f"{RANDOM} {n}") for n in range(orders)]
     return {**each, RANDOM: _mean(random)}
-
-
-def _side(prompts: Prompts) -> int:
-    return int(np.sqrt(max(prompts.lmm.vision.patch_numbers) + 1))
 
 
 def _order(rasters: Sequence[np.ndarray]) -> np.ndarray:
@@ -105,11 +102,13 @@ def _embeds(
     filled: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
     cells: int,
+    between: Callable[[], None],
 ) -> Iterator[Tensor]:
     """The embeddings of prompt and answer with the masked cells replaced, the tower run on many at once."""
     inputs = sum(prompt.inputs)
     at_once = max(1, INPUTS_A_PASS // inputs)
     for start in range(0, len(masks), at_once):
+        between()
         some = masks[start : start + at_once]
         pictures = [one for mask in some for one in _replaced(prompt.pictures, filled, mask, cells)]
         encoded = prompts.lmm.encode_images(prompts.pixels(pictures))

@@ -5,6 +5,7 @@ Legend: T tokens, I image rows of the prompt, N inputs of the tower, K tower tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,14 @@ class Prompt:
         """Inputs of the tower that each picture is."""
         return [len(some) for some in self.boxes]
 
+    @property
+    def question(self) -> str:
+        """The text of the last message."""
+        value = self.request.messages[-1]["value"]
+        if isinstance(value, (list, tuple)):
+            return "".join(str(part) for part in value if part is not IMAGE).strip()
+        return str(value)
+
 
 class Prompts:
     """Makes prompts of requests, and embeddings of prompts. lmm: plain, in eval mode."""
@@ -50,6 +59,8 @@ class Prompts:
         self.lmm = lmm
         self.preparer = preparer
         self.images: ImageEncoder = preparer.images
+        self.side = math.isqrt(max(lmm.vision.patch_numbers) + 1)
+        """Patches a side of the tower's input."""
 
     def prompt(self, request: Request) -> Prompt:
         """Return the prompt of a request. Raises what is wrong with it as ``Engine.run``, UserError without images."""

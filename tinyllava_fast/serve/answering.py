@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -76,7 +77,7 @@ class Choices:
 
 
 class OneByOne:
-    """Work that takes a core for seconds, in a thread, one piece at a time. ApiError 429 if too many wait."""
+    """Work that takes the cores for seconds or minutes, in a thread, one piece at a time."""
 
     MOST = 4
 
@@ -84,18 +85,33 @@ class OneByOne:
         self._lock = asyncio.Lock()
         self._waiting = 0
 
-    async def run(self, work: Callable[[], Result]) -> Result:
-        """Return the result of ``work``. A client that hangs up gives up its turn, or lets its thread run out."""
+    def check_room(self) -> None:
+        """Raise ApiError 429 if too many wait."""
         if self._waiting >= self.MOST:
             raise busy("too many looks wait; try again", status=429)
+
+    async def run(self, work: Callable[[Callable[[], None]], Result]) -> Result:
+        """Return the result of ``work``. ApiError 429 if too many wait.
+
+        work: is given a function to call now and then; it raises ClientGoneError once the client has hung up.
+        """
+        self.check_room()
+        gone = threading.Event()
+
+        def check_client() -> None:
+            if gone.is_set():
+                raise ClientGoneError
+
         self._waiting += 1
         try:
             async with self._lock:
-                thread = asyncio.ensure_future(asyncio.to_thread(work))
+                thread = asyncio.ensure_future(asyncio.to_thread(work, check_client))
                 try:
                     return await asyncio.shield(thread)
                 except asyncio.CancelledError:
+                    gone.set()
                     await asyncio.wait({thread})  # the next one must not run beside it
+                    thread.exception()  # nobody else asks for it
                     raise
         finally:
             self._waiting -= 1

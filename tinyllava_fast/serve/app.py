@@ -111,6 +111,7 @@ class Api:
             said = "looks inside are off" if served.base is None else "an adapter's answers are not looked into"
             raise ApiError(404, f"{said}; the server is started with --look for those of a model", param="model")
         check_length([texts(body.messages)], served, "messages")
+        self.looking.check_room()
         return await unless_gone(request, self._look(body, served, served.looker, share_of(request.scope)))
 
     async def _look(self, body: LookRequest, served: Served, looker: Looker, share: Share) -> Response:
@@ -126,8 +127,14 @@ class Api:
                 if isinstance(event, Answer):
                     check(event, "messages")
         (answer,) = _complete(choices)
+
+        def work(check_client: Callable[[], None]) -> Response:
+            most = self.limits.look_bytes
+            found = looker.look(question, answer.tokens, most_bytes=most, between=check_client)
+            return JSONResponse(payload(found))  # megabytes, so they are encoded in this thread, too
+
         try:
-            return JSONResponse(await self.looking.run(lambda: payload(looker.look(question, answer.tokens))))
+            return await self.looking.run(work)
         except UserError as error:
             raise bad(str(error), "messages") from None
 

@@ -89,6 +89,7 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         ("--max-new-tokens", 2048, "new tokens, and how many where none are named"),
         ("--max-choices", 16, "choices (n)"),
         ("--max-memory-mb", 2048, "bodies and decoded pictures of all requests together"),
+        ("--max-look-mb", 8192, "memory of a look inside (--look)"),
         ("--max-connections", 1024, "connections of all clients; of more the oldest idle one is closed"),
         ("--client-seconds", 30, "time for sending a request's head, its body, and for taking what is sent back"),
         ("--drain-seconds", 60, "time to finish what runs after SIGTERM"),
@@ -226,6 +227,7 @@ def _limits(args: argparse.Namespace) -> ServerLimits:
         new_tokens=args.max_new_tokens,
         choices=args.max_choices,
         memory_bytes=args.max_memory_mb * MB,
+        look_bytes=args.max_look_mb * MB,
         connections=args.max_connections,
         client_seconds=args.client_seconds,
         drain_seconds=args.drain_seconds,
@@ -251,7 +253,7 @@ def _open(name: str, path: str, args: argparse.Namespace) -> Served:
     )
     assistant.engine.tokenizer.name_or_path = name  # clients are told of it, and not of a folder
     live = LiveEngine(assistant.engine, max_waiting=args.max_waiting)
-    looker = assistant.looker if args.look else None
+    looker = assistant.separate_looker() if args.look else None
     served = Served(name, assistant.engine, live, int(time.time()), looker=looker)
     served.warm_up()
     return served

@@ -36,6 +36,8 @@ class ServerLimits:
     connections: int = 1024
     memory_bytes: int = 2048 * MB
     """For bodies and decoded pictures of all requests together."""
+    look_bytes: int = 8192 * MB
+    """For a look inside, of which one runs at a time."""
     client_seconds: float = 30
     """For sending the head of a request, for sending its body, and for taking what is sent back."""
     fetch_seconds: float = 10

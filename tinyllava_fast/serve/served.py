@@ -17,8 +17,8 @@ from tinyllava_fast.serve.problems import ApiError
 class Served:
     """One model, or one of its adapters. created: seconds since 1970, for the list of models.
 
-    base: of an adapter the model that it changes, whose engine answers. looker: looks inside answers, if it was asked
-    for; one request at a time, for which ``looking`` is held.
+    base: of an adapter the model that it changes, whose engine answers. looker: looks inside answers, one at a time, if
+    that was asked for.
     """
 
     name: str
