@@ -9,8 +9,8 @@ from pathlib import Path
 
 ABSENT = ("bitsandbytes", "deepspeed", "easy_vqa", "fastapi", "flash_attn", "gguf", "httpx2", "jsonargparse")
 ABSENT += ("liger_kernel", "llguidance", "lmms_eval", "matplotlib", "peft", "prometheus_client", "pyarrow")
-ABSENT += ("tensorboard", "trackio", "uvicorn", "vllm", "wandb", "xllamacpp")
-THEIR_OWN = ("serve.", "convert.formats._gguf_", "eval.lmms")
+ABSENT += ("tensorboard", "nncf", "onnx", "onnxruntime", "openvino", "trackio", "uvicorn", "vllm", "wandb", "xllamacpp")
+THEIR_OWN = ("serve.", "convert.engines.", "convert.formats._gguf_", "eval.lmms")
 """What nobody imports who does not use it."""
 SCRIPT = """
 import builtins, importlib, sys

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tinyllava_fast
 from tests.serve.conftest import ROOT, Running
 from tests.tiny import make_model, make_tokenizer, tiny_config
 from tinyllava_fast.data.templates import tokenizer as own_template
@@ -177,7 +178,6 @@ def hostile(folder: Path, how: str, mark: Path) -> None:
     [
         ("empty", "it has no config.json"),
         ("no json", "config.json: not UTF-8"),
-        ("remote code", "auto_map: unknown key"),
         ("remote code of a tokenizer", "custom code to be run; give a folder with tokenizer.json"),
         ("pickle", "model.safetensors: the weights file does not exist"),
         ("pickle by another name", "damaged or truncated safetensors"),
@@ -206,6 +206,15 @@ def test_hostile_model_folders(capsys, folder, tmp_path, monkeypatch, how, messa
         assert message in said(capsys, "--models", f"good={folder}", f"bad={path}", "--port", "0")
     assert not mark.exists()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("tlf-engine", "tlf-prepare"))]
+
+
+def test_code_that_a_folder_names_is_not_run(folder, tmp_path):
+    """A repository of the Hub names code for transformers; it opens as the model folder that it also is."""
+    path, mark = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder, path)
+    hostile(path, "remote code", mark)
+    tinyllava_fast.load(path)
+    assert not mark.exists()
 
 
 def head_of(server: Running, method: str, path: str, **headers: str) -> tuple[int, bytes]:
