@@ -46,7 +46,7 @@ def read_bandwidth(device: str = "cpu", *, quick: bool = False) -> float:
     """Return the bytes per second at which a large tensor is read once. quick: a small one."""
     count, rounds = (2**18, 2) if quick else (2**26, 7)
     source = torch.ones(count, device=device)
-    series = interleave({"read": source.amax}, rounds=rounds, warmup=2, min_seconds=0.05, sync=device_sync(device))
+    series = interleave({"read": source.amax}, rounds=rounds, warmup=2, min_seconds=0.05, timer=device_timer(device))
     return 4 * count / series["read"].median
 
 
