@@ -10,7 +10,7 @@ import yaml
 
 from tests.docs.pages import DOCS, PAGES, ROOT, anchors, links, name, read
 
-SITE = [page for page in DOCS.rglob("*.md") if "examples" not in page.relative_to(DOCS).parts]
+SITE = list(DOCS.rglob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -54,7 +54,7 @@ def pages_of(nav: list[object]) -> list[str]:
 def test_the_site_has_every_page_once() -> None:
     listed = pages_of(yaml.safe_load(read(ROOT / "mkdocs.yml"))["nav"])
     there = sorted(page.relative_to(DOCS).as_posix() for page in SITE)
-    assert sorted(p for p in listed if not p.startswith("examples/")) == there
+    assert sorted(listed) == there
 
 
 def test_llms_txt_lists_every_page() -> None:

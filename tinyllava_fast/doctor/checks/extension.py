@@ -28,7 +28,7 @@ def extension() -> Iterator[Finding]:
     """Whether it loads, and on which instructions its kernels run."""
     module, reason = _cpp.load()
     if module is None:
-        yield fault(reason, "`make setup` in a checkout, else pip install --force-reinstall --no-deps tinyllava-fast")
+        yield fault(reason, "`make setup` in a checkout, else pip install --force-reinstall --no-deps . in its source")
         return
     try:
         isa = module.isa()
@@ -50,7 +50,7 @@ def extension() -> Iterator[Finding]:
     else:
         yield fault(
             f"the C++ kernels were built up to {isa}, this CPU has {best}",
-            "build them with a newer compiler (GCC >= 12): pip install --force-reinstall --no-binary tinyllava-fast",
+            "build them with a newer compiler (GCC >= 12): pip install --force-reinstall --no-deps . in its source",
             **facts,
         )
 

@@ -81,6 +81,6 @@ def _result(name: str, child: subprocess.Popen[str]) -> Iterator[Finding]:
         lines = [line for line in errors.strip().splitlines() if "Error" in line] or errors.strip().splitlines()
         remedies = {
             "torchrun": "GLOO_SOCKET_IFNAME=lo names the interface; unset MASTER_ADDR and RANK outside of a cluster",
-            "deepspeed": "pip install --force-reinstall 'tinyllava-fast[train]'",
+            "deepspeed": "pip install --force-reinstall --no-deps deepspeed",
         }
         yield fault(f"{what} fails: {lines[-1] if lines else f'exit code {child.returncode}'}", remedies[name])
