@@ -29,7 +29,8 @@ class Side:
 
         del precision  # the export holds it
         params = xllamacpp.CommonParams()
-        params.model.path, params.mmproj.path = str(Path(model, "model.gguf")), str(Path(model, "mmproj.gguf"))
+        decoder, projector = params.model, params.mmproj  # where the files are, not modules
+        decoder.path, projector.path = str(Path(model, "model.gguf")), str(Path(model, "mmproj.gguf"))
         params.n_ctx, params.n_parallel, params.verbosity = CONTEXT * STREAMS, STREAMS, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         self.server: Any = xllamacpp.Server(params)
@@ -37,7 +38,7 @@ class Side:
     def ask(self, questions: Sequence[tuple[str, str | None]], tokens: int) -> list[list[int]]:
         """Answer the questions, (text, image file), all at once, greedily, in so many tokens each."""
         with ThreadPoolExecutor(len(questions)) as pool:
-            return list(pool.map(lambda question: self._one(*question, tokens), questions))
+            return list(pool.map(lambda asked: self._one(asked[0], asked[1], tokens), questions))
 
     def _one(self, text: str, image: str | None, tokens: int) -> list[int]:
         parts: list[dict[str, object]] = [{"type": "text", "text": text}]
