@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from tinyllava_fast.bench.gpu_settings import GpuSettings
 from tinyllava_fast.bench.look_settings import LookSettings
+from tinyllava_fast.bench.race_settings import RaceSettings
 from tinyllava_fast.bench.settings import (
     SMOLLM2,
     TINYLLAMA_1B,
@@ -120,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     plot(infer, "draw rates and latencies, as infer.png")
     infer.add_argument("--threads", type=int, help="CPU threads of both sides (default: all cores)")
 
+    text = "Ours against OpenVINO GenAI and llama.cpp on this CPU, in turns; each is installed in the cache folder."
+    command("race", _race, text, RaceSettings, SMOLLM2)
+
     text = "tlf-serve under the load of many clients, against the engine alone."
     command("serve", _serve, text, ServeSettings, SMOLLM2)
 
@@ -226,6 +230,12 @@ def _parity(args: argparse.Namespace) -> int:
     from tinyllava_fast.bench import parity
 
     return _tell(args, parity.benchmark(args.config, args.overrides, ParitySettings.read(args)), parity.show)
+
+
+def _race(args: argparse.Namespace) -> int:
+    from tinyllava_fast.bench import race
+
+    return _tell(args, race.benchmark(args.config, RaceSettings.read(args)), race.show)
 
 
 def _serve(args: argparse.Namespace) -> int:
