@@ -18,7 +18,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "int4": ("--weights", "q4_0"),
 }
 FORMAT = "gguf"
-CANNOT = "a build for many CPUs that picks its kernels at load, not one of GGML_NATIVE"
+CANNOT = "the wheel of PyPI; which kernels it loads is not told"
 
 
 class Side:
