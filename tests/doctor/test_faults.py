@@ -171,7 +171,7 @@ FAULTS: dict[str, tuple[Callable[[Patch, Path], None], str, str]] = {
     "quota of cgroup 1": (quota_of_version_1, "threads", "a quota allows 0.5"),
     "little memory": (little_memory, "memory", "may hold 0.5"),
     "no huge pages": (no_huge_pages, "memory", "huge pages are off"),
-    "old torch": (version_of("torch", "2.1.0"), "packages", "needs torch>=2.9, and 2.1.0 is installed"),
+    "old torch": (version_of("torch", "2.1.0"), "packages", "tinyllava-fast needs torch>="),
     "missing package": (version_of("safetensors", None), "packages", "needs safetensors, which is not installed"),
     "broken compiler": (variable("CXX", "false"), "compiler", "the C++ compiler false does not work"),
     "bad variable": (variable("TLF_BACKEND", "cuda"), "variables", "TLF_BACKEND='cuda'"),
