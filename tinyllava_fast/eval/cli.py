@@ -168,6 +168,8 @@ def _evaluate(args: argparse.Namespace) -> str:
     if not results:
         return ""
     if args.explain:
+        with writing(output):
+            write_scores(output, list(results))  # looks take long and may fail; the scores are there before
         _explain(args, output, list(results))
     with writing(output):
         report = write_scores(output, list(results))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import linecache
 import re
 import shutil
 import subprocess
 import sys
+import types
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from tests.tiny import make_model, make_tokenizer, tiny_config
 from tests.vectors import GOLDEN
 from tinyllava_fast.config.schema import ConnectorConfig, LLMConfig, ModelConfig, VisionConfig
 from tinyllava_fast.convert.convert import export_model
-from tinyllava_fast.convert.formats._hub_code import parts_source
+from tinyllava_fast.convert.formats._hub_code import _Copy, parts_source
 from tinyllava_fast.data.templates.base import TEMPLATES
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.eval.machine import model_digest
@@ -174,6 +176,28 @@ def test_what_a_repository_cannot_hold(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=reason):
             export_model(folder, tmp_path / "out", "hub")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "inside", "reason"),
+    [
+        ("from tinyllava_fast import fields", "", "imports tinyllava_fast, which a Hub repository lacks"),
+        ("from . import fields", "", "imports [.], which a Hub repository lacks"),
+        ("", "from tinyllava_fast.fields import shown", "inside a function find nothing"),
+    ],
+    ids=["package", "relative", "inside"],
+)
+def test_imports_that_a_repository_lacks_are_refused(
+    head: str, inside: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part_of_a_plugin.py").write_text(f"{head}\n\ndef part():\n    {inside or 'pass'}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = types.ModuleType("part_of_a_plugin")
+    module.__file__ = str(tmp_path / "part_of_a_plugin.py")
+    monkeypatch.setitem(sys.modules, "part_of_a_plugin", module)
+    linecache.checkcache()
+    with pytest.raises(UserError, match=reason):
+        _Copy().add("part_of_a_plugin", "part")
 
 
 def run_folder(tmp_path: Path) -> Path:

@@ -99,6 +99,7 @@ class _Copy:
             node = found.nodes[name]
             self.texts[module, name] = ""  # a definition may name itself
             kept = list(_kept(node))
+            self._check_imports(found, kept)
             for used in dict.fromkeys(part for item in kept for part in _names(item)):
                 if used in found.others:
                     self.imports[found.others[used]] = None
@@ -109,6 +110,17 @@ class _Copy:
             self.sources[module] = None
         else:
             raise UserError(f"{module}: {name} is no definition of it, so no code for a Hub repository can be made")
+
+    def _check_imports(self, module: _Module, kept: list[ast.AST]) -> None:
+        """Raise UserError for an import of the toolkit inside what is copied: it would be copied as it stands."""
+        for node in (part for item in kept for part in ast.walk(item)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                ours = isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_OURS)
+                if ours or _not_followed(node):
+                    raise UserError(
+                        f"{module.name}:{node.lineno}: imports of this toolkit inside a function find nothing in a Hub "
+                        "repository; move it to the top of the module"
+                    )
 
     def _use(self, module: _Module, used: str) -> None:
         place, name = module.ours.get(used, (module.name, used))
@@ -179,6 +191,11 @@ def _read(module: ModuleType) -> _Module:
     source = inspect.getsource(module)
     found = _Module(module.__name__, source.splitlines())
     for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and (place := _not_followed(node)):
+            raise UserError(
+                f"{module.__name__}:{node.lineno}: imports {place}, which a Hub repository lacks; write "
+                "`from tinyllava_fast.ROOM.MODULE import NAME` at the top of the module"
+            )
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_OURS):
             found.ours |= {a.asname or a.name: (node.module or "", a.name) for a in node.names}
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -190,6 +207,14 @@ def _read(module: ModuleType) -> _Module:
                 if isinstance(target, ast.Name):
                     found.nodes[target.id] = node
     return found
+
+
+def _not_followed(node: ast.Import | ast.ImportFrom) -> str:
+    """Return the module of an import that no repository has and that is not copied; "" for others."""
+    if isinstance(node, ast.ImportFrom):
+        place = "." * node.level + (node.module or "")
+        return place if node.level or place == _OURS.rstrip(".") else ""
+    return next((a.name for a in node.names if f"{a.name}.".startswith(_OURS)), "")
 
 
 def _imported(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> tuple[str, str]:

@@ -53,6 +53,12 @@ class HubFormat(Format):
                 f"image_mode: {lmm.config.image_mode}; the code of a Hub repository makes one row of tiles a "
                 "picture: --format factory keeps it"
             )
+        kind = type(model.processor)
+        if not kind.__module__.startswith("transformers.models."):
+            raise UserError(
+                f"vision.type: {lmm.vision.name}; its image processor, {kind.__module__}.{kind.__name__}, is none of "
+                "transformers', so a Hub repository could not make it"
+            )
         parts = parts_source(lmm)
         whole = folder / "model"
         io.save_model(lmm, model.tokenizer, model.processor, whole)
