@@ -26,7 +26,7 @@ AGAIN = 75
 
 
 class Job:
-    """What a step is told, and where it tells what it finds. tiny: a dry run, of shapes that a CPU takes in seconds."""
+    """The orders of a step, and the file of its findings. tiny: a dry run, of shapes that a CPU takes in seconds."""
 
     def __init__(self, step: str, folder: Path, *, tiny: bool) -> None:
         self.step, self.folder, self.tiny = step, folder, tiny

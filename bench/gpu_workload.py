@@ -26,7 +26,7 @@ TINY = {
     "vision": {"image_size": 32, "patch_size": 16, "hidden_size": 32, "intermediate_size": 64}
     | {"num_hidden_layers": 2, "num_attention_heads": 2},
 }
-"""What a dry run puts in the place of the models' sizes."""
+"""Sizes of a dry run's models."""
 
 
 def write_workload(folder: Path, model: tuple[str, str], *, device: str, tiny: bool) -> Path:

@@ -20,15 +20,16 @@ import torch
 
 from tinyllava_fast.bench import machine, report
 from tinyllava_fast.bench.infer import Question, easy_vqa
+from tinyllava_fast.bench.model_folder import write_model
 from tinyllava_fast.bench.race_process import Process, export, load_peer
 from tinyllava_fast.bench.race_settings import RaceSettings
 from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.timing import turns
 from tinyllava_fast.config.load import load_run
+from tinyllava_fast.config.schema import RunConfig
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.log import log
-from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
-from tinyllava_fast.models.io import save_model
+from tinyllava_fast.models.build import build_tokenizer
 
 PROMPT_TOKENS = 240
 STREAMS = (1, 8, 32)
@@ -54,8 +55,9 @@ def benchmark(config: Path, settings: RaceSettings) -> Report:
     agree: dict[str, Report] = {}
     problems: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="tlf-race-") as folder:
-        model = write_model(config, Path(folder) / "model")
-        prompt = _prompt(config)
+        run = load_run(config)
+        model = write_model(run, Path(folder) / "model", torch.bfloat16)
+        prompt = _prompt(run)
         for precision in dict.fromkeys(settings.precision):
             problems[precision] = {}
             found = _race(model, precision, prompt, settings, problems[precision])
@@ -71,24 +73,9 @@ def benchmark(config: Path, settings: RaceSettings) -> Report:
     }
 
 
-def write_model(config: Path, folder: Path) -> Path:
-    """Write a workload's model, in bfloat16, and return its folder."""
-    run = load_run(config)
-    lmm = build_model(run.model, seed=run.seed).eval().to(torch.bfloat16)
-    data = run.stages[-1].data  # the first one's template may leave the questions out
-    lmm.describe_training(
-        template=data.template,
-        turns=data.turns,
-        image_mode=data.image_mode,
-        image_grid=data.image_grid,
-        reading=lmm.config.reading,
-    )
-    return save_model(lmm, build_tokenizer(run.model), build_image_processor(run.model), folder)
-
-
-def _prompt(config: Path) -> str:
+def _prompt(run: RunConfig) -> str:
     """Return a text of about PROMPT_TOKENS tokens, which are counted without the template's."""
-    tokenizer = build_tokenizer(load_run(config).model)
+    tokenizer = build_tokenizer(run.model)
     words = [f"{index} apples and" for index in range(PROMPT_TOKENS)]
     ids = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
     return str(tokenizer.decode(ids))
@@ -138,10 +125,9 @@ def measure(process: Process, asked: Iterator[Question], prompt: str, settings: 
     """Return one round of a peer."""
 
     def seconds(questions: Sequence[tuple[str, str | None]], tokens: int) -> float:
-        turned = [(text, image) for text, image in questions]
-        answers, took = process.do("ask", questions=turned, tokens=tokens)
-        if len(answers) != len(turned):
-            raise UserError(f"{process.name}: {len(answers)} answers to {len(turned)} questions")
+        answers, took = process.do("ask", questions=questions, tokens=tokens)
+        if len(answers) != len(questions):
+            raise UserError(f"{process.name}: {len(answers)} answers to {len(questions)} questions")
         return float(took)
 
     def one() -> list[tuple[str, str | None]]:

@@ -30,14 +30,13 @@ from PIL import Image
 
 from tinyllava_fast.bench import machine, report
 from tinyllava_fast.bench.infer import Question, easy_vqa, percentiles, requests
+from tinyllava_fast.bench.model_folder import write_model
 from tinyllava_fast.bench.report import Report
 from tinyllava_fast.bench.settings import ServeSettings
 from tinyllava_fast.config.load import load_run
 from tinyllava_fast.errors import UserError
 from tinyllava_fast.infer.assistant import Assistant
 from tinyllava_fast.log import log
-from tinyllava_fast.models.build import build_image_processor, build_model, build_tokenizer
-from tinyllava_fast.models.io import save_model
 
 START_S = 180.0  # most time until the server answers
 SETTLED_S = 10.0  # from then on its memory must not grow
@@ -69,20 +68,10 @@ def benchmark(config: Path, settings: ServeSettings) -> Report:
     run = load_run(config)
     questions = easy_vqa(settings.questions, settings.per_image)
     with tempfile.TemporaryDirectory(prefix="tlf-serve-") as folder:
-        lmm = build_model(run.model, seed=run.seed).eval().to(machine.DTYPES[settings.dtype])
-        data = run.stages[-1].data  # the first one's template may leave the questions out
-        lmm.describe_training(
-            template=data.template,
-            turns=data.turns,
-            image_mode=data.image_mode,
-            image_grid=data.image_grid,
-            reading=lmm.config.reading,
-        )
-        save_model(lmm, build_tokenizer(run.model), build_image_processor(run.model), Path(folder) / "model")
-        del lmm
-        with _server(Path(folder) / "model") as (process, port):
+        model = write_model(run, Path(folder) / "model", machine.DTYPES[settings.dtype])
+        with _server(model) as (process, port):
             tally, memory, seconds = _load(process, port, questions, settings)
-        assistant = Assistant.from_pretrained(Path(folder) / "model")
+        assistant = Assistant.from_pretrained(model)
         list(assistant.engine.run(requests(questions[:2], settings.new_tokens)))
         began = time.perf_counter()
         list(assistant.engine.run(requests(tally.answered, settings.new_tokens)))

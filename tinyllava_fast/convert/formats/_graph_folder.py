@@ -1,4 +1,4 @@
-"""What lies beside the graphs of a model: tokenizer, chat template, how pictures are prepared, how answers end.
+"""The files beside the graphs of a model: tokenizer, chat template, how pictures are prepared, how answers end.
 
 Engines that run graphs make one text of a prompt and tokenize it whole, without the tokens that a tokenizer adds: the
 text begins with those, and every ``<image>`` in it is repeated, once for each row of the picture.

@@ -19,7 +19,7 @@ class TinyLlavaConfig(PreTrainedConfig):
     vision: dict[str, Any] | None = None
     """Vision tower, which ends at the layer that is read."""
     connector: dict[str, Any] | None = None
-    """What maps features of the tower to rows of the language model."""
+    """Maps features of the tower to rows of the language model."""
     image_token_id: int = 0
     """Stands in ``input_ids`` for one row of a picture."""
     image_token_count: int = 0
